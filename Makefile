@@ -1,0 +1,55 @@
+# make quickstart   train a real Gemma and see it answer        make test         lint, types, tests
+# make test-lowest  the default tests on the oldest releases that pyproject.toml allows
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: quickstart test test-lowest clean
+
+PYTHON ?= python3
+# Relative, so that a path with a space in it does no harm.
+BIN := .venv/bin
+RUN := runs/quickstart
+# `.venv/.NAME` says that what NAME needs is installed, and is older than pyproject.toml when that has changed.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+quickstart: .venv/.quickstart
+	@if [ -n "$${FRESH:-}" ]; then rm -rf $(RUN); fi
+	if [ -f $(RUN)/adapter_model.safetensors ]; then
+	    echo "== $(RUN) is trained already (make quickstart FRESH=1 trains anew)"
+	else
+	    echo "== training recipes/quickstart.yaml, about five minutes"
+	    $(BIN)/finetune train recipes/quickstart.yaml training.resume_from_checkpoint=true
+	fi
+	head -n 3 data/prompts.txt > .venv/prompts.txt
+	echo; echo "== before: the base model"
+	$(BIN)/finetune generate $(RUN) --no-adapter --max-new-tokens 96 < .venv/prompts.txt
+	echo; echo "== after: what was trained"
+	$(BIN)/finetune generate $(RUN) --max-new-tokens 96 < .venv/prompts.txt
+	echo "== the run: $(RUN) (README.md, ledger.json, loss.png); chat with it: $(BIN)/finetune generate $(RUN)"
+
+test: .venv/.test
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	echo "== types"
+	$(BIN)/mypy
+	echo "== tests"
+	$(BIN)/python -m pytest -m "not soak and not gpu"
+
+test-lowest:
+	@echo "== the oldest releases that pyproject.toml allows, in .venv-lowest"
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pytest
+
+.venv/.%: pyproject.toml
+	@[ -x $(BIN)/python ] || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
+	echo "== installing what $* needs (minutes, the first time)"
+	$(INSTALL) -e '.[$(EXTRAS_$*)]'
+	touch $@
+EXTRAS_quickstart := quickstart
+EXTRAS_test := quickstart,dev
+
+clean:
+	rm -rf .venv .venv-lowest runs

@@ -1,0 +1,76 @@
+"""What makes a checkpoint whole, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Written last: a `checkpoint-N` without it was not finished, whatever else lies in it.
+MARKER = "complete.json"
+
+
+class ResumeError(ValueError):
+    """There is no run to go on with where the recipe says so."""
+
+
+def complete(folder: Path, step: int) -> None:
+    """Marks a checkpoint as whole, after all that it holds is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+    write_whole(folder / MARKER, json.dumps({"step": step}) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all: beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The `checkpoint-N` folders of a run, whole or not, by N."""
+    found = [p for p in run.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the checkpoint was finished."""
+    return (folder / MARKER).is_file()
+
+
+def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `training.resume_from_checkpoint` means; None where a run starts at step 0.
+
+    Raises:
+        ResumeError: `wanted` names a folder that is no whole checkpoint.
+    """
+    if wanted is True:
+        for folder in reversed(checkpoints(run)):
+            if is_whole(folder):
+                return folder
+            say(f"{folder} passed over: it was not finished ({MARKER} is missing)")
+        say(f"{run} has no whole checkpoint: starting at step 0")
+        return None
+    if not wanted:
+        return None
+    folder = Path(wanted)
+    if not is_whole(folder):
+        whole = [str(p) for p in checkpoints(run) if is_whole(p)]
+        there = f"whole ones are {', '.join(whole)}" if whole else f"there is none in {run}"
+        state = "was not finished" if folder.is_dir() else "does not exist"
+        raise ResumeError(f"training.resume_from_checkpoint: {wanted} {state}; {there}")
+    return folder

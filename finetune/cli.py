@@ -1,0 +1,217 @@
+"""argv to a verb. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from finetune import __version__
+
+VERBS = ("train", "check", "generate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code is 0, 1 (our own fault), 2 (the user's), 130 or 143 (a signal)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in VERBS and arguments[0].endswith((".yaml", ".yml")):
+        arguments.insert(0, "train")
+    args = _parser().parse_args(arguments)
+    if not args.traceback:
+        _silence()
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "stopped")
+        return int(getattr(stop, "exit_code", 130))
+    except BrokenPipeError:
+        # Whoever read the answers has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.traceback:
+            raise
+        faults = _faults(error)
+        for fault in faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]:
+            _say(f"error: {fault}")
+        return 2 if faults else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show Python's traceback and upstream's warnings")
+    common.add_argument("--quiet", action="store_true", help="errors only")
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+    recipe.add_argument("overrides", metavar="section.key=value", nargs="*", help="goes before the recipe's own value")
+
+    parser = argparse.ArgumentParser(prog="finetune", description="From one YAML recipe to a model that can be trusted.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = verbs.add_parser("train", parents=[recipe, common], help="train a recipe (also: finetune RECIPE)")
+    verb.set_defaults(run=_train)
+
+    verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe and stop")
+    verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+    verb.set_defaults(run=_check)
+
+    verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
+    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name")
+    verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
+    verb.add_argument("--system", help="a system message before each prompt")
+    verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
+    verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--seed", type=int, default=0, metavar="N")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--quantize", choices=("int8", "nf4"))
+    verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
+    verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+    verb.set_defaults(run=_generate)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Verbs
+
+
+def _train(args: argparse.Namespace) -> None:
+    from finetune.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    say = _quiet if args.quiet or int(os.environ.get("RANK", 0)) else _say
+    say(f"recipe: {recipe.path}")
+    from finetune.train import train
+
+    train(recipe, say)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from finetune.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.json:
+        sections = {"model": recipe.model.model_dump(), "data": recipe.data.model_dump()}
+        sections |= {"training": recipe.training, "lora": recipe.lora, "quantization": recipe.quantization}
+        print(json.dumps(sections, ensure_ascii=False, indent=1))
+    elif not args.quiet:
+        print(f"{recipe.path}: ok")
+        print(recipe.to_yaml(), end="")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from finetune.generate import Sampling, load
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    generator = load(
+        args.model,
+        adapter=not args.no_adapter,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        attn=args.attn,
+        device=args.device,
+    )
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    if args.prompt is not None:
+        _answer(generator, [*system, {"role": "user", "content": args.prompt}], sampling)
+    elif sys.stdin.isatty():
+        _chat(generator, system, sampling)
+    else:
+        for line in _lines():
+            print(f"> {line}")
+            _answer(generator, [*system, {"role": "user", "content": line}], sampling)
+            print(flush=True)
+
+
+def _lines() -> Iterator[str]:
+    for line in sys.stdin:
+        if text := line.strip():
+            yield text
+
+
+def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
+    """A conversation on the terminal, with its history, until an empty line or the end of input."""
+    _say("an empty line ends the chat")
+    messages = list(system)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": _answer(generator, messages, sampling)})
+
+
+def _answer(generator: Any, messages: list[dict[str, str]], sampling: Any) -> str:
+    """Prints an answer as it comes; says on standard error where the limit cut it off."""
+    from finetune.generate import CUT
+
+    answer = ""
+    for piece in generator.stream(messages, sampling):
+        if piece == CUT:
+            print(flush=True)
+            _say(f"(did not stop within {sampling.max_new_tokens} tokens)")
+            return answer
+        answer += piece
+        print(piece, end="", flush=True)
+    print(flush=True)
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def _silence() -> None:
+    """Upstream's warnings and loading notes, about which a user can do nothing, stay off the screen."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+
+    logging.basicConfig(level=logging.ERROR)
+
+
+def _faults(error: Exception) -> list[str]:
+    """The lines to show where the fault is the user's; none where it is ours."""
+    from finetune.chat import LabelError, TemplateError
+    from finetune.checkpoint import ResumeError
+    from finetune.data import DataError
+    from finetune.model import ModelError
+    from finetune.recipe import RecipeError
+
+    if isinstance(error, RecipeError):
+        return list(error.faults)
+    known: tuple[type[Exception], ...] = (LabelError, TemplateError, ResumeError, DataError, ModelError)
+    if "finetune.train" in sys.modules:
+        from finetune.train import TrainError
+
+        known += (TrainError,)
+    if isinstance(error, known):
+        return [str(error)]
+    if isinstance(error, OSError):
+        return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
+    return []

