@@ -34,12 +34,21 @@ class TemplateError(ValueError):
 
 
 def load_template(name_or_path: str) -> str:
-    """The text of a shipped template (`gemma`, `gemma3`, `chatml`) or of a `.jinja` file."""
-    if not name_or_path.endswith(".jinja"):
-        path = SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
-    else:
-        path = Path(name_or_path)
-    return path.read_text(encoding="utf-8")
+    """The text of a shipped template (`gemma`, `gemma3`, `chatml`) or of a `.jinja` file.
+
+    Raises:
+        TemplateError: There is no such template, or it is not UTF-8 text.
+    """
+    own = name_or_path.endswith(".jinja")
+    path = Path(name_or_path).expanduser() if own else SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise TemplateError(
+            f"chat template {name_or_path}: {reason}; write a .jinja file or one of {shipped}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     turns: tuple[Turn, ...] = ()
+    cut: bool = False  # whether the end of the row, or an exchange of it, had to be left out
 
     @property
     def trained_tokens(self) -> int:
@@ -91,7 +101,15 @@ class Chat:
 
         Raises:
             LabelError: The template refuses these messages.
+            TemplateError: There is no template.
         """
+        if self.tokenizer.chat_template is None:
+            raise TemplateError(
+                "model.chat_template: this model has no chat template of its own; write the one of its family "
+                "(gemma, gemma3, chatml) or a .jinja file"
+            )
+        if not messages:
+            raise LabelError("no message stands before it, and a chat template renders no empty conversation")
         plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
         try:
             return str(
@@ -101,8 +119,8 @@ class Chat:
             )
         except JinjaError as error:
             raise LabelError(f"the chat template refuses it: {error.message}") from error
-        except (TypeError, KeyError, AttributeError) as error:
-            # A template that reaches into a message for what is not there.
+        except Exception as error:
+            # A template is a program of somebody else's: it may divide by a length of 0 as well.
             raise LabelError(f"the chat template fails on it: {error}") from error
 
     def encode(self, messages: Sequence[Message], train_on: str = "assistant") -> Encoded:
@@ -118,8 +136,12 @@ class Chat:
             LabelError: Text and labels of this row cannot be proved to be what inference meets.
         """
         trained = self._trained_messages(messages, train_on)
+        # With `all`, a turn that says `train: false` must be found too, to be left out.
+        silent = [i for i, m in enumerate(messages) if train_on == "all" and m.get("train") is False]
         text = self.render(messages)
-        prefixes = {i: self.render(messages[:i], add_generation_prompt=True) for i in trained}
+        prefixes = {
+            i: self.render(messages[:i], add_generation_prompt=True) for i in sorted(trained + silent)
+        }
         batch = self.tokenizer(
             [text, *prefixes.values()], add_special_tokens=False, return_offsets_mapping=True
         )
@@ -141,36 +163,32 @@ class Chat:
             turns.append(Turn(start, self._end(messages, i, text, len(prefix), ids, offsets), i))
         labels = list(ids) if train_on == "all" else [IGNORE] * len(ids)
         for turn in turns:
-            labels[turn.start : turn.end] = ids[turn.start : turn.end]
-        labels[0] = IGNORE  # nothing comes before it that could predict it
-        return Encoded(ids, labels, tuple(turns))
+            here = slice(turn.start, turn.end)
+            labels[here] = ids[here] if turn.message in trained else [IGNORE] * (turn.end - turn.start)
+        labels[:1] = [IGNORE]  # nothing comes before it that could predict it
+        return Encoded(ids, labels, tuple(turn for turn in turns if turn.message in trained))
 
     def encode_text(self, prompt: str, completion: str) -> Encoded:
         """A row without chat turns: the tokenizer's own BOS, the text, EOS; labels on the completion and EOS.
 
         Raises:
-            LabelError: A token straddles the edge of the prompt, or the text holds a special token.
+            LabelError: The prompt's tokens are not those of the prompt alone, or the text holds a special token.
         """
         if not completion:
             raise LabelError("the text to train on is empty")
         self._check_plain(prompt + completion, "the text")
-        encoded = self.tokenizer(prompt + completion, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        if any(start < len(prompt) < end for start, end in offsets):
-            raise LabelError("a token straddles the edge between prompt and completion")
+        ids, before = self.tokenizer([prompt + completion, prompt])["input_ids"]
         eos = self.tokenizer.eos_token_id
-        labels = [
-            token if start >= len(prompt) and end > start else IGNORE
-            for token, (start, end) in zip(ids, offsets, strict=True)
-        ]
-        if eos is not None:
-            if ids[-1] != eos:
-                ids.append(eos)
-                labels.append(eos)
-            labels[-1] = eos
-        labels[0] = IGNORE
+        if before and before[-1] == eos:
+            before = before[:-1]
+        if ids[: len(before)] != before:
+            raise LabelError("a token straddles the edge between prompt and completion")
+        if eos is not None and ids[-1] != eos:
+            ids = [*ids, eos]
         self._check_bos(ids, rendered=False)
-        return Encoded(ids, labels, (Turn(0, len(ids), 0),))
+        start = max(1, len(before))  # nothing comes before the first token that could predict it
+        labels = [IGNORE] * start + ids[start:]
+        return Encoded(ids, labels, (Turn(start, len(ids), 0),))
 
     @cached_property
     def turn_token_ids(self) -> list[int]:
@@ -214,8 +232,10 @@ class Chat:
                 raise LabelError(f"message {i + 1}: its content is {type(content).__name__}, not text")
             if role == "assistant" and not content.strip():
                 raise LabelError(f"message {i + 1}: the assistant's text is empty")
-            if message.get("train") and role != "assistant":
-                raise LabelError(f"message {i + 1}: `train: true` on a {role} message; only assistant turns are trained on")
+            if role != "assistant" and (message.get("train") or (train_on == "all" and "train" in message)):
+                raise LabelError(
+                    f"message {i + 1}: `train` on a {role} message; only an assistant's can be chosen or left out"
+                )
             self._check_plain(content, f"message {i + 1}")
         assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not assistant:
@@ -225,12 +245,23 @@ class Chat:
 
     def _check_plain(self, text: str, where: str) -> None:
         """Text is data: what would be read as a special token inside it makes the row a bad one."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise LabelError(
+                f"{where}: its text holds half a character ({text[error.start]!r} at place {error.start + 1}), not Unicode"
+            ) from error
         if any(first in text for first in self._special_first):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            found = next((i for i in ids if i in self._special_ids and i != self.tokenizer.unk_token_id), None)
+            # The unknown token stands for any text that the vocabulary lacks, and is special only where it is spelt out.
+            unknown = self.tokenizer.unk_token
+            harmless = {self.tokenizer.unk_token_id} if unknown is None or unknown not in text else set()
+            found = next((i for i in ids if i in self._special_ids - harmless), None)
             if found is not None:
                 token = self.tokenizer.convert_ids_to_tokens(found)
-                raise LabelError(f"{where}: its text holds {token}, which is a special token of this tokenizer")
+                raise LabelError(
+                    f"{where}: its text holds {token}, which is a special token of this tokenizer"
+                )
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -245,7 +276,9 @@ class Chat:
         count = ids.count(bos)
         if count > 1 or (self._adds_bos and ids[:1] != [bos]):
             source = "chat template" if rendered else "tokenizer"
-            raise LabelError(f"the {source} writes {count} BOS tokens ({self.tokenizer.bos_token}); exactly one must come first")
+            raise LabelError(
+                f"the {source} writes {count} BOS tokens ({self.tokenizer.bos_token}); exactly one must come first"
+            )
 
     def _end(
         self,
@@ -257,12 +290,16 @@ class Chat:
         offsets: list[tuple[int, int]],
     ) -> int:
         """The token index just behind the end-of-turn token of message `i`, whose turn starts at character `start`."""
-        # A template may write more at the end of a conversation than between two turns: only what both share is the turn.
-        stop = len(text) if i + 1 == len(messages) else len(commonprefix([text, self.render(messages[: i + 1])]))
+        # A template may write more at the end of a conversation than between turns: what both share is the turn.
+        stop = len(text)
+        if i + 1 < len(messages):
+            stop = len(commonprefix([text, self.render(messages[: i + 1])]))  # noqa: RUF071 - characters are meant
         content = messages[i]["content"].strip()
         found = text.find(content, start, stop)
         if found < 0:
-            raise LabelError(f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told")
+            raise LabelError(
+                f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
+            )
         behind = found + len(content)
         for place, (token, (first, _)) in enumerate(zip(ids, offsets, strict=True)):
             if first >= behind and first < stop and token in self._special_ids:

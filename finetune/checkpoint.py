@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole, and which one a run goes on from."""
+"""What makes a checkpoint whole, which one a run goes on from, and whether a directory is free for a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,37 @@ from pathlib import Path
 MARKER = "complete.json"
 
 
-class ResumeError(ValueError):
-    """There is no run to go on with where the recipe says so."""
+# What a finished run holds in its root, moved there last.
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+class RunError(ValueError):
+    """The output directory is in use, or there is no run to go on with where the recipe says so."""
+
+
+def check_output(output: Path, resume: str | bool) -> None:
+    """Refuses an output directory that holds a run, unless it is to go on.
+
+    Raises:
+        RunError: It is not empty.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        if is_finished(output) and resume is True:
+            raise RunError(
+                f"training.output_dir: {output} holds a finished run; choose another directory, or delete it"
+            )
+        if not resume:
+            raise RunError(
+                f"training.output_dir: {output} is not empty; choose another directory, delete it, or go on with its "
+                "run: training.resume_from_checkpoint=true"
+            )
+    elif output.exists() and not output.is_dir():
+        raise RunError(f"training.output_dir: {output} is a file")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run directory holds the weights of a run that came to its end."""
+    return any((output / name).exists() for name in WEIGHTS)
 
 
 def complete(folder: Path, step: int) -> None:
@@ -43,7 +72,9 @@ def sync(path: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The `checkpoint-N` folders of a run, whole or not, by N."""
-    found = [p for p in run.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    found = [
+        p for p in run.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()
+    ]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
@@ -56,7 +87,7 @@ def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path
     """The checkpoint that `training.resume_from_checkpoint` means; None where a run starts at step 0.
 
     Raises:
-        ResumeError: `wanted` names a folder that is no whole checkpoint.
+        RunError: `wanted` names a folder that is no whole checkpoint.
     """
     if wanted is True:
         for folder in reversed(checkpoints(run)):
@@ -72,5 +103,5 @@ def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path
         whole = [str(p) for p in checkpoints(run) if is_whole(p)]
         there = f"whole ones are {', '.join(whole)}" if whole else f"there is none in {run}"
         state = "was not finished" if folder.is_dir() else "does not exist"
-        raise ResumeError(f"training.resume_from_checkpoint: {wanted} {state}; {there}")
+        raise RunError(f"training.resume_from_checkpoint: {wanted} {state}; {there}")
     return folder

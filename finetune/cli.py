@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune import __version__
@@ -36,20 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         faults = _faults(error)
-        for fault in faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]:
+        for fault in faults or [
+            f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"
+        ]:
             _say(f"error: {fault}")
         return 2 if faults else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--traceback", action="store_true", help="show Python's traceback and upstream's warnings")
+    common.add_argument(
+        "--traceback", action="store_true", help="show Python's traceback and upstream's warnings"
+    )
     common.add_argument("--quiet", action="store_true", help="errors only")
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument("overrides", metavar="section.key=value", nargs="*", help="goes before the recipe's own value")
+    recipe.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="goes before the recipe's own value"
+    )
 
-    parser = argparse.ArgumentParser(prog="finetune", description="From one YAML recipe to a model that can be trusted.")
+    parser = argparse.ArgumentParser(
+        prog="finetune", description="From one YAML recipe to a model that can be trusted."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -61,12 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_check)
 
     verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
-    verb.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name")
+    verb.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
+    )
     verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
     verb.add_argument("--system", help="a system message before each prompt")
     verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
     verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
-    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
     verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
     verb.add_argument("--seed", type=int, default=0, metavar="N")
     verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -89,9 +102,13 @@ def _positive(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from finetune.checkpoint import check_output
     from finetune.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    training = recipe.training
+    # Said at once, not after the seconds that torch and trl take to load.
+    check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
     say = _quiet if args.quiet or int(os.environ.get("RANK", 0)) else _say
     say(f"recipe: {recipe.path}")
     from finetune.train import train
@@ -104,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
-        sections = {"model": recipe.model.model_dump(), "data": recipe.data.model_dump()}
+        sections: dict[str, Any] = {"model": recipe.model.model_dump(), "data": recipe.data.model_dump()}
         sections |= {"training": recipe.training, "lora": recipe.lora, "quantization": recipe.quantization}
         print(json.dumps(sections, ensure_ascii=False, indent=1))
     elif not args.quiet:
@@ -198,14 +215,14 @@ def _silence() -> None:
 def _faults(error: Exception) -> list[str]:
     """The lines to show where the fault is the user's; none where it is ours."""
     from finetune.chat import LabelError, TemplateError
-    from finetune.checkpoint import ResumeError
+    from finetune.checkpoint import RunError
     from finetune.data import DataError
     from finetune.model import ModelError
     from finetune.recipe import RecipeError
 
     if isinstance(error, RecipeError):
         return list(error.faults)
-    known: tuple[type[Exception], ...] = (LabelError, TemplateError, ResumeError, DataError, ModelError)
+    known: tuple[type[Exception], ...] = (LabelError, TemplateError, RunError, DataError, ModelError)
     if "finetune.train" in sys.modules:
         from finetune.train import TrainError
 

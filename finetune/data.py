@@ -12,12 +12,13 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from finetune.chat import Chat, Encoded, LabelError, Message, TemplateError
+from finetune.chat import IGNORE, Chat, Encoded, LabelError, Message, TemplateError
 from finetune.ledger import Ledger
 from finetune.recipe import DataSection, Source
 
@@ -59,15 +60,19 @@ def _sharegpt(row: Row) -> Row:
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise LabelError("it has no conversations")
-    messages = [_message(t, _SHAREGPT_ROLES.get(t.get("from"), t.get("from")), t.get("value")) for t in _maps(turns)]
+    roles = [t.get("from") for t in _maps(turns)]
+    roles = [_SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
+    messages = [_message(t, role, t.get("value")) for t, role in zip(turns, roles, strict=True)]
     if system := row.get("system"):
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages}
 
 
 def _alpaca(row: Row) -> Row:
-    parts = [row.get("instruction"), row.get("input")]
-    prompt = "\n\n".join(part for part in parts if part)
+    parts = [part for part in (row.get("instruction"), row.get("input")) if part]
+    if not all(isinstance(part, str) for part in parts):
+        raise LabelError("its instruction or input is not text")
+    prompt = "\n\n".join(parts)
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.get("output")}]
     if system := row.get("system"):
         messages.insert(0, {"role": "system", "content": system})
@@ -82,8 +87,8 @@ def _prompt_completion(row: Row) -> Row:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    before = [_message(m, m.get("role"), m.get("content")) | {"train": False} for m in _maps(prompt)]
-    return {"messages": before + [_message(m, m.get("role"), m.get("content")) for m in _maps(completion)]}
+    messages = [_message(m, m.get("role"), m.get("content")) for m in (*_maps(prompt), *_maps(completion))]
+    return {"messages": messages, "prompt_messages": len(prompt)}
 
 
 def _text(row: Row) -> Row:
@@ -120,13 +125,21 @@ def _message(source: Row, role: Any, content: Any) -> Message:
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise LabelError("a message has parts that are not text")
-        content = "".join(part["text"] for part in content)
+        # LLaMA-Factory writes the text under `value`.
+        texts = [part.get("text", part.get("value")) for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise LabelError("a message has a text part without text")
+        content = "".join(texts)
     message: Message = {"role": role, "content": content}
-    train = source.get("train")
-    if train is None and source.get("loss_weight") is not None:
-        train = bool(source["loss_weight"])
-    if train is not None and role == "assistant":
-        message["train"] = bool(train)
+    train, weight = source.get("train"), source.get("loss_weight")
+    if train is None and weight is not None and role == "assistant":
+        if not isinstance(weight, int | float):
+            raise LabelError(f"a message's loss_weight is {weight!r}, not a number")
+        train = bool(weight)
+    if train is not None:
+        if not isinstance(train, bool):
+            raise LabelError(f"a message's train is {train!r}; write true or false")
+        message["train"] = train
     return message
 
 
@@ -144,11 +157,17 @@ def _map_columns(source: Source, row: Row) -> Row:
     """`columns` applied: a column's value, or a format string filled in once over the row."""
     mapped = dict(row)
     for ours, spec in source.columns.items():
-        names = re.findall(r"\{(\w+)\}", spec) or [spec]
-        for name in names:
+        names = re.findall(r"\{(\w+)\}", spec)
+        for name in names or [spec]:
             if name not in row:
-                raise DataError(f"{source.path}: columns: {ours}: there is no column {name!r}; there are {', '.join(row)}")
-        mapped[ours] = row[spec] if names == [spec] else re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), spec)
+                there = ", ".join(map(str, row))
+                raise LabelError(f"columns: {ours}: there is no column {name!r}; there are {there}")
+        for name in names:
+            if not isinstance(row[name], str | int | float):
+                raise LabelError(
+                    f"columns: {ours}: the column {name!r} holds {type(row[name]).__name__}, not text"
+                )
+        mapped[ours] = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), spec) if names else row[spec]
     return mapped
 
 
@@ -165,8 +184,16 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row | LabelError]]:
     if not is_file(source.path):
         yield from _read_hub(source)
         return
-    for name in sorted(glob.glob(str(Path(source.path).expanduser()), recursive=True)):
-        yield from _read_file(name)
+    path = Path(source.path).expanduser()
+    names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    if not names:
+        raise DataError(f"{source.path}: there is no such file")
+    for name in names:
+        try:
+            yield from _read_file(name)
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{name}: the file cannot be read: {reason}") from error
 
 
 def is_file(path: str) -> bool:
@@ -190,11 +217,14 @@ def _read_hub(source: Source) -> Iterator[tuple[str, Row]]:
 def _read_file(name: str) -> Iterator[tuple[str, Row | LabelError]]:
     if Path(name).stat().st_size == 0:
         raise DataError(f"{name}: the file is empty")
-    suffix = Path(name.removesuffix(".gz")).suffix
-    with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
-        yield from {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[suffix](
-            name, file
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    read = readers.get(Path(name.removesuffix(".gz")).suffix)
+    if read is None:
+        raise DataError(
+            f"{name}: not a file of rows by its name, which must end in {', '.join(readers)} or these and .gz"
         )
+    with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+        yield from read(name, file)
 
 
 def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelError]]:
@@ -207,10 +237,15 @@ def _parse(line: bytes) -> Row | LabelError:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return LabelError(f"not UTF-8: byte {error.object[error.start]:#04x} at place {error.start + 1} of the line")
+        return LabelError(
+            f"not UTF-8: byte {error.object[error.start]:#04x} at place {error.start + 1} of the line"
+        )
     except json.JSONDecodeError as error:
         end = " (the file ends in the middle of a row)" if not line.endswith(b"\n") else ""
         return LabelError(f"not JSON: {error.msg} at column {error.colno}{end}")
+    except (ValueError, RecursionError) as error:
+        # A number of more than 4300 digits, or lists within lists without end.
+        return LabelError(f"not JSON that can be read: {error}")
     return row if isinstance(row, dict) else LabelError(f"a {type(row).__name__} where a row (a map) belongs")
 
 
@@ -225,19 +260,23 @@ def _read_json(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErr
             f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}; "
             "if the file holds a row a line, name it .jsonl"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: not JSON that can be read: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{name}: it holds a {type(rows).__name__}, not a list of rows")
     for i, row in enumerate(rows):
-        yield f"{name}[{i}]", row if isinstance(row, dict) else LabelError(f"a {type(row).__name__} where a map belongs")
+        yield (
+            f"{name}[{i}]",
+            row if isinstance(row, dict) else LabelError(f"a {type(row).__name__} where a map belongs"),
+        )
 
 
 def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelError]]:
-    import io
-
-    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), restkey="", strict=True)
+    # Decoded line by line, so that a fault is told on its own line.
+    reader = csv.DictReader((line.decode("utf-8-sig") for line in file), strict=True)
     try:
         for row in reader:
-            cells = "" in row or None in row.values()
+            cells = None in row or None in row.values()
             yield (
                 f"{name}:{reader.line_num}",
                 LabelError("the number of cells differs from the header's") if cells else row,
@@ -257,8 +296,8 @@ def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
             for row in batch.to_pylist():
                 yield f"{name}[{number}]", row
                 number += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{name}: not a whole Parquet file: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{name}: not a whole Parquet file: {str(error).split(chr(10))[0]}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,10 +325,12 @@ def build(section: DataSection, chat: Chat, max_length: int | None) -> tuple[Pre
     rows = [_encoded(section, source, chat, max_length, train) for source in section.train]
     kept = [group for source_rows in rows for group in source_rows]
     held_out: list[list[tuple[str, str, Encoded]]] = []
-    if section.eval_fraction is not None:
+    if section.eval_fraction is not None and kept:
         count = max(1, round(len(kept) * section.eval_fraction))
         if count >= len(kept):
-            raise DataError(f"data.eval_fraction: {section.eval_fraction} of {len(kept)} rows leaves none to train on")
+            raise DataError(
+                f"data.eval_fraction: {section.eval_fraction} of {len(kept)} rows leaves none to train on"
+            )
         chosen = set(random.Random(section.seed).sample(range(len(kept)), count))
         held_out = [kept[i] for i in sorted(chosen)]
         kept = [group for i, group in enumerate(kept) if i not in chosen]
@@ -311,18 +352,24 @@ def _encoded(
     """The usable rows of a source, each as the one or several rows that it became."""
     groups = []
     form = source.format
+    read, mapped = ledger.read, False
     for name, row in read_rows(source):
         ledger.read += 1
         try:
             if isinstance(row, LabelError):
                 raise row
             row = _map_columns(source, row)
+            mapped = True
             form = form or _known_format(source, row)
-            pieces = _fit(section, source, form, row, chat, max_length, ledger)
+            pieces = _fit(section, source, form, row, chat, max_length)
         except LabelError as error:
+            if not mapped and str(error).startswith("columns: "):
+                # No row has had these columns yet: the recipe is wrong, not the row.
+                raise DataError(f"{source.path}: {error}") from error
             if section.on_bad_row == "error":
                 raise DataError(f"{name}: {error}; mend the row, or write data.on_bad_row: skip") from error
-            ledger.bad[re.sub(r"message \d+: ", "", str(error))] += 1
+            # What stands behind the semicolon is of this row alone.
+            ledger.bad[re.sub(r"message \d+: ", "", str(error)).partition(";")[0]] += 1
             continue
         except _TooLong as error:
             if section.on_overflow == "error":
@@ -330,7 +377,7 @@ def _encoded(
             ledger.dropped[str(error)] += 1
             continue
         groups.append([(name, source.path, piece) for piece in pieces])
-    if ledger.read == 0:
+    if ledger.read == read:
         raise DataError(f"{source.path}: it holds no rows")
     return groups
 
@@ -346,15 +393,18 @@ def _fit(
     row: Row,
     chat: Chat,
     max_length: int | None,
-    ledger: Ledger,
 ) -> list[Encoded]:
     """One row as rows of at most `max_length` tokens, by `data.on_overflow`."""
-    if source.raw:
-        converted: Row = {"prompt": row.get("prompt", ""), "completion": row.get("completion", "")}
+    if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
+        converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
+        if not all(isinstance(text, str) for text in converted.values()):
+            raise LabelError("its prompt or completion is not text")
     else:
         converted = FORMATS[form](row)
     if "messages" not in converted:
         encoded = chat.encode_text(converted["prompt"], converted["completion"])
+        if section.train_on == "all":
+            encoded.labels[1:] = encoded.input_ids[1:]
     else:
         messages, train_on = converted["messages"], section.train_on or "assistant"
         if train_on == "completion":
@@ -364,22 +414,21 @@ def _fit(
                     "write assistant or last_assistant"
                 )
             train_on = "assistant"
+        if train_on != "all":
+            for message in messages[: converted.get("prompt_messages", 0)]:
+                if message["role"] == "assistant":
+                    message.setdefault("train", False)
         encoded = chat.encode(messages, train_on)
-    if section.train_on == "all":
-        encoded.labels[1:] = encoded.input_ids[1:]
     if max_length is None or len(encoded.input_ids) <= max_length:
         return [encoded]
     over = f"longer than training.max_length {max_length}"
     if section.on_overflow in ("error", "drop"):
         raise _TooLong(over)
     if "messages" not in converted:
-        return _cut_text(section, encoded, max_length, ledger)
+        return _cut_text(section, encoded, max_length)
     if section.on_overflow == "truncate_turns":
-        ledger.cut += 1
         return [_cut_turns(encoded, max_length)]
-    pieces = _split_turns(messages, train_on, chat, max_length)
-    ledger.split += len(pieces) > 1
-    return pieces
+    return _split_turns(messages, train_on, chat, max_length)
 
 
 def _cut_turns(encoded: Encoded, max_length: int) -> Encoded:
@@ -388,33 +437,33 @@ def _cut_turns(encoded: Encoded, max_length: int) -> Encoded:
     if not whole:
         raise _TooLong(f"with no trained turn that ends within training.max_length {max_length}")
     end = whole[-1].end
-    return Encoded(encoded.input_ids[:end], encoded.labels[:end], tuple(whole))
+    return Encoded(encoded.input_ids[:end], encoded.labels[:end], tuple(whole), cut=True)
 
 
-def _cut_text(section: DataSection, encoded: Encoded, max_length: int, ledger: Ledger) -> list[Encoded]:
+def _cut_text(section: DataSection, encoded: Encoded, max_length: int) -> list[Encoded]:
     """A row without turns has no better place to be cut than at `max_length`; `split` keeps the rest as further rows."""
     starts = range(0, len(encoded.input_ids), max_length) if section.on_overflow == "split" else [0]
     pieces = []
     for start in starts:
-        ids, labels = encoded.input_ids[start : start + max_length], encoded.labels[start : start + max_length]
-        labels[0] = -100
-        pieces.append(Encoded(ids, labels))
+        here = slice(start, start + max_length)
+        labels = [IGNORE, *encoded.labels[here][1:]]
+        pieces.append(Encoded(encoded.input_ids[here], labels, cut=section.on_overflow == "truncate_turns"))
     pieces = [piece for piece in pieces if piece.trained_tokens]
     if not pieces:
         raise _TooLong(f"with no trained token within training.max_length {max_length}")
-    ledger.split += len(pieces) > 1
-    ledger.cut += section.on_overflow == "truncate_turns"
     return pieces
 
 
 def _split_turns(messages: list[Message], train_on: str, chat: Chat, max_length: int) -> list[Encoded]:
     """The conversation as several, each beginning at a user message with the system text before it.
 
-    Each holds as many exchanges as fit; one exchange that alone does not fit is left out.
+    Each holds as many exchanges as fit; one exchange that alone does not fit is left out, and the row counts as cut.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(system) :]
-    starts = [i for i, message in enumerate(body) if message["role"] == "user"]
+    # What an assistant says before the first user goes with that user's exchange.
+    starts = [0, *(i for i, message in enumerate(body) if message["role"] == "user")]
+    starts = sorted(set(starts[:1] + starts[2:]))
     # Only the whole conversation knows which turn is its last.
     last = max(i for i, message in enumerate(body) if message["role"] == "assistant")
     body = [
@@ -423,7 +472,7 @@ def _split_turns(messages: list[Message], train_on: str, chat: Chat, max_length:
         else message
         for i, message in enumerate(body)
     ]
-    pieces, begin = [], 0
+    pieces, begin, lost = [], 0, False
     while begin < len(starts):
         best, end = None, begin + 1
         for end_try in range(begin + 1, len(starts) + 1):
@@ -439,10 +488,12 @@ def _split_turns(messages: list[Message], train_on: str, chat: Chat, max_length:
             best, end = encoded, end_try
         if best is not None:
             pieces.append(best)
+        else:
+            lost = True
         begin = end
     if not pieces:
         raise _TooLong(f"with no exchange that fits into training.max_length {max_length}")
-    return pieces
+    return [replace(pieces[0], cut=lost), *pieces[1:]]
 
 
 def _dataset(groups: list[list[tuple[str, str, Encoded]]], ledger: Ledger) -> Prepared:
@@ -450,6 +501,9 @@ def _dataset(groups: list[list[tuple[str, str, Encoded]]], ledger: Ledger) -> Pr
     import pyarrow as pa
 
     names, ids, labels = [], [], []
+    for group in groups:
+        ledger.split += len(group) > 1
+        ledger.cut += any(row.cut for _, _, row in group)
     for name, source, row in (piece for group in groups for piece in group):
         if not row.trained_tokens:
             ledger.dropped["with nothing to train on"] += 1

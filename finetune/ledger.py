@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ class Ledger:
 
     def percentile(self, share: float) -> int:
         """The row length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
-        rank = max(1, round(share * self.kept))
+        rank = max(1, math.ceil(share * self.kept))
         for length in sorted(self.lengths):
             rank -= self.lengths[length]
             if rank <= 0:
@@ -65,5 +66,6 @@ class Ledger:
         share = self.trained_tokens / self.tokens if self.tokens else 0
         return (
             f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
-            f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in (*cut, *lost))
+            f"({share:.0%}), longest {self.percentile(1.0):,}"
+            + "".join(f"; {part}" for part in (*cut, *lost))
         )

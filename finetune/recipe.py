@@ -28,8 +28,8 @@ _TAG = "tag:yaml.org,2002:"
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*"
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
+    r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
 )
 _SECRET_NAME = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -249,6 +249,8 @@ class _Draft:
     faults: list[tuple[str, str]] = field(default_factory=list)
     # Keys whose value could not be read; a second fault about them would be noise.
     broken: set[str] = field(default_factory=set)
+    # What no fault may show, and what it shows instead.
+    secrets: dict[str, str] = field(default_factory=dict)
 
     def at(self, key: str) -> _Node:
         """The node of a dotted key, or the nearest one above it."""
@@ -277,13 +279,12 @@ class _Draft:
             numbered = line.isdecimal()
             return fault[0] == _COMMAND_LINE, file if numbered else fault[0], int(line) if numbered else 0
 
-        leaves = (leaf for _, leaf in self.root.leaves() if leaf.template and leaf.value)
-        secrets = {str(leaf.value): leaf.template for leaf in leaves}
         report = []
         for origin, message in dict.fromkeys(sorted(self.faults, key=position)):
-            for secret, template in secrets.items():
-                message = message.replace(secret, str(template))
-            line = " ".join(_TOKEN.sub("(secret)", f"{origin}: {message}").split())
+            line = f"{origin}: {message}"
+            for secret, template in self.secrets.items():
+                line = line.replace(secret, template)
+            line = " ".join(_TOKEN.sub("(secret)", line).split())
             report.append(line.encode("utf-8", "backslashreplace").decode())
         return report
 
@@ -442,9 +443,14 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, draft: _Draft) -> _Nod
     if _TOKEN.search(node.value) or (named and not variables and isinstance(value, str) and value):
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
         draft.faults.append((origin, f"{key}: a secret is written out; {instead}"))
-        return _Node(value, origin, "(secret)")
-    secret = variables and (named or _TOKEN.search(text) or any(map(_SECRET_NAME.search, variables)))
-    return _Node(value, origin, node.value if secret else None)
+        template = "(secret)"
+    elif variables and (named or _TOKEN.search(text) or any(map(_SECRET_NAME.search, variables))):
+        template = node.value
+    else:
+        return _Node(value, origin)
+    if text:
+        draft.secrets[text] = template
+    return _Node(value, origin, template)
 
 
 def _override(draft: _Draft, text: str) -> None:

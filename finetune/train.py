@@ -17,6 +17,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -39,12 +40,9 @@ from finetune.recipe import Recipe
 
 Say = Callable[[str], None]
 
-# What a finished run holds in its root; the first of them that exists says that it is finished.
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-
 
 class TrainError(ValueError):
-    """The run cannot start, or cannot go on."""
+    """The run cannot go on."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -59,27 +57,20 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     """The run directory of a recipe, trained.
 
     Raises:
-        TrainError: The output directory is in use, or the loss is no longer finite.
+        TrainError: The loss is no longer finite, or something cannot be saved.
+        RunError: The output directory is in use, or there is nothing to go on from.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
-        RecipeError, ModelError, TemplateError, DataError, ResumeError: From the rooms that raise them.
+        ModelError, TemplateError, DataError: From the rooms that raise them.
     """
     output = Path(recipe.training["output_dir"])
     resume = recipe.training.get("resume_from_checkpoint") or False
-    check_output(output, resume)
+    checkpoint.check_output(output, resume)
     main = _is_main()
 
     tokenizer = load_tokenizer(recipe.model)
     chat = Chat(tokenizer)
-    uses_chat = any(source.format != "text" and not source.raw for source in recipe.data.train)
-    if uses_chat and tokenizer.chat_template is not None:
-        end_of_turn = [chat.end_of_turn_id]
-    elif uses_chat and any(source.format is not None for source in recipe.data.train):
-        raise TrainError(
-            f"model.chat_template: {recipe.model.name_or_path} has no chat template of its own; "
-            "write the one of its family (gemma, gemma3, chatml) or a .jinja file"
-        )
-    else:
-        end_of_turn = []
+    chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
+    end_of_turn = [chat.end_of_turn_id] if chats and tokenizer.chat_template is not None else []
     data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
     say(f"data: {data.ledger.summary()}")
     if evaluation.dataset is not None:
@@ -135,36 +126,14 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     return output
 
 
-def check_output(output: Path, resume: str | bool) -> None:
-    """Refuses an output directory that holds a run, unless it is to go on.
-
-    Raises:
-        TrainError: It is not empty.
-    """
-    if output.is_dir() and any(output.iterdir()):
-        if is_finished(output) and resume is True:
-            raise TrainError(
-                f"training.output_dir: {output} holds a finished run; choose another directory, or delete it"
-            )
-        if not resume:
-            raise TrainError(
-                f"training.output_dir: {output} is not empty; choose another directory, delete it, or go on with its "
-                "run: training.resume_from_checkpoint=true"
-            )
-    elif output.exists() and not output.is_dir():
-        raise TrainError(f"training.output_dir: {output} is a file")
-
-
-def is_finished(output: Path) -> bool:
-    """Whether a run directory holds the weights of a run that came to its end."""
-    return any((output / name).exists() for name in WEIGHTS)
-
-
 def environment(model: Any) -> dict[str, Any]:
     """Versions, device and commit of this run."""
     names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
     git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
@@ -175,7 +144,9 @@ def environment(model: Any) -> dict[str, Any]:
         "platform": platform.system(),
         "commit": git.stdout.strip() or None,
         "base_commit": getattr(model.config, "_commit_hash", None),
-        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
+            "torch."
+        ),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
 
@@ -240,7 +211,9 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
 def _check_rows(trainer: _Trainer, data: Prepared) -> None:
     """The rows that trl trains on are the ledger's."""
     if not trainer.args.packing and len(trainer.train_dataset) != data.ledger.kept:
-        raise DataError(f"trl would train on {len(trainer.train_dataset)} rows where the ledger counts {data.ledger.kept}")
+        raise DataError(
+            f"trl would train on {len(trainer.train_dataset)} rows where the ledger counts {data.ledger.kept}"
+        )
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
@@ -258,10 +231,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        with _saving(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.complete(folder, self.state.global_step)
         if self.args.should_save:
-            checkpoint.complete(folder, self.state.global_step)
             # Older ones go only now: until the marker is written this one does not count.
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
@@ -276,8 +251,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the rows "
-                f"{', '.join(self._rows(ids, mask))}. Nothing was learned from them; the last checkpoint is sound. Look at "
-                "these rows, lower training.learning_rate, or set training.max_grad_norm"
+                f"{', '.join(self._rows(ids, mask))}. This step was not taken and checkpoints are kept. Look at these "
+                "rows, lower training.learning_rate, or warm up (training.warmup_steps)"
             )
         return loss
 
@@ -288,6 +263,22 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         batch = {tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True)}
         found = (row["row"] for row in self.train_dataset if tuple(row["input_ids"]) in batch)
         return [name for name, _ in zip(found, batch, strict=False)]
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """A folder that cannot be saved (most often: a full disk) is removed again, and told in one line."""
+    try:
+        yield
+    # torch and safetensors tell a full disk by their own errors.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainError(
+            f"{folder} could not be saved: {reason} ({free:,.0f} MiB free). What was saved before is untouched; make "
+            "room and go on with training.resume_from_checkpoint=true"
+        ) from error
 
 
 class _Record(TrainerCallback):  # type: ignore[misc]
@@ -303,7 +294,11 @@ class _Record(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             # What a resumed run does again is recorded once.
-            kept = [line for line in old if json.loads(line)["step"] <= self.start_step] if self.start_step else []
+            kept = (
+                [line for line in old if json.loads(line)["step"] <= self.start_step]
+                if self.start_step
+                else []
+            )
             checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -345,10 +340,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
         console = Console(stderr=True)
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=console,
-            )  # fmt: skip
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), note)
+            self.bar = Progress(*columns, console=console)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
             self.bar.start()
 
@@ -424,16 +418,17 @@ def _evaluated_now(trainer: _Trainer) -> bool:
 def _finish(trainer: _Trainer, recipe: Recipe, output: Path) -> None:
     """The finished run's files, the weights last: where they are, all else is."""
     beside = output / ".finished"
-    with quiet():
+    with _saving(beside), quiet():
         trainer.save_model(str(beside))
+        if trainer.args.should_save:
+            trainer.model.generation_config.save_pretrained(beside)
     if not trainer.args.should_save:
         return
-    trainer.model.generation_config.save_pretrained(beside)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     draw_losses(output / "metrics.jsonl", output / "loss.png")
-    for path in sorted(beside.iterdir(), key=lambda p: (p.name in WEIGHTS, p.name)):
+    for path in sorted(beside.iterdir()):
         checkpoint.sync(path)
-        if path.name == "adapter_config.json" or path.name not in WEIGHTS:
+        if path.name not in checkpoint.WEIGHTS:
             path.replace(output / path.name)
     checkpoint.write_whole(output / "README.md", hub.model_card(output, recipe))
     for path in sorted(beside.iterdir()):

@@ -669,7 +669,7 @@ def test_secrets_of_the_environment_are_not_written_out(monkeypatch: pytest.Monk
     saved = recipe.to_yaml()
     assert TOKEN not in saved
     assert "sesame" not in saved
-    assert '  run_name: "a 😀 ${A}"  # r.yaml:3\n  project: "${MY_API_KEY}"  # r.yaml:3\n' in saved
+    assert '  run_name: "a \\U0001F600 ${A}"  # r.yaml:3\n  project: "${MY_API_KEY}"  # r.yaml:3\n' in saved
     assert "  optim_args: harmless  # r.yaml:3\n" in saved
     assert load(saved, name="saved.yaml") == recipe
     faults = report(
@@ -680,6 +680,9 @@ def test_secrets_of_the_environment_are_not_written_out(monkeypatch: pytest.Monk
     faults = report(BASE + "training: {debug: '${MY_API_KEY}'}\n")
     assert faults[0].startswith("r.yaml:3: training.debug: is ${MY_API_KEY}; SFTConfig says: ")
     assert "sesame" not in faults[0]
+    assert report("extends: ${MY_API_KEY}") == [
+        "r.yaml:1: extends: ${MY_API_KEY} can't be read (No such file or directory); write the path of a recipe"
+    ]
 
 
 def test_to_yaml() -> None:

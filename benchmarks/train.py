@@ -1,0 +1,98 @@
+"""Training speed on this machine, in one run: bare `trl.SFTTrainer` and ours with the same settings, step by step.
+
+    python benchmarks/train.py [STEPS]
+
+Each step trains the same batch three times over: bare trl, ours with the same parameters, and ours as the quickstart
+trains (two token rows more, on which bare trl 1.16 fails). The losses of the like pair must agree. Prints medians and
+the ratio of tokens per second, as a row for docs/benchmarks.md.
+"""
+
+import datetime
+import statistics
+import sys
+import time
+import warnings
+from typing import Any
+
+import peft
+import torch
+from trl import SFTTrainer
+
+from finetune import train
+from finetune.chat import Chat
+from finetune.data import build
+from finetune.loss import use_token_head
+from finetune.model import load_model, load_tokenizer
+from finetune.recipe import load_recipe
+
+RECIPE = "recipes/quickstart.yaml"
+
+
+def trainer_of(kind: str) -> Any:
+    """A trainer ready to step: `bare`, `ours` or `rows`."""
+    rows = "auto" if kind == "rows" else "null"
+    recipe = load_recipe(
+        RECIPE, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"]
+    )
+    chat = Chat(load_tokenizer(recipe.model))
+    data, evaluation = build(recipe.data, chat, recipe.training["max_length"])
+    arguments = {
+        "args": train._training_arguments(recipe, packs=False),
+        "train_dataset": data.dataset,
+        "eval_dataset": evaluation.dataset,
+        "processing_class": chat.tokenizer,
+    }
+    torch.manual_seed(0)
+    if kind == "bare":
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
+        trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
+    else:
+        trainer = train._Trainer(model=train._model(recipe, chat, lambda line: None), **arguments)
+        use_token_head(trainer.model.get_base_model())
+    trainer.model.train()
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what `train()` sets before its first step
+    return trainer
+
+
+def main(steps: int) -> None:
+    warnings.simplefilter("ignore")
+    trainers = {kind: trainer_of(kind) for kind in ("bare", "ours", "rows")}
+    batches = [
+        batch for batch, _ in zip(trainers["bare"].get_train_dataloader(), range(steps + 1), strict=False)
+    ]
+    seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
+    for number, batch in enumerate(batches):
+        losses = {}
+        for kind, trainer in trainers.items():
+            start = time.perf_counter()
+            losses[kind] = trainer.training_step(trainer.model, dict(batch)).item()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            if number:  # the first one warms up
+                seconds[kind].append(time.perf_counter() - start)
+        assert abs(losses["bare"] - losses["ours"]) < 2e-3 * losses["bare"], losses
+        print(
+            number,
+            {kind: f"{found[-1]:.2f} s" for kind, found in seconds.items() if found},
+            losses,
+            flush=True,
+        )
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches[1:]]
+    rate = {
+        kind: statistics.median(t / s for t, s in zip(tokens, found, strict=True))
+        for kind, found in seconds.items()
+    }
+    ratio = {
+        kind: statistics.median(a / b for a, b in zip(seconds["bare"], seconds[kind], strict=True))
+        for kind in ("ours", "rows")
+    }
+    day = datetime.date.today()
+    print(
+        f"| {day} | {torch.get_num_threads()} CPU threads | {rate['bare']:.0f} "
+        f"| {rate['ours']:.0f} | {ratio['ours']:.2f} | {rate['rows']:.0f} | {ratio['rows']:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)

@@ -1,0 +1,365 @@
+"""YAML text to a tree of values that know where they were written, and the list of what is wrong with them."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMAND_LINE = "command line"
+NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+
+_TAG = "tag:yaml.org,2002:"
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
+_TOKEN = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
+)
+_SECRET_NAME = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+
+
+@dataclass
+class Node:
+    """A scalar, a `dict[str, Node]` or a `list[Node]`, and where it was written.
+
+    Values keep their place through `extends` and overrides, so that every fault can name a line.
+    """
+
+    value: Any
+    origin: str
+    # How to show a secret without showing it.
+    template: str | None = None
+
+    def plain(self) -> Any:
+        """The value without the places."""
+        if isinstance(self.value, dict):
+            return {name: child.plain() for name, child in self.value.items()}
+        return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
+
+    def child(self, name: str) -> "Node | None":
+        """What a map has under a name, or a list at an index."""
+        children = self.value
+        if isinstance(children, list):
+            children = {str(i): item for i, item in enumerate(children)}
+        found: Node | None = children.get(name) if isinstance(children, dict) else None
+        return found
+
+    def shown(self) -> str:
+        """The value as a fault shows it: short, on one line, no secret in it."""
+        return self.template or _shown(self.plain())
+
+    def leaves(self, key: str = "") -> Iterator[tuple[str, "Node"]]:
+        """Each scalar and each empty map or list, with its dotted key."""
+        if not isinstance(self.value, dict | list) or not self.value:
+            yield key, self
+            return
+        for name, child in self.value.items() if isinstance(self.value, dict) else enumerate(self.value):
+            yield from child.leaves(f"{key}.{name}".lstrip("."))
+
+
+def _shown(value: Any) -> str:
+    text = _TOKEN.sub("(secret)", json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass
+class Draft:
+    """A recipe while it is read and checked: its tree, and the faults so far as `(origin, message)`."""
+
+    root: Node
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    # Keys whose value could not be read; a second fault about them would be noise.
+    broken: set[str] = field(default_factory=set)
+    # What no fault may show, and what it shows instead.
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def at(self, key: str) -> Node:
+        """The node of a dotted key, or the nearest one above it."""
+        node = self.root
+        for name in key.split("."):
+            node = node.child(name) or node
+        return node
+
+    def shown(self, key: str) -> str:
+        """The value at a key as a fault shows it."""
+        return self.at(key).shown()
+
+    def fault(self, key: str, message: str) -> None:
+        """Notes what is wrong with the value at a key."""
+        self.faults.append((self.at(key).origin, f"{key}: {message}"))
+
+    def unreadable(self, key: str, origin: str, message: str) -> Node:
+        """A node that stands for nothing, because of a fault."""
+        self.faults.append((origin, f"{key}: {message}" if key else message))
+        self.broken.add(key)
+        return Node(None, origin)
+
+    def report(self) -> list[str]:
+        """The faults in reading order, without the secrets, each on one line that any terminal can print."""
+
+        def position(fault: tuple[str, str]) -> tuple[bool, str, int]:
+            file, _, line = fault[0].rpartition(":")
+            numbered = line.isdecimal()
+            return fault[0] == COMMAND_LINE, file if numbered else fault[0], int(line) if numbered else 0
+
+        report = []
+        for origin, message in dict.fromkeys(sorted(self.faults, key=position)):
+            line = f"{origin}: {message}"
+            for secret, template in self.secrets.items():
+                line = line.replace(secret, template)
+            line = " ".join(_TOKEN.sub("(secret)", line).split())
+            report.append(line.encode("utf-8", "backslashreplace").decode())
+        return report
+
+
+# Plain scalars by their YAML 1.2 type: `2e-4` is a number, the `no` of `eval_strategy: no` is text.
+_PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (
+        NUMBER + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
+    ),
+    "merge": (r"<<", str),
+    "str": (r"(?s:.*)", str),
+}
+
+
+def _type_of(text: str) -> str:
+    """The type of a plain scalar: the first of `_PLAIN` that it is written like."""
+    return next(name for name, (pattern, _) in _PLAIN.items() if re.fullmatch(pattern, text))
+
+
+class _Loader(yaml.SafeLoader):
+    """Gives plain scalars the types of `_PLAIN`."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (declared so upstream)
+
+
+for _name, (_pattern, _) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), [None])
+
+
+def scalar_text(value: Any) -> str:
+    """A scalar, or an empty list or map, as YAML that is read back as the same value."""
+    if not isinstance(value, str):
+        return re.sub(r"Infinity|NaN", lambda word: f".{word[0][:3].lower()}", json.dumps(value))
+    if re.fullmatch(r"[A-Za-z_./][\w./@+:-]*", value) and value[-1] != ":" and _type_of(value) == "str":
+        return value
+    return quoted(value.replace("${", "$${"))
+
+
+def quoted(text: str) -> str:
+    """A text in double quotes on one line; a `${NAME}` in it is read from the environment again."""
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
+
+
+class _BadYaml(ValueError):
+    """What PyYAML says, and the line that it says it of."""
+
+    def __init__(self, problem: str, line: int) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def read_file(path: Path, draft: Draft, chain: tuple[Path, ...] = (), origin: str = "") -> Node | None:
+    """The tree of a file, laid over that of the file it extends; None (and a fault) where one can't be read.
+
+    Args:
+        path: the file.
+        draft: takes the faults.
+        chain: the files that led here by `extends`, resolved.
+        origin: the line that says `extends`.
+    """
+    where, who = (origin, f"extends: {path} ") if origin else (str(path), "")
+    try:
+        node = _parse(path.read_text(encoding="utf-8-sig"), str(path), "", draft)
+    except _BadYaml as error:
+        draft.faults.append((f"{path}:{error.line}", f"is not YAML: {error}"))
+        return None
+    except UnicodeDecodeError as error:
+        draft.faults.append((where, f"{who}is not UTF-8 (byte {error.start}); save it as UTF-8"))
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        draft.faults.append((where, f"{who}can't be read ({reason}); write the path of a recipe"))
+        return None
+    if not node or not isinstance(node.value, dict):
+        there = node.shown() if node else "empty"
+        draft.faults.append((where, f"{who}is {there}; write at least the sections model and data"))
+        return None
+
+    extends = node.value.pop("extends", Node(None, str(path)))
+    if extends.value is None:
+        return None if "extends" in draft.broken else node
+    if not isinstance(extends.value, str):
+        draft.faults.append((extends.origin, f"extends: is {extends.shown()}; write the path of one recipe"))
+        return None
+    parent = Path(os.path.normpath(path.parent / extends.value))
+    chain = (*chain, path.resolve())
+    if parent.resolve() in chain:
+        draft.faults.append(
+            (extends.origin, f"extends: {parent} leads back to itself; remove one extends")
+        )
+        return None
+    base = read_file(parent, draft, chain, extends.origin)
+    return base and _merged(base, node)
+
+
+def _parse(text: str, file: str, key: str, draft: Draft) -> Node | None:
+    """The tree of a text, None when it is empty; `key` is where it belongs in the recipe."""
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        return _convert(root, file, file, key, draft) if root else None
+    except RecursionError:
+        raise _BadYaml("nested too deeply", 1) from None
+    except yaml.reader.ReaderError as error:
+        raise _BadYaml(error.reason, text.count("\n", 0, error.position) + 1) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _BadYaml(str(error.problem), mark.line + 1 if mark else 1) from None
+
+
+def _merged(base: Node, node: Node) -> Node:
+    """Maps are merged; everything else replaces what was there."""
+    if not (isinstance(base.value, dict) and isinstance(node.value, dict)):
+        return node
+    under = base.value
+    over = {
+        name: _merged(under[name], child) if name in under else child for name, child in node.value.items()
+    }
+    return Node(under | over, node.origin)
+
+
+def _convert(
+    node: yaml.Node, file: str, origin: str, key: str, draft: Draft, above: tuple[yaml.Node, ...] = ()
+) -> Node:
+    """What PyYAML composed as a tree of ours; `above` are the nodes around it."""
+
+    def place(mark: yaml.Mark) -> str:
+        return file if file == COMMAND_LINE else f"{file}:{mark.line + 1}"
+
+    def convert(child: yaml.Node, name: str | int, mark: yaml.Mark) -> Node:
+        return _convert(child, file, place(mark), f"{key}.{name}".lstrip("."), draft, (*above, node))
+
+    if any(node is ancestor for ancestor in above):
+        return draft.unreadable(key, origin, "contains itself; write the value out")
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, origin, key, draft)
+    if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+        return draft.unreadable(key, origin, f"has the tag {node.tag.replace(_TAG, '!!')}; remove the tag")
+    if isinstance(node, yaml.SequenceNode):
+        return Node([convert(item, i, item.start_mark) for i, item in enumerate(node.value)], origin)
+
+    inherited: dict[str, Node] = {}
+    own: dict[str, Node] = {}
+    seen: dict[str, int] = {}
+
+    def fault(mark: yaml.Mark, message: str) -> None:
+        draft.faults.append((place(mark), f"{key}: {message}" if key else message))
+
+    for key_node, value_node in node.value:
+        mark, name = key_node.start_mark, key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            fault(mark, "a list or map stands as a key; write a name")
+            continue
+        if name in seen:
+            fault(mark, f"{name} is written twice, first on line {seen[name]}; keep one")
+        seen[name] = mark.line + 1
+        if key_node.tag != f"{_TAG}merge":
+            own[name] = convert(value_node, name, mark)
+            continue
+        for merged in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+            if isinstance(merged, yaml.MappingNode):
+                extra = _convert(merged, file, origin, key, draft, (*above, node))
+                inherited = (extra.value or {}) | inherited
+            else:
+                fault(mark, "<< merges something else than a map; write a map")
+    return Node(inherited | own, origin)
+
+
+def _scalar(node: yaml.ScalarNode, origin: str, key: str, draft: Draft) -> Node:
+    """A scalar with the environment read into it, and a fault for a secret that is written out."""
+    text, kind = str(node.value), node.tag.removeprefix(_TAG)
+    variables: list[str] = []
+    problems: list[str] = []
+
+    def expand(match: re.Match[str]) -> str:
+        if match[0] == "$${":
+            return "${"
+        name = match[1]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not match[0].endswith("}"):
+            shown = _shown(match[0])
+            problems.append(f"{shown} names no variable; write ${{NAME}}, or $${{ for the characters")
+        elif name not in os.environ:
+            problems.append(f"{match[0]} is not set in the environment; export {name}, or write the value")
+        variables.append(name)
+        return os.environ.get(name, "")
+
+    if kind == "str" and "${" in text:
+        text = _VARIABLE.sub(expand, text)
+        # Plain `${STEPS}` may be a number, like the value itself; in quotes it is text.
+        kind = _type_of(text) if node.style is None else kind
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        problems.append("has a character that no text may have (NUL or half a surrogate pair); remove it")
+    for problem in problems:
+        draft.unreadable(key, origin, problem)
+    if problems:
+        return Node(None, origin)
+    try:
+        value = _PLAIN[kind][1](text)
+    except (KeyError, ValueError):
+        there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
+        return draft.unreadable(key, origin, f"{there}; write text or a number")
+
+    named = _SECRET_NAME.search(key.rpartition(".")[2])
+    if _TOKEN.search(node.value) or (named and not variables and isinstance(value, str) and value):
+        instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
+        draft.faults.append((origin, f"{key}: a secret is written out; {instead}"))
+        template = "(secret)"
+    elif variables and (named or _TOKEN.search(text) or any(map(_SECRET_NAME.search, variables))):
+        template = node.value
+    else:
+        return Node(value, origin)
+    if text:
+        draft.secrets[text] = template
+    return Node(value, origin, template)
+
+
+def override(draft: Draft, text: str) -> None:
+    """Lays `section.key=value`, the value in YAML, over the tree."""
+
+    def fault(message: str) -> None:
+        draft.faults.append((COMMAND_LINE, message))
+
+    key, equals, value = text.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        return fault(f"{_shown(text)} is no override; write section.key=value")
+    if names[0] == "extends":
+        return fault("extends: can't be overridden; write it into a recipe")
+    try:
+        node = _parse(value, COMMAND_LINE, key, draft) or Node(None, COMMAND_LINE)
+    except _BadYaml as error:
+        return fault(f"{key}: the value is not YAML: {error}; quote it")
+    here = draft.root
+    for depth, name in enumerate(names):
+        if here.value is None:
+            here.value = {}
+        if isinstance(here.value, dict):
+            here.value.setdefault(name, Node(None, COMMAND_LINE))
+        found = here.child(name)
+        if found is None:
+            above = ".".join(names[:depth])
+            there = f"a list of {len(here.value)}" if isinstance(here.value, list) else here.shown()
+            return fault(f"{key}: {above} is {there}, with no {name}; write the whole of {above}")
+        here = found
+    merged = _merged(here, node)
+    here.value, here.origin, here.template = merged.value, merged.origin, merged.template
+    return None

