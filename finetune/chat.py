@@ -249,11 +249,11 @@ class Chat:
             text.encode()
         except UnicodeEncodeError as error:
             raise LabelError(
-                f"{where}: its text holds half a character ({text[error.start]!r} at place {error.start + 1}), not Unicode"
+                f"{where}: its text holds half a character ({text[error.start]!r}), not Unicode"
             ) from error
         if any(first in text for first in self._special_first):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            # The unknown token stands for any text that the vocabulary lacks, and is special only where it is spelt out.
+            # The unknown token stands for all that the vocabulary lacks; special is it only where it is spelt out.
             unknown = self.tokenizer.unk_token
             harmless = {self.tokenizer.unk_token_id} if unknown is None or unknown not in text else set()
             found = next((i for i in ids if i in self._special_ids - harmless), None)

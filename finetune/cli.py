@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -119,7 +120,9 @@ def _train(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from finetune.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    # Standard output is ours alone: trackers greet on it when they are imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
         sections: dict[str, Any] = {"model": recipe.model.model_dump(), "data": recipe.data.model_dump()}
         sections |= {"training": recipe.training, "lora": recipe.lora, "quantization": recipe.quantization}
@@ -214,10 +217,10 @@ def _silence() -> None:
 
 def _faults(error: Exception) -> list[str]:
     """The lines to show where the fault is the user's; none where it is ours."""
+    from finetune.base import ModelError
     from finetune.chat import LabelError, TemplateError
     from finetune.checkpoint import RunError
     from finetune.data import DataError
-    from finetune.model import ModelError
     from finetune.recipe import RecipeError
 
     if isinstance(error, RecipeError):

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from finetune.chat import IGNORE, Chat, Encoded, LabelError, Message, TemplateError
 from finetune.ledger import Ledger
@@ -223,7 +223,7 @@ def _read_file(name: str) -> Iterator[tuple[str, Row | LabelError]]:
         raise DataError(
             f"{name}: not a file of rows by its name, which must end in {', '.join(readers)} or these and .gz"
         )
-    with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
+    with cast("IO[bytes]", gzip.open(name) if name.endswith(".gz") else open(name, "rb")) as file:
         yield from read(name, file)
 
 
@@ -351,7 +351,7 @@ def _encoded(
 ) -> list[list[tuple[str, str, Encoded]]]:
     """The usable rows of a source, each as the one or several rows that it became."""
     groups = []
-    form = source.format
+    form: str | None = source.format
     read, mapped = ledger.read, False
     for name, row in read_rows(source):
         ledger.read += 1
@@ -441,7 +441,7 @@ def _cut_turns(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def _cut_text(section: DataSection, encoded: Encoded, max_length: int) -> list[Encoded]:
-    """A row without turns has no better place to be cut than at `max_length`; `split` keeps the rest as further rows."""
+    """A row without turns has no better place to be cut than `max_length`; `split` keeps the rest as further rows."""
     starts = range(0, len(encoded.input_ids), max_length) if section.on_overflow == "split" else [0]
     pieces = []
     for start in starts:
@@ -462,8 +462,7 @@ def _split_turns(messages: list[Message], train_on: str, chat: Chat, max_length:
     system = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(system) :]
     # What an assistant says before the first user goes with that user's exchange.
-    starts = [0, *(i for i, message in enumerate(body) if message["role"] == "user")]
-    starts = sorted(set(starts[:1] + starts[2:]))
+    starts = [0, *[i for i, message in enumerate(body) if message["role"] == "user"][1:]]
     # Only the whole conversation knows which turn is its last.
     last = max(i for i, message in enumerate(body) if message["role"] == "assistant")
     body = [
@@ -484,12 +483,11 @@ def _split_turns(messages: list[Message], train_on: str, chat: Chat, max_length:
                 continue
             encoded = chat.encode(part, train_on if train_on == "all" else "assistant")
             if len(encoded.input_ids) > max_length:
+                lost |= best is None
                 break
             best, end = encoded, end_try
         if best is not None:
             pieces.append(best)
-        else:
-            lost = True
         begin = end
     if not pieces:
         raise _TooLong(f"with no exchange that fits into training.max_length {max_length}")

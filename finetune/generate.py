@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, Message
-from finetune.model import (
-    ModelError,
-    lighten_trainable_tokens,
-    load_base,
-    load_tokenizer,
-    locate,
-    quiet,
-    resolve_dtype,
-)
+from finetune.model import lighten_trainable_tokens, load_base, load_tokenizer, resolve_dtype
 from finetune.recipe import ModelSection
 
 if TYPE_CHECKING:

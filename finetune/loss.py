@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# Scores held at once, twice over: 2^26 float32 are 256 MiB. With fewer rows at once a matrix product reads the weight too
-# often: of 262,144 x 640, 256 rows went 1.2 times as fast as 128 (two threads).
+# Scores held at once, twice over: 2^26 float32 are 256 MiB. With fewer rows at once a matrix product reads the weight
+# too often: by one of 262,144 x 640, 256 rows went 1.2 times as fast as 128 (two threads).
 _TILE = 2**26
 # Of the product, so many columns at once: its own tiles then stay in cache (1.2 times as fast as all at once).
 _COLUMNS = 2**13

@@ -120,7 +120,7 @@ class Draft:
 # Plain scalars by their YAML 1.2 type: `2e-4` is a number, the `no` of `eval_strategy: no` is text.
 _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: {"true": True, "false": False}[text.lower()]),
     "int": (r"[-+]?[0-9]+", int),
     "float": (
         NUMBER + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -204,9 +204,7 @@ def read_file(path: Path, draft: Draft, chain: tuple[Path, ...] = (), origin: st
     parent = Path(os.path.normpath(path.parent / extends.value))
     chain = (*chain, path.resolve())
     if parent.resolve() in chain:
-        draft.faults.append(
-            (extends.origin, f"extends: {parent} leads back to itself; remove one extends")
-        )
+        draft.faults.append((extends.origin, f"extends: {parent} leads back to itself; remove one extends"))
         return None
     base = read_file(parent, draft, chain, extends.origin)
     return base and _merged(base, node)

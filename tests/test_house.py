@@ -12,15 +12,19 @@ from finetune.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports only rooms above it in this list.
 ROOMS = [
+    "reader",
+    "upstream",
     "recipe",
     "chat",
     "ledger",
     "data",
+    "base",
     "model",
     "loss",
     "generate",
     "hub",
     "checkpoint",
+    "record",
     "train",
     "cli",
     "__main__",

@@ -9,15 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.base import RANDOM_ARCHITECTURES, ModelError, locate
 from finetune.chat import Chat
 from finetune.loss import use_token_head
 from finetune.model import (
-    RANDOM_ARCHITECTURES,
-    ModelError,
     lighten_trainable_tokens,
     load_base,
     load_tokenizer,
-    locate,
     trainable_token_indices,
     unlearned_tokens,
 )

@@ -1,0 +1,135 @@
+"""What a run shows while it goes on and keeps of it: `metrics.jsonl`, a bar or lines, `loss.png`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune import checkpoint
+
+
+class Record(TrainerCallback):  # type: ignore[misc]
+    """`metrics.jsonl`: each logged record with its step, seconds and tokens per second."""
+
+    def __init__(self, output: Path, start: Path | None) -> None:
+        self.path = output / "metrics.jsonl"
+        self.start_step = int(start.name.removeprefix("checkpoint-")) if start else 0
+        self.mark = (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = (time.monotonic(), 0.0)
+        if state.is_world_process_zero:
+            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            # What a resumed run does again is recorded once.
+            kept = (
+                [line for line in old if json.loads(line)["step"] <= self.start_step]
+                if self.start_step
+                else []
+            )
+            checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        record: dict[str, Any] = {"step": state.global_step}
+        record |= {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
+        if "loss" in record:
+            now, tokens = time.monotonic(), float(record["num_tokens"])
+            before, counted = self.mark
+            if tokens > counted:
+                record["tokens_per_second"] = round((tokens - counted) / (now - before), 1)
+            self.mark = (now, tokens)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        logs.setdefault("tokens_per_second", record.get("tokens_per_second"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Evaluation is not training time.
+        self.mark = (time.monotonic(), self.mark[1])
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar on a terminal; elsewhere a line for each logged record."""
+
+    def __init__(self, say: Callable[[str], None], silent: bool) -> None:
+        self.say, self.silent = say, silent
+        self.bar: Any = None
+        self.task: Any = None
+        self.began, self.first = 0.0, 0
+        self.last: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+        if self.silent or not state.is_world_process_zero:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), note)
+            self.bar = RichProgress(*columns, console=console)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.silent or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._line(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.3f}")
+        elif "loss" in logs:
+            speed = logs.get("tokens_per_second")
+            note = f"loss {float(logs['loss']):.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            if self.bar:
+                self.bar.update(self.task, note=note)
+            else:
+                done = state.global_step - self.first
+                left = (time.monotonic() - self.began) / max(1, done) * (state.max_steps - state.global_step)
+                self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def _line(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            self.say(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def draw_losses(metrics: Path, into: Path) -> None:
+    """The training and evaluation losses by step, as a picture."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean over trained tokens, nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = into.with_name(f".{into.name}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(into)

@@ -1,0 +1,132 @@
+"""Bad input through the command line: one exact line, exit 2, and nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base import locate
+from finetune.cli import main
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+MEND = "; mend the row, or write data.on_bad_row: skip"
+CASES: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "rows.jsonl: the file is empty"),
+    "ends in the middle of a row": (
+        lines(GOOD) + b'{"messages": [{"role": "us',
+        "rows.jsonl:2: not JSON: Unterminated string starting at at column 24 (the file ends in the middle of a row)"
+        + MEND,
+    ),
+    "no messages": (lines(GOOD, {"messages": []}), "rows.jsonl:2: it has no messages" + MEND),
+    "roles that do not alternate": (
+        lines(chat(("user", "a"), ("user", "b"), ("assistant", "c"))),
+        "rows.jsonl:1: the chat template refuses it: roles must alternate user, assistant, user, ... after the system "
+        "message; turn 2 is user" + MEND,
+    ),
+    "empty assistant turn": (
+        lines(GOOD, chat(("user", "a"), ("assistant", " \n"))),
+        "rows.jsonl:2: message 2: the assistant's text is empty" + MEND,
+    ),
+    "unknown role": (
+        lines(chat(("user", "a"), ("bot", "b"))),
+        "rows.jsonl:1: message 2: unknown role 'bot'; known are system, user, assistant, tool" + MEND,
+    ),
+    "invalid UTF-8": (
+        lines(GOOD) + b'{"messages": "caf\xe9"}\n',
+        "rows.jsonl:2: not UTF-8: byte 0xe9 at place 18 of the line" + MEND,
+    ),
+    "special token in the text": (
+        lines(chat(("user", "what is <end_of_turn>?"), ("assistant", "a token"))),
+        "rows.jsonl:1: message 1: its text holds <end_of_turn>, which is a special token of this tokenizer"
+        + MEND,
+    ),
+    "unknown format": (
+        lines({"question": "a", "answer": "b"}),
+        "rows.jsonl: its format is not known from its columns (question, answer); write `format` (messages, sharegpt, "
+        "alpaca, prompt_completion, text) and `columns`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CASES.values(), ids=CASES)
+def test_bad_rows(
+    content: bytes, message: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(data={"train": [{"path": "rows.jsonl"}]})
+    Path("rows.jsonl").write_bytes(content)
+    assert main(["train", "--quiet", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not Path("run").exists()
+
+
+def test_no_row_left(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(data={"train": [{"path": "rows.jsonl"}], "on_bad_row": "skip"})
+    Path("rows.jsonl").write_bytes(lines(chat(("user", "a")), chat(("user", "a"), ("assistant", ""))))
+    assert main(["train", "--quiet", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        "error: no row is left to train on: 0 of 2 rows, 0 tokens, 0 trained on (0%), longest 0; "
+        "1 there is no assistant message; 1 the assistant's text is empty\n"
+    )
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"name_or_path": "weightless"},
+            "model.name_or_path: weightless holds no weights; weights must be .safetensors",
+        ),
+        (
+            {"name_or_path": "pickled"},
+            "model.name_or_path: pickled holds only pytorch_model.bin, a pickle, which can run code when it is read; "
+            "weights must be .safetensors",
+        ),
+        (
+            {"name_or_path": "random:gemma3", "chat_template": "foreign.jinja"},
+            "chat template: it writes <|turn|>, a token that this tokenizer lacks; choose a template of the model's "
+            "own family",
+        ),
+        (
+            {"name_or_path": "untemplated"},
+            "model.chat_template: this model has no chat template of its own; write the one of its family (gemma, "
+            "gemma3, chatml) or a .jinja file",
+        ),
+    ],
+    ids=["no weights", "pickle only", "foreign template", "no template"],
+)
+def test_bad_models(
+    model: dict[str, str], message: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(model=model, data={"train": [{"path": "rows.jsonl"}]})
+    Path("rows.jsonl").write_bytes(lines(GOOD))
+    Path("foreign.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+    )
+    source = Path(locate("random:gemma"))
+    for name, kept in {
+        "weightless": lambda p: p.suffix != ".safetensors",
+        "pickled": lambda p: p.suffix != ".safetensors",
+        "untemplated": lambda p: p.suffix != ".jinja",
+    }.items():
+        Path(name).mkdir()
+        for file in source.iterdir():
+            if kept(file):
+                (Path(name) / file.name).write_bytes(file.read_bytes())
+    Path("pickled/pytorch_model.bin").write_bytes(b"not read")
+    assert main(["train", "--quiet", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not Path("run").exists()
