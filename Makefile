@@ -40,7 +40,7 @@ test-lowest:
 	@echo "== the oldest releases that pyproject.toml allows, in .venv-lowest"
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[quickstart,dev]'
 	.venv-lowest/bin/python -m pytest
 
 .venv/.%: pyproject.toml

@@ -301,8 +301,8 @@ class Chat:
                 f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
             )
         behind = found + len(content)
-        for place, (token, (first, _)) in enumerate(zip(ids, offsets, strict=True)):
-            if first >= behind and first < stop and token in self._special_ids:
+        for place, (token, (first, last)) in enumerate(zip(ids, offsets, strict=True)):
+            if first >= behind and last <= stop and token in self._special_ids:
                 return place + 1
         raise LabelError(
             f"message {i + 1}: the template ends the turn with {text[behind:stop]!r}, in which this tokenizer has no "

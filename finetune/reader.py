@@ -147,12 +147,12 @@ for _name, (_pattern, _) in _PLAIN.items():
 
 
 def scalar_text(value: Any) -> str:
-    """A scalar, or an empty list or map, as YAML that is read back as the same value."""
+    """A scalar, or an empty list or map, as YAML of the same type; `${NAME}` in a text stays as it is."""
     if not isinstance(value, str):
         return re.sub(r"Infinity|NaN", lambda word: f".{word[0][:3].lower()}", json.dumps(value))
     if re.fullmatch(r"[A-Za-z_./][\w./@+:-]*", value) and value[-1] != ":" and _type_of(value) == "str":
         return value
-    return quoted(value.replace("${", "$${"))
+    return quoted(value)
 
 
 def quoted(text: str) -> str:

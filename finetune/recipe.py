@@ -136,7 +136,9 @@ class Recipe:
                 yield from lines
                 continue
             written = self._templates.get(dotted)
-            text = scalar_text(child) if written is None else quoted(written)
+            # In values alone: a key's `${` is never read from the environment.
+            escaped = child.replace("${", "$${") if isinstance(child, str) else child
+            text = scalar_text(escaped) if written is None else quoted(written)
             origin = "".join(c if c.isprintable() else "?" for c in self.origins.get(dotted, "default"))
             yield f"{head} {text}  # {origin}"
 

@@ -307,13 +307,14 @@ def test_templates_that_cannot_be_proved(template: str, reason: str) -> None:
 def test_a_turn_ends_before_the_next_begins() -> None:
     """Only the last turn has an end here; the start of the next turn is not taken for one."""
     own = chat(
+        # `<eos>` and `<|im_start|>` have their first character in common.
         "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% if loop.last %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = talk("a", "one", "b", "two")
     assert refusal(own, messages) == (
-        "message 2: the template ends the turn with '', in which this tokenizer has no special token, "
+        "message 2: the template ends the turn with '<', in which this tokenizer has no special token, "
         "so the model could not learn to stop"
     )
     assert trained(own, own.encode(messages, "last_assistant")) == ["two<eos>"]

