@@ -220,8 +220,8 @@ def _faults(error: Exception) -> list[str]:
     from finetune.base import ModelError
     from finetune.chat import LabelError, TemplateError
     from finetune.checkpoint import RunError
-    from finetune.data import DataError
     from finetune.recipe import RecipeError
+    from finetune.rows import DataError
 
     if isinstance(error, RecipeError):
         return list(error.faults)

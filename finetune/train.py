@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune import checkpoint, hub
 from finetune.base import quiet
 from finetune.chat import Chat
-from finetune.data import DataError, Prepared, build
+from finetune.data import Prepared, build
 from finetune.loss import use_token_head
 from finetune.model import (
     lighten_trainable_tokens,
@@ -37,6 +37,7 @@ from finetune.model import (
 )
 from finetune.recipe import Recipe
 from finetune.record import Progress, Record, draw_losses
+from finetune.rows import DataError
 
 Say = Callable[[str], None]
 

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.chat import IGNORE, Chat, LabelError, TemplateError
-from finetune.data import DataError, Prepared, build, is_file, read_rows
+from finetune.data import Prepared, build
 from finetune.ledger import Ledger
 from finetune.model import load_tokenizer
 from finetune.recipe import DataSection, ModelSection, Source
+from finetune.rows import DataError, is_file, read_rows
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
 
@@ -297,7 +298,7 @@ USER = {"role": "user", "content": "a"}
         (
             "messages",
             said(USER, {"role": "assistant", "content": "b", "loss_weight": "0"}),
-            "a message's loss_weight is '0', not a number",
+            "a message's loss_weight is '0'; only 0 and 1 can be obeyed",
         ),
         (
             "messages",
@@ -1049,3 +1050,18 @@ def test_real_rows_in_little_room(overflow: str) -> None:
     assert len(set(got.dataset["row"])) + lost == got.ledger.read == 4
     assert all(text.startswith("<bos><start_of_turn>user\n") for text in texts(got))
     assert all(text.rstrip("\n").endswith("<end_of_turn>") for text in texts(got))
+
+
+def test_what_cannot_be_obeyed_is_refused() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss_weight": 0.5}]
+    raw(json.dumps({"messages": turns}).encode())
+    mend = "; mend the row, or write data.on_bad_row: skip"
+    half = "rows.jsonl:1: a message's loss_weight is 0.5; only 0 and 1 can be obeyed"
+    assert fault(prepare) == half + mend
+    turns[1] = {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}
+    raw(json.dumps({"messages": turns}).encode())
+    assert fault(prepare) == "rows.jsonl:1: a message has tool_calls, which are not read" + mend
+    raw(b'{"text": "plain"}')
+    assert fault(lambda: prepare(train_on="last_assistant")) == (
+        "rows.jsonl: data.train_on: last_assistant needs chats, these rows have no turns; write completion or all"
+    )

@@ -17,6 +17,7 @@ ROOMS = [
     "recipe",
     "chat",
     "ledger",
+    "rows",
     "data",
     "base",
     "model",
