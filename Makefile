@@ -44,7 +44,11 @@ test-lowest:
 	.venv-lowest/bin/python -m pytest
 
 .venv/.%: pyproject.toml
-	@[ -x $(BIN)/python ] || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+	    echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; name another: make $* PYTHON=python3.12"
+	    exit 1
+	}
+	[ -x $(BIN)/python ] || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
 	echo "== installing what $* needs (minutes, the first time)"
 	$(INSTALL) -e '.[$(EXTRAS_$*)]'
 	touch $@

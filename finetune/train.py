@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune import checkpoint, hub
 from finetune.base import quiet
-from finetune.chat import Chat
+from finetune.chat import IGNORE, Chat
 from finetune.data import Prepared, build
 from finetune.loss import use_token_head
 from finetune.model import (
@@ -256,6 +256,20 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
                 "rows, lower training.learning_rate, or warm up (training.warmup_steps)"
             )
         return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        count = (inputs["labels"][:, 1:] != IGNORE).sum().to(self.args.device)
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self._evaluated += torch.stack([loss.float() * count, count.float()])
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Upstream's is the mean of batch means, which changes with the batch size; ours is over all trained tokens.
+        self._evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1.0, count)
+        return output
 
     def _rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
         """The names of the rows of a batch, found again by their tokens."""

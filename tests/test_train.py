@@ -280,6 +280,16 @@ def test_packing_and_accumulation_run(write_recipe: Write) -> None:
     assert len(losses(Path("run"))) == 2
 
 
+def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Write) -> None:
+    found = []
+    for size in (1, 3, 8):
+        path = write_recipe(training={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": size})
+        assert main([str(path), "data.eval_fraction=0.15", f"training.output_dir=run{size}"]) == 0
+        found.append([r["eval_loss"] for r in metrics(Path(f"run{size}")) if "eval_loss" in r][0])
+    # Sums of some hundred float32 losses near 7.
+    assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-5)
+
+
 def test_text_rows_need_no_template(write_recipe: Write) -> None:
     Path("text.jsonl").write_text('{"text": "plain text"}\n' * 4)
     path = write_recipe(data={"train": [{"path": "text.jsonl", "format": "text"}]})
