@@ -80,8 +80,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     config = _training_arguments(recipe, packs=bool(recipe.training.get("packing")))
     set_seed(config.seed)
     model = _model(recipe, chat if end_of_turn else None, say)
-    stops = [i for i in dict.fromkeys([tokenizer.eos_token_id, *end_of_turn]) if i is not None]
-    model.generation_config.eos_token_id = stops
+    known = model.generation_config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known]), *end_of_turn]
+    model.generation_config.eos_token_id = [i for i in dict.fromkeys(stops) if i is not None]
 
     start = checkpoint.to_resume(output, resume, say)
     if main:
@@ -100,10 +101,12 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     _check_rows(trainer, data)
-    if recipe.quantization is not None and resolve_dtype(recipe.model) != torch.bfloat16:
-        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16).
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
+    if recipe.lora is not None:
+        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), and
+        # PEFT gives token rows the base's dtype (0.21), in which small steps are rounded away.
+        everything = resolve_dtype(recipe.model) != torch.bfloat16
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad and (everything or "trainable_tokens" in name):
                 parameter.data = parameter.data.float()
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
     trainer.remove_callback(PrinterCallback)
@@ -113,8 +116,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
 
     with _stop_on_signals(trainer) as stopped:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        if stopped:
-            step = trainer.state.global_step
+        step = trainer.state.global_step
+        if stopped and step < trainer.state.max_steps:
             raise Stopped(
                 stopped[0],
                 f"stopped at step {step} of {trainer.state.max_steps}; {output / f'checkpoint-{step}'} is saved. "
@@ -130,12 +133,11 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
 def environment(model: Any) -> dict[str, Any]:
     """Versions, device and commit of this run."""
     names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    clone = Path(__file__).parents[1]
+    commit = None
+    if (clone / ".git").exists():  # an installed package may lie inside somebody else's repository
+        git = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
         "device": device,
@@ -143,7 +145,7 @@ def environment(model: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.system(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "base_commit": getattr(model.config, "_commit_hash", None),
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
             "torch."
@@ -168,12 +170,15 @@ def _training_arguments(recipe: Recipe, packs: bool) -> SFTConfig:
     # SFTConfig sets bf16 unless it is told otherwise.
     values["bf16"] = bool(values.get("bf16", dtype == torch.bfloat16 and not values.get("fp16")))
     values["fp16"] = bool(values.get("fp16", dtype == torch.float16 and not values["bf16"]))
-    if not torch.cuda.is_available():
-        values.setdefault("dataloader_pin_memory", False)
+    if not torch.accelerator.is_available():
+        if values["fp16"]:
+            raise TrainError(
+                "model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32"
+            )
+        values = {"dataloader_pin_memory": False, "use_cpu": True} | values
     if not (packs or values.get("eval_packing") or values.get("shuffle_dataset")):
         # Our rows fit already; trl's preparation would go over each once more.
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    # SFTConfig takes a float for `warmup_steps` and the like; what it refuses was found when the recipe was read.
     return SFTConfig(**values, disable_tqdm=True)
 
 
@@ -311,8 +316,6 @@ def _stop_on_signals(trainer: _Trainer) -> Iterator[list[int]]:
             # The last step ends the run anyway.
             if stopped and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
-            elif stopped:
-                stopped.clear()
             return control
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

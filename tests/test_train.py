@@ -283,11 +283,32 @@ def test_packing_and_accumulation_run(write_recipe: Write) -> None:
 def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Write) -> None:
     found = []
     for size in (1, 3, 8):
-        path = write_recipe(training={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": size})
+        path = write_recipe(
+            training={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": size}
+        )
         assert main([str(path), "data.eval_fraction=0.15", f"training.output_dir=run{size}"]) == 0
-        found.append([r["eval_loss"] for r in metrics(Path(f"run{size}")) if "eval_loss" in r][0])
+        found.append(next(r["eval_loss"] for r in metrics(Path(f"run{size}")) if "eval_loss" in r))
     # Sums of some hundred float32 losses near 7.
     assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-5)
+
+
+def test_token_rows_of_a_bfloat16_base_are_trained_in_float32(write_recipe: Write) -> None:
+    path = write_recipe(model={"dtype": "bfloat16"}, lora={"trainable_token_indices": [4, 5]})
+    assert main([str(path), "training.learning_rate=1e-6"]) == 0
+    saved = {name: tensor for name, tensor in weights(Path("run")).items() if "trainable_tokens" in name}
+    (rows,) = saved.values()
+    assert rows.dtype == torch.float32
+    # Steps of 1e-6 on values near 0.02 would be rounded away in bfloat16.
+    assert not torch.equal(rows, rows.bfloat16().float())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 can be trained here")
+def test_float16_is_refused_on_a_cpu(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write_recipe(model={"dtype": "float16"}))]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32"
+    )
+    assert not Path("run").exists()
 
 
 def test_text_rows_need_no_template(write_recipe: Write) -> None:
