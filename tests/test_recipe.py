@@ -30,7 +30,7 @@ Load = Callable[..., Recipe]
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     return tmp_path
@@ -447,8 +447,8 @@ def test_sources_that_may_be_there(path: str) -> None:
 @pytest.mark.parametrize(
     "name", ["rows.txt", "./rows.jsonl.zip", "~/rows.JSON", "rows", "owner/name", "r*.txt"]
 )
-def test_files_of_another_kind(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(workplace))
+def test_files_of_another_kind(name: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workdir))
     path = Path(name.replace("*", "ows")).expanduser()
     path.parent.mkdir(exist_ok=True)
     path.touch()
