@@ -78,6 +78,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
+def step_of(folder: Path) -> int:
+    """The step of a whole checkpoint, whatever its folder is called by now."""
+    return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["step"])
+
+
 def is_whole(folder: Path) -> bool:
     """Whether the checkpoint was finished."""
     return (folder / MARKER).is_file()

@@ -71,7 +71,7 @@ class Generator:
         return list(out[0, ids.shape[1] :].tolist())
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """The answer's text, piece by piece; the last piece is empty unless the limit cut the answer off."""
+        """The answer's text, piece by piece; `CUT` comes last where the limit cut the answer off."""
         import threading
 
         from transformers import TextIteratorStreamer

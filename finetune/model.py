@@ -20,7 +20,8 @@ def load_tokenizer(section: ModelSection) -> Any:
     """The base's tokenizer, with the recipe's chat template where it names one, and a padding token.
 
     Raises:
-        ModelError: There is none to load, or the template file cannot be read.
+        ModelError: There is none to load.
+        TemplateError: The template file cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -103,12 +104,8 @@ def _told(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, ModelError):
-            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        if isinstance(error, KeyError | ImportError) and not lines:
-            reason = repr(error)
+        reason = lines[0] if lines else repr(error)
         raise ModelError(f"model.name_or_path: {name} cannot be loaded: {reason}") from error
     except Exception as error:
         from safetensors import SafetensorError
@@ -194,16 +191,10 @@ def _token_rows_forward(
     if isinstance(base, torch.nn.Embedding):
         # A scaled embedding (Gemma's) multiplies what it looks up.
         scale = layer._get_embed_scale()
-        rows = (
-            rows.to(base.weight.dtype)
-            if scale is None
-            else rows.to(base.weight.dtype) * scale.to(base.weight.dtype)
-        )
+        rows = rows.to(base.weight.dtype)
+        if scale is not None:
+            rows = rows * scale.to(rows.dtype)
         place = x.unsqueeze(-1) == index
         return torch.where(place.any(-1, keepdim=True), rows[place.int().argmax(-1)].to(out.dtype), out)
     scores = torch.nn.functional.linear(x, rows.to(x.dtype))
-    return (
-        out.index_copy_(-1, index, scores.to(out.dtype))
-        if not out.requires_grad
-        else out.index_copy(-1, index, scores.to(out.dtype))
-    )
+    return out.index_copy_(-1, index, scores.to(out.dtype))

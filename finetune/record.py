@@ -18,7 +18,7 @@ class Record(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, output: Path, start: Path | None) -> None:
         self.path = output / "metrics.jsonl"
-        self.start_step = int(start.name.removeprefix("checkpoint-")) if start else 0
+        self.start_step = checkpoint.step_of(start) if start else 0
         self.mark = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,7 +61,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.bar: Any = None
         self.task: Any = None
         self.began, self.first = 0.0, 0
-        self.last: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
