@@ -117,7 +117,7 @@ def load(
         dtype: float32, bfloat16 or float16; absent, as the run was trained.
         quantize: int8 or nf4, by bitsandbytes.
         attn: `attn_implementation`.
-        device: Where a model that is not quantised goes; absent, a GPU if there is one.
+        device: Where the model goes; absent, a GPU if there is one.
 
     Raises:
         ModelError: There is no such run or model, or it cannot be loaded.
@@ -142,6 +142,7 @@ def load(
         revision=section.revision,
         attn_implementation=attn or section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
+        **({"device_map": {"": device}} if device and quantization else {}),
     )
     if is_adapter and adapter:
         from peft import PeftModel

@@ -90,7 +90,7 @@ def load_base(
         arguments["quantization_config"] = BitsAndBytesConfig(**config | quantization)
         # Quantised weights cannot be moved later: each rank loads onto its own card.
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        arguments["device_map"] = {"": rank if torch.cuda.is_available() else "cpu"}
+        arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
     with _told(path), quiet():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **arguments)
     if quantization is not None:

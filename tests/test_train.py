@@ -157,6 +157,25 @@ def test_each_way_of_training_learns_and_loads_again(
     assert main(["generate", "run", "--prompt", "Say it", "--max-new-tokens", "3"]) == 0
 
 
+def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised weights cannot be moved after loading: the device must reach `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    from finetune.generate import load
+
+    class Seen(Exception):
+        pass
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> None:
+        raise Seen(kwargs["device_map"])
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for device, where in (("cuda:1", {"": "cuda:1"}), ("cpu", {"": "cpu"})):
+        with pytest.raises(Seen) as seen:
+            load("random:gemma", quantize="nf4", device=device)
+        assert seen.value.args == (where,)
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
