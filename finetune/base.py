@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.chat import load_template
+from finetune.template import load_template
 
 RANDOM_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "llama")
 # Raised when what a made directory holds changes, so that an old one is not used again.

@@ -1,54 +1,45 @@
 """Messages to `input_ids` and `labels`: the only place that knows what is trained on.
 
-A conversation is rendered and tokenised once, whole. Which tokens belong to an assistant turn is found by asking the
-template itself: the text that inference would feed before the turn (`add_generation_prompt=True`) must be a prefix of
-the conversation, in characters and in tokens, so training and use cannot drift apart. No template is known by name
-and none is rewritten. A row on which this cannot be shown raises `LabelError` with the message and the reason.
+A conversation is rendered and tokenised once, whole. Where its assistant turns lie is asked of the template itself: what
+inference would feed before a turn (`add_generation_prompt=True`) must be a prefix of the conversation, in characters
+and in tokens, so training and use cannot drift apart; where the turn's text ends follows from the text, or from a
+second rendering with a mark behind it. No template is known by name and none is rewritten. A row on which this cannot be
+shown raises `LabelError` with the message and the reason.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from os.path import commonprefix
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from jinja2.exceptions import TemplateError as JinjaError
+from transformers.utils import chat_template_utils
 
-Message = dict[str, Any]
+from finetune.template import TemplateError
+from finetune.turns import LabelError as LabelError
+from finetune.turns import Message as Message
+from finetune.turns import (
+    check_shown,
+    is_plain,
+    special_spans,
+    strings,
+    trained_messages,
+    turn_end,
+    turn_start,
+)
+
+Ids = npt.NDArray[np.int32]
 
 IGNORE = -100  # the label that torch's cross entropy passes over
-ROLES = ("system", "user", "assistant", "tool")
-SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
-
-
-class LabelError(ValueError):
-    """The labels of one row could not be proved; the text says which message and why."""
-
-
-class TemplateError(ValueError):
-    """The chat template cannot be used with this tokenizer at all."""
-
-
-def load_template(name_or_path: str) -> str:
-    """The text of a shipped template (`gemma`, `gemma3`, `chatml`) or of a `.jinja` file.
-
-    Raises:
-        TemplateError: There is no such template, or it is not UTF-8 text.
-    """
-    own = name_or_path.endswith(".jinja")
-    path = Path(name_or_path).expanduser() if own else SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise TemplateError(
-            f"chat template {name_or_path}: {reason}; write a .jinja file or one of {shipped}"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,41 +53,66 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row as the trainer takes it; `labels[i]` is `input_ids[i]` where it is trained on, else -100."""
+    """One row as the trainer takes it: two int32 arrays; `labels[i]` is `input_ids[i]` where it is trained on, else -100."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Ids
+    labels: Ids
     turns: tuple[Turn, ...] = ()
+    characters: int = 0  # of the text that became these tokens
     cut: bool = False  # whether the end of the row, or an exchange of it, had to be left out
 
     @property
     def trained_tokens(self) -> int:
         """How many tokens have a label."""
-        return sum(label != IGNORE for label in self.labels)
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A rendered conversation whose turns are known in characters; its tokens are still to come."""
+
+    text: str
+    messages: Sequence[Message]
+    train_on: str
+    turns: list[tuple[int, int, int]]  # message, first character of the turn, character behind its end-of-turn token
+    trained: frozenset[int]  # the messages that are trained on
+    tools: Sequence[dict[str, Any]] | None = None
 
 
 class Chat:
     """A tokenizer and its chat template.
 
     Args:
-        tokenizer: A fast tokenizer (labels rest on its offsets) whose `chat_template` is the one that is saved.
+        tokenizer: A fast tokenizer whose `chat_template` is the one that is saved.
 
     Raises:
-        TemplateError: The tokenizer has no offsets, or its template needs a token that it lacks.
+        TemplateError: The tokenizer is not a fast one, or its template needs a token that it lacks.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         if not tokenizer.is_fast:
             raise TemplateError(
-                f"{type(tokenizer).__name__} gives no character offsets, on which labels rest; "
+                f"{type(tokenizer).__name__} is a slow tokenizer, whose pieces of text cannot be told apart; "
                 "save a fast tokenizer (tokenizer.json) beside the model"
             )
-        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = set(special)
-        self._special_first = {text[:1] for text in special.values()}
+        self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        # The unknown token stands for all that the vocabulary lacks, so it marks no place in the text.
+        edges = np.array([i for i in self._special if i != tokenizer.unk_token_id], dtype=np.int64)
+        self._is_edge = np.zeros(len(tokenizer) + 1 if not len(edges) else max(len(tokenizer), edges.max() + 1), bool)
+        self._is_edge[edges] = True
+        self._endings: list[str] = []
+        self._tail_ids = functools.lru_cache(maxsize=4096)(self._tokenize_one)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    # -----------------------------------------------------------------------------------------------------------
+    # Text
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
         """The conversation as the template writes it.
 
         Raises:
@@ -110,11 +126,25 @@ class Chat:
             )
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")
-        plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
         try:
+            if tools is None and all(map(is_plain, messages)):
+                # What apply_chat_template does for plain messages, without copying each at each call (5.23).
+                return str(
+                    self._compiled.render(
+                        messages=messages,
+                        tools=None,
+                        documents=None,
+                        add_generation_prompt=add_generation_prompt,
+                        **self._variables,
+                    )
+                )
+            plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
             return str(
                 self.tokenizer.apply_chat_template(
-                    plain, tokenize=False, add_generation_prompt=add_generation_prompt
+                    plain,
+                    tools=list(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
         except JinjaError as error:
@@ -123,7 +153,26 @@ class Chat:
             # A template is a program of somebody else's: it may divide by a length of 0 as well.
             raise LabelError(f"the chat template fails on it: {error}") from error
 
-    def encode(self, messages: Sequence[Message], train_on: str = "assistant") -> Encoded:
+    @cached_property
+    def _compiled(self) -> Any:
+        return chat_template_utils._compile_jinja_template(self.tokenizer.get_chat_template())
+
+    @cached_property
+    def _variables(self) -> dict[str, str]:
+        return dict(self.tokenizer.special_tokens_map)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which tokens a text becomes: the tokenizer and its template."""
+        parts = [self.tokenizer.backend_tokenizer.to_str(), json.dumps(self.tokenizer.chat_template), self._variables]
+        return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Conversations
+
+    def encode(
+        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[dict[str, Any]] | None = None
+    ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
         `train_on` is `assistant`, `last_assistant` or `all`; a message's own `train` goes before it. With
@@ -135,38 +184,79 @@ class Chat:
         Raises:
             LabelError: Text and labels of this row cannot be proved to be what inference meets.
         """
-        trained = self._trained_messages(messages, train_on)
-        # With `all`, a turn that says `train: false` must be found too, to be left out.
-        silent = [i for i, m in enumerate(messages) if train_on == "all" and m.get("train") is False]
-        text = self.render(messages)
-        prefixes = {
-            i: self.render(messages[:i], add_generation_prompt=True) for i in sorted(trained + silent)
-        }
-        batch = self.tokenizer(
-            [text, *prefixes.values()], add_special_tokens=False, return_offsets_mapping=True
-        )
-        ids, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
+        draft = self.draft(messages, train_on, tools)
+        return self.label(draft, self._tokenize_one(draft.text))
+
+    def draft(
+        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[dict[str, Any]] | None = None
+    ) -> Draft:
+        """The first half of `encode`, before the text is tokenised.
+
+        Raises:
+            LabelError: As `encode`.
+        """
+        trained = trained_messages(messages, train_on)
+        render = partial(self.render, tools=tools)
+        text = render(messages)
+        _check_unicode(messages, text)
+        check_shown(messages, text)
+        turns = []
+        for i, message in enumerate(messages):
+            # With `all`, a turn that says `train: false` must be found too, to be left out.
+            if i in trained or (train_on == "all" and message.get("train") is False):
+                start = turn_start(render, messages, i, text)
+                end = turn_end(render, self._special.values(), self._endings, messages, i, text, start)
+                turns.append((i, start, end))
+        return Draft(text, messages, train_on, turns, frozenset(trained), tools)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, as it stands."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def label(self, draft: Draft, ids: Ids) -> Encoded:
+        """The second half of `encode`: `ids` are the tokens of the draft's text.
+
+        Raises:
+            LabelError: As `encode`.
+        """
+        places = np.flatnonzero(self._is_edge[ids]).tolist()
+        edges = self._edges(draft, ids, places)
         self._check_bos(ids)
         turns = []
-        for (i, prefix), prefix_ids in zip(prefixes.items(), batch["input_ids"][1:], strict=True):
-            if not text.startswith(prefix):
-                raise LabelError(
-                    f"message {i + 1}: what inference would feed before this turn is not what stands before it in "
-                    "the whole conversation"
-                )
-            start = len(prefix_ids)
-            if ids[:start] != prefix_ids:
+        starts = [start for start, _ in edges]
+        ends = {end: place for (_, end), place in zip(edges, places, strict=True)}
+        for i, first, behind in draft.turns:
+            # The special tokens cut a text into pieces that are tokenised each for itself. So the tokens before the turn
+            # are those of the prefix alone when the piece at its end is.
+            before = bisect_left(starts, first)
+            at, tail = (places[before - 1], starts[before - 1]) if before else (0, 0)
+            start = self._behind(ids, at, self._tail_ids(draft.text[tail:first]))
+            start = start or self._behind(ids, 0, self._tokenize_one(draft.text[:first]))
+            if not start:
                 raise LabelError(
                     f"message {i + 1}: a token straddles the start of the turn; the text begins with "
-                    f"{messages[i]['content'][:12]!r}"
+                    f"{draft.messages[i]['content'][:12]!r}"
                 )
-            turns.append(Turn(start, self._end(messages, i, text, len(prefix), ids, offsets), i))
-        labels = list(ids) if train_on == "all" else [IGNORE] * len(ids)
+            if behind not in ends:
+                raise LabelError(f"message {i + 1}: its end-of-turn token cannot be found among the tokens")
+            turns.append(Turn(start, ends[behind] + 1, i))
+        labels = ids.copy() if draft.train_on == "all" else np.full_like(ids, IGNORE)
         for turn in turns:
             here = slice(turn.start, turn.end)
-            labels[here] = ids[here] if turn.message in trained else [IGNORE] * (turn.end - turn.start)
-        labels[:1] = [IGNORE]  # nothing comes before it that could predict it
-        return Encoded(ids, labels, tuple(turn for turn in turns if turn.message in trained))
+            labels[here] = ids[here] if turn.message in draft.trained else IGNORE
+        labels[:1] = IGNORE  # nothing comes before it that could predict it
+        trained = tuple(turn for turn in turns if turn.message in draft.trained)
+        return Encoded(ids, labels, trained, len(draft.text))
+
+    @staticmethod
+    def _behind(ids: Ids, at: int, part: Ids) -> int:
+        """The place behind `part`, if that stands at place `at`; else 0."""
+        end = at + len(part)
+        return end if np.array_equal(ids[at:end], part) else 0
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Text without turns
 
     def encode_text(self, prompt: str, completion: str) -> Encoded:
         """A row without chat turns: the tokenizer's own BOS, the text, EOS; labels on the completion and EOS.
@@ -176,8 +266,10 @@ class Chat:
         """
         if not completion:
             raise LabelError("the text to train on is empty")
-        self._check_plain(prompt + completion, "the text")
+        _check_unicode([], prompt + completion)
         ids, before = self.tokenizer([prompt + completion, prompt])["input_ids"]
+        inside = self.tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+        self._check_plain({i for i in inside if i in self._special}, [], prompt + completion)
         eos = self.tokenizer.eos_token_id
         if before and before[-1] == eos:
             before = before[:-1]
@@ -185,16 +277,21 @@ class Chat:
             raise LabelError("a token straddles the edge between prompt and completion")
         if eos is not None and ids[-1] != eos:
             ids = [*ids, eos]
-        self._check_bos(ids, rendered=False)
+        self._check_bos(np.asarray(ids), rendered=False)
         start = max(1, len(before))  # nothing comes before the first token that could predict it
-        labels = [IGNORE] * start + ids[start:]
-        return Encoded(ids, labels, (Turn(start, len(ids), 0),))
+        row = np.asarray(ids, np.int32)
+        labels = row.copy()
+        labels[:start] = IGNORE
+        return Encoded(row, labels, (Turn(start, len(row), 0),), len(prompt + completion))
+
+    # -----------------------------------------------------------------------------------------------------------
+    # What the template writes around a turn
 
     @cached_property
     def turn_token_ids(self) -> list[int]:
         """The special tokens, but for BOS, that the template puts around a user's and an assistant's text."""
-        ids = self.tokenizer(self.render(self._probe), add_special_tokens=False)["input_ids"]
-        return sorted({i for i in ids if i in self._special_ids} - {self.tokenizer.bos_token_id})
+        ids = self._tokenize_one(self.render(self._probe)).tolist()
+        return sorted({i for i in ids if i in self._special} - {self.tokenizer.bos_token_id})
 
     @cached_property
     def end_of_turn_id(self) -> int:
@@ -215,52 +312,38 @@ class Chat:
                     f"chat template: it writes {token}, a token that this tokenizer lacks; "
                     "choose a template of the model's own family"
                 )
-        return encoded.input_ids[encoded.turns[-1].end - 1]
+        return int(encoded.input_ids[encoded.turns[-1].end - 1])
 
     _probe: tuple[Message, ...] = (
         {"role": "user", "content": "Hello there"},
         {"role": "assistant", "content": "Good day"},
     )
 
-    def _trained_messages(self, messages: Sequence[Message], train_on: str) -> list[int]:
-        """The places of the messages to train on; checks roles and texts on the way."""
-        for i, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES:
-                raise LabelError(f"message {i + 1}: unknown role {role!r}; known are {', '.join(ROLES)}")
-            if not isinstance(content, str):
-                raise LabelError(f"message {i + 1}: its content is {type(content).__name__}, not text")
-            if role == "assistant" and not content.strip():
-                raise LabelError(f"message {i + 1}: the assistant's text is empty")
-            if role != "assistant" and (message.get("train") or (train_on == "all" and "train" in message)):
-                raise LabelError(
-                    f"message {i + 1}: `train` on a {role} message; only an assistant's can be chosen or left out"
-                )
-            self._check_plain(content, f"message {i + 1}")
-        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not assistant:
-            raise LabelError("there is no assistant message")
-        wanted = assistant[-1:] if train_on == "last_assistant" else assistant
-        return [i for i in assistant if messages[i].get("train", i in wanted)]
+    # -----------------------------------------------------------------------------------------------------------
+    # Checks
 
-    def _check_plain(self, text: str, where: str) -> None:
+    def _edges(self, draft: Draft, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
+        """First and last character of each special token of the row, which must be the template's own."""
+        found = ids[places].tolist()
+        distinct = set(found)
+        unknown = self.tokenizer.unk_token
+        spelt = distinct | ({self.tokenizer.unk_token_id} if unknown and unknown in draft.text else set())
+        self._check_plain(spelt, draft.messages, "\0".join(strings(draft.tools)))
+        names = [self._special[i] for i in distinct]
+        spans = special_spans(names, draft.text)
+        if [draft.text[first:end] for first, end in spans] != [self._special[i] for i in found]:
+            raise LabelError("its special tokens are not those that its text spells out")
+        return spans
+
+    def _check_plain(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
         """Text is data: what would be read as a special token inside it makes the row a bad one."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise LabelError(
-                f"{where}: its text holds half a character ({text[error.start]!r}), not Unicode"
-            ) from error
-        if any(first in text for first in self._special_first):
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            # The unknown token stands for all that the vocabulary lacks; special is it only where it is spelt out.
-            unknown = self.tokenizer.unk_token
-            harmless = {self.tokenizer.unk_token_id} if unknown is None or unknown not in text else set()
-            found = next((i for i in ids if i in self._special_ids - harmless), None)
-            if found is not None:
-                token = self.tokenizer.convert_ids_to_tokens(found)
+        whole = "\0".join([text, *(part for message in messages for part in _data(message))])
+        for i in special_ids:
+            if self._special[i] in whole:
+                holds = (n for n, m in enumerate(messages) if any(self._special[i] in part for part in _data(m)))
+                where = next((f"message {n + 1}" for n in holds), "the tools" if messages else "the text")
                 raise LabelError(
-                    f"{where}: its text holds {token}, which is a special token of this tokenizer"
+                    f"{where}: its text holds {self._special[i]}, which is a special token of this tokenizer"
                 )
 
     @cached_property
@@ -268,43 +351,37 @@ class Chat:
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
-    def _check_bos(self, ids: list[int], rendered: bool = True) -> None:
+    def _check_bos(self, ids: Any, rendered: bool = True) -> None:
         """Exactly one BOS where the tokenizer uses one, and at the front."""
         bos = self.tokenizer.bos_token_id
         if bos is None or bos == self.tokenizer.eos_token_id:
             return
-        count = ids.count(bos)
-        if count > 1 or (self._adds_bos and ids[:1] != [bos]):
+        count = int(np.count_nonzero(ids == bos))
+        if count > 1 or (self._adds_bos and (not len(ids) or ids[0] != bos)):
             source = "chat template" if rendered else "tokenizer"
             raise LabelError(
                 f"the {source} writes {count} BOS tokens ({self.tokenizer.bos_token}); exactly one must come first"
             )
 
-    def _end(
-        self,
-        messages: Sequence[Message],
-        i: int,
-        text: str,
-        start: int,
-        ids: list[int],
-        offsets: list[tuple[int, int]],
-    ) -> int:
-        """The token index just behind the end-of-turn token of message `i`, whose turn starts at character `start`."""
-        # A template may write more at the end of a conversation than between turns: what both share is the turn.
-        stop = len(text)
-        if i + 1 < len(messages):
-            stop = len(commonprefix([text, self.render(messages[: i + 1])]))  # noqa: RUF071 - characters are meant
-        content = messages[i]["content"].strip()
-        found = text.find(content, start, stop)
-        if found < 0:
-            raise LabelError(
-                f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
-            )
-        behind = found + len(content)
-        for place, (token, (first, last)) in enumerate(zip(ids, offsets, strict=True)):
-            if first >= behind and last <= stop and token in self._special_ids:
-                return place + 1
-        raise LabelError(
-            f"message {i + 1}: the template ends the turn with {text[behind:stop]!r}, in which this tokenizer has no "
-            "special token, so the model could not learn to stop"
-        )
+    @cached_property
+    def _backend(self) -> Any:
+        self.tokenizer("a", padding=False, truncation=False)  # a tokenizer.json may ask for either
+        return self.tokenizer.backend_tokenizer
+
+    def _tokenize_one(self, text: str) -> Ids:
+        return self.tokenize([text])[0]
+
+
+def _data(message: Message) -> Iterable[str]:
+    """The texts of a message that come from outside; the keys of a message and its role are the template's."""
+    return [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
+
+
+def _check_unicode(messages: Sequence[Message], text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        holds = (i for i, m in enumerate(messages) if any(half in part for part in strings(m)))
+        where = next((f"message {i + 1}" for i in holds), "the text")
+        raise LabelError(f"{where}: its text holds half a character ({half!r}), not Unicode") from error

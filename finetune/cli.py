@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from finetune import __version__
 
-VERBS = ("train", "check", "generate")
+VERBS = ("train", "check", "inspect", "generate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
     verb.set_defaults(run=_check)
 
+    verb = verbs.add_parser("inspect", parents=[recipe, common], help="show what of the data is trained on")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument(
+        "--rows",
+        type=_count,
+        metavar="N",
+        help="how many training rows (default: 3; 50 with --html, all with --json); 0: the ledger alone",
+    )
+    which.add_argument("--row", metavar="ID", help="the row of this name, or the one whose name ends so")
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--tokens", action="store_true", help="a token a line, each with its id")
+    how.add_argument(
+        "--json", action="store_true", help="an object a row: row, input_ids, labels; at last ledger"
+    )
+    how.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs nothing else")
+    verb.set_defaults(run=_inspect)
+
     verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
     verb.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
@@ -95,6 +113,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return number
 
 
@@ -130,6 +155,34 @@ def _check(args: argparse.Namespace) -> None:
     elif not args.quiet:
         print(f"{recipe.path}: ok")
         print(recipe.to_yaml(), end="")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from finetune import inspect
+    from finetune.checkpoint import RunError, write_whole
+    from finetune.recipe import load_recipe
+
+    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
+        raise RunError(f"--html {args.html}: write the path of a file in a folder that exists")
+    with contextlib.redirect_stdout(sys.stderr):
+        view = inspect.load(load_recipe(args.recipe, args.overrides), _quiet if args.quiet else _say)
+    count = args.rows
+    if count is None and not args.json:
+        count = 50 if args.html else 3
+    rows = view.rows(count, args.row)
+    if args.html:
+        write_whole(args.html, inspect.as_html(view, rows))
+        if not args.quiet:
+            _say(f"written: {args.html}")
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What this terminal's encoding lacks is written out, too.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for line in (
+        inspect.as_json(view, rows) if args.json else inspect.as_text(view, rows, sys.stdout, args.tokens)
+    ):
+        print(line)
+    sys.stdout.flush()
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -218,10 +271,11 @@ def _silence() -> None:
 def _faults(error: Exception) -> list[str]:
     """The lines to show where the fault is the user's; none where it is ours."""
     from finetune.base import ModelError
-    from finetune.chat import LabelError, TemplateError
+    from finetune.chat import LabelError
     from finetune.checkpoint import RunError
     from finetune.recipe import RecipeError
     from finetune.rows import DataError
+    from finetune.template import TemplateError
 
     if isinstance(error, RecipeError):
         return list(error.faults)

@@ -1,40 +1,64 @@
-"""What became of every row: read, kept, cut, split, dropped, bad, and how many tokens are trained on."""
+"""What became of every row: read, kept, mended, cut, split, dropped, bad; and which tokens are trained on."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+# A set of rows that loses more than this share of its trained tokens to `max_length` says so.
+MUCH_LOST = 0.1
+_KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]+")
+
 
 @dataclass
 class Ledger:
-    """The account of one set of rows (training or evaluation), filled while the rows are prepared.
+    """The account of one set of rows (training or evaluation).
 
-    `read` rows become `kept` ones or stand under `bad` or `dropped` with the reason; a row that `split` gives several.
+    `read` rows become `kept` ones or stand under `bad` or `dropped` with the reason; a row that is split gives several,
+    and a row may be `repeated` by its source's weight. `lost_tokens` would have been trained on had they fitted.
     """
 
     read: int = 0
     kept: int = 0
+    repeated: int = 0
     cut: int = 0
     split: int = 0
+    mended: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     turns: int = 0
+    ends: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    lost_tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, Counter[str]] = field(default_factory=dict)
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def keep(self, source: str, length: int, trained_tokens: int, turns: int) -> None:
-        """Counts one row that will be trained on."""
+    def keep(
+        self,
+        source: str,
+        length: int,
+        trained_tokens: int,
+        turns: int = 0,
+        ends: int = 0,
+        characters: int = 0,
+        language: str = "other",
+    ) -> None:
+        """Counts one row that will be trained on; `ends` of its `turns` have their end-of-turn token trained."""
         self.kept += 1
-        self.sources[source] += 1
         self.lengths[length] += 1
         self.tokens += length
         self.trained_tokens += trained_tokens
         self.turns += turns
+        self.ends += ends
+        account = {"rows": 1, "tokens": length, "trained_tokens": trained_tokens}
+        self.sources.setdefault(source, Counter()).update(account)
+        account = {"rows": 1, "tokens": length, "characters": characters}
+        self.languages.setdefault(language, Counter()).update(account)
 
     def percentile(self, share: float) -> int:
         """The row length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
@@ -45,27 +69,68 @@ class Ledger:
                 return length
         return 0
 
+    def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
+        """The kept rows by length: `(from, to, rows)` with both ends within, in at most `bins` bins of one width."""
+        longest = self.percentile(1.0)
+        width = max(1, math.ceil(longest / bins))
+        return [
+            (low, low + width - 1, sum(n for length, n in self.lengths.items() if low <= length < low + width))
+            for low in range(1, longest + 1, width)
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """The account as `ledger.json` holds it."""
+        rows = {"read": self.read, "kept": self.kept, "repeated": self.repeated, "cut": self.cut, "split": self.split}
+        languages = {
+            name: {**account, "tokens_per_character": round(account["tokens"] / max(1, account["characters"]), 4)}
+            for name, account in sorted(self.languages.items())
+        }
         return {
-            "rows": {"read": self.read, "kept": self.kept, "cut": self.cut, "split": self.split},
+            "rows": rows,
+            "mended": dict(self.mended),
             "dropped": dict(self.dropped),
             "bad": dict(self.bad),
             "turns_trained": self.turns,
+            "end_of_turns_trained": self.ends,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "length": {f"p{round(p * 100)}": self.percentile(p) for p in (0.5, 0.9, 1.0)},
-            "rows_by_source": dict(self.sources),
+            "trained_share": round(self.trained_tokens / self.tokens, 4) if self.tokens else 0,
+            "lost_trained_tokens": self.lost_tokens,
+            "length": {f"p{round(p * 100)}": self.percentile(p) for p in (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)},
+            "histogram": [{"from": low, "to": high, "rows": rows} for low, high, rows in self.histogram()],
+            "sources": {name: dict(account) for name, account in self.sources.items()},
+            "languages": languages,
         }
 
     def summary(self) -> str:
         """The account in one line."""
-        lost = [f"{n:,} {why}" for why, n in (*self.dropped.items(), *self.bad.items())]
-        cut = [f"{self.cut:,} cut at a turn's end"] if self.cut else []
-        cut += [f"{self.split:,} split"] if self.split else []
+        what = [f"{n:,} {why}" for why, n in self.mended.items()]
+        what += [f"{self.repeated:,} repeated"] if self.repeated else []
+        what += [f"{self.cut:,} cut at a turn's end"] if self.cut else []
+        what += [f"{self.split:,} split"] if self.split else []
+        what += [f"{n:,} {why}" for why, n in (*self.dropped.items(), *self.bad.items())]
         share = self.trained_tokens / self.tokens if self.tokens else 0
+        lost = self.lost_tokens / max(1, self.lost_tokens + self.trained_tokens)
+        if lost > MUCH_LOST:
+            what.append(
+                f"{lost:.0%} of the tokens to train on are lost to training.max_length "
+                "(raise it, or write data.on_overflow: split)"
+            )
         return (
             f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
-            f"({share:.0%}), longest {self.percentile(1.0):,}"
-            + "".join(f"; {part}" for part in (*cut, *lost))
+            f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in what)
         )
+
+
+def language(text: str) -> str:
+    """`Japanese`, `English` or `other`, by script alone.
+
+    English is text of which at most one character in fifty is not ASCII (other languages in the Latin alphabet write
+    more, as a rule), Japanese is other text with at least one kana in ten such characters.
+    """
+    if text.isascii():
+        return "English" if text.strip() else "other"
+    foreign = len(text) - len(text.encode("ascii", "ignore"))
+    if foreign * 50 <= len(text):
+        return "English"
+    return "Japanese" if sum(map(len, _KANA.findall(text))) * 10 >= foreign else "other"

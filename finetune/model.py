@@ -9,7 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from finetune.base import ModelError, locate, quiet
-from finetune.chat import load_template
+from finetune.template import load_template, set_system_role
 from finetune.recipe import ModelSection, Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def load_tokenizer(section: ModelSection) -> Any:
         )
     if section.chat_template:
         tokenizer.chat_template = load_template(section.chat_template)
+    set_system_role(tokenizer, section.system_role)
     if tokenizer.pad_token is None:
         # Padding is masked in attention and labels; which token it is never shows.
         tokenizer.pad_token = tokenizer.eos_token

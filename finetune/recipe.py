@@ -47,6 +47,8 @@ class ModelSection(BaseModel):
     """As in `from_pretrained`; absent: what is right for the model and this device."""
     chat_template: str | None = None
     """A shipped template's name or a `.jinja` file; absent: the tokenizer's own."""
+    system_role: Literal["template", "fold", "turn", "error"] = "template"
+    """What becomes of a system message: as the template does, part of the first user turn, a turn, refused."""
     trust_remote_code: bool = False
     """Whether code from the model's repository may run."""
 
@@ -70,6 +72,14 @@ class Source(BaseModel):
     """Our field to a column of the source, or to a format string over the row."""
     raw: bool = False
     """Whether prompt_completion rows pass by the chat template."""
+    filter: dict[str, str | int | float | bool | None | list[str | int | float | bool | None]] = {}
+    """A column to the value, or the list of values, that a row must have to be read."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each row is used: 0.5 half of the rows, 2 each twice. Of streams: the share of the mixture."""
+    samples: Annotated[int, Field(gt=0)] | None = None
+    """How many rows are used, drawn by `data.seed`; more than there are: some several times."""
+    streaming: bool = False
+    """Whether rows are read while training, and not before."""
 
 
 class DataSection(BaseModel):
@@ -88,7 +98,11 @@ class DataSection(BaseModel):
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
     """What becomes of a row longer than `training.max_length`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What becomes of a row that can't be read."""
+    """What becomes of a row that can't be read, or whose labels can't be proved."""
+    merge_same_role: bool = False
+    """Whether messages of one role that follow each other become one."""
+    deduplicate: bool = True
+    """Whether exact duplicates, and training rows that are also evaluated on, are dropped."""
     seed: int = 42
     """Seed of the split and the mixture."""
 
@@ -205,6 +219,12 @@ def _check_source(draft: Draft, key: str, source: dict[str, Any]) -> None:
     name = source.get("path")
     if source.get("raw") is True and source.get("format") != "prompt_completion":
         draft.fault(f"{key}.raw", "is true; write format: prompt_completion, the only one that can be raw")
+    if source.get("weight") is not None and source.get("samples") is not None:
+        draft.fault(f"{key}.samples", "is given, and so is weight; keep one")
+    if key.startswith("data.eval"):
+        for training_only in ("weight", "streaming"):
+            if source.get(training_only):
+                draft.fault(f"{key}.{training_only}", "is for rows to train on; remove it")
     if not isinstance(name, str) or f"{key}.path" in draft.broken:
         return
     path, shown = os.path.expanduser(name), f"is {draft.shown(f'{key}.path')}"
@@ -244,6 +264,15 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
                 f"training.gradient_{name}", f"is read by nothing beside activation_{name}; remove it"
             )
 
+    if any(source.get("streaming") for source in data.get("train", [])):
+        where = "with a source that is streamed"
+        if training.get("max_steps", -1) <= 0:
+            draft.fault("training.max_steps", f"is not given, {where}, whose rows nobody has counted; write a number")
+        if data.get("eval_fraction") is not None:
+            draft.fault("data.eval_fraction", f"is given, {where}; write data.eval")
+        for name in ("packing", "train_sampling_strategy", "shuffle_dataset"):
+            if training.get(name):
+                draft.fault(f"training.{name}", f"is {draft.shown(f'training.{name}')}, {where}; remove one of the two")
     if data.get("eval") and data.get("eval_fraction") is not None:
         draft.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
     # As written: values that are wrong have had their fault.

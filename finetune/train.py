@@ -72,8 +72,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     chat = Chat(tokenizer)
     chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
     end_of_turn = [chat.end_of_turn_id] if chats and tokenizer.chat_template is not None else []
-    data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
-    say(f"data: {data.ledger.summary()}")
+    data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024), say)
+    streamed = any(source.streaming for source in recipe.data.train)
+    say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
 
@@ -89,8 +90,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(output / "recipe.yaml", recipe.to_yaml())
         checkpoint.write_whole(output / "environment.json", _json(environment(model)))
-        ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
-        checkpoint.write_whole(output / "ledger.json", _json(ledgers))
+        _write_ledgers(output, data, evaluation)
 
     trainer = _Trainer(
         model=model,
@@ -125,6 +125,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
             )
         if evaluation.dataset is not None and not _evaluated_now(trainer):
             trainer.evaluate()
+        if streamed and main:
+            _write_ledgers(output, data, evaluation)
+            say(f"data: {data.ledger.summary()}")
         _finish(trainer, recipe, output)
     say(f"saved: {output}")
     return output
@@ -212,6 +215,11 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
     kind = "" if recipe.quantization is None else " on a quantised base"
     say(f"model: {recipe.model.name_or_path}, LoRA{kind}: {trained:,} of {total:,} parameters are trained")
     return model
+
+
+def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
+    ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
+    checkpoint.write_whole(output / "ledger.json", _json(ledgers))
 
 
 def _check_rows(trainer: _Trainer, data: Prepared) -> None:

