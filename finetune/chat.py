@@ -1,10 +1,9 @@
 """Messages to `input_ids` and `labels`: the only place that knows what is trained on.
 
-A conversation is rendered and tokenised once, whole. Where its assistant turns lie is asked of the template itself: what
-inference would feed before a turn (`add_generation_prompt=True`) must be a prefix of the conversation, in characters
-and in tokens, so training and use cannot drift apart; where the turn's text ends follows from the text, or from a
-second rendering with a mark behind it. No template is known by name and none is rewritten. A row on which this cannot be
-shown raises `LabelError` with the message and the reason.
+A conversation is rendered and tokenised once, whole. Where its assistant turns lie is asked of the template itself:
+what inference would feed before a turn (`add_generation_prompt=True`) must be a prefix of the conversation, in
+characters (`turns`) and in tokens (here), so training and use cannot drift apart. No template is known by name and
+none is rewritten. A row on which this cannot be shown raises `LabelError` with the message and the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row as the trainer takes it: two int32 arrays; `labels[i]` is `input_ids[i]` where it is trained on, else -100."""
+    """One row as the trainer takes it, in int32; `labels[i]` is `input_ids[i]` where it is trained on, else -100."""
 
     input_ids: Ids
     labels: Ids
@@ -74,7 +73,9 @@ class Draft:
     text: str
     messages: Sequence[Message]
     train_on: str
-    turns: list[tuple[int, int, int]]  # message, first character of the turn, character behind its end-of-turn token
+    turns: list[
+        tuple[int, int, int]
+    ]  # message, first character of the turn, character behind its end-of-turn token
     trained: frozenset[int]  # the messages that are trained on
     tools: Sequence[dict[str, Any]] | None = None
 
@@ -99,7 +100,9 @@ class Chat:
         self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         # The unknown token stands for all that the vocabulary lacks, so it marks no place in the text.
         edges = np.array([i for i in self._special if i != tokenizer.unk_token_id], dtype=np.int64)
-        self._is_edge = np.zeros(len(tokenizer) + 1 if not len(edges) else max(len(tokenizer), edges.max() + 1), bool)
+        self._is_edge = np.zeros(
+            len(tokenizer) + 1 if not len(edges) else max(len(tokenizer), edges.max() + 1), bool
+        )
         self._is_edge[edges] = True
         self._endings: list[str] = []
         self._tail_ids = functools.lru_cache(maxsize=4096)(self._tokenize_one)
@@ -164,14 +167,21 @@ class Chat:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which tokens a text becomes: the tokenizer and its template."""
-        parts = [self.tokenizer.backend_tokenizer.to_str(), json.dumps(self.tokenizer.chat_template), self._variables]
+        parts = [
+            self.tokenizer.backend_tokenizer.to_str(),
+            json.dumps(self.tokenizer.chat_template),
+            self._variables,
+        ]
         return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------
     # Conversations
 
     def encode(
-        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        train_on: str = "assistant",
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
@@ -188,7 +198,10 @@ class Chat:
         return self.label(draft, self._tokenize_one(draft.text))
 
     def draft(
-        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        train_on: str = "assistant",
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> Draft:
         """The first half of `encode`, before the text is tokenised.
 
@@ -227,7 +240,7 @@ class Chat:
         starts = [start for start, _ in edges]
         ends = {end: place for (_, end), place in zip(edges, places, strict=True)}
         for i, first, behind in draft.turns:
-            # The special tokens cut a text into pieces that are tokenised each for itself. So the tokens before the turn
+            # Special tokens cut a text into pieces that are tokenised each for itself. So the tokens before the turn
             # are those of the prefix alone when the piece at its end is.
             before = bisect_left(starts, first)
             at, tail = (places[before - 1], starts[before - 1]) if before else (0, 0)
@@ -340,7 +353,9 @@ class Chat:
         whole = "\0".join([text, *(part for message in messages for part in _data(message))])
         for i in special_ids:
             if self._special[i] in whole:
-                holds = (n for n, m in enumerate(messages) if any(self._special[i] in part for part in _data(m)))
+                holds = (
+                    n for n, m in enumerate(messages) if any(self._special[i] in part for part in _data(m))
+                )
                 where = next((f"message {n + 1}" for n in holds), "the tools" if messages else "the text")
                 raise LabelError(
                     f"{where}: its text holds {self._special[i]}, which is a special token of this tokenizer"
@@ -373,8 +388,10 @@ class Chat:
 
 
 def _data(message: Message) -> Iterable[str]:
-    """The texts of a message that come from outside; the keys of a message and its role are the template's."""
-    return [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
+    """The texts of a message that come from outside."""
+    return (
+        [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
+    )
 
 
 def _check_unicode(messages: Sequence[Message], text: str) -> None:

@@ -178,9 +178,8 @@ def _inspect(args: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What this terminal's encoding lacks is written out, too.
         sys.stdout.reconfigure(errors="backslashreplace")
-    for line in (
-        inspect.as_json(view, rows) if args.json else inspect.as_text(view, rows, sys.stdout, args.tokens)
-    ):
+    text = inspect.as_text(view, rows, sys.stdout, args.tokens)
+    for line in inspect.as_json(view, rows) if args.json else text:
         print(line)
     sys.stdout.flush()
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from finetune.chat import IGNORE, Chat
-from finetune.data import Prepared, Say, build
+from finetune.data import Prepared, build
 from finetune.ledger import language
 from finetune.model import load_tokenizer
 from finetune.recipe import Recipe
 from finetune.rows import DataError
+from finetune.store import Say
 
 Row = dict[str, Any]
 Table = list[tuple[Any, ...]]

@@ -74,15 +74,28 @@ class Ledger:
         longest = self.percentile(1.0)
         width = max(1, math.ceil(longest / bins))
         return [
-            (low, low + width - 1, sum(n for length, n in self.lengths.items() if low <= length < low + width))
+            (
+                low,
+                low + width - 1,
+                sum(n for length, n in self.lengths.items() if low <= length < low + width),
+            )
             for low in range(1, longest + 1, width)
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """The account as `ledger.json` holds it."""
-        rows = {"read": self.read, "kept": self.kept, "repeated": self.repeated, "cut": self.cut, "split": self.split}
+        rows = {
+            "read": self.read,
+            "kept": self.kept,
+            "repeated": self.repeated,
+            "cut": self.cut,
+            "split": self.split,
+        }
         languages = {
-            name: {**account, "tokens_per_character": round(account["tokens"] / max(1, account["characters"]), 4)}
+            name: {
+                **account,
+                "tokens_per_character": round(account["tokens"] / max(1, account["characters"]), 4),
+            }
             for name, account in sorted(self.languages.items())
         }
         return {

@@ -9,8 +9,8 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from finetune.base import ModelError, locate, quiet
-from finetune.template import load_template, set_system_role
 from finetune.recipe import ModelSection, Recipe
+from finetune.template import load_template, set_system_role
 
 if TYPE_CHECKING:
     import torch

@@ -1,10 +1,11 @@
 """The rows of one source to encoded rows of at most `max_length` tokens; what becomes of each is told as a `Fate`.
 
-Rendering and labels are Python's work and go on while the tokenizer, which needs no Python, is busy with the rows before.
+Rendering and labels are Python's work and go on while the tokenizer, which needs none, is busy with the rows before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections import deque
@@ -18,15 +19,20 @@ import numpy as np
 
 from finetune.chat import IGNORE, Chat, Draft, Encoded, Ids, LabelError, Message
 from finetune.formats import FORMATS, Row, known_format, map_columns, matches
-from finetune.ledger import language
+from finetune.ledger import Ledger, language
 from finetune.recipe import DataSection, Source
 from finetune.rows import DataError, read_rows
+from finetune.turns import is_plain
 
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.
 _CHUNK = 64
 
+# What a piece weighs in the ledger: the arguments of `Ledger.keep` behind the source.
+WEIGHTS = ("length", "trained", "turns", "ends", "characters", "language")
+
 OPENING = "rows without an opening assistant message"
 CLOSING = "rows without what follows the last answer"
+UNTOLD = "rows whose tools the chat template leaves out"
 MERGED = "rows with messages of one role merged"
 
 
@@ -34,8 +40,8 @@ MERGED = "rows with messages of one role merged"
 class Fate:
     """What became of one row that was read.
 
-    It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given. `lost` is how many tokens
-    would have been trained on had they fitted.
+    It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given. `lost` is how many
+    tokens would have been trained on had they fitted.
     """
 
     row: str
@@ -45,6 +51,29 @@ class Fate:
     bad: str = ""
     lost: int = 0
     language: str = "other"
+
+    def count_into(self, ledger: Ledger) -> None:
+        """Counts the row as read, with all that became of it but its pieces."""
+        ledger.read += 1
+        ledger.lost_tokens += self.lost
+        ledger.mended.update(self.mended)
+        ledger.dropped.update([self.dropped] if self.dropped else [])
+        ledger.bad.update([self.bad] if self.bad else [])
+
+    def weigh(self, piece: Encoded) -> tuple[Any, ...]:
+        """The `WEIGHTS` of one of the pieces."""
+        ends = sum(int(piece.labels[turn.end - 1] == piece.input_ids[turn.end - 1]) for turn in piece.turns)
+        trained, turns = piece.trained_tokens, len(piece.turns)
+        return len(piece.input_ids), trained, turns, ends, piece.characters, self.language
+
+    @property
+    def digest(self) -> bytes:
+        """What the row is to the trainer: rows alike in it are duplicates."""
+        digest = hashlib.blake2b(digest_size=16)
+        for piece in self.pieces:
+            digest.update(piece.input_ids.tobytes())
+            digest.update(piece.labels.tobytes())
+        return digest.digest()
 
 
 @dataclass(slots=True)
@@ -144,11 +173,14 @@ def _start(
             if message["role"] == "assistant":
                 message.setdefault("train", False)
     messages = _mended(section, messages, train_on, fate)
+    _ = chat.end_of_turn_id  # what is wrong with the template is no row's fault
     draft = chat.draft(messages, train_on, converted.get("tools"))
     for i, message in enumerate(messages):
         spoken = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
         if message["role"] == "assistant" and not any(part and str(part).strip() for part in spoken):
             raise LabelError(f"message {i + 1}: the assistant's text is empty")
+    if draft.tools and chat.render(messages) == draft.text:
+        fate.mended.append(UNTOLD)
     fate.language = language("".join(message["content"] for message in messages))
     return _Chat(messages, train_on, converted.get("tools"), draft)
 
@@ -158,9 +190,9 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, fate: 
     if section.merge_same_role:
         merged: list[Message] = []
         for message in messages:
-            before = merged[-1] if merged else {}
-            alike = before.keys() | message.keys() <= {"role", "content", "train"} and message["role"] != "tool"
-            if alike and before["role"] == message["role"] and before.get("train") == message.get("train"):
+            before = merged[-1] if merged else {"role": None}
+            plain = is_plain(before) and is_plain(message) and message["role"] != "tool"
+            if plain and before["role"] == message["role"] and before.get("train") == message.get("train"):
                 merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
             else:
                 merged.append(message)
@@ -206,7 +238,9 @@ def _finished(
             fate.pieces = _fit(section, item, encoded, chat, max_length, fate)
         except LabelError as error:
             if section.on_bad_row == "error":
-                raise DataError(f"{fate.row}: {error}; mend the row, or write data.on_bad_row: skip") from error
+                raise DataError(
+                    f"{fate.row}: {error}; mend the row, or write data.on_bad_row: skip"
+                ) from error
             # What stands behind the semicolon is of this row alone.
             fate.bad = re.sub(r"message \d+: ", "", str(error)).partition(";")[0]
         yield fate
@@ -313,7 +347,7 @@ def _split_turns(item: _Chat, whole: Encoded, chat: Chat, max_length: int) -> li
     pieces, begin, lost = [], 0, False
     while begin < len(starts):
         ends = range(begin + 1, len(starts) + 1)
-        fitting = bisect_left(ends, True, key=lambda end: too_long(begin, end))  # noqa: B023 - used at once
+        fitting = bisect_left(ends, True, key=lambda end: too_long(begin, end))
         if not fitting:
             lost, fitting = True, 1
         elif piece := encode(begin, begin + fitting):

@@ -72,7 +72,7 @@ class Source(BaseModel):
     """Our field to a column of the source, or to a format string over the row."""
     raw: bool = False
     """Whether prompt_completion rows pass by the chat template."""
-    filter: dict[str, str | int | float | bool | None | list[str | int | float | bool | None]] = {}
+    filter: dict[str, str | int | float | bool | list[str | int | float | bool | None] | None] = {}
     """A column to the value, or the list of values, that a row must have to be read."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often each row is used: 0.5 half of the rows, 2 each twice. Of streams: the share of the mixture."""
@@ -258,6 +258,17 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
             draft.fault(f"training.{name}", f"is true, but model.dtype is {contrary}; remove one of the two")
     if training.get("packing") and training.get("max_length", 0) is None:
         draft.fault("training.max_length", "is null, but packing needs a length; write a number")
+    if training.get("packing") and training.get("packing_strategy") == "wrapped":
+        draft.fault(
+            "training.packing_strategy",
+            "is wrapped, which cuts rows and lets them read one another; write bfd",
+        )
+    # trl 1.16 decides by `packing` alone how batches of both kinds of rows are put together.
+    if training.get("eval_packing") and not training.get("packing"):
+        draft.fault(
+            "training.eval_packing",
+            "is true without packing, so rows would read one another; add packing: true",
+        )
     for name in ("checkpointing", "checkpointing_kwargs"):
         if training.get(f"gradient_{name}") is not None and training.get(f"activation_{name}") is not None:
             draft.fault(
@@ -267,12 +278,17 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
     if any(source.get("streaming") for source in data.get("train", [])):
         where = "with a source that is streamed"
         if training.get("max_steps", -1) <= 0:
-            draft.fault("training.max_steps", f"is not given, {where}, whose rows nobody has counted; write a number")
+            draft.fault(
+                "training.max_steps", f"is not given, {where}, whose rows nobody has counted; write a number"
+            )
         if data.get("eval_fraction") is not None:
             draft.fault("data.eval_fraction", f"is given, {where}; write data.eval")
         for name in ("packing", "train_sampling_strategy", "shuffle_dataset"):
             if training.get(name):
-                draft.fault(f"training.{name}", f"is {draft.shown(f'training.{name}')}, {where}; remove one of the two")
+                draft.fault(
+                    f"training.{name}",
+                    f"is {draft.shown(f'training.{name}')}, {where}; remove one of the two",
+                )
     if data.get("eval") and data.get("eval_fraction") is not None:
         draft.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
     # As written: values that are wrong have had their fault.

@@ -70,7 +70,9 @@ def set_system_role(tokenizer: Any, system_role: str) -> None:
     if system_role == "template":
         return
     if tokenizer.chat_template is None:
-        raise TemplateError(f"model.system_role: {system_role} needs a chat template; name one in model.chat_template")
+        raise TemplateError(
+            f"model.system_role: {system_role} needs a chat template; name one in model.chat_template"
+        )
     several = isinstance(tokenizer.chat_template, dict)
     templates = tokenizer.chat_template if several else {"": tokenizer.chat_template}
     given = {name: _prelude(tokenizer, text, system_role) + text for name, text in templates.items()}
@@ -99,7 +101,9 @@ def _turn(tokenizer: Any, template: str) -> str:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # What stands between a user's text and whatever comes next, up to its last special token and blanks behind it.
         shared = commonprefix([alone, followed])  # noqa: RUF071 - characters are meant
-        ends = [m.end() for m in re.finditer("|".join(map(re.escape, sorted(special, key=len)[::-1])), shared)]
+        ends = [
+            m.end() for m in re.finditer("|".join(map(re.escape, sorted(special, key=len)[::-1])), shared)
+        ]
         end = ends[-1] if ends else 0
         after = shared[:end] + re.match(r"\s*", shared[end:])[0]  # type: ignore[index]
         if header.count("user") == 1:
@@ -114,7 +118,9 @@ def _turn(tokenizer: Any, template: str) -> str:
             if render("Be brief", "Hi", "Yes", template=prelude + template) == wanted:
                 return prelude
     except Exception as error:
-        raise TemplateError(f"model.system_role: turn cannot be given to this chat template: {error}") from error
+        raise TemplateError(
+            f"model.system_role: turn cannot be given to this chat template: {error}"
+        ) from error
     raise TemplateError(
         "model.system_role: turn cannot be given to this chat template, whose user turn does not name its role; "
         "write fold, or a template of your own (model.chat_template)"

@@ -35,9 +35,9 @@ from finetune.model import (
     trainable_token_indices,
     unlearned_tokens,
 )
+from finetune.packing import RowsApart, check_rows
 from finetune.recipe import Recipe
 from finetune.record import Progress, Record, draw_losses
-from finetune.rows import DataError
 
 Say = Callable[[str], None]
 
@@ -100,7 +100,11 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         processing_class=tokenizer,
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
-    _check_rows(trainer, data)
+    trainer.rows = [] if streamed else data.dataset
+    if not streamed:
+        check_rows(trainer.train_dataset, data, "train")
+    if evaluation.dataset is not None:
+        check_rows(trainer.eval_dataset, evaluation, "evaluate")
     if recipe.lora is not None:
         # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), and
         # PEFT gives token rows the base's dtype (0.21), in which small steps are rounded away.
@@ -111,6 +115,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if trainer.padding_free:
+        trainer.add_callback(RowsApart(trainer))
     trainer.add_callback(Record(output, start))
     trainer.add_callback(Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
 
@@ -165,6 +171,11 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
+def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
+    ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
+    checkpoint.write_whole(output / "ledger.json", _json(ledgers))
+
+
 def _training_arguments(recipe: Recipe, packs: bool) -> SFTConfig:
     values = dict(recipe.training)
     for ours in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
@@ -179,6 +190,9 @@ def _training_arguments(recipe: Recipe, packs: bool) -> SFTConfig:
                 "model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32"
             )
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
+    if values.get("padding_free") and not packs:
+        # Our rows fit already; trl 1.16 refuses a length that it would not hold them to.
+        values["max_length"] = None
     if not (packs or values.get("eval_packing") or values.get("shuffle_dataset")):
         # Our rows fit already; trl's preparation would go over each once more.
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
@@ -217,23 +231,11 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
     return model
 
 
-def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
-    ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
-    checkpoint.write_whole(output / "ledger.json", _json(ledgers))
-
-
-def _check_rows(trainer: _Trainer, data: Prepared) -> None:
-    """The rows that trl trains on are the ledger's."""
-    if not trainer.args.packing and len(trainer.train_dataset) != data.ledger.kept:
-        raise DataError(
-            f"trl would train on {len(trainer.train_dataset)} rows where the ledger counts {data.ledger.kept}"
-        )
-
-
 class _Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that marks whole checkpoints, keeps no pickled arguments, and stops at a loss that is not finite."""
 
     save_total_limit: int | None = None
+    rows: Any  # the dataset that was prepared, with the names of its rows
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run writes its own card, at the end."""
@@ -260,12 +262,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        batch = dict(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the rows "
-                f"{', '.join(self._rows(ids, mask))}. This step was not taken and checkpoints are kept. Look at these "
+                f"{', '.join(self._rows(batch))}. This step was not taken and checkpoints are kept. Look at these "
                 "rows, lower training.learning_rate, or warm up (training.warmup_steps)"
             )
         return loss
@@ -284,12 +286,16 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1.0, count)
         return output
 
-    def _rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+    def _rows(self, inputs: dict[str, Any]) -> list[str]:
         """The names of the rows of a batch, found again by their tokens."""
-        if mask is None or "row" not in self.train_dataset.column_names:
-            return ["of a packed batch, which have no names"]
-        batch = {tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True)}
-        found = (row["row"] for row in self.train_dataset if tuple(row["input_ids"]) in batch)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is None:  # packed: one row of rows, each beginning at position 0
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
+            rows = ids[0].tensor_split(starts[1:])
+        else:
+            rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+        batch = {tuple(row.tolist()) for row in rows}
+        found = (row["row"] for row in self.rows if tuple(row["input_ids"]) in batch)
         return [name for name, _ in zip(found, batch, strict=False)]
 
 

@@ -1,9 +1,9 @@
 """Where the assistant turns of a rendered conversation lie, in characters; asked of the template, whatever it is.
 
-`render` is the template: it takes messages and whether a generation prompt follows them. A turn begins where what inference
-would feed ends. Where its text ends is plain from the text where the turn is the message and then an end-of-turn token;
-else the conversation is rendered once more with a mark behind each text of the message. A row on which this
-cannot be shown raises `LabelError` with the message and the reason.
+`render` is the template: it takes messages and whether a generation prompt follows them. A turn begins where what
+inference would feed ends. Where its text ends is plain where the turn is the message and then an end-of-turn token;
+else the conversation is rendered once more with a mark behind each text of the message. A row on which this cannot be
+shown raises `LabelError` with the message and the reason.
 """
 
 from __future__ import annotations
@@ -121,58 +121,68 @@ def turn_end(
                         if text.startswith(ending, first + len(written)):
                             return first + len(written) + len(ending)
     marked = _marked(message)
-    head, _, tail = render([*messages[:i], marked, *messages[i + 1 :]]).rpartition(_MARK)
-    # Blanks before a mark are not trimmed, so what is compared is all but the blanks.
+    before = render(messages[:i]) if i else ""
+    last = render([*messages[:i], marked])
+    whole = render([*messages[:i], marked, *messages[i + 1 :]])
+    # A template may write a tool's name in the call and again in the answer to it: the marks of the turn are those that
+    # are there when nothing follows it.
+    marks = max(last.count(_MARK), json.dumps(marked).count(_MARK))
+    head, tail = _behind(whole, marks)
+    # Blanks before a mark are not trimmed, so what is compared is all but the blanks. A generation prompt may hold the
+    # first word already (`<think>`).
     said = _squeezed(text[start : len(text) - len(tail)])
-    # A generation prompt may hold the first word already (`<think>`).
-    asked = len(commonprefix([text, render(messages[:i])])) if i else start  # noqa: RUF071 - characters are meant
-    shown = _squeezed(text[asked : len(text) - len(tail)])
+    shown = _squeezed(text[len(commonprefix([text, before])) : len(text) - len(tail)])  # noqa: RUF071 - characters
+    lacking = whole.count(_MARK) < marks
     for kind, part in _spoken(message):
-        if _squeezed(part) not in shown:
+        if part and (_squeezed(part) not in shown or (lacking and kind != "text")):
             later = any(m["role"] == "user" for m in messages[i + 1 :])
             hint = _LAST_ALONE if later else ""
             raise LabelError(f"message {i + 1}: the chat template leaves out its {kind}{hint}")
-    marks = json.dumps(marked).count(_MARK)
-    changed = _squeezed(head.replace(_MARK, "")[start:]) != said
-    if changed or head.count(_MARK) + 1 != marks or not text.endswith(tail):
+    if lacking or _squeezed(head[start:]) != said or not text.endswith(tail):
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
         )
-    ending = _ending(render, special, messages, i, tail)
+    if i + 1 < len(messages):
+        elsewhere = last
+    else:
+        role = "tool" if message.get("tool_calls") else "user"
+        try:
+            elsewhere = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
+        except LabelError:
+            elsewhere = whole
+    shared = commonprefix([tail, _behind(elsewhere, marks)[1]])  # noqa: RUF071 - characters are meant
+    prompt = render(messages[:i], add_generation_prompt=True)[len(before) :]
+    ending = _ending(special, tail, shared, prompt)
+    if not ending:
+        raise LabelError(
+            f"message {i + 1}: the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special "
+            "token, so the model could not learn to stop"
+        )
     if is_plain(message) and ending not in endings:
         endings.append(ending)
     return len(text) - len(tail) + len(ending)
 
 
-def _ending(render: Render, special: Iterable[str], messages: Sequence[Message], i: int, tail: str) -> str:
-    """The part of `tail`, the text behind what message `i` says, that ends its turn.
+def _behind(text: str, marks: int) -> tuple[str, str]:
+    """What stands before and behind the last of so many marks, without any mark."""
+    parts = text.split(_MARK, marks)
+    return "".join(parts[:-1]), parts[-1].replace(_MARK, "")
+
+
+def _ending(special: Iterable[str], tail: str, shared: str, prompt: str) -> str:
+    """The part of `tail`, the text behind what a message says, that ends its turn.
 
     It is what the tail shares with that of the same turn elsewhere: as the last one where it is not, and followed by
     another message where it is. What a template writes only at the end of a conversation, or before the next
-    message, is none of the turn.
+    message, is none of the turn. A special token may be cut at the edge of what is shared, so whole ones are looked
+    for. Where none is shared (gpt-oss ends the last turn with another token than the others) the first that follows
+    ends the turn, unless it begins the next one, as the generation `prompt` tells.
     """
-    others = [*messages[:i], _marked(messages[i])]
-    if i + 1 == len(messages):
-        others.append({"role": "tool" if messages[i].get("tool_calls") else "user", "content": "Hello there"})
-    try:
-        shared = commonprefix([tail, render(others).rpartition(_MARK)[2]])  # noqa: RUF071 - characters are meant
-    except LabelError:
-        shared = tail
-    # A special token may be cut at the edge, so look for whole ones. Where none is shared (gpt-oss ends the last turn
-    # with another token than the others) the first that follows is it, unless it begins the next turn.
     places = special_spans(special, tail)
     within = [end for _, end in places if end <= len(shared)]
-    if not within and places:
-        asked = render(messages[:i], add_generation_prompt=True)
-        prompt = asked.removeprefix(commonprefix([asked, render(messages[:i])]))  # noqa: RUF071
-        first, end = places[0]
-        within = [end] if tail[first:end] not in prompt else []
-    if not within:
-        raise LabelError(
-            f"message {i + 1}: the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special "
-            "token, so the model could not learn to stop"
-        )
-    return tail[: within[-1]]
+    if not within and places and tail[slice(*places[0])] not in prompt:
+        within = [places[0][1]]
+    return tail[: within[-1]] if within else ""
 
 
 def special_spans(special: Iterable[str], text: str) -> list[tuple[int, int]]:

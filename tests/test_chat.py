@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from finetune.base import _train_tokenizer
 from finetune.chat import IGNORE, Chat, Encoded, LabelError
-from finetune.template import TemplateError, load_template
 from finetune.model import load_tokenizer
 from finetune.recipe import ModelSection
+from finetune.template import TemplateError, load_template
 
 SHIPPED = ("gemma", "gemma3", "chatml")
 END = {"gemma": "<end_of_turn>", "gemma3": "<end_of_turn>", "chatml": "<|im_end|>"}
@@ -146,7 +146,8 @@ def test_system_text() -> None:
         prove(chat(template), messages, row)
         assert trained(chat(template), row) == ["Hello!" + END[template]]
     assert refusal(chat("gemma"), messages) == (
-        "the chat template refuses it: the gemma template has no system role; put the text into the first user message, or write model.system_role: fold"
+        "the chat template refuses it: the gemma template has no system role; put the text into the first user "
+        "message, or write model.system_role: fold"
     )
 
 

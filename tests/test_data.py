@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -13,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.chat import IGNORE, Chat, LabelError
+from finetune.chat import IGNORE, Chat
 from finetune.data import Prepared, build
 from finetune.ledger import Ledger
 from finetune.model import load_tokenizer
 from finetune.recipe import DataSection, ModelSection, Source
-from finetune.rows import DataError, is_file, read_rows
+from finetune.rows import DataError, read_rows
 from finetune.template import TemplateError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
@@ -360,187 +359,7 @@ def test_bad_raw_rows(row: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def names_and_rows(path: str) -> list[tuple[str, Any]]:
-    return [
-        (n, f"! {row}" if isinstance(row, LabelError) else row) for n, row in read_rows(Source(path=path))
-    ]
-
-
-def test_jsonl() -> None:
-    raw('\ufeff{"text": "一"}\r\n\r\n  \n{"text": "二\\n"}'.encode())
-    assert names_and_rows("rows.jsonl") == [
-        ("rows.jsonl:1", {"text": "一"}),
-        ("rows.jsonl:4", {"text": "二\n"}),
-    ]
-
-
-def test_jsonl_with_faults() -> None:
-    deep = b"[" * 200_000
-    lines = [
-        b'{"text": "a"}',
-        b'{"text": "\xff"}',
-        b"[1]",
-        b"null",
-        b"{,}",
-        deep,
-        b"9" * 5000,
-        b'{"text": "cut of',
-    ]
-    raw(b"\n".join(lines))
-    rows = names_and_rows("rows.jsonl")
-    assert [name for name, _ in rows] == [f"rows.jsonl:{i}" for i in range(1, 9)]
-    assert [row for _, row in rows[:5]] == [
-        {"text": "a"},
-        "! not UTF-8: byte 0xff at place 11 of the line",
-        "! a list where a row (a map) belongs",
-        "! a NoneType where a row (a map) belongs",
-        "! not JSON: Expecting property name enclosed in double quotes at column 2",
-    ]
-    assert rows[5][1].startswith("! not JSON that can be read: maximum recursion depth exceeded")
-    assert rows[6][1].startswith("! not JSON that can be read: Exceeds the limit (4300 digits)")
-    assert rows[7][1] == (
-        "! not JSON: Unterminated string starting at at column 10 (the file ends in the middle of a row)"
-    )
-
-
-def test_json() -> None:
-    raw('\ufeff[{"text": "一"},\n 7, {"text": "二"}]'.encode(), "rows.json")
-    assert names_and_rows("rows.json") == [
-        ("rows.json[0]", {"text": "一"}),
-        ("rows.json[1]", "! a int where a map belongs"),
-        ("rows.json[2]", {"text": "二"}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b'{"text": "a"}', "rows.json: it holds a dict, not a list of rows"),
-        (b"[]", "rows.json: it holds no rows"),
-        (b'[{"text":\n"\xff"}]', "rows.json:2: not UTF-8: byte 0xff"),
-        (
-            b'{"text": "a"}\n{"text": "b"}',
-            "rows.json:2: not JSON: Extra data at column 1; if the file holds a row a line, name it .jsonl",
-        ),
-        (
-            b'[{"text": "a"},',
-            "rows.json:1: not JSON: Expecting value at column 16; if the file holds a row a line, name it .jsonl",
-        ),
-    ],
-)
-def test_json_with_faults(data: bytes, reason: str) -> None:
-    raw(data, "rows.json")
-    assert fault(lambda: prepare("rows.json")) == reason
-
-
-@pytest.mark.parametrize("data", [b"[" * 200_000, b"[" + b"9" * 5000 + b"]"])
-def test_json_that_python_cannot_hold(data: bytes) -> None:
-    raw(data, "rows.json")
-    assert fault(lambda: prepare("rows.json")).startswith("rows.json: not JSON that can be read: ")
-
-
-def test_csv() -> None:
-    raw('\ufeff,text,n\r\n0,"一, ""二""\r\n三",7\r\n1,b,8\r\n'.encode(), "rows.csv")
-    # The first column without a name is the index that pandas writes.
-    assert names_and_rows("rows.csv") == [
-        ("rows.csv:3", {"": "0", "text": '一, "二"\r\n三', "n": "7"}),
-        ("rows.csv:4", {"": "1", "text": "b", "n": "8"}),
-    ]
-    assert texts(prepare("rows.csv")) == ['<bos>一, "二"\r\n三<eos>', "<bos>b<eos>"]
-
-
-def test_csv_with_faults() -> None:
-    raw(b"a,b\n1,2\n3\n4,5,6\n", "rows.csv")
-    assert names_and_rows("rows.csv") == [
-        ("rows.csv:2", {"a": "1", "b": "2"}),
-        ("rows.csv:3", "! the number of cells differs from the header's"),
-        ("rows.csv:4", "! the number of cells differs from the header's"),
-    ]
-    raw(b"text\na\nb\n\xff\n", "rows.csv")
-    assert fault(lambda: prepare("rows.csv")) == (
-        "rows.csv:4: not a CSV of UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
-    )
-    raw(b'text\n"a\n', "rows.csv")
-    assert fault(lambda: prepare("rows.csv")) == "rows.csv:2: not a CSV of UTF-8 text: unexpected end of data"
-    raw(b"text\n", "rows.csv")
-    assert fault(lambda: prepare("rows.csv")) == "rows.csv: it holds no rows"
-
-
-def test_parquet() -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    table = pa.Table.from_pylist(
-        [
-            talk("Hi", "一"),
-            {"messages": [*talk("Oh")["messages"], {"role": "assistant", "content": "二", "train": True}]},
-        ]
-    )
-    parquet.write_table(table, "rows.parquet")
-    Path("rows.parquet.gz").write_bytes(gzip.compress(Path("rows.parquet").read_bytes()))
-    for name in ("rows.parquet", "rows.parquet.gz"):
-        got = prepare(name)
-        assert texts(got) == [gemma("Hi", "一"), gemma("Oh", "二")]
-        assert got.dataset is not None
-        assert got.dataset["row"][:] == [f"{name}[0]", f"{name}[1]"]
-    data = Path("rows.parquet").read_bytes()
-    raw(data[:-20], "rows.parquet")
-    assert fault(lambda: prepare("rows.parquet")).startswith("rows.parquet: not a whole Parquet file: ")
-
-
-def test_gzip() -> None:
-    data = "".join(f'{{"text": "{i} {math.sin(i)}"}}\n' for i in range(50)).encode()
-    raw(gzip.compress(data), "rows.jsonl.gz")
-    assert names_and_rows("rows.jsonl.gz")[1] == ("rows.jsonl.gz:2", {"text": "1 0.8414709848078965"})
-    raw(gzip.compress(data)[:-200], "rows.jsonl.gz")
-    assert fault(lambda: prepare("rows.jsonl.gz")) == (
-        "rows.jsonl.gz: the file cannot be read: Compressed file ended before the end-of-stream marker was reached"
-    )
-    raw(data, "rows.jsonl.gz")
-    assert fault(lambda: prepare("rows.jsonl.gz")).startswith(
-        "rows.jsonl.gz: the file cannot be read: Not a gzipped file"
-    )
-    raw(gzip.compress(b""), "rows.jsonl.gz")
-    assert fault(lambda: prepare("rows.jsonl.gz")) == "rows.jsonl.gz: it holds no rows"
-
-
-def test_globs() -> None:
-    Path("b/c").mkdir(parents=True)
-    for name in ("b/2.jsonl", "b/1.jsonl", "b/c/3.jsonl", "b[1].jsonl"):
-        jsonl({"text": name}, name=name)
-    assert [name for name, _ in names_and_rows("b/*.jsonl")] == ["b/1.jsonl:1", "b/2.jsonl:1"]
-    assert [name for name, _ in names_and_rows("b/**/*.jsonl")] == [
-        "b/1.jsonl:1",
-        "b/2.jsonl:1",
-        "b/c/3.jsonl:1",
-    ]
-    # A file whose name looks like a pattern is that file.
-    assert [name for name, _ in names_and_rows("b[1].jsonl")] == ["b[1].jsonl:1"]
-    assert fault(lambda: prepare("x/*.jsonl")) == "x/*.jsonl: there is no such file"
-
-
-def test_files_that_are_none() -> None:
-    raw(b"")
-    assert fault(prepare) == "rows.jsonl: the file is empty"
-    raw(b"\n \n")
-    assert fault(prepare) == "rows.jsonl: it holds no rows"
-    assert fault(lambda: prepare("no.jsonl")) == "no.jsonl: there is no such file"
-    raw(b"a", "rows.txt")
-    names = ".jsonl, .json, .csv, .parquet or these and .gz"
-    assert (
-        fault(lambda: prepare("rows.txt"))
-        == f"rows.txt: not a file of rows by its name, which must end in {names}"
-    )
-    Path("folder").mkdir()
-    assert (
-        fault(lambda: prepare("folder"))
-        == f"folder: not a file of rows by its name, which must end in {names}"
-    )
-    Path("folder.jsonl").mkdir()
-    assert fault(lambda: prepare("folder.jsonl")) == "folder.jsonl: the file cannot be read: Is a directory"
+# Bad rows and the ledger
 
 
 def test_every_source_must_hold_rows() -> None:
@@ -548,17 +367,6 @@ def test_every_source_must_hold_rows() -> None:
     raw(b"\n", "none.jsonl")
     sources = [Source(path="rows.jsonl"), Source(path="none.jsonl")]
     assert fault(lambda: build(DataSection(train=sources), chat(), None)) == "none.jsonl: it holds no rows"
-
-
-def test_is_file() -> None:
-    Path("here").mkdir()
-    files = ["a.jsonl", "a/b.json.gz", "x.parquet", "*.x", "/abs", "./x", "~/x", "here"]
-    assert [path for path in files if not is_file(path)] == []
-    assert not is_file("HuggingFaceH4/ultrachat_200k")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Bad rows and the ledger
 
 
 def test_skip_counts_each_reason() -> None:
@@ -1057,13 +865,24 @@ def test_real_rows(
 ) -> None:
     path = str(Path(str(REAL)) / file)
     for source in ({"format": form, "columns": columns}, {"columns": columns}):
-        got = prepare(path, source=source, on_bad_row="skip" if bad else "error")
+        got = prepare(path, source=source, on_bad_row="skip" if bad else "error", deduplicate=False)
         ledger = got.ledger
         assert (ledger.read, ledger.kept, ledger.turns) == (rows, rows - sum(bad.values()), turns)
         assert (ledger.bad, ledger.dropped, ledger.cut, ledger.split) == (bad, {}, 0, 0)
     if answers:
         read = [row for _, row in read_rows(Source(path=path)) if isinstance(row, dict)]
         assert trained(got) == [[text + "<end_of_turn>" for text in answers(row)] for row in read]
+
+
+@pytest.mark.skipif(REAL is None, reason="FINETUNE_REAL_DATA is not set")
+def test_real_tool_calls() -> None:
+    path = str(Path(str(REAL)) / "sharegpt_toolcall_demo.json")
+    got = prepare(path, template="chatml", deduplicate=False)
+    assert (got.ledger.read, got.ledger.kept, got.ledger.bad) == (300, 300, {})
+    read = [row for _, row in read_rows(Source(path=path)) if isinstance(row, dict)]
+    calls = [sum(turn["from"] == "function_call" for turn in row["conversations"]) for row in read]
+    assert sum(calls) > 100
+    assert [sum(t.startswith("<tool_call>\n") for t in row) for row in trained(got, chat("chatml"))] == calls
 
 
 @pytest.mark.skipif(REAL is None, reason="FINETUNE_REAL_DATA is not set")

