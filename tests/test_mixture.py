@@ -1,8 +1,10 @@
 """Which rows are trained and evaluated on: weights, duplicates, leaks, streams, mending; and what is kept on disk."""
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from finetune.cli import main
 from finetune.data import Prepared, build
 from finetune.ledger import Ledger, language
 from finetune.model import load_tokenizer
+from finetune.prepare import Fate, prepare
 from finetune.recipe import DataSection, ModelSection
 from finetune.rows import DataError
 
@@ -351,6 +354,23 @@ def test_a_process_that_died_is_no_hindrance() -> None:
     folder.rename(folder.with_suffix(".part"))
     assert len(names(build(section(path), chat(), None)[0])) == 3
     assert folders() == [folder]
+
+
+def test_one_prepares_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = numbered("a.jsonl", 5)
+    chat()  # made before, not by both at once
+    begun: list[str] = []
+
+    def slow(*args: Any) -> Iterator[Fate]:
+        begun.append(str(args[1].path))
+        time.sleep(0.5)
+        yield from prepare(*args)
+
+    monkeypatch.setattr(store, "prepare", slow)
+    with ThreadPoolExecutor(3) as pool:
+        built = list(pool.map(lambda _: names(build(section(path), chat(), None)[0]), range(3)))
+    assert begun == ["a.jsonl"]
+    assert built == [[f"a.jsonl:{n}" for n in range(1, 6)]] * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------
