@@ -206,6 +206,7 @@ def _streamed(
         left[i] -= 1
         ledger.split += len(fate.pieces) > 1
         ledger.cut += fate.pieces[0].cut
+        ledger.lost_tokens += fate.lost
         for piece in fate.pieces:
             ledger.keep(section.train[i].path, *fate.weigh(piece))
             yield {"row": fate.row, "input_ids": piece.input_ids, "labels": piece.labels}

@@ -53,9 +53,9 @@ class Fate:
     language: str = "other"
 
     def count_into(self, ledger: Ledger) -> None:
-        """Counts the row as read, with all that became of it but its pieces."""
+        """Counts the row as read, with all that became of it but its pieces and what these lost."""
         ledger.read += 1
-        ledger.lost_tokens += self.lost
+        ledger.lost_tokens += 0 if self.pieces else self.lost
         ledger.mended.update(self.mended)
         ledger.dropped.update([self.dropped] if self.dropped else [])
         ledger.bad.update([self.bad] if self.bad else [])

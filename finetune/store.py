@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Part:
 
     @cached_property
     def _columns(self) -> dict[str, list[Any]]:
-        names = ("cut", "digest", *WEIGHTS)
+        names = ("cut", "lost", "digest", *WEIGHTS)
         return {name: self.dataset.data.column(name).to_pylist() for name in names}
 
     def name(self, row: int) -> str:
@@ -75,6 +76,7 @@ class Part:
         pieces = range(self._edges[row], self._edges[row + 1])
         ledger.split += len(pieces) > 1
         ledger.cut += self._columns["cut"][pieces[0]]
+        ledger.lost_tokens += self._columns["lost"][pieces[0]]
         for piece in pieces:
             ledger.keep(self.source.path, *(self._columns[name][piece] for name in WEIGHTS))
         return pieces
@@ -123,7 +125,7 @@ def _write(
 ) -> None:
     import pyarrow as pa
 
-    ints, texts = ("number", *WEIGHTS[:-1]), ("row", "language")
+    ints, texts = ("number", "lost", *WEIGHTS[:-1]), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
     fields += [("cut", pa.bool_()), ("digest", pa.binary(16))]
     fields += [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
@@ -141,22 +143,27 @@ def _write(
             rows.clear()
 
     begun = told = time.monotonic()
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for number, fate in enumerate(prepare(section, source, chat, max_length)):
-            fate.count_into(ledger)
-            for piece in fate.pieces:
-                *weights, language = fate.weigh(piece)
-                waiting.append((number, *weights, fate.row, language, fate.pieces[0].cut, fate.digest))
-                ids.append(piece.input_ids)
-                labels.append(piece.labels)
-            if len(waiting) >= 256:
+    with open(folder / "rows.arrow", "wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for number, fate in enumerate(prepare(section, source, chat, max_length)):
+                fate.count_into(ledger)
+                for piece in fate.pieces:
+                    *weights, language = fate.weigh(piece)
+                    waiting.append(
+                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, fate.digest)
+                    )
+                    ids.append(piece.input_ids)
+                    labels.append(piece.labels)
+                if len(waiting) >= 256:
+                    flush(writer)
+                if time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    rate = ledger.read / (told - begun)
+                    say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
+            if waiting:
                 flush(writer)
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                rate = ledger.read / (told - begun)
-                say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
-        if waiting:
-            flush(writer)
+        file.flush()
+        os.fsync(file.fileno())
     account = {name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad")}
     (folder / "account.json").write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
 

@@ -258,8 +258,7 @@ def test_a_model_that_lacks_a_package_for_packed_rows_says_so(
         ),
         (
             ["training.eval_packing=true", "data.eval_fraction=0.1"],
-            "training.eval_packing: is true without packing, and packed rows would read one another; "
-            "write packing: true as well, or remove it",
+            "training.eval_packing: is true without packing, so rows would read one another; add packing: true",
         ),
     ],
     ids=["wrapped", "evaluation alone"],
@@ -268,7 +267,7 @@ def test_packing_that_lets_rows_read_one_another_is_refused(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], overrides: list[str], line: str
 ) -> None:
     assert main([str(write_recipe()), *overrides]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: command line: {line}"
     assert not Path("run").exists()
 
 

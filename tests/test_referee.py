@@ -473,22 +473,31 @@ def strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def replaced(value: Any, token: str) -> Any:
+    if isinstance(value, dict):
+        return {replaced(k, token): replaced(v, token) for k, v in value.items()}
+    if isinstance(value, list):
+        return [replaced(each, token) for each in value]
+    return value.replace(token, "x") if isinstance(value, str) else value
+
+
 def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any = None) -> int:
     """Ours beside the referee's; how many turns are trained on."""
-    special = special_tokens(tokenizer(name))
-    holding = [
-        i
-        for i, message in enumerate(messages)
-        if any(t in text for text in strings(message) for t in special)
-    ]
+    own, everything = tokenizer(name), "\0".join(strings(messages))
+    held = [token for token in special_tokens(own) if token in everything]
     try:
         row = chat(name).encode(messages, train_on, tools)
     except LabelError as error:
         row, reason = None, str(error)
-    if holding:
-        assert row is None or all(hides(name, messages, i, tools) for i in holding)
-        return 0
     try:
+        text = rendered(name, messages, tools)
+        if any(
+            text.count(token) > rendered(name, replaced(messages, token), tools).count(token)
+            for token in held
+        ):
+            assert row is None
+        if held and row is None:
+            return 0
         must = verdict(name, messages, train_on, tools)
     except (JinjaError, TypeError):
         assert row is None
@@ -500,7 +509,6 @@ def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any
         return 0
     assert row is not None, reason
     assert list(row.input_ids) == must.input_ids
-    own = tokenizer(name)
     assert own.decode([i for i in row.labels if i >= 0]) == own.decode([i for i in must.labels if i >= 0])
     assert list(row.labels) == must.labels
     return len(row.turns)
