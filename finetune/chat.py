@@ -367,16 +367,15 @@ class Chat:
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     def _check_bos(self, ids: Any, rendered: bool = True) -> None:
-        """Exactly one BOS where the tokenizer uses one, and at the front."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None or bos == self.tokenizer.eos_token_id:
+        """Exactly one BOS where the tokenizer uses one, and at the front; behind an EOS a template may begin anew."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None or bos == eos:
             return
-        count = int(np.count_nonzero(ids == bos))
-        if count > 1 or (self._adds_bos and (not len(ids) or ids[0] != bos)):
-            source = "chat template" if rendered else "tokenizer"
-            raise LabelError(
-                f"the {source} writes {count} BOS tokens ({self.tokenizer.bos_token}); exactly one must come first"
-            )
+        places = np.flatnonzero(ids == bos)
+        first = 0 in places or not (self._adds_bos or len(places))
+        if not first or any(ids[place - 1] != eos for place in places if place):
+            writes = f"the {'chat template' if rendered else 'tokenizer'} writes {len(places)} BOS tokens"
+            raise LabelError(f"{writes} ({self.tokenizer.bos_token}); exactly one must come first")
 
     @cached_property
     def _backend(self) -> Any:

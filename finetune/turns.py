@@ -19,6 +19,7 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 # Stands behind each text of an assistant message in a second rendering. Letters only, so that no filter escapes it.
 _MARK = "qjxvzwkqy"
+_MARKS = re.compile(f"{_MARK}[a-j]+z")
 _LAST_ALONE = "; data.train_on: last_assistant trains on the last turn alone"
 
 
@@ -120,25 +121,26 @@ def turn_end(
                     for ending in endings:
                         if text.startswith(ending, first + len(written)):
                             return first + len(written) + len(ending)
-    marked = _marked(message)
+    marked, kinds = _marked(message)
     before = render(messages[:i]) if i else ""
     last = render([*messages[:i], marked])
     whole = render([*messages[:i], marked, *messages[i + 1 :]])
     # A template may write a tool's name in the call and again in the answer to it: the marks of the turn are those that
     # are there when nothing follows it.
-    marks = max(last.count(_MARK), json.dumps(marked).count(_MARK))
-    head, tail = _behind(whole, marks)
+    there = _MARKS.findall(last)
+    found = _MARKS.findall(whole)[: len(there)]
+    head, tail = _behind(whole, len(there))
     # Blanks before a mark are not trimmed, so what is compared is all but the blanks. A generation prompt may hold the
     # first word already (`<think>`).
     said = _squeezed(text[start : len(text) - len(tail)])
     shown = _squeezed(text[len(commonprefix([text, before])) : len(text) - len(tail)])  # noqa: RUF071 - characters
-    lacking = whole.count(_MARK) < marks
-    for kind, part in _spoken(message):
-        if part and (_squeezed(part) not in shown or (lacking and kind != "text")):
-            later = any(m["role"] == "user" for m in messages[i + 1 :])
-            hint = _LAST_ALONE if later else ""
-            raise LabelError(f"message {i + 1}: the chat template leaves out its {kind}{hint}")
-    if lacking or _squeezed(head[start:]) != said or not text.endswith(tail):
+    lacking = [kind for mark, kind in kinds.items() if mark not in found]
+    lacking += [kind for kind, part in _spoken(message) if _squeezed(part) not in shown]
+    if lacking:
+        later = any(m["role"] == "user" for m in messages[i + 1 :])
+        hint = _LAST_ALONE if later else ""
+        raise LabelError(f"message {i + 1}: the chat template leaves out its {lacking[0]}{hint}")
+    if found != there or _squeezed(head[start:]) != said or not text.endswith(tail):
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
         )
@@ -150,7 +152,7 @@ def turn_end(
             elsewhere = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
         except LabelError:
             elsewhere = whole
-    shared = commonprefix([tail, _behind(elsewhere, marks)[1]])  # noqa: RUF071 - characters are meant
+    shared = commonprefix([tail, _behind(elsewhere, len(there))[1]])  # noqa: RUF071 - characters are meant
     prompt = render(messages[:i], add_generation_prompt=True)[len(before) :]
     ending = _ending(special, tail, shared, prompt)
     if not ending:
@@ -165,8 +167,9 @@ def turn_end(
 
 def _behind(text: str, marks: int) -> tuple[str, str]:
     """What stands before and behind the last of so many marks, without any mark."""
-    parts = text.split(_MARK, marks)
-    return "".join(parts[:-1]), parts[-1].replace(_MARK, "")
+    ends = [match.end() for match in _MARKS.finditer(text)][:marks]
+    cut = ends[-1] if ends else 0
+    return _MARKS.sub("", text[:cut]), _MARKS.sub("", text[cut:])
 
 
 def _ending(special: Iterable[str], tail: str, shared: str, prompt: str) -> str:
@@ -199,29 +202,40 @@ def _spoken(message: Message) -> Iterator[tuple[str, str]]:
         yield "tool call", str(call.get("function", call).get("name", ""))
 
 
-def _marked(message: Message) -> Message:
-    """The message with a mark behind each text that it says: what follows the last one when rendered ends the turn."""
+def _marked(message: Message) -> tuple[Message, dict[str, str]]:
+    """The message with a mark of its own behind each text that it says, and what each mark stands behind.
+
+    What follows the last mark when rendered ends the turn.
+    """
     marked = dict(message)
+    kinds: dict[str, str] = {}
+
+    def mark(text: str, kind: str) -> str:
+        own = _MARK + "".join(chr(97 + int(digit)) for digit in str(len(kinds))) + "z"
+        kinds[own] = kind
+        return text + own
+
+    def call(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict) and any(isinstance(value, str) for value in arguments.values()):
+            return function | {
+                "arguments": {
+                    k: mark(v, "tool call") if isinstance(v, str) else v for k, v in arguments.items()
+                }
+            }
+        return function | {"name": mark(str(function.get("name", "")), "tool call")}
+
     calls = message.get("tool_calls")
     if message["content"] or not calls:
-        marked["content"] = message["content"] + _MARK
+        marked["content"] = mark(message["content"], "text")
     if message.get("reasoning_content"):
-        marked["reasoning_content"] = message["reasoning_content"] + _MARK
+        marked["reasoning_content"] = mark(message["reasoning_content"], "thinking")
     if calls:
         marked["tool_calls"] = [
-            call | {"function": _marked_call(call["function"])} if "function" in call else _marked_call(call)
-            for call in calls
+            each | {"function": call(each["function"])} if "function" in each else call(each)
+            for each in calls
         ]
-    return marked
-
-
-def _marked_call(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = function.get("arguments")
-    if isinstance(arguments, dict) and any(isinstance(value, str) for value in arguments.values()):
-        return function | {
-            "arguments": {k: v + _MARK if isinstance(v, str) else v for k, v in arguments.items()}
-        }
-    return function | {"name": f"{function.get('name', '')}{_MARK}"}
+    return marked, kinds
 
 
 def _squeezed(text: str) -> str:

@@ -1021,11 +1021,13 @@ def test_instructing() -> None:
         "<s>[INST] <<SYS>>\n Be kind. \n<</SYS>>\n\nHi [/INST] [/INST] </s>",
         [" [/INST] </s>"],
     )
-    # The BOS of the second exchange is one too many, wherever trained.
-    for train_on in ("assistant", "last_assistant"):
-        with pytest.raises(LabelError) as caught:
-            own.encode(TWO, train_on)
-        assert str(caught.value) == "the chat template writes 2 BOS tokens (<s>); exactly one must come first"
+    # A BOS for each exchange, as Llama 2 was trained.
+    expect(
+        own,
+        talk("a", "b", "c", "d"),
+        "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>",
+        [" b </s>", " d </s>"],
+    )
 
 
 def expect(own: Chat, messages: Messages, text: str, trained: list[str]) -> None:
