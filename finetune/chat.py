@@ -8,8 +8,10 @@ none is rewritten. A row on which this cannot be shown raises `LabelError` with 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import re
 from bisect import bisect_left
@@ -28,12 +30,15 @@ from finetune.turns import LabelError as LabelError
 from finetune.turns import Message as Message
 from finetune.turns import (
     check_shown,
+    check_unicode,
     is_plain,
+    outside,
     special_spans,
     strings,
     trained_messages,
     turn_end,
     turn_start,
+    untold,
 )
 
 Ids = npt.NDArray[np.int32]
@@ -73,9 +78,8 @@ class Draft:
     text: str
     messages: Sequence[Message]
     train_on: str
-    turns: list[
-        tuple[int, int, int]
-    ]  # message, first character of the turn, character behind its end-of-turn token
+    # Message, first character of the turn, character behind its end-of-turn token.
+    turns: list[tuple[int, int, int]]
     trained: frozenset[int]  # the messages that are trained on
     tools: Sequence[dict[str, Any]] | None = None
 
@@ -99,13 +103,9 @@ class Chat:
             )
         self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         # The unknown token stands for all that the vocabulary lacks, so it marks no place in the text.
-        edges = np.array([i for i in self._special if i != tokenizer.unk_token_id], dtype=np.int64)
-        self._is_edge = np.zeros(
-            len(tokenizer) + 1 if not len(edges) else max(len(tokenizer), edges.max() + 1), bool
-        )
-        self._is_edge[edges] = True
-        self._endings: list[str] = []
-        self._tail_ids = functools.lru_cache(maxsize=4096)(self._tokenize_one)
+        self._is_edge = np.zeros(max(len(tokenizer), *self._special, 0) + 1, bool)
+        self._is_edge[[i for i in self._special if i != tokenizer.unk_token_id]] = True
+        self._tail_ids = functools.lru_cache(maxsize=256)(self._tokenize_one)
 
     # -----------------------------------------------------------------------------------------------------------
     # Text
@@ -134,17 +134,16 @@ class Chat:
                 # What apply_chat_template does for plain messages, without copying each at each call (5.23).
                 return str(
                     self._compiled.render(
-                        messages=messages,
+                        messages=[untold(m) for m in messages],
                         tools=None,
                         documents=None,
                         add_generation_prompt=add_generation_prompt,
                         **self._variables,
                     )
                 )
-            plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
             return str(
                 self.tokenizer.apply_chat_template(
-                    plain,
+                    [untold(m) for m in messages],
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -167,11 +166,11 @@ class Chat:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which tokens a text becomes: the tokenizer and its template."""
-        parts = [
-            self.tokenizer.backend_tokenizer.to_str(),
-            json.dumps(self.tokenizer.chat_template),
-            self._variables,
-        ]
+        template = json.dumps(self.tokenizer.chat_template)
+        parts = [self.tokenizer.backend_tokenizer.to_str(), template, self._variables]
+        parts += [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+        with contextlib.suppress(LabelError, TemplateError):
+            parts.append(self.render(self._probe))  # some templates write the date
         return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ class Chat:
         trained = trained_messages(messages, train_on)
         render = partial(self.render, tools=tools)
         text = render(messages)
-        _check_unicode(messages, text)
+        check_unicode(messages, text)
         check_shown(messages, text)
         turns = []
         for i, message in enumerate(messages):
@@ -279,7 +278,7 @@ class Chat:
         """
         if not completion:
             raise LabelError("the text to train on is empty")
-        _check_unicode([], prompt + completion)
+        check_unicode([], prompt + completion)
         ids, before = self.tokenizer([prompt + completion, prompt])["input_ids"]
         inside = self.tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
         self._check_plain({i for i in inside if i in self._special}, [], prompt + completion)
@@ -332,6 +331,18 @@ class Chat:
         {"role": "assistant", "content": "Good day"},
     )
 
+    @cached_property
+    def _endings(self) -> list[str]:
+        """The texts that end a plain turn, followed by another and at the end of a conversation."""
+        talk, found = [*self._probe, *self._probe], set()
+        for i in (1, 3):
+            with contextlib.suppress(LabelError):
+                text = self.render(talk)
+                start = turn_start(self.render, talk, i, text)
+                end = turn_end(self.render, self._special.values(), (), talk, i, text, start)
+                found.add(text[text.index("Good day", start) + len("Good day") : end])
+        return sorted(found, key=len, reverse=True)
+
     # -----------------------------------------------------------------------------------------------------------
     # Checks
 
@@ -350,11 +361,11 @@ class Chat:
 
     def _check_plain(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
         """Text is data: what would be read as a special token inside it makes the row a bad one."""
-        whole = "\0".join([text, *(part for message in messages for part in _data(message))])
+        whole = "\0".join([text, *(part for message in messages for part in outside(message))])
         for i in special_ids:
             if self._special[i] in whole:
                 holds = (
-                    n for n, m in enumerate(messages) if any(self._special[i] in part for part in _data(m))
+                    n for n, m in enumerate(messages) if any(self._special[i] in part for part in outside(m))
                 )
                 where = next((f"message {n + 1}" for n in holds), "the tools" if messages else "the text")
                 raise LabelError(
@@ -384,20 +395,3 @@ class Chat:
 
     def _tokenize_one(self, text: str) -> Ids:
         return self.tokenize([text])[0]
-
-
-def _data(message: Message) -> Iterable[str]:
-    """The texts of a message that come from outside."""
-    return (
-        [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
-    )
-
-
-def _check_unicode(messages: Sequence[Message], text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        holds = (i for i, m in enumerate(messages) if any(half in part for part in strings(m)))
-        where = next((f"message {i + 1}" for i in holds), "the text")
-        raise LabelError(f"{where}: its text holds half a character ({half!r}), not Unicode") from error

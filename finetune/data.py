@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat import Chat
 from finetune.ledger import Ledger
-from finetune.prepare import prepare
-from finetune.recipe import DataSection
+from finetune.prepare import Fate, prepare
+from finetune.recipe import DataSection, Source
 from finetune.rows import DataError
 from finetune.store import Part, Say
 
@@ -55,15 +55,15 @@ def build(
     """
     evaluated = [Part(section, source, chat, max_length, say) for source in section.eval]
     if any(source.streaming for source in section.train):
-        evaluation, digests = _evaluation(section, evaluated, {})
-        return _stream(section, chat, max_length, digests), evaluation
+        evaluation, texts = _evaluation(section, evaluated, {})
+        return _stream(section, chat, max_length, texts), evaluation
     parts = [Part(section, source, chat, max_length, say) for source in section.train]
     ledger, rng = Ledger(), random.Random(section.seed)
     for part in parts:
         part.count_into(ledger)
     rows = _distinct(section, parts, ledger)
     held_out = _held_out(section, rows, rng)
-    evaluation, digests = _evaluation(section, evaluated, held_out)
+    evaluation, texts = _evaluation(section, evaluated, held_out)
     ledger.read -= len(held_out)
 
     chosen: list[tuple[Part, int]] = []
@@ -72,7 +72,7 @@ def build(
         for _, row in own:
             if (part, row) in held_out:
                 continue
-            if part.digest(row) in digests:
+            if part.digests(row)[0] in texts:
                 if not section.deduplicate:
                     raise _leak(part.name(row))
                 ledger.dropped[LEAKED] += 1
@@ -90,7 +90,7 @@ def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[t
     rows = []
     for part in parts:
         for row in range(len(part)):
-            digest = part.digest(row)
+            _, digest = part.digests(row)
             if section.deduplicate and digest in seen:
                 ledger.dropped[DUPLICATE] += 1
                 continue
@@ -105,14 +105,14 @@ def _held_out(
     """The rows that `eval_fraction` sets aside, in their order."""
     if section.eval_fraction is None or not rows:
         return {}
-    digests = list(dict.fromkeys(part.digest(row) for part, row in rows))
-    count = max(1, round(len(digests) * section.eval_fraction))
-    if count >= len(digests):
+    texts = list(dict.fromkeys(part.digests(row)[0] for part, row in rows))
+    count = max(1, round(len(texts) * section.eval_fraction))
+    if count >= len(texts):
         raise DataError(
-            f"data.eval_fraction: {section.eval_fraction} of {len(digests)} rows leaves none to train on"
+            f"data.eval_fraction: {section.eval_fraction} of {len(texts)} rows leaves none to train on"
         )
-    chosen = set(rng.sample(digests, count))
-    return {(part, row): None for part, row in rows if part.digest(row) in chosen}
+    chosen = set(rng.sample(texts, count))
+    return {(part, row): None for part, row in rows if part.digests(row)[0] in chosen}
 
 
 def _evaluation(
@@ -127,7 +127,7 @@ def _evaluation(
     evaluation = Prepared(_dataset(rows, ledger), ledger)
     if section.eval and not ledger.trained_tokens:
         raise DataError(f"data.eval: no row is left to evaluate on: {ledger.summary()}")
-    return evaluation, {part.digest(row) for part, row in rows}
+    return evaluation, {part.digests(row)[0] for part, row in rows}
 
 
 def _drawn(section: DataSection, part: Part, rows: list[int], ledger: Ledger) -> list[int]:
@@ -176,40 +176,67 @@ def _stream(section: DataSection, chat: Chat, max_length: int | None, evaluated:
         raise DataError(f"no row is left to train on: {tried.summary()}")
     ints = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"row": datasets.Value("string"), "input_ids": ints, "labels": ints})
-    stream = datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features)
-    return Prepared(stream.shuffle(section.seed, buffer_size=_BUFFER), ledger)
+    return Prepared(datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features), ledger)
 
 
 def _streamed(
     section: DataSection, chat: Chat, max_length: int | None, evaluated: set[bytes], ledger: Ledger
 ) -> Iterator[dict[str, Any]]:
-    rng, seen = random.Random(section.seed), set[bytes]()
-    streams = [prepare(section, source, chat, max_length) for source in section.train]
+    """The rows of the streams, mixed, each counted as it leaves."""
+    rng = random.Random(section.seed)
+    waiting: list[tuple[Source, Fate]] = []
+    for kept in _kept(section, chat, max_length, evaluated, ledger, rng):
+        waiting.append(kept)
+        if len(waiting) > _BUFFER:
+            yield from _leaving(waiting, rng, ledger)
+    while waiting:
+        yield from _leaving(waiting, rng, ledger)
+
+
+def _leaving(
+    waiting: list[tuple[Source, Fate]], rng: random.Random, ledger: Ledger
+) -> Iterator[dict[str, Any]]:
+    i = rng.randrange(len(waiting))
+    waiting[i], waiting[-1] = waiting[-1], waiting[i]
+    source, fate = waiting.pop()
+    ledger.split += len(fate.pieces) > 1
+    ledger.cut += fate.pieces[0].cut
+    ledger.lost_tokens += fate.lost
+    for piece in fate.pieces:
+        ledger.keep(source.path, *fate.weigh(piece))
+        yield {"row": fate.row, "input_ids": piece.input_ids, "labels": piece.labels}
+
+
+def _kept(
+    section: DataSection,
+    chat: Chat,
+    max_length: int | None,
+    evaluated: set[bytes],
+    ledger: Ledger,
+    rng: random.Random,
+) -> Iterator[tuple[Source, Fate]]:
+    """The rows that are trained on, drawn from the sources by `weight`; what becomes of the others is counted."""
+    streams = {i: prepare(section, source, chat, max_length) for i, source in enumerate(section.train)}
     left = [source.samples or math.inf for source in section.train]
-    open_ones = list(range(len(streams)))
-    while open_ones:
-        [i] = rng.choices(open_ones, [section.train[i].weight or 1 for i in open_ones])
-        fate = next(streams[i], None) if left[i] > 0 else None
-        if fate is None:
-            open_ones.remove(i)
-            continue
-        fate.count_into(ledger)
-        if not fate.pieces:
-            continue
-        digest = fate.digest
-        if digest in evaluated and not section.deduplicate:
-            raise _leak(fate.row)
-        if digest in evaluated or (section.deduplicate and digest in seen):
-            ledger.dropped[LEAKED if digest in evaluated else DUPLICATE] += 1
-            continue
-        seen.add(digest)
-        left[i] -= 1
-        ledger.split += len(fate.pieces) > 1
-        ledger.cut += fate.pieces[0].cut
-        ledger.lost_tokens += fate.lost
-        for piece in fate.pieces:
-            ledger.keep(section.train[i].path, *fate.weigh(piece))
-            yield {"row": fate.row, "input_ids": piece.input_ids, "labels": piece.labels}
+    seen: set[bytes] = set()
+    while streams:
+        [i] = rng.choices(list(streams), [section.train[i].weight or 1 for i in streams])
+        for fate in streams[i] if left[i] else ():
+            fate.count_into(ledger)
+            text, digest = fate.digests
+            if not fate.pieces:
+                continue
+            if text in evaluated and not section.deduplicate:
+                raise _leak(fate.row)
+            if text in evaluated or (section.deduplicate and digest in seen):
+                ledger.dropped[LEAKED if text in evaluated else DUPLICATE] += 1
+                continue
+            seen.add(digest)
+            left[i] -= 1
+            yield section.train[i], fate
+            break
+        else:
+            del streams[i]
 
 
 def _leak(row: str) -> DataError:

@@ -64,7 +64,11 @@ def known_format(source: Source, row: Row) -> str:
     Raises:
         DataError: None does.
     """
-    for name, columns in _COLUMNS.items():
+    # What `columns` fills in is meant to be read.
+    meant = {
+        name: there for name, there in _COLUMNS.items() if set(there) & source.columns.keys()
+    } or _COLUMNS
+    for name, columns in meant.items():
         if all(column in row for column in columns):
             return name
     raise DataError(
@@ -205,7 +209,9 @@ def _message(source: Row, role: Any, content: Any) -> Message:
             raise LabelError("a message has a text part without text")
         content = "".join(texts)
     message: Message = {"role": "system" if role == "developer" else role, "content": content}
-    thoughts = [source[key] for key in ("reasoning_content", "thinking", "reasoning") if source.get(key)]
+    thoughts = [
+        source[key] for key in ("reasoning_content", "thinking", "reasoning") if _said(source.get(key))
+    ]
     if any(thought != thoughts[0] for thought in thoughts):
         raise LabelError("a message's reasoning_content, thinking and reasoning differ; keep one")
     if thoughts:
@@ -219,6 +225,10 @@ def _message(source: Row, role: Any, content: Any) -> Message:
         message["content"] = "" if content is None else content
     train = _train(source, role)
     return message if train is None else message | {"train": train}
+
+
+def _said(text: Any) -> bool:
+    return bool(text.strip() if isinstance(text, str) else text)
 
 
 def _train(source: Row, role: Any) -> bool | None:

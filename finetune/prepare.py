@@ -67,13 +67,15 @@ class Fate:
         return len(piece.input_ids), trained, turns, ends, piece.characters, self.language
 
     @property
-    def digest(self) -> bytes:
-        """What the row is to the trainer: rows alike in it are duplicates."""
-        digest = hashlib.blake2b(digest_size=16)
+    def digests(self) -> tuple[bytes, bytes]:
+        """What the row says, and what it is to the trainer, where labels count as well."""
+        text = hashlib.blake2b(digest_size=16)
         for piece in self.pieces:
-            digest.update(piece.input_ids.tobytes())
-            digest.update(piece.labels.tobytes())
-        return digest.digest()
+            text.update(piece.input_ids.tobytes())
+        row = text.copy()
+        for piece in self.pieces:
+            row.update(piece.labels.tobytes())
+        return text.digest(), row.digest()
 
 
 @dataclass(slots=True)
@@ -192,6 +194,7 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, fate: 
         for message in messages:
             before = merged[-1] if merged else {"role": None}
             plain = is_plain(before) and is_plain(message) and message["role"] != "tool"
+            plain &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
             if plain and before["role"] == message["role"] and before.get("train") == message.get("train"):
                 merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
             else:

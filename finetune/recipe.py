@@ -283,7 +283,7 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
             )
         if data.get("eval_fraction") is not None:
             draft.fault("data.eval_fraction", f"is given, {where}; write data.eval")
-        for name in ("packing", "train_sampling_strategy", "shuffle_dataset"):
+        for name in ("packing", "train_sampling_strategy", "shuffle_dataset", "dataloader_num_workers"):
             if training.get(name):
                 draft.fault(
                     f"training.{name}",

@@ -381,6 +381,8 @@ def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErro
             row = LabelError("the number of cells differs from the header's")
         if header and cells:
             yield f"{name}:{line}", row
+        if not header and len(set(cells)) < len(cells):
+            raise DataError(f"{name}:{line}: two columns have one name: {', '.join(cells)}")
         header = header or cells
 
 

@@ -53,16 +53,17 @@ class Part:
 
     @cached_property
     def _columns(self) -> dict[str, list[Any]]:
-        names = ("cut", "lost", "digest", *WEIGHTS)
+        names = ("cut", "lost", "text", "digest", *WEIGHTS)
         return {name: self.dataset.data.column(name).to_pylist() for name in names}
 
     def name(self, row: int) -> str:
         """What the row is called, such as `rows.jsonl:12`."""
         return str(self.dataset[self._edges[row]]["row"])
 
-    def digest(self, row: int) -> bytes:
-        """As `Fate.digest`."""
-        return bytes(self._columns["digest"][self._edges[row]])
+    def digests(self, row: int) -> tuple[bytes, bytes]:
+        """As `Fate.digests`."""
+        first = self._edges[row]
+        return self._columns["text"][first], self._columns["digest"][first]
 
     def count_into(self, ledger: Ledger) -> None:
         """Adds what became of the rows of which nothing is left, and how the others were mended."""
@@ -127,7 +128,7 @@ def _write(
 
     ints, texts = ("number", "lost", *WEIGHTS[:-1]), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
-    fields += [("cut", pa.bool_()), ("digest", pa.binary(16))]
+    fields += [("cut", pa.bool_()), ("text", pa.binary(16)), ("digest", pa.binary(16))]
     fields += [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
     schema = pa.schema(fields)
     ledger = Ledger()
@@ -136,7 +137,7 @@ def _write(
     labels: list[Any] = []
 
     def flush(writer: Any) -> None:
-        columns = dict(zip((*ints, *texts, "cut", "digest"), zip(*waiting, strict=True), strict=True))
+        columns = dict(zip((*ints, *texts, "cut", "text", "digest"), zip(*waiting, strict=True), strict=True))
         arrays = [pa.array(columns[name], kind) for name, kind in fields[:-2]]
         writer.write_batch(pa.record_batch([*arrays, _lists(ids), _lists(labels)], schema=schema))
         for rows in (waiting, ids, labels):
@@ -150,7 +151,7 @@ def _write(
                 for piece in fate.pieces:
                     *weights, language = fate.weigh(piece)
                     waiting.append(
-                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, fate.digest)
+                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *fate.digests)
                     )
                     ids.append(piece.input_ids)
                     labels.append(piece.labels)

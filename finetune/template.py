@@ -34,28 +34,37 @@ def load_template(name_or_path: str) -> str:
 
 
 # Each is put before the model's own template, which then meets the messages as the recipe wants them. So the choice
-# travels with the template, and whoever uses the model renders as it was trained.
-_FOLD = """\
+# travels with the template, and whoever uses the model renders as it was trained. What calls a template may give a text as
+# a list of parts. The empty expression at the end keeps a line break with which the model's own template begins.
+_TEXT = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}
+    {%- set system = system if system is string else system | map(attribute='text') | join -%}
+"""
+_FOLD = (
+    _TEXT
+    + """\
     {%- if messages | length == 1 or messages[1]['role'] != 'user' -%}
         {{- raise_exception('a system message can be folded only into a user message that follows it') -}}
     {%- endif -%}
-    {%- set folded = messages[0]['content'] | trim ~ '\\n\\n' ~ messages[1]['content'] -%}
-    {%- set messages = [{'role': 'user', 'content': folded}] + messages[2:] -%}
-{%- endif -%}
-"""
-_TURN = """\
-{%%- if messages and messages[0]['role'] == 'system' -%%}
-    {{- %(bos)s ~ %(before)s ~ messages[0]['content']%(trim)s ~ %(after)s -}}
-    {%%- set bos_token = '' -%%}
-    {%%- set messages = messages[1:] -%%}
-{%%- endif -%%}
-"""
+    {%- set system = system | trim ~ '\\n\\n' -%}
+    {%- set said = messages[1]['content'] -%}
+    {%- set said = system ~ said if said is string else [{'type': 'text', 'text': system}] + said -%}
+    {%- set messages = [{'role': 'user', 'content': said}] + messages[2:] -%}
+{%- endif -%}{{ '' }}"""
+)
+_TURN = (
+    _TEXT
+    + """\
+    {{- BOS ~ BEFORE ~ systemTRIM ~ AFTER -}}
+    {%- set bos_token = '' -%}
+    {%- set messages = messages[1:] -%}
+{%- endif -%}{{ '' }}"""
+)
 _ERROR = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
     {{- raise_exception('there is a system message, and model.system_role is error') -}}
-{%- endif -%}
-"""
+{%- endif -%}{{ '' }}"""
 
 
 def set_system_role(tokenizer: Any, system_role: str) -> None:
@@ -87,8 +96,8 @@ def _turn(tokenizer: Any, template: str) -> str:
     """The Jinja text that writes a system turn, learned from how this template writes a user's."""
     mark = "qjxvzw"
 
-    def render(*texts: str, template: str = template) -> str:
-        roles = ("system", "user", "assistant") if len(texts) == 3 else ("user", "assistant")
+    def render(*texts: str, first: str = "user", template: str = template) -> str:
+        roles = ("system", "user", "assistant", "user")[first == "user" :]
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
 
@@ -98,24 +107,20 @@ def _turn(tokenizer: Any, template: str) -> str:
         spaced = render(f" {mark} ")
         bos = tokenizer.bos_token if before.startswith(tokenizer.bos_token or "\0") else ""
         header = before.removeprefix(bos)
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # What stands between a user's text and whatever comes next, up to its last special token and blanks behind it.
         shared = commonprefix([alone, followed])  # noqa: RUF071 - characters are meant
-        ends = [
-            m.end() for m in re.finditer("|".join(map(re.escape, sorted(special, key=len)[::-1])), shared)
-        ]
-        end = ends[-1] if ends else 0
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        end = max((shared.rfind(name) + len(name) for name in special if name in shared), default=0)
         after = shared[:end] + re.match(r"\s*", shared[end:])[0]  # type: ignore[index]
-        if header.count("user") == 1:
+        # A later user turn begins like the first, or there is more before the first than its own header.
+        again = render("Hi", "Yes", mark, first="user").partition(mark)[0]
+        if header.count("user") == 1 and again.endswith(header):
             header = header.replace("user", "system")
-            prelude = _TURN % {
-                "bos": "bos_token" if bos else "''",
-                "before": json.dumps(header),
-                "after": json.dumps(after),
-                "trim": "" if f" {mark} " in spaced else " | trim",
-            }
+            prelude = _TURN.replace("BOS", "bos_token" if bos else "''").replace("BEFORE", json.dumps(header))
+            prelude = prelude.replace("AFTER", json.dumps(after))
+            prelude = prelude.replace("TRIM", "" if f" {mark} " in spaced else " | trim")
             wanted = f"{bos}{header}Be brief{after}{render('Hi', 'Yes').removeprefix(bos)}"
-            if render("Be brief", "Hi", "Yes", template=prelude + template) == wanted:
+            if render("Be brief", "Hi", "Yes", first="system", template=prelude + template) == wanted:
                 return prelude
     except Exception as error:
         raise TemplateError(

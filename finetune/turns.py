@@ -8,6 +8,7 @@ shown raises `LabelError` with the message and the reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Stands behind each text of an assistant message in a second rendering. Letters only, so that no filter escapes it.
 _MARK = "qjxvzwkqy"
 _MARKS = re.compile(f"{_MARK}[a-j]+z")
+_FENCE = "xwqvkjzwx"  # stands before texts of other messages
 _LAST_ALONE = "; data.train_on: last_assistant trains on the last turn alone"
 
 
@@ -50,6 +52,29 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from strings(part)
+
+
+def untold(message: Message) -> Message:
+    """The message as the template gets it: what is trained on is none of its business."""
+    return {k: v for k, v in message.items() if k != "train"} if "train" in message else message
+
+
+def outside(message: Message) -> Iterable[str]:
+    """The texts of a message that come from outside."""
+    return (
+        [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
+    )
+
+
+def check_unicode(messages: Sequence[Message], text: str) -> None:
+    """Half a character is none: JSON can hold it, a tokenizer cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        holds = (i for i, m in enumerate(messages) if any(half in part for part in strings(m)))
+        where = next((f"message {i + 1}" for i in holds), "the text")
+        raise LabelError(f"{where}: its text holds half a character ({half!r}), not Unicode") from error
 
 
 def trained_messages(messages: Sequence[Message], train_on: str) -> list[int]:
@@ -101,7 +126,7 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
 def turn_end(
     render: Render,
     special: Iterable[str],
-    endings: list[str],
+    endings: Sequence[str],
     messages: Sequence[Message],
     i: int,
     text: str,
@@ -109,8 +134,7 @@ def turn_end(
 ) -> int:
     """The character behind the end-of-turn token of message `i`, whose turn starts at character `start`.
 
-    `special` are the tokenizer's special tokens; `endings` those texts that have been found to end a turn, to which
-    what is found here is added.
+    `special` are the tokenizer's special tokens, `endings` those texts that are known to end a turn, longest first.
     """
     message = messages[i]
     if is_plain(message):
@@ -144,25 +168,34 @@ def turn_end(
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
         )
-    if i + 1 < len(messages):
-        elsewhere = last
-    else:
+    fenced = [m | {"content": _FENCE + m["content"]} for m in messages[i + 1 :]]
+    if fenced and _FENCE in _behind(render([*messages[:i], marked, *fenced]), len(there))[0]:
+        raise LabelError(f"message {i + 1}: the chat template writes a later message inside its turn")
+    elsewhere = last
+    if i + 1 == len(messages):
         role = "tool" if message.get("tool_calls") else "user"
-        try:
+        with contextlib.suppress(LabelError):
             elsewhere = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
-        except LabelError:
-            elsewhere = whole
+    # What ends the turn is what follows its text here and elsewhere: as the last one where it is not, and with another
+    # message behind it where it is. What a template writes only at the end of a conversation, or before the next
+    # message, is none of the turn. A special token may be cut at the edge of what is shared, so whole ones count.
     shared = commonprefix([tail, _behind(elsewhere, len(there))[1]])  # noqa: RUF071 - characters are meant
-    prompt = render(messages[:i], add_generation_prompt=True)[len(before) :]
-    ending = _ending(special, tail, shared, prompt)
-    if not ending:
+    places = special_spans(special, tail)
+    within = [end for _, end in places if end <= len(shared)]
+    if not within and places and places[0][0] <= len(shared):
+        # gpt-oss ends the last turn with a token of its own, and the others with the one that ends a user's turn.
+        token = tail[slice(*places[0])]
+        prompt = render(messages[:i], add_generation_prompt=True)[len(before) :]
+        asked = render([{"role": "user", "content": _FENCE}], add_generation_prompt=True)
+        closing = asked.rpartition(_FENCE)[2].removesuffix(prompt)
+        if token not in prompt and (i + 1 == len(messages) or token in closing):
+            within = [places[0][1]]
+    if not within:
         raise LabelError(
             f"message {i + 1}: the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special "
             "token, so the model could not learn to stop"
         )
-    if is_plain(message) and ending not in endings:
-        endings.append(ending)
-    return len(text) - len(tail) + len(ending)
+    return len(text) - len(tail) + within[-1]
 
 
 def _behind(text: str, marks: int) -> tuple[str, str]:
@@ -170,22 +203,6 @@ def _behind(text: str, marks: int) -> tuple[str, str]:
     ends = [match.end() for match in _MARKS.finditer(text)][:marks]
     cut = ends[-1] if ends else 0
     return _MARKS.sub("", text[:cut]), _MARKS.sub("", text[cut:])
-
-
-def _ending(special: Iterable[str], tail: str, shared: str, prompt: str) -> str:
-    """The part of `tail`, the text behind what a message says, that ends its turn.
-
-    It is what the tail shares with that of the same turn elsewhere: as the last one where it is not, and followed by
-    another message where it is. What a template writes only at the end of a conversation, or before the next
-    message, is none of the turn. A special token may be cut at the edge of what is shared, so whole ones are looked
-    for. Where none is shared (gpt-oss ends the last turn with another token than the others) the first that follows
-    ends the turn, unless it begins the next one, as the generation `prompt` tells.
-    """
-    places = special_spans(special, tail)
-    within = [end for _, end in places if end <= len(shared)]
-    if not within and places and tail[slice(*places[0])] not in prompt:
-        within = [places[0][1]]
-    return tail[: within[-1]] if within else ""
 
 
 def special_spans(special: Iterable[str], text: str) -> list[tuple[int, int]]:

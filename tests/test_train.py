@@ -147,7 +147,9 @@ def test_each_way_of_training_learns_and_loads_again(
     assert main([str(path), *overrides]) == 2  # the very rows that it trains on
     Path("held.jsonl").write_text(json.dumps(row) + "\n")
     # Here the same row is wanted on both sides.
-    monkeypatch.setattr("finetune.prepare.Fate.digest", property(lambda fate: os.urandom(16)))
+    monkeypatch.setattr(
+        "finetune.prepare.Fate.digests", property(lambda fate: (os.urandom(16), os.urandom(16)))
+    )
     overrides[1] = "data.eval=[{path: held.jsonl}]"
     assert main([str(path), *overrides]) == 0, capsys.readouterr().err
     found = {r["step"]: r["loss"] for r in metrics(Path("run")) if "loss" in r}
