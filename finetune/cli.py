@@ -23,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in VERBS and arguments[0].endswith((".yaml", ".yml")):
         arguments.insert(0, "train")
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # An override may stand behind an option as well.
+    if any(word.startswith("-") or "=" not in word or "overrides" not in args for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     if not args.traceback:
         _silence()
     try:
@@ -109,18 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number above 0")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -261,6 +265,7 @@ def _silence() -> None:
     """Upstream's warnings and loading notes, about which a user can do nothing, stay off the screen."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import logging
 

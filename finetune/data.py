@@ -137,7 +137,7 @@ def _drawn(section: DataSection, part: Part, rows: list[int], ledger: Ledger) ->
     if not rows or wanted == len(rows):
         return rows
     passes, rest = divmod(wanted, len(rows))
-    rng = random.Random(f"{section.seed} {source.path} {source.split}")
+    rng = random.Random(f"{section.seed} {[*section.train, *section.eval].index(source)}")
     ledger.repeated += max(0, wanted - len(rows))
     if not passes:
         ledger.dropped["not drawn (weight or samples)"] += len(rows) - rest
@@ -204,7 +204,7 @@ def _leaving(
     ledger.lost_tokens += fate.lost
     for piece in fate.pieces:
         ledger.keep(source.path, *fate.weigh(piece))
-        yield {"row": fate.row, "input_ids": piece.input_ids, "labels": piece.labels}
+        yield {"row": fate.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
 
 
 def _kept(

@@ -113,7 +113,9 @@ def _sharegpt(row: Row) -> Row:
 
 
 def _alpaca(row: Row) -> Row:
-    parts = [part for part in (row.get("instruction"), row.get("input")) if part]
+    if row.get("instruction") is None:
+        raise LabelError("it has no instruction")
+    parts = [part for part in (row["instruction"], row.get("input")) if part]
     if not all(isinstance(part, str) for part in parts):
         raise LabelError("its instruction or input is not text")
     # Earlier answers are trained on as any assistant turn, as LLaMA-Factory does.

@@ -188,9 +188,14 @@ def facts(account: Row) -> Table:
 
 
 def reasons(account: Row) -> Table:
-    """How many rows were mended, dropped or bad, and why."""
-    fates = ("mended", "dropped", "bad")
-    return [(count, f"{fate}: {why}") for fate in fates for why, count in account[fate].items()]
+    """How many rows were mended, dropped or bad, why, and which was the first."""
+    fates, first = ("mended", "dropped", "bad"), account["first"]
+    told = {
+        why: f"{why} (first: {first[why]})" if why in first else why
+        for fate in fates
+        for why in account[fate]
+    }
+    return [(count, f"{fate}: {told[why]}") for fate in fates for why, count in account[fate].items()]
 
 
 def tables(account: Row) -> list[Table]:

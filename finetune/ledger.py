@@ -10,6 +10,7 @@ from typing import Any
 
 # A set of rows that loses more than this share of its trained tokens to `max_length` says so.
 MUCH_LOST = 0.1
+_PUNCTUATION = re.compile(r"[\u2010-\u206f]+")
 _KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]+")
 
 
@@ -19,6 +20,7 @@ class Ledger:
 
     `read` rows become `kept` ones or stand under `bad` or `dropped` with the reason; a row that is split gives several,
     and a row may be `repeated` by its source's weight. `lost_tokens` would have been trained on had they fitted.
+    `first` names the first row for each reason under `dropped` and `bad`.
     """
 
     read: int = 0
@@ -29,6 +31,7 @@ class Ledger:
     mended: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
     turns: int = 0
     ends: int = 0
     tokens: int = 0
@@ -103,6 +106,7 @@ class Ledger:
             "mended": dict(self.mended),
             "dropped": dict(self.dropped),
             "bad": dict(self.bad),
+            "first": dict(self.first),
             "turns_trained": self.turns,
             "end_of_turns_trained": self.ends,
             "tokens": self.tokens,
@@ -127,7 +131,7 @@ class Ledger:
         if lost > MUCH_LOST:
             what.append(
                 f"{lost:.0%} of the tokens to train on are lost to training.max_length "
-                "(raise it, or write data.on_overflow: split)"
+                "(raise it, or see data.on_overflow)"
             )
         return (
             f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
@@ -143,6 +147,7 @@ def language(text: str) -> str:
     """
     if text.isascii():
         return "English" if text.strip() else "other"
+    text = _PUNCTUATION.sub("", text)  # English has its quotation marks and dashes
     foreign = len(text) - len(text.encode("ascii", "ignore"))
     if foreign * 50 <= len(text):
         return "English"

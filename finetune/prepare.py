@@ -40,8 +40,8 @@ MERGED = "rows with messages of one role merged"
 class Fate:
     """What became of one row that was read.
 
-    It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given. `lost` is how many
-    tokens would have been trained on had they fitted.
+    It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given, at the `place` given.
+    `lost` is how many tokens would have been trained on had they fitted.
     """
 
     row: str
@@ -49,6 +49,7 @@ class Fate:
     mended: list[str] = field(default_factory=list)
     dropped: str = ""
     bad: str = ""
+    place: str = ""
     lost: int = 0
     language: str = "other"
 
@@ -57,8 +58,10 @@ class Fate:
         ledger.read += 1
         ledger.lost_tokens += 0 if self.pieces else self.lost
         ledger.mended.update(self.mended)
-        ledger.dropped.update([self.dropped] if self.dropped else [])
-        ledger.bad.update([self.bad] if self.bad else [])
+        for reason, account in ((self.dropped, ledger.dropped), (self.bad, ledger.bad)):
+            if reason:
+                account[reason] += 1
+                ledger.first.setdefault(reason, f"{self.row}{self.place}")
 
     def weigh(self, piece: Encoded) -> tuple[Any, ...]:
         """The `WEIGHTS` of one of the pieces."""
@@ -78,16 +81,6 @@ class Fate:
         return text.digest(), row.digest()
 
 
-@dataclass(slots=True)
-class _Chat:
-    """A row with turns on its way."""
-
-    messages: list[Message]
-    train_on: str
-    tools: list[dict[str, Any]] | None
-    draft: Draft
-
-
 def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | None) -> Iterator[Fate]:
     """The fate of each row of a source, in its order.
 
@@ -99,7 +92,7 @@ def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | 
     with ThreadPoolExecutor(1) as pool:
         try:
             while chunk := list(islice(rows, _CHUNK)):
-                texts = [item.draft.text for _, item in chunk if isinstance(item, _Chat)]
+                texts = [item.text for _, item in chunk if isinstance(item, Draft)]
                 waiting.append((chunk, pool.submit(chat.tokenize, texts)))
                 if len(waiting) > 2:
                     yield from _finished(section, source, chat, max_length, *waiting.popleft())
@@ -110,7 +103,7 @@ def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | 
 
 
 # A row's fate so far, and what is still to be done with it: nothing when it is decided.
-_Started = tuple[Fate, "_Chat | Encoded | Exception | None"]
+_Started = tuple[Fate, "Draft | Encoded | Exception | None"]
 
 
 def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Started]:
@@ -143,7 +136,7 @@ def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Star
 
 def _start(
     section: DataSection, source: Source, form: str, row: Row, chat: Chat, fate: Fate
-) -> _Chat | Encoded:
+) -> Draft | Encoded:
     if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
         converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
         if not all(isinstance(text, str) for text in converted.values()):
@@ -184,7 +177,7 @@ def _start(
     if draft.tools and chat.render(messages) == draft.text:
         fate.mended.append(UNTOLD)
     fate.language = language("".join(message["content"] for message in messages))
-    return _Chat(messages, train_on, converted.get("tools"), draft)
+    return draft
 
 
 def _mended(section: DataSection, messages: list[Message], train_on: str, fate: Fate) -> list[Message]:
@@ -237,7 +230,7 @@ def _finished(
         try:
             if isinstance(item, Exception):
                 raise item
-            encoded = chat.label(item.draft, next(ids)) if isinstance(item, _Chat) else item
+            encoded = chat.label(item, next(ids)) if isinstance(item, Draft) else item
             fate.pieces = _fit(section, item, encoded, chat, max_length, fate)
         except LabelError as error:
             if section.on_bad_row == "error":
@@ -245,13 +238,14 @@ def _finished(
                     f"{fate.row}: {error}; mend the row, or write data.on_bad_row: skip"
                 ) from error
             # What stands behind the semicolon is of this row alone.
-            fate.bad = re.sub(r"message \d+: ", "", str(error)).partition(";")[0]
+            fate.bad, place, more = re.sub(r"message \d+: ", "", str(error)).partition(";")
+            fate.place = place + more
         yield fate
 
 
 def _fit(
     section: DataSection,
-    item: _Chat | Encoded,
+    item: Draft | Encoded,
     encoded: Encoded,
     chat: Chat,
     max_length: int | None,
@@ -266,7 +260,7 @@ def _fit(
         return [encoded]
     why = f"longer than training.max_length {max_length}"
     if section.on_overflow == "error":
-        raise DataError(f"{fate.row}: {why} (data.on_overflow: error)")
+        raise DataError(f"{fate.row}: {len(encoded.input_ids):,} tokens, {why} (data.on_overflow: error)")
     pieces: list[Encoded] = []
     if section.on_overflow != "drop":
         if isinstance(item, Encoded):
@@ -319,12 +313,12 @@ def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | No
     return [piece for piece in pieces if piece.trained_tokens]
 
 
-def _split_turns(item: _Chat, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
+def _split_turns(item: Draft, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
     """The conversation as several, each beginning at a user message with the system text before it.
 
     Each holds as many exchanges as fit; one exchange that alone does not fit is left out, and the row counts as cut.
     """
-    messages = item.messages
+    messages = list(item.messages)
     system = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(system) :]
     # What an assistant says before the first user goes with that user's exchange.

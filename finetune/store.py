@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -52,9 +53,13 @@ class Part:
         return len(self._edges) - 1
 
     @cached_property
-    def _columns(self) -> dict[str, list[Any]]:
-        names = ("cut", "lost", "text", "digest", *WEIGHTS)
-        return {name: self.dataset.data.column(name).to_pylist() for name in names}
+    def _columns(self) -> dict[str, Any]:
+        table = self.dataset.data
+        columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *WEIGHTS[:-1])}
+        # As arrays, which weigh less than lists of bytes; of each language there is one string.
+        for name in ("text", "digest"):
+            columns[name] = np.array(table.column(name).to_pylist(), "V16")
+        return columns | {"language": [sys.intern(word) for word in table.column("language").to_pylist()]}
 
     def name(self, row: int) -> str:
         """What the row is called, such as `rows.jsonl:12`."""
@@ -63,7 +68,7 @@ class Part:
     def digests(self, row: int) -> tuple[bytes, bytes]:
         """As `Fate.digests`."""
         first = self._edges[row]
-        return self._columns["text"][first], self._columns["digest"][first]
+        return self._columns["text"][first].tobytes(), self._columns["digest"][first].tobytes()
 
     def count_into(self, ledger: Ledger) -> None:
         """Adds what became of the rows of which nothing is left, and how the others were mended."""
@@ -71,15 +76,18 @@ class Part:
         ledger.lost_tokens += self._account["lost_tokens"]
         for reasons in ("mended", "dropped", "bad"):
             getattr(ledger, reasons).update(self._account[reasons])
+        ledger.first = self._account["first"] | ledger.first
 
     def keep(self, row: int, ledger: Ledger) -> range:
         """Counts a row that is trained on; gives its pieces."""
         pieces = range(self._edges[row], self._edges[row + 1])
         ledger.split += len(pieces) > 1
-        ledger.cut += self._columns["cut"][pieces[0]]
-        ledger.lost_tokens += self._columns["lost"][pieces[0]]
+        ledger.cut += int(self._columns["cut"][pieces[0]])
+        ledger.lost_tokens += int(self._columns["lost"][pieces[0]])
         for piece in pieces:
-            ledger.keep(self.source.path, *(self._columns[name][piece] for name in WEIGHTS))
+            *numbers, language = (self._columns[name][piece] for name in WEIGHTS)
+            weights: list[Any] = [*map(int, numbers), language]
+            ledger.keep(self.source.path, *weights)
         return pieces
 
 
@@ -165,7 +173,9 @@ def _write(
                 flush(writer)
         file.flush()
         os.fsync(file.fileno())
-    account = {name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad")}
+    account = {
+        name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad", "first")
+    }
     (folder / "account.json").write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
 
 

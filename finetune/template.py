@@ -34,8 +34,8 @@ def load_template(name_or_path: str) -> str:
 
 
 # Each is put before the model's own template, which then meets the messages as the recipe wants them. So the choice
-# travels with the template, and whoever uses the model renders as it was trained. What calls a template may give a text as
-# a list of parts. The empty expression at the end keeps a line break with which the model's own template begins.
+# travels with the template, and whoever uses the model renders as it was trained. Who calls a template may give a text
+# as a list of parts. The empty expression at the end keeps a line break with which the model's own template begins.
 _TEXT = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system = messages[0]['content'] -%}

@@ -218,8 +218,6 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
             options["trainable_token_indices"] = trainable_token_indices(model, unlearned)
             names = ", ".join(chat.tokenizer.convert_ids_to_tokens(unlearned))
             say(f"turn tokens that the base never learned, their embedding rows are trained too: {names}")
-    elif options.get("trainable_token_indices") == "none":
-        del options["trainable_token_indices"]
     try:
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:

@@ -322,6 +322,65 @@ def test_a_turn_ends_before_the_next_begins() -> None:
     assert trained(own, own.encode(messages, "last_assistant")) == ["two<eos>"]
 
 
+ENDLESS = (
+    "{{ bos_token }}{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% else %}{{ eos_token }}{% endif %}"
+)
+HEADED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<start_of_turn>' }}"
+    "{{ m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [ENDLESS, HEADED])
+def test_a_turn_without_an_end_is_not_trained_to_the_next_one(template: str) -> None:
+    """Neither the end of the conversation nor the head of the next turn ends this one."""
+    own = chat(template)
+    assert trained(own, own.encode(talk("a", "one"))) in (["one\n\n<eos>"], ["one<eos>"])
+    assert refusal(own, talk("a", "one", "b", "two")).startswith(
+        "message 2: the template ends the turn with "
+    )
+
+
+def test_a_turn_that_a_later_message_is_written_into() -> None:
+    """As Gemma 4 writes a tool's answer before the text that stands beside the call."""
+    own = chat(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% elif m.role == 'assistant' %}<start_of_turn>"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {% if messages | length > 2 %}{{ messages[2].content }} {% endif %}{% endfor %}"
+        "{{ m.content }}<end_of_turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    messages = [*talk("a", "I look"), {"role": "tool", "content": "seen"}, *talk("b", "c")]
+    messages[1]["tool_calls"] = [call]
+    assert refusal(own, messages) == "message 2: the chat template writes a later message inside its turn"
+
+
+def test_labels_do_not_depend_on_the_rows_before() -> None:
+    template = load_template("chatml").replace(
+        "<|im_end|>\\n' -}}\n{%- endfor -%}\n{%- if add",
+        "<|im_end|>' ~ (eos_token if messages[0]['role'] == 'system' else '') ~ '\\n' -}}\n{%- endfor -%}\n{%- if add",
+    )
+    assert template != load_template("chatml")
+    plain, told = talk("a", "b", "c", "d"), talk("a", "b", "c", "d", system="s")
+    orders = []
+    for rows in ((plain, told), (told, plain)):
+        own = Chat(chat(template).tokenizer)
+        orders.append({len(row): trained(own, own.encode(row)) for row in rows})
+    assert orders[0] == orders[1]
+
+
+def test_the_template_is_not_told_what_is_trained_on() -> None:
+    own = chat(
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m | length }}<start_of_turn>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>2<start_of_turn>{% endif %}"
+    )
+    messages = talk("a", "b", "c", "d")
+    messages[1]["train"] = False
+    assert trained(own, own.encode(messages)) == ["d<|im_end|>"]
+
+
 def official(name: str) -> str:
     package = importlib.util.find_spec("trl")
     assert package is not None

@@ -425,6 +425,11 @@ def test_ledger_exactly() -> None:
         "mended": {"rows without what follows the last answer": 1},
         "dropped": {"with nothing to train on": 1, "exact duplicates": 1},
         "bad": {"the assistant's text is empty": 1, "it has no messages": 1},
+        "first": {
+            "the assistant's text is empty": "rows.jsonl:2",
+            "with nothing to train on": "rows.jsonl:3",
+            "it has no messages": "rows.jsonl:5",
+        },
         "turns_trained": 4,
         "end_of_turns_trained": 4,
         "tokens": sum(lengths),
@@ -582,13 +587,14 @@ def test_text_that_is_too_long() -> None:
 @pytest.mark.parametrize("row", [talk(*LONG), {"text": "one two three four five six seven"}])
 def test_drop_and_error(row: dict[str, Any]) -> None:
     jsonl(row, row)
+    [length] = prepare().ledger.lengths
     assert fault(lambda: prepare(on_overflow="error", max_length=9)) == (
-        "rows.jsonl:1: longer than training.max_length 9 (data.on_overflow: error)"
+        f"rows.jsonl:1: {length} tokens, longer than training.max_length 9 (data.on_overflow: error)"
     )
     assert fault(lambda: prepare(on_overflow="drop", max_length=9)) == (
         "no row is left to train on: 0 of 2 rows, 0 tokens, 0 trained on (0%), longest 0; "
         "2 longer than training.max_length 9; 100% of the tokens to train on are lost to training.max_length "
-        "(raise it, or write data.on_overflow: split)"
+        "(raise it, or see data.on_overflow)"
     )
     ledger = prepare(on_overflow="drop", max_length=500).ledger
     assert (ledger.kept, ledger.dropped) == (1, {"exact duplicates": 1})

@@ -1,5 +1,6 @@
 """Which rows are trained and evaluated on: weights, duplicates, leaks, streams, mending; and what is kept on disk."""
 
+import copy
 import json
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from finetune.model import load_tokenizer
 from finetune.prepare import Fate, prepare
 from finetune.recipe import DataSection, ModelSection
 from finetune.rows import DataError
+from finetune.template import TemplateError, set_system_role
 
 
 @cache
@@ -97,9 +99,9 @@ def test_the_draw_is_the_same_everywhere() -> None:
     """The very rows, as any machine must draw them."""
     path = numbered("a.jsonl", 10)
     assert names(build(section({"path": path, "samples": 3}), chat(), None)[0]) == [
-        "a.jsonl:3",
-        "a.jsonl:4",
-        "a.jsonl:9",
+        "a.jsonl:2",
+        "a.jsonl:7",
+        "a.jsonl:8",
     ]
 
 
@@ -162,6 +164,21 @@ def test_a_row_and_its_copies_are_held_out_together(deduplicate: bool) -> None:
     assert (train.ledger.kept, evaluation.ledger.kept) == ((7, 3) if deduplicate else (28, 12))
 
 
+def test_the_same_text_with_other_labels_is_a_leak() -> None:
+    a = jsonl("a.jsonl", talk("a", "b", "c", "d"), talk("e", "f"))
+    held = jsonl("held.jsonl", {"prompt": talk("a", "b", "c")["messages"], "completion": "d"})
+    train, evaluation = build(section(a, eval=[{"path": held}]), chat(), None)
+    assert (names(train), train.ledger.dropped) == (["a.jsonl:2"], {"also in the evaluation rows": 1})
+    assert evaluation.ledger.trained_tokens < 5
+
+
+def test_columns_are_meant_to_be_read() -> None:
+    row = {"instruction": "Say hi", "input": "", "output": "Hi", "style": "formal"}
+    columns = {"prompt": "[{style}] {instruction}", "completion": "output"}
+    train, _ = build(section({"path": jsonl("a.jsonl", row), "columns": columns}), chat(), None)
+    assert texts(train, chat())[0].startswith("<bos><start_of_turn>user\n[formal] Say hi<end_of_turn>")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Mending
 
@@ -204,6 +221,11 @@ def test_messages_of_one_role() -> None:
         "<bos><start_of_turn>user\na\n\nb<end_of_turn>\n<start_of_turn>model\nc\n\nd<end_of_turn>\n"
     ]
     assert train.ledger.mended == {"rows with messages of one role merged": 1}
+    # What is not text stays what it is: no text.
+    jsonl("b.jsonl", {"messages": [{"role": "user", "content": None}, *said(("user", "b"))["messages"]]})
+    assert "its content is NoneType" in fault(
+        lambda: build(section("b.jsonl", merge_same_role=True), chat(), None)
+    )
     # One that is trained on and one that is not stay two.
     row["messages"][2]["train"] = False
     jsonl("a.jsonl", row)
@@ -261,6 +283,34 @@ def test_system_roles(template: str, system_role: str, text: str) -> None:
     # Without a system message the choice changes nothing.
     plain = talk("Hi", "Yo")["messages"]
     assert own.render(plain) == chat(template).render(plain)
+
+
+def test_a_system_text_in_parts() -> None:
+    parts = [
+        {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]}
+    ]
+    for role, text in (("fold", "user\nBe brief.\n\nHi"), ("turn", "system\nBe brief.<end_of_turn>\n")):
+        tokenizer = chat("gemma", role).tokenizer
+        rendered = tokenizer.apply_chat_template([*parts, *talk("Hi", "Yo")["messages"]], tokenize=False)
+        assert f"<start_of_turn>{text}" in rendered
+
+
+def test_more_than_a_header_before_the_first_turn() -> None:
+    """A default system text would be written twice."""
+    own = copy.deepcopy(chat("chatml").tokenizer)
+    own.chat_template = "<|im_start|>system\nI help.<|im_end|>\n" + own.chat_template.replace(
+        "{{- bos_token -}}", ""
+    )
+    with pytest.raises(TemplateError, match="system_role: turn cannot be given"):
+        set_system_role(own, "turn")
+
+
+def test_a_template_that_begins_with_a_line_break() -> None:
+    own = copy.deepcopy(chat("chatml").tokenizer)
+    own.chat_template = "\n  {{ 'x' }}" + own.chat_template
+    plain = own.apply_chat_template(talk("a", "b")["messages"], tokenize=False)
+    set_system_role(own, "fold")
+    assert own.apply_chat_template(talk("a", "b")["messages"], tokenize=False) == plain
 
 
 def test_a_system_text_can_be_refused() -> None:
@@ -391,6 +441,27 @@ def test_a_stream_has_the_rows_of_its_source() -> None:
     assert stream.ledger == whole.ledger
     assert list(stream.dataset) == rows  # the same order each time
     assert stream.ledger.kept == 60
+
+
+def test_a_stream_counts_what_leaves_it() -> None:
+    path = numbered("a.jsonl", 50)
+    stream, _ = build(section({"path": path, "streaming": True}), chat(), None)
+    assert stream.dataset is not None
+    rows = iter(stream.dataset)
+    seen = [next(rows) for _ in range(8)]
+    # One more may be on its way.
+    assert 8 <= stream.ledger.kept <= 9
+    assert len({row["row"] for row in seen}) == 8
+
+
+def test_a_share_is_one_of_kept_rows() -> None:
+    a = numbered("a.jsonl", 3000)
+    rows = [talk(f"c {n}", "x") | {"use": n % 2 == 0} for n in range(3000)]
+    sources = [{"path": a, "streaming": True}, {"path": jsonl("c.jsonl", *rows), "filter": {"use": True}}]
+    stream, _ = build(section(*sources), chat(), None)
+    assert stream.dataset is not None
+    first = [row["row"][0] for row, _ in zip(stream.dataset, range(200), strict=False)]
+    assert 70 < first.count("c") < 130
 
 
 def test_streams_are_mixed_by_weight() -> None:

@@ -300,9 +300,9 @@ EXCEPTIONS: dict[str, Why | None] = {
     "gemma": BREAK,
     "gemma3": BREAK,
     "glm4moe": Why(
-        "a turn ends with the header of what follows, and the last one of a conversation with nothing: trl's training "
-        "template writes <|user|> there, which the model's own does not",
-        refused="message 4: the template ends the turn with '', in which this tokenizer has no special token, so the "
+        "a turn ends with the header of what follows, which is none of it, and the last one of a conversation with "
+        "nothing: trl's training template writes <|user|> there, which the model's own does not",
+        refused="message 2: the template ends the turn with '', in which this tokenizer has no special token, so the "
         "model could not learn to stop",
     ),
     "gptoss": HEADER,
@@ -489,6 +489,9 @@ def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any
         row = chat(name).encode(messages, train_on, tools)
     except LabelError as error:
         row, reason = None, str(error)
+    if name == "glm4moe":
+        assert row is None
+        return 0
     try:
         text = rendered(name, messages, tools)
         if any(
@@ -822,7 +825,7 @@ def judged(name: str, examples: int, **more: Any) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_conversation(name: str) -> None:
-    assert judged(name, 30) >= (0 if EXCEPTIONS[name] is DEEPSEEK else 3)
+    assert judged(name, 30) >= (0 if EXCEPTIONS[name] is DEEPSEEK or name == "glm4moe" else 3)
 
 
 def test_arguments_written_out() -> None:
@@ -885,14 +888,13 @@ PLACES = ["argument", "argument within", "name", "answer", "tools", "thinking"]
         (name, where)
         for name, family in FAMILIES.items()
         for where in PLACES[: 5 + PROVED[name].endswith("21")]
-        if family.calls
+        if family.calls and name != "glm4moe"
     ],
 )
 def test_no_special_token_comes_from_thinking_or_a_call(name: str, where: str) -> None:
     thinks = PROVED[name].endswith("21")
     asked, called, answer, end = (dict(m) for m in THOUGHT["call and thinking" if thinks else "call"])
-    after = [QUESTION] * (name == "glm4moe")
-    assert judge(name, [asked, called, answer, end, *after], "assistant", TOOLS) == 2
+    assert judge(name, [asked, called, answer, end], "assistant", TOOLS) == 2
     token = FAMILIES[name].special.split()[-1]
     tools: Any = json.loads(json.dumps(TOOLS))
     if where == "thinking":
@@ -909,7 +911,7 @@ def test_no_special_token_comes_from_thinking_or_a_call(name: str, where: str) -
         }
         called["tool_calls"] = [CALL | {"function": function[where]}]
     with pytest.raises(LabelError) as caught:
-        chat(name).encode([asked, called, answer, end, *after], tools=tools)
+        chat(name).encode([asked, called, answer, end], tools=tools)
     assert f" {token}, " in str(caught.value)
 
 

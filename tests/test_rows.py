@@ -570,7 +570,16 @@ def test_known_format_and_columns() -> None:
         "text": "1: a",
     }
     assert known_format(source, {"messages": [], "text": ""}) == "messages"
-    assert known_format(source, {"instruction": "", "output": "", "text": ""}) == "alpaca"
+    # What `columns` fills in is meant to be read, whatever else is there.
+    row = {"instruction": "", "output": "", "text": "", "prompt": "", "completion": "", "messages": []}
+    for columns, form in (
+        (["text"], "text"),
+        (["prompt", "completion"], "prompt_completion"),
+        (["completion"], "prompt_completion"),
+        (["output"], "alpaca"),
+        (["system"], "messages"),
+    ):
+        assert known_format(Source(path="x", columns=dict.fromkeys(columns, "n")), row) == form
 
 
 @pytest.mark.parametrize(
