@@ -348,7 +348,8 @@ def test_a_turn_that_a_later_message_is_written_into() -> None:
     own = chat(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
         "{% elif m.role == 'assistant' %}<start_of_turn>"
-        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {% if messages | length > 2 %}{{ messages[2].content }} {% endif %}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} "
+        "{% if messages | length > 2 %}{{ messages[2].content }} {% endif %}{% endfor %}"
         "{{ m.content }}<end_of_turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>{% endif %}"
     )
     call = {"type": "function", "function": {"name": "look", "arguments": {}}}
@@ -373,7 +374,8 @@ def test_labels_do_not_depend_on_the_rows_before() -> None:
 
 def test_the_template_is_not_told_what_is_trained_on() -> None:
     own = chat(
-        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m | length }}<start_of_turn>{{ m.content }}<|im_end|>{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m | length }}<start_of_turn>{{ m.content }}<|im_end|>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>2<start_of_turn>{% endif %}"
     )
     messages = talk("a", "b", "c", "d")
