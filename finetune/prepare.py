@@ -22,7 +22,7 @@ from finetune.formats import FORMATS, Row, known_format, map_columns, matches
 from finetune.ledger import Ledger, language
 from finetune.recipe import DataSection, Source
 from finetune.rows import DataError, read_rows
-from finetune.turns import is_plain
+from finetune.turns import HiddenTurn, is_plain
 
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.
 _CHUNK = 64
@@ -33,6 +33,7 @@ WEIGHTS = ("length", "trained", "turns", "ends", "characters", "language")
 OPENING = "rows without an opening assistant message"
 CLOSING = "rows without what follows the last answer"
 UNTOLD = "rows whose tools the chat template leaves out"
+ALONE = "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
 MERGED = "rows with messages of one role merged"
 
 
@@ -92,7 +93,7 @@ def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | 
     with ThreadPoolExecutor(1) as pool:
         try:
             while chunk := list(islice(rows, _CHUNK)):
-                texts = [item.text for _, item in chunk if isinstance(item, Draft)]
+                texts = [draft.text for _, item in chunk if isinstance(item, list) for draft in item]
                 waiting.append((chunk, pool.submit(chat.tokenize, texts)))
                 if len(waiting) > 2:
                     yield from _finished(section, source, chat, max_length, *waiting.popleft())
@@ -103,7 +104,7 @@ def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | 
 
 
 # A row's fate so far, and what is still to be done with it: nothing when it is decided.
-_Started = tuple[Fate, "Draft | Encoded | Exception | None"]
+_Started = tuple[Fate, "list[Draft] | Encoded | Exception | None"]
 
 
 def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Started]:
@@ -136,7 +137,7 @@ def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Star
 
 def _start(
     section: DataSection, source: Source, form: str, row: Row, chat: Chat, fate: Fate
-) -> Draft | Encoded:
+) -> list[Draft] | Encoded:
     if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
         converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
         if not all(isinstance(text, str) for text in converted.values()):
@@ -169,15 +170,35 @@ def _start(
                 message.setdefault("train", False)
     messages = _mended(section, messages, train_on, fate)
     _ = chat.end_of_turn_id  # what is wrong with the template is no row's fault
-    draft = chat.draft(messages, train_on, converted.get("tools"))
+    try:
+        drafts = [chat.draft(messages, train_on, converted.get("tools"))]
+    except HiddenTurn:
+        if train_on != "assistant":
+            raise
+        drafts = [chat.draft(part, train_on, converted.get("tools")) for part in _exchanges(messages)]
+        fate.mended.append(ALONE)
     for i, message in enumerate(messages):
         spoken = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
         if message["role"] == "assistant" and not any(part and str(part).strip() for part in spoken):
             raise LabelError(f"message {i + 1}: the assistant's text is empty")
-    if draft.tools and chat.render(messages) == draft.text:
+    if drafts[-1].tools and chat.render(messages) == drafts[-1].text:
         fate.mended.append(UNTOLD)
     fate.language = language("".join(message["content"] for message in messages))
-    return draft
+    return drafts
+
+
+def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
+    """The conversation up to the end of each exchange, in which that one alone is trained on."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for start, end in zip(users, [*users[1:], len(messages)], strict=True):
+        part = [
+            message | {"train": i > start and message.get("train", True)}
+            if message["role"] == "assistant"
+            else message
+            for i, message in enumerate(messages[:end])
+        ]
+        if any(message.get("train") for message in part):
+            yield part
 
 
 def _mended(section: DataSection, messages: list[Message], train_on: str, fate: Fate) -> list[Message]:
@@ -230,14 +251,20 @@ def _finished(
         try:
             if isinstance(item, Exception):
                 raise item
-            encoded = chat.label(item, next(ids)) if isinstance(item, Draft) else item
-            fate.pieces = _fit(section, item, encoded, chat, max_length, fate)
+            if isinstance(item, Encoded):
+                fate.pieces = _fit(section, item, item, chat, max_length, fate)
+            else:
+                # First each with its tokens, so that a fault in one leaves the others' in place.
+                for draft, tokens in [(draft, next(ids)) for draft in item]:
+                    fate.pieces += _fit(section, draft, chat.label(draft, tokens), chat, max_length, fate)
+            fate.dropped = "" if fate.pieces else fate.dropped
         except LabelError as error:
             if section.on_bad_row == "error":
                 raise DataError(
                     f"{fate.row}: {error}; mend the row, or write data.on_bad_row: skip"
                 ) from error
             # What stands behind the semicolon is of this row alone.
+            fate.pieces, fate.lost = [], 0
             fate.bad, place, more = re.sub(r"message \d+: ", "", str(error)).partition(";")
             fate.place = place + more
         yield fate
@@ -272,8 +299,8 @@ def _fit(
         else:
             pieces = _split_turns(item, encoded, chat, max_length)
             why = f"with no exchange that fits into training.max_length {max_length}"
-    fate.lost = max(0, trained - sum(piece.trained_tokens for piece in pieces))
-    fate.dropped = "" if pieces else why
+    fate.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
+    fate.dropped = why
     return pieces
 
 

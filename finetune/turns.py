@@ -29,6 +29,10 @@ class LabelError(ValueError):
     """The labels of one row could not be proved; the text says which message and why."""
 
 
+class HiddenTurn(LabelError):
+    """The template writes a turn otherwise once a user speaks after it; as the last one it may be proved."""
+
+
 class Render(Protocol):
     """A chat template with its tools."""
 
@@ -116,9 +120,10 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
     """The first character of the turn of message `i`: what comes before is what inference would feed."""
     prefix = render(messages[:i], add_generation_prompt=True)
     if not text.startswith(prefix):
-        raise LabelError(
+        later = i + 1 < len(messages)
+        raise (HiddenTurn if later else LabelError)(
             f"message {i + 1}: what inference would feed before this turn is not what stands before it in the whole "
-            "conversation" + (_LAST_ALONE if i + 1 < len(messages) else "")
+            f"conversation{_LAST_ALONE if later else ''}"
         )
     return len(prefix)
 
@@ -162,8 +167,8 @@ def turn_end(
     lacking += [kind for kind, part in _spoken(message) if _squeezed(part) not in shown]
     if lacking:
         later = any(m["role"] == "user" for m in messages[i + 1 :])
-        hint = _LAST_ALONE if later else ""
-        raise LabelError(f"message {i + 1}: the chat template leaves out its {lacking[0]}{hint}")
+        told = f"message {i + 1}: the chat template leaves out its {lacking[0]}"
+        raise HiddenTurn(told + _LAST_ALONE) if later else LabelError(told)
     if found != there or _squeezed(head[start:]) != said or not text.endswith(tail):
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"

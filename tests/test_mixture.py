@@ -232,6 +232,39 @@ def test_messages_of_one_role() -> None:
     assert "roles must alternate" in fault(lambda: build(section(path, merge_same_role=True), chat(), None))
 
 
+HIDES = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_each_exchange_alone_where_earlier_thinking_is_hidden() -> None:
+    own = copy.deepcopy(chat("chatml").tokenizer)
+    own.chat_template = HIDES
+    row = talk("a", "b", "c", "d", "e", "f")
+    for i in (1, 3, 5):
+        row["messages"][i]["reasoning_content"] = f"think {i}"
+    row["messages"][3]["train"] = False
+    path = jsonl("a.jsonl", row)
+    train, _ = build(section(path), Chat(own), None)
+    assert train.dataset is not None
+    labelled = [own.decode([i for i in piece["labels"] if i >= 0]) for piece in train.dataset]
+    assert labelled == ["<think>think 1</think>b<|im_end|>", "<think>think 5</think>f<|im_end|>"]
+    for piece, end in zip(train.dataset, (2, 6), strict=True):
+        assert piece["input_ids"] == own.apply_chat_template(row["messages"][:end], return_dict=False)
+    assert (train.ledger.read, train.ledger.kept, train.ledger.split) == (1, 2, 1)
+    assert [why.partition(",")[0] for why in train.ledger.mended] == ["rows with a row for each exchange"]
+    last, _ = build(section(path, train_on="last_assistant"), Chat(own), None)
+    assert (last.ledger.kept, last.ledger.mended) == (1, {})
+    # One exchange that does not fit is lost, not the others.
+    room = len(train.dataset[0]["input_ids"])
+    cut, _ = build(section(path), Chat(own), room)
+    assert (cut.ledger.kept, cut.ledger.lost_tokens) == (1, sum(i >= 0 for i in train.dataset[1]["labels"]))
+    with pytest.raises(DataError, match=r"leaves out its thinking; data\.train_on: last_assistant"):
+        build(section(path, train_on="all"), Chat(own), None)
+
+
 CALL = [{"name": "look", "arguments": {"at": "it"}}]
 TOOLS = [{"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}]
 
