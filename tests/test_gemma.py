@@ -126,7 +126,7 @@ def test_labels_with_the_real_tokenizer() -> None:
     ]
     encoded = chat.encode(messages)
     ids = chat.tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
-    assert encoded.input_ids == ids
+    assert encoded.input_ids.tolist() == ids
     assert ids.count(2) == 1
     trained = [chat.tokenizer.decode(ids[turn.start : turn.end]) for turn in encoded.turns]
     assert trained == ["やあ！\n\nHow are you?<end_of_turn>", "👍🏽<end_of_turn>"]
