@@ -380,7 +380,17 @@ def test_the_template_is_not_told_what_is_trained_on() -> None:
     )
     messages = talk("a", "b", "c", "d")
     messages[1]["train"] = False
-    assert trained(own, own.encode(messages)) == ["d<|im_end|>"]
+    row = own.encode(messages)
+    assert own.tokenizer.decode(row.input_ids[:4]) == "<bos><|im_start|>2<start_of_turn>"
+    assert trained(own, row) == ["d<|im_end|>"]
+
+
+def test_a_footer_is_none_of_the_last_turn() -> None:
+    own = chat(ENDLESS.replace("{{ eos_token }}", "== the end =={{ eos_token }}"))
+    assert refusal(own, talk("a", "one")) == (
+        "message 2: the template ends the turn with '\\n\\n', in which this tokenizer has no special token, "
+        "so the model could not learn to stop"
+    )
 
 
 def official(name: str) -> str:
