@@ -166,14 +166,17 @@ def turn_end(
     lacking = [kind for mark, kind in kinds.items() if mark not in found]
     lacking += [kind for kind, part in _spoken(message) if _squeezed(part) not in shown]
     if lacking:
-        later = any(m["role"] == "user" for m in messages[i + 1 :])
+        asked_on = any(m["role"] == "user" for m in messages[i + 1 :])
         told = f"message {i + 1}: the chat template leaves out its {lacking[0]}"
-        raise HiddenTurn(told + _LAST_ALONE) if later else LabelError(told)
+        raise HiddenTurn(told + _LAST_ALONE) if asked_on else LabelError(told)
     if found != there or _squeezed(head[start:]) != said or not text.endswith(tail):
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
         )
-    fenced = [m | {"content": _FENCE + m["content"]} for m in messages[i + 1 :]]
+    # An assistant's message without text is left so: gpt-oss's template takes none beside thinking and a call.
+    later = messages[i + 1 :]
+    silent = [m["role"] == "assistant" and not m["content"].strip() for m in later]
+    fenced = [m if s else m | {"content": _FENCE + m["content"]} for m, s in zip(later, silent, strict=True)]
     if fenced and _FENCE in _behind(render([*messages[:i], marked, *fenced]), len(there))[0]:
         raise LabelError(f"message {i + 1}: the chat template writes a later message inside its turn")
     elsewhere = last
@@ -248,7 +251,7 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
         return function | {"name": mark(str(function.get("name", "")), "tool call")}
 
     calls = message.get("tool_calls")
-    if message["content"] or not calls:
+    if message["content"].strip() or not calls:  # a template may treat a text of blanks as none
         marked["content"] = mark(message["content"], "text")
     if message.get("reasoning_content"):
         marked["reasoning_content"] = mark(message["reasoning_content"], "thinking")
