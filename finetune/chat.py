@@ -31,6 +31,7 @@ from finetune.turns import Message as Message
 from finetune.turns import (
     check_shown,
     check_unicode,
+    holder,
     is_plain,
     outside,
     special_spans,
@@ -364,10 +365,7 @@ class Chat:
         whole = "\0".join([text, *(part for message in messages for part in outside(message))])
         for i in special_ids:
             if self._special[i] in whole:
-                holds = (
-                    n for n, m in enumerate(messages) if any(self._special[i] in part for part in outside(m))
-                )
-                where = next((f"message {n + 1}" for n in holds), "the tools" if messages else "the text")
+                where = holder(messages, self._special[i]) or ("the tools" if messages else "the text")
                 raise LabelError(
                     f"{where}: its text holds {self._special[i]}, which is a special token of this tokenizer"
                 )

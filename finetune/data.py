@@ -58,11 +58,11 @@ def build(
         evaluation, texts = _evaluation(section, evaluated, {})
         return _stream(section, chat, max_length, texts), evaluation
     parts = [Part(section, source, chat, max_length, say) for source in section.train]
-    ledger, rng = Ledger(), random.Random(section.seed)
+    ledger = Ledger()
     for part in parts:
         part.count_into(ledger)
     rows = _distinct(section, parts, ledger)
-    held_out = _held_out(section, rows, rng)
+    held_out = _held_out(section, rows)
     evaluation, texts = _evaluation(section, evaluated, held_out)
     ledger.read -= len(held_out)
 
@@ -99,9 +99,7 @@ def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[t
     return rows
 
 
-def _held_out(
-    section: DataSection, rows: list[tuple[Part, int]], rng: random.Random
-) -> dict[tuple[Part, int], None]:
+def _held_out(section: DataSection, rows: list[tuple[Part, int]]) -> dict[tuple[Part, int], None]:
     """The rows that `eval_fraction` sets aside, in their order."""
     if section.eval_fraction is None or not rows:
         return {}
@@ -111,7 +109,7 @@ def _held_out(
         raise DataError(
             f"data.eval_fraction: {section.eval_fraction} of {len(texts)} rows leaves none to train on"
         )
-    chosen = set(rng.sample(texts, count))
+    chosen = set(random.Random(section.seed).sample(texts, count))
     return {(part, row): None for part, row in rows if part.digests(row)[0] in chosen}
 
 
@@ -199,11 +197,8 @@ def _leaving(
     i = rng.randrange(len(waiting))
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
     source, fate = waiting.pop()
-    ledger.split += len(fate.pieces) > 1
-    ledger.cut += fate.pieces[0].cut
-    ledger.lost_tokens += fate.lost
+    ledger.keep_row(source.path, [fate.weigh(piece) for piece in fate.pieces], fate.pieces[0].cut, fate.lost)
     for piece in fate.pieces:
-        ledger.keep(source.path, *fate.weigh(piece))
         yield {"row": fate.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
 
 
@@ -223,9 +218,9 @@ def _kept(
         [i] = rng.choices(list(streams), [section.train[i].weight or 1 for i in streams])
         for fate in streams[i] if left[i] else ():
             fate.count_into(ledger)
-            text, digest = fate.digests
             if not fate.pieces:
                 continue
+            text, digest = fate.digests
             if text in evaluated and not section.deduplicate:
                 raise _leak(fate.row)
             if text in evaluated or (section.deduplicate and digest in seen):

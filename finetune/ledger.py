@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,14 @@ class Ledger:
         self.sources.setdefault(source, Counter()).update(account)
         account = {"rows": 1, "tokens": length, "characters": characters}
         self.languages.setdefault(language, Counter()).update(account)
+
+    def keep_row(self, source: str, pieces: Sequence[Sequence[Any]], cut: bool, lost: int) -> None:
+        """Counts a row with all its pieces, for each the arguments of `keep` behind the source."""
+        self.split += len(pieces) > 1
+        self.cut += cut
+        self.lost_tokens += lost
+        for weights in pieces:
+            self.keep(source, *weights)
 
     def percentile(self, share: float) -> int:
         """The row length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""

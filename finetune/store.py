@@ -81,13 +81,12 @@ class Part:
     def keep(self, row: int, ledger: Ledger) -> range:
         """Counts a row that is trained on; gives its pieces."""
         pieces = range(self._edges[row], self._edges[row + 1])
-        ledger.split += len(pieces) > 1
-        ledger.cut += int(self._columns["cut"][pieces[0]])
-        ledger.lost_tokens += int(self._columns["lost"][pieces[0]])
+        weights = []
         for piece in pieces:
             *numbers, language = (self._columns[name][piece] for name in WEIGHTS)
-            weights: list[Any] = [*map(int, numbers), language]
-            ledger.keep(self.source.path, *weights)
+            weights.append([*map(int, numbers), language])
+        cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
+        ledger.keep_row(self.source.path, weights, bool(cut), int(lost))
         return pieces
 
 
@@ -156,10 +155,11 @@ def _write(
         with pa.ipc.new_stream(file, schema) as writer:
             for number, fate in enumerate(prepare(section, source, chat, max_length)):
                 fate.count_into(ledger)
+                digests = fate.digests if fate.pieces else ()
                 for piece in fate.pieces:
                     *weights, language = fate.weigh(piece)
                     waiting.append(
-                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *fate.digests)
+                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *digests)
                     )
                     ids.append(piece.input_ids)
                     labels.append(piece.labels)

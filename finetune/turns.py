@@ -70,14 +70,19 @@ def outside(message: Message) -> Iterable[str]:
     )
 
 
+def holder(messages: Sequence[Message], text: str) -> str:
+    """The first message that holds a text, as it is told to a person; empty where none does."""
+    holds = (i for i, m in enumerate(messages) if any(text in part for part in outside(m)))
+    return next((f"message {i + 1}" for i in holds), "")
+
+
 def check_unicode(messages: Sequence[Message], text: str) -> None:
     """Half a character is none: JSON can hold it, a tokenizer cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        holds = (i for i, m in enumerate(messages) if any(half in part for part in strings(m)))
-        where = next((f"message {i + 1}" for i in holds), "the text")
+        where = holder(messages, half) or "the text"
         raise LabelError(f"{where}: its text holds half a character ({half!r}), not Unicode") from error
 
 
@@ -193,7 +198,7 @@ def turn_end(
     if not within and places and places[0][0] <= len(shared):
         # gpt-oss ends the last turn with a token of its own, and the others with the one that ends a user's turn.
         token = tail[slice(*places[0])]
-        prompt = render(messages[:i], add_generation_prompt=True)[len(before) :]
+        prompt = text[len(before) : start]
         asked = render([{"role": "user", "content": _FENCE}], add_generation_prompt=True)
         closing = asked.rpartition(_FENCE)[2].removesuffix(prompt)
         if token not in prompt and (i + 1 == len(messages) or token in closing):
