@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Written last: a `checkpoint-N` without it was not finished, whatever else lies in it.
 MARKER = "complete.json"
@@ -13,6 +16,10 @@ MARKER = "complete.json"
 
 # What a finished run holds in its root, moved there last.
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+# What says of a folder that merge or export wrote it, and so may replace it.
+RECORDS = ("merge.json", "report.json")
 
 
 class RunError(ValueError):
@@ -59,6 +66,74 @@ def write_whole(path: Path, text: str) -> None:
     sync(beside)
     beside.replace(path)
     sync(path.parent)
+
+
+def environment_of(run: Path) -> dict[str, Any]:
+    """The `environment.json` of a run or of one of its checkpoints; empty where there is none."""
+    for folder in (run, run.parent):
+        if (folder / "environment.json").is_file():
+            found: dict[str, Any] = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            return found
+    return {}
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when all is written and on the disk, and is gone if that fails.
+
+    What a killed process left is removed by the next one; two at once are told apart by a lock.
+
+    Raises:
+        RunError: `output` exists and may not be replaced, or another process is at it.
+    """
+    from filelock import FileLock, Timeout
+
+    check_free(output, overwrite)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"--output: {output} is being written by another process") from None
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)  # a process was killed between the two renames below
+        beside.mkdir()
+        yield beside
+        for path in beside.rglob("*"):
+            if path.is_file():
+                sync(path)
+        check_free(output, overwrite)
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            output.rename(old)
+        beside.rename(output)
+        sync(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuses an output that is there already.
+
+    Raises:
+        RunError: It exists and may not be replaced, or is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise RunError(f"--output: {output} is a file; write the path of a new folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise RunError(f"--output: {output} exists; write another path, or add --overwrite to replace it")
+        if not any((output / name).exists() for name in RECORDS):
+            raise RunError(
+                f"--output: {output} was not written by merge or export, and is not replaced; write another path"
+            )
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,9 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from finetune import __version__
 
-VERBS = ("train", "check", "inspect", "generate")
+VERBS = ("train", "check", "inspect", "generate", "merge", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     if not args.traceback:
         _silence()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt as stop:
@@ -50,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]:
             _say(f"error: {fault}")
         return 2 if faults else 1
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """What is half written is removed, as at Ctrl-C; training puts its own in place of this."""
+    stop = KeyboardInterrupt("terminated")
+    stop.exit_code = 128 + signum  # type: ignore[attr-defined]
+    raise stop
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +123,82 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
     verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
     verb.set_defaults(run=_generate)
+
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace what merge or export left there, once all is done"
+    )
+
+    verb = verbs.add_parser(
+        "merge", parents=[output, common], help="put a run's adapter into its base's weights"
+    )
+    verb.add_argument(
+        "run", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
+    )
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the run trained"
+    )
+    verb.add_argument(
+        "--base",
+        choices=("original", "dequantised"),
+        default="original",
+        help="dequantised: the rounded weights that a 4- or 8-bit run trained against",
+    )
+    verb.add_argument(
+        "--adapter",
+        type=_weighted,
+        action="append",
+        default=[],
+        metavar="PATH=WEIGHT",
+        help="a further adapter of the same base, or RUN itself to weigh it; repeatable",
+    )
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    verb.add_argument(
+        "--stream-base", action="store_true", help="fetch a base on the Hub file by file, and keep none of it"
+    )
+    verb.set_defaults(run=_merge)
+
+    verb = verbs.add_parser(
+        "export",
+        parents=[output, common],
+        help="write bf16, fp16, int8 or nf4 and measure what each one lost",
+    )
+    verb.add_argument(
+        "model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model"
+    )
+    verb.add_argument(
+        "--format", choices=("bf16", "fp16", "int8", "nf4"), action="append", default=[], help="repeatable"
+    )
+    verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
+    verb.add_argument(
+        "--gate",
+        type=_limit,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="exit with 3 where a format falls short: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
+    )
+    verb.set_defaults(run=_export)
     return parser
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write PATH=WEIGHT, such as runs/a=0.7") from None
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write NAME=VALUE, such as max_kl=0.05") from None
 
 
 def _count(text: str) -> int:
@@ -212,6 +298,36 @@ def _generate(args: argparse.Namespace) -> None:
             print(flush=True)
 
 
+def _merge(args: argparse.Namespace) -> None:
+    from finetune.merge import merge
+
+    merge(
+        args.run,
+        args.output,
+        dtype=args.dtype,
+        base=args.base,
+        adapters=args.adapter,
+        max_shard_size=args.max_shard_size,
+        stream_base=args.stream_base,
+        overwrite=args.overwrite,
+        say=_quiet if args.quiet else _say,
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from finetune.export import export, shortfalls
+
+    say = _quiet if args.quiet else _say
+    output = export(
+        args.model, args.output, args.format, args.base, dict(args.gate), overwrite=args.overwrite, say=say
+    )
+    print((output / "report.md").read_text(encoding="utf-8"), end="")
+    missed = shortfalls(output)
+    for line in missed:
+        _say(f"gate: {line}")
+    return 3 if missed else 0
+
+
 def _lines() -> Iterator[str]:
     for line in sys.stdin:
         if text := line.strip():
@@ -274,21 +390,12 @@ def _silence() -> None:
 
 def _faults(error: Exception) -> list[str]:
     """The lines to show where the fault is the user's; none where it is ours."""
-    from finetune.base import ModelError
-    from finetune.chat import LabelError
-    from finetune.checkpoint import RunError
     from finetune.recipe import RecipeError
-    from finetune.rows import DataError
-    from finetune.template import TemplateError
 
     if isinstance(error, RecipeError):
         return list(error.faults)
-    known: tuple[type[Exception], ...] = (LabelError, TemplateError, RunError, DataError, ModelError)
-    if "finetune.train" in sys.modules:
-        from finetune.train import TrainError
-
-        known += (TrainError,)
-    if isinstance(error, known):
+    # Every room's own error is a ValueError that it names itself; any other is a fault of ours.
+    if isinstance(error, ValueError) and type(error).__module__.startswith("finetune."):
         return [str(error)]
     if isinstance(error, OSError):
         return [f"{error.filename or 'input or output'}: {error.strerror or error}"]

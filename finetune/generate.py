@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, Message
-from finetune.model import lighten_trainable_tokens, load_base, load_tokenizer, resolve_dtype
+from finetune.model import (
+    base_of,
+    eos_tokens,
+    lighten_trainable_tokens,
+    load_base,
+    load_tokenizer,
+    resolve_dtype,
+)
 from finetune.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -128,7 +133,7 @@ def load(
     is_adapter = (folder / "adapter_config.json").exists()
     if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
         raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
-    section, trained_as = _base_of(folder) if is_adapter else (ModelSection(name_or_path=name), None)
+    section, trained_as = base_of(folder) if is_adapter else (ModelSection(name_or_path=name), None)
     wanted: torch.dtype = getattr(torch, dtype) if dtype else resolve_dtype(section)
     quantization = {
         None: trained_as,
@@ -153,28 +158,4 @@ def load(
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.eval()
     chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if folder.is_dir() else section))
-    return Generator(model, chat, _stop_ids(model, chat))
-
-
-def _base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
-    """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
-
-    The recipe is not checked again: its data may be elsewhere by now.
-    """
-    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if path.is_file():
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return ModelSection(**saved["model"]), saved.get("quantization")
-    from peft import PeftConfig
-
-    return ModelSection(
-        name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    ), None
-
-
-def _stop_ids(model: Any, chat: Chat) -> tuple[int, ...]:
-    stops = model.generation_config.eos_token_id
-    ids = set(stops if isinstance(stops, list) else [stops]) | {chat.tokenizer.eos_token_id}
-    if chat.tokenizer.chat_template is not None:
-        ids.add(chat.end_of_turn_id)
-    return tuple(sorted(i for i in ids if i is not None))
+    return Generator(model, chat, tuple(eos_tokens(model.generation_config, chat.tokenizer)))

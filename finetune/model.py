@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from finetune.base import ModelError, locate, quiet
+from finetune.chat import Chat, LabelError
 from finetune.recipe import ModelSection, Recipe
 from finetune.template import load_template, set_system_role
 
@@ -97,6 +101,32 @@ def load_base(
     if quantization is not None:
         keep_4bit_weights(model)
     return model
+
+
+def base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
+    """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
+
+    The recipe is not checked again: its data may be elsewhere by now.
+    """
+    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        if path.is_file():
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return ModelSection(**saved["model"]), saved.get("quantization")
+    from peft import PeftConfig
+
+    return ModelSection(
+        name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    ), None
+
+
+def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which an answer ends: those of the generation config, the tokenizer's, the end of a turn."""
+    known = generation_config.eos_token_id
+    stops = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
+    if tokenizer.chat_template is not None:
+        with contextlib.suppress(LabelError):  # a template whose turns cannot be told ends none
+            stops.append(Chat(tokenizer).end_of_turn_id)
+    return [i for i in dict.fromkeys(stops) if i is not None]
 
 
 @contextlib.contextmanager

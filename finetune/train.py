@@ -23,11 +23,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from finetune import checkpoint, hub
-from finetune.base import quiet
+from finetune.base import locate, quiet
 from finetune.chat import IGNORE, Chat
 from finetune.data import Prepared, build
 from finetune.loss import use_token_head
 from finetune.model import (
+    eos_tokens,
     lighten_trainable_tokens,
     load_model,
     load_tokenizer,
@@ -38,6 +39,7 @@ from finetune.model import (
 from finetune.packing import RowsApart, check_rows
 from finetune.recipe import Recipe
 from finetune.record import Progress, Record, draw_losses
+from finetune.shards import fingerprint
 
 Say = Callable[[str], None]
 
@@ -71,7 +73,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     tokenizer = load_tokenizer(recipe.model)
     chat = Chat(tokenizer)
     chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
-    end_of_turn = [chat.end_of_turn_id] if chats and tokenizer.chat_template is not None else []
+    chats = chats and tokenizer.chat_template is not None
     data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024), say)
     streamed = any(source.streaming for source in recipe.data.train)
     say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
@@ -80,16 +82,14 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
 
     config = _training_arguments(recipe, packs=bool(recipe.training.get("packing")))
     set_seed(config.seed)
-    model = _model(recipe, chat if end_of_turn else None, say)
-    known = model.generation_config.eos_token_id
-    stops = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known]), *end_of_turn]
-    model.generation_config.eos_token_id = [i for i in dict.fromkeys(stops) if i is not None]
+    model = _model(recipe, chat if chats else None, say)
+    model.generation_config.eos_token_id = eos_tokens(model.generation_config, tokenizer)
 
     start = checkpoint.to_resume(output, resume, say)
     if main:
         output.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        checkpoint.write_whole(output / "environment.json", _json(environment(model)))
+        checkpoint.write_whole(output / "environment.json", _json(environment(model) | _base(recipe)))
         _write_ledgers(output, data, evaluation)
 
     trainer = _Trainer(
@@ -161,6 +161,12 @@ def environment(model: Any) -> dict[str, Any]:
         ),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
+
+
+def _base(recipe: Recipe) -> dict[str, str]:
+    """What a merge knows the base by; one on the Hub is known by its commit."""
+    path = Path(locate(recipe.model.name_or_path))
+    return {"base_fingerprint": fingerprint(path)} if path.is_dir() else {}
 
 
 def _is_main() -> bool:

@@ -1,0 +1,281 @@
+"""All that a merge or an export is made of: the base found, adapters understood, a plan of every tensor; and the files
+beside the weights, written at once.
+
+transformers and PEFT weigh more than a merge: `plan_apart` asks them in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapter import Change, MergeError, changes_of
+from finetune.base import ModelError, locate, quiet
+from finetune.checkpoint import environment_of
+from finetune.layout import Fused, Names, Tensor, quantised_weights, skeleton, tensors_of
+from finetune.model import base_of, eos_tokens, load_tokenizer
+from finetune.recipe import ModelSection
+from finetune.shards import INDEX, Stored, fingerprint, parse_header, read_headers
+
+# Files beside weights, configs and tokenizer that a model needs: a multimodal one its processor, a custom one its code.
+_BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
+
+
+@dataclass
+class Plan:
+    """Everything that a merge or an export needs to know before it reads a weight."""
+
+    folder: str | None
+    """The base's directory; None where its files are fetched one by one."""
+    repo: tuple[str, str | None]
+    stored: dict[str, Stored]
+    tensors: list[Tensor]
+    fused: list[Fused]
+    adapters: list[tuple[str, float]]
+    quantization: dict[str, Any] | None
+    dtype: str
+    untied: bool
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned: a model (or a run's base and adapters) and the folder for all that is not weights."""
+
+    model: str
+    adapters: tuple[tuple[str, float], ...]
+    into: str
+    dtype: str | None = None
+    quantization: dict[str, Any] | None = None
+    """That of the export; None keeps the run's, for its base."""
+    stream: bool = False
+
+
+def plan_apart(request: Request) -> Plan:
+    """`plan` in a process of its own, so that transformers and PEFT leave no trace in this one's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        ask, answer = Path(folder, "ask"), Path(folder, "answer")
+        ask.write_bytes(pickle.dumps(request))
+        environment = dict(os.environ)
+        paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        code = f"import sys; from finetune.assemble import _answer; _answer({str(ask)!r}, {str(answer)!r})"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=sys.stderr.fileno()
+        )
+        if not answer.exists():
+            raise MergeError(f"{request.model}: the process that plans ended with code {done.returncode}")
+        result = pickle.loads(answer.read_bytes())
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, Plan)
+    return result
+
+
+def _answer(ask: str, answer: str) -> None:
+    logging.basicConfig(level=logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    result: Any
+    try:
+        result = plan(pickle.loads(Path(ask).read_bytes()))
+    except (ValueError, OSError) as error:
+        result = error.with_traceback(None)
+        result.__cause__ = result.__context__ = None
+    Path(answer).write_bytes(pickle.dumps(result))
+
+
+def plan(request: Request) -> Plan:
+    """What to write for a model, and in `request.into` its config, tokenizer and whatever else is not weights.
+
+    Raises:
+        MergeError: An adapter is not for this base, or holds what cannot be merged.
+        ModelError, ShardError: The base cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    run = Path(request.model)
+    is_run = bool(request.adapters)
+    section, quantization = base_of(run) if is_run else (ModelSection(name_or_path=request.model), None)
+    environment = environment_of(run) if is_run else {}
+    path = locate(section.name_or_path)
+    revision = environment.get("base_commit") or section.revision
+    folder = Path(path) if Path(path).is_dir() else None
+    if folder is None and not request.stream:
+        folder = _download(path, revision)
+    stored = read_headers(folder) if folder else _remote_headers(path, revision)
+    if folder and environment.get("base_fingerprint") not in (None, fingerprint(folder)):
+        raise MergeError(
+            f"{request.model}: was trained on another {section.name_or_path}: the weights in {folder} are not those "
+            "that environment.json knows by base_fingerprint; write the directory of the very base"
+        )
+    with quiet():
+        where = str(folder) if folder else path
+        options = {"trust_remote_code": section.trust_remote_code} | (
+            {} if folder else {"revision": revision}
+        )
+        config = AutoConfig.from_pretrained(where, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise MergeError(
+            f"{section.name_or_path}: its weights are quantised already, and what is merged into them is rounded "
+            "again; name the model that it was made from in model.name_or_path"
+        )
+    own = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    held = getattr(torch, environment.get("dtype") or own)
+    written = getattr(torch, request.dtype) if request.dtype else held
+
+    model, types = skeleton(config, held, section.trust_remote_code)
+    out_types = types if written == held else skeleton(config, written, section.trust_remote_code)[1]
+    names = Names(model, stored)
+    changes: dict[str, list[Change]] = defaultdict(list)
+    follows: set[str] = set()
+    quantised = quantised_weights(config, section, held, request.quantization or quantization)
+    for number, (adapter, _) in enumerate(request.adapters):
+        fresh, _ = skeleton(config, held, section.trust_remote_code)
+        found, same = changes_of(Path(adapter), number, fresh)
+        follows |= same
+        for name, change in found:
+            changes[name].append(change)
+
+    tied = dict(model.all_tied_weights_keys)
+    tensors, fused, untied = tensors_of(
+        stored, names, changes, follows, tied, types, out_types, quantised, (held, written)
+    )
+    record: dict[str, Any] = {"base": section.name_or_path, "revision": revision}
+    if is_run:
+        record["dtype_of_training"] = str(held).removeprefix("torch.")
+    tokenizer_from = run if (run / "tokenizer_config.json").exists() else None
+    _write_rest(
+        Path(request.into),
+        section,
+        revision,
+        folder,
+        run,
+        tokenizer_from,
+        written,
+        untied,
+        request.quantization,
+    )
+    return Plan(
+        folder=str(folder) if folder else None,
+        repo=(path, revision),
+        stored=stored,
+        tensors=tensors,
+        fused=fused,
+        adapters=list(request.adapters),
+        quantization=request.quantization or quantization,
+        dtype=str(written).removeprefix("torch."),
+        untied=untied,
+        record=record,
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The folder of a model on the Hub with its weights and configs in it, and nothing else fetched."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "generation_config.json", "model.safetensors", INDEX, "tokenizer*", "*.model"]
+    patterns += [
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab*",
+        "merges.txt",
+        *_BESIDE,
+    ]
+    patterns.append("model-*-of-*.safetensors")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{repo} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
+    return folder
+
+
+def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
+    """The tensors of a model on the Hub, without its weights; where in its file each lies is seen once it is here."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(repo, revision=revision)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{repo} has no safetensors weights to stream: {reason}") from error
+    found: dict[str, Stored] = {}
+    for file, entry in sorted(metadata.files_metadata.items()):
+        header = {
+            n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+            for n, t in entry.tensors.items()
+        }
+        found |= dict(sorted(parse_header(file, header, 0).items(), key=lambda item: item[1].begin))
+    return found
+
+
+def _write_rest(
+    into: Path,
+    section: ModelSection,
+    revision: str | None,
+    folder: Path | None,
+    run: Path,
+    tokenizer_from: Path | None,
+    written: torch.dtype,
+    untied: bool,
+    quantization: dict[str, Any] | None,
+) -> None:
+    """Config, generation config, tokenizer and template, and what else the base has beside its weights."""
+    from transformers import GenerationConfig
+
+    base = folder or _small_files(section.name_or_path, revision)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if "torch_dtype" in part or "dtype" in part or part is config:
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(written).removeprefix("torch.")
+        if untied and ("tie_word_embeddings" in part or part is config or "vocab_size" in part):
+            part["tie_word_embeddings"] = False
+    if quantization:
+        from transformers import BitsAndBytesConfig
+
+        config["quantization_config"] = BitsAndBytesConfig(**quantization).to_dict()
+    (into / "config.json").write_text(
+        json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+
+    with quiet():
+        tokenizer = load_tokenizer(
+            ModelSection(name_or_path=str(tokenizer_from)) if tokenizer_from else section
+        )
+        tokenizer.save_pretrained(into)
+        options = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
+        generation = GenerationConfig.from_pretrained(str(options)) if options else GenerationConfig()
+        generation.eos_token_id = eos_tokens(generation, tokenizer)
+        generation.save_pretrained(into)
+    for pattern in _BESIDE:
+        for path in base.glob(pattern):
+            shutil.copy(path, into / path.name)
+
+
+def _small_files(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "generation_config.json", *_BESIDE]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def adapters_of(run: Path, others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """The run's own adapter, weighing 1 unless it is named among `others`, and those."""
+    mine = str(run)
+    if any(Path(path).resolve() == run.resolve() for path, _ in others):
+        return tuple(others)
+    return ((mine, 1.0), *others)

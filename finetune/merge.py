@@ -1,0 +1,342 @@
+"""A base and adapters to merged weights, one tensor at a time: never the model, never more than one product in memory.
+
+Every number is what PEFT's `merge_and_unload()` gives, but for one thing: where PEFT changes both sides of tied
+embeddings though one was trained, the other is left alone here and the two are stored apart. What counts is that the
+merged model answers as its adapter does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import __version__
+from finetune.adapter import Adapter, MergeError, Update
+from finetune.assemble import Plan, Request, adapters_of, plan_apart
+from finetune.base import ModelError
+from finetune.checkpoint import whole_folder
+from finetune.layout import Fused, Tensor
+from finetune.quantise import dequantised, quantise
+from finetune.shards import ShardError, ShardWriter, Stored, read, read_header, slices
+
+Say = Callable[[str], None]
+
+
+def merge(
+    run: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    base: str = "original",
+    adapters: Sequence[tuple[str, float]] = (),
+    max_shard_size: str = "5GB",
+    stream_base: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Path:
+    """The merged model of a run, in `output`: weights, config, tokenizer and template, ready for `from_pretrained`.
+
+    Args:
+        run: A run directory, one of its checkpoints, or any folder with a PEFT adapter.
+        output: A folder that does not exist yet.
+        dtype: float32, bfloat16 or float16; absent, the type that the run trained in, and only then every number is
+            what PEFT gives.
+        base: original, or dequantised: the rounded weights that a 4- or 8-bit run trained against.
+        adapters: Further adapters of the same base with their weights; the run's own weighs 1 unless it is among them.
+        max_shard_size: Such as 5GB or 500MB.
+        stream_base: Fetches a base on the Hub file by file, and removes each when it is used up.
+        overwrite: Replaces what an earlier merge or export left in `output`, once all is done.
+        say: Gets a line for each thing that a person may want to know.
+
+    Raises:
+        MergeError: The adapter is of another base, is not finite, or holds what cannot be merged.
+        ShardError, ModelError, RunError: A file is damaged, the base is not there, the output is in use.
+    """
+    run, output = Path(run), Path(output)
+    if not (run / "adapter_config.json").is_file():
+        whole = (run / "config.json").is_file()
+        why = (
+            "it is a whole model already; finetune export makes other types of it"
+            if whole
+            else "no finished run"
+        )
+        raise MergeError(f"{run} holds no adapter (adapter_config.json): {why}")
+    for path, weight in adapters:
+        if not (Path(path) / "adapter_config.json").is_file():
+            raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
+    with whole_folder(output, overwrite) as beside:
+        request = Request(str(run), adapters_of(run, adapters), str(beside), dtype, stream=stream_base)
+        plan = plan_apart(request)
+        if base == "dequantised" and not any(item.quantised for item in plan.tensors):
+            raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
+        write_weights(plan, beside, _bytes_of(max_shard_size), dequantise=base == "dequantised", say=say)
+        record = plan.record | {
+            "finetune": __version__,
+            "run": os.path.abspath(run),
+            "adapters": [{"path": path, "weight": weight} for path, weight in plan.adapters],
+            "base_weights": base,
+            "dtype": plan.dtype,
+        }
+        (beside / "merge.json").write_text(
+            json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
+        for recipe in (run / "recipe.yaml", run.parent / "recipe.yaml"):
+            if recipe.is_file():
+                shutil.copy(recipe, beside / "recipe.yaml")
+                break
+    if plan.untied:
+        say("input and output embeddings were tied, and only one was trained: they are stored apart")
+    say(f"merged: {output}")
+    return output
+
+
+def _bytes_of(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", size.strip(), re.IGNORECASE)
+    count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if not count:
+        raise MergeError(f"--max-shard-size is {size!r}; write such as 5GB or 500MB")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights, one after the other
+
+
+def write_weights(
+    plan: Plan,
+    into: Path,
+    max_bytes: int,
+    dequantise: bool = False,
+    quantised: bool = False,
+    say: Say = lambda line: None,
+) -> None:
+    """The planned tensors as shards in `into`.
+
+    Args:
+        plan: What to write.
+        into: The folder.
+        max_bytes: Of one shard.
+        dequantise: Whether to start from the rounded values of a quantised base.
+        quantised: Whether to write what bitsandbytes quantises quantised.
+        say: Where a person reads.
+    """
+    total = sum(_written_bytes(plan.stored[item.source], item) for item in plan.tensors)
+    for group in plan.fused:
+        total += sum(
+            plan.stored[n].count * t.written.itemsize
+            for t in group.tensors.values()
+            for ns in group.sources.values()
+            for n in ns
+        )
+    _check_room(into, total, plan)
+    names = [item.name for item in plan.tensors] + [
+        n for g in plan.fused for ns in g.sources.values() for n in ns
+    ]
+    # What bitsandbytes keeps beside a weight are up to five more tensors of its name.
+    header = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name in names) + 1000
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(_Base(plan))
+        loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
+        writer = ShardWriter(into, max_bytes, header)
+        stack.callback(writer.abort)
+        bar = stack.enter_context(_bar(total, say))
+        for item in plan.tensors:
+            _write(plan, item, base, loaded, writer, dequantise, quantised)
+            base.used(item.source)
+            bar(writer.total)
+        for group in plan.fused:
+            _write_fused(group, base, loaded, writer)
+            bar(writer.total)
+        writer.close()
+
+
+def _written_bytes(stored: Stored, item: Tensor) -> int:
+    return stored.count * item.written.itemsize
+
+
+def _check_room(into: Path, total: int, plan: Plan) -> None:
+    free, needed = shutil.disk_usage(into).free, total
+    if plan.folder is None:
+        per_file = Counter[str]()
+        for stored in plan.stored.values():
+            per_file[stored.file] += stored.end - stored.begin
+        needed += max(per_file.values())
+    if needed * 1.01 > free:
+        raise MergeError(
+            f"{into.parent} has {free / 2**30:,.1f} GiB free, and {needed / 2**30:,.1f} GiB are needed; make room, or "
+            "write to another disk with --output"
+        )
+
+
+def _write(
+    plan: Plan,
+    item: Tensor,
+    base: _Base,
+    adapters: list[Adapter],
+    writer: ShardWriter,
+    dequantise: bool,
+    quantised: bool,
+) -> None:
+    stored, descriptor = base.find(item.source)
+    kept = stored.dtype == item.held == item.written
+    rounded = dequantise and item.quantised
+    if kept and not item.changes and not rounded and not (quantised and item.quantised):
+        writer.copy(item.name, descriptor, stored)
+        return
+    if quantised and item.quantised:
+        whole = read(descriptor, stored).to(item.held).to(item.written)
+        for end, tensor in quantise(whole, plan.quantization or {}, item.quantised):
+            writer.add(item.name.removesuffix("weight") + end, tensor.dtype, tensor.shape, [tensor])
+        return
+    rows, width = (stored.shape[0], stored.count // max(1, stored.shape[0])) if stored.shape else (1, 1)
+    start_values = None
+    if rounded:
+        start_values = dequantised(
+            read(descriptor, stored).to(item.held), plan.quantization or {}, item.quantised
+        )
+
+    def held(start: int, stop: int) -> torch.Tensor:
+        if start_values is not None:
+            return start_values[start:stop].reshape(stop - start, width).clone()
+        part = read(descriptor, stored, start * width, stop * width)
+        return part.view(stop - start, width).to(item.held)
+
+    update = Update(item.name, item.changes, stored.shape, adapters, held)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for start, stop in slices(rows, width):
+            part = update.rows(start, stop)
+            out = part.to(item.written)
+            if item.written == torch.float16 and part.dtype != torch.float16 and not out.isfinite().all():
+                raise MergeError(
+                    f"{item.name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
+                )
+            yield out
+
+    writer.add(item.name, item.written, stored.shape, pieces())
+
+
+def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
+    """Tensors stored one by one that are one parameter in memory: put together, changed, taken apart again."""
+    converter = deepcopy(group.converter)
+    held = next(iter(group.tensors.values())).held
+    for pattern, names in group.sources.items():
+        for name in names:
+            stored, descriptor = base.find(name)
+            converter.add_tensor(group.target, name, pattern, _later(read(descriptor, stored).to(held)))
+    merged = {}
+    for name, tensor in converter.convert(group.target, config=group.config).items():
+        whole = tensor[0] if isinstance(tensor, list) else tensor
+        flat = whole.reshape(whole.shape[0], -1)
+        update = Update(name, group.tensors[name].changes, tuple(whole.shape), adapters, _rows_of(flat))
+        for start, stop in slices(*flat.shape):
+            flat[start:stop] = update.rows(start, stop)
+        merged[name] = flat.view(whole.shape)
+    back = group.converter.reverse_transform()
+    first = None
+    for name, tensor in merged.items():
+        renamed, pattern = back.rename_source_key(name)
+        first = first or renamed
+        back.add_tensor(first, name, pattern, tensor)
+    written = next(iter(group.tensors.values())).written
+    apart = back.convert(first, config=group.config)
+    if set(apart) != set(group.stored_as):
+        raise MergeError(
+            f"{group.target} cannot be taken apart again into {', '.join(list(group.stored_as)[:2])}, ..."
+        )
+    for name, tensor in apart.items():
+        whole = tensor[0] if isinstance(tensor, list) else tensor
+        writer.add(group.stored_as[name], written, whole.shape, [whole.to(written)])
+        base.used(group.stored_as[name])
+
+
+def _rows_of(flat: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, stop: flat[start:stop].clone()
+
+
+def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where weights are read from
+
+
+class _Base:
+    """The base's files, opened when first needed; one from the Hub is fetched then, and removed when it is used up."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.files: dict[str, tuple[int, dict[str, Stored]]] = {}
+        self.left = Counter(plan.stored[item.source].file for item in plan.tensors)
+        self.left.update(
+            plan.stored[n].file for g in plan.fused for names in g.sources.values() for n in names
+        )
+        self.fetched: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> _Base:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for descriptor, _header in self.files.values():
+            os.close(descriptor)
+        if self.fetched:
+            self.fetched.cleanup()
+
+    def find(self, name: str) -> tuple[Stored, int]:
+        """A tensor and the open file that it lies in."""
+        file = self.plan.stored[name].file
+        if file not in self.files:
+            path = Path(self.plan.folder, file) if self.plan.folder else self._fetch(file)
+            self.files[file] = (os.open(path, os.O_RDONLY), read_header(path))
+        descriptor, header = self.files[file]
+        if name not in header:
+            raise ShardError(f"{file} of the base no longer holds {name}")
+        return header[name], descriptor
+
+    def used(self, name: str) -> None:
+        """A tensor is done with; so is its file after the last one."""
+        file = self.plan.stored[name].file
+        self.left[file] -= 1
+        if not self.left[file] and file in self.files:
+            os.close(self.files.pop(file)[0])
+            if self.fetched:
+                shutil.rmtree(Path(self.fetched.name, file).parent / ".cache", ignore_errors=True)
+                Path(self.fetched.name, file).unlink()
+
+    def _fetch(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        self.fetched = self.fetched or tempfile.TemporaryDirectory()
+        repo, revision = self.plan.repo
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision, local_dir=self.fetched.name))
+        except OSError as error:
+            raise ModelError(
+                f"{repo}: {file} cannot be fetched: {str(error).strip().splitlines()[0]}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _bar(total: int, say: Say) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal or getattr(say, "silent", False):
+        yield lambda done: None
+        return
+    with Progress("weights", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
