@@ -1,7 +1,8 @@
 """All that a merge or an export is made of: the base found, adapters understood, a plan of every tensor; and the files
 beside the weights, written at once.
 
-transformers and PEFT weigh more than a merge: `plan_apart` asks them in a process of its own.
+transformers, PEFT and what reads recipes weigh more than a merge: `plan_apart` asks them in a process of its own, and
+no room that they need is imported here before that.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.adapter import Change, MergeError, changes_of
 from finetune.base import ModelError, locate, quiet
 from finetune.checkpoint import environment_of
-from finetune.layout import Fused, Names, Tensor, quantised_weights, skeleton, tensors_of
-from finetune.model import base_of, eos_tokens, load_tokenizer
-from finetune.recipe import ModelSection
 from finetune.shards import INDEX, Stored, fingerprint, parse_header, read_headers
 
 # Files beside weights, configs and tokenizer that a model needs: a multimodal one its processor, a custom one its code.
+_TOKENIZER = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+]
 _BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
+
+
+if TYPE_CHECKING:
+    from finetune.layout import Fused, Tensor
+    from finetune.recipe import ModelSection
 
 
 @dataclass
@@ -106,6 +119,10 @@ def plan(request: Request) -> Plan:
     """
     from transformers import AutoConfig
 
+    from finetune.layout import Names, quantised_weights, skeleton, tensors_of
+    from finetune.model import base_of
+    from finetune.recipe import ModelSection
+
     run = Path(request.model)
     is_run = bool(request.adapters)
     section, quantization = base_of(run) if is_run else (ModelSection(name_or_path=request.model), None)
@@ -156,18 +173,7 @@ def plan(request: Request) -> Plan:
     record: dict[str, Any] = {"base": section.name_or_path, "revision": revision}
     if is_run:
         record["dtype_of_training"] = str(held).removeprefix("torch.")
-    tokenizer_from = run if (run / "tokenizer_config.json").exists() else None
-    _write_rest(
-        Path(request.into),
-        section,
-        revision,
-        folder,
-        run,
-        tokenizer_from,
-        written,
-        untied,
-        request.quantization,
-    )
+    _write_rest(request, section, folder or _small_files(path, revision), written, untied)
     return Plan(
         folder=str(folder) if folder else None,
         repo=(path, revision),
@@ -186,16 +192,8 @@ def _download(repo: str, revision: str | None) -> Path:
     """The folder of a model on the Hub with its weights and configs in it, and nothing else fetched."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "generation_config.json", "model.safetensors", INDEX, "tokenizer*", "*.model"]
-    patterns += [
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "vocab*",
-        "merges.txt",
-        *_BESIDE,
-    ]
-    patterns.append("model-*-of-*.safetensors")
+    patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
+    patterns += ["model.safetensors", "model-*-of-*.safetensors", INDEX]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -223,20 +221,10 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
 
 
 def _write_rest(
-    into: Path,
-    section: ModelSection,
-    revision: str | None,
-    folder: Path | None,
-    run: Path,
-    tokenizer_from: Path | None,
-    written: torch.dtype,
-    untied: bool,
-    quantization: dict[str, Any] | None,
+    request: Request, section: ModelSection, base: Path, written: torch.dtype, untied: bool
 ) -> None:
     """Config, generation config, tokenizer and template, and what else the base has beside its weights."""
-    from transformers import GenerationConfig
-
-    base = folder or _small_files(section.name_or_path, revision)
+    into, run = Path(request.into), Path(request.model)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if "torch_dtype" in part or "dtype" in part or part is config:
@@ -244,32 +232,46 @@ def _write_rest(
             part["dtype"] = str(written).removeprefix("torch.")
         if untied and ("tie_word_embeddings" in part or part is config or "vocab_size" in part):
             part["tie_word_embeddings"] = False
-    if quantization:
+    if request.quantization:
         from transformers import BitsAndBytesConfig
 
-        config["quantization_config"] = BitsAndBytesConfig(**quantization).to_dict()
+        config["quantization_config"] = BitsAndBytesConfig(**request.quantization).to_dict()
     (into / "config.json").write_text(
         json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
     )
-
-    with quiet():
-        tokenizer = load_tokenizer(
-            ModelSection(name_or_path=str(tokenizer_from)) if tokenizer_from else section
-        )
-        tokenizer.save_pretrained(into)
-        options = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
-        generation = GenerationConfig.from_pretrained(str(options)) if options else GenerationConfig()
-        generation.eos_token_id = eos_tokens(generation, tokenizer)
-        generation.save_pretrained(into)
+    whole = (run / "tokenizer_config.json").exists() and (run / "generation_config.json").exists()
+    if whole:  # as training left them: a large tokenizer takes longer to load than a small model to merge
+        for pattern in (*_TOKENIZER, "generation_config.json"):
+            for path in run.glob(pattern):
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, into / path.name)
+    else:
+        _save_tokenizer(section, run, base, into)
     for pattern in _BESIDE:
         for path in base.glob(pattern):
             shutil.copy(path, into / path.name)
 
 
+def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) -> None:
+    """Of somebody else's adapter: its tokenizer or the base's, and a generation config that ends where a turn does."""
+    from transformers import GenerationConfig
+
+    from finetune.model import eos_tokens, load_tokenizer
+    from finetune.recipe import ModelSection
+
+    own = (run / "tokenizer_config.json").exists()
+    with quiet():
+        tokenizer = load_tokenizer(ModelSection(name_or_path=str(run)) if own else section)
+        tokenizer.save_pretrained(into)
+        there = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
+        generation = GenerationConfig.from_pretrained(str(there)) if there else GenerationConfig()
+        generation.eos_token_id = eos_tokens(generation, tokenizer)
+        generation.save_pretrained(into)
+
+
 def _small_files(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "generation_config.json", *_BESIDE]
+    patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 

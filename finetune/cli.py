@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge", parents=[output, common], help="put a run's adapter into its base's weights"
     )
     verb.add_argument(
-        "run", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
+        "folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
     )
     verb.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the run trained"
@@ -239,7 +239,9 @@ def _check(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
-        sections: dict[str, Any] = {"model": recipe.model.model_dump(), "data": recipe.data.model_dump()}
+        sections: dict[str, Any] = {
+            name: getattr(recipe, name).model_dump() for name in ("model", "data", "export")
+        }
         sections |= {"training": recipe.training, "lora": recipe.lora, "quantization": recipe.quantization}
         print(json.dumps(sections, ensure_ascii=False, indent=1))
     elif not args.quiet:
@@ -302,7 +304,7 @@ def _merge(args: argparse.Namespace) -> None:
     from finetune.merge import merge
 
     merge(
-        args.run,
+        args.folder,
         args.output,
         dtype=args.dtype,
         base=args.base,

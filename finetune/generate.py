@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,32 @@ class Generator:
             )
         return list(out[0, ids.shape[1] :].tolist())
 
+    def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to prompts of token ids, all at once; each ends with a stop token, or at the limit."""
+        import torch
+
+        width = max(len(prompt) for prompt in prompts)
+        pad = self.chat.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.inference_mode(), quiet():
+            out = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=list(self.stop_ids),
+                pad_token_id=pad,
+            )
+        found = []
+        for row in out[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in self.stop_ids), len(row))
+            found.append(row[:end])
+        return found
+
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """The answer's text, piece by piece; `CUT` comes last where the limit cut the answer off."""
         import threading
@@ -140,22 +167,32 @@ def load(
         "int8": {"load_in_8bit": True},
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     }[quantize]
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = locate(section.name_or_path)
+    stored_quantised = "quantization_config" in _config(path)
     model = load_base(
-        locate(section.name_or_path),
+        path,
         wanted,
         quantization,
         revision=section.revision,
         attn_implementation=attn or section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
-        **({"device_map": {"": device}} if device and quantization else {}),
+        # Quantised weights are not moved once they are loaded.
+        **({"device_map": {"": place}} if quantization or stored_quantised else {}),
     )
     if is_adapter and adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, name)
         lighten_trainable_tokens(model)
-    if quantization is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not (quantization or stored_quantised):
+        model = model.to(place)
     model.eval()
     chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if folder.is_dir() else section))
     return Generator(model, chat, tuple(eos_tokens(model.generation_config, chat.tokenizer)))
+
+
+def _config(path: str) -> dict[str, Any]:
+    """The config of a model in a directory; empty for one on the Hub, which transformers looks into itself."""
+    file = Path(path, "config.json")
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -11,8 +11,6 @@ from finetune.recipe import Recipe
 
 def model_card(run: Path, recipe: Recipe) -> str:
     """The model card of a finished run; every number in it is read from the run's files."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [m for m in metrics if "eval_loss" in m]
     losses = [m for m in metrics if "loss" in m]
@@ -32,11 +30,25 @@ def model_card(run: Path, recipe: Recipe) -> str:
         "recipe": recipe.to_yaml(),
         "adapter": (run / "adapter_config.json").exists(),
     }
+    return _render("model_card.md.jinja", values)
+
+
+def export_card(report: dict[str, Any], kind: str) -> str:
+    """The page of one exported format, with its own line of the report."""
+    found = next(item for item in report["models"] if item["name"] == kind)
+    return _render(
+        "export_card.md.jinja", report | {"hub_base": _hub_base(report["base"]), "kind": kind, "found": found}
+    )
+
+
+def _render(template: str, values: dict[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    return environment.get_template("model_card.md.jinja").render(values)
+    return environment.get_template(template).render(values)
 
 
 def _hub_base(name: str) -> str | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.adapter import Change, MergeError
 from finetune.base import quiet
-from finetune.recipe import ModelSection
 from finetune.shards import Stored
+
+if TYPE_CHECKING:
+    from finetune.recipe import ModelSection
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Fused:
     target: str
     converter: Any
     config: Any
-    tensors: dict[str, Tensor]
+    held: torch.dtype
+    written: torch.dtype
+    changes: dict[str, list[Change]]
     """By name in memory."""
 
 
@@ -246,15 +250,13 @@ def _fuse(
     sources: dict[str, list[str]] = defaultdict(list)
     for pattern, disk in names.many[first]:
         sources[pattern].append(disk)
-    tensors = {
-        name: Tensor(name, name, types[name], out_types[name], changes.get(name, []))
-        for name in names.targets(first)
-    }
     return Fused(
         sources=dict(sources),
         stored_as={names.halfway(disk): disk for _, disk in names.many[first]},
         target=first,
         converter=names.converter_of[names.many[first][0][0]],
         config=names.config,
-        tensors=tensors,
+        held=types[first],
+        written=out_types[first],
+        changes={name: changes.get(name, []) for name in names.targets(first)},
     )

@@ -130,38 +130,31 @@ def write_weights(
         quantised: Whether to write what bitsandbytes quantises quantised.
         say: Where a person reads.
     """
-    total = sum(_written_bytes(plan.stored[item.source], item) for item in plan.tensors)
+    names = [(item.name, item.source, item.written) for item in plan.tensors]
     for group in plan.fused:
-        total += sum(
-            plan.stored[n].count * t.written.itemsize
-            for t in group.tensors.values()
-            for ns in group.sources.values()
-            for n in ns
-        )
+        names += [(name, name, group.written) for many in group.sources.values() for name in many]
+    total = sum(plan.stored[source].count * written.itemsize for _, source, written in names)
     _check_room(into, total, plan)
-    names = [item.name for item in plan.tensors] + [
-        n for g in plan.fused for ns in g.sources.values() for n in ns
-    ]
     # What bitsandbytes keeps beside a weight are up to five more tensors of its name.
-    header = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name in names) + 1000
+    header = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
+    # In the order of the base's files, so that one that was fetched is soon used up.
+    place = {name: number for number, name in enumerate(plan.stored)}
+    work: list[tuple[int, Tensor | Fused]] = [(place[item.source], item) for item in plan.tensors]
+    work += [(max(place[n] for many in group.sources.values() for n in many), group) for group in plan.fused]
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(_Base(plan))
         loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
         bar = stack.enter_context(_bar(total, say))
-        for item in plan.tensors:
-            _write(plan, item, base, loaded, writer, dequantise, quantised)
-            base.used(item.source)
-            bar(writer.total)
-        for group in plan.fused:
-            _write_fused(group, base, loaded, writer)
+        for _, item in sorted(work, key=lambda pair: pair[0]):
+            if isinstance(item, Tensor):
+                _write(plan, item, base, loaded, writer, dequantise, quantised)
+                base.used(item.source)
+            else:
+                _write_fused(item, base, loaded, writer)
             bar(writer.total)
         writer.close()
-
-
-def _written_bytes(stored: Stored, item: Tensor) -> int:
-    return stored.count * item.written.itemsize
 
 
 def _check_room(into: Path, total: int, plan: Plan) -> None:
@@ -229,16 +222,15 @@ def _write(
 def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
     """Tensors stored one by one that are one parameter in memory: put together, changed, taken apart again."""
     converter = deepcopy(group.converter)
-    held = next(iter(group.tensors.values())).held
     for pattern, names in group.sources.items():
         for name in names:
             stored, descriptor = base.find(name)
-            converter.add_tensor(group.target, name, pattern, _later(read(descriptor, stored).to(held)))
+            converter.add_tensor(group.target, name, pattern, _later(read(descriptor, stored).to(group.held)))
     merged = {}
     for name, tensor in converter.convert(group.target, config=group.config).items():
         whole = tensor[0] if isinstance(tensor, list) else tensor
         flat = whole.reshape(whole.shape[0], -1)
-        update = Update(name, group.tensors[name].changes, tuple(whole.shape), adapters, _rows_of(flat))
+        update = Update(name, group.changes[name], tuple(whole.shape), adapters, _rows_of(flat))
         for start, stop in slices(*flat.shape):
             flat[start:stop] = update.rows(start, stop)
         merged[name] = flat.view(whole.shape)
@@ -248,7 +240,6 @@ def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: Sha
         renamed, pattern = back.rename_source_key(name)
         first = first or renamed
         back.add_tensor(first, name, pattern, tensor)
-    written = next(iter(group.tensors.values())).written
     apart = back.convert(first, config=group.config)
     if set(apart) != set(group.stored_as):
         raise MergeError(
@@ -256,7 +247,7 @@ def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: Sha
         )
     for name, tensor in apart.items():
         whole = tensor[0] if isinstance(tensor, list) else tensor
-        writer.add(group.stored_as[name], written, whole.shape, [whole.to(written)])
+        writer.add(group.stored_as[name], group.written, whole.shape, [whole.to(group.written)])
         base.used(group.stored_as[name])
 
 

@@ -97,8 +97,15 @@ def load_base(
         rank = int(os.environ.get("LOCAL_RANK", 0))
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
     with _told(path), quiet():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **arguments)
-    if quantization is not None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    # Upstream only warns, and fills them at random.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model.name_or_path: {path} does not hold {missing[0]} (and {len(missing) - 1} more of its weights)"
+        )
+    if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
     return model
 

@@ -107,6 +107,21 @@ class DataSection(BaseModel):
     """Seed of the split and the mixture."""
 
 
+class ExportSection(BaseModel):
+    """What `finetune export` writes of a run where its flags do not say otherwise."""
+
+    model_config = _SECTION
+
+    formats: list[Literal["bf16", "fp16", "int8", "nf4"]] = []
+    """The formats, each a folder."""
+    base: Literal["original", "dequantised"] = "original"
+    """What the adapter of a run on a quantised base is merged into."""
+    gate: dict[
+        Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]
+    ] = {}
+    """Limits that a format must keep."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe in which every check has passed.
@@ -119,6 +134,7 @@ class Recipe:
 
     model: ModelSection
     data: DataSection
+    export: ExportSection
     training: dict[str, Any]
     lora: dict[str, Any] | None
     quantization: dict[str, Any] | None
@@ -133,9 +149,10 @@ class Recipe:
         `load_recipe` reads an equal recipe from it, in the same working directory and environment.
         """
         sections = {
-            name: getattr(self, name) for name in ("model", "data", "training", "lora", "quantization")
+            name: getattr(self, name)
+            for name in ("model", "data", "training", "lora", "quantization", "export")
         }
-        sections |= {"model": self.model.model_dump(), "data": self.data.model_dump()}
+        sections |= {name: sections[name].model_dump() for name in ("model", "data", "export")}
         sections = {name: section for name, section in sections.items() if section is not None}
         return "\n".join(self._lines(sections, "", "")) + "\n"
 
@@ -160,9 +177,9 @@ class Recipe:
 @functools.cache
 def _keys() -> Keys:
     """The keys of every section; computed when first asked for, because it imports trl and peft."""
-    own = {
+    own: dict[str, Any] = {
         name: typing.get_type_hints(section, include_extras=True)
-        for name, section in (("model", ModelSection), ("data", DataSection))
+        for name, section in (("model", ModelSection), ("data", DataSection), ("export", ExportSection))
     }
     sections = own | upstream_keys()
     return {"": sections, "source": Source.model_fields, **sections}
@@ -364,6 +381,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(
         model=ModelSection.model_validate(sections["model"]),
         data=DataSection.model_validate(sections["data"]),
+        export=ExportSection.model_validate(sections["export"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
         lora=lora if "lora" in root.value else None,
         quantization=sections["quantization"] if "quantization" in root.value else None,

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 # What is in memory of a tensor that is only copied or added to.
-SLICE = 8 * 2**20
+SLICE = 4 * 2**20
+# How much is written before the disk is told to begin.
+_SYNC = 2**28
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
@@ -201,9 +203,10 @@ class ShardWriter:
         self._small: list[tuple[str, torch.Tensor]] = []
         self._small_bytes = 0
         self._names: set[str] = set()
-        # A shard is forced to the disk while the next one is computed.
+        # What is written is forced to the disk while the rest is computed.
         self._syncing = ThreadPoolExecutor(1)
         self._synced: list[Future[None]] = []
+        self._unsynced = 0
 
     def add(
         self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[torch.Tensor]
@@ -310,6 +313,10 @@ class ShardWriter:
         }
         self._offset = begin + size
         self.total += size
+        self._unsynced += size
+        if self._unsynced > _SYNC:
+            self._unsynced = 0
+            self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
 
     def _finish(self) -> None:
         if not self._file:

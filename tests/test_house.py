@@ -37,6 +37,8 @@ ROOMS = [
     "layout",
     "assemble",
     "merge",
+    "evaluate",
+    "export",
     "inspect",
     "record",
     "train",
@@ -46,19 +48,23 @@ ROOMS = [
 
 
 def imported(room: str) -> set[str]:
-    tree = ast.parse((ROOT / "finetune" / f"{room}.py").read_text(encoding="utf-8"))
+    """The rooms that a room imports; a room is a file, or a folder of them."""
+    place = ROOT / "finetune" / room
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     found = set()
-    for node in ast.walk(tree):
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "finetune":
             parts = node.module.split(".")[1:]
             found |= {parts[0]} if parts else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("finetune.")}
-    return found - {"__version__"}
+    return found - {"__version__", room}
 
 
 def test_rooms_are_all_listed() -> None:
-    there = {path.stem for path in (ROOT / "finetune").glob("*.py")} - {"__init__"}
+    folder = ROOT / "finetune"
+    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    there -= {"__init__"}
     assert there == set(ROOMS)
 
 

@@ -1,0 +1,123 @@
+"""Perplexity on rows, and the distance of one model's predictions from another's on the same tokens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.chat import IGNORE
+
+# What the kept predictions of a reference may take on the disk; of a vocabulary of 262,144 it is 2,048 tokens.
+_KEPT_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids, and the same with all that is not predicted masked; both of length T."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the first predicted token: what a model is fed before it answers."""
+        first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+        return self.input_ids[: max(1, first)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on some rows; the distances are from the reference's predictions of the first `compared` tokens."""
+
+    tokens: int
+    loss: float
+    """Mean over all predicted tokens, in nats; not a number where any prediction is not finite."""
+    compared: int = 0
+    kl: float | None = None
+    """Mean of KL(reference || this), in nats a token."""
+    kl_p99: float | None = None
+    top1: float | None = None
+    """The share of tokens on which both predict the same."""
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: Path | None = None) -> Score:
+    """A model's loss on rows, one row at a time, and its distance from a reference.
+
+    Args:
+        model: A causal language model, on its device.
+        rows: Each must have a token to predict.
+        reference: Predictions that a model kept before, on the same rows.
+        keep: Where to keep this model's predictions: float32 log-probabilities (N, V), and their shape beside them.
+
+    Source: KL divergence as in llama.cpp's `perplexity --kl-divergence`: of each token's whole distribution.
+    """
+    only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
+    theirs = _open(reference) if reference else None
+    room, kept = 0, None
+    total, count = 0.0, 0
+    divergences: list[torch.Tensor] = []
+    agreed = 0
+    for row in rows:
+        ids = torch.tensor([row.input_ids], device=model.device)
+        places = [i - 1 for i, label in enumerate(row.labels) if label != IGNORE and i > 0]
+        index = torch.tensor(places, device=model.device)
+        with torch.inference_mode():
+            options = {"logits_to_keep": index} if only_some else {}
+            logits = model(input_ids=ids, use_cache=False, **options).logits[0]
+        logits = (logits if only_some else logits[index]).float()
+        logs = torch.log_softmax(logits, dim=-1).cpu()
+        targets = torch.tensor([row.labels[i + 1] for i in places])
+        total -= float(logs.gather(1, targets.unsqueeze(1)).double().sum())
+        if keep and kept is None:
+            wanted = sum(sum(label != IGNORE for label in r.labels[1:]) for r in rows)
+            room = max(1, min(wanted, _KEPT_BYTES // (4 * logs.shape[1])))
+            kept = np.memmap(keep, np.float32, "w+", shape=(room, logs.shape[1]))
+            keep.with_suffix(".json").write_text(json.dumps([room, logs.shape[1]]), encoding="utf-8")
+        if kept is not None and count < room:
+            part = logs[: room - count]
+            kept[count : count + len(part)] = part.numpy()
+        if theirs is not None and count < len(theirs):
+            if theirs.shape[1] != logs.shape[1]:
+                raise ValueError(
+                    f"vocabularies of {theirs.shape[1]:,} and {logs.shape[1]:,} cannot be compared"
+                )
+            before = torch.from_numpy(theirs[count : count + len(logs)])
+            ours = logs[: len(before)]
+            divergences.append((before.exp() * (before - ours)).sum(dim=-1, dtype=torch.float64))
+            agreed += int((before.argmax(-1) == ours.argmax(-1)).sum())
+        count += len(places)
+    if not divergences:
+        return Score(count, total / count)
+    every = torch.cat(divergences).clamp(min=0)  # rounding alone can make it negative
+    finite = bool(every.isfinite().all())
+    return Score(
+        count,
+        total / count,
+        compared=len(every),
+        kl=float(every.mean()) if finite else math.nan,
+        kl_p99=float(every.quantile(0.99)) if finite else math.nan,
+        top1=agreed / len(every) if finite else math.nan,
+    )
+
+
+def _forward_of(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).forward
+
+
+def _open(reference: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    shape = tuple(json.loads(reference.with_suffix(".json").read_text(encoding="utf-8")))
+    return np.memmap(reference, np.float32, "c", shape=shape)

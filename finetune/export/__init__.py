@@ -1,0 +1,250 @@
+"""A run, or a whole model, as files of several types, each with what it lost."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune import __version__
+from finetune.base import sample_rows
+from finetune.chat import Chat
+from finetune.checkpoint import environment_of, whole_folder, write_whole
+from finetune.data import build
+from finetune.evaluate.perplexity import Row
+from finetune.export.transformers import FORMATS, write
+from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
+from finetune.hub import export_card
+from finetune.merge import Say, merge
+from finetune.model import base_of, load_tokenizer, resolve_dtype
+from finetune.recipe import ExportSection, ModelSection, RecipeError, load_recipe
+from finetune.rows import DataError
+
+_ADAPTER = "adapter on its base"
+# Held-out rows that are predicted; what more of them would change is less than what two samples differ by.
+_ROWS = 32
+
+
+class ExportError(ValueError):
+    """There is nothing to export, or not as asked."""
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    formats: Sequence[str] = (),
+    base: str | None = None,
+    gate: dict[str, float] | None = None,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Path:
+    """A folder for each format in `output`, and `report.json` and `report.md` on what each one lost.
+
+    A run is merged first, and the merged model compared with the adapter on the base that it was trained on; each
+    format is compared with the merged model. What is absent is taken from the run's recipe, section `export`.
+
+    Args:
+        model: A run or one of its checkpoints, or a folder with a whole model.
+        output: A folder that does not exist yet.
+        formats: Of bf16, fp16, int8 and nf4.
+        base: Of a run on a quantised base, original or dequantised, as `finetune.merge.merge` takes it.
+        gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` says what is missed.
+        overwrite: Replaces what an earlier export left in `output`, once all is done.
+        say: Gets a line for each step.
+
+    Raises:
+        ExportError: No model, no format, or a limit that there is not.
+        MergeError, ShardError, RunError: As `merge` raises them.
+    """
+    model, output = Path(model), Path(output)
+    is_run = (model / "adapter_config.json").is_file()
+    if not is_run and not (model / "config.json").is_file():
+        raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
+    options = _options(model)
+    formats = list(dict.fromkeys(formats or options.formats))
+    gate = dict(options.gate) | (gate or {})
+    for name in gate:
+        if name not in LIMITS:
+            raise ExportError(f"--gate {name} is no limit; write one of {', '.join(LIMITS)}")
+    if not formats:
+        raise ExportError(f"no format was asked for; write --format with one of {', '.join(FORMATS)}")
+    if base and not is_run:
+        raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
+    merged_from = base or options.base
+    trained = model if is_run else _run_of(model)
+    trained_as = base_of(trained)[1] if trained else None
+
+    with whole_folder(output, overwrite) as beside:
+        work = beside / ".work"
+        work.mkdir()
+        jobs = [Job(_ADAPTER, trained, _dtype(trained), keep=work / "adapter.bin")] if trained else []
+        whole = model
+        if is_run:
+            for kind in _bases(trained_as, merged_from):
+                say(f"merging into the {kind} base")
+                place = merge(model, work / f"merged-{kind}", base=kind)
+                whole = place if kind == merged_from else whole
+                jobs.append(Job(f"merged, {kind} base", place, _dtype(place), _ADAPTER, work / "adapter.bin"))
+        else:
+            against = (_ADAPTER, work / "adapter.bin") if trained else (None, None)
+            jobs.append(Job("merged", model, _dtype(model), *against))
+        at = next(i for i, job in enumerate(jobs) if job.folder == whole)
+        jobs[at] = replace(jobs[at], keep=work / "merged.bin")
+        for kind in formats:
+            say(f"{kind}: writing")
+            (beside / kind).mkdir()
+            write(whole, beside / kind, kind, say)
+            jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
+
+        rows, where = held_out(trained or model, say)
+        found: dict[str, dict[str, Any]] = {}
+        lines: list[str] = []
+        for job in jobs:
+            say(f"{job.name}: measuring")
+            now = found[job.name] = measure(job, rows, work)
+            if job.against:
+                compare(now, found[job.against], found[jobs[0].name])
+            # The other way to merge is shown beside the one that was chosen; limits are for what is kept.
+            if job.name in (jobs[at].name, *formats):
+                lines += missed(
+                    now,
+                    gate,
+                    same=job.against == _ADAPTER and merged_from != "dequantised" and not trained_as,
+                )
+        report = {
+            "title": output.name,
+            "finetune": __version__,
+            "model": str(model),
+            "base": _base_name(trained or model),
+            "rows": where,
+            "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
+            "gate": gate,
+            "models": list(found.values()),
+            "notes": _notes(list(found.values()), where),
+            "missed": lines,
+        }
+        for kind in formats:
+            (beside / kind / "README.md").write_text(export_card(report, kind), encoding="utf-8")
+        shutil.rmtree(work)
+        (beside / "report.md").write_text(as_markdown(report), encoding="utf-8")
+        write_whole(beside / "report.json", as_json(report))
+    say(f"exported: {output}")
+    return output
+
+
+def shortfalls(output: Path) -> list[str]:
+    """What an export falls short of, a line each; none where all is well."""
+    report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return list(report["missed"])
+
+
+def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[Row], str]:
+    """Rows that a run was not trained on, in its own tokens, and words that say which they are.
+
+    Where the run held none out, rows that it was trained on; where its data are not here, the project's sample rows.
+    """
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(model)))
+    chat = Chat(tokenizer)
+    recipe_file = next(
+        (f for f in (model / "recipe.yaml", model.parent / "recipe.yaml") if f.is_file()), None
+    )
+    if recipe_file:
+        try:
+            recipe = load_recipe(recipe_file)
+            training, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+            if evaluation.dataset is not None:
+                return _rows(evaluation.dataset), "held-out rows of the run"
+            if not any(source.streaming for source in recipe.data.train):
+                return _rows(training.dataset), "rows that the run was trained on (it held none out)"
+        except (RecipeError, DataError) as error:
+            say(
+                f"the run's rows are not here ({str(error).splitlines()[0]}); the project's sample rows are used"
+            )
+    found = []
+    for line in sample_rows().read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        encoded = (
+            chat.encode(messages)
+            if tokenizer.chat_template is not None
+            else chat.encode_text("", "\n".join(message["content"] for message in messages))
+        )
+        found.append(Row(encoded.input_ids.tolist(), encoded.labels.tolist()))
+    return found[:_ROWS], "sample rows of this project"
+
+
+def _rows(dataset: Any) -> list[Row]:
+    return [
+        Row(list(row["input_ids"]), list(row["labels"]))
+        for row in dataset.select(range(min(_ROWS, len(dataset))))
+    ]
+
+
+def _options(model: Path) -> ExportSection:
+    """The `export` section of a run's recipe."""
+    for path in (model / "recipe.yaml", model.parent / "recipe.yaml"):
+        if path.is_file():
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return ExportSection(**(saved.get("export") or {}))
+    return ExportSection()
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run that a merged model was made from, where it is still there and was merged alone."""
+    if not (model / "merge.json").is_file():
+        return None
+    record = json.loads((model / "merge.json").read_text(encoding="utf-8"))
+    run = Path(record["run"])
+    alone = [item["weight"] for item in record["adapters"]] == [1.0]
+    return run if alone and (run / "adapter_config.json").is_file() else None
+
+
+def _bases(trained_as: Any, chosen: str) -> list[str]:
+    return [chosen] if not trained_as else [chosen, "original" if chosen == "dequantised" else "dequantised"]
+
+
+def _dtype(model: Path) -> str:
+    """The type that a model is measured in: that of the training, or of its files."""
+    if (model / "adapter_config.json").is_file():
+        return str(
+            environment_of(model).get("dtype") or str(resolve_dtype(base_of(model)[0])).removeprefix("torch.")
+        )
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _base_name(model: Path) -> str:
+    if (model / "merge.json").is_file():
+        return str(json.loads((model / "merge.json").read_text(encoding="utf-8"))["base"])
+    return base_of(model)[0].name_or_path if (model / "adapter_config.json").is_file() else model.name
+
+
+def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
+    """What the table means, and what the figures say where two ways to merge were tried."""
+    tokens = max((item.get("tokens", 0) for item in found), default=0)
+    compared = max((item.get("compared", 0) for item in found), default=0)
+    notes = [
+        f"Perplexity: of {tokens:,} trained tokens of {where}. KL (nats a token) and top-1: of the first {compared:,}, "
+        "against the model named in the last column. Answers: greedy, to the beginnings of the first ten rows, "
+        "at most 64 tokens. Token ids: of ten conversations."
+    ]
+    merges = [item for item in found if item["name"].startswith("merged, ") and item.get("kl") is not None]
+    if len(merges) == 2:
+        near, far = sorted(merges, key=lambda item: item["kl"])
+        low, high = sorted(merges, key=lambda item: item["perplexity"])
+        notes.append(
+            f"\nNearer to the adapter as trained: {near['name']} (mean KL {near['kl']:.3g} against {far['kl']:.3g})."
+            f" Lower perplexity: {low['name']} ({low['perplexity']:.4g} against {high['perplexity']:.4g})."
+        )
+    notes += [
+        f"\n{item['name']}: the largest activation is {seen['largest']:,.0f}, in {seen['in']} (at most: 65,504)"
+        for item in found
+        if (seen := item.get("activations"))
+    ]
+    return notes

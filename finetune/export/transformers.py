@@ -1,0 +1,32 @@
+"""A whole model written as bf16, fp16, int8 or nf4, each a folder that `from_pretrained` reads as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.assemble import Request, plan_apart
+from finetune.merge import Say, write_weights
+from finetune.quantise import INT8, NF4
+
+FORMATS = ("bf16", "fp16", "int8", "nf4")
+_SHARD = 5_000_000_000
+
+
+def write(model: Path, output: Path, kind: str, say: Say = lambda line: None) -> None:
+    """The model in `model` as one of `FORMATS`, in the empty folder `output`; one tensor is in memory at a time.
+
+    What int8 and nf4 leave as it is (embeddings, norms, the output layer) stays in 16 bit, as bitsandbytes computes.
+
+    Raises:
+        MergeError: A weight does not fit float16.
+    """
+    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    half = config.get("dtype") or config.get("torch_dtype")
+    half = half if half in ("float16", "bfloat16") else "bfloat16"
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(kind, half)
+    kinds: dict[str, dict[str, Any]] = {"int8": INT8, "nf4": NF4 | {"bnb_4bit_compute_dtype": dtype}}
+    quantization = kinds.get(kind)
+    plan = plan_apart(Request(str(model), (), str(output), dtype, quantization))
+    write_weights(plan, output, _SHARD, quantised=quantization is not None, say=say)

@@ -1,0 +1,280 @@
+"""What became of a model: each one is loaded in a process of its own and compared with the one before it.
+
+Compared is what a user meets: predictions on rows that were held out, greedy answers, whether they end, and the token
+ids of conversations. A fresh process also shows that the folder holds all that it needs, and no two models share the
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.base import sample_rows
+from finetune.evaluate.perplexity import Row, score
+
+# An answer that has not ended by then is taken for one that does not end.
+_ANSWER_TOKENS = 64
+_PROMPTS = 10
+_CONVERSATIONS = 10
+# Nats a token. Above it, a model that was merged without rounding its base does not answer as its adapter does: the
+# rounding of bfloat16 alone gives less than a tenth of this.
+_SAME = 0.02
+
+LIMITS = {
+    "max_kl": ("kl", "mean KL"),
+    "max_kl_p99": ("kl_p99", "99th percentile KL"),
+    "min_top1": ("top1", "top-1 agreement"),
+    "max_perplexity_ratio": ("perplexity_ratio", "perplexity ratio"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to measure.
+
+    `reference` and `keep` are files of predictions, `against` names in the report the model whose they are.
+    """
+
+    name: str
+    folder: Path
+    dtype: str
+    against: str | None = None
+    reference: Path | None = None
+    keep: Path | None = None
+
+
+def measure(job: Job, rows: list[Row], work: Path) -> dict[str, Any]:
+    """What is found of a model in a fresh process; `error` where it cannot be loaded or run.
+
+    Args:
+        job: The model.
+        rows: What it predicts; the beginnings of the first ten are answered.
+        work: A folder for what passes between the processes.
+    """
+    ask, answer = work / f"{job.name}.ask.json", work / f"{job.name}.answer.json"
+    paths = {
+        name: str(path) if path else None for name, path in (("reference", job.reference), ("keep", job.keep))
+    }
+    content = paths | {"folder": str(job.folder), "dtype": job.dtype, "rows": [asdict(row) for row in rows]}
+    ask.write_text(json.dumps(content), encoding="utf-8")
+    environment = dict(os.environ)
+    own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
+    code = f"from finetune.export.verify import _measure; _measure({str(ask)!r}, {str(answer)!r})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    size = sum(path.stat().st_size for path in job.folder.glob("*.safetensors"))
+    found: dict[str, Any] = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": size}
+    if not answer.exists():
+        last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+        return found | {"error": f"its process ended with code {done.returncode}: {last}"}
+    found.update(json.loads(answer.read_text(encoding="utf-8")))
+    return found
+
+
+def _measure(ask: str, answer: str) -> None:
+    """In the fresh process: load, score, answer."""
+    import logging
+
+    logging.basicConfig(level=logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    job = json.loads(Path(ask).read_text(encoding="utf-8"))
+    found: dict[str, Any]
+    try:
+        found = _look(job)
+    except (Exception, SystemExit) as error:
+        found = {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
+    Path(answer).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+def _look(job: dict[str, Any]) -> dict[str, Any]:
+    from finetune import generate
+
+    began = time.monotonic()
+    generator = generate.load(job["folder"], dtype=job["dtype"])
+    seconds = time.monotonic() - began
+    rows = [Row(**row) for row in job["rows"]]
+    reference, keep = (Path(job[name]) if job[name] else None for name in ("reference", "keep"))
+    overflow = _watch(generator.model) if job["dtype"] == "float16" else {}
+    result = score(generator.model, rows, reference, keep)
+    answers = generator.answers([row.prompt for row in rows[:_PROMPTS]], _ANSWER_TOKENS)
+    found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity} | asdict(
+        result
+    )
+    found["answers"] = answers
+    found["stopped"] = sum(bool(ids) and ids[-1] in generator.stop_ids for ids in answers)
+    found["conversations"] = _token_ids(generator)
+    if overflow:
+        found["activations"] = overflow
+    return found
+
+
+def _token_ids(generator: Any) -> list[list[int]]:
+    """Ten of the project's own conversations as this folder's tokenizer and template turn them into ids."""
+    lines = sample_rows().read_text(encoding="utf-8").splitlines()[:_CONVERSATIONS]
+    found = []
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        if generator.chat.tokenizer.chat_template is None:
+            text = "\n".join(message["content"] for message in messages)
+            found.append(list(generator.chat.tokenizer(text)["input_ids"]))
+        else:
+            text = generator.chat.render(messages)
+            found.append(list(generator.chat.tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return found
+
+
+def _watch(model: Any) -> dict[str, Any]:
+    """Watches what every module gives, for values that float16 cannot hold."""
+    import torch
+
+    seen: dict[str, Any] = {"largest": 0.0, "in": None, "overflow": None}
+
+    def look(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            if not isinstance(out, torch.Tensor) or not out.is_floating_point() or not out.numel():
+                return
+            largest = float(out.abs().max())
+            if not math.isfinite(largest):
+                # Masked scores are minus infinity by design; a value that overflows is in what a layer passes on.
+                seen["overflow"] = seen["overflow"] or name
+            elif largest > seen["largest"]:
+                seen.update({"largest": largest, "in": name})
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(look(name))
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def compare(found: dict[str, Any], reference: dict[str, Any], tokens: dict[str, Any]) -> None:
+    """Puts into `found` what only shows beside another model.
+
+    Args:
+        found: A model's measurements.
+        reference: Those of the model that it is compared with.
+        tokens: Those of the model whose token ids are training's.
+    """
+    if "error" in found or "error" in reference:
+        return
+    found["perplexity_ratio"] = found["perplexity"] / reference["perplexity"]
+    pairs = zip(found["answers"], reference["answers"], strict=True)
+    found["answers_equal"] = sum(ours == theirs for ours, theirs in pairs)
+    pairs = zip(found["conversations"], tokens["conversations"], strict=True)
+    found["conversations_equal"] = sum(ours == theirs for ours, theirs in pairs)
+
+
+def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) -> list[str]:
+    """What a model falls short of, a line each.
+
+    Args:
+        found: Its measurements.
+        gate: Limits by the names of `LIMITS`.
+        same: Whether it must predict what its reference predicts, up to rounding.
+    """
+    name = found["name"]
+    if "error" in found:
+        return [f"{name}: cannot be used: {found['error']}"]
+    lines = []
+    if overflow := found.get("activations", {}).get("overflow"):
+        lines.append(f"{name}: activations overflow float16, first in {overflow}; export bf16")
+    if not math.isfinite(found["loss"]) or not math.isfinite(found.get("kl") or 0.0):
+        lines.append(f"{name}: its predictions are not finite")
+    if found.get("conversations_equal", _CONVERSATIONS) < len(found["conversations"]):
+        other = len(found["conversations"]) - found["conversations_equal"]
+        lines.append(
+            f"{name}: {other} of {len(found['conversations'])} conversations give other token ids than in training; "
+            "its tokenizer or chat template was changed"
+        )
+    if same and (found.get("kl") or 0.0) > _SAME:
+        lines.append(
+            f"{name}: does not predict as its adapter does: mean KL is {found['kl']:.3g}, and rounding alone gives "
+            f"less than {_SAME}"
+        )
+    for limit, value in gate.items():
+        key, word = LIMITS[limit]
+        got = found.get(key)
+        if got is not None and not (got <= value if limit.startswith("max") else got >= value):
+            lines.append(f"{name}: {word} is {got:.4g}, and {limit} is {value:g}")
+    return lines
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as one table, and what it says in words."""
+    head = [
+        "",
+        "size",
+        "load",
+        "perplexity",
+        "KL mean",
+        "KL 99%",
+        "top-1",
+        "answers equal",
+        "they stop",
+        "token ids",
+    ]
+    head.append("compared with")
+    lines = [f"# {report['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for found in report["models"]:
+        if "error" in found:
+            lines.append(f"| {found['name']} | {_size(found['bytes'])} | {found['error']} |" + " |" * 8)
+            continue
+        count = len(found["answers"])
+        cells = [
+            found["name"],
+            _size(found["bytes"]),
+            f"{found['load_seconds']:.1f} s",
+            f"{found['perplexity']:.4g}",
+            _number(found.get("kl")),
+            _number(found.get("kl_p99")),
+            f"{found['top1']:.2%}" if found.get("top1") is not None else "",
+            f"{found['answers_equal']} of {count}" if "answers_equal" in found else "",
+            f"{found['stopped']} of {count}",
+            f"{found['conversations_equal']} of {len(found['conversations'])}"
+            if "conversations_equal" in found
+            else "",
+            found["against"] or "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *report["notes"]]
+    if report["missed"]:
+        lines += ["", "It falls short:", "", *(f"- {line}" for line in report["missed"])]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report without the texts that were compared; what is not a number is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in ("answers", "conversations")}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(report), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}" if value >= 1e-6 or math.isnan(value) else "< 1e-6"
