@@ -84,6 +84,7 @@ def export(
     with whole_folder(output, overwrite) as beside:
         work = beside / ".work"
         work.mkdir()
+        rows, where = held_out(trained or model, say)
         jobs = [Job(_ADAPTER, trained, _dtype(trained), keep=work / "adapter.bin")] if trained else []
         whole = model
         if is_run:
@@ -103,21 +104,19 @@ def export(
             write(whole, beside / kind, kind, say)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
-        rows, where = held_out(trained or model, say)
         found: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
         for job in jobs:
             say(f"{job.name}: measuring")
+            if job.against and "error" in found[job.against]:
+                job = replace(job, reference=None)
             now = found[job.name] = measure(job, rows, work)
             if job.against:
                 compare(now, found[job.against], found[jobs[0].name])
             # The other way to merge is shown beside the one that was chosen; limits are for what is kept.
             if job.name in (jobs[at].name, *formats):
-                lines += missed(
-                    now,
-                    gate,
-                    same=job.against == _ADAPTER and merged_from != "dequantised" and not trained_as,
-                )
+                limits = gate if job.against else {}
+                lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
         report = {
             "title": output.name,
             "finetune": __version__,

@@ -77,7 +77,8 @@ def measure(job: Job, rows: list[Row], work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": size}
     if not answer.exists():
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
-        return found | {"error": f"its process ended with code {done.returncode}: {last}"}
+        why = "it was killed, most likely for want of memory" if done.returncode == -9 else last
+        return found | {"error": f"its process ended with code {done.returncode}: {why}"}
     found.update(json.loads(answer.read_text(encoding="utf-8")))
     return found
 
@@ -172,13 +173,17 @@ def compare(found: dict[str, Any], reference: dict[str, Any], tokens: dict[str, 
         reference: Those of the model that it is compared with.
         tokens: Those of the model whose token ids are training's.
     """
-    if "error" in found or "error" in reference:
+    if "error" in found:
         return
-    found["perplexity_ratio"] = found["perplexity"] / reference["perplexity"]
-    pairs = zip(found["answers"], reference["answers"], strict=True)
-    found["answers_equal"] = sum(ours == theirs for ours, theirs in pairs)
-    pairs = zip(found["conversations"], tokens["conversations"], strict=True)
-    found["conversations_equal"] = sum(ours == theirs for ours, theirs in pairs)
+    if "error" not in tokens:
+        found["conversations_equal"] = _equal(found["conversations"], tokens["conversations"])
+    if "error" not in reference:
+        found["perplexity_ratio"] = found["perplexity"] / reference["perplexity"]
+        found["answers_equal"] = _equal(found["answers"], reference["answers"])
+
+
+def _equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    return sum(a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) -> list[str]:
@@ -211,7 +216,9 @@ def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) ->
     for limit, value in gate.items():
         key, word = LIMITS[limit]
         got = found.get(key)
-        if got is not None and not (got <= value if limit.startswith("max") else got >= value):
+        if got is None:
+            lines.append(f"{name}: {word} could not be measured, and {limit} is {value:g}")
+        elif not (got <= value if limit.startswith("max") else got >= value):
             lines.append(f"{name}: {word} is {got:.4g}, and {limit} is {value:g}")
     return lines
 
