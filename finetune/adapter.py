@@ -70,7 +70,10 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
         )
         raise MergeError(f"{folder} holds {what}; an adapter must be saved as {FILE}")
     stored = read_header(folder / FILE)
-    options = peft.PeftConfig.from_pretrained(str(folder))
+    try:
+        options = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MergeError(f"{folder / 'adapter_config.json'} is damaged: {_line(error)}") from error
     _refuse(folder, options)
     # What training began with is in the file; here it would only be computed in vain.
     options.init_lora_weights = True
@@ -78,7 +81,7 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
         with torch.device("meta"), quiet():
             wrapped = peft.PeftModelForCausalLM(model, options, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
-        raise MergeError(f"{folder} does not fit its base: {str(error).strip().splitlines()[0]}") from error
+        raise MergeError(f"{folder} does not fit its base: {_line(error)}") from error
     expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     found, follows = _walk(folder, wrapped, number)
     if options.bias != "none":
@@ -113,6 +116,10 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
             if _same(folder, stored, *sides):
                 follows.add(name)
     return found, follows
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _same(folder: Path, stored: dict[str, Stored], target: list[Change], source: list[Change]) -> bool:
@@ -231,6 +238,11 @@ class Adapter:
     def __enter__(self) -> Adapter:
         self.descriptor = os.open(self.path, os.O_RDONLY)
         for name, stored in self.header.items():
+            if not stored.dtype.is_floating_point:
+                os.close(self.descriptor)
+                raise MergeError(
+                    f"{self.path}: {name} is {str(stored.dtype).removeprefix('torch.')}, not a weight"
+                )
             for start, stop in slices(stored.count):
                 if not read(self.descriptor, stored, start, stop).isfinite().all():
                     os.close(self.descriptor)
@@ -285,7 +297,7 @@ class Update:
             raise MergeError(
                 f"{self.name}: the adapters change it in different ways; merge them one after the other"
             )
-        alone = len(products) == 1 and self.adapters[first.adapter].weight == 1
+        alone = len(self.adapters) == 1 and self.adapters[first.adapter].weight == 1
         many_a, many_b = [], []
         for change in products:
             adapter = self.adapters[change.adapter]

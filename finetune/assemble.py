@@ -7,6 +7,7 @@ no room that they need is imported here before that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def plan_apart(request: Request) -> Plan:
         environment = dict(os.environ)
         paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        code = f"import sys; from finetune.assemble import _answer; _answer({str(ask)!r}, {str(answer)!r})"
+        code = f"from finetune.assemble import _answer; _answer({str(ask)!r}, {str(answer)!r})"
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=sys.stderr.fileno()
         )
@@ -138,7 +139,7 @@ def plan(request: Request) -> Plan:
             f"{request.model}: was trained on another {section.name_or_path}: the weights in {folder} are not those "
             "that environment.json knows by base_fingerprint; write the directory of the very base"
         )
-    with quiet():
+    with quiet(), _told(section.name_or_path):
         where = str(folder) if folder else path
         options = {"trust_remote_code": section.trust_remote_code} | (
             {} if folder else {"revision": revision}
@@ -153,7 +154,8 @@ def plan(request: Request) -> Plan:
     held = getattr(torch, environment.get("dtype") or own)
     written = getattr(torch, request.dtype) if request.dtype else held
 
-    model, types = skeleton(config, held, section.trust_remote_code)
+    with _told(section.name_or_path):
+        model, types = skeleton(config, held, section.trust_remote_code)
     out_types = types if written == held else skeleton(config, written, section.trust_remote_code)[1]
     names = Names(model, stored)
     changes: dict[str, list[Change]] = defaultdict(list)
@@ -186,6 +188,16 @@ def plan(request: Request) -> Plan:
         untied=untied,
         record=record,
     )
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What upstream says of a config that it cannot use, in a line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{name}: its config.json cannot be used: {reason}") from error
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -18,6 +18,7 @@ MARKER = "complete.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
 # What says of a folder that merge or export wrote it, and so may replace it.
 RECORDS = ("merge.json", "report.json")
 
@@ -69,10 +70,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def environment_of(run: Path) -> dict[str, Any]:
-    """The `environment.json` of a run or of one of its checkpoints; empty where there is none."""
+    """The `environment.json` of a run or of one of its checkpoints; empty where there is none.
+
+    Raises:
+        RunError: It cannot be read.
+    """
     for folder in (run, run.parent):
         if (folder / "environment.json").is_file():
-            found: dict[str, Any] = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            file = folder / "environment.json"
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise RunError(f"{file} is damaged: {error}") from error
+            if not isinstance(found, dict) or found.get("dtype", "float32") not in _DTYPES:
+                raise RunError(f"{file} is damaged: it names no dtype that a run trains in")
             return found
     return {}
 
@@ -89,7 +100,8 @@ def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     check_free(output, overwrite)
-    output = output.absolute()
+    output = Path(os.path.realpath(output))
+    made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     lock = FileLock(output.with_name(f".{output.name}.lock"))
@@ -101,6 +113,8 @@ def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         if old.exists() and not output.exists():
             old.rename(output)  # a process was killed between the two renames below
+            check_free(output, overwrite)
+        shutil.rmtree(old, ignore_errors=True)
         beside.mkdir()
         yield beside
         for path in beside.rglob("*"):
@@ -108,7 +122,6 @@ def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
                 sync(path)
         check_free(output, overwrite)
         if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
             output.rename(old)
         beside.rename(output)
         sync(output.parent)
@@ -117,6 +130,9 @@ def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it is not empty, and so not only ours
+                parent.rmdir()
 
 
 def check_free(output: Path, overwrite: bool) -> None:

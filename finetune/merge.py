@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -71,7 +72,11 @@ def merge(
             else "no finished run"
         )
         raise MergeError(f"{run} holds no adapter (adapter_config.json): {why}")
+    if len({os.path.realpath(path) for path, _ in adapters}) < len(adapters):
+        raise MergeError("--adapter: one of them is given twice; add its weights up")
     for path, weight in adapters:
+        if not math.isfinite(weight):
+            raise MergeError(f"--adapter {path}={weight}: write a number")
         if not (Path(path) / "adapter_config.json").is_file():
             raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
     with whole_folder(output, overwrite) as beside:
@@ -163,7 +168,8 @@ def _check_room(into: Path, total: int, plan: Plan) -> None:
         per_file = Counter[str]()
         for stored in plan.stored.values():
             per_file[stored.file] += stored.end - stored.begin
-        needed += max(per_file.values())
+        # A stacked expert may need a file's end and the next one's beginning.
+        needed += sum(sorted(per_file.values())[-2 if plan.fused else -1 :])
     if needed * 1.01 > free:
         raise MergeError(
             f"{into.parent} has {free / 2**30:,.1f} GiB free, and {needed / 2**30:,.1f} GiB are needed; make room, or "
@@ -209,6 +215,10 @@ def _write(
     def pieces() -> Iterator[torch.Tensor]:
         for start, stop in slices(rows, width):
             part = update.rows(start, stop)
+            if item.changes and not part.isfinite().all():
+                raise MergeError(
+                    f"{item.name}: is not finite once it is merged; the adapter, or its weight, is broken"
+                )
             out = part.to(item.written)
             if item.written == torch.float16 and part.dtype != torch.float16 and not out.isfinite().all():
                 raise MergeError(

@@ -114,16 +114,26 @@ def base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
     """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
 
     The recipe is not checked again: its data may be elsewhere by now.
+
+    Raises:
+        ModelError: Neither can be read.
     """
     for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
         if path.is_file():
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return ModelSection(**saved["model"]), saved.get("quantization")
+            try:
+                saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+                return ModelSection(**saved["model"]), saved.get("quantization")
+            except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{path} is damaged: it names no base model") from error
     from peft import PeftConfig
 
-    return ModelSection(
-        name_or_path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    ), None
+    try:
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+    if not name:
+        raise ModelError(f"{folder / 'adapter_config.json'} names no base (base_model_name_or_path)")
+    return ModelSection(name_or_path=str(name)), None
 
 
 def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

@@ -125,8 +125,8 @@ def files_of(folder: Path) -> list[str]:
             raise ShardError(f"{folder} holds no .safetensors weights")
         return names
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        names = sorted(map(str, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{index} is damaged: {error}") from error
     for name in names:
         if not (folder / name).is_file():

@@ -133,3 +133,52 @@ def test_labels_with_the_real_tokenizer() -> None:
     assert sum(label != -100 for label in encoded.labels) == sum(
         turn.end - turn.start for turn in encoded.turns
     )
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exports") / "gemma"
+    finetune("export", str(trained), "--output", str(output), "--format", "bf16", "--format", "nf4")
+    return output
+
+
+def test_the_merge_is_peft_s_to_the_bit(trained: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    finetune("merge", str(trained), "--output", str(tmp_path / "merged"))
+    base = load_base(locate(BASE), torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(trained)).merge_and_unload().state_dict()
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    # PEFT unties the embeddings and has the same matrix twice.
+    assert torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
+    assert ours.keys() == theirs.keys() - {"lm_head.weight"}
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_what_each_export_lost(exported: Path) -> None:
+    report = json.loads((exported / "report.json").read_text(encoding="utf-8"))
+    assert report["missed"] == []
+    assert report["rows"] == "held-out rows of the run"
+    adapter, merged, bf16, nf4 = report["models"]
+    assert [m["name"] for m in report["models"]] == [
+        "adapter on its base",
+        "merged, original base",
+        "bf16",
+        "nf4",
+    ]
+    assert merged["kl"] < 1e-6
+    assert merged["perplexity"] == pytest.approx(adapter["perplexity"], rel=1e-4)
+    assert (merged["answers_equal"], merged["conversations_equal"]) == (10, 10)
+    assert bf16["kl"] < 0.01 < nf4["kl"] < 0.5
+    assert bf16["top1"] > 0.95 > nf4["top1"] > 0.7
+    assert bf16["bytes"] < 0.51 * merged["bytes"]
+    assert nf4["bytes"] < 0.75 * bf16["bytes"]  # the embedding, two thirds of it, stays in 16 bit
+    assert all(m["stopped"] >= 7 for m in report["models"])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_an_export_answers(exported: Path, kind: str) -> None:
+    done = finetune("generate", str(exported / kind), "--prompt", PROMPTS[0], "--max-new-tokens", str(LIMIT))
+    assert done.stdout.strip()
+    assert "did not stop" not in done.stderr

@@ -120,7 +120,7 @@ FAULTS = {
         BASE + "trainning: {}\nhub: {}\nlearning_rate: 1\nseed: 1\n",
         [
             "r.yaml:3: trainning: is unknown; write training",
-            "r.yaml:4: hub: is unknown; write one of model, data, training, lora, quantization",
+            "r.yaml:4: hub: is unknown; write one of model, data, export, training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
         ],
@@ -653,7 +653,7 @@ def test_overrides() -> None:
         ("training.seed=x", 'training.seed: is "x"; write a whole number'),
         ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
         ("training.sed=1", "training.sed: is unknown; write seed"),
-        ("seeed=1", "seeed: is unknown; write one of model, data, training, lora, quantization"),
+        ("seeed=1", "seeed: is unknown; write one of model, data, export, training, lora, quantization"),
     ],
 )
 def test_override_faults(override: str, fault: str) -> None:
