@@ -200,7 +200,7 @@ def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) ->
     lines = []
     if overflow := found.get("activations", {}).get("overflow"):
         lines.append(f"{name}: activations overflow float16, first in {overflow}; export bf16")
-    if not math.isfinite(found["loss"]) or not math.isfinite(found.get("kl") or 0.0):
+    elif not math.isfinite(found["loss"]) or not math.isfinite(found.get("kl") or 0.0):
         lines.append(f"{name}: its predictions are not finite")
     if found.get("conversations_equal", _CONVERSATIONS) < len(found["conversations"]):
         other = len(found["conversations"]) - found["conversations_equal"]
@@ -251,7 +251,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"{found['perplexity']:.4g}",
             _number(found.get("kl")),
             _number(found.get("kl_p99")),
-            f"{found['top1']:.2%}" if found.get("top1") is not None else "",
+            _number(found.get("top1"), ".2%"),
             f"{found['answers_equal']} of {count}" if "answers_equal" in found else "",
             f"{found['stopped']} of {count}",
             f"{found['conversations_equal']} of {len(found['conversations'])}"
@@ -283,5 +283,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}" if value >= 1e-6 or math.isnan(value) else "< 1e-6"
+def _number(value: float | None, form: str = ".2g") -> str:
+    if value is None or math.isnan(value):
+        return "" if value is None else "nan"
+    return "< 1e-6" if value < 1e-6 and form == ".2g" else format(value, form)
