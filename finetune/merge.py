@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from finetune import __version__
-from finetune.adapter import Adapter, MergeError, Update
+from finetune.adapter import Adapter, MergeError, Update, finite
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
 from finetune.base import ModelError
 from finetune.checkpoint import whole_folder
@@ -215,18 +215,30 @@ def _write(
     def pieces() -> Iterator[torch.Tensor]:
         for start, stop in slices(rows, width):
             part = update.rows(start, stop)
-            if item.changes and not part.isfinite().all():
+            if item.changes and not finite(part):
                 raise MergeError(
                     f"{item.name}: is not finite once it is merged; the adapter, or its weight, is broken"
                 )
             out = part.to(item.written)
-            if item.written == torch.float16 and part.dtype != torch.float16 and not out.isfinite().all():
+            if item.written == torch.float16 and part.dtype != torch.float16 and not finite(out):
                 raise MergeError(
                     f"{item.name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
                 )
             yield out
 
-    writer.add(item.name, item.written, stored.shape, pieces())
+    with _one_thread():
+        writer.add(item.name, item.written, stored.shape, pieces())
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For slices, which wait for memory: threads that wait for each other at each cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
