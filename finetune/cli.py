@@ -11,25 +11,23 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
-
-VERBS = ("train", "check", "inspect", "generate", "merge", "export")
+from finetune.arguments import parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0, 1 (our own fault), 2 (the user's), 130 or 143 (a signal)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in VERBS and arguments[0].endswith((".yaml", ".yml")):
+    if arguments and arguments[0] not in _VERBS and arguments[0].endswith((".yaml", ".yml")):
         arguments.insert(0, "train")
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    reader = parser()
+    args, rest = reader.parse_known_args(arguments)
     # An override may stand behind an option as well.
     if any(word.startswith("-") or "=" not in word or "overrides" not in args for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        reader.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
     if not args.traceback:
@@ -37,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        return int(args.run(args) or 0)
+        return int(_VERBS[args.verb](args) or 0)
     except KeyboardInterrupt as stop:
         _say(str(stop) or "stopped")
         return int(getattr(stop, "exit_code", 130))
@@ -61,156 +59,6 @@ def _terminated(signum: int, frame: Any) -> None:
     stop = KeyboardInterrupt("terminated")
     stop.exit_code = 128 + signum  # type: ignore[attr-defined]
     raise stop
-
-
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--traceback", action="store_true", help="show Python's traceback and upstream's warnings"
-    )
-    common.add_argument("--quiet", action="store_true", help="errors only")
-    recipe = argparse.ArgumentParser(add_help=False)
-    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="goes before the recipe's own value"
-    )
-
-    parser = argparse.ArgumentParser(
-        prog="finetune", description="From one YAML recipe to a model that can be trusted."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    verb = verbs.add_parser("train", parents=[recipe, common], help="train a recipe (also: finetune RECIPE)")
-    verb.set_defaults(run=_train)
-
-    verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe and stop")
-    verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
-    verb.set_defaults(run=_check)
-
-    verb = verbs.add_parser("inspect", parents=[recipe, common], help="show what of the data is trained on")
-    which = verb.add_mutually_exclusive_group()
-    which.add_argument(
-        "--rows",
-        type=_count,
-        metavar="N",
-        help="how many training rows (default: 3; 50 with --html, all with --json); 0: the ledger alone",
-    )
-    which.add_argument("--row", metavar="ID", help="the row of this name, or the one whose name ends so")
-    how = verb.add_mutually_exclusive_group()
-    how.add_argument("--tokens", action="store_true", help="a token a line, each with its id")
-    how.add_argument(
-        "--json", action="store_true", help="an object a row: row, input_ids, labels; at last ledger"
-    )
-    how.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs nothing else")
-    verb.set_defaults(run=_inspect)
-
-    verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
-    verb.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
-    )
-    verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
-    verb.add_argument("--system", help="a system message before each prompt")
-    verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
-    verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
-    verb.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
-    )
-    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    verb.add_argument("--seed", type=int, default=0, metavar="N")
-    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    verb.add_argument("--quantize", choices=("int8", "nf4"))
-    verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
-    verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
-    verb.set_defaults(run=_generate)
-
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet"
-    )
-    output.add_argument(
-        "--overwrite", action="store_true", help="replace what merge or export left there, once all is done"
-    )
-
-    verb = verbs.add_parser(
-        "merge", parents=[output, common], help="put a run's adapter into its base's weights"
-    )
-    verb.add_argument(
-        "folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
-    )
-    verb.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the run trained"
-    )
-    verb.add_argument(
-        "--base",
-        choices=("original", "dequantised"),
-        default="original",
-        help="dequantised: the rounded weights that a 4- or 8-bit run trained against",
-    )
-    verb.add_argument(
-        "--adapter",
-        type=_weighted,
-        action="append",
-        default=[],
-        metavar="PATH=WEIGHT",
-        help="a further adapter of the same base, or RUN itself to weigh it; repeatable",
-    )
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
-    verb.add_argument(
-        "--stream-base", action="store_true", help="fetch a base on the Hub file by file, and keep none of it"
-    )
-    verb.set_defaults(run=_merge)
-
-    verb = verbs.add_parser(
-        "export",
-        parents=[output, common],
-        help="write bf16, fp16, int8 or nf4 and measure what each one lost",
-    )
-    verb.add_argument(
-        "model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model"
-    )
-    verb.add_argument(
-        "--format", choices=("bf16", "fp16", "int8", "nf4"), action="append", default=[], help="repeatable"
-    )
-    verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
-    verb.add_argument(
-        "--gate",
-        type=_limit,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="exit with 3 where a format falls short: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
-    )
-    verb.set_defaults(run=_export)
-    return parser
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    path, _, weight = text.rpartition("=")
-    try:
-        return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text!r}; write PATH=WEIGHT, such as runs/a=0.7") from None
-
-
-def _limit(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text!r}; write NAME=VALUE, such as max_kl=0.05") from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number above 0")
-    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,21 +161,38 @@ def _merge(args: argparse.Namespace) -> None:
         stream_base=args.stream_base,
         overwrite=args.overwrite,
         say=_quiet if args.quiet else _say,
+        progress=not args.quiet,
     )
 
 
 def _export(args: argparse.Namespace) -> int:
     from finetune.export import export, shortfalls
 
-    say = _quiet if args.quiet else _say
     output = export(
-        args.model, args.output, args.format, args.base, dict(args.gate), overwrite=args.overwrite, say=say
+        args.model,
+        args.output,
+        args.format,
+        args.base,
+        dict(args.gate),
+        overwrite=args.overwrite,
+        say=_quiet if args.quiet else _say,
+        progress=not args.quiet,
     )
     print((output / "report.md").read_text(encoding="utf-8"), end="")
     missed = shortfalls(output)
     for line in missed:
         _say(f"gate: {line}")
     return 3 if missed else 0
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "train": _train,
+    "check": _check,
+    "inspect": _inspect,
+    "generate": _generate,
+    "merge": _merge,
+    "export": _export,
+}
 
 
 def _lines() -> Iterator[str]:

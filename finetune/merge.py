@@ -44,6 +44,7 @@ def merge(
     stream_base: bool = False,
     overwrite: bool = False,
     say: Say = lambda line: None,
+    progress: bool = False,
 ) -> Path:
     """The merged model of a run, in `output`: weights, config, tokenizer and template, ready for `from_pretrained`.
 
@@ -58,6 +59,7 @@ def merge(
         stream_base: Fetches a base on the Hub file by file, and removes each when it is used up.
         overwrite: Replaces what an earlier merge or export left in `output`, once all is done.
         say: Gets a line for each thing that a person may want to know.
+        progress: Whether a terminal shows a bar.
 
     Raises:
         MergeError: The adapter is of another base, is not finite, or holds what cannot be merged.
@@ -84,7 +86,9 @@ def merge(
         plan = plan_apart(request)
         if base == "dequantised" and not any(item.quantised for item in plan.tensors):
             raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
-        write_weights(plan, beside, _bytes_of(max_shard_size), dequantise=base == "dequantised", say=say)
+        write_weights(
+            plan, beside, _bytes_of(max_shard_size), dequantise=base == "dequantised", progress=progress
+        )
         record = plan.record | {
             "finetune": __version__,
             "run": os.path.abspath(run),
@@ -123,7 +127,7 @@ def write_weights(
     max_bytes: int,
     dequantise: bool = False,
     quantised: bool = False,
-    say: Say = lambda line: None,
+    progress: bool = False,
 ) -> None:
     """The planned tensors as shards in `into`.
 
@@ -133,7 +137,7 @@ def write_weights(
         max_bytes: Of one shard.
         dequantise: Whether to start from the rounded values of a quantised base.
         quantised: Whether to write what bitsandbytes quantises quantised.
-        say: Where a person reads.
+        progress: Whether a terminal shows a bar.
     """
     names = [(item.name, item.source, item.written) for item in plan.tensors]
     for group in plan.fused:
@@ -151,7 +155,7 @@ def write_weights(
         loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
-        bar = stack.enter_context(_bar(total, say))
+        bar = stack.enter_context(_bar(total, progress))
         for _, item in sorted(work, key=lambda pair: pair[0]):
             if isinstance(item, Tensor):
                 _write(plan, item, base, loaded, writer, dequantise, quantised)
@@ -341,15 +345,22 @@ class _Base:
 
 
 @contextlib.contextmanager
-def _bar(total: int, say: Say) -> Iterator[Callable[[int], None]]:
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar over bytes, on a terminal."""
+    if not progress:
+        yield lambda done: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal or getattr(say, "silent", False):
-        yield lambda done: None
-        return
-    with Progress("weights", BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console) as bar:
+    with Progress(
+        "weights",
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)

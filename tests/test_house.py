@@ -42,6 +42,7 @@ ROOMS = [
     "inspect",
     "record",
     "train",
+    "arguments",
     "cli",
     "__main__",
 ]

@@ -44,6 +44,7 @@ def export(
     gate: dict[str, float] | None = None,
     overwrite: bool = False,
     say: Say = lambda line: None,
+    progress: bool = False,
 ) -> Path:
     """A folder for each format in `output`, and `report.json` and `report.md` on what each one lost.
 
@@ -58,6 +59,7 @@ def export(
         gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` says what is missed.
         overwrite: Replaces what an earlier export left in `output`, once all is done.
         say: Gets a line for each step.
+        progress: Whether a terminal shows bars.
 
     Raises:
         ExportError: No model, no format, or a limit that there is not.
@@ -90,7 +92,7 @@ def export(
         if is_run:
             for kind in _bases(trained_as, merged_from):
                 say(f"merging into the {kind} base")
-                place = merge(model, work / f"merged-{kind}", base=kind)
+                place = merge(model, work / f"merged-{kind}", base=kind, progress=progress)
                 whole = place if kind == merged_from else whole
                 jobs.append(Job(f"merged, {kind} base", place, _dtype(place), _ADAPTER, work / "adapter.bin"))
         else:
@@ -101,7 +103,7 @@ def export(
         for kind in formats:
             say(f"{kind}: writing")
             (beside / kind).mkdir()
-            write(whole, beside / kind, kind, say)
+            write(whole, beside / kind, kind, progress)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
         found: dict[str, dict[str, Any]] = {}

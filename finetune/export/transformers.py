@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.assemble import Request, plan_apart
-from finetune.merge import Say, write_weights
+from finetune.merge import write_weights
 from finetune.quantise import INT8, NF4
 
 FORMATS = ("bf16", "fp16", "int8", "nf4")
 _SHARD = 5_000_000_000
 
 
-def write(model: Path, output: Path, kind: str, say: Say = lambda line: None) -> None:
+def write(model: Path, output: Path, kind: str, progress: bool = False) -> None:
     """The model in `model` as one of `FORMATS`, in the empty folder `output`; one tensor is in memory at a time.
 
     What int8 and nf4 leave as it is (embeddings, norms, the output layer) stays in 16 bit, as bitsandbytes computes.
@@ -29,4 +29,4 @@ def write(model: Path, output: Path, kind: str, say: Say = lambda line: None) ->
     kinds: dict[str, dict[str, Any]] = {"int8": INT8, "nf4": NF4 | {"bnb_4bit_compute_dtype": dtype}}
     quantization = kinds.get(kind)
     plan = plan_apart(Request(str(model), (), str(output), dtype, quantization))
-    write_weights(plan, output, _SHARD, quantised=quantization is not None, say=say)
+    write_weights(plan, output, _SHARD, quantised=quantization is not None, progress=progress)

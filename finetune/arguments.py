@@ -1,0 +1,153 @@
+"""What may be written behind `finetune`. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from finetune import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `finetune` understands; `verb` names the command."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--traceback", action="store_true", help="show Python's traceback and upstream's warnings"
+    )
+    common.add_argument("--quiet", action="store_true", help="errors only")
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+    recipe.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="goes before the recipe's own value"
+    )
+
+    whole = argparse.ArgumentParser(
+        prog="finetune", description="From one YAML recipe to a model that can be trusted."
+    )
+    whole.add_argument("--version", action="version", version=__version__)
+    verbs = whole.add_subparsers(metavar="VERB", dest="verb", required=True)
+
+    verb = verbs.add_parser("train", parents=[recipe, common], help="train a recipe (also: finetune RECIPE)")
+
+    verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe and stop")
+    verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+
+    verb = verbs.add_parser("inspect", parents=[recipe, common], help="show what of the data is trained on")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument(
+        "--rows",
+        type=_count,
+        metavar="N",
+        help="how many training rows (default: 3; 50 with --html, all with --json); 0: the ledger alone",
+    )
+    which.add_argument("--row", metavar="ID", help="the row of this name, or the one whose name ends so")
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--tokens", action="store_true", help="a token a line, each with its id")
+    how.add_argument(
+        "--json", action="store_true", help="an object a row: row, input_ids, labels; at last ledger"
+    )
+    how.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs nothing else")
+
+    verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
+    verb.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
+    )
+    verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
+    verb.add_argument("--system", help="a system message before each prompt")
+    verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
+    verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--seed", type=int, default=0, metavar="N")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--quantize", choices=("int8", "nf4"))
+    verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
+    verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet"
+    )
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace what merge or export left there, once all is done"
+    )
+
+    verb = verbs.add_parser(
+        "merge", parents=[output, common], help="put a run's adapter into its base's weights"
+    )
+    verb.add_argument(
+        "folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
+    )
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the run trained"
+    )
+    verb.add_argument(
+        "--base",
+        choices=("original", "dequantised"),
+        default="original",
+        help="dequantised: the rounded weights that a 4- or 8-bit run trained against",
+    )
+    verb.add_argument(
+        "--adapter",
+        type=_weighted,
+        action="append",
+        default=[],
+        metavar="PATH=WEIGHT",
+        help="a further adapter of the same base, or RUN itself to weigh it; repeatable",
+    )
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    verb.add_argument(
+        "--stream-base", action="store_true", help="fetch a base on the Hub file by file, and keep none of it"
+    )
+
+    verb = verbs.add_parser(
+        "export",
+        parents=[output, common],
+        help="write bf16, fp16, int8 or nf4 and measure what each one lost",
+    )
+    verb.add_argument(
+        "model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model"
+    )
+    verb.add_argument(
+        "--format", choices=("bf16", "fp16", "int8", "nf4"), action="append", default=[], help="repeatable"
+    )
+    verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
+    verb.add_argument(
+        "--gate",
+        type=_limit,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="exit with 3 where a format falls short: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
+    )
+    return whole
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write PATH=WEIGHT, such as runs/a=0.7") from None
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write NAME=VALUE, such as max_kl=0.05") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number above 0")
+    return int(text)
