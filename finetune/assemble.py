@@ -88,7 +88,7 @@ def plan_apart(request: Request) -> Plan:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         code = f"from finetune.assemble import _answer; _answer({str(ask)!r}, {str(answer)!r})"
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=sys.stderr.fileno()
+            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=subprocess.DEVNULL
         )
         if not answer.exists():
             raise MergeError(f"{request.model}: the process that plans ended with code {done.returncode}")

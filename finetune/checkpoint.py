@@ -69,23 +69,28 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def file_of(run: Path, name: str) -> Path | None:
+    """A file of a run, for one of its checkpoints too; None where it has none."""
+    folders = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
 def environment_of(run: Path) -> dict[str, Any]:
     """The `environment.json` of a run or of one of its checkpoints; empty where there is none.
 
     Raises:
         RunError: It cannot be read.
     """
-    for folder in (run, run.parent):
-        if (folder / "environment.json").is_file():
-            file = folder / "environment.json"
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise RunError(f"{file} is damaged: {error}") from error
-            if not isinstance(found, dict) or found.get("dtype", "float32") not in _DTYPES:
-                raise RunError(f"{file} is damaged: it names no dtype that a run trains in")
-            return found
-    return {}
+    file = file_of(run, "environment.json")
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("dtype", "float32") not in _DTYPES:
+        raise RunError(f"{file} is damaged: it names no dtype that a run trains in")
+    return found
 
 
 @contextlib.contextmanager

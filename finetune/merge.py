@@ -26,7 +26,7 @@ from finetune import __version__
 from finetune.adapter import Adapter, MergeError, Update, finite
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
 from finetune.base import ModelError
-from finetune.checkpoint import whole_folder
+from finetune.checkpoint import file_of, whole_folder
 from finetune.layout import Fused, Tensor
 from finetune.quantise import dequantised, quantise
 from finetune.shards import ShardError, ShardWriter, Stored, read, read_header, slices
@@ -99,10 +99,8 @@ def merge(
         (beside / "merge.json").write_text(
             json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
-        for recipe in (run / "recipe.yaml", run.parent / "recipe.yaml"):
-            if recipe.is_file():
-                shutil.copy(recipe, beside / "recipe.yaml")
-                break
+        if recipe := file_of(run, "recipe.yaml"):
+            shutil.copy(recipe, beside / "recipe.yaml")
     if plan.untied:
         say("input and output embeddings were tied, and only one was trained: they are stored apart")
     say(f"merged: {output}")

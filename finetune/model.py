@@ -13,6 +13,7 @@ import yaml
 
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, LabelError
+from finetune.checkpoint import file_of
 from finetune.recipe import ModelSection, Recipe
 from finetune.template import load_template, set_system_role
 
@@ -118,13 +119,12 @@ def base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
     Raises:
         ModelError: Neither can be read.
     """
-    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if path.is_file():
-            try:
-                saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-                return ModelSection(**saved["model"]), saved.get("quantization")
-            except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{path} is damaged: it names no base model") from error
+    if path := file_of(folder, "recipe.yaml"):
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return ModelSection(**saved["model"]), saved.get("quantization")
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged: it names no base model") from error
     from peft import PeftConfig
 
     try:

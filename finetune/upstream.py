@@ -46,6 +46,10 @@ _WORDS: dict[str, dict[str, str]] = {
         "name subset": "write config",
         "type": "write format",
     },
+    "export": {
+        "format types": "write formats",
+        "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}",
+    },
     "training": {
         "max_seq_length": "write max_length",
         "evaluation_strategy do_eval": "write eval_strategy",

@@ -96,7 +96,10 @@ def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: 
                 )
             before = torch.from_numpy(theirs[count : count + len(logs)])
             ours = logs[: len(before)]
-            divergences.append((before.exp() * (before - ours)).sum(dim=-1, dtype=torch.float64))
+            likely = before.exp()
+            # What the reference holds for impossible adds nothing.
+            terms = (likely * (before - ours)).masked_fill_(likely == 0, 0.0)
+            divergences.append(terms.sum(dim=-1, dtype=torch.float64))
             agreed += int((before.argmax(-1) == ours.argmax(-1)).sum())
         count += len(places)
     if not divergences:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.base import sample_rows
 from finetune.chat import Chat
-from finetune.checkpoint import environment_of, whole_folder, write_whole
+from finetune.checkpoint import environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
 from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS, write
@@ -97,7 +98,8 @@ def export(
                 jobs.append(Job(f"merged, {kind} base", place, _dtype(place), _ADAPTER, work / "adapter.bin"))
         else:
             against = (_ADAPTER, work / "adapter.bin") if trained else (None, None)
-            jobs.append(Job("merged", model, _dtype(model), *against))
+            name = "merged" if (model / "merge.json").is_file() else "as trained"
+            jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
         for kind in formats:
@@ -113,10 +115,12 @@ def export(
             if job.against and "error" in found[job.against]:
                 job = replace(job, reference=None)
             now = found[job.name] = measure(job, rows, work)
+            if "error" in now:
+                now["error"] = now["error"].replace(str(beside), str(output))
             if job.against:
                 compare(now, found[job.against], found[jobs[0].name])
             # The other way to merge is shown beside the one that was chosen; limits are for what is kept.
-            if job.name in (jobs[at].name, *formats):
+            if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
         report = {
@@ -153,9 +157,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[Row], str]
     """
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(model)))
     chat = Chat(tokenizer)
-    recipe_file = next(
-        (f for f in (model / "recipe.yaml", model.parent / "recipe.yaml") if f.is_file()), None
-    )
+    recipe_file = file_of(model, "recipe.yaml")
     if recipe_file:
         try:
             recipe = load_recipe(recipe_file)
@@ -189,11 +191,15 @@ def _rows(dataset: Any) -> list[Row]:
 
 def _options(model: Path) -> ExportSection:
     """The `export` section of a run's recipe."""
-    for path in (model / "recipe.yaml", model.parent / "recipe.yaml"):
-        if path.is_file():
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return ExportSection(**(saved.get("export") or {}))
-    return ExportSection()
+    path = file_of(model, "recipe.yaml")
+    if path is None:
+        return ExportSection()
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8")).get("export") or {}
+        # YAML takes 1e-06, as the recipe is written, for text.
+        return ExportSection.model_validate(saved, strict=False)
+    except (yaml.YAMLError, ValidationError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: its section export cannot be read") from error
 
 
 def _run_of(model: Path) -> Path | None:
