@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 # What is in memory of a tensor that is only copied or added to.
-SLICE = 4 * 2**20
+SLICE = 2 * 2**20
 # How much is written before the disk is told to begin.
 _SYNC = 2**28
 INDEX = "model.safetensors.index.json"
