@@ -131,6 +131,8 @@ def plan(request: Request) -> Plan:
     path = locate(section.name_or_path)
     revision = environment.get("base_commit") or section.revision
     folder = Path(path) if Path(path).is_dir() else None
+    if folder and request.stream:
+        raise MergeError(f"--stream-base: {section.name_or_path} is on this machine already; leave it out")
     if folder is None and not request.stream:
         folder = _download(path, revision)
     stored = read_headers(folder) if folder else _remote_headers(path, revision)

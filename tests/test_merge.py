@@ -900,6 +900,12 @@ def test_a_weight_that_no_number_can_carry_is_told_by_the_tensor(
     assert line.startswith("model.layers.0.self_attn.q_proj.weight: is not finite once it is merged")
 
 
+@pytest.mark.usefixtures("run")
+def test_a_base_on_this_machine_is_not_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "run", "--stream-base")
+    assert line == "--stream-base: base is on this machine already; leave it out"
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
