@@ -64,7 +64,9 @@ def imported(room: str) -> set[str]:
 
 def test_rooms_are_all_listed() -> None:
     folder = ROOT / "finetune"
-    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    there = {path.stem for path in folder.glob("*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
     there -= {"__init__"}
     assert there == set(ROOMS)
 
