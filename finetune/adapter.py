@@ -22,6 +22,8 @@ from finetune.base import quiet
 from finetune.shards import Stored, read, read_header, slices
 
 FILE = "adapter_model.safetensors"
+# Changes that are a product of two matrices.
+PRODUCTS = ("lora", "embedding", "experts")
 
 
 class MergeError(ValueError):
@@ -85,6 +87,11 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
         raise MergeError(f"{folder} does not fit its base: {_line(error)}") from error
     expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     found, follows = _walk(folder, wrapped, number)
+    for name, _ in found:
+        if name in follows:
+            raise MergeError(
+                f"{folder}: {name} is trained, and so are token rows that it shares; it is not merged"
+            )
     if options.bias != "none":
         for key in expected:
             if key.endswith(".bias") and ".lora_B." not in key:
@@ -265,6 +272,20 @@ class Adapter:
         return read(self.descriptor, self.header[name], start, stop)
 
 
+def check(name: str, changes: Sequence[Change], adapters: Sequence[Adapter]) -> None:
+    """Refuses what adapters cannot do to one tensor together.
+
+    Raises:
+        MergeError: They change it in different ways, or one of them is a DoRA that is weighted or not alone.
+    """
+    products = [c for c in changes if c.kind in PRODUCTS]
+    if len({(c.kind, c.transposed, c.experts, c.swapped) for c in products}) > 1:
+        raise MergeError(f"{name}: the adapters change it in different ways; merge them one after the other")
+    for change in products:
+        if "magnitude" in change.keys and (len(products) > 1 or adapters[change.adapter].weight != 1):
+            raise MergeError(f"{name}: DoRA adapters cannot be weighted or added to others; merge it alone")
+
+
 class Update:
     """What the adapters do to one tensor, rows at a time. Products are formed once and whole, as PEFT forms them."""
 
@@ -281,28 +302,16 @@ class Update:
         self.delta: torch.Tensor | None = None
         self.factor: torch.Tensor | None = None
         self.rounded = False
-        products = [c for c in changes if c.kind in ("lora", "embedding", "experts")]
+        products = [c for c in changes if c.kind in PRODUCTS]
         self.others = [c for c in changes if c not in products and c not in self.own]
         if products:
             self._multiply(products)
         dora = [c for c in products if "magnitude" in c.keys]
         if dora:
-            if len(products) > 1 or adapters[dora[0].adapter].weight != 1:
-                raise MergeError(
-                    f"{self.name}: DoRA adapters cannot be weighted or added to others; merge it alone"
-                )
             self._normalise(dora[0])
 
     def _multiply(self, products: list[Change]) -> None:
         first = products[0]
-        if any(
-            (c.kind, c.transposed, c.experts, c.swapped)
-            != (first.kind, first.transposed, first.experts, first.swapped)
-            for c in products
-        ):
-            raise MergeError(
-                f"{self.name}: the adapters change it in different ways; merge them one after the other"
-            )
         alone = len(self.adapters) == 1 and self.adapters[first.adapter].weight == 1
         many_a, many_b = [], []
         for change in products:

@@ -105,7 +105,7 @@ def _answer(ask: str, answer: str) -> None:
     result: Any
     try:
         result = plan(pickle.loads(Path(ask).read_bytes()))
-    except (ValueError, OSError) as error:
+    except Exception as error:
         result = error.with_traceback(None)
         result.__cause__ = result.__context__ = None
     Path(answer).write_bytes(pickle.dumps(result))
@@ -136,11 +136,13 @@ def plan(request: Request) -> Plan:
     if folder is None and not request.stream:
         folder = _download(path, revision)
     stored = read_headers(folder) if folder else _remote_headers(path, revision)
-    if folder and environment.get("base_fingerprint") not in (None, fingerprint(folder)):
-        raise MergeError(
-            f"{request.model}: was trained on another {section.name_or_path}: the weights in {folder} are not those "
-            "that environment.json knows by base_fingerprint; write the directory of the very base"
-        )
+    mark = fingerprint(folder) if folder and request.adapters else None
+    for trained, _ in request.adapters:
+        if mark and environment_of(Path(trained)).get("base_fingerprint") not in (None, mark):
+            raise MergeError(
+                f"{trained}: was trained on another {section.name_or_path}: the weights in {folder} are not those "
+                "that environment.json knows by base_fingerprint; write the directory of the very base"
+            )
     with quiet(), _told(section.name_or_path):
         where = str(folder) if folder else path
         options = {"trust_remote_code": section.trust_remote_code} | (
@@ -152,7 +154,8 @@ def plan(request: Request) -> Plan:
             f"{section.name_or_path}: its weights are quantised already, and what is merged into them is rounded "
             "again; name the model that it was made from in model.name_or_path"
         )
-    own = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    floats = (entry.dtype for entry in stored.values() if entry.dtype.is_floating_point)
+    own = str(getattr(config, "dtype", None) or next(floats, torch.float32)).removeprefix("torch.")
     held = getattr(torch, environment.get("dtype") or own)
     written = getattr(torch, request.dtype) if request.dtype else held
 
@@ -161,16 +164,23 @@ def plan(request: Request) -> Plan:
     out_types = types if written == held else skeleton(config, written, section.trust_remote_code)[1]
     names = Names(model, stored)
     changes: dict[str, list[Change]] = defaultdict(list)
+    tied = dict(model.all_tied_weights_keys)
     follows: set[str] = set()
+    alike: list[tuple[set[str], set[str]]] = []
     quantised = quantised_weights(config, section, held, request.quantization or quantization)
     for number, (adapter, _) in enumerate(request.adapters):
         fresh, _ = skeleton(config, held, section.trust_remote_code)
         found, same = changes_of(Path(adapter), number, fresh)
         follows |= same
+        alike.append((same, {name for name, _ in found}))
         for name, change in found:
             changes[name].append(change)
 
-    tied = dict(model.all_tied_weights_keys)
+    for name in follows:
+        if any(changed & {name, tied.get(name)} and name not in same for same, changed in alike):
+            raise MergeError(
+                f"{name} is tied to {tied.get(name)}, which only one of the adapters keeps; merge them apart"
+            )
     tensors, fused, untied = tensors_of(
         stored, names, changes, follows, tied, types, out_types, quantised, (held, written)
     )
@@ -197,7 +207,7 @@ def _told(name: str) -> Iterator[None]:
     """What upstream says of a config that it cannot use, in a line that names the model."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{name}: its config.json cannot be used: {reason}") from error
 
@@ -279,7 +289,8 @@ def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) ->
         there = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
         generation = GenerationConfig.from_pretrained(str(there)) if there else GenerationConfig()
         generation.eos_token_id = eos_tokens(generation, tokenizer)
-        generation.save_pretrained(into)
+        # As JSON: upstream refuses to save what many a base has, a temperature without sampling.
+        generation.to_json_file(into / "generation_config.json")
 
 
 def _small_files(repo: str, revision: str | None) -> Path:

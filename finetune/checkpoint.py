@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,18 @@ def environment_of(run: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when all is written and on the disk, and is gone if that fails.
 
     What a killed process left is removed by the next one; two at once are told apart by a lock.
 
     Raises:
-        RunError: `output` exists and may not be replaced, or another process is at it.
+        RunError: `output` exists and may not be replaced, is or holds one of `inputs`, or another process is at it.
     """
     from filelock import FileLock, Timeout
 
     check_free(output, overwrite)
+    check_apart(output, inputs)
     output = Path(os.path.realpath(output))
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +135,31 @@ def whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        Path(lock.lock_file).unlink(
+            missing_ok=True
+        )  # before it is released: nobody holds a lock without a name
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
         for parent in made:
             with contextlib.suppress(OSError):  # it is not empty, and so not only ours
                 parent.rmdir()
+
+
+def check_apart(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuses an output that would replace what it is made from.
+
+    Raises:
+        RunError: It is an input, or a folder above one.
+    """
+    place = Path(os.path.realpath(output))
+    for path in inputs:
+        if Path(os.path.realpath(path)).is_relative_to(place):
+            raise RunError(f"--output: {output} holds {path}, which is read; write another path")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_free(output: Path, overwrite: bool) -> None:

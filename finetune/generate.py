@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, Message
+from finetune.checkpoint import environment_of
 from finetune.model import (
     base_of,
     eos_tokens,
@@ -170,11 +171,13 @@ def load(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = locate(section.name_or_path)
     stored_quantised = "quantization_config" in _config(path)
+    if quantize and stored_quantised:
+        raise ModelError(f"{name} is quantised already; leave out --quantize")
     model = load_base(
         path,
         wanted,
         quantization,
-        revision=section.revision,
+        revision=(environment_of(folder).get("base_commit") if is_adapter else None) or section.revision,
         attn_implementation=attn or section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
         # Quantised weights are not moved once they are loaded.

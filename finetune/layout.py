@@ -108,14 +108,13 @@ class Names:
         self.many: dict[str, list[tuple[str, str]]] = defaultdict(
             list
         )  # first in memory -> (pattern, on disk)
-        self.unread: list[str] = []  # on disk, but not of this model
         from transformers.core_model_loading import dot_natural_key
 
         for name in sorted(stored, key=dot_natural_key):
             new, pattern = rename(name)
             if new not in self.state:
-                self.unread.append(name)
-            elif pattern is None:
+                continue  # of another head of the same checkpoint; it is copied
+            if pattern is None:
                 if stored[name].shape != tuple(self.state[new].shape):
                     raise MergeError(
                         f"{name} of the base is {list(stored[name].shape)}, where its config.json makes "

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from finetune import __version__
-from finetune.adapter import Adapter, MergeError, Update, finite
+from finetune.adapter import FILE as ADAPTER
+from finetune.adapter import Adapter, MergeError, Update, check, finite
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
 from finetune.base import ModelError
-from finetune.checkpoint import file_of, whole_folder
+from finetune.checkpoint import check_apart, digest, file_of, whole_folder
 from finetune.layout import Fused, Tensor
 from finetune.quantise import dequantised, quantise
 from finetune.shards import ShardError, ShardWriter, Stored, read, read_header, slices
@@ -81,18 +82,23 @@ def merge(
             raise MergeError(f"--adapter {path}={weight}: write a number")
         if not (Path(path) / "adapter_config.json").is_file():
             raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
-    with whole_folder(output, overwrite) as beside:
+    max_bytes = _bytes_of(max_shard_size)
+    inputs = [run, *(Path(path) for path, _ in adapters)]
+    with whole_folder(output, overwrite, inputs) as beside:
         request = Request(str(run), adapters_of(run, adapters), str(beside), dtype, stream=stream_base)
         plan = plan_apart(request)
+        if plan.folder:
+            check_apart(output, [Path(plan.folder)])
         if base == "dequantised" and not any(item.quantised for item in plan.tensors):
             raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
-        write_weights(
-            plan, beside, _bytes_of(max_shard_size), dequantise=base == "dequantised", progress=progress
-        )
+        write_weights(plan, beside, max_bytes, dequantise=base == "dequantised", progress=progress)
         record = plan.record | {
             "finetune": __version__,
             "run": os.path.abspath(run),
-            "adapters": [{"path": path, "weight": weight} for path, weight in plan.adapters],
+            "adapters": [
+                {"path": path, "weight": weight, "sha256": digest(Path(path) / ADAPTER)}
+                for path, weight in plan.adapters
+            ],
             "base_weights": base,
             "dtype": plan.dtype,
         }
@@ -149,8 +155,13 @@ def write_weights(
     work: list[tuple[int, Tensor | Fused]] = [(place[item.source], item) for item in plan.tensors]
     work += [(max(place[n] for many in group.sources.values() for n in many), group) for group in plan.fused]
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(_Base(plan))
+        base = stack.enter_context(_Base(plan, into))
         loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
+        for tensor in plan.tensors:
+            check(tensor.name, tensor.changes, loaded)
+        for group in plan.fused:
+            for name, changes in group.changes.items():
+                check(name, changes, loaded)
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
         bar = stack.enter_context(_bar(total, progress))
@@ -217,19 +228,22 @@ def _write(
     def pieces() -> Iterator[torch.Tensor]:
         for start, stop in slices(rows, width):
             part = update.rows(start, stop)
-            if item.changes and not finite(part):
-                raise MergeError(
-                    f"{item.name}: is not finite once it is merged; the adapter, or its weight, is broken"
-                )
-            out = part.to(item.written)
-            if item.written == torch.float16 and part.dtype != torch.float16 and not finite(out):
-                raise MergeError(
-                    f"{item.name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
-                )
-            yield out
+            yield _written(item.name, part, item.written, bool(item.changes))
 
     with _one_thread():
         writer.add(item.name, item.written, stored.shape, pieces())
+
+
+def _written(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool) -> torch.Tensor:
+    """Numbers in the type that they are written in, if they are such."""
+    if changed and not finite(part):
+        raise MergeError(f"{name}: is not finite once it is merged; the adapter, or its weight, is broken")
+    out = part.to(dtype)
+    if dtype == torch.float16 and part.dtype != torch.float16 and not finite(out):
+        raise MergeError(
+            f"{name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
+        )
+    return out
 
 
 @contextlib.contextmanager
@@ -271,7 +285,8 @@ def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: Sha
         )
     for name, tensor in apart.items():
         whole = tensor[0] if isinstance(tensor, list) else tensor
-        writer.add(group.stored_as[name], group.written, whole.shape, [whole.to(group.written)])
+        disk = group.stored_as[name]
+        writer.add(disk, group.written, whole.shape, [_written(disk, whole, group.written, True)])
         base.used(group.stored_as[name])
 
 
@@ -290,8 +305,8 @@ def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 class _Base:
     """The base's files, opened when first needed; one from the Hub is fetched then, and removed when it is used up."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, into: Path) -> None:
+        self.plan, self.into = plan, into
         self.files: dict[str, tuple[int, dict[str, Stored]]] = {}
         self.left = Counter(plan.stored[item.source].file for item in plan.tensors)
         self.left.update(
@@ -332,7 +347,8 @@ class _Base:
     def _fetch(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        self.fetched = self.fetched or tempfile.TemporaryDirectory()
+        # Beside the output, where there is room, and what a kill leaves is found again.
+        self.fetched = self.fetched or tempfile.TemporaryDirectory(dir=self.into, prefix=".base-")
         repo, revision = self.plan.repo
         try:
             return Path(hf_hub_download(repo, file, revision=revision, local_dir=self.fetched.name))

@@ -27,6 +27,7 @@ import finetune.merge
 import finetune.shards
 from finetune import __version__, assemble
 from finetune.base import locate, quiet
+from finetune.checkpoint import digest
 from finetune.cli import main
 from finetune.merge import merge
 from finetune.model import load_base
@@ -390,7 +391,10 @@ def test_several_adapters_are_pefts_cat(dtype: Dtype, base_of: Locate, tmp_path:
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
         assert apart(logits(load(tmp_path / folder)), answered) < tolerance
     record = json.loads((tmp_path / "merged/merge.json").read_text())
-    assert record["adapters"] == [{"path": str(one), "weight": 0.7}, {"path": str(other), "weight": -0.3}]
+    assert [(item["path"], item["weight"]) for item in record["adapters"]] == [
+        (str(one), 0.7),
+        (str(other), -0.3),
+    ]
 
 
 def test_the_run_itself_is_weighed_on_the_command_line(base_of: Locate, tmp_path: Path) -> None:
@@ -537,7 +541,9 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
         "dtype_of_training": "float32",
         "finetune": __version__,
         "run": str(trained),
-        "adapters": [{"path": str(trained), "weight": 1.0}],
+        "adapters": [
+            {"path": str(trained), "weight": 1.0, "sha256": digest(trained / "adapter_model.safetensors")}
+        ],
         "base_weights": "dequantised",
         "dtype": "float32",
     }
@@ -898,6 +904,36 @@ def test_a_weight_that_no_number_can_carry_is_told_by_the_tensor(
 ) -> None:
     line = refused(capsys, "run", "--adapter", "run=1e39")
     assert line.startswith("model.layers.0.self_attn.q_proj.weight: is not finite once it is merged")
+
+
+def test_an_output_that_is_read_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "merge.json").write_text("{}")
+    line = refused(capsys, "run", "--output", "run", "--overwrite")
+    assert line == "--output: run holds run, which is read; write another path"
+
+
+def test_a_further_adapter_of_another_base_is_refused(
+    run: Path, base_of: Locate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_run(Path("base"), Path("other"), target_modules=QV)
+    configure(run / "environment.json", base_fingerprint=fingerprint(Path("base")))
+    configure(other / "environment.json", base_fingerprint="0" * 32)
+    line = refused(capsys, "run", "--adapter", "other=0.5")
+    assert line.startswith("other: was trained on another base")
+
+
+def test_an_output_layer_beside_token_rows_that_it_shares_is_refused(
+    base_of: Locate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(
+        base_of("random:gemma3"),
+        Path("run"),
+        target_modules=["q_proj", "lm_head"],
+        trainable_token_indices=[3, 5],
+    )
+    line = refused(capsys, "run")
+    assert line == "run: lm_head.weight is trained, and so are token rows that it shares; it is not merged"
 
 
 @pytest.mark.usefixtures("run")

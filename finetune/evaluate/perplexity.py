@@ -28,9 +28,9 @@ class Row:
 
     @property
     def prompt(self) -> list[int]:
-        """What stands before the first predicted token: what a model is fed before it answers."""
+        """What a model is fed before it answers: what stands before the first predicted token; of plain text half."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
-        return self.input_ids[: max(1, first)]
+        return self.input_ids[: first if first > 1 else max(1, len(self.input_ids) // 2)]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.base import sample_rows
-from finetune.chat import Chat
-from finetune.checkpoint import environment_of, file_of, whole_folder, write_whole
+from finetune.chat import Chat, LabelError
+from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
 from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS, write
@@ -27,6 +27,7 @@ from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
 from finetune.recipe import ExportSection, ModelSection, RecipeError, load_recipe
 from finetune.rows import DataError
+from finetune.template import TemplateError
 
 _ADAPTER = "adapter on its base"
 # Held-out rows that are predicted; what more of them would change is less than what two samples differ by.
@@ -84,7 +85,7 @@ def export(
     trained = model if is_run else _run_of(model)
     trained_as = base_of(trained)[1] if trained else None
 
-    with whole_folder(output, overwrite) as beside:
+    with whole_folder(output, overwrite, [model]) as beside:
         work = beside / ".work"
         work.mkdir()
         rows, where = held_out(trained or model, say)
@@ -166,7 +167,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[Row], str]
                 return _rows(evaluation.dataset), "held-out rows of the run"
             if not any(source.streaming for source in recipe.data.train):
                 return _rows(training.dataset), "rows that the run was trained on (it held none out)"
-        except (RecipeError, DataError) as error:
+        except (RecipeError, DataError, TemplateError, LabelError) as error:
             say(
                 f"the run's rows are not here ({str(error).splitlines()[0]}); the project's sample rows are used"
             )
@@ -204,12 +205,28 @@ def _options(model: Path) -> ExportSection:
 
 def _run_of(model: Path) -> Path | None:
     """The run that a merged model was made from, where it is still there and was merged alone."""
-    if not (model / "merge.json").is_file():
+    record = _record(model)
+    adapters = record.get("adapters") or []
+    run = Path(record.get("run", ""))
+    there = run / "adapter_model.safetensors"
+    if len(adapters) != 1 or adapters[0]["weight"] != 1 or not there.is_file():
         return None
-    record = json.loads((model / "merge.json").read_text(encoding="utf-8"))
-    run = Path(record["run"])
-    alone = [item["weight"] for item in record["adapters"]] == [1.0]
-    return run if alone and (run / "adapter_config.json").is_file() else None
+    return run if digest(there) == adapters[0]["sha256"] else None
+
+
+def _record(model: Path) -> dict[str, Any]:
+    """What merge wrote beside its weights; empty where it did not."""
+    file = model / "merge.json"
+    if not file.is_file():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        sound = bool(record["base"]) and all({"weight", "sha256"} <= set(item) for item in record["adapters"])
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ExportError(f"{file} is damaged; write the run that it was merged from")
+    return record
 
 
 def _bases(trained_as: Any, chosen: str) -> list[str]:
@@ -227,9 +244,10 @@ def _dtype(model: Path) -> str:
 
 
 def _base_name(model: Path) -> str:
-    if (model / "merge.json").is_file():
-        return str(json.loads((model / "merge.json").read_text(encoding="utf-8"))["base"])
-    return base_of(model)[0].name_or_path if (model / "adapter_config.json").is_file() else model.name
+    if record := _record(model):
+        return str(record["base"])
+    known = file_of(model, "recipe.yaml") or (model / "adapter_config.json").is_file()
+    return base_of(model)[0].name_or_path if known else model.name
 
 
 def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
