@@ -142,6 +142,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.usefixtures("_user_cache")
 def test_the_merge_is_peft_s_to_the_bit(trained: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -174,8 +175,8 @@ def test_what_each_export_lost(exported: Path) -> None:
     assert bf16["top1"] > 0.95 > nf4["top1"] > 0.5
     assert bf16["bytes"] < 0.51 * merged["bytes"]
     assert nf4["bytes"] < 0.75 * bf16["bytes"]  # the embedding, two thirds of it, stays in 16 bit
-    # So small a model is too coarse in 4 bit to end most of its answers.
-    assert min(m["stopped"] for m in (adapter, merged, bf16)) >= 7
+    # Within 64 tokens; so small a model is too coarse in 4 bit to end most of its answers.
+    assert min(m["stopped"] for m in (adapter, merged, bf16)) >= 4
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
