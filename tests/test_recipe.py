@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from finetune import recipe as recipe_module
 from finetune import upstream
-from finetune.recipe import DataSection, ModelSection, Recipe, RecipeError, Source, load_recipe
+from finetune.recipe import DataSection, ExportSection, ModelSection, Recipe, RecipeError, Source, load_recipe
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"
@@ -796,6 +796,10 @@ def test_to_yaml() -> None:
         "quantization:\n"
         "  load_in_8bit: true  # r.yaml:6\n"
         "  llm_int8_threshold: 6.0  # r.yaml:6\n"
+        "export:\n"
+        "  formats: []  # default\n"
+        "  base: original  # default\n"
+        "  gate: {}  # default\n"
     )
     assert load(recipe.to_yaml(), name="saved.yaml") == recipe
 
@@ -821,7 +825,7 @@ values = st.recursive(
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
     model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[Source(path="owner/rows")])
-    recipe = Recipe(model, data, training, None, None, {}, Path("x.yaml"))
+    recipe = Recipe(model, data, ExportSection(), training, None, None, {}, Path("x.yaml"))
     again = load(recipe.to_yaml())
     assert again == recipe
     assert repr(again.training["lr_scheduler_kwargs"]) == repr(kwargs)
