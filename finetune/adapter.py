@@ -9,7 +9,6 @@ Source: peft 0.21 `tuners/lora/layer.py` (`Linear.merge`, `Embedding.merge`, `Pa
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from finetune.base import quiet
-from finetune.shards import Stored, read, read_header, slices
+from finetune.shards import Stored, finite, read, read_header, slices
 
 FILE = "adapter_model.safetensors"
 # Changes that are a product of two matrices.
@@ -233,11 +232,6 @@ def _walk(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Chan
 
 # ---------------------------------------------------------------------------------------------------------------
 # Arithmetic
-
-
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are; a sum tells in a fiftieth of the time, unless it overflows itself."""
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
 
 class Adapter:

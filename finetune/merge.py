@@ -24,13 +24,13 @@ import torch
 
 from finetune import __version__
 from finetune.adapter import FILE as ADAPTER
-from finetune.adapter import Adapter, MergeError, Update, check, finite
+from finetune.adapter import Adapter, MergeError, Update, check
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
 from finetune.base import ModelError
 from finetune.checkpoint import check_apart, digest, file_of, whole_folder
 from finetune.layout import Fused, Tensor
 from finetune.quantise import dequantised, quantise
-from finetune.shards import ShardError, ShardWriter, Stored, read, read_header, slices
+from finetune.shards import ShardError, ShardWriter, Stored, finite, read, read_header, slices
 
 Say = Callable[[str], None]
 
