@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from finetune import train
 from finetune.chat import Chat
 from finetune.data import build
+from finetune.launch import training_arguments
 from finetune.loss import use_token_head
 from finetune.model import load_model, load_tokenizer
 from finetune.recipe import load_recipe
@@ -37,7 +38,7 @@ def trainer_of(kind: str) -> Any:
     chat = Chat(load_tokenizer(recipe.model))
     data, evaluation = build(recipe.data, chat, recipe.training["max_length"])
     arguments = {
-        "args": train._training_arguments(recipe, packs=False),
+        "args": training_arguments(recipe, streamed=False),
         "train_dataset": data.dataset,
         "eval_dataset": evaluation.dataset,
         "processing_class": chat.tokenizer,
@@ -47,7 +48,7 @@ def trainer_of(kind: str) -> Any:
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
         trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
     else:
-        trainer = train._Trainer(model=train._model(recipe, chat, lambda line: None), **arguments)
+        trainer = train.Trainer(model=train._model(recipe, chat, lambda line: None), **arguments)
         use_token_head(trainer.model.get_base_model())
     trainer.model.train()
     trainer.create_optimizer()

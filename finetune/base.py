@@ -101,20 +101,23 @@ def _digest(data: bytes) -> str:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached directory `name`; made beside and renamed, so it is whole wherever it exists."""
+    """The cached directory `name`; made beside and renamed, so it is whole wherever it exists; others wait for it."""
+    from filelock import FileLock
+
     target = cache_dir() / f"{name}-v{_CACHE_VERSION}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-        try:
-            made = beside / "model"
-            made.mkdir()
-            make(made)
-            # Another process may have been first; its directory holds the same.
-            with contextlib.suppress(OSError):
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+            try:
+                made = beside / "model"
+                made.mkdir()
+                make(made)
                 made.rename(target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
     return target
 
 

@@ -53,12 +53,27 @@ def is_finished(output: Path) -> bool:
     return any((output / name).exists() for name in WEIGHTS)
 
 
-def complete(folder: Path, step: int) -> None:
-    """Marks a checkpoint as whole, after all that it holds is on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
-    write_whole(folder / MARKER, json.dumps({"step": step}) + "\n")
+def sync_files(folder: Path) -> None:
+    """Waits until all that this process sees in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def complete(folder: Path, step: int, marks: dict[str, Any]) -> None:
+    """Marks a checkpoint as whole, after all that it holds is on the disk; `marks` say what it belongs to."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_whole(folder / MARKER, json.dumps({"step": step, **marks, "files": files}) + "\n")
+
+
+def rotate(run: Path, limit: int | None, best: Path | None) -> None:
+    """Removes the oldest whole checkpoints over `limit`, the best one and the newest excepted, and unfinished ones."""
+    every = checkpoints(run)
+    kept = [folder for folder in every if is_whole(folder)]
+    over = len(kept) - max(1, limit) if limit else 0
+    old = [folder for folder in kept[:-1] if best is None or folder.name != best.name][: max(0, over)]
+    for folder in [*old, *(folder for folder in every if folder not in kept)]:
+        (folder / MARKER).unlink(missing_ok=True)  # what is half removed is not whole
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -196,14 +211,32 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def step_of(folder: Path) -> int:
-    """The step of a whole checkpoint, whatever its folder is called by now."""
-    return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["step"])
+def marks(folder: Path) -> dict[str, Any]:
+    """What the marker of a whole checkpoint says: its step, and what it belongs to."""
+    found: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    return found
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint was finished."""
-    return (folder / MARKER).is_file()
+    """Whether the checkpoint was finished, and is as it was then."""
+    return not _missing(folder)
+
+
+def _missing(folder: Path) -> str:
+    """Why a checkpoint is not whole; empty if it is."""
+    if not (folder / MARKER).is_file():
+        return f"it was not finished ({MARKER} is missing)"
+    try:
+        files = marks(folder)["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{MARKER} is damaged"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes and not {size:,}"
+    return ""
 
 
 def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path | None:
@@ -214,17 +247,21 @@ def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path
     """
     if wanted is True:
         for folder in reversed(checkpoints(run)):
-            if is_whole(folder):
+            if not (why := _missing(folder) or _stateless(folder)):
                 return folder
-            say(f"{folder} passed over: it was not finished ({MARKER} is missing)")
+            say(f"{folder} passed over: {why}")
         say(f"{run} has no whole checkpoint: starting at step 0")
         return None
     if not wanted:
         return None
     folder = Path(wanted)
-    if not is_whole(folder):
+    if why := (_missing(folder) or _stateless(folder)) if folder.is_dir() else "there is no such folder":
         whole = [str(p) for p in checkpoints(run) if is_whole(p)]
         there = f"whole ones are {', '.join(whole)}" if whole else f"there is none in {run}"
-        state = "was not finished" if folder.is_dir() else "does not exist"
-        raise RunError(f"training.resume_from_checkpoint: {wanted} {state}; {there}")
+        raise RunError(f"training.resume_from_checkpoint: {wanted}: {why}; {there}")
     return folder
+
+
+def _stateless(folder: Path) -> str:
+    there = any(folder.glob("state-*.safetensors"))
+    return "" if there else "it holds weights alone (training.save_only_model)"

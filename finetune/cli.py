@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune import ranks
 from finetune.arguments import parser
 
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_VERBS[args.verb](args) or 0)
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "stopped")
+        if not ranks.rank():
+            _say(str(stop) or "stopped")
         return int(getattr(stop, "exit_code", 130))
     except BrokenPipeError:
         # Whoever read the answers has read enough.
@@ -47,11 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         faults = _faults(error)
-        for fault in faults or [
-            f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"
-        ]:
-            _say(f"error: {fault}")
-        return 2 if faults else 1
+        code = 2 if faults else 1
+        if ranks.is_lost(error):
+            faults = [
+                "another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; "
+                "go on with training.resume_from_checkpoint=true"
+            ]
+        faults = faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]
+        lines = [f"error: {fault}" for fault in faults]
+        ranks.end(lines, code)
+        for line in lines:
+            _say(line)
+        return code
 
 
 def _terminated(signum: int, frame: Any) -> None:
@@ -69,11 +78,13 @@ def _train(args: argparse.Namespace) -> None:
     from finetune.checkpoint import check_output
     from finetune.recipe import load_recipe
 
+    ranks.check_launcher()
     recipe = load_recipe(args.recipe, args.overrides)
     training = recipe.training
-    # Said at once, not after the seconds that torch and trl take to load.
-    check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
-    say = _quiet if args.quiet or int(os.environ.get("RANK", 0)) else _say
+    if not ranks.rank():
+        # Said at once, not after the seconds that torch and trl take to load.
+        check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
+    say = _quiet if args.quiet or ranks.rank() else _say
     say(f"recipe: {recipe.path}")
     from finetune.train import train
 

@@ -5,6 +5,7 @@ What is drawn from the prepared sources is decided anew at each start, the same 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ class Prepared:
 
     dataset: datasets.Dataset | datasets.IterableDataset | None
     ledger: Ledger = field(default_factory=Ledger)
+    digest: str = (
+        ""  # of what the rows are to the trainer, in their order; of a stream, of where they come from
+    )
 
 
 def build(
@@ -79,7 +83,7 @@ def build(
                 continue
             left.append(row)
         chosen += [(part, row) for row in _drawn(section, part, left, ledger)]
-    train = Prepared(_dataset(chosen, ledger), ledger)
+    train = Prepared(_dataset(chosen, ledger), ledger, _digest(chosen))
     if not ledger.trained_tokens:
         raise DataError(f"no row is left to train on: {ledger.summary()}")
     return train, evaluation
@@ -122,7 +126,7 @@ def _evaluation(
     ledger.read += len(held_out)
     drawn = [(part, row) for part in parts for row in _drawn(section, part, list(range(len(part))), ledger)]
     rows = [*held_out, *drawn]
-    evaluation = Prepared(_dataset(rows, ledger), ledger)
+    evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows))
     if section.eval and not ledger.trained_tokens:
         raise DataError(f"data.eval: no row is left to evaluate on: {ledger.summary()}")
     return evaluation, {part.digests(row)[0] for part, row in rows}
@@ -140,6 +144,13 @@ def _drawn(section: DataSection, part: Part, rows: list[int], ledger: Ledger) ->
     if not passes:
         ledger.dropped["not drawn (weight or samples)"] += len(rows) - rest
     return rows * passes + [rows[i] for i in sorted(rng.sample(range(len(rows)), rest))]
+
+
+def _digest(rows: list[tuple[Part, int]]) -> str:
+    every = hashlib.blake2b(digest_size=16)
+    for part, row in rows:
+        every.update(part.digests(row)[1])
+    return every.hexdigest()
 
 
 def _dataset(rows: list[tuple[Part, int]], ledger: Ledger) -> datasets.Dataset | None:
@@ -164,7 +175,7 @@ def _dataset(rows: list[tuple[Part, int]], ledger: Ledger) -> datasets.Dataset |
 
 
 def _stream(section: DataSection, chat: Chat, max_length: int | None, evaluated: set[bytes]) -> Prepared:
-    """The sources read while training, each drawn from by its `weight`; when all are at their end, from the start."""
+    """The sources read while training, each drawn from by its `weight`."""
     import datasets
 
     ledger = Ledger()
@@ -174,7 +185,9 @@ def _stream(section: DataSection, chat: Chat, max_length: int | None, evaluated:
         raise DataError(f"no row is left to train on: {tried.summary()}")
     ints = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"row": datasets.Value("string"), "input_ids": ints, "labels": ints})
-    return Prepared(datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features), ledger)
+    stream = datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features)
+    where = section.model_dump_json(exclude={"eval", "eval_fraction", "on_bad_row"}).encode()
+    return Prepared(stream, ledger, hashlib.blake2b(where, digest_size=16).hexdigest())
 
 
 def _streamed(

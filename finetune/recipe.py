@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetune.reader import Draft, Node, override, quoted, read_file, scalar_text
-from finetune.upstream import Keys, check_quantization, check_section, unknown_key, upstream_keys
+from finetune.upstream import Keys, XlaFsdp, check_quantization, check_section, unknown_key, upstream_keys
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
@@ -182,7 +182,8 @@ def _keys() -> Keys:
         for name, section in (("model", ModelSection), ("data", DataSection), ("export", ExportSection))
     }
     sections = own | upstream_keys()
-    return {"": sections, "source": Source.model_fields, **sections}
+    within = {"source": Source.model_fields, "fsdp_config": XlaFsdp.model_fields}
+    return {"": sections, **within, **sections}
 
 
 def _check_model(draft: Draft, model: dict[str, Any]) -> None:
@@ -292,6 +293,7 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
                 f"training.gradient_{name}", f"is read by nothing beside activation_{name}; remove it"
             )
 
+    _check_tpu(draft, training)
     if any(source.get("streaming") for source in data.get("train", [])):
         where = "with a source that is streamed"
         if training.get("max_steps", -1) <= 0:
@@ -328,6 +330,28 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
     if draft.root.child("quantization") and not draft.root.child("lora"):
         message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
         draft.fault("quantization", message)
+
+
+def _check_tpu(draft: Draft, training: dict[str, Any]) -> None:
+    """Faults for what cannot go with sharding over the chips of a TPU, which one process drives."""
+    key, sharding = "training.fsdp_config", training.get("fsdp_config")
+    if sharding is None:
+        return
+    if not (sharding.get("xla") and sharding.get("xla_fsdp_v2")):
+        draft.fault(
+            key,
+            f"is {draft.shown(key)}; write {{xla: true, xla_fsdp_v2: true}} on a TPU; on GPUs remove it, and choose "
+            "FSDP in the file given to `accelerate launch --config_file`",
+        )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if training.get(name):
+            draft.fault(
+                f"training.{name}", f"is true, with {key}; write xla_fsdp_grad_ckpt: true there instead"
+            )
+    if draft.root.child("quantization"):
+        draft.fault(
+            "quantization", f"is given, with {key}, but bitsandbytes knows no TPU; remove one of the two"
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

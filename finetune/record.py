@@ -16,13 +16,14 @@ from finetune import checkpoint
 class Record(TrainerCallback):  # type: ignore[misc]
     """`metrics.jsonl`: each logged record with its step, seconds and tokens per second."""
 
-    def __init__(self, output: Path, start: Path | None) -> None:
+    def __init__(self, output: Path, start: Path | None, tokens: Callable[[], float]) -> None:
         self.path = output / "metrics.jsonl"
-        self.start_step = checkpoint.step_of(start) if start else 0
+        self.start_step = checkpoint.marks(start)["step"] if start else 0
+        self.tokens = tokens
         self.mark = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark = (time.monotonic(), 0.0)
+        self.mark = (time.monotonic(), self.tokens())
         if state.is_world_process_zero:
             old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             # What a resumed run does again is recorded once.

@@ -12,13 +12,13 @@ from enum import Enum
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.reader import NUMBER, Draft
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under
-# "source" the keys of one entry of `data.train`.
+# "source" the keys of one entry of `data.train`, under "fsdp_config" those of `training.fsdp_config`.
 Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -79,11 +79,21 @@ _WORDS: dict[str, dict[str, str]] = {
         "pad_token": "remove it; the tokenizer's is used",
         "model_init_kwargs": "write the sections model and quantization",
         "do_train do_predict": "remove it; a recipe trains",
-        "fsdp fsdp_config deepspeed local_rank parallelism_config": _LAUNCH,
+        "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
         "hub_token": "run `hf auth login`",
         "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
             "remove it, and upload the finished run with `hf upload`"
         ),
+    },
+    "fsdp_config": {
+        "version reshard_after_forward cpu_offload offload_params auto_wrap_policy min_num_params state_dict_type "
+        "activation_checkpointing cpu_ram_efficient_loading fsdp_version fsdp_reshard_after_forward "
+        "fsdp_offload_params fsdp_auto_wrap_policy fsdp_min_num_params fsdp_state_dict_type "
+        "fsdp_activation_checkpointing fsdp_cpu_ram_efficient_loading": _LAUNCH,
+        "transformer_layer_cls_to_wrap fsdp_transformer_layer_cls_to_wrap": (
+            "remove it; the layer is found from the model"
+        ),
+        "xla_fsdp_settings": "remove it; it is read by nothing with xla_fsdp_v2",
     },
     "lora": {
         "rank lora_r": "write r",
@@ -123,6 +133,16 @@ QUANTIZATION: dict[str, Any] = {
 }
 
 
+class XlaFsdp(BaseModel):
+    """What `training.fsdp_config` may say: a TPU's sharding, which is not accelerate's to choose."""
+
+    model_config = _STRICT
+
+    xla: bool = False
+    xla_fsdp_v2: bool = False
+    xla_fsdp_grad_ckpt: bool = False
+
+
 def upstream_keys() -> dict[str, dict[str, Any]]:
     """The keys of `training`, `lora` and `quantization`, and the types of their values."""
     from peft import LoftQConfig, LoraConfig
@@ -150,6 +170,7 @@ def upstream_keys() -> dict[str, dict[str, Any]]:
             **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
             "gradient_accumulation_steps": PositiveInt,
             "max_length": PositiveInt | None,
+            "fsdp_config": XlaFsdp | None,
         },
         "lora": {
             **lora,
@@ -253,7 +274,7 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
         if kind == "missing":
             draft.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
         elif kind == "extra_forbidden":
-            unknown_key(draft, place, "source", keys)
+            unknown_key(draft, place, "fsdp_config" if key == "training.fsdp_config" else "source", keys)
         elif kind == "unexpected_keyword_argument":
             draft.fault(place, "is unknown; write a parameter that peft documents")
         else:
@@ -300,6 +321,8 @@ def _ask_upstream(draft: Draft, section: str, given: dict[str, Any]) -> None:
             draft.fault(key, f"{there}; {config.__name__} says: {text}")
             # What has been blamed is taken out, to see whether there is anything else.
             left = {name: value for name, value in left.items() if name not in (named or left)}
+        if not left:
+            break  # what it still says is about this machine, not about these values
 
 
 def check_quantization(draft: Draft, bits: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from finetune.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports only rooms above it in this list.
 ROOMS = [
+    "ranks",
     "reader",
     "upstream",
     "recipe",
@@ -28,6 +29,7 @@ ROOMS = [
     "store",
     "data",
     "checkpoint",
+    "changes",
     "model",
     "loss",
     "packing",
@@ -41,6 +43,10 @@ ROOMS = [
     "export",
     "inspect",
     "record",
+    "snapshot",
+    "launch",
+    "trainer",
+    "rehearse",
     "train",
     "arguments",
     "cli",

@@ -86,14 +86,14 @@ def one_step(
     """Trains one step on ten rows, as a run does: its loss and gradients, and the evaluation before it."""
     seen: list[Any] = []
 
-    class Watched(finetune.train._Trainer):  # type: ignore[misc]
+    class Watched(finetune.train.Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(model, *args, **kwargs)
             found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             seen.append((found, self))
             return loss
 
-    monkeypatch.setattr(finetune.train, "_Trainer", Watched)
+    monkeypatch.setattr(finetune.train, "Trainer", Watched)
     # Weights, picture and card are made of nothing that is looked at here.
     monkeypatch.setattr(finetune.train, "_finish", lambda *args: None)
     rows = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)

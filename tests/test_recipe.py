@@ -215,7 +215,7 @@ FAULTS = {
             "r.yaml:10: training.r: is unknown; write lora.r",
             "r.yaml:11: training.fsdp: is not a recipe's key; "
             "choose it in the file given to `accelerate launch --config_file`",
-            "r.yaml:12: training.fsdp_config: is not a recipe's key; "
+            "r.yaml:12: training.fsdp_config.version: is not a recipe's key; "
             "choose it in the file given to `accelerate launch --config_file`",
         ],
     ),
@@ -296,11 +296,38 @@ FAULTS = {
         BASE.replace("model}", "model, dtype: float16}") + "training: {bf16: true}\n",
         ["r.yaml:3: training.bf16: is true, but model.dtype is float16; remove one of the two"],
     ),
-    "the launcher's": (
+    "a TPU's sharding": (
+        BASE + "training:\n  fsdp_config:\n    xla: 1\n    xla_fsdp_settings: {compute_dtype: bfloat16}\n"
+        "    transformer_layer_cls_to_wrap: [GemmaDecoderLayer]\n    fsdp_version: 2\n    xla_fsdp_v3: true\n"
+        "    seed: 1\n    mesh: [8]\n",
+        [
+            "r.yaml:5: training.fsdp_config.xla: is 1; write true or false",
+            "r.yaml:6: training.fsdp_config.xla_fsdp_settings: is not a recipe's key; "
+            "remove it; it is read by nothing with xla_fsdp_v2",
+            "r.yaml:7: training.fsdp_config.transformer_layer_cls_to_wrap: is not a recipe's key; "
+            "remove it; the layer is found from the model",
+            "r.yaml:8: training.fsdp_config.fsdp_version: is not a recipe's key; "
+            "choose it in the file given to `accelerate launch --config_file`",
+            "r.yaml:9: training.fsdp_config.xla_fsdp_v3: is unknown; write xla_fsdp_v2",
+            "r.yaml:10: training.fsdp_config.seed: is unknown; write data.seed or training.seed",
+            "r.yaml:11: training.fsdp_config.mesh: is unknown; write one of xla, xla_fsdp_v2, xla_fsdp_grad_ckpt",
+        ],
+    ),
+    "sharding that is no TPU's": (
         BASE + "training: {fsdp_config: {xla: true}}\n",
         [
-            "r.yaml:3: training.fsdp_config: is not a recipe's key; "
-            "choose it in the file given to `accelerate launch --config_file`"
+            'r.yaml:3: training.fsdp_config: is {"xla": true}; write {xla: true, xla_fsdp_v2: true} on a TPU; '
+            "on GPUs remove it, and choose FSDP in the file given to `accelerate launch --config_file`"
+        ],
+    ),
+    "what a TPU cannot do": (
+        BASE + "training:\n  fsdp_config: {xla: true, xla_fsdp_v2: true}\n  gradient_checkpointing: true\n"
+        "lora: {}\nquantization: {load_in_8bit: true}\n",
+        [
+            "r.yaml:5: training.gradient_checkpointing: is true, with training.fsdp_config; "
+            "write xla_fsdp_grad_ckpt: true there instead",
+            "r.yaml:7: quantization: is given, with training.fsdp_config, but bitsandbytes knows no TPU; "
+            "remove one of the two",
         ],
     ),
     "packing without a length": (
@@ -345,6 +372,14 @@ def test_faults(text: str, faults: list[str], monkeypatch: pytest.MonkeyPatch, t
         (tmp_path / f"{name}.jinja").touch()
     monkeypatch.setattr(recipe_module, "_CHAT_TEMPLATES", tmp_path)
     assert report(text) == faults
+
+
+def test_sharding_on_a_tpu() -> None:
+    sharding = {"xla": True, "xla_fsdp_v2": True, "xla_fsdp_grad_ckpt": True}
+    recipe = load(BASE + f"training: {{fsdp_config: {json.dumps(sharding)}}}\n")
+    assert recipe.training["fsdp_config"] == sharding
+    assert load(recipe.to_yaml(), name="saved.yaml") == recipe
+    assert upstream.XlaFsdp.model_fields.keys() == sharding.keys()
 
 
 def test_two_names_for_checkpointing() -> None:

@@ -230,7 +230,8 @@ def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFi
         == 2
     )
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: training.resume_from_checkpoint: run/checkpoint-7 does not exist; there is none in other"
+        "error: training.resume_from_checkpoint: run/checkpoint-7: there is no such folder; "
+        "there is none in other"
     )
 
 

@@ -1,0 +1,323 @@
+"""Several ranks are one run: one result, one voice, and a fault of one ends all. Real gloo ranks, FSDP 2 and DDP."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT, Processes
+from safetensors.torch import load_file
+
+from finetune import checkpoint
+from finetune.cli import main
+
+Write = Callable[..., Path]
+FILE = "the file given to accelerate launch"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "float32"}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    started = Processes()
+    yield started
+    started.close()
+
+
+def records(run: str, key: str) -> list[float]:
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in Path(run).glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def uneven_rows(count: int) -> None:
+    """Rows with 1 to some 60 trained tokens, so that a mean of means is not the mean."""
+    rows = []
+    for n in range(count):
+        answer = "yes" if n % 3 else "one two three four five six seven eight nine ten " * (1 + n % 2)
+        turns = [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}))
+    Path("rows.jsonl").write_text("\n".join(rows) + "\n")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"model": {"name_or_path": "random:gemma2"}},
+    "full": {"lora": None},
+    "trained output layer": {
+        "model": {"name_or_path": "random:llama"},
+        "lora": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    },
+    "token rows, tied": {"lora": {"trainable_token_indices": [4, 5]}},
+    "token rows, untied": {
+        "model": {"name_or_path": "random:llama"},
+        "lora": {"trainable_token_indices": {"embed_tokens": [6, 7], "lm_head": [6, 7]}},
+    },
+    "packed": {"model": {"name_or_path": "random:gemma"}, "training": {"packing": True, "max_length": 64}},
+    "QLoRA": {"model": {"name_or_path": "random:gemma2"}, "quantization": NF4},
+}
+SPREAD = {
+    "8 rows": ("training.per_device_train_batch_size=8", {}),
+    "1 row, 8 times": (
+        "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8",
+        {},
+    ),
+    "FSDP, 2 x 4": ("training.per_device_train_batch_size=4", {"ranks": 2}),
+    "DDP, 2 x 4": ("training.per_device_train_batch_size=4", {"ranks": 2, "config": "ddp.yaml"}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "LoRA" else [pytest.mark.slow]) for kind in KINDS]
+)
+def test_one_result_however_the_batch_is_spread(write_recipe: Write, processes: Processes, kind: str) -> None:
+    """Over an epoch's end, where 21 rows do not fill three steps of eight."""
+    path = write_recipe(**KINDS[kind])
+    uneven_rows(24)
+    data = ["data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.125"]
+    for name, (overrides, where) in SPREAD.items():
+        run = f"training.output_dir={name}"
+        steps = ["training.max_steps=5", "training.per_device_eval_batch_size=1"]
+        processes.run("train", str(path), run, *overrides.split(), *data, *steps, **where)
+    first, *others = SPREAD
+    assert len(records(first, "loss")) == 5
+    one = weights(first)
+    for other in others:
+        # Sums of float32 in another order: 8 rows' losses near 7, and what five steps of Adam make of them.
+        assert records(other, "loss") == pytest.approx(records(first, "loss"), abs=5e-6), other
+        assert records(other, "grad_norm") == pytest.approx(records(first, "grad_norm"), rel=2e-5), other
+        assert records(other, "eval_loss") == pytest.approx(records(first, "eval_loss"), abs=5e-6), other
+        if kind != "packed":
+            assert records(other, "epoch")[2] == 1.0
+        two = weights(other)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert torch.allclose(two[name], tensor, rtol=0, atol=1e-4), (other, name)
+            assert two[name].dtype == tensor.dtype
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(
+    write_recipe: Write, processes: Processes
+) -> None:
+    path = write_recipe(
+        training={"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+    )
+    processes.run(
+        "train", str(path), "training.output_dir=two", "training.gradient_accumulation_steps=1", ranks=2
+    )
+    processes.run("train", str(path), "training.output_dir=one")
+    one, two = Path("one/checkpoint-4"), Path("two/checkpoint-4")
+    assert checkpoint.is_whole(two)
+    own = {"rng_state.pth", "state-00001-of-00001.safetensors"}
+    ranks = {f"rng_state_{n}.pth" for n in (0, 1)} | {f"state-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert {p.name for p in two.iterdir()} - ranks == {p.name for p in one.iterdir()} - own
+    assert {p.name for p in two.iterdir()} >= ranks
+    # Weights and two moments, a half on each rank; the base has 230,000 numbers more.
+    adapter = (two / "adapter_model.safetensors").stat().st_size
+    for state in two.glob("state-*"):
+        assert state.stat().st_size < 3 * adapter
+    with (two / "complete.json").open() as file:
+        assert json.load(file)["processes"] == 2
+    assert main(["merge", "two", "--output", "merged"]) == 0
+    assert main(["generate", "two/checkpoint-4", "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
+def test_launched_as_a_user_would(write_recipe: Write, processes: Processes, config: str) -> None:
+    """Through `accelerate launch` itself: the same weights as from the ranks that these tests fork."""
+    quantised = {"quantization": NF4} if "qlora" in config else {}
+    path = write_recipe(model={"name_or_path": "random:gemma2"}, **quantised)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / config), "--num_processes", "2", "--main_process_port", "0"]
+    command += [str(ROOT / "tests" / "on_cpu.py"), "train", str(path)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saved: run") == 1
+    assert done.stderr.count("recipe: ") == 1
+    processes.run("train", str(path), "training.output_dir=forked", ranks=2, config=config)
+    one, two = weights("run"), weights("forked")
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert main(["merge", "run", "--output", "merged"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults and signals
+
+
+def told(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "error" in line]
+
+
+def test_a_fault_that_all_ranks_meet_is_told_once(write_recipe: Write, processes: Processes) -> None:
+    said = processes.run("train", str(write_recipe()), "training.lr=1", ranks=2, code=2)
+    assert told(said) == ["error: command line: training.lr: is not a recipe's key; write learning_rate"]
+
+
+def test_a_fault_of_one_rank_is_told_by_it_and_ends_all(write_recipe: Write, processes: Processes) -> None:
+    """A file is missing on the second machine; the first waits for it inside a collective."""
+    path = write_recipe(data={"train": [{"path": "${ROWS}"}]})
+    uneven_rows(8)
+    began = time.monotonic()
+    rows = [{"ROWS": "rows.jsonl"}, {"ROWS": "missing.jsonl"}]
+    command = processes.start("train", str(path), ranks=2, env=rows)
+    assert command.wait() == [2, 2]
+    assert time.monotonic() - began < 15
+    (line,) = told(command.said())
+    assert line.startswith("rank 1 (")
+    assert 'data.train.0.path: is "missing.jsonl", and there is no such file' in line
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("what", ["recipe", "rows"])
+def test_ranks_that_differ_are_refused(write_recipe: Write, processes: Processes, what: str) -> None:
+    path = write_recipe(data={"train": [{"path": "rows.jsonl"}]}, training={"run_name": "${NAME}"})
+    env = [{"NAME": "a"}, {"NAME": "a" if what == "rows" else "b"}]
+    uneven_rows(8)
+    if what == "rows":
+        Path("other").mkdir()
+        shutil.copy("rows.jsonl", "other")
+        uneven_rows(9)
+        env[1]["FINETUNE_TEST_CWD"] = str(Path("other").absolute())
+    command = processes.start("train", str(path), ranks=2, env=env)
+    assert command.wait() == [2, 2]
+    (line,) = told(command.said())
+    name = "a row of data.train" if what == "rows" else "the recipe"
+    assert f"{name} of rank 1 (" in line
+    assert line.endswith("start all machines with the same recipe, files and packages")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both(write_recipe: Write, processes: Processes) -> None:
+    path = write_recipe(training={"learning_rate": 1e30, "max_steps": 5, "lr_scheduler_type": "constant"})
+    said = processes.run("train", str(path), ranks=2, code=2)
+    (line,) = told(said)
+    assert "the loss is nan at step 2, on the rows " in line
+
+
+def _started(processes: Processes, write_recipe: Write, steps: int = 400, **kwargs: Any) -> Any:
+    path = write_recipe(training={"max_steps": steps, "logging_steps": 2})
+    command = processes.start("train", str(path), ranks=2, **kwargs)
+    deadline = time.monotonic() + 60
+    while "step 4/" not in command.said():
+        assert time.monotonic() < deadline, command.said()
+        time.sleep(0.01)
+    return command
+
+
+@pytest.mark.parametrize(("number", "code", "rank"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)])
+def test_a_signal_to_one_rank_stops_both_at_one_step(
+    write_recipe: Write, processes: Processes, number: int, code: int, rank: int
+) -> None:
+    command = _started(processes, write_recipe)
+    os.kill(command.pids[rank], number)
+    os.kill(command.pids[rank], number)  # a launcher hands it on
+    assert command.wait(30) == [code, code]
+    (saved,) = Path("run").glob("checkpoint-*")
+    assert checkpoint.is_whole(saved)
+    assert command.said().count(f"{saved} is saved. Go on with") == 1
+    step = int(saved.name.removeprefix("checkpoint-"))
+    processes.run(
+        "train",
+        "recipe.yaml",
+        "training.resume_from_checkpoint=true",
+        f"training.max_steps={step + 1}",
+        ranks=2,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes, rank: int) -> None:
+    command = _started(processes, write_recipe)
+    os.kill(command.pids[rank], signal.SIGKILL)
+    codes = command.wait(20)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 1
+    (line,) = told(command.said())
+    assert line.endswith(
+        "error: another process of this run has ended (killed, or out of memory?). Whole checkpoints "
+        "are kept; go on with training.resume_from_checkpoint=true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env", "fault"),
+    [
+        (
+            {"training": {"optim": "adafactor"}},
+            {},
+            "training.optim: is adafactor, which cannot step on weights",
+        ),
+        (
+            {"training": {"save_only_model": True}},
+            {},
+            "training.save_only_model: is true, but a run in parts",
+        ),
+        (
+            {"quantization": {"load_in_8bit": True}},
+            {},
+            "quantization.load_in_8bit: is true, but such weights",
+        ),
+        (
+            {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+            {},
+            "quantization.bnb_4bit_quant_storage: is uint8, but to be cut into parts it must be model.dtype; write "
+            "bnb_4bit_quant_storage: float32",
+        ),
+        ({}, {"FSDP_VERSION": "1"}, f"{FILE}: fsdp_config.fsdp_version is not 2; write 2"),
+        (
+            {},
+            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            f"{FILE}: fsdp_activation_checkpointing is true, which",
+        ),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, f'{FILE}: mixed_precision is bf16; write "no"'),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, f"{FILE}: DeepSpeed is not used here"),
+    ],
+    ids=["optimizer", "weights alone", "8 bit", "4 bit", "FSDP 1", "recomputing", "precision", "DeepSpeed"],
+)
+def test_what_cannot_be_done_in_parts_is_refused(
+    write_recipe: Write, processes: Processes, overrides: dict[str, Any], env: dict[str, str], fault: str
+) -> None:
+    said = processes.run("train", str(write_recipe(**overrides)), ranks=2, env=[env, env], code=2)
+    (line,) = told(said)
+    assert line.startswith(f"error: {fault}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def test_a_stream_on_two_ranks_is_that_on_one(write_recipe: Write, processes: Processes) -> None:
+    """And, stopped in its second round, goes on where it was."""
+    uneven_rows(12)
+    path = write_recipe(
+        data={"train": [{"path": "rows.jsonl", "streaming": True}]},
+        training={"max_steps": 6, "save_strategy": "steps", "save_steps": 5},
+    )
+    processes.run("train", str(path), "training.output_dir=one", "training.per_device_train_batch_size=4")
+    processes.run("train", str(path), "training.output_dir=two", ranks=2)
+    assert records("two", "loss") == pytest.approx(records("one", "loss"), abs=5e-6)
+    one, two = (json.loads(Path(run, "ledger.json").read_text())["train"] for run in ("one", "two"))
+    assert one["rows"]["kept"] >= 24
+    assert abs(one["rows"]["kept"] - two["rows"]["kept"]) <= 4  # what was read ahead
+    shutil.copytree("one", "rest", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree("one/checkpoint-5", "rest/checkpoint-5", dirs_exist_ok=True)
+    shutil.rmtree("rest/checkpoint-6", ignore_errors=True)
+    resume = "training.resume_from_checkpoint=true"
+    processes.run(
+        "train", str(path), "training.output_dir=rest", "training.per_device_train_batch_size=4", resume
+    )
+    assert records("rest", "loss") == records("one", "loss")

@@ -1,0 +1,440 @@
+"""A run that was stopped, killed or out of disk goes on to the very result that it would have had, to the bit."""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Processes
+from safetensors.torch import load_file
+
+from finetune import checkpoint
+from finetune.cli import main
+
+Write = Callable[..., Path]
+RESUME = "training.resume_from_checkpoint=true"
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    started = Processes()
+    yield started
+    started.close()
+
+
+def rows(count: int) -> None:
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Question {n}?"},
+                    {"role": "assistant", "content": "some words in answer " * (1 + n % 4)},
+                ]
+            }
+        )
+        for n in range(count)
+    ]
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def tensors(folder: str | Path, pattern: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(Path(folder).glob(pattern)):
+        found |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
+def curve(run: str) -> list[dict[str, float]]:
+    """All that was logged but for what a clock decides."""
+    found = []
+    for line in Path(run, "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "train_runtime" not in record:
+            found.append({k: v for k, v in record.items() if "second" not in k and "runtime" not in k})
+    return found
+
+
+def assert_same(one: str, other: str, steps: int) -> None:
+    """Weights, what the optimizer holds after the last step, and the curve, all to the bit."""
+    state = f"checkpoint-{steps}/state-*"
+    for pattern in ("*.safetensors", state):
+        a, b = tensors(one, pattern), tensors(other, pattern)
+        assert a.keys() == b.keys()
+        assert a
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert curve(one) == curve(other)
+    schedulers = [
+        torch.load(Path(run, f"checkpoint-{steps}", "scheduler.pt"), weights_only=True)
+        for run in (one, other)
+    ]
+    assert schedulers[0] == schedulers[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stopped at step k
+
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"model": {"name_or_path": "random:gemma2"}, "lora": {"lora_dropout": 0.1}},
+    "full": {"model": {"name_or_path": "random:gemma3"}, "lora": None},
+    "QLoRA": {
+        "model": {"name_or_path": "random:gemma2"},
+        "lora": {"lora_dropout": 0.1, "trainable_token_indices": [4, 5]},
+        "quantization": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_storage": "float32",
+        },
+    },
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "each step logged": {},
+    "accumulated, seldom logged": {"gradient_accumulation_steps": 2, "logging_steps": 4},
+    # A rate at which the loss rises: the best step is not the last.
+    "the best at its end": {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 0.3,
+    },
+}
+MATRIX = list(itertools.product((1, 2), KINDS, (False, True), WAYS))
+# Every two of the four meet in one of these.
+PAIRS = {
+    (1, "LoRA", False, "each step logged"),
+    (2, "LoRA", True, "accumulated, seldom logged"),
+    (1, "LoRA", True, "the best at its end"),
+    (2, "full", False, "each step logged"),
+    (1, "full", True, "accumulated, seldom logged"),
+    (2, "full", False, "the best at its end"),
+    (1, "QLoRA", True, "each step logged"),
+    (2, "QLoRA", False, "accumulated, seldom logged"),
+    (2, "QLoRA", True, "the best at its end"),
+}
+
+
+def test_the_pairs_are_all_there() -> None:
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in PAIRS} == {(row[i], row[j]) for row in MATRIX}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "packed", "way"),
+    [pytest.param(*row, marks=pytest.mark.slow if row in PAIRS else pytest.mark.soak) for row in MATRIX],
+)
+def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
+    write_recipe: Write, processes: Processes, ranks: int, kind: str, packed: bool, way: str
+) -> None:
+    """Stopped in the first epoch, at its end, and in the second."""
+    steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
+    # Three steps an epoch, the last of them not filled.
+    size = {"per_device_train_batch_size": 2 // ranks, "packing": packed, "max_length": 48 if packed else 128}
+    path = write_recipe(**KINDS[kind] | {"training": steps | size | WAYS[way]})
+    rows((10 if WAYS[way].get("gradient_accumulation_steps") else 5) * (3 if packed else 1) + 2)
+    command = ["train", str(path), "data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.1"]
+    processes.run(*command, ranks=ranks)
+    Path("run").rename("whole")
+    epochs = [record["epoch"] for record in curve("whole") if "epoch" in record]
+    assert epochs[-1] > 1.5, "it is to go into its second epoch"
+    for k in (1, 3, 5):
+        Path("run").mkdir()
+        for name in ("recipe.yaml", "metrics.jsonl"):
+            shutil.copy(f"whole/{name}", "run")
+        for step in range(1, k + 1):
+            shutil.copytree(f"whole/checkpoint-{step}", f"run/checkpoint-{step}")
+        processes.run(*command, RESUME, ranks=ranks)
+        assert_same("run", "whole", 7)
+        shutil.rmtree("run")
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_those_of_the_best_step(write_recipe: Write, processes: Processes) -> None:
+    best = WAYS["the best at its end"] | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    path = write_recipe(training=best | {"max_steps": 6})
+    rows(20)
+    for ranks in (1, 2):
+        run = f"run{ranks}"
+        processes.run(
+            "train",
+            str(path),
+            "data.train=[{path: rows.jsonl}]",
+            "data.eval_fraction=0.2",
+            f"training.output_dir={run}",
+            ranks=ranks,
+        )
+        losses = {r["step"]: r["eval_loss"] for r in curve(run) if "eval_loss" in r}
+        step = min(losses, key=lambda step: losses[step])
+        assert step < 6
+        assert {p.name for p in Path(run).glob("checkpoint-*")} == {f"checkpoint-{step}", "checkpoint-6"}
+        final, saved = (
+            load_file(Path(run, where, "adapter_model.safetensors")) for where in ("", f"checkpoint-{step}")
+        )
+        assert all(torch.equal(final[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(
+    write_recipe: Write, processes: Processes, before: int, after: int
+) -> None:
+    """With as many rows a step; numbers are summed in another order, so not to the bit."""
+    path = write_recipe(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
+    size = {n: f"training.per_device_train_batch_size={4 // n}" for n in (1, 2)}
+    processes.run("train", str(path), size[after], "training.output_dir=whole", ranks=after)
+    processes.run("train", str(path), size[before], ranks=before)
+    shutil.rmtree("run/checkpoint-4")
+    Path("run/adapter_model.safetensors").unlink()
+    said = processes.run("train", str(path), size[after], RESUME, ranks=after)
+    change = f"{4 // before} -> {4 // after}; processes {before} -> {after}"
+    assert f"going on with changes: training.per_device_train_batch_size {change}" in said
+    one, other = tensors("run", "*.safetensors"), tensors("whole", "*.safetensors")
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-5) for name in other)
+    refused = processes.run(
+        "train", str(path), "training.output_dir=whole", f"{RESUME[:-4]}run/checkpoint-2", code=2
+    )
+    assert "a step was " in refused
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Killed, terminated, out of disk
+
+
+def _killed_and_resumed(
+    processes: Processes, command: list[str], seed: int, seconds: float, ranks: int
+) -> str:
+    """One run killed once, at a random moment or, every third, while it saves; then brought to its end."""
+    rng, saves = random.Random(seed), seed % 3 == 0
+    shutil.rmtree("run", ignore_errors=True)
+    while True:
+        started = processes.start(*command, RESUME, ranks=ranks)
+        if saves:
+            wanted = rng.randrange(1, 8)
+            while not started.poll():
+                folder = Path(f"run/checkpoint-{wanted}")
+                if folder.exists():
+                    break
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, seconds))
+        unfinished = [p.name for p in Path("run").glob("checkpoint-*") if not (p / "complete.json").exists()]
+        started.kill(signal.SIGKILL)
+        codes = started.wait()
+        if -signal.SIGKILL in codes:
+            break
+        shutil.rmtree("run")  # it was through before
+    said = processes.run(*command, RESUME, ranks=ranks)
+    assert_same("run", "whole", 9)
+    where = "saving " + unfinished[0] if unfinished else "elsewhere"
+    return f"{ranks} rank(s), {where}, {'resumed' if 'has no whole' not in said else 'from the start'}"
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(6), marks=pytest.mark.slow, id="6"),
+        pytest.param(range(6, 31), marks=pytest.mark.soak, id="25"),
+    ],
+)
+def test_killed_at_any_moment_it_ends_at_the_same_bits(
+    write_recipe: Write, processes: Processes, seeds: range
+) -> None:
+    path = write_recipe(
+        model={"name_or_path": "random:gemma2"},
+        training={"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3},
+        lora={"lora_dropout": 0.1},
+    )
+    command = ["train", str(path)]
+    for ranks in (1, 2):
+        shutil.rmtree("whole", ignore_errors=True)
+        began = time.monotonic()
+        processes.run(*command, ranks=ranks)
+        seconds = time.monotonic() - began
+        Path("run").rename("whole")
+        for seed in seeds:
+            if 1 + (seed % 4 == 3) == ranks:
+                print(seed, _killed_and_resumed(processes, command, seed, seconds, ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_terminated_it_saves_and_goes_on_to_the_same_bits(
+    write_recipe: Write, processes: Processes, ranks: int
+) -> None:
+    path = write_recipe(training={"max_steps": 40}, lora={"lora_dropout": 0.1})
+    save = "training.save_strategy=steps", "training.save_steps=40"
+    processes.run("train", str(path), *save, "training.output_dir=whole", ranks=ranks)
+    started = processes.start("train", str(path), *save, ranks=ranks)
+    while "step 7/" not in started.said():
+        assert not started.poll(), started.said()
+        time.sleep(0.005)
+    started.kill(signal.SIGTERM)
+    assert started.wait() == [143] * ranks
+    processes.run("train", str(path), *save, RESUME, ranks=ranks)
+    assert_same("run", "whole", 40)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root alone")
+def test_a_disk_that_fills_up_loses_nothing_that_was_saved(write_recipe: Write, processes: Processes) -> None:
+    path = write_recipe(training={"max_steps": 6, "save_strategy": "steps", "save_steps": 1})
+    command = ["train", str(path), "training.output_dir=disk/run"]
+    processes.run(*command)
+    shutil.copytree("disk/run", "whole")
+    size = sum(file.stat().st_size for file in Path("whole/checkpoint-3").rglob("*"))
+    shutil.rmtree("disk/run")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(3.4 * size)}", "tmpfs", "disk"], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        said = processes.run(*command, code=2)
+        fault = said.splitlines()[-1]
+        assert fault.startswith("error: disk/run/checkpoint-")
+        assert "could not be saved: " in fault
+        assert "MiB free). What was saved before is untouched; make room" in fault
+        kept = sorted(Path("disk/run").glob("checkpoint-*"))
+        assert kept
+        assert all(checkpoint.is_whole(folder) for folder in kept)
+        subprocess.run(["mount", "-o", "remount,size=64m", "disk"], check=True)
+        processes.run(*command, RESUME)
+        assert_same("disk/run", "whole", 6)
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which checkpoint, and whether it may
+
+
+def finished(write_recipe: Write, **training: Any) -> Path:
+    """A recipe whose run has checkpoints 1 to 4 and no end."""
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 1} | training)
+    assert main([str(path)]) == 0
+    Path("run/adapter_model.safetensors").unlink()
+    return path
+
+
+def test_what_is_not_whole_is_passed_over_with_its_reason(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished(write_recipe)
+    state = Path("run/checkpoint-4/state-00001-of-00001.safetensors")
+    size = state.stat().st_size
+    state.write_bytes(state.read_bytes()[:-1])
+    Path("run/checkpoint-3/scheduler.pt").unlink()
+    Path("run/checkpoint-2/complete.json").write_text("{")
+    capsys.readouterr()
+    assert main([str(path), RESUME]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "passed over" in line] == [
+        f"run/checkpoint-4 passed over: {state.name} has {size - 1:,} bytes and not {size:,}",
+        "run/checkpoint-3 passed over: scheduler.pt is missing",
+        "run/checkpoint-2 passed over: complete.json is damaged",
+    ]
+    assert [record["step"] for record in curve("run") if "loss" in record] == [1, 2, 3, 4]
+    whole = f"whole ones are {', '.join(f'run/checkpoint-{n}' for n in (1, 2, 3, 4))}"
+    state.write_bytes(b"")
+    assert main([str(path), "training.resume_from_checkpoint=run/checkpoint-4"]) == 2
+    assert whole.removesuffix(", run/checkpoint-4") in capsys.readouterr().err
+
+
+def test_the_last_whole_checkpoint_is_never_removed(write_recipe: Write) -> None:
+    """A limit of one: the older goes when the newer is whole, and what a killed run left goes too."""
+    path = finished(write_recipe, save_total_limit=1)
+    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-4"]
+    left = Path("run/checkpoint-9")
+    left.mkdir()
+    (left / "adapter_model.safetensors").write_bytes(b"half")
+    checkpoint.rotate(Path("run"), None, None)
+    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-4"]
+    Path("run/checkpoint-4").rename("run/checkpoint-2")
+    shutil.copytree("run/checkpoint-2", "run/checkpoint-3")
+    shutil.copytree("run/checkpoint-2", "run/checkpoint-10")
+    checkpoint.rotate(Path("run"), 2, Path("elsewhere/checkpoint-2"))
+    assert {p.name for p in Path("run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-10"}
+    assert main([str(path), "training.output_dir=other"]) == 0
+
+
+def test_a_changed_recipe_is_named_or_refused(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(12)
+    data = {"train": [{"path": "rows.jsonl"}]}
+    path = write_recipe(data=data, training={"save_strategy": "steps", "save_steps": 2})
+    assert main([str(path)]) == 0
+    Path("run/adapter_model.safetensors").unlink()
+    shutil.rmtree("run/checkpoint-4")
+    saved = Path("run/recipe.yaml").read_bytes()
+    assert main([str(path), RESUME, "lora.r=8"]) == 2
+    assert "lora.r was 4 and is 8" in capsys.readouterr().err
+    rows(13)
+    assert main([str(path), RESUME]) == 2
+    assert "the rows of data.train are not those that the run was trained on" in capsys.readouterr().err
+    assert Path("run/recipe.yaml").read_bytes() == saved
+    rows(12)
+    capsys.readouterr()
+    assert (
+        main([str(path), RESUME, "training.learning_rate=1e-4", "training.lr_scheduler_type=constant"]) == 0
+    )
+    assert "training.learning_rate 0.001 -> 0.0001" in capsys.readouterr().err
+    # And it is the new rate that it goes on with.
+    rates = {record["step"]: record["learning_rate"] for record in curve("run") if "loss" in record}
+    assert rates[2] > 1e-4
+    assert rates[3] == rates[4] == 1e-4
+
+
+def test_a_pickle_that_would_run_code_is_not_read(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, ("owned",))
+
+    path = finished(write_recipe)
+    for name in ("scheduler.pt", "rng_state.pth"):
+        folder = Path("run/checkpoint-4")
+        good, marker = (folder / name).read_bytes(), (folder / "complete.json").read_text()
+        torch.save(Evil(), folder / name, pickle_module=pickle)
+        marks = json.loads(marker)
+        marks["files"][name] = (folder / name).stat().st_size
+        (folder / "complete.json").write_text(json.dumps(marks))
+        capsys.readouterr()
+        assert main([str(path), RESUME, "training.max_steps=5"]) == 2
+        assert "run/checkpoint-4 cannot be gone on from, a file in it is damaged: " in capsys.readouterr().err
+        assert not Path("owned").exists()
+        (folder / name).write_bytes(good)
+        (folder / "complete.json").write_text(marker)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "cosine_with_restarts", "polynomial"])
+def test_every_schedule_goes_on_where_it_was(write_recipe: Write, schedule: str) -> None:
+    rows(12)
+    path = write_recipe(
+        data={"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.2},
+        training={
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "lr_scheduler_type": schedule,
+            "learning_rate": 0.5,
+            "max_steps": 6,
+            **({"lr_scheduler_kwargs": {"patience": 0}} if "plateau" in schedule else {}),
+        },
+    )
+    assert main([str(path)]) == 0
+    shutil.copytree("run", "whole")
+    assert len({record["learning_rate"] for record in curve("whole") if "loss" in record}) > 1
+    Path("run/adapter_model.safetensors").unlink()
+    for step in (4, 5, 6):
+        shutil.rmtree(f"run/checkpoint-{step}")
+    assert main([str(path), RESUME]) == 0
+    assert_same("run", "whole", 6)
