@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from finetune import checkpoint, snapshot
+from finetune.base import quiet
 from finetune.chat import IGNORE
 
 
@@ -101,14 +102,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_parts(self, output_dir: str | None) -> None:
         # Upstream writes nothing where ranks hold parts, or the frozen base again with each adapter.
         wanted = set(snapshot.trained(self.model)) if hasattr(self.model, "peft_config") else None
+        dtype = getattr(torch, str(self.model.config.dtype).removeprefix("torch."))
         state: dict[str, torch.Tensor] = {}
         for name, tensor in snapshot.tensors(self.model):
             if wanted is None or name in wanted:
                 gathered = snapshot.whole(tensor.detach())
                 if self.args.should_save:
                     # accelerate trains in float32 what is computed in bfloat16; the files are as the config says.
-                    floats = wanted is None and gathered.is_floating_point()
-                    state[name] = gathered.to("cpu", self.model.config.dtype if floats else None)
+                    casts = wanted is None and gathered.is_floating_point()
+                    state[name] = gathered.to("cpu", dtype if casts else gathered.dtype)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
@@ -117,7 +119,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # one that was not finished
         self.accelerator.wait_for_everyone()
-        with saving(folder):
+        with saving(folder), quiet():
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             checkpoint.sync_files(folder)  # each machine its own
@@ -165,6 +167,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     # -----------------------------------------------------------------------------------------------------------
     # Steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Of a run that was stopped between its last checkpoint and its end, transformers 5.23 would take a step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = dict(inputs)

@@ -99,12 +99,12 @@ KINDS: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "each step logged": {},
     "accumulated, seldom logged": {"gradient_accumulation_steps": 2, "logging_steps": 4},
-    # A rate at which the loss rises: the best step is not the last.
     "the best at its end": {
         "load_best_model_at_end": True,
         "eval_strategy": "steps",
         "eval_steps": 1,
-        "learning_rate": 0.3,
+        # The worst is the best: so it is not the last.
+        "greater_is_better": True,
     },
 }
 MATRIX = list(itertools.product((1, 2), KINDS, (False, True), WAYS))
@@ -137,14 +137,14 @@ def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
     """Stopped in the first epoch, at its end, and in the second."""
     steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
     # Three steps an epoch, the last of them not filled.
-    size = {"per_device_train_batch_size": 2 // ranks, "packing": packed, "max_length": 48 if packed else 128}
+    size = {"per_device_train_batch_size": 2 // ranks, "packing": packed, "max_length": 128}
     path = write_recipe(**KINDS[kind] | {"training": steps | size | WAYS[way]})
     rows((10 if WAYS[way].get("gradient_accumulation_steps") else 5) * (3 if packed else 1) + 2)
     command = ["train", str(path), "data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.1"]
     processes.run(*command, ranks=ranks)
     Path("run").rename("whole")
     epochs = [record["epoch"] for record in curve("whole") if "epoch" in record]
-    assert epochs[-1] > 1.5, "it is to go into its second epoch"
+    assert epochs[-1] > 1.4, "it is to go into its second epoch"
     for k in (1, 3, 5):
         Path("run").mkdir()
         for name in ("recipe.yaml", "metrics.jsonl"):
@@ -172,7 +172,7 @@ def test_the_best_weights_are_those_of_the_best_step(write_recipe: Write, proces
             ranks=ranks,
         )
         losses = {r["step"]: r["eval_loss"] for r in curve(run) if "eval_loss" in r}
-        step = min(losses, key=lambda step: losses[step])
+        step = max(losses, key=lambda step: losses[step])
         assert step < 6
         assert {p.name for p in Path(run).glob("checkpoint-*")} == {f"checkpoint-{step}", "checkpoint-6"}
         final, saved = (
@@ -254,7 +254,8 @@ def test_killed_at_any_moment_it_ends_at_the_same_bits(
     )
     command = ["train", str(path)]
     for ranks in (1, 2):
-        shutil.rmtree("whole", ignore_errors=True)
+        for run in ("run", "whole"):
+            shutil.rmtree(run, ignore_errors=True)
         began = time.monotonic()
         processes.run(*command, ranks=ranks)
         seconds = time.monotonic() - began
