@@ -150,7 +150,7 @@ def _digest(rows: list[tuple[Part, int]]) -> str:
     every = hashlib.blake2b(digest_size=16)
     for part, row in rows:
         every.update(part.digests(row)[1])
-    return every.hexdigest()
+    return every.hexdigest() if rows else ""
 
 
 def _dataset(rows: list[tuple[Part, int]], ledger: Ledger) -> datasets.Dataset | None:

@@ -296,6 +296,13 @@ def test_what_cannot_be_done_in_parts_is_refused(
     assert line.startswith(f"error: {fault}")
 
 
+def test_a_tpu_needs_its_package(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write_recipe()), "training.fsdp_config={xla: true, xla_fsdp_v2: true}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: training.fsdp_config: xla needs torch_xla, which is not installed; remove it, or run on a TPU"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Streams
 
