@@ -9,7 +9,9 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,15 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if args.traceback:
-            raise
         faults = _faults(error)
         code = 2 if faults else 1
+        if args.traceback:
+            ranks.end(traceback.format_exception(error), code)
+            raise
         if ranks.is_lost(error):
-            faults = [
-                "another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; "
-                "go on with training.resume_from_checkpoint=true"
-            ]
+            faults = [f"{ranks.LOST} ({textwrap.shorten(str(error), 100, placeholder=' ...')})"]
         faults = faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]
         lines = [f"error: {fault}" for fault in faults]
         ranks.end(lines, code)
@@ -81,9 +81,8 @@ def _train(args: argparse.Namespace) -> None:
     ranks.check_launcher()
     recipe = load_recipe(args.recipe, args.overrides)
     training = recipe.training
-    if not ranks.rank():
-        # Said at once, not after the seconds that torch and trl take to load.
-        check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
+    # Said at once, not after the seconds that torch and trl take to load.
+    check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
     say = _quiet if args.quiet or ranks.rank() else _say
     say(f"recipe: {recipe.path}")
     from finetune.train import train

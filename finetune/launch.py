@@ -27,6 +27,23 @@ def check_launch(recipe: Recipe) -> None:
     file, training, bits = ranks.FILE, recipe.training, recipe.quantization or {}
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", _computes_in(recipe)):
         raise LaunchError(f'{file}: mixed_precision is {precision}; write "no", the recipe decides')
+    optim = str(training.get("optim", ""))
+    if optim.startswith(("galore", "apollo")):
+        raise LaunchError(
+            f"training.optim: is {optim}, whose state cannot be saved; write adamw_torch_fused, or adamw_8bit"
+        )
+    if ranks.count() > 1:
+        for key, why in _ALONE.items():
+            if training.get(key):
+                raise LaunchError(
+                    f"training.{key}: is true, but there are {ranks.count()} processes, {why}; remove it"
+                )
+    for size in ("TP", "CP", "SP"):
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{size}_SIZE", 1)) > 1:
+            raise LaunchError(
+                f"{file}: parallelism_config_{size.lower()}_size is above 1, and nothing is spread that way here; "
+                "remove it, and take accelerate_configs/fsdp.yaml"
+            )
     if not ranks.sharded():
         return
     if os.environ.get("FSDP_VERSION") != "2":
@@ -36,7 +53,6 @@ def check_launch(recipe: Recipe) -> None:
             f"{file}: fsdp_activation_checkpointing is true, which draws another dropout when it computes a layer "
             "again; write false, training.gradient_checkpointing does it"
         )
-    optim = str(training.get("optim", ""))
     if optim.startswith(("adafactor", "lion", "ademamix", "paged")) or "8bit" in optim or "bnb" in optim:
         raise LaunchError(
             f"training.optim: is {optim}, which cannot step on weights in parts; write adamw_torch_fused"
@@ -56,6 +72,13 @@ def check_launch(recipe: Recipe) -> None:
             f"quantization.bnb_4bit_quant_storage: is {storage}, but to be cut into parts it must be model.dtype; "
             f"write bnb_4bit_quant_storage: {dtype}"
         )
+
+
+# What only one process can do, and why.
+_ALONE = {
+    "auto_find_batch_size": "of which each would find its own",
+    "save_on_each_node": "of which one writes for all",
+}
 
 
 def _computes_in(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """Several processes as one run: one of them speaks, none goes another way, and a fault of one ends all.
 
 A rank that waits for the others inside a collective hears nothing, no signal either. So a fault is left in the
-launcher's store, where a thread of each rank looks for it.
+launcher's store, where a thread of each rank looks for it. Where the store has gone, so has the first machine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 FILE = "the file given to accelerate launch"
-_FAULT = "finetune/fault"
+LOST = (
+    "another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; go on with "
+    "training.resume_from_checkpoint=true"
+)
+# A launcher that may start its processes again keeps its store.
+_FAULT = f"finetune/fault/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 # A rank's own words wait so long for the first rank's, which most often are the same.
 _PATIENCE = 2.0
+# And it stays until the others, which look twice a second, have seen the fault: the launcher goes with it.
+_FAREWELL = 1.5
+# A network may be gone, and a file on another machine unseen, for so long.
+_SILENCE = 30.0
+_left = threading.Event()
 
 
 class RanksError(ValueError):
@@ -98,12 +109,29 @@ def most(number: int) -> int:
     return int(tensor)
 
 
+def check_shared(path: Path) -> None:
+    """Waits until every rank sees a file that the first has written, as long as a network filesystem may take.
+
+    Raises:
+        RanksError: One does not.
+    """
+    deadline = time.monotonic() + _SILENCE
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if blind := most(0 if path.exists() else rank()):
+        raise RanksError(
+            f"training.output_dir: rank {blind} does not see {path}, which rank 0 has written; all machines need one "
+            "shared filesystem there"
+        )
+
+
 def leave() -> None:
     """Parts with the other processes, when all are through."""
     if count() > 1:
         import torch.distributed as dist
 
         dist.barrier()
+        _left.set()
         dist.destroy_process_group()
 
 
@@ -112,18 +140,25 @@ def leave() -> None:
 
 
 def watch() -> None:
-    """Ends this process soon after another one has left a fault in the store."""
-    if count() > 1:
+    """Ends this process soon after another one has left a fault in the store, or when the store has gone."""
+    if _has_store():
         threading.Thread(target=_watch, name="finetune-ranks", daemon=True).start()
 
 
 def _watch() -> None:
-    with contextlib.suppress(Exception):  # the store is gone with the run
-        store = _store()
-        while store is not None:
-            if store.check([_FAULT]):
+    store, heard = None, time.monotonic()
+    while not _left.is_set():
+        try:
+            store = store or _store()
+            if store.check([_FAULT]) and not _left.is_set():
                 os._exit(json.loads(store.get(_FAULT))["code"])
-            time.sleep(0.5)
+            heard = time.monotonic()
+        except Exception:  # torch has several for it
+            store = None
+            if time.monotonic() - heard > _SILENCE and not _left.is_set():
+                _say([f"error: {LOST} (the launcher of the first machine does not answer)"])
+                os._exit(1)
+        time.sleep(0.5)
 
 
 def end(lines: Sequence[str], code: int) -> None:
@@ -132,31 +167,51 @@ def end(lines: Sequence[str], code: int) -> None:
         return
     mine = True
     with contextlib.suppress(Exception):  # better said twice than not at all
-        if store := _store():
+        if _has_store():
+            store = _store()
             deadline = time.monotonic() + (_PATIENCE if rank() else 0)
             while time.monotonic() < deadline and not store.check([_FAULT]):
                 time.sleep(0.1)
             # Whoever is first is heard: what the others say is the same, or follows from it.
             text = json.dumps({"rank": rank(), "code": code})
+            _left.set()
             mine = store.compare_set(_FAULT, "", text).decode() == text
-    where = f"rank {rank()} ({socket.gethostname()}): " if rank() else ""
-    for line in lines if mine else ():
-        print(where + line, file=sys.stderr, flush=True)
+    if mine:
+        _say(lines)
+        time.sleep(_FAREWELL)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _say(lines: Sequence[str]) -> None:
+    where = f"rank {rank()} ({socket.gethostname()}): " if rank() else ""
+    for line in lines:
+        print(where + line, file=sys.stderr, flush=True)
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says no more than that another rank has gone."""
     text = str(error)
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Socket Timeout")
-    return count() > 1 and isinstance(error, RuntimeError) and any(word in text for word in lost)
+    return count() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _GONE)
+
+
+# What gloo and NCCL say of it.
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket Timeout",
+    "ncclRemoteError",
+    "remote process exited",
+)
+
+
+def _has_store() -> bool:
+    return count() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store() -> Any:
-    """A connection of its own to the launcher's store; None where there is none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+    """A connection of its own to the launcher's store."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -26,13 +26,10 @@ class Record(TrainerCallback):  # type: ignore[misc]
         self.mark = (time.monotonic(), self.tokens())
         if state.is_world_process_zero:
             old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            # What a resumed run does again is recorded once.
-            kept = (
-                [line for line in old if json.loads(line)["step"] <= self.start_step]
-                if self.start_step
-                else []
-            )
-            checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            # What a resumed run does again is recorded once, and so is its end.
+            records = [json.loads(line) for line in old] if self.start_step else []
+            kept = [r for r in records if r["step"] <= self.start_step and "train_loss" not in r]
+            checkpoint.write_whole(self.path, "".join(f"{json.dumps(r)}\n" for r in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if not state.is_world_process_zero:

@@ -136,8 +136,10 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
 
     def _optimizer_bytes(self) -> int:
         """What the optimizer's first step will add; a resumed run holds it already."""
-        optimizer, weights = self.trainer.optimizer, _trained(self.trainer.model_wrapped)
-        return 0 if optimizer.state else optimizer_bytes(self.trainer.args.optim, weights)
+        trainer = self.trainer
+        # A weight that waits in the CPU's memory (fsdp_offload_params) is stepped on there.
+        weights = [w for w in _trained(trainer.model_wrapped) if w.device.type == trainer.args.device.type]
+        return 0 if trainer.optimizer.state else optimizer_bytes(trainer.args.optim, weights)
 
     def _worst(self, need: int) -> tuple[int, int]:
         """What is needed and what is there, on the rank that has the least left."""

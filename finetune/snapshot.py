@@ -18,11 +18,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from finetune import ranks
 from finetune.checkpoint import RunError
 
 WEIGHT = "weight"
+# What the recipe says of a group of weights, and what says which they are; all else in it is the optimizer's memory.
+_RECIPES = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Box:
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, under the names that they had before they were wrapped."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # After a forward pass without gradients torch 2.13 leaves the outermost weights gathered: they are read
+            # and written in a copy that the next pass throws away.
+            module.reshard()
     return {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
         for name, parameter in model.named_parameters()
@@ -54,12 +63,10 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers that are saved with a model, each once, under the names that it had before."""
-    seen: set[int] = set()
     kept = set(model.state_dict())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-        if plain in kept and id(tensor) not in seen:
-            seen.add(id(tensor))
+        if plain in kept:
             yield plain, tensor
 
 
@@ -99,16 +106,16 @@ def _files(folder: Path) -> list[Path]:
 # Writing
 
 
-def save(
-    folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[str, Any], rank: int, ranks: int
-) -> None:
+def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[str, Any]) -> None:
     """Writes this rank's file, and on the first rank the scheduler's.
 
     Args:
         logged: What this rank has counted since it last logged, as JSON.
     """
     parameters = trained(model)
-    there = _weights(folder)
+    rank = ranks.rank()
+    # The first rank has written the model's files; another machine may not see them yet.
+    there = ranks.from_first(_weights(folder) if not rank else None)
     tensors: dict[str, torch.Tensor] = {}
     pieces: dict[str, Any] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -120,7 +127,9 @@ def save(
             return
         if shared:
             pieces[f"{key}/{name}"] = [list(box.start), list(tensor.shape)]
-        tensors[f"{key}/{name}"] = part.detach().cpu().contiguous()
+        part = part.detach().cpu().contiguous()
+        # All tensors' maps from 8 bits to numbers are one, which safetensors refuses.
+        tensors[f"{key}/{name}"] = part if shared else part.clone()
 
     for name, parameter in parameters.items():
         if there.get(name) != (list(parameter.shape), parameter.dtype):
@@ -130,27 +139,32 @@ def save(
                 keep(key, name, value, parameter)
             else:
                 values.setdefault(name, {})[key] = value
-    metadata = {"pieces": pieces, "values": values, "logged": logged}
-    save_file(
-        tensors, _file(folder, rank, ranks), {name: json.dumps(value) for name, value in metadata.items()}
-    )
+    groups = [
+        {name: value for name, value in group.items() if name not in _RECIPES}
+        for group in optimizer.param_groups
+    ]
+    metadata = {"pieces": pieces, "values": values, "groups": groups, "logged": logged}
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    save_file(tensors, _file(folder, rank, ranks.count()), text)
     if rank == 0:
         torch.save(scheduler.state_dict(), folder / "scheduler.pt")
 
 
-def _weights(folder: Path) -> dict[str, tuple[list[int], torch.dtype | None]]:
+def _weights(folder: Path) -> dict[str, tuple[list[int], torch.dtype]]:
     """The tensors of a whole model in this folder: shape and type."""
     found = {}
     for file in folder.glob("model*.safetensors"):
         stored: Any
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (it is no dict)
-                part = stored.get_slice(name)
-                found[name] = (list(part.get_shape()), _DTYPES.get(part.get_dtype()))
+                found[name] = (list(stored.get_slice(name).get_shape()), _dtype(stored, name))
     return found
 
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+def _dtype(file: Any, key: str) -> torch.dtype:
+    part = file.get_slice(key)
+    nothing: torch.Tensor = part[:0] if part.get_shape() else file.get_tensor(key)
+    return nothing.dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ def damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunError(f"{folder} cannot be gone on from, a file in it is damaged: {reason}") from error
 
 
@@ -244,9 +258,7 @@ def load_weights(folder: Path, model: Any) -> None:
                 raise RunError(f"{folder} does not hold {name}, which is trained")
 
 
-def load_optimizer(
-    folder: Path, model: Any, optimizer: Any, scheduler: Any, rank: int, ranks: int
-) -> dict[str, Any]:
+def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Puts optimizer and scheduler where the checkpoint had them; learning rates are the recipe's.
 
     Returns:
@@ -268,16 +280,16 @@ def load_optimizer(
             whole_key = f"{key}/{name}"
             if any(whole_key in metadata["pieces"] for metadata in stored.metadata):
                 file = next(file for file, _, _ in stored.boxes(whole_key))
-                dtype = file.get_slice(whole_key).get_dtype()
-                found[key] = torch.zeros_like(parameter, dtype=_DTYPES.get(dtype, parameter.dtype))
-                stored.fill(whole_key, found[key])
+                found[key] = torch.zeros_like(parameter, dtype=_dtype(file, whole_key))
+                if not stored.fill(whole_key, found[key]):
+                    raise RunError(f"{folder}: a part of {whole_key} is missing")
                 continue
-            value = stored.own(whole_key, rank)
+            value = stored.own(whole_key, ranks.rank())
             assert value is not None
-            if value.dim() and isinstance(parameter, DTensor) and len(stored.files) != ranks:
+            if value.dim() and isinstance(parameter, DTensor) and len(stored.files) != ranks.count():
                 raise RunError(
-                    f"{folder}: the optimizer's {key} was cut for {len(stored.files)} processes and there are {ranks}; "
-                    "start as many"
+                    f"{folder}: the optimizer's {key} was cut for {len(stored.files)} processes and there are "
+                    f"{ranks.count()}; start as many"
                 )
             found[key] = value
         for metadata in stored.metadata:
@@ -285,12 +297,15 @@ def load_optimizer(
         if found:
             state[i] = found
     groups = inner.state_dict()["param_groups"]
+    for group, before in zip(groups, stored.metadata[0]["groups"], strict=True):
+        group |= before
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _load_scheduler(folder, scheduler, inner)
     of_all: list[dict[str, Any]] = [metadata["logged"] for metadata in stored.metadata]
-    if len(of_all) == ranks:
-        return of_all[rank]
-    return of_all[0] | {"loss": sum(logged["loss"] for logged in of_all) / len(of_all)}
+    if len(of_all) == ranks.count():
+        return of_all[ranks.rank()]
+    means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total")}
+    return of_all[0] | means
 
 
 def _kinds(stored: _Stored) -> dict[str, list[str]]:

@@ -110,6 +110,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         checkpoint.write_whole(output / "recipe.yaml", recipe.to_yaml())
         checkpoint.write_whole(output / "environment.json", _json(environment(model) | _base(recipe)))
         _write_ledgers(output, data, evaluation)
+    ranks.check_shared(output / "recipe.yaml")
 
     trainer = Trainer(
         model=model,
@@ -262,7 +263,7 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
 
     def on_signal(signum: int, frame: Any) -> None:
         nonlocal at
-        # A launcher hands on what each rank has got from the terminal already, and its SIGTERM more than once.
+        # A launcher hands its signal on, and more than once.
         hasty = signum == signal.SIGINT and (ranks.count() == 1 or time.monotonic() - at > 3)
         if stopped and hasty:
             raise KeyboardInterrupt
@@ -270,12 +271,23 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         stopped[:] = [signum]
 
     class Stop(TrainerCallback):  # type: ignore[misc]
+        due = False
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             signum = ranks.most(stopped[0] if stopped else 0)
             stopped[:] = [signum] if signum else []
             # The last step ends the run anyway.
             if stopped and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+                trainer.stopping = control.should_save = control.should_training_stop = True
+            # A checkpoint at the end of an epoch holds what is evaluated and logged there, too.
+            self.due = control.should_save and state.epoch == int(state.epoch)
+            control.should_save = control.should_save and not self.due
+            return control
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_save = control.should_save or self.due
+            if trainer.stopping and state.epoch != int(state.epoch):
+                control.should_log = control.should_evaluate = control.should_save = False
             return control
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from finetune import checkpoint, snapshot
+from finetune import checkpoint, ranks, snapshot
 from finetune.base import quiet
 from finetune.chat import IGNORE
 
@@ -36,19 +39,27 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     marks: dict[str, Any] = {}  # what a checkpoint's marker says besides  # noqa: RUF012 (set anew, never changed)
     logged: dict[str, Any] | None = None  # what a resumed run had counted since it last logged
     fillers = 0  # rows without labels at the end of the training rows
+    stopping = False  # a signal came: the step at hand is the last
+    saved = -1  # the step of the last checkpoint
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(_apart, inner.worker_init_fn)
+        return loader
 
     def fill_up(self) -> None:
         """Adds rows without labels at the datasets' ends, so that all ranks have as many.
 
         Upstream takes rows of the beginning a second time instead, so that a run on two ranks is not that on one.
         """
-        ranks, args = self.accelerator.num_processes, self.args
-        if ranks > 1 and not args.dataloader_drop_last and hasattr(self.train_dataset, "__len__"):
+        count, args = self.accelerator.num_processes, self.args
+        if count > 1 and not args.dataloader_drop_last and hasattr(self.train_dataset, "__len__"):
             rows = len(self.train_dataset)
-            self.train_dataset = _filled(self.train_dataset, args.per_device_train_batch_size * ranks)
+            self.train_dataset = _filled(self.train_dataset, args.per_device_train_batch_size * count)
             self.fillers = len(self.train_dataset) - rows
-        if ranks > 1 and self.eval_dataset is not None:
-            self.eval_dataset = _filled(self.eval_dataset, args.per_device_eval_batch_size * ranks)
+        if count > 1 and self.eval_dataset is not None:
+            self.eval_dataset = _filled(self.eval_dataset, args.per_device_eval_batch_size * count)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -115,9 +126,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._save(output_dir, state_dict=state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.saved == self.state.global_step:
+            return
+        self.saved = self.state.global_step
+        folder = Path(self.args.output_dir, f"checkpoint-{self.saved}")
         if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # one that was not finished
+            shutil.rmtree(
+                folder
+            )  # one that was not finished, or that comes after the one which was gone on from
         self.accelerator.wait_for_everyone()
         with saving(folder), quiet():
             super()._save_checkpoint(model, trial)
@@ -126,7 +142,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.write_whole(folder / "recipe.yaml", self.recipe)
-                checkpoint.complete(folder, self.state.global_step, self.marks)
+                checkpoint.complete(folder, self.saved, self.marks)
         if self.args.should_save:
             # Older ones go only now: until the marker is written this one does not count.
             best = self.state.best_model_checkpoint
@@ -136,27 +152,35 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()  # the model's files, which are not written twice, are there
         logged = {
             "loss": self._tr_loss.item(),
+            "total": self._total_loss_scalar,
             "step": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
             "tokens": self._total_train_tokens,
         }
-        index, ranks = self.args.process_index, self.args.world_size
-        snapshot.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, logged, index, ranks)
+        snapshot.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, logged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         snapshot.load_weights(Path(resume_from_checkpoint), model or self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            index, ranks = self.args.process_index, self.args.world_size
             self.logged = snapshot.load_optimizer(
-                Path(checkpoint), self.model, self.optimizer, self.lr_scheduler, index, ranks
+                Path(checkpoint), self.model, self.optimizer, self.lr_scheduler
             )
             self._total_train_tokens = self.logged["tokens"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with snapshot.damage(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with snapshot.damage(Path(checkpoint or ".")):
+            super()._load_scaler(checkpoint)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        best: bool = super()._determine_best_metric(*args, **kwargs)
+        # With `save_strategy: best` this decides what is saved, and a run that is stopped always is.
+        return best or self.stopping
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
@@ -192,6 +216,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated += torch.stack([loss.float() * count, count.float()])
         return loss, logits, labels
 
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            # The mean over all steps, also those before this process went on.
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Upstream's is the mean of batch means, which changes with the batch size; ours is over all trained tokens.
         self._evaluated = torch.zeros(2, device=self.args.device)
@@ -223,6 +253,7 @@ class GoOn(TrainerCallback):  # type: ignore[misc]
         """Upstream has just set all of it to nothing."""
         if logged := self.trainer.logged:
             self.trainer._tr_loss += logged["loss"]
+            self.trainer._total_loss_scalar = logged["total"]
             self.trainer._globalstep_last_logged = logged["step"]
             self.trainer._metrics["train"].update(logged["metrics"])
 
@@ -254,6 +285,13 @@ class _Order(torch.utils.data.Sampler[int]):
         else:
             yield from torch.randperm(count, generator=generator).tolist()
         yield from range(count, len(self.dataset))
+
+
+def _apart(init: Callable[[int], None] | None, worker: int) -> None:
+    """Puts a worker into a process group of its own: a launcher signals whole groups, and the last step needs rows."""
+    os.setpgrp()
+    if init:
+        init(worker)
 
 
 def _filled(dataset: Any, multiple: int) -> Any:
@@ -302,10 +340,15 @@ def saving(folder: Path) -> Iterator[None]:
         yield
     # torch and safetensors tell a full disk by their own errors.
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**20
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if ranks.is_lost(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        if not ranks.rank():
+            shutil.rmtree(folder, ignore_errors=True)
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB free)"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TrainError(
-            f"{folder} could not be saved: {reason} ({free:,.0f} MiB free). What was saved before is untouched; make "
-            "room and go on with training.resume_from_checkpoint=true"
+            f"{folder} could not be saved: {reason}{free}. What was saved before is untouched; make room and go on "
+            "with training.resume_from_checkpoint=true"
         ) from error

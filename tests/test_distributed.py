@@ -134,20 +134,25 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(
     assert main(["generate", "two/checkpoint-4", "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
 
 
+def launched(config: str, recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / config), "--num_processes", "2", "--main_process_port", "0"]
+    command += [str(ROOT / "tests" / "on_cpu.py"), "train", str(recipe)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
 def test_launched_as_a_user_would(write_recipe: Write, processes: Processes, config: str) -> None:
     """Through `accelerate launch` itself: the same weights as from the ranks that these tests fork."""
     quantised = {"quantization": NF4} if "qlora" in config else {}
     path = write_recipe(model={"name_or_path": "random:gemma2"}, **quantised)
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / config), "--num_processes", "2", "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "on_cpu.py"), "train", str(path)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("saved: run") == 1
-    assert done.stderr.count("recipe: ") == 1
+    done = launched(config, path)
+    _, said = done.communicate(timeout=200)
+    assert done.returncode == 0, said
+    assert said.count("saved: run") == 1
+    assert said.count("recipe: ") == 1
     processes.run("train", str(path), "training.output_dir=forked", ranks=2, config=config)
     one, two = weights("run"), weights("forked")
     assert one.keys() == two.keys()
@@ -247,10 +252,61 @@ def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes,
     assert codes[rank] == -signal.SIGKILL
     assert codes[1 - rank] == 1
     (line,) = told(command.said())
-    assert line.endswith(
-        "error: another process of this run has ended (killed, or out of memory?). Whole checkpoints "
-        "are kept; go on with training.resume_from_checkpoint=true"
+    assert (
+        "error: another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; go on "
+        "with training.resume_from_checkpoint=true (" in line
     )
+
+
+def test_processes_whose_launcher_is_gone_end(write_recipe: Write, processes: Processes) -> None:
+    """As when the first of two machines dies, whose launcher holds what the processes tell each other by."""
+    short = {"FINETUNE_TEST_SILENCE": "1"}
+    command = _started(processes, write_recipe, steps=4000, env=[short, short])
+    command.store = None
+    assert command.wait(40) == [1, 1]
+    assert command.said().count("(the launcher of the first machine does not answer)") == 2
+
+
+def test_the_others_end_with_one_that_shows_its_traceback(write_recipe: Write, processes: Processes) -> None:
+    path = write_recipe(data={"train": [{"path": "${ROWS}"}]})
+    uneven_rows(8)
+    rows = [{"ROWS": "rows.jsonl"}, {"ROWS": "missing.jsonl"}]
+    command = processes.start("train", str(path), "--traceback", ranks=2, env=rows)
+    assert command.wait(30) == [2, 2]
+    assert command.said().count("Traceback (most recent call last)") == 1
+
+
+def test_an_output_that_is_not_shared_is_refused(write_recipe: Write, processes: Processes) -> None:
+    Path("other").mkdir()
+    env = {"FINETUNE_TEST_SILENCE": "1"}
+    apart = env | {"FINETUNE_TEST_CWD": str(Path("other").absolute())}
+    command = processes.start("train", str(write_recipe()), ranks=2, env=[env, apart])
+    assert command.wait() == [2, 2]
+    (line,) = told(command.said())
+    assert line == (
+        "error: training.output_dir: rank 1 does not see run/recipe.yaml, which rank 0 has written; all machines need "
+        "one shared filesystem there"
+    )
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(write_recipe: Write) -> None:
+    """The launcher signals whole process groups, with whatever works for them."""
+    path = write_recipe(training={"max_steps": 4000, "logging_steps": 2, "dataloader_num_workers": 1})
+    started = launched("ddp.yaml", path)
+    said = ""
+    assert started.stderr
+    while "step 4/" not in said:
+        line = started.stderr.readline()
+        assert line, said
+        said += line
+    started.terminate()
+    _, rest = started.communicate(timeout=60)
+    assert started.returncode == 1
+    (saved,) = Path("run").glob("checkpoint-*")
+    assert f"{saved} is saved. Go on with" in rest
+    assert "error: " not in rest
+    assert checkpoint.is_whole(saved)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +341,35 @@ def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes,
         ),
         ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, f'{FILE}: mixed_precision is bf16; write "no"'),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, f"{FILE}: DeepSpeed is not used here"),
+        (
+            {"training": {"auto_find_batch_size": True}},
+            {},
+            "training.auto_find_batch_size: is true, but there are 2 processes, of which each would find its own",
+        ),
+        (
+            {"training": {"save_on_each_node": True}},
+            {},
+            "training.save_on_each_node: is true, but there are 2",
+        ),
+        (
+            {},
+            {"PARALLELISM_CONFIG_TP_SIZE": "2"},
+            f"{FILE}: parallelism_config_tp_size is above 1, and nothing",
+        ),
     ],
-    ids=["optimizer", "weights alone", "8 bit", "4 bit", "FSDP 1", "recomputing", "precision", "DeepSpeed"],
+    ids=[
+        "optimizer",
+        "weights alone",
+        "8 bit",
+        "4 bit",
+        "FSDP 1",
+        "recomputing",
+        "precision",
+        "DeepSpeed",
+        "batch size",
+        "each machine",
+        "tensors",
+    ],
 )
 def test_what_cannot_be_done_in_parts_is_refused(
     write_recipe: Write, processes: Processes, overrides: dict[str, Any], env: dict[str, str], fault: str

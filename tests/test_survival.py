@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from finetune import checkpoint
 from finetune.cli import main
+from finetune.trainer import Trainer
 
 Write = Callable[..., Path]
 RESUME = "training.resume_from_checkpoint=true"
@@ -56,12 +57,12 @@ def tensors(folder: str | Path, pattern: str) -> dict[str, torch.Tensor]:
 
 def curve(run: str) -> list[dict[str, float]]:
     """All that was logged but for what a clock decides."""
-    found = []
-    for line in Path(run, "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "train_runtime" not in record:
-            found.append({k: v for k, v in record.items() if "second" not in k and "runtime" not in k})
-    return found
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    clock = ("second", "runtime")
+    return [
+        {key: value for key, value in json.loads(line).items() if not any(word in key for word in clock)}
+        for line in lines
+    ]
 
 
 def assert_same(one: str, other: str, steps: int) -> None:
@@ -157,8 +158,11 @@ def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_those_of_the_best_step(write_recipe: Write, processes: Processes) -> None:
-    best = WAYS["the best at its end"] | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+@pytest.mark.parametrize("saves", ["steps", "best"])
+def test_the_best_weights_are_those_of_the_best_step(
+    write_recipe: Write, processes: Processes, saves: str
+) -> None:
+    best = WAYS["the best at its end"] | {"save_strategy": saves, "save_steps": 1, "save_total_limit": 2}
     path = write_recipe(training=best | {"max_steps": 6})
     rows(20)
     for ranks in (1, 2):
@@ -174,7 +178,8 @@ def test_the_best_weights_are_those_of_the_best_step(write_recipe: Write, proces
         losses = {r["step"]: r["eval_loss"] for r in curve(run) if "eval_loss" in r}
         step = max(losses, key=lambda step: losses[step])
         assert step < 6
-        assert {p.name for p in Path(run).glob("checkpoint-*")} == {f"checkpoint-{step}", "checkpoint-6"}
+        last = {"checkpoint-6"} if saves == "steps" else set()
+        assert last | {f"checkpoint-{step}"} <= {p.name for p in Path(run).glob("checkpoint-*")}
         final, saved = (
             load_file(Path(run, where, "adapter_model.safetensors")) for where in ("", f"checkpoint-{step}")
         )
@@ -280,6 +285,75 @@ def test_terminated_it_saves_and_goes_on_to_the_same_bits(
     assert started.wait() == [143] * ranks
     processes.run("train", str(path), *save, RESUME, ranks=ranks)
     assert_same("run", "whole", 40)
+
+
+@pytest.mark.parametrize(
+    ("step", "training", "evaluated"),
+    [
+        (4, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
+        (3, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2}, [2]),
+        # Three steps are an epoch.
+        (3, {"save_strategy": "epoch", "eval_strategy": "epoch"}, [3]),
+        (4, {"save_strategy": "epoch", "eval_strategy": "epoch"}, [3]),
+        (3, {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch"}, [3]),
+    ],
+)
+def test_terminated_at_an_evaluation_or_an_epochs_end(
+    write_recipe: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    training: dict[str, Any],
+    evaluated: list[int],
+) -> None:
+    """It is saved once, when all that was due is done, and goes on to the same bits."""
+    best = {"metric_for_best_model": "loss", "greater_is_better": True} if "eval_steps" in training else {}
+    rows(7)
+    path = write_recipe(training={"max_steps": 8, "learning_rate": 0.1} | training | best)
+    command = ["train", str(path), "data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.15"]
+    assert main([*command, "training.output_dir=whole"]) == 0
+    saved, step_of = [], Trainer.training_step
+
+    def signalled(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step_of(trainer, *args, **kwargs)
+
+    complete = checkpoint.complete
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", signalled)
+        patch.setattr(checkpoint, "complete", lambda *args: (saved.append(args[1]), complete(*args)))
+        assert main(command) == 143
+    assert saved.count(step) == 1
+    assert checkpoint.is_whole(Path(f"run/checkpoint-{step}"))
+    assert [record["step"] for record in curve("run") if "eval_loss" in record] == evaluated
+    assert main([*command, RESUME]) == 0
+    assert curve("run") == curve("whole")
+    one, other = tensors("run", "*.safetensors"), tensors("whole", "*.safetensors")
+    assert one
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_what_an_optimizer_keeps_in_8_bits_is_kept_so(write_recipe: Write) -> None:
+    """Of tensors of 4096 numbers and more; of smaller ones bitsandbytes keeps all 32."""
+    path = write_recipe(
+        lora=None, training={"optim": "adamw_8bit", "save_strategy": "steps", "save_steps": 2}
+    )
+    assert main([str(path)]) == 0
+    kept = tensors("run/checkpoint-4", "state-*")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.uint8, torch.float32}
+    shutil.copytree("run", "whole")
+    shutil.rmtree("run/checkpoint-4")
+    Path("run/model.safetensors").unlink()
+    assert main([str(path), RESUME]) == 0
+    assert_same("run", "whole", 4)
+
+
+def test_an_optimizer_that_cannot_be_saved_is_refused(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(write_recipe(training={"optim": "galore_adamw", "optim_target_modules": ["mlp"]}))]) == 2
+    assert "training.optim: is galore_adamw, whose state cannot be saved; write" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk can be mounted by root alone")
