@@ -51,8 +51,8 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, under the names that they had before they were wrapped."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # After a forward pass without gradients torch 2.13 leaves the outermost weights gathered: they are read
-            # and written in a copy that the next pass throws away.
+            # After a pass without gradients torch 2.13 leaves the outermost weights gathered: what is written there is
+            # lost with the next pass.
             module.reshard()
     return {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
@@ -63,7 +63,7 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers that are saved with a model, each once, under the names that it had before."""
-    kept = set(model.state_dict())
+    kept = set(model.state_dict())  # which also lets go of what FSDP 2 has gathered
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
         if plain in kept:
