@@ -132,7 +132,7 @@ def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[
         tensors[f"{key}/{name}"] = part if shared else part.clone()
 
     for name, parameter in parameters.items():
-        if there.get(name) != (list(parameter.shape), parameter.dtype):
+        if there.get(_saved_as(name)) != (list(parameter.shape), parameter.dtype):
             keep(WEIGHT, name, parameter, parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
@@ -151,14 +151,23 @@ def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[
 
 
 def _weights(folder: Path) -> dict[str, tuple[list[int], torch.dtype]]:
-    """The tensors of a whole model in this folder: shape and type."""
+    """The tensors of the model or adapter in this folder: shape and type."""
     found = {}
-    for file in folder.glob("model*.safetensors"):
+    for file in _models(folder):
         stored: Any
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (it is no dict)
                 found[name] = (list(stored.get_slice(name).get_shape()), _dtype(stored, name))
     return found
+
+
+def _models(folder: Path) -> list[Path]:
+    return [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
+
+
+def _saved_as(name: str) -> str:
+    """What a trained weight is called in the model's or adapter's own file, if it is there as it is."""
+    return name.replace(".default.", ".")
 
 
 def _dtype(file: Any, key: str) -> torch.dtype:
@@ -184,9 +193,7 @@ class _Stored:
             {name: json.loads(text) for name, text in file.metadata().items()} for file in self.files
         ]
         self.keys = [set(file.keys()) for file in self.files]
-        self.models: list[Any] = [
-            safe_open(path, framework="pt") for path in folder.glob("model*.safetensors")
-        ]
+        self.models: list[Any] = [safe_open(path, framework="pt") for path in _models(folder)]
 
     def boxes(self, key: str) -> Iterator[tuple[Any, Box, list[int]]]:
         """The stored pieces of a tensor: the file, where the piece lies, the shape of the whole."""
@@ -250,9 +257,9 @@ def load_weights(folder: Path, model: Any) -> None:
                 continue
             mine, box = _local(parameter.data)
             for file in stored.models:
-                if name in file.keys():  # noqa: SIM118 (it is no dict)
+                if _saved_as(name) in file.keys():  # noqa: SIM118 (it is no dict)
                     region = tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
-                    mine.copy_(_read(file, name, region))
+                    mine.copy_(_read(file, _saved_as(name), region))
                     break
             else:
                 raise RunError(f"{folder} does not hold {name}, which is trained")
