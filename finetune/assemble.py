@@ -45,7 +45,7 @@ _BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preproces
 
 if TYPE_CHECKING:
     from finetune.layout import Fused, Tensor
-    from finetune.recipe import ModelSection
+    from finetune.sections import ModelSection
 
 
 @dataclass
@@ -122,7 +122,7 @@ def plan(request: Request) -> Plan:
 
     from finetune.layout import Names, quantised_weights, skeleton, tensors_of
     from finetune.model import base_of
-    from finetune.recipe import ModelSection
+    from finetune.sections import ModelSection
 
     run = Path(request.model)
     is_run = bool(request.adapters)
@@ -280,7 +280,7 @@ def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) ->
     from transformers import GenerationConfig
 
     from finetune.model import eos_tokens, load_tokenizer
-    from finetune.recipe import ModelSection
+    from finetune.sections import ModelSection
 
     own = (run / "tokenizer_config.json").exists()
     with quiet():

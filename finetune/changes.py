@@ -14,7 +14,8 @@ import yaml
 
 from finetune.checkpoint import RunError
 from finetune.reader import scalar_text
-from finetune.recipe import DataSection, ModelSection, Recipe, Source
+from finetune.recipe import Recipe
+from finetune.sections import DataSection, ModelSection, Source
 
 Say = Callable[[str], None]
 Sections = dict[str, dict[str, Any]]

@@ -97,11 +97,7 @@ def _check(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
-        sections: dict[str, Any] = {
-            name: getattr(recipe, name).model_dump() for name in ("model", "data", "export")
-        }
-        sections |= {"training": recipe.training, "lora": recipe.lora, "quantization": recipe.quantization}
-        print(json.dumps(sections, ensure_ascii=False, indent=1))
+        print(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
     elif not args.quiet:
         print(f"{recipe.path}: ok")
         print(recipe.to_yaml(), end="")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from finetune.chat import Chat
 from finetune.ledger import Ledger
 from finetune.prepare import Fate, prepare
-from finetune.recipe import DataSection, Source
 from finetune.rows import DataError
+from finetune.sections import DataSection, Source
 from finetune.store import Part, Say
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from finetune.chat import LabelError, Message
-from finetune.recipe import Source
+from finetune.sections import Source
 
 Row = dict[str, Any]
 

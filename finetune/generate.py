@@ -19,7 +19,7 @@ from finetune.model import (
     load_tokenizer,
     resolve_dtype,
 )
-from finetune.recipe import ModelSection
+from finetune.sections import ModelSection
 
 if TYPE_CHECKING:
     import torch

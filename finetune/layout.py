@@ -18,7 +18,7 @@ from finetune.base import quiet
 from finetune.shards import Stored
 
 if TYPE_CHECKING:
-    from finetune.recipe import ModelSection
+    from finetune.sections import ModelSection
 
 
 @dataclass

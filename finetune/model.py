@@ -14,7 +14,8 @@ import yaml
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
-from finetune.recipe import ModelSection, Recipe
+from finetune.recipe import Recipe
+from finetune.sections import ModelSection
 from finetune.template import load_template, set_system_role
 
 if TYPE_CHECKING:

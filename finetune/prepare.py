@@ -20,8 +20,8 @@ import numpy as np
 from finetune.chat import IGNORE, Chat, Draft, Encoded, Ids, LabelError, Message
 from finetune.formats import FORMATS, Row, known_format, map_columns, matches
 from finetune.ledger import Ledger, language
-from finetune.recipe import DataSection, Source
 from finetune.rows import DataError, read_rows
+from finetune.sections import DataSection, Source
 from finetune.turns import HiddenTurn, is_plain
 
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.

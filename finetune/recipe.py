@@ -10,18 +10,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import iglob
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 
 from finetune.reader import Draft, Node, override, quoted, read_file, scalar_text
+from finetune.sections import (
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    JudgeSection,
+    LmEvalSection,
+    ModelSection,
+    Source,
+)
 from finetune.upstream import Keys, XlaFsdp, check_quantization, check_section, unknown_key, upstream_keys
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
+# Those of the sections that are our own.
+OWN: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "export": ExportSection,
+    "evaluate": EvaluateSection,
+}
 _CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
-_SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class RecipeError(ValueError):
@@ -30,96 +45,6 @@ class RecipeError(ValueError):
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
         self.faults = list(faults)
-
-
-class ModelSection(BaseModel):
-    """The base model, and how it is loaded."""
-
-    model_config = _SECTION
-
-    name_or_path: str
-    """Hub id, directory, `.gguf` file, `package:MODULE`, or `random:gemma|gemma2|gemma3|llama`."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type that the weights are loaded in; auto: what the checkpoint and this device allow."""
-    attn_implementation: str | None = None
-    """As in `from_pretrained`; absent: what is right for the model and this device."""
-    chat_template: str | None = None
-    """A shipped template's name or a `.jinja` file; absent: the tokenizer's own."""
-    system_role: Literal["template", "fold", "turn", "error"] = "template"
-    """What becomes of a system message: as the template does, part of the first user turn, a turn, refused."""
-    trust_remote_code: bool = False
-    """Whether code from the model's repository may run."""
-
-
-class Source(BaseModel):
-    """One place that rows come from."""
-
-    model_config = _SECTION
-
-    path: str
-    """A file, a glob, or a dataset on the Hub."""
-    config: str | None = None
-    """The configuration of a dataset on the Hub."""
-    split: str = "train"
-    """The split of a dataset on the Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
-    """How a row is read; absent: found from the columns."""
-    columns: dict[str, str] = {}
-    """Our field to a column of the source, or to a format string over the row."""
-    raw: bool = False
-    """Whether prompt_completion rows pass by the chat template."""
-    filter: dict[str, str | int | float | bool | list[str | int | float | bool | None] | None] = {}
-    """A column to the value, or the list of values, that a row must have to be read."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """How often each row is used: 0.5 half of the rows, 2 each twice. Of streams: the share of the mixture."""
-    samples: Annotated[int, Field(gt=0)] | None = None
-    """How many rows are used, drawn by `data.seed`; more than there are: some several times."""
-    streaming: bool = False
-    """Whether rows are read while training, and not before."""
-
-
-class DataSection(BaseModel):
-    """What is trained and evaluated on, and what becomes of rows that do not fit."""
-
-    model_config = _SECTION
-
-    train: Annotated[list[Source], Field(min_length=1)]
-    """Where the rows to train on come from."""
-    eval: list[Source] = []
-    """Where the rows to evaluate on come from."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the training rows that is set aside to evaluate on, when `eval` is absent."""
-    train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
-    """The tokens that are trained on; absent: assistant, completion or all, as the format says."""
-    on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
-    """What becomes of a row longer than `training.max_length`."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """What becomes of a row that can't be read, or whose labels can't be proved."""
-    merge_same_role: bool = False
-    """Whether messages of one role that follow each other become one."""
-    deduplicate: bool = True
-    """Whether exact duplicates, and training rows that are also evaluated on, are dropped."""
-    seed: int = 42
-    """Seed of the split and the mixture."""
-
-
-class ExportSection(BaseModel):
-    """What `finetune export` writes of a run where its flags do not say otherwise."""
-
-    model_config = _SECTION
-
-    formats: list[Literal["bf16", "fp16", "int8", "nf4"]] = []
-    """The formats, each a folder."""
-    base: Literal["original", "dequantised"] = "original"
-    """What the adapter of a run on a quantised base is merged into."""
-    gate: dict[
-        Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]
-    ] = {}
-    """Limits that a format must keep."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +60,7 @@ class Recipe:
     model: ModelSection
     data: DataSection
     export: ExportSection
+    evaluate: EvaluateSection
     training: dict[str, Any]
     lora: dict[str, Any] | None
     quantization: dict[str, Any] | None
@@ -148,13 +74,14 @@ class Recipe:
 
         `load_recipe` reads an equal recipe from it, in the same working directory and environment.
         """
-        sections = {
-            name: getattr(self, name)
-            for name in ("model", "data", "training", "lora", "quantization", "export")
-        }
-        sections |= {name: sections[name].model_dump() for name in ("model", "data", "export")}
-        sections = {name: section for name, section in sections.items() if section is not None}
-        return "\n".join(self._lines(sections, "", "")) + "\n"
+        return "\n".join(self._lines(self.sections(), "", "")) + "\n"
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The sections that it has, as plain data."""
+        names = ("model", "data", "training", "lora", "quantization", "export", "evaluate")
+        found = {name: getattr(self, name) for name in names}
+        found |= {name: found[name].model_dump() for name in OWN}
+        return {name: section for name, section in found.items() if section is not None}
 
     def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
@@ -178,11 +105,16 @@ class Recipe:
 def _keys() -> Keys:
     """The keys of every section; computed when first asked for, because it imports trl and peft."""
     own: dict[str, Any] = {
-        name: typing.get_type_hints(section, include_extras=True)
-        for name, section in (("model", ModelSection), ("data", DataSection), ("export", ExportSection))
+        name: typing.get_type_hints(section, include_extras=True) for name, section in OWN.items()
     }
     sections = own | upstream_keys()
-    within = {"source": Source.model_fields, "fsdp_config": XlaFsdp.model_fields}
+    inner: dict[str, type[BaseModel]] = {
+        "source": Source,
+        "fsdp_config": XlaFsdp,
+        "judge": JudgeSection,
+        "lm_eval": LmEvalSection,
+    }
+    within = {name: section.model_fields for name, section in inner.items()}
     return {"": sections, **within, **sections}
 
 
@@ -264,6 +196,19 @@ def _check_source(draft: Draft, key: str, source: dict[str, Any]) -> None:
                 draft.fault(f"{key}.{other}", "is given, but a file has none; remove it")
     elif not _HUB_ID.fullmatch(name):
         draft.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
+
+
+def _check_evaluate(draft: Draft, evaluate: dict[str, Any]) -> None:
+    """Faults for files that are not there."""
+    judge = evaluate.get("judge") or {}
+    for key, name in (
+        ("evaluate.prompts", evaluate.get("prompts")),
+        ("evaluate.judge.reference", judge.get("reference")),
+    ):
+        if name is not None and not os.path.isfile(os.path.expanduser(name)):
+            draft.fault(
+                key, f"is {draft.shown(key)}, and there is no such file; write the path of a .jsonl file"
+            )
 
 
 def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
@@ -392,6 +337,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             if isinstance(source, dict):
                 _check_source(draft, f"{key}.{i}", source)
+    _check_evaluate(draft, sections["evaluate"])
     _check_rules(draft, sections)
     if "quantization" in root.value:
         check_quantization(draft, sections["quantization"])
@@ -406,6 +352,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         model=ModelSection.model_validate(sections["model"]),
         data=DataSection.model_validate(sections["data"]),
         export=ExportSection.model_validate(sections["export"]),
+        evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
         lora=lora if "lora" in root.value else None,
         quantization=sections["quantization"] if "quantization" in root.value else None,

@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 from finetune.chat import LabelError
 from finetune.formats import DataError as DataError
 from finetune.formats import Row
-from finetune.recipe import Source
+from finetune.sections import Source
 
 _PIECE = 1 << 20  # how many bytes are read at once
 

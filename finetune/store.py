@@ -23,8 +23,8 @@ from finetune.base import cache_dir
 from finetune.chat import Chat
 from finetune.ledger import Ledger
 from finetune.prepare import WEIGHTS, prepare
-from finetune.recipe import DataSection, Source
 from finetune.rows import DataError, fingerprint
+from finetune.sections import DataSection, Source
 
 Say = Callable[[str], None]
 

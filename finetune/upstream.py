@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from finetune.reader import NUMBER, Draft
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under
-# "source" the keys of one entry of `data.train`, under "fsdp_config" those of `training.fsdp_config`.
+# "source" the keys of one entry of `data.train`, under "fsdp_config", "judge" and "lm_eval" those of the maps that are
+# called so.
 Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -50,6 +51,17 @@ _WORDS: dict[str, dict[str, str]] = {
         "format types": "write formats",
         "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}",
     },
+    "evaluate": {
+        "questions prompt_file": "write prompts",
+        "max_tokens max_length": "write max_new_tokens",
+        "max_samples": "write limit",
+    },
+    "judge": {
+        "api_key key token": "set OPENAI_API_KEY in the environment",
+        "url api_base endpoint": "write base_url",
+        "name": "write model",
+    },
+    "lm_eval": {"task": "write tasks: [...]"},
     "training": {
         "max_seq_length": "write max_length",
         "evaluation_strategy do_eval": "write eval_strategy",
@@ -274,7 +286,8 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
         if kind == "missing":
             draft.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
         elif kind == "extra_forbidden":
-            unknown_key(draft, place, "fsdp_config" if key == "training.fsdp_config" else "source", keys)
+            within = key.rpartition(".")[2]
+            unknown_key(draft, place, within if within in keys else "source", keys)
         elif kind == "unexpected_keyword_argument":
             draft.fault(place, "is unknown; write a parameter that peft documents")
         else:

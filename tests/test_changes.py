@@ -12,7 +12,8 @@ import yaml
 from finetune.changes import compare
 from finetune.checkpoint import RunError
 from finetune.reader import scalar_text
-from finetune.recipe import DataSection, ModelSection, Recipe, Source, load_recipe
+from finetune.recipe import Recipe, load_recipe
+from finetune.sections import DataSection, ModelSection, Source
 from finetune.upstream import upstream_keys
 
 Write = Callable[..., Path]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from finetune.base import _train_tokenizer
 from finetune.chat import IGNORE, Chat, Encoded, LabelError
 from finetune.model import load_tokenizer
-from finetune.recipe import ModelSection
+from finetune.sections import ModelSection
 from finetune.template import TemplateError, load_template
 
 SHIPPED = ("gemma", "gemma3", "chatml")

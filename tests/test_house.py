@@ -15,6 +15,7 @@ ROOMS = [
     "ranks",
     "reader",
     "upstream",
+    "sections",
     "recipe",
     "template",
     "turns",

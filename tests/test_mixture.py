@@ -20,8 +20,8 @@ from finetune.data import Prepared, build
 from finetune.ledger import Ledger, language
 from finetune.model import load_tokenizer
 from finetune.prepare import Fate, prepare
-from finetune.recipe import DataSection, ModelSection
 from finetune.rows import DataError
+from finetune.sections import DataSection, ModelSection
 from finetune.template import TemplateError, set_system_role
 
 

@@ -19,7 +19,7 @@ from finetune.model import (
     trainable_token_indices,
     unlearned_tokens,
 )
-from finetune.recipe import ModelSection
+from finetune.sections import ModelSection
 
 
 def tiny(architecture: str = "gemma3", **arguments: Any) -> Any:

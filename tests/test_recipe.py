@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from finetune import recipe as recipe_module
 from finetune import upstream
-from finetune.recipe import DataSection, ExportSection, ModelSection, Recipe, RecipeError, Source, load_recipe
+from finetune.recipe import Recipe, RecipeError, load_recipe
+from finetune.sections import DataSection, EvaluateSection, ExportSection, ModelSection, Source
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"
@@ -120,7 +121,7 @@ FAULTS = {
         BASE + "trainning: {}\nhub: {}\nlearning_rate: 1\nseed: 1\n",
         [
             "r.yaml:3: trainning: is unknown; write training",
-            "r.yaml:4: hub: is unknown; write one of model, data, export, training, lora, quantization",
+            "r.yaml:4: hub: is unknown; write one of model, data, export, evaluate, training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
         ],
@@ -688,7 +689,10 @@ def test_overrides() -> None:
         ("training.seed=x", 'training.seed: is "x"; write a whole number'),
         ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
         ("training.sed=1", "training.sed: is unknown; write seed"),
-        ("seeed=1", "seeed: is unknown; write one of model, data, export, training, lora, quantization"),
+        (
+            "seeed=1",
+            "seeed: is unknown; write one of model, data, export, evaluate, training, lora, quantization",
+        ),
     ],
 )
 def test_override_faults(override: str, fault: str) -> None:
@@ -835,6 +839,12 @@ def test_to_yaml() -> None:
         "  formats: []  # default\n"
         "  base: original  # default\n"
         "  gate: {}  # default\n"
+        "evaluate:\n"
+        "  prompts: null  # default\n"
+        "  max_new_tokens: 512  # default\n"
+        "  limit: null  # default\n"
+        "  judge: null  # default\n"
+        "  lm_eval: null  # default\n"
     )
     assert load(recipe.to_yaml(), name="saved.yaml") == recipe
 
@@ -860,7 +870,7 @@ values = st.recursive(
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
     model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[Source(path="owner/rows")])
-    recipe = Recipe(model, data, ExportSection(), training, None, None, {}, Path("x.yaml"))
+    recipe = Recipe(model, data, ExportSection(), EvaluateSection(), training, None, None, {}, Path("x.yaml"))
     again = load(recipe.to_yaml())
     assert again == recipe
     assert repr(again.training["lr_scheduler_kwargs"]) == repr(kwargs)

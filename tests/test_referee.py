@@ -24,7 +24,7 @@ from transformers.utils import chat_template_utils
 
 from finetune.chat import IGNORE, Chat, LabelError
 from finetune.model import load_tokenizer
-from finetune.recipe import ModelSection
+from finetune.sections import ModelSection
 
 Messages = list[dict[str, Any]]
 

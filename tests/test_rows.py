@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from finetune import rows
 from finetune.chat import LabelError
 from finetune.formats import FORMATS, known_format, map_columns, matches
-from finetune.recipe import Source
 from finetune.rows import DataError, fingerprint, is_file, read_rows
+from finetune.sections import Source
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
 EXAMPLES = 100

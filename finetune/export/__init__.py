@@ -25,8 +25,9 @@ from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, m
 from finetune.hub import export_card
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
-from finetune.recipe import ExportSection, ModelSection, RecipeError, load_recipe
+from finetune.recipe import RecipeError, load_recipe
 from finetune.rows import DataError
+from finetune.sections import ExportSection, ModelSection
 from finetune.template import TemplateError
 
 _ADAPTER = "adapter on its base"
