@@ -64,7 +64,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     verb.add_argument("--quantize", choices=("int8", "nf4"))
     verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
-    verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+    verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread over all GPUs")
+    verb.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model first: slow to begin with, quicker after that",
+    )
 
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument(
@@ -122,6 +127,24 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="exit with 3 where a format falls short: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
     )
+
+    verb = verbs.add_parser(
+        "evaluate", parents=[common], help="ask a model, and say how good its answers and predictions are"
+    )
+    verb.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
+    )
+    verb.add_argument(
+        "--recipe", type=Path, help="whose held-out rows and evaluate section to use (default: the run's own)"
+    )
+    verb.add_argument(
+        "--compare", metavar="BASE", help="another run or model beside it; base: the run's own base"
+    )
+    verb.add_argument("--limit", type=_positive, metavar="N", help="how many rows and prompts at most")
+    verb.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: evaluation in the run's folder, or in this one"
+    )
+    verb.add_argument("--json", action="store_true", help="print the report as JSON")
     return whole
 
 

@@ -141,6 +141,7 @@ def _generate(args: argparse.Namespace) -> None:
         quantize=args.quantize,
         attn=args.attn,
         device=args.device,
+        compiled=args.compile,
     )
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
@@ -191,6 +192,25 @@ def _export(args: argparse.Namespace) -> int:
     return 3 if missed else 0
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    # Standard output is the report's alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from finetune.evaluate import evaluate
+        from finetune.evaluate.report import as_markdown
+
+        folder = Path(args.model)
+        report = evaluate(
+            args.model,
+            args.output or (folder if folder.is_dir() else Path()) / "evaluation",
+            args.recipe,
+            args.compare,
+            args.limit,
+            say=_quiet if args.quiet else _say,
+            progress=not args.quiet,
+        )
+    print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "check": _check,
@@ -198,6 +218,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "generate": _generate,
     "merge": _merge,
     "export": _export,
+    "evaluate": _evaluate,
 }
 
 

@@ -41,9 +41,10 @@ class Prepared:
 
     dataset: datasets.Dataset | datasets.IterableDataset | None
     ledger: Ledger = field(default_factory=Ledger)
-    digest: str = (
-        ""  # of what the rows are to the trainer, in their order; of a stream, of where they come from
-    )
+    # Of what the rows are to the trainer, in their order; of a stream, of where they come from.
+    digest: str = ""
+    # Of evaluation rows, each one's source and language.
+    origins: list[tuple[str, str]] = field(default_factory=list)
 
 
 def build(
@@ -126,7 +127,8 @@ def _evaluation(
     ledger.read += len(held_out)
     drawn = [(part, row) for part in parts for row in _drawn(section, part, list(range(len(part))), ledger)]
     rows = [*held_out, *drawn]
-    evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows))
+    origins = [origin for part, row in rows for origin in part.origins(row)]
+    evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows), origins)
     if section.eval and not ledger.trained_tokens:
         raise DataError(f"data.eval: no row is left to evaluate on: {ledger.summary()}")
     return evaluation, {part.digests(row)[0] for part, row in rows}

@@ -42,6 +42,17 @@ class Generator:
     model: Any
     chat: Chat
     stop_ids: tuple[int, ...]
+    compiled: bool = False
+
+    def _cache(self) -> dict[str, Any]:
+        """What makes `generate` compile: a cache of fixed size."""
+        if not self.compiled:
+            return {}
+        from transformers import CompileConfig
+
+        config = CompileConfig()
+        config._compile_all_devices = True  # transformers 5.23 would leave a CPU out, and only warn
+        return {"cache_implementation": "static", "compile_config": config}
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """What the model is fed before its answer: the rendered conversation, or the bare text without a template."""
@@ -74,6 +85,7 @@ class Generator:
                 eos_token_id=list(self.stop_ids),
                 pad_token_id=self.chat.tokenizer.pad_token_id,
                 streamer=streamer,
+                **self._cache(),
             )
         return list(out[0, ids.shape[1] :].tolist())
 
@@ -96,6 +108,7 @@ class Generator:
                 top_k=None,
                 eos_token_id=list(self.stop_ids),
                 pad_token_id=pad,
+                **self._cache(),
             )
         found = []
         for row in out[:, width:].tolist():
@@ -141,6 +154,7 @@ def load(
     quantize: str | None = None,
     attn: str | None = None,
     device: str | None = None,
+    compiled: bool = False,
 ) -> Generator:
     """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
 
@@ -150,7 +164,8 @@ def load(
         dtype: float32, bfloat16 or float16; absent, as the run was trained.
         quantize: int8 or nf4, by bitsandbytes.
         attn: `attn_implementation`.
-        device: Where the model goes; absent, a GPU if there is one.
+        device: Where the model goes; absent, a GPU if there is one; auto, spread over all there are.
+        compiled: Whether torch compiles the model for a cache of fixed size: quicker answers after slow first ones.
 
     Raises:
         ModelError: There is no such run or model, or it cannot be loaded.
@@ -169,6 +184,7 @@ def load(
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     }[quantize]
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    spread = place == "auto"
     path = locate(section.name_or_path)
     stored_quantised = "quantization_config" in _config(path)
     if quantize and stored_quantised:
@@ -180,19 +196,27 @@ def load(
         revision=(environment_of(folder).get("base_commit") if is_adapter else None) or section.revision,
         attn_implementation=attn or section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
-        # Quantised weights are not moved once they are loaded.
-        **({"device_map": {"": place}} if quantization or stored_quantised else {}),
+        # Quantised weights are not moved once they are loaded; "auto" spreads layers over all cards.
+        **(
+            {"device_map": place if spread else {"": place}}
+            if spread or quantization or stored_quantised
+            else {}
+        ),
     )
     if is_adapter and adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, name)
         lighten_trainable_tokens(model)
-    if not (quantization or stored_quantised):
+    if not (spread or quantization or stored_quantised):
         model = model.to(place)
     model.eval()
     chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if folder.is_dir() else section))
-    return Generator(model, chat, tuple(eos_tokens(model.generation_config, chat.tokenizer)))
+    if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
+        raise ModelError(
+            f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile"
+        )
+    return Generator(model, chat, tuple(eos_tokens(model.generation_config, chat.tokenizer)), compiled)
 
 
 def _config(path: str) -> dict[str, Any]:

@@ -36,8 +36,11 @@ def load_tokenizer(section: ModelSection) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+    brought = Path(section.adapter or "", "chat_template.jinja").expanduser()
     if section.chat_template:
         tokenizer.chat_template = load_template(section.chat_template)
+    elif section.adapter and brought.is_file():
+        tokenizer.chat_template = load_template(str(brought))
     set_system_role(tokenizer, section.system_role)
     if tokenizer.pad_token is None:
         # Padding is masked in attention and labels; which token it is never shows.

@@ -2,11 +2,12 @@
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import iglob
 from pathlib import Path
@@ -198,6 +199,39 @@ def _check_source(draft: Draft, key: str, source: dict[str, Any]) -> None:
         draft.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
 
 
+def _adapters_lora(
+    draft: Draft, folder: str, given: dict[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `lora` section that an adapter was made with; faults where it is none, or the recipe says otherwise."""
+    key = "model.adapter"
+    file = Path(folder).expanduser() / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kind = found["peft_type"]
+    except OSError:
+        draft.fault(
+            key,
+            f"is {draft.shown(key)}, where no adapter_config.json is; write a run, or a PEFT adapter's folder",
+        )
+        return {}
+    except (ValueError, KeyError, TypeError):
+        draft.fault(key, f"is {draft.shown(key)}, whose adapter_config.json is damaged; write another")
+        return {}
+    if kind != "LORA":
+        draft.fault(key, f"is {draft.shown(key)}, a {kind} adapter; write a LoRA adapter")
+    own = {name: value for name, value in found.items() if name in known and value not in (None, {}, [])}
+    for name, value in given.items():
+        if json.dumps(value, sort_keys=True) != json.dumps(own.get(name), sort_keys=True) and value not in (
+            None,
+            {},
+            [],
+        ):
+            draft.fault(
+                f"lora.{name}", f"is {draft.shown(f'lora.{name}')}, but {key} has {own.get(name)}; remove it"
+            )
+    return own
+
+
 def _check_evaluate(draft: Draft, evaluate: dict[str, Any]) -> None:
     """Faults for files that are not there."""
     judge = evaluate.get("judge") or {}
@@ -272,7 +306,8 @@ def _check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
             message = "would be evaluated on rows it trains on; write other rows, or data.eval_fraction"
             draft.fault(f"data.eval.{i}.path", message)
 
-    if draft.root.child("quantization") and not draft.root.child("lora"):
+    lora = draft.root.child("lora") or model.get("adapter")
+    if draft.root.child("quantization") and not lora:
         message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
         draft.fault("quantization", message)
 
@@ -344,8 +379,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if draft.faults:
         raise RecipeError(draft.report())
 
-    lora = {"target_modules": "all-linear", "trainable_token_indices": "auto", **sections["lora"]}
-    if lora["trainable_token_indices"] == "none":
+    if adapter := sections["model"].get("adapter"):
+        sections["lora"] = _adapters_lora(draft, adapter, sections["lora"], keys["lora"])
+        if draft.faults:
+            raise RecipeError(draft.report())
+    lora: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
+    lora = sections["lora"] if adapter else lora | sections["lora"]
+    if lora.get("trainable_token_indices") == "none":
         lora["trainable_token_indices"] = None
     leaves = dict(root.leaves())
     return Recipe(
@@ -354,7 +394,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         export=ExportSection.model_validate(sections["export"]),
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
-        lora=lora if "lora" in root.value else None,
+        lora=lora if "lora" in root.value or adapter else None,
         quantization=sections["quantization"] if "quantization" in root.value else None,
         origins={key: leaf.origin for key, leaf in leaves.items()},
         path=path,

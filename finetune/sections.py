@@ -24,6 +24,8 @@ class ModelSection(BaseModel):
     """A shipped template's name or a `.jinja` file; absent: the tokenizer's own."""
     system_role: Literal["template", "fold", "turn", "error"] = "template"
     """What becomes of a system message: as the template does, part of the first user turn, a turn, refused."""
+    adapter: str | None = None
+    """A run, or a folder with a LoRA adapter, to go on training; it brings its own `lora` section and chat template."""
     trust_remote_code: bool = False
     """Whether code from the model's repository may run."""
 

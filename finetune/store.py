@@ -65,6 +65,11 @@ class Part:
         """What the row is called, such as `rows.jsonl:12`."""
         return str(self.dataset[self._edges[row]]["row"])
 
+    def origins(self, row: int) -> list[tuple[str, str]]:
+        """Of each of the row's pieces, the source's path and the language."""
+        pieces = range(self._edges[row], self._edges[row + 1])
+        return [(self.source.path, self._columns["language"][piece]) for piece in pieces]
+
     def digests(self, row: int) -> tuple[bytes, bytes]:
         """As `Fate.digests`."""
         first = self._edges[row]

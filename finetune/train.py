@@ -232,6 +232,8 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
     model = load_model(recipe, dtype)
     model.config.use_cache = False
     options = dict(recipe.lora)
+    if recipe.model.adapter:
+        return _gone_on(recipe, model, say)
     if options.get("trainable_token_indices") == "auto":
         del options["trainable_token_indices"]
         # Sharded loading gives the other ranks empty weights.
@@ -245,6 +247,33 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise TrainError(f"lora: {str(error).splitlines()[0]}") from error
+    return _told(recipe, model, say)
+
+
+def _gone_on(recipe: Recipe, base: Any, say: Say) -> Any:
+    """The recipe's earlier adapter on its base, to be trained on."""
+    folder = Path(recipe.model.adapter or "").expanduser()
+    its, ours = (
+        checkpoint.environment_of(folder).get("base_fingerprint"),
+        _base(recipe).get("base_fingerprint"),
+    )
+    if its and ours and its != ours:
+        raise TrainError(
+            f"model.adapter: {folder} was trained on another base than {recipe.model.name_or_path}"
+        )
+    try:
+        with quiet():
+            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TrainError(
+            f"model.adapter: {folder} does not fit the base: {lines[-1] if lines else error}"
+        ) from error
+    say(f"going on from the adapter in {folder}")
+    return _told(recipe, model, say)
+
+
+def _told(recipe: Recipe, model: Any, say: Say) -> Any:
     lighten_trainable_tokens(model)
     trained, total = model.get_nb_trainable_parameters()
     kind = "" if recipe.quantization is None else " on a quantised base"

@@ -34,6 +34,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "torch_dtype precision": "write dtype",
         "use_flash_attention_2": "write attn_implementation: flash_attention_2",
         "device_map": _LAUNCH,
+        "adapter_name_or_path lora_model_dir": "write adapter",
         "token": "run `hf auth login`",
     },
     "data": {

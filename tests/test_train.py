@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import finetune.train
 from finetune import checkpoint
 from finetune.cli import main
+from finetune.generate import load
 
 Write = Callable[..., Path]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -342,3 +343,69 @@ def test_text_rows_need_no_template(write_recipe: Write) -> None:
     assert main([str(path)]) == 0
     ledger = json.loads(Path("run/ledger.json").read_text())["train"]
     assert ledger["trained_tokens"] == ledger["tokens"] - 4  # all but BOS
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Going on from an earlier adapter
+
+
+def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """It brings its shape and its chat template; trained with a rate of nothing it is what it was."""
+    first = write_recipe(
+        model={"chat_template": "chatml"}, lora={"r": 6, "use_rslora": True, "lora_alpha": 12}
+    )
+    assert main([str(first), "training.output_dir=first"]) == 0
+    recipe = write_recipe(
+        "second.yaml", model={"adapter": "first"}, lora=None, training={"learning_rate": 0.0}
+    )
+    capsys.readouterr()
+    assert main([str(recipe)]) == 0
+    said = capsys.readouterr().err
+    assert "going on from the adapter in first" in said
+    one, other = (load_file(Path(run, "adapter_model.safetensors")) for run in ("first", "run"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    configs = [json.loads(Path(run, "adapter_config.json").read_text()) for run in ("first", "run")]
+    for config in configs:
+        config["target_modules"].sort()
+    assert configs[0] == configs[1]
+    assert Path("run/chat_template.jinja").read_text() == Path("first/chat_template.jinja").read_text()
+    # Trained on, it is another; and merged it answers as itself.
+    assert main([str(recipe), "training.learning_rate=1e-2", "training.output_dir=third"]) == 0
+    third = load_file("third/adapter_model.safetensors")
+    assert any(not torch.equal(one[name], third[name]) for name in one)
+    assert main(["merge", "third", "--output", "merged"]) == 0
+    ids = torch.tensor([[2, 5, 9, 30]])
+    with torch.no_grad():
+        logits = [load(name).model(ids).logits for name in ("third", "merged")]
+    assert torch.allclose(*logits, atol=1e-5)
+    # The saved recipe names the adapter and its shape, and can be read again.
+    assert main(["check", "run/recipe.yaml"]) == 0
+
+
+def test_an_adapter_that_cannot_be_trained_on(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(path: Path) -> str:
+        capsys.readouterr()
+        assert main([str(path)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert main([str(write_recipe()), "training.output_dir=first"]) == 0
+    other = fault(write_recipe("b.yaml", model={"adapter": "first"}, lora={"r": 8}))
+    assert other.endswith("lora.r: is 8, but model.adapter has 4; remove it")
+    nothing = fault(write_recipe("c.yaml", model={"adapter": "nowhere"}, lora=None))
+    assert 'model.adapter: is "nowhere", where no adapter_config.json is; write a run' in nothing
+    base = fault(
+        write_recipe("d.yaml", model={"adapter": "first", "name_or_path": "random:gemma2"}, lora=None)
+    )
+    assert base == "error: model.adapter: first was trained on another base than random:gemma2"
+    config = json.loads(Path("first/adapter_config.json").read_text())
+    Path("first/adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
+    assert "a LOHA adapter; write a LoRA adapter" in fault(
+        write_recipe("e.yaml", model={"adapter": "first"}, lora=None)
+    )
+    Path("first/adapter_config.json").write_text("{")
+    assert "whose adapter_config.json is damaged" in fault(
+        write_recipe("f.yaml", model={"adapter": "first"}, lora=None)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """Some predicted tokens: how many, their loss in nats together, how many were the likeliest one."""
+
+    tokens: int = 0
+    nats: float = 0.0
+    right: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.tokens + other.tokens, self.nats + other.nats, self.right + other.right)
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss; not a number of no tokens."""
+        return _exp(self.nats / self.tokens) if self.tokens else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """The share of tokens that were the likeliest one."""
+        return self.right / self.tokens if self.tokens else math.nan
+
+
+def tally(model: Any, rows: Sequence[Row]) -> Iterator[Tally]:
+    """A model's tally of each row, in their order."""
+    for logs, targets in _predictions(model, rows):
+        nats = -logs.gather(1, targets.unsqueeze(1)).double().sum()
+        yield Tally(len(targets), float(nats), int((logs.argmax(-1) == targets).sum()))
+
+
+@dataclass(frozen=True)
 class Score:
     """A model on some rows; the distances are from the reference's predictions of the first `compared` tokens."""
 
@@ -50,7 +79,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """e to the loss."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return _exp(self.loss)
 
 
 def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: Path | None = None) -> Score:
@@ -64,22 +93,12 @@ def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: 
 
     Source: KL divergence as in llama.cpp's `perplexity --kl-divergence`: of each token's whole distribution.
     """
-    only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
     theirs = _open(reference) if reference else None
     room, kept = 0, None
     total, count = 0.0, 0
     divergences: list[torch.Tensor] = []
     agreed = 0
-    for row in rows:
-        ids = torch.tensor([row.input_ids], device=model.device)
-        places = [i - 1 for i, label in enumerate(row.labels) if label != IGNORE and i > 0]
-        index = torch.tensor(places, device=model.device)
-        with torch.inference_mode():
-            options = {"logits_to_keep": index} if only_some else {}
-            logits = model(input_ids=ids, use_cache=False, **options).logits[0]
-        logits = (logits if only_some else logits[index]).float()
-        logs = torch.log_softmax(logits, dim=-1).cpu()
-        targets = torch.tensor([row.labels[i + 1] for i in places])
+    for logs, targets in _predictions(model, rows):
         total -= float(logs.gather(1, targets.unsqueeze(1)).double().sum())
         if keep and kept is None:
             wanted = sum(sum(label != IGNORE for label in r.labels[1:]) for r in rows)
@@ -101,7 +120,7 @@ def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: 
             terms = (likely * (before - ours)).masked_fill_(likely == 0, 0.0)
             divergences.append(terms.sum(dim=-1, dtype=torch.float64))
             agreed += int((before.argmax(-1) == ours.argmax(-1)).sum())
-        count += len(places)
+        count += len(targets)
     if not divergences:
         return Score(count, total / count)
     every = torch.cat(divergences).clamp(min=0)  # rounding alone can make it negative
@@ -114,6 +133,25 @@ def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: 
         kl_p99=float(every.quantile(0.99)) if finite else math.nan,
         top1=agreed / len(every) if finite else math.nan,
     )
+
+
+def _predictions(model: Any, rows: Sequence[Row]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each row, log-probabilities (N, V) at its predicted tokens, float32 in memory, and these tokens (N)."""
+    only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
+    for row in rows:
+        ids = torch.tensor([row.input_ids], device=model.device)
+        places = [i - 1 for i, label in enumerate(row.labels) if label != IGNORE and i > 0]
+        index = torch.tensor(places, device=model.device)
+        with torch.inference_mode():
+            options = {"logits_to_keep": index} if only_some else {}
+            logits = model(input_ids=ids, use_cache=False, **options).logits[0]
+            logits = (logits if only_some else logits[index]).float()
+            logs = torch.log_softmax(logits, dim=-1).cpu()
+        yield logs, torch.tensor([row.labels[i + 1] for i in places])
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _forward_of(model: Any) -> Any:

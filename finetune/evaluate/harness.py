@@ -1,0 +1,68 @@
+"""Tasks of the Language Model Evaluation Harness, asked through the model's own chat template."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.base import quiet
+from finetune.evaluate.prompts import EvaluateError
+
+
+def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, float]:
+    """What the harness measures of a model, by task and metric.
+
+    Args:
+        generator: A `finetune.generate.Generator`.
+        tasks: Names of its tasks, or `.yaml` files of own ones.
+        limit: How many questions of each task at most.
+
+    Raises:
+        EvaluateError: It is not installed, or has no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluateError(
+            f"evaluate.lm_eval: {error.name} is not installed; run pip install 'finetune[lm-eval]'"
+        ) from error
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    names = [_name(Path(task)) if Path(task) in files else task for task in tasks]
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with quiet():
+        manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+        if missing := [name for name in names if not manager.match_tasks([name])]:
+            raise EvaluateError(
+                f"evaluate.lm_eval.tasks: there is no task {missing[0]}; `lm-eval ls tasks` lists them"
+            )
+        tokenizer = generator.chat.tokenizer
+        found = simple_evaluate(
+            model=HFLM(pretrained=generator.model, tokenizer=tokenizer, batch_size=1),
+            tasks=names,
+            limit=limit,
+            apply_chat_template=tokenizer.chat_template is not None,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    # Only the first of several processes gets them.
+    results: dict[str, dict[str, Any]] = found["results"] if found else {}
+    return {
+        f"{task}, {metric.removesuffix(',none').replace(',', ' ')}": float(value)
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in metric and "," in metric
+    }
+
+
+def _name(file: Path) -> str:
+    try:
+        return str(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["task"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise EvaluateError(f"evaluate.lm_eval.tasks: {file} is no task: {error}") from error

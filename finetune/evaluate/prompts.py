@@ -1,0 +1,118 @@
+"""What a model is asked: conversations from a file, or those of the rows that a run held out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.chat import LabelError, Message
+from finetune.formats import FORMATS, known_format, map_columns, matches
+from finetune.rows import read_rows
+from finetune.sections import DataSection, Source
+
+
+class EvaluateError(ValueError):
+    """There is nothing to evaluate, or not as asked."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer, and what the user goes on to ask after each one."""
+
+    name: str
+    messages: tuple[Message, ...]
+    further: tuple[str, ...] = ()
+
+
+def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a JSONL file: of each row `prompt` (text), `turns` (the user's texts) or `messages`.
+
+    Raises:
+        EvaluateError: A row has none of them.
+        DataError: The file cannot be read.
+    """
+    found: list[Prompt] = []
+    for name, row in read_rows(Source(path=path)):
+        if limit is not None and len(found) == limit:
+            break
+        if isinstance(row, LabelError):
+            raise EvaluateError(f"evaluate.prompts: {name}: {row}")
+        found.append(_prompt(name, row))
+    if not found:
+        raise EvaluateError(f"evaluate.prompts: {path} holds no prompt")
+    return found
+
+
+def _prompt(name: str, row: dict[str, Any]) -> Prompt:
+    name = str(next((row[key] for key in ("id", "question_id") if key in row), name))
+    turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else [])
+    if isinstance(turns, list) and turns and all(isinstance(text, str) and text for text in turns):
+        return Prompt(name, ({"role": "user", "content": turns[0]},), tuple(turns[1:]))
+    with contextlib.suppress(LabelError):
+        messages = _asked(FORMATS["messages"](row)["messages"])
+        if messages:
+            return Prompt(name, messages)
+    raise EvaluateError(
+        f"evaluate.prompts: {name}: it asks nothing; write prompt (text), turns (a list of texts) or messages"
+    )
+
+
+def held_out_prompts(section: DataSection, names: set[str], limit: int | None = None) -> list[Prompt]:
+    """What was asked in those rows of the sources that bear one of these names; rows without turns ask nothing."""
+    found: list[Prompt] = []
+    for source in section.eval or section.train:
+        for name, messages in _conversations(source):
+            if limit is not None and len(found) == limit:
+                return found
+            if name in names and (asked := _asked(messages)):
+                found.append(Prompt(name.rpartition("/")[2], asked))
+    return found
+
+
+def _conversations(source: Source) -> Iterator[tuple[str, list[Message]]]:
+    form: str | None = source.format
+    for name, row in read_rows(source):
+        # What is wrong with a row was told when it was prepared.
+        with contextlib.suppress(LabelError):
+            if isinstance(row, LabelError) or (source.filter and not matches(source.filter, row)):
+                continue
+            row = map_columns(source, row)
+            form = form or known_format(source, row)
+            converted = {} if source.raw else FORMATS[form](row)
+            if "messages" in converted:
+                yield name, converted["messages"]
+
+
+def _asked(messages: list[Message]) -> tuple[Message, ...]:
+    """A conversation up to what its last answer answers."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    last = len(plain)
+    if plain[-1]["role"] != "user":
+        last = max((i for i, m in enumerate(plain) if m["role"] == "assistant"), default=0)
+    asked = tuple(plain[:last])
+    texts = all(isinstance(message["content"], str) for message in asked)
+    return asked if asked and texts and asked[-1]["role"] == "user" else ()
+
+
+def read_reference(path: str) -> dict[str, list[str]]:
+    """The answers of a JSONL file by the name of their prompt: `id` or `question_id`, and `answer` or `answers`.
+
+    Raises:
+        EvaluateError: A row lacks one of them.
+        DataError: The file cannot be read.
+    """
+    found = {}
+    for place, row in read_rows(Source(path=path)):
+        fault = f"evaluate.judge.reference: {place}: "
+        if isinstance(row, LabelError):
+            raise EvaluateError(f"{fault}{row}")
+        name = next((row[key] for key in ("id", "question_id") if key in row), place)
+        answers = row.get("answers") or [row.get("answer")]
+        if not all(isinstance(text, str) for text in answers):
+            raise EvaluateError(
+                f"{fault}it has no answer; write answer (text), or answers (a list, one a turn)"
+            )
+        found[str(name)] = list(answers)
+    return found

@@ -1,0 +1,384 @@
+"""What is measured of a model and how it is told: loss by group, answers in batches, reports, faults."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.chat import IGNORE
+from finetune.cli import main
+from finetune.evaluate import report as report_module
+from finetune.evaluate.answers import answer, repetition
+from finetune.evaluate.perplexity import Row, Tally, score, tally
+from finetune.evaluate.prompts import EvaluateError, Prompt, read_prompts, read_reference
+from finetune.generate import Generator, Sampling, load
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return load("random:gemma3", device="cpu")
+
+
+def user(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_a_tally_is_what_the_logits_say(generator: Generator) -> None:
+    rows = [Row([2, 9, 8, 7, 30], [IGNORE, IGNORE, 8, 7, 30]), Row([2, 40, 41], [IGNORE, 40, 41])]
+    with torch.no_grad():
+        logs = [generator.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1) for row in rows]
+    wanted = [(0, [(1, 8), (2, 7), (3, 30)]), (1, [(0, 40), (1, 41)])]
+    for part, (i, places) in zip(tally(generator.model, rows), wanted, strict=True):
+        assert part.tokens == len(places)
+        assert part.nats == pytest.approx(-sum(float(logs[i][at, token]) for at, token in places), rel=1e-5)
+        assert part.right == sum(int(logs[i][at].argmax()) == token for at, token in places)
+    whole = sum(tally(generator.model, rows), Tally())
+    assert whole.perplexity == pytest.approx(score(generator.model, rows).perplexity, rel=1e-6)
+
+
+def test_the_likeliest_token_is_right(generator: Generator) -> None:
+    ids = [2, 9, 8]
+    with torch.no_grad():
+        best = int(generator.model(torch.tensor([ids])).logits[0, -1].argmax())
+    [part] = tally(generator.model, [Row([*ids, best], [IGNORE] * 3 + [best])])
+    assert (part.right, part.accuracy) == (1, 1.0)
+    other = (best + 1) % 1024
+    [part] = tally(generator.model, [Row([*ids, other], [IGNORE] * 3 + [other])])
+    assert (part.right, part.accuracy) == (0, 0.0)
+
+
+def test_a_tally_of_nothing_and_of_too_much() -> None:
+    assert math.isnan(Tally().perplexity)
+    assert math.isnan(Tally().accuracy)
+    assert Tally(1, 10_000.0).perplexity == math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_answers_in_a_batch_are_those_given_one_by_one(generator: Generator) -> None:
+    """And in the order of the prompts, though the longest goes first."""
+    texts = ["Hi", "What is a fox, and what does it eat in winter?", "日本で一番高い山は？", "Yes", "Why?"]
+    prompts = [Prompt(str(i), user(text)) for i, text in enumerate(texts)]
+    counted: list[int] = []
+    found = answer(generator, prompts, 12, counted.append)
+    assert sum(counted) == len(found) == 5
+    assert [a.prompt for a in found] == ["0", "1", "2", "3", "4"]
+    for text, one in zip(texts, found, strict=True):
+        alone = generator.answer_ids(list(user(text)), Sampling(12))
+        assert one.tokens == len(alone)
+        assert one.text == generator.chat.tokenizer.decode(alone, skip_special_tokens=True).strip()
+
+
+def test_the_next_question_follows_the_models_own_answer(generator: Generator) -> None:
+    prompts = [Prompt("a", user("One?"), ("Two?", "Three?")), Prompt("b", user("Only?"))]
+    found = answer(generator, prompts, 6)
+    assert [(a.prompt, len(a.asked)) for a in found] == [("a", 1), ("a", 3), ("a", 5), ("b", 1)]
+    last = found[2].asked
+    assert [m["content"] for m in last] == ["One?", found[0].text, "Two?", found[1].text, "Three?"]
+    assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_an_answer_that_ends_says_so(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = generator.stop_ids[-1]
+    said = generator.chat.tokenizer("fine", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(Generator, "answers", lambda self, ids, limit: [[*said, stop], said])
+    ended, cut = answer(generator, [Prompt("0", user("Hello there")), Prompt("1", user("Hi"))], 5)
+    assert (ended.stopped, ended.text, ended.tokens) == (True, "fine", len(said) + 1)
+    assert (cut.stopped, cut.text, cut.tokens) == (False, "fine", len(said))
+
+
+def test_where_memory_runs_out_fewer_are_answered_at_once(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def answers(self: Generator, ids: list[list[int]], limit: int) -> list[list[int]]:
+        sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [[7] for _ in ids]
+
+    monkeypatch.setattr(Generator, "answers", answers)
+    prompts = [Prompt(str(i), user("Hi")) for i in range(10)]
+    assert len(answer(generator, prompts, 5)) == 10
+    assert sizes == [10, 5, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([1] * 13, 0.9), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2)],
+)
+def test_repetition(tokens: list[int], share: float) -> None:
+    assert repetition(tokens) == pytest.approx(share)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts and references
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_prompts_are_read_in_each_form(tmp_path: Path) -> None:
+    turns = [
+        *user("a"),
+        {"role": "assistant", "content": "b"},
+        *user("c"),
+        {"role": "assistant", "content": "d"},
+    ]
+    path = lines(
+        tmp_path / "p.jsonl",
+        {"prompt": "Hi"},
+        {"question_id": 7, "turns": ["One?", "Two?"]},
+        {"id": "x", "messages": turns},
+        {"messages": [{"role": "system", "content": "Be brief"}, *user("c")]},
+    )
+    assert read_prompts(path) == [
+        Prompt(f"{path}:1", user("Hi")),
+        Prompt("7", user("One?"), ("Two?",)),
+        Prompt("x", tuple(turns[:3])),
+        Prompt(f"{path}:4", ({"role": "system", "content": "Be brief"}, *user("c"))),
+    ]
+    assert len(read_prompts(path, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"prompt": ""},
+        {"prompt": 5},
+        {"turns": []},
+        {"turns": ["a", 1]},
+        {"messages": []},
+        {"text": "x"},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+    ],
+)
+def test_a_row_that_asks_nothing_is_named(tmp_path: Path, row: Any) -> None:
+    path = lines(tmp_path / "p.jsonl", {"prompt": "Hi"}, row)
+    with pytest.raises(EvaluateError) as error:
+        read_prompts(path)
+    assert str(error.value) == (
+        f"evaluate.prompts: {path}:2: it asks nothing; write prompt (text), turns (a list of texts) or messages"
+    )
+
+
+def test_damaged_and_empty_files_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": \n')
+    with pytest.raises(EvaluateError, match=r"evaluate\.prompts: .*p\.jsonl:1: "):
+        read_prompts(str(path))
+    path.write_text("\n")
+    with pytest.raises(EvaluateError, match="holds no prompt"):
+        read_prompts(str(path))
+
+
+def test_a_reference_has_answers_by_prompt(tmp_path: Path) -> None:
+    path = lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, {"question_id": "q", "answers": ["b", "c"]})
+    assert read_reference(path) == {"1": ["a"], "q": ["b", "c"]}
+    with pytest.raises(EvaluateError, match="2: it has no answer; write answer"):
+        read_reference(lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, {"id": 2}))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Through the command line
+
+
+@pytest.fixture
+def run(write_recipe: Write) -> Path:
+    """A run that held rows out of two sources."""
+    one = {"role": "assistant", "content": "これは日本語の答えです。"}
+    lines(Path("ja.jsonl"), *({"messages": [*user(f"{n}は？"), one]} for n in range(6)))
+    one = {"role": "assistant", "content": "A short answer in English."}
+    lines(Path("en.jsonl"), *({"messages": [*user(f"What is {n}?"), one]} for n in range(6)))
+    path = write_recipe(
+        data={"train": [{"path": "en.jsonl"}], "eval": [{"path": "ja.jsonl"}, {"path": "en2.jsonl"}]},
+        evaluate={"max_new_tokens": 8},
+    )
+    lines(Path("en2.jsonl"), *({"messages": [*user(f"Who is {n}?"), one]} for n in range(3)))
+    assert main([str(path), "--quiet"]) == 0
+    return Path("run")
+
+
+def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--compare", "base", "--json"]) == 0
+    out = capsys.readouterr()
+    report = json.loads(out.out)
+    assert report == json.loads((run / "evaluation" / "report.json").read_text())
+    assert out.err.splitlines() == ["run: loading", "run: loading", "written: run/evaluation"]
+    before, after = report["models"]
+    assert [before["name"], after["name"]] == ["run, its base alone", "run"]
+    for model in (before, after):
+        loss = model["loss"]
+        assert loss["source"].keys() == {"ja.jsonl", "en2.jsonl"}
+        assert loss["language"].keys() == {"Japanese", "English"}
+        assert sum(part["tokens"] for part in loss["source"].values()) == loss["all"]["all"]["tokens"]
+    # Trained on English rows of this kind, it predicts such better than before.
+    assert (
+        after["loss"]["source"]["en2.jsonl"]["perplexity"]
+        < before["loss"]["source"]["en2.jsonl"]["perplexity"]
+    )
+    assert after["answers"]["count"] == len(report["answers"]) == 9
+    assert [item["prompt"] for item in report["answers"]] == [f"ja.jsonl:{n}" for n in range(1, 7)] + [
+        f"en2.jsonl:{n}" for n in (1, 2, 3)
+    ]
+    # What the adapter on its base says alone is what is reported.
+    alone = load("run").answer_ids(list(user("0は？")), Sampling(8))
+    assert report["answers"][0]["models"][1]["tokens"] == len(alone)
+    page = (run / "evaluation" / "answers.html").read_text()
+    assert page.count("<article>") == 9
+    text = (run / "evaluation" / "report.md").read_text()
+    assert "| source ja.jsonl |" in text
+    assert "| in the language of the prompt |" in text
+
+
+def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lines(Path("p.jsonl"), *({"prompt": f"Question {n}?"} for n in range(5)))
+    saved = (
+        Path("recipe.yaml")
+        .read_text()
+        .replace("max_new_tokens: 8", f"max_new_tokens: 3\n  prompts: {path}\n  limit: 4")
+    )
+    Path("other.yaml").write_text(saved)
+    capsys.readouterr()
+    arguments = [
+        "evaluate",
+        "random:gemma3",
+        "--recipe",
+        "other.yaml",
+        "--limit",
+        "2",
+        "--output",
+        "out",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [item["prompt"] for item in report["answers"]] == ["p.jsonl:1", "p.jsonl:2"]
+    assert report["models"][0]["answers"]["tokens"] <= 3
+    assert {path.name for path in Path("out").iterdir()} == {"report.json", "report.md", "answers.html"}
+    assert main([a for a in arguments if a not in ("--limit", "2")]) == 0
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (
+            ["random:gemma3"],
+            "random:gemma3 has no recipe.yaml; write --recipe with one that holds rows out or names",
+        ),
+        (
+            ["random:gemma3", "--compare", "base", "--recipe", "recipe.yaml"],
+            "--compare base: random:gemma3 is no run",
+        ),
+        (
+            ["random:gemma3", "--recipe", "recipe.yaml"],
+            "recipe.yaml: it holds no rows out and names no prompts; add",
+        ),
+        (["nowhere", "--recipe", "recipe.yaml"], "model.name_or_path: nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], arguments: list[str], fault: str
+) -> None:
+    write_recipe()
+    assert main(["evaluate", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {fault}")
+    assert not Path("evaluation").exists()
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """The likelier of two continuations, which the model's own log-probabilities tell as well."""
+    rows = [{"question": f"Number {n}", "choices": ["four", "nine words"], "label": n % 2} for n in range(4)]
+    path = lines(Path("choice.jsonl"), *rows)
+    task = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(Path(path).absolute())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    Path("tiny.yaml").write_text(json.dumps(task))
+    prompts = lines(Path("p.jsonl"), {"prompt": "Hi"})
+    recipe = write_recipe(
+        evaluate={
+            "prompts": prompts,
+            "max_new_tokens": 2,
+            "lm_eval": {"tasks": [str(Path("tiny.yaml").absolute())]},
+        }
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "random:gemma3", "--recipe", str(recipe), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["models"][0]["tasks"]
+    generator = load("random:gemma3")
+    right = 0
+    for row in rows:
+        ids = generator.prompt_ids(list(user(row["question"])))
+        nats = []
+        for choice in row["choices"]:
+            said = generator.chat.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            [part] = tally(generator.model, [Row([*ids, *said], [IGNORE] * len(ids) + said)])
+            nats.append(part.nats)
+        right += int(nats.index(min(nats)) == row["label"])
+    assert found == {"tiny_choice, acc": right / 4}
+    recipe.write_text(recipe.read_text().replace(str(Path("tiny.yaml").absolute()), "nosuch"))
+    assert main(["evaluate", "random:gemma3", "--recipe", str(recipe)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: evaluate.lm_eval.tasks: there is no task nosuch; `lm-eval ls tasks` lists them"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_a_report_shows_texts_as_they_are() -> None:
+    """No answer becomes a heading, a picture, a tag or a cell of a table."""
+    text = "# Big\n![x](http://a)\n<script>alert(1)</script> | `code` *bold*"
+    language = {"right": False, "wanted": "ja", "found": "en", "why": ""}
+    report = {
+        "recipe": "r|x.yaml",
+        "prompts": "p.jsonl",
+        "max_new_tokens": 5,
+        "limit": None,
+        "models": [{"name": "a|b", "loss": {}, "answers": {}, "tasks": {"t": 0.5}}],
+        "answers": [
+            {
+                "prompt": "1",
+                "asked": [{"role": "user", "content": text}],
+                "models": [{"text": text, "tokens": 3, "stopped": False, "language": language}],
+            }
+        ],
+    }
+    shown = report_module.as_markdown(report)
+    assert (
+        "> \\# Big  \n> !\\[x\\](http://a)  \n> \\<script\\>alert(1)\\</script\\> \\| \\`code\\` \\*bold\\*"
+        in shown
+    )
+    assert "**a|b** (3 tokens, cut off, in en and not in ja)" in shown
+    assert "| task | a\\|b |" in shown
+    page = report_module.as_html(report)
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
