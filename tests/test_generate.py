@@ -1,0 +1,60 @@
+"""Answers in each type, on each kind of device that is here, compiled or not: through the command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.cli import main
+from finetune.generate import Sampling, load
+
+Write = Callable[..., Path]
+ASKED = [{"role": "user", "content": "What is a fox, and where does it live?"}]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dtype", "float32", "--device", "auto"],
+        ["--dtype", "bfloat16"],
+        ["--dtype", "float16", "--attn", "eager"],
+        ["--quantize", "int8"],
+        ["--quantize", "nf4", "--device", "auto"],
+    ],
+    ids=" ".join,
+)
+def test_each_way_answers(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "random:gemma2", "--prompt", "Hello", "--max-new-tokens", "4", *flags]) == 0
+    assert capsys.readouterr().err.splitlines()[-1:] in ([], ["(did not stop within 4 tokens)"])
+
+
+def test_spread_over_all_devices_it_says_the_same() -> None:
+    one, other = (
+        load("random:gemma3", device=device).answer_ids(ASKED, Sampling(12)) for device in ("cpu", "auto")
+    )
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_compiled_it_says_the_same(architecture: str) -> None:
+    """And it is compiled: torch has made graphs of it."""
+    from torch._dynamo.utils import counters
+
+    plain = load(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(ASKED, Sampling(16))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = load(f"random:{architecture}", device="cpu", dtype="float32", compiled=True)
+    assert compiled.answer_ids(ASKED, Sampling(16)) == plain
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_what_cannot_be_compiled_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "random:gemma3", "--prompt", "Hi", "--quantize", "int8", "--compile"]
+    code = main([*arguments, "--max-new-tokens", "2"])
+    said = capsys.readouterr().err
+    assert (code, said) == (
+        2,
+        "error: --compile: random:gemma3 is quantised in a way that torch cannot compile; leave out --compile\n",
+    )
