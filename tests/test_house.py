@@ -30,6 +30,7 @@ ROOMS = [
     "data",
     "checkpoint",
     "changes",
+    "rules",
     "model",
     "loss",
     "packing",
