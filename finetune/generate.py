@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from finetune import rules
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, Message
 from finetune.checkpoint import environment_of
@@ -16,13 +17,10 @@ from finetune.model import (
     eos_tokens,
     lighten_trainable_tokens,
     load_base,
+    load_config,
     load_tokenizer,
-    resolve_dtype,
 )
 from finetune.sections import ModelSection
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,7 @@ def load(
     attn: str | None = None,
     device: str | None = None,
     compiled: bool = False,
+    as_is: bool = False,
 ) -> Generator:
     """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
 
@@ -166,9 +165,11 @@ def load(
         attn: `attn_implementation`.
         device: Where the model goes; absent, a GPU if there is one; auto, spread over all there are.
         compiled: Whether torch compiles the model for a cache of fixed size: quicker answers after slow first ones.
+        as_is: For measuring what another program will compute: a full model takes `dtype` for every value, and the
+            device may emulate it.
 
     Raises:
-        ModelError: There is no such run or model, or it cannot be loaded.
+        ModelError: There is no such run or model, it cannot be loaded, or this device cannot compute so.
     """
     import torch
 
@@ -177,7 +178,8 @@ def load(
     if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
         raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
     section, trained_as = base_of(folder) if is_adapter else (ModelSection(name_or_path=name), None)
-    wanted: torch.dtype = getattr(torch, dtype) if dtype else resolve_dtype(section)
+    where = rules.Device() if as_is else rules.device_of(device)
+    wanted = rules.dtype_for(dtype or section.dtype, where, "--dtype")
     quantization = {
         None: trained_as,
         "int8": {"load_in_8bit": True},
@@ -185,6 +187,16 @@ def load(
     }[quantize]
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     spread = place == "auto"
+    attn = attn or section.attn_implementation
+    in_float32 = wanted == torch.float32
+    rules.check_attention(
+        attn,
+        load_config(section),
+        rules.device_of(None if spread else device),
+        in_float32,
+        training=False,
+        key="--attn",
+    )
     path = locate(section.name_or_path)
     stored_quantised = "quantization_config" in _config(path)
     if quantize and stored_quantised:
@@ -194,7 +206,8 @@ def load(
         wanted,
         quantization,
         revision=(environment_of(folder).get("base_commit") if is_adapter else None) or section.revision,
-        attn_implementation=attn or section.attn_implementation,
+        as_is=as_is and not is_adapter,
+        attn_implementation=attn,
         trust_remote_code=section.trust_remote_code,
         # Quantised weights are not moved once they are loaded; "auto" spreads layers over all cards.
         **(

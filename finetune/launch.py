@@ -9,8 +9,8 @@ import torch
 from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
-from finetune import ranks
-from finetune.model import resolve_dtype
+from finetune import ranks, rules
+from finetune.model import load_config, resolve_dtype
 from finetune.recipe import Recipe
 
 
@@ -19,13 +19,14 @@ class LaunchError(ValueError):
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Refuses what the launcher's file and the recipe cannot do together.
+    """Refuses what the launcher's file, the recipe and this machine's card cannot do together.
 
     Raises:
-        LaunchError: With the key to change, in one of the two.
+        LaunchError, ModelError: With the key to change, in one of the two.
     """
     file, training, bits = ranks.FILE, recipe.training, recipe.quantization or {}
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", _computes_in(recipe)):
+    rules.check_precision(training, bits, resolve_dtype(recipe.model), rules.device_of())
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", computes_in(recipe)):
         raise LaunchError(f'{file}: mixed_precision is {precision}; write "no", the recipe decides')
     optim = str(training.get("optim", ""))
     if optim.startswith(("galore", "apollo")):
@@ -81,7 +82,18 @@ _ALONE = {
 }
 
 
-def _computes_in(recipe: Recipe) -> str:
+def check_base(recipe: Recipe) -> None:
+    """Refuses, before any row is read, what the base model and this machine's card cannot do together.
+
+    Raises:
+        ModelError: With the key to change.
+    """
+    in_float32 = resolve_dtype(recipe.model) == torch.float32 and computes_in(recipe) == "no"
+    wanted = recipe.model.attn_implementation
+    rules.check_attention(wanted, load_config(recipe.model), rules.device_of(), in_float32)
+
+
+def computes_in(recipe: Recipe) -> str:
     """accelerate's word for the type that the recipe computes in."""
     dtype, training = resolve_dtype(recipe.model), recipe.training
     if training.get("bf16", dtype == torch.bfloat16 and not training.get("fp16")):
@@ -99,7 +111,7 @@ def training_arguments(recipe: Recipe, streamed: bool) -> SFTConfig:
     for ours in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
         values.pop(ours, None)
     # SFTConfig sets bf16 unless it is told otherwise.
-    values["bf16"], values["fp16"] = (_computes_in(recipe) == word for word in ("bf16", "fp16"))
+    values["bf16"], values["fp16"] = (computes_in(recipe) == word for word in ("bf16", "fp16"))
     if values.get("fsdp_config"):
         values |= _on_tpu()
     elif not torch.accelerator.is_available():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from finetune import rules
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
@@ -52,15 +53,21 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
     """`model.dtype` as a torch dtype.
 
     `auto` is bfloat16 where the card computes in it, float16 on older cards, float32 on a CPU.
-    """
-    import torch
 
-    if section.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, section.dtype)
-        return dtype
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    Raises:
+        ModelError: It is bfloat16, and the card does not compute in it.
+    """
+    return rules.dtype_for(section.dtype, rules.device_of())
+
+
+def load_config(section: ModelSection) -> Any:
+    """The base's config, without its weights.
+
+    Raises:
+        ModelError: There is none to load.
+    """
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    return _config(locate(section.name_or_path), options)
 
 
 def load_model(recipe: Recipe, dtype: torch.dtype | None = None) -> Any:
@@ -88,9 +95,18 @@ def load_base(
     path: str,
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
+    as_is: bool = False,
     **arguments: Any,
 ) -> Any:
-    """A causal language model from a directory or the Hub; `arguments` are `from_pretrained`'s."""
+    """A causal language model from a directory or the Hub; `arguments` are `from_pretrained`'s.
+
+    Args:
+        path: The directory, or the model's id.
+        dtype: Of its weights.
+        quantization: `transformers.BitsAndBytesConfig`'s.
+        as_is: Also a Gemma in float16 is computed in it throughout, as another program would.
+        **arguments: The rest.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -101,6 +117,9 @@ def load_base(
         # Quantised weights cannot be moved later: each rank loads onto its own card.
         rank = int(os.environ.get("LOCAL_RANK", 0))
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
+    base = _config(path, arguments)
+    arguments["attn_implementation"] = rules.attention_for(arguments.get("attn_implementation"), base)
+    arguments |= rules.corrections(base)
     with _told(path), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
@@ -112,7 +131,18 @@ def load_base(
         )
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
+    if dtype == torch.float16 and not as_is:
+        rules.widen(model)
     return model
+
+
+def _config(path: str, options: dict[str, Any]) -> Any:
+    """A base's config; of `options` its place on the Hub is read."""
+    from transformers import AutoConfig
+
+    known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    with _told(path), quiet():
+        return AutoConfig.from_pretrained(path, **known)
 
 
 def base_of(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:

@@ -112,8 +112,10 @@ class JudgeSection(BaseModel):
     """A JSONL file with the reference's answers; absent: those of the model given to --compare."""
     language: Literal["en", "ja"] = "en"
     """The language of the judge's instructions."""
-    prices: dict[Literal["input", "output"], Annotated[float, Field(ge=0)]] = {}
-    """US dollars for a million tokens, to show what it costs."""
+    prices: (
+        Annotated[dict[Literal["input", "output"], Annotated[float, Field(ge=0)]], Field(min_length=2)] | None
+    ) = None
+    """US dollars for a million tokens, input and output, to show what it costs."""
 
 
 class LmEvalSection(BaseModel):

@@ -19,11 +19,11 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import changes, checkpoint, hub, ranks
+from finetune import changes, checkpoint, hub, ranks, rules
 from finetune.base import locate, quiet
 from finetune.chat import Chat
 from finetune.data import Prepared, build
-from finetune.launch import check_launch, training_arguments
+from finetune.launch import check_base, check_launch, computes_in, training_arguments
 from finetune.loss import use_token_head
 from finetune.model import (
     eos_tokens,
@@ -70,6 +70,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     locate(
         recipe.model.name_or_path
     )  # transformers 5.23 lets only the first of joined processes save a model
+    check_base(recipe)
     config = training_arguments(recipe, streamed)  # which joins them
     if main:
         checkpoint.check_output(output, resume)
@@ -223,17 +224,26 @@ def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
 def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
     """The model to train, its adapter on it."""
     dtype = resolve_dtype(recipe.model)
+    # float16 weights cannot be trained themselves: the gradient scaler needs float32 ones.
+    whole = recipe.lora is None and dtype == torch.float16
+    model = load_model(recipe, torch.float32 if whole else dtype)
+    if computes_in(recipe) == "fp16" and model.dtype == torch.float32:
+        rules.widen(model)  # autocast rounds as the weights would
+    choice = (recipe.model.dtype, recipe.model.attn_implementation)
+    if line := rules.told(choice, dtype, model, rules.device_of()):
+        say(line)
+    beside = rules.beside_text(model)
     if recipe.lora is None:
-        # float16 weights cannot be trained themselves: the gradient scaler needs float32 ones.
-        model = load_model(recipe, torch.float32 if dtype == torch.float16 else dtype)
-        count = sum(p.numel() for p in model.parameters())
-        say(f"model: {recipe.model.name_or_path}, full fine-tuning of {count:,} parameters")
+        for name in beside:
+            model.get_submodule(name).requires_grad_(False)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"model: {recipe.model.name_or_path}, full fine-tuning of {count:,} parameters{_left(beside)}")
         return model
-    model = load_model(recipe, dtype)
     model.config.use_cache = False
     options = dict(recipe.lora)
     if recipe.model.adapter:
-        return _gone_on(recipe, model, say)
+        return _gone_on(recipe, model, beside, say)
+    options["exclude_modules"] = rules.exclude_modules(beside, options.get("exclude_modules"))
     if options.get("trainable_token_indices") == "auto":
         del options["trainable_token_indices"]
         # Sharded loading gives the other ranks empty weights.
@@ -247,10 +257,10 @@ def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise TrainError(f"lora: {str(error).splitlines()[0]}") from error
-    return _told(recipe, model, say)
+    return _told(recipe, model, beside, say)
 
 
-def _gone_on(recipe: Recipe, base: Any, say: Say) -> Any:
+def _gone_on(recipe: Recipe, base: Any, beside: list[str], say: Say) -> Any:
     """The recipe's earlier adapter on its base, to be trained on."""
     folder = Path(recipe.model.adapter or "").expanduser()
     its, ours = (
@@ -270,15 +280,20 @@ def _gone_on(recipe: Recipe, base: Any, say: Say) -> Any:
             f"model.adapter: {folder} does not fit the base: {lines[-1] if lines else error}"
         ) from error
     say(f"going on from the adapter in {folder}")
-    return _told(recipe, model, say)
+    return _told(recipe, model, beside, say)
 
 
-def _told(recipe: Recipe, model: Any, say: Say) -> Any:
+def _told(recipe: Recipe, model: Any, beside: list[str], say: Say) -> Any:
     lighten_trainable_tokens(model)
     trained, total = model.get_nb_trainable_parameters()
     kind = "" if recipe.quantization is None else " on a quantised base"
-    say(f"model: {recipe.model.name_or_path}, LoRA{kind}: {trained:,} of {total:,} parameters are trained")
+    of = f"{trained:,} of {total:,} parameters are trained{_left(beside)}"
+    say(f"model: {recipe.model.name_or_path}, LoRA{kind}: {of}")
     return model
+
+
+def _left(beside: list[str]) -> str:
+    return f"; {', '.join(beside)} stay as they are: the rows are text" if beside else ""
 
 
 @contextmanager

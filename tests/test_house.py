@@ -31,6 +31,7 @@ ROOMS = [
     "data",
     "checkpoint",
     "changes",
+    "rules",
     "model",
     "loss",
     "packing",

@@ -27,7 +27,8 @@ from finetune.base import locate, quiet
 from finetune.chat import IGNORE, Chat
 from finetune.cli import main
 from finetune.model import load_tokenizer
-from finetune.recipe import ModelSection, Recipe, load_recipe
+from finetune.recipe import Recipe, load_recipe
+from finetune.sections import ModelSection
 from finetune.template import load_template
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -293,18 +293,20 @@ def _judged(
             "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
         )
     pairs = [
-        Pair(f"{a.prompt}.{i}", [dict(m) for m in a.asked], a.text, text)
+        Pair(a.asked, a.text, text, f"{a.prompt}.{i}")
         for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
     ]
+    prices = settings.prices
     judge = Judge(
         base_url=settings.base_url,
         model=settings.model,
         language=settings.language,
-        key=os.environ.get("OPENAI_API_KEY"),
-        prices=dict(settings.prices) or None,
+        key=os.environ.get("OPENAI_API_KEY", ""),
+        prices=(prices["input"], prices["output"]) if prices else None,
     )
-    say(f"judge: {settings.model} compares {len(pairs)} answers, each pair in both orders")
-    return compare(pairs, judge, output / "judge", say, progress).as_dict() | {
+    preference = compare(pairs, judge, output / "judge", say, progress)
+    return preference.as_dict() | {
         "model": settings.model,
         "against": settings.reference or found[0].name,
+        "cost": str(preference.sent),
     }

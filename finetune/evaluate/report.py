@@ -113,12 +113,18 @@ def _share(share: dict[str, Any]) -> str:
 
 
 def _judge_rows(judge: dict[str, Any] | None) -> list[list[str]]:
-    rows = [["", "" if judge is None else f"against {judge['against']}, by {judge['model']}"]]
-    for name, value in (judge or {}).items():
-        if name not in ("pairs", "model", "against") and not isinstance(value, list | dict):
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append([name.replace("_", " "), "" if value is None else shown])
-    return rows
+    if judge is None:
+        return []
+    error = "" if judge["standard_error"] is None else f" ± {judge['standard_error']:.2f}"
+    rows = [
+        ["", f"against {judge['against']}, by {judge['model']}"],
+        ["from -1.5 (much worse) to 1.5 (much better)", f"{judge['mean']:+.2f}{error}"],
+        ["pairs", f"{judge['pairs']:,}"],
+        ["left out", f"{judge['malformed']:,} malformed, {judge['refused']:,} refused"],
+        ["the two orders disagree", f"{judge['disagreements']:,}"],
+        ["asked now", judge["cost"]],
+    ]
+    return rows + [["note", note] for note in judge["notes"]]
 
 
 def _task_rows(models: list[dict[str, Any]]) -> list[list[str]]:
