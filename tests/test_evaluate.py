@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from judge_server import Answer, Request, grades, serve
 
 from finetune.chat import IGNORE
 from finetune.cli import main
@@ -302,6 +303,55 @@ def test_what_cannot_be_evaluated(
     assert main(["evaluate", *arguments]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {fault}")
     assert not Path("evaluation").exists()
+
+
+def test_a_judge_compares_with_the_base_or_a_reference(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge prefers the longer answer; the key goes there from the environment and nowhere else."""
+
+    def longer(request: Request) -> Answer:
+        first, second = map(len, request.answers)
+        return grades("AboutTheSame" if first == second else "BetterThan" if first > second else "WorseThan")
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-a-test")
+    path = lines(Path("p.jsonl"), {"id": "a", "turns": ["One?", "Two?"]}, {"id": "b", "prompt": "Three?"})
+    with serve(longer) as server:
+        saved = Path("recipe.yaml").read_text()
+        judge = f"  judge: {{base_url: '{server.url}', model: tiny, prices: {{input: 1, output: 2}}}}\n"
+        judged = saved.replace("evaluate:\n", f"evaluate:\n  prompts: {path}\n{judge}")
+        Path("judged.yaml").write_text(judged)
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--recipe", "judged.yaml", "--compare", "base", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        lengths = [[len(m["text"]) for m in item["models"]] for item in report["answers"]]
+        scores = [(ours > theirs) - (ours < theirs) for theirs, ours in lengths]
+        assert report["judge"]["mean"] == pytest.approx(sum(scores) / 3)
+        assert report["judge"]["against"] == "run, its base alone"
+        assert len(server.requests) == 6
+        assert {request.headers["authorization"] for request in server.requests} == {
+            "Bearer sk-secret-of-a-test"
+        }
+        kept = [path.read_bytes() for path in Path("run/evaluation").rglob("*") if path.is_file()]
+        assert len(kept) >= 9
+        assert not any(b"sk-secret" in content for content in kept)
+        # Asked again, nothing is asked.
+        assert main(["evaluate", "run", "--recipe", "judged.yaml", "--compare", "base"]) == 0
+        assert "| from -1.5 (much worse) to 1.5 (much better) |" in capsys.readouterr().out
+        assert len(server.requests) == 6
+        # Against answers of one's own: these are longer than any of eight tokens.
+        far = "so " * 60
+        rows = ({"id": "a", "answers": [far, far]}, {"id": "b", "answer": far})
+        reference = lines(Path("r.jsonl"), *rows)
+        Path("judged.yaml").write_text(judged.replace("model: tiny", f"model: tiny, reference: {reference}"))
+        assert main(["evaluate", "run", "--recipe", "judged.yaml", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["judge"]["mean"] == -1.0
+        lines(Path("r.jsonl"), rows[0])
+        assert main(["evaluate", "run", "--recipe", "judged.yaml"]) == 2
+        assert "r.jsonl holds 2 answers to 3 questions; write one for each" in capsys.readouterr().err
+        Path("judged.yaml").write_text(judged)
+        assert main(["evaluate", "run", "--recipe", "judged.yaml"]) == 2
+        assert "evaluate.judge has nothing to compare with; write --compare" in capsys.readouterr().err
 
 
 @pytest.mark.slow
