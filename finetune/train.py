@@ -113,6 +113,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         _write_ledgers(output, data, evaluation)
     ranks.check_shared(output / "recipe.yaml")
 
+    drawn = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
         model=model,
         args=config,
@@ -131,12 +132,13 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         check_rows(trainer.eval_dataset, evaluation, "evaluate")
     trainer.fill_up()
     if recipe.lora is not None:
-        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), and
-        # PEFT gives token rows the base's dtype (0.21), in which small steps are rounded away.
+        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), which
+        # also rounds what it begins with, and PEFT gives token rows the base's dtype (0.21), in which small steps are
+        # rounded away.
         everything = resolve_dtype(recipe.model) != torch.bfloat16
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad and (everything or "trainable_tokens" in name):
-                parameter.data = parameter.data.float()
+                parameter.data = drawn[name].float()
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
