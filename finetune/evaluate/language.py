@@ -1,7 +1,7 @@
 """Whether an answer is in the language that its prompt asks for.
 
 Scripts decide first, characters decide between Japanese and Chinese, and py3langid between languages of one script:
-it is as often right on short text as lingua, thirty times as quick, and 5 MB with its model where that has 96.
+from 20 letters on it is right as often as lingua, thirty times as quick, and 5 MB with its model where that has 96.
 """
 
 from __future__ import annotations
