@@ -429,6 +429,8 @@ def test_a_report_shows_texts_as_they_are() -> None:
     )
     assert "**a|b** (3 tokens, cut off, in en and not in ja)" in shown
     assert "| task | a\\|b |" in shown
+    language["found"] = "ja"
+    assert "(3 tokens, cut off, not all in ja)" in report_module.as_markdown(report)
     page = report_module.as_html(report)
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page

@@ -138,9 +138,9 @@ def _task_rows(models: list[dict[str, Any]]) -> list[list[str]]:
 def _told(model: dict[str, Any]) -> str:
     """What is known of an answer, in words."""
     language = model["language"]
-    right = {True: f"in {language['found']}", None: "no language to judge"}.get(
-        language["right"], f"in {language['found'] or '?'} and not in {language['wanted']}"
-    )
+    found, wanted = language["found"], language["wanted"]
+    wrong = f"not all in {wanted}" if found == wanted else f"in {found or '?'} and not in {wanted}"
+    right = {True: f"in {found}", None: "no language to judge"}.get(language["right"], wrong)
     return f"{model['tokens']} tokens, {'ended' if model['stopped'] else 'cut off'}, {right}"
 
 
