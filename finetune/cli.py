@@ -195,7 +195,7 @@ def _export(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> None:
     # Standard output is the report's alone.
     with contextlib.redirect_stdout(sys.stderr):
-        from finetune.evaluate import evaluate
+        from finetune.evaluate.measure import evaluate
         from finetune.evaluate.report import as_markdown
 
         folder = Path(args.model)

@@ -1,0 +1,312 @@
+"""How good a model is: its loss on rows that were held out, and its answers, beside another model's."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__
+from finetune.chat import IGNORE, Chat
+from finetune.checkpoint import file_of, write_whole
+from finetune.data import build
+from finetune.evaluate.answers import Answer, answer
+from finetune.evaluate.language import Verdict, verdict, wilson
+from finetune.evaluate.perplexity import Row, Tally, tally
+from finetune.evaluate.prompts import EvaluateError, Prompt, held_out_prompts, read_prompts, read_reference
+from finetune.evaluate.report import as_html, as_markdown
+from finetune.model import load_tokenizer
+from finetune.recipe import Recipe, load_recipe
+from finetune.sections import EvaluateSection, ModelSection
+
+Say = Callable[[str], None]
+
+# The word for a run's own base, answering through the run's template.
+BASE = "base"
+
+
+@dataclass
+class Found:
+    """What was found of one model."""
+
+    name: str
+    loss: dict[tuple[str, str], Tally] = field(default_factory=dict)  # by source and language
+    answers: list[Answer] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(
+    model: str,
+    output: Path,
+    recipe: str | Path | None = None,
+    compare: str | None = None,
+    limit: int | None = None,
+    say: Say = lambda line: None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """What is known of a model after it was asked; also as `report.json`, `report.md` and `answers.html` in `output`.
+
+    Args:
+        model: A run, a directory of weights, or a base model's name.
+        output: A folder; what an earlier evaluation left there is replaced, the judge's replies are used again.
+        recipe: Whose held-out rows and `evaluate` section to use; absent, the run's own.
+        compare: Another model, which is shown first; `base` is the run's base.
+        limit: How many rows and prompts at most, before the recipe's.
+        say: Gets a line for each step.
+        progress: Whether a terminal shows bars.
+
+    Raises:
+        EvaluateError: There is no recipe, or it holds nothing out and names no prompts.
+        ModelError, RecipeError, DataError, JudgeError: From the rooms that raise them.
+    """
+    file = Path(recipe) if recipe else file_of(Path(model), "recipe.yaml")
+    if file is None:
+        raise EvaluateError(
+            f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts"
+        )
+    if compare == BASE and not Path(model, "adapter_config.json").is_file():
+        raise EvaluateError(f"--compare {BASE}: {model} is no run with an adapter; write the name of a model")
+    loaded = load_recipe(file)
+    section = loaded.evaluate
+    limit = limit or section.limit
+    asked, source = _prompts(model, loaded, limit)
+    found = [
+        _measure(name, adapter, loaded, asked, limit, say, progress)
+        for name, adapter in (((model, False) if compare == BASE else (compare, True)), (model, True))
+        if name
+    ]
+    if compare == BASE:
+        found[0].name = f"{model}, its base alone"
+    report = _report(found, loaded, source, limit)
+    if section.judge:
+        report["judge"] = _judged(found, section, output, say, progress)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "report.md", as_markdown(report))
+    write_whole(output / "answers.html", as_html(report))
+    write_whole(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    say(f"written: {output}")
+    return report
+
+
+def _prompts(model: str, recipe: Recipe, limit: int | None) -> tuple[list[Prompt], str]:
+    """What is asked, and words that say where it comes from."""
+    if path := recipe.evaluate.prompts:
+        return read_prompts(path, limit), Path(path).name
+    chat = Chat(load_tokenizer(_section(model, recipe)))
+    rows = _held_out(recipe, chat)[0]
+    if not rows:
+        raise EvaluateError(
+            f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
+            "data.eval_fraction"
+        )
+    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), "the held-out rows"
+
+
+def _section(model: str, recipe: Recipe) -> ModelSection:
+    """The model's tokenizer and template: its folder's own, or as the recipe says for its base."""
+    return recipe.model if model == recipe.model.name_or_path else ModelSection(name_or_path=model)
+
+
+def _held_out(recipe: Recipe, chat: Chat) -> tuple[list[tuple[str, Row]], list[tuple[str, str]]]:
+    """The rows that the recipe evaluates on, by name, in a model's own tokens; and each one's source and language."""
+    _, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+    if evaluation.dataset is None:
+        return [], []
+    rows = [(row["row"], Row(list(row["input_ids"]), list(row["labels"]))) for row in evaluation.dataset]
+    return rows, evaluation.origins
+
+
+def _measure(
+    name: str,
+    adapter: bool,
+    recipe: Recipe,
+    prompts: list[Prompt],
+    limit: int | None,
+    say: Say,
+    progress: bool,
+) -> Found:
+    import torch
+
+    from finetune.generate import load
+
+    found = Found(name)
+    say(f"{name}: loading")
+    generator = load(name, adapter=adapter)
+    rows, origins = _held_out(recipe, generator.chat)
+    kept = [
+        (row, origin)
+        for (_, row), origin in zip(rows, origins, strict=True)
+        if any(label != IGNORE for label in row.labels[1:])
+    ][:limit]
+    with _bar(progress, f"{name}: rows", len(kept)) as done:
+        for (_, origin), part in zip(kept, tally(generator.model, [row for row, _ in kept]), strict=True):
+            found.loss[origin] = found.loss.get(origin, Tally()) + part
+            done(1)
+    with _bar(progress, f"{name}: answers", sum(1 + len(prompt.further) for prompt in prompts)) as done:
+        found.answers = answer(generator, prompts, recipe.evaluate.max_new_tokens, done)
+    found.verdicts = [verdict(a.asked[-1]["content"], a.text) for a in found.answers]
+    if recipe.evaluate.lm_eval:
+        from finetune.evaluate.harness import scores
+
+        say(f"{name}: {', '.join(recipe.evaluate.lm_eval.tasks)}")
+        found.tasks = scores(generator, recipe.evaluate.lm_eval.tasks, limit)
+    # Two models are never held at once.
+    del generator
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+@contextmanager
+def _bar(shown: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """What to call with how many more are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal and total):
+        yield lambda count: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def _report(found: list[Found], recipe: Recipe, source: str, limit: int | None) -> dict[str, Any]:
+    """Plain data; models in the order in which they are shown."""
+    return {
+        "finetune": __version__,
+        "recipe": str(recipe.path),
+        "prompts": source,
+        "max_new_tokens": recipe.evaluate.max_new_tokens,
+        "limit": limit,
+        "models": [
+            {
+                "name": one.name,
+                "loss": _losses(one.loss),
+                "answers": _summary(one),
+                "tasks": one.tasks,
+            }
+            for one in found
+        ],
+        "answers": [
+            {
+                "prompt": answers[0].prompt,
+                "asked": list(answers[0].asked),
+                "models": [
+                    {
+                        "text": a.text,
+                        "tokens": a.tokens,
+                        "stopped": a.stopped,
+                        "language": asdict(one.verdicts[i]),
+                    }
+                    for a, one in zip(answers, found, strict=True)
+                ],
+            }
+            for i, answers in enumerate(zip(*(one.answers for one in found), strict=True))
+        ],
+    }
+
+
+def _losses(loss: dict[tuple[str, str], Tally]) -> dict[str, Any]:
+    """Of all rows, and of each source and language where there are several."""
+    groups: dict[str, dict[str, Tally]] = {
+        "all": {"all": sum(loss.values(), Tally())},
+        "source": {},
+        "language": {},
+    }
+    for (source, language), part in loss.items():
+        for group, name in (("source", source), ("language", language)):
+            groups[group][name] = groups[group].get(name, Tally()) + part
+    return {
+        group: {
+            name: {
+                "tokens": part.tokens,
+                # JSON knows no infinity.
+                "perplexity": part.perplexity if math.isfinite(part.perplexity) else None,
+                "accuracy": part.accuracy,
+            }
+            for name, part in parts.items()
+            if part.tokens
+        }
+        for group, parts in groups.items()
+    }
+
+
+def _summary(found: Found) -> dict[str, Any]:
+    """Shares over all answers; the language's over those that hold something to judge."""
+    count = len(found.answers)
+    if not count:
+        return {}
+    by_language: dict[str, list[bool]] = {}
+    for one in found.verdicts:
+        if one.right is not None:
+            by_language.setdefault(one.wanted or "", []).append(one.right)
+    every = [right for rights in by_language.values() for right in rights]
+    return {
+        "count": count,
+        "language": _share(every),
+        "languages": {name: _share(rights) for name, rights in by_language.items()},
+        "stopped": sum(a.stopped for a in found.answers) / count,
+        "repetition": sum(a.repeated for a in found.answers) / count,
+        "tokens": sum(a.tokens for a in found.answers) / count,
+    }
+
+
+def _share(rights: list[bool]) -> dict[str, Any]:
+    low, high = wilson(sum(rights), len(rights)) if rights else (0.0, 1.0)
+    return {"right": sum(rights), "judged": len(rights), "low": low, "high": high}
+
+
+def _judged(
+    found: list[Found], section: EvaluateSection, output: Path, say: Say, progress: bool
+) -> dict[str, Any]:
+    """The judge's preference of the last model's answers to the reference's."""
+    from finetune.evaluate.judge import Judge, Pair, compare
+
+    settings = section.judge
+    assert settings
+    ours = found[-1].answers
+    if settings.reference:
+        reference = read_reference(settings.reference)
+        theirs = [text for name in dict.fromkeys(a.prompt for a in ours) for text in reference.get(name, ())]
+        if len(theirs) != len(ours):
+            raise EvaluateError(
+                f"evaluate.judge.reference: {settings.reference} holds {len(theirs)} answers to {len(ours)} questions; "
+                "write one for each, under the prompt's id"
+            )
+    elif len(found) == 2:
+        theirs = [a.text for a in found[0].answers]
+    else:
+        raise EvaluateError(
+            "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
+        )
+    pairs = [
+        Pair(a.asked, a.text, text, f"{a.prompt}.{i}")
+        for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
+    ]
+    prices = settings.prices
+    judge = Judge(
+        base_url=settings.base_url,
+        model=settings.model,
+        language=settings.language,
+        key=os.environ.get("OPENAI_API_KEY", ""),
+        prices=(prices["input"], prices["output"]) if prices else None,
+    )
+    preference = compare(pairs, judge, output / "judge", say, progress)
+    return preference.as_dict() | {
+        "model": settings.model,
+        "against": settings.reference or found[0].name,
+        "cost": str(preference.sent),
+    }
