@@ -276,7 +276,7 @@ def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | l
 
 
 def told(wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device) -> str | None:
-    """One line about what `auto` became; None where the recipe said all itself.
+    """One line about what the recipe did not say itself; None where it said all.
 
     Args:
         wanted: `model.dtype` and `model.attn_implementation` as the recipe has them.
@@ -288,8 +288,8 @@ def told(wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device:
     if wanted[0] == "auto":
         said = f"{str(dtype).removeprefix('torch.')} on {device.name}"
         parts.append(said if device.bf16 else f"{said}, which does not compute in bfloat16")
-        if not device.bf16 and model.config.get_text_config().model_type in _WIDE:
-            parts.append("float32 in its residual stream, where float16 overflows")
+    if str(dtype) == "torch.float16" and model.config.get_text_config().model_type in _WIDE:
+        parts.append("float32 in its residual stream, where float16 overflows")
     if wanted[1] is None:
         attention = model.config._attn_implementation
         capped = attention == "eager" and attention_for(None, model.config) == "eager"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from finetune import generate, rules
 from finetune.base import RANDOM_ARCHITECTURES, ModelError, locate, quiet
 from finetune.chat import Chat
 from finetune.cli import main
+from finetune.evaluate.perplexity import Row
+from finetune.export import verify
 from finetune.model import load_base, load_tokenizer
 from finetune.recipe import ModelSection, load_recipe
 from finetune.rules import Device
@@ -240,6 +243,17 @@ def test_an_adapter_on_a_t4_learns_as_in_float32(
     ]
 
 
+def test_a_stream_that_is_kept_is_said_also_of_a_dtype_that_was_asked_for(write_recipe: Write) -> None:
+    said: list[str] = []
+    asked = {"dtype": "float16", "attn_implementation": "eager"}
+    for name in ("random:gemma", "random:llama"):
+        recipe = load_recipe(write_recipe(model={"name_or_path": name} | asked))
+        finetune.train._model(recipe, None, said.append)
+    assert [line for line in said if line.startswith("chosen")] == [
+        "chosen: float32 in its residual stream, where float16 overflows"
+    ]
+
+
 def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +316,14 @@ def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(
         assert [loss(wide, row) for row in rows] == pytest.approx(wanted, abs=5e-3)
 
 
+def test_an_export_is_measured_as_another_program_will_compute_it(tmp_path: Path) -> None:
+    found = verify._look(
+        {"folder": loud("gemma3", tmp_path / "loud"), "dtype": "float16", "reference": None, "keep": None}
+        | {"rows": [asdict(Row(IDS[0].tolist(), IDS[0].tolist()))]}
+    )
+    assert found["activations"]["overflow"].startswith("model.layers.")
+
+
 def test_other_families_are_left_as_they_are() -> None:
     model = load_base(locate("random:llama"), torch.float16)
     assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == []
@@ -342,8 +364,8 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 
 
 @pytest.mark.slow
-# transformers 5.23 compiles the mask by an option that torch 2.13 no longer wants.
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+# torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_flex_attention_soft_caps() -> None:
     """Compiling it takes 20 seconds."""
     with torch.no_grad():
