@@ -126,7 +126,7 @@ class Chat:
         if self.tokenizer.chat_template is None:
             raise TemplateError(
                 "model.chat_template: this model has no chat template of its own; write the one of its family "
-                "(gemma, gemma3, chatml) or a .jinja file"
+                "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file"
             )
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")

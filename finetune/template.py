@@ -16,7 +16,7 @@ class TemplateError(ValueError):
 
 
 def load_template(name_or_path: str) -> str:
-    """The text of a shipped template (`gemma`, `gemma3`, `chatml`) or of a `.jinja` file.
+    """The text of a shipped template (such as `gemma3`) or of a `.jinja` file.
 
     Raises:
         TemplateError: There is no such template, or it is not UTF-8 text.

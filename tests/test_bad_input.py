@@ -101,8 +101,8 @@ def test_no_row_left(write_recipe: Callable[..., Path], capsys: pytest.CaptureFi
         ),
         (
             {"name_or_path": "untemplated"},
-            "model.chat_template: this model has no chat template of its own; write the one of its family (gemma, "
-            "gemma3, chatml) or a .jinja file",
+            "model.chat_template: this model has no chat template of its own; write the one of its family "
+            "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file",
         ),
     ],
     ids=["no weights", "pickle only", "foreign template", "no template"],

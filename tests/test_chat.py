@@ -648,7 +648,7 @@ def test_no_template() -> None:
         Chat(own).encode(talk("a", "b"))
     assert str(caught.value) == (
         "model.chat_template: this model has no chat template of its own; write the one of its family "
-        "(gemma, gemma3, chatml) or a .jinja file"
+        "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file"
     )
 
 
@@ -659,11 +659,11 @@ def test_load_template(tmp_path: Path) -> None:
     with pytest.raises(TemplateError) as caught:
         load_template("gemma33")
     assert str(caught.value) == (
-        "chat template gemma33: No such file or directory; write a .jinja file or one of chatml, gemma, gemma3"
+        "chat template gemma33: No such file or directory; write a .jinja file or one of chatml, gemma, gemma2_system, gemma3, llama3"
     )
     file.write_bytes(b"\xff")
     with pytest.raises(TemplateError) as caught:
         load_template(str(file))
     assert str(caught.value) == (
-        f"chat template {file}: not UTF-8 text; write a .jinja file or one of chatml, gemma, gemma3"
+        f"chat template {file}: not UTF-8 text; write a .jinja file or one of chatml, gemma, gemma2_system, gemma3, llama3"
     )
