@@ -28,6 +28,7 @@ from finetune.chat import IGNORE, Chat
 from finetune.cli import main
 from finetune.model import load_tokenizer
 from finetune.recipe import Recipe, load_recipe
+from finetune.rules import beside_text, exclude_modules
 from finetune.sections import ModelSection
 from finetune.template import load_template
 
@@ -163,7 +164,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    excluded = (recipe.lora or {}).get("exclude_modules", "none")
+    excluded = exclude_modules(beside_text(model), None) or "none"
     p = sum(parameter.numel() for parameter in model.parameters())
     q = sum(m.weight.numel() for m in linear.values())
     a = (recipe.lora or {})["r"] * sum(
