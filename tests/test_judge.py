@@ -704,8 +704,13 @@ def test_a_damaged_reply_is_asked_for_again(run: Run, cache: Path, damage: bytes
     assert files[0].read_bytes() == before
 
 
-def test_ctrl_c_waits_for_nobody_and_loses_nothing(run: Run, cache: Path) -> None:
+def test_ctrl_c_waits_for_nobody_and_loses_nothing(
+    run: Run, cache: Path, request: pytest.FixtureRequest
+) -> None:
     """The seventh request is Ctrl-C; it and what comes after are answered only when compare has ended."""
+    # Where tests run in the background, the shell has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     ended = threading.Event()
     answered_late: list[bool] = []
 
