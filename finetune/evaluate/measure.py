@@ -26,6 +26,8 @@ from finetune.recipe import Recipe, load_recipe
 from finetune.sections import EvaluateSection, ModelSection
 
 Say = Callable[[str], None]
+# Rows by name, and each one's source and language.
+HeldOut = tuple[list[tuple[str, Row]], list[tuple[str, str]]]
 
 # The word for a run's own base, answering through the run's template.
 BASE = "base"
@@ -76,9 +78,17 @@ def evaluate(
     loaded = load_recipe(file)
     section = loaded.evaluate
     limit = limit or section.limit
-    asked, source = _prompts(model, loaded, limit)
+    read: dict[str, HeldOut] = {}
+
+    def held_out(chat: Chat) -> HeldOut:
+        # A run and its base share tokenizer and template, and so the rows.
+        if chat.fingerprint not in read:
+            read[chat.fingerprint] = _held_out(loaded, chat)
+        return read[chat.fingerprint]
+
+    asked, source = _prompts(model, loaded, held_out, limit)
     found = [
-        _measure(name, adapter, loaded, asked, limit, say, progress)
+        _measure(name, adapter, loaded, asked, held_out, limit, say, progress)
         for name, adapter in (((model, False) if compare == BASE else (compare, True)), (model, True))
         if name
     ]
@@ -95,12 +105,14 @@ def evaluate(
     return report
 
 
-def _prompts(model: str, recipe: Recipe, limit: int | None) -> tuple[list[Prompt], str]:
+def _prompts(
+    model: str, recipe: Recipe, held_out: Callable[[Chat], HeldOut], limit: int | None
+) -> tuple[list[Prompt], str]:
     """What is asked, and words that say where it comes from."""
     if path := recipe.evaluate.prompts:
         return read_prompts(path, limit), Path(path).name
     chat = Chat(load_tokenizer(_section(model, recipe)))
-    rows = _held_out(recipe, chat)[0]
+    rows = held_out(chat)[0]
     if not rows:
         raise EvaluateError(
             f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
@@ -114,7 +126,7 @@ def _section(model: str, recipe: Recipe) -> ModelSection:
     return recipe.model if model == recipe.model.name_or_path else ModelSection(name_or_path=model)
 
 
-def _held_out(recipe: Recipe, chat: Chat) -> tuple[list[tuple[str, Row]], list[tuple[str, str]]]:
+def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
     """The rows that the recipe evaluates on, by name, in a model's own tokens; and each one's source and language."""
     _, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
     if evaluation.dataset is None:
@@ -128,6 +140,7 @@ def _measure(
     adapter: bool,
     recipe: Recipe,
     prompts: list[Prompt],
+    held_out: Callable[[Chat], HeldOut],
     limit: int | None,
     say: Say,
     progress: bool,
@@ -139,7 +152,7 @@ def _measure(
     found = Found(name)
     say(f"{name}: loading")
     generator = load(name, adapter=adapter)
-    rows, origins = _held_out(recipe, generator.chat)
+    rows, origins = held_out(generator.chat)
     kept = [
         (row, origin)
         for (_, row), origin in zip(rows, origins, strict=True)
