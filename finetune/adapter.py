@@ -161,8 +161,8 @@ def _refuse(folder: Path, options: Any) -> None:
     init = options.init_lora_weights
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
         raise MergeError(
-            f"{folder}: init_lora_weights is {init}, which changed the base's own weights before training; let PEFT "
-            "save it as plain LoRA first (path_initial_model_for_weight_conversion)"
+            f"{folder}: init_lora_weights is {init}, which changed the base's own weights before training; train it "
+            "here, which saves it as plain LoRA, or let PEFT (path_initial_model_for_weight_conversion)"
         )
     for name in ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"):
         if getattr(options, name, None):

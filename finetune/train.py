@@ -35,6 +35,7 @@ from finetune.model import (
     unlearned_tokens,
 )
 from finetune.packing import RowsApart, check_rows
+from finetune.plain import beginning
 from finetune.recipe import Recipe
 from finetune.record import Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal
@@ -139,6 +140,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad and (everything or "trainable_tokens" in name):
                 parameter.data = drawn[name].float()
+    trainer.began = beginning(trainer.model)
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

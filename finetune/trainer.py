@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from finetune import checkpoint, ranks, snapshot
+from finetune import checkpoint, plain, ranks, snapshot
 from finetune.base import quiet
 from finetune.chat import IGNORE
 
@@ -38,6 +38,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     recipe = ""  # as the run's `recipe.yaml` has it; each checkpoint has its own
     marks: dict[str, Any] = {}  # what a checkpoint's marker says besides  # noqa: RUF012 (set anew, never changed)
     logged: dict[str, Any] | None = None  # what a resumed run had counted since it last logged
+    began: dict[str, torch.Tensor] | None = None  # what the adapter took out of its base, where it did
     fillers = 0  # rows without labels at the end of the training rows
     stopping = False  # a signal came: the step at hand is the last
     saved = -1  # the step of the last checkpoint
@@ -109,6 +110,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             # A pickle of all arguments, any token among them, that nothing reads; PEFT's empty card.
             for name in ("training_args.bin", "README.md"):
                 Path(output_dir or self.args.output_dir, name).unlink(missing_ok=True)
+            if self.began is not None:
+                plain.convert(Path(output_dir or self.args.output_dir), self.began)
 
     def _save_parts(self, output_dir: str | None) -> None:
         # Upstream writes nothing where ranks hold parts, or the frozen base again with each adapter.
@@ -116,7 +119,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         dtype = getattr(torch, str(self.model.config.dtype).removeprefix("torch."))
         state: dict[str, torch.Tensor] = {}
         for name, tensor in snapshot.tensors(self.model):
-            if wanted is None or name in wanted:
+            if wanted is None or name in wanted or ".lora_" in name:
                 gathered = snapshot.whole(tensor.detach())
                 if self.args.should_save:
                     # accelerate trains in float32 what is computed in bfloat16; the files are as the config says.

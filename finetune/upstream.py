@@ -26,6 +26,8 @@ _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary
 
 # What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
 # recipe's to set. Keys of another section are found without this table.
+# Words of `init_lora_weights` that begin with the base's weights.
+FROM_BASE = ("pissa", "olora", "mica")
 _LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
 _WORDS: dict[str, dict[str, str]] = {
     "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
@@ -117,6 +119,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "revision": "write model.revision",
         "peft_type task_type": "remove it; it is LoRA on a causal language model",
         "inference_mode": "remove it; a recipe trains",
+        "loftq_config": "remove it; LoftQ rounds the base's weights, and no file holds what it makes of them",
         "auto_mapping peft_version": "remove it; peft writes it",
         "eva_config corda_config lora_ga_config": "remove it; no init that needs a pass over rows is made",
         "runtime_config": "remove it; it has no form in YAML",
@@ -158,7 +161,7 @@ class XlaFsdp(BaseModel):
 
 def upstream_keys() -> dict[str, dict[str, Any]]:
     """The keys of `training`, `lora` and `quantization`, and the types of their values."""
-    from peft import LoftQConfig, LoraConfig
+    from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
 
@@ -170,8 +173,9 @@ def upstream_keys() -> dict[str, dict[str, Any]]:
     training, lora = fields("training", SFTConfig), fields("lora", LoraConfig)
     reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
     # Those that `get_peft_model` can do alone: not eva, corda and lora_ga, which peft 0.21 would leave at the
-    # default, or refuse, without a pass over rows before it. The hint there spells a pattern as a literal.
-    inits = Literal["gaussian", "olora", "pissa", "loftq", "orthogonal", "mica"]
+    # default, or refuse, without a pass over rows before it; not loftq, which replaces the base's weights by rounded
+    # ones that no file then holds. The hint there spells a pattern as a literal.
+    inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
     pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
     return {
         "training": {
@@ -189,7 +193,6 @@ def upstream_keys() -> dict[str, dict[str, Any]]:
             **lora,
             "r": PositiveInt,
             "init_lora_weights": bool | inits | pissa,
-            "loftq_config": LoftQConfig | None,
             "trainable_token_indices": lora["trainable_token_indices"] | Literal["auto", "none"],
         },
         "quantization": QUANTIZATION,

@@ -826,8 +826,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
         init: (
             partial(configure, "run/adapter_config.json", init_lora_weights=init),
             [],
-            f"run: init_lora_weights is {init}, which changed the base's own weights before training; let PEFT save it "
-            "as plain LoRA first (path_initial_model_for_weight_conversion)",
+            f"run: init_lora_weights is {init}, which changed the base's own weights before training; train it here, "
+            "which saves it as plain LoRA, or let PEFT (path_initial_model_for_weight_conversion)",
         )
         for init in ("pissa", "pissa_niter_4", "olora")
     },

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from finetune import checks, upstream
 from finetune import recipe as recipe_module
-from finetune import upstream
 from finetune.recipe import Recipe, RecipeError, load_recipe
 from finetune.sections import DataSection, EvaluateSection, ExportSection, ModelSection, Source
 
@@ -222,7 +222,7 @@ FAULTS = {
     ),
     "what upstream refuses": (
         BASE + "training:\n  logging_steps: 0\n  debug: foo\n  accelerator_config: {foo: 1}\n"
-        "lora: {layers_to_transform: [1], target_modules: all-linear, loftq_config: {loftq_bits: 4}}\n",
+        "lora: {layers_to_transform: [1], target_modules: all-linear}\n",
         [
             "r.yaml:4: training.logging_steps: is 0; "
             "SFTConfig says: logging strategy IntervalStrategy.STEPS requires non-zero --logging_steps",
@@ -232,13 +232,11 @@ FAULTS = {
             "SFTConfig says: AcceleratorConfig.__init__() got an unexpected keyword argument 'foo'",
             "r.yaml:7: lora.layers_to_transform: is [1]; "
             "LoraConfig says: `layers_to_transform` cannot be used when `target_modules` is a str.",
-            'r.yaml:7: lora.loftq_config: is {"loftq_bits": 4}; LoraConfig says: `loftq_config` specified '
-            "but will be ignored when `init_lora_weights` is not 'loftq'.",
         ],
     ),
     "lora": (
         BASE
-        + "lora:\n  rank: 8\n  alpha: 16\n  r: 0\n  bias: some\n  loftq_config: {loftq_iter: x, foo: 1}\n  eva_config: {rho: 1}\n"
+        + "lora:\n  rank: 8\n  alpha: 16\n  r: 0\n  bias: some\n  loftq_config: {loftq_iter: 4}\n  eva_config: {rho: 1}\n"
         "  init_lora_weights: pissa_niter_x\n  layer_replication: [[0, 1], [2, a]]\n  task_type: CAUSAL_LM\n"
         "  trainable_token_indices: all\n",
         [
@@ -246,11 +244,11 @@ FAULTS = {
             "r.yaml:5: lora.alpha: is not a recipe's key; write lora_alpha",
             "r.yaml:6: lora.r: is 0; write a number greater than 0",
             "r.yaml:7: lora.bias: is \"some\"; write 'none', 'all' or 'lora_only'",
-            "r.yaml:8: lora.loftq_config.foo: is unknown; write a parameter that peft documents",
-            'r.yaml:8: lora.loftq_config.loftq_iter: is "x"; write a whole number',
+            "r.yaml:8: lora.loftq_config: is not a recipe's key; remove it; LoftQ rounds the base's weights, and no file "
+            "holds what it makes of them",
             "r.yaml:9: lora.eva_config: is not a recipe's key; remove it; no init that needs a pass over rows is made",
             "r.yaml:10: lora.init_lora_weights: is \"pissa_niter_x\"; write true or false or 'gaussian', "
-            "'olora', 'pissa', 'loftq', 'orthogonal' or 'mica' or pissa_niter_N",
+            "'olora', 'pissa', 'orthogonal' or 'mica' or pissa_niter_N",
             'r.yaml:11: lora.layer_replication.1.1: is "a"; write a whole number',
             "r.yaml:12: lora.task_type: is not a recipe's key; remove it; it is LoRA on a causal language model",
             "r.yaml:13: lora.trainable_token_indices: is \"all\"; write a list or a map or 'auto' or 'none'",
@@ -371,7 +369,7 @@ FAULTS = {
 def test_faults(text: str, faults: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.jinja").touch()
-    monkeypatch.setattr(recipe_module, "_CHAT_TEMPLATES", tmp_path)
+    monkeypatch.setattr(checks, "_CHAT_TEMPLATES", tmp_path)
     assert report(text) == faults
 
 
@@ -508,7 +506,7 @@ def test_bf16_is_mixed_precision_for_float32(dtype: str) -> None:
     assert (recipe.model.dtype, recipe.training["bf16"]) == (dtype, True)
 
 
-def test_every_init_of_peft_is_taken_unless_it_needs_rows() -> None:
+def test_every_init_of_peft_is_taken_that_needs_no_rows_and_can_be_merged() -> None:
     from peft import LoraConfig
 
     members = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
@@ -517,18 +515,18 @@ def test_every_init_of_peft_is_taken_unless_it_needs_rows() -> None:
     names = names - {"pissa_niter_[number of iters]"} | {"pissa_niter_4", "lora_ga"}
     for name in names - {"eva", "corda", "lora_ga", "loftq"}:
         assert load(BASE + f"lora: {{init_lora_weights: {name}}}\n").lora["init_lora_weights"] == name
-    for name in ("eva", "corda", "lora_ga"):
+    for name in ("eva", "corda", "lora_ga", "loftq"):
         assert name in names
         assert report(BASE + f"lora: {{init_lora_weights: {name}}}\n") == [
             f'r.yaml:3: lora.init_lora_weights: is "{name}"; write true or false or '
-            "'gaussian', 'olora', 'pissa', 'loftq', 'orthogonal' or 'mica' or pissa_niter_N"
+            "'gaussian', 'olora', 'pissa', 'orthogonal' or 'mica' or pissa_niter_N"
         ]
 
 
 def test_chat_templates() -> None:
     Path("mine.jinja").touch()
     assert load(BASE, "model.chat_template=mine.jinja").model.chat_template == "mine.jinja"
-    for shipped in recipe_module._CHAT_TEMPLATES.glob("*.jinja"):
+    for shipped in checks._CHAT_TEMPLATES.glob("*.jinja"):
         assert load(BASE, f"model.chat_template={shipped.stem}").model.chat_template == shipped.stem
 
 

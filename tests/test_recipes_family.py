@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune.export.transformers
@@ -620,33 +620,69 @@ def test_a_trained_adapter_merges_to_the_model_that_was_trained(
     assert apart(seen["logits"], was) > 1e-3
 
 
-def test_pissa_trains_and_merges_once_peft_has_made_it_plain(
-    write_recipe: Callable[..., Path], seen: Options, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa"},
+        pytest.param({"init_lora_weights": "pissa_niter_4"}, marks=pytest.mark.slow),
+        {
+            "init_lora_weights": "pissa",
+            "use_rslora": True,
+            "use_dora": True,
+            "rank_pattern": {"q_proj": 3},
+            "alpha_pattern": {"v_proj": 4},
+        },
+        {"init_lora_weights": "olora", "target_modules": ["q_proj", "embed_tokens"]},
+        pytest.param({"init_lora_weights": "mica"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: "-".join(options) + f" {options['init_lora_weights']}",
+)
+def test_an_adapter_that_begins_as_a_part_of_its_base_is_saved_as_a_plain_one(
+    options: Options, write_recipe: Callable[..., Path], seen: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It takes the largest singular vectors out of the base, so its adapter means nothing on the base itself."""
+    """The run, its checkpoint, and both merged answer as the model that was trained."""
     path = write_recipe(
         model={"name_or_path": "random:gemma2"},
-        lora={"init_lora_weights": "pissa"},
-        training={"learning_rate": 0.002},
+        lora=options,
+        training={"learning_rate": 0.002, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1},
     )
-    with unwarned():
-        assert main(["train", str(path)]) == 0
-    capsys.readouterr()
-    assert main(["merge", "run", "--output", "merged"]) == 2
-    assert "init_lora_weights is pissa, which changed the base's own weights" in capsys.readouterr().err
-
+    assert main(["train", str(path)]) == 0, capsys.readouterr().err
+    trained = seen["logits"]
+    assert json.loads(Path("run/adapter_config.json").read_text())["init_lora_weights"] is True
     base = locate("random:gemma2")
-    with unwarned():
-        saved = LoraConfig.from_pretrained("run")
-        saved.inference_mode = False
-        get_peft_model(load(base), saved).save_pretrained("initial")
-        initial = json.loads(Path("initial/adapter_config.json").read_text())
-        initial["init_lora_weights"] = True
-        Path("initial/adapter_config.json").write_text(json.dumps(initial))
-        trained = PeftModel.from_pretrained(load(base), "run", is_trainable=True)
-        assert apart(logits(trained), seen["logits"]) < 1e-4
-        shutil.copytree("run", "plain")
-        trained.save_pretrained("plain", path_initial_model_for_weight_conversion="initial")
-    assert main(["merge", "plain", "--output", "merged"]) == 0, capsys.readouterr().err
-    assert apart(logits(load("merged")), seen["logits"]) < 1e-3
-    assert apart(logits(load(base)), seen["logits"]) > 1e-2
+    assert apart(logits(PeftModel.from_pretrained(load(base), "run")), trained) < 1e-4
+    for folder in ("run", next(str(p) for p in Path("run").glob("checkpoint-*"))):
+        assert main(["merge", folder, "--output", "merged", "--overwrite"]) == 0, capsys.readouterr().err
+        assert apart(logits(load("merged")), trained) < 1e-4
+    assert apart(logits(load(base)), trained) > 1e-2
+
+
+def test_such_an_adapter_is_gone_on_from_to_the_bit(write_recipe: Callable[..., Path]) -> None:
+    """A checkpoint holds the factors that are trained beside the plain adapter."""
+    training = {"learning_rate": 0.002, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    path = write_recipe(
+        model={"name_or_path": "random:gemma2"}, lora={"init_lora_weights": "pissa"}, training=training
+    )
+    assert main(["train", str(path)]) == 0
+    whole = Path("run/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("run/checkpoint-4")
+    for file in Path("run").glob("*.safetensors"):
+        file.unlink()
+    assert main(["train", str(path), "training.resume_from_checkpoint=true"]) == 0
+    assert Path("run/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_what_cannot_begin_with_its_base_is_refused(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(model={"name_or_path": "random:gemma2"}, lora={"init_lora_weights": "olora"})
+    together = ["quantization.load_in_4bit=true", "data.eval_fraction=0.5"]
+    together += [f"training.{key}" for key in ("save_only_model=true", "load_best_model_at_end=true")]
+    assert main(["check", str(path), *together]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "lora.init_lora_weights: is olora, which quantised weights cannot give; remove one of the two" in said
+    )
+    assert (
+        "training.save_only_model: is true, but the best weights of olora are in what it leaves out" in said
+    )
