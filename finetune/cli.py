@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -35,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     if not args.traceback:
         _silence()
+    if ranks.count() > 1 and args.verb != "train":
+        # Each would do all of it, into the same files.
+        if not ranks.rank():
+            _say(
+                f"error: {ranks.count()} processes were launched, and only train shares its work; "
+                f"write python -m finetune {shlex.join(arguments)}"
+            )
+        return 2
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -355,7 +355,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
 
 
 @pytest.mark.slow
-def test_tasks_of_the_harness(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[str]) -> None:
     """The likelier of two continuations, which the model's own log-probabilities tell as well."""
     rows = [{"question": f"Number {n}", "choices": ["four", "nine words"], "label": n % 2} for n in range(4)]
     path = lines(Path("choice.jsonl"), *rows)
@@ -379,9 +379,11 @@ def test_tasks_of_the_harness(write_recipe: Write, capsys: pytest.CaptureFixture
             "lm_eval": {"tasks": [str(Path("tiny.yaml").absolute())]},
         }
     )
-    capsys.readouterr()
+    capfd.readouterr()
     assert main(["evaluate", "random:gemma3", "--recipe", str(recipe), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["models"][0]["tasks"]
+    said = capfd.readouterr()
+    found = json.loads(said.out)["models"][0]["tasks"]
+    assert "git" not in said.err  # the folder is no repository
     generator = load("random:gemma3")
     right = 0
     for row in rows:
@@ -395,7 +397,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capsys: pytest.CaptureFixture
     assert found == {"tiny_choice, acc": right / 4}
     recipe.write_text(recipe.read_text().replace(str(Path("tiny.yaml").absolute()), "nosuch"))
     assert main(["evaluate", "random:gemma3", "--recipe", str(recipe)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert capfd.readouterr().err.splitlines()[-1] == (
         "error: evaluate.lm_eval.tasks: there is no task nosuch; `lm-eval ls tasks` lists them"
     )
 
@@ -434,3 +436,16 @@ def test_a_report_shows_texts_as_they_are() -> None:
     page = report_module.as_html(report)
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_of_several_processes_none_evaluates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (
+        ("0", "and only train shares its work; write python -m finetune evaluate run\n"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["evaluate", "run"]) == 2
+        assert capsys.readouterr().err.endswith(said)

@@ -25,7 +25,7 @@ def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> di
         EvaluateError: It is not installed, or has no such task.
     """
     try:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -35,6 +35,9 @@ def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> di
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_name(Path(task)) if Path(task) in files else task for task in tasks]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: (
+        None
+    )  # of the folder at hand: git complains where it is no repository
     with quiet():
         manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
         if missing := [name for name in names if not manager.match_tasks([name])]:
