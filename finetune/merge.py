@@ -26,6 +26,7 @@ from finetune import __version__
 from finetune.adapter import FILE as ADAPTER
 from finetune.adapter import Adapter, MergeError, Update, check
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
+from finetune.bar import bar
 from finetune.base import ModelError
 from finetune.checkpoint import check_apart, digest, file_of, whole_folder
 from finetune.layout import Fused, Tensor
@@ -164,14 +165,15 @@ def write_weights(
                 check(name, changes, loaded)
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
-        bar = stack.enter_context(_bar(total, progress))
+        advance, shown = stack.enter_context(bar("weights", total, progress, "bytes")), 0
         for _, item in sorted(work, key=lambda pair: pair[0]):
             if isinstance(item, Tensor):
                 _write(plan, item, base, loaded, writer, dequantise, quantised)
                 base.used(item.source)
             else:
                 _write_fused(item, base, loaded, writer)
-            bar(writer.total)
+            advance(writer.total - shown)
+            shown = writer.total
         writer.close()
 
 
@@ -356,25 +358,3 @@ class _Base:
             raise ModelError(
                 f"{repo}: {file} cannot be fetched: {str(error).strip().splitlines()[0]}"
             ) from error
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes, on a terminal."""
-    if not progress:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        "weights",
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -12,6 +12,7 @@ from finetune.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports only rooms above it in this list.
 ROOMS = [
+    "bar",
     "ranks",
     "reader",
     "upstream",

@@ -6,7 +6,6 @@ exchanged, and what is left of that liking is told.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -17,13 +16,14 @@ import statistics
 import string
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from finetune.bar import bar
 from finetune.evaluate.endpoint import Endpoint, RefusedError, Reply, Say, Usage, check_address, usage
 from finetune.evaluate.endpoint import JudgeError as JudgeError  # also by this name
 
@@ -298,13 +298,13 @@ def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool)
         except BaseException as error:
             done.put((one, error))
 
-    with _bar(len(questions), progress) as advance:
+    with bar("judge", len(questions), progress) as advance:
 
         def take(one: str, outcome: _Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
                 raise outcome
             outcomes[one] = outcome
-            advance()
+            advance(1)
             if len(outcomes) == _ENOUGH and not any(found.grade for found in outcomes.values()):
                 none = f"{judge.model} answered none of {_ENOUGH} questions with a grade"
                 raise JudgeError(f"evaluate.judge.model: {none}: {outcome.fault}")
@@ -357,19 +357,3 @@ def _verdict(name: str, ours: _Outcome, theirs: _Outcome) -> Verdict:
         score = (GRADES[ours.grade] - GRADES[theirs.grade]) / 2
     texts = [outcome.replies[-1].text if outcome.replies else "" for outcome in (ours, theirs)]
     return Verdict(name, score, (ours.grade, theirs.grade), (texts[0], texts[1]), ours.fault or theirs.fault)
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar over questions, on a terminal."""
-    if not progress:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("judge", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)

@@ -6,13 +6,13 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune import __version__
+from finetune.bar import bar
 from finetune.chat import IGNORE, Chat
 from finetune.checkpoint import file_of, write_whole
 from finetune.data import build
@@ -158,11 +158,12 @@ def _measure(
         for (_, row), origin in zip(rows, origins, strict=True)
         if any(label != IGNORE for label in row.labels[1:])
     ][:limit]
-    with _bar(progress, f"{name}: rows", len(kept)) as done:
+    with bar(f"{name}: rows", len(kept), progress) as done:
         for (_, origin), part in zip(kept, tally(generator.model, [row for row, _ in kept]), strict=True):
             found.loss[origin] = found.loss.get(origin, Tally()) + part
             done(1)
-    with _bar(progress, f"{name}: answers", sum(1 + len(prompt.further) for prompt in prompts)) as done:
+    turns = sum(1 + len(prompt.further) for prompt in prompts)
+    with bar(f"{name}: answers", turns, progress) as done:
         found.answers = answer(generator, prompts, recipe.evaluate.max_new_tokens, done)
     found.verdicts = [verdict(a.asked[-1]["content"], a.text) for a in found.answers]
     if recipe.evaluate.lm_eval:
@@ -175,21 +176,6 @@ def _measure(
     gc.collect()
     torch.cuda.empty_cache()
     return found
-
-
-@contextmanager
-def _bar(shown: bool, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """What to call with how many more are done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not (shown and console.is_terminal and total):
-        yield lambda count: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # ---------------------------------------------------------------------------------------------------------------
