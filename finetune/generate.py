@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,20 +188,20 @@ def load(
     spread = place == "auto"
     attn = attn or section.attn_implementation
     in_float32 = wanted == torch.float32
+    base = load_config(section)
     rules.check_attention(
         attn,
-        load_config(section),
+        base,
         rules.device_of(None if spread else device),
         in_float32,
         training=False,
         key="--attn",
     )
-    path = locate(section.name_or_path)
-    stored_quantised = "quantization_config" in _config(path)
+    stored_quantised = getattr(base, "quantization_config", None) is not None
     if quantize and stored_quantised:
         raise ModelError(f"{name} is quantised already; leave out --quantize")
     model = load_base(
-        path,
+        locate(section.name_or_path),
         wanted,
         quantization,
         revision=(environment_of(folder).get("base_commit") if is_adapter else None) or section.revision,
@@ -230,9 +229,3 @@ def load(
             f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile"
         )
     return Generator(model, chat, tuple(eos_tokens(model.generation_config, chat.tokenizer)), compiled)
-
-
-def _config(path: str) -> dict[str, Any]:
-    """The config of a model in a directory; empty for one on the Hub, which transformers looks into itself."""
-    file = Path(path, "config.json")
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,9 @@ class Record(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         record: dict[str, Any] = {"step": state.global_step}
-        record |= {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
+        numbers = {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
+        # The norm of gradients that float16's scaler skips is not finite, and JSON has no such number.
+        record |= {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
         if "loss" in record:
             now, tokens = time.monotonic(), float(record["num_tokens"])
             before, counted = self.mark

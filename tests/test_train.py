@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import finetune.train
 from finetune import checkpoint
 from finetune.cli import main
 from finetune.generate import load
+from finetune.record import Record
 
 Write = Callable[..., Path]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -304,6 +306,16 @@ def test_packing_and_accumulation_run(write_recipe: Write) -> None:
     path = write_recipe(training={"gradient_accumulation_steps": 2, "max_steps": 2})
     assert main([str(path), "training.packing=true"]) == 0
     assert len(losses(Path("run"))) == 2
+
+
+def test_a_norm_that_is_not_finite_is_recorded_as_json(tmp_path: Path) -> None:
+    """As of a step that float16's scaler skips: `NaN` and `Infinity` are words that JSON has not."""
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    record = Record(tmp_path, None, lambda: 0.0)
+    record.on_log(None, state, None, {"grad_norm": float("inf"), "learning_rate": 0.5})
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 3, "grad_norm": null, "learning_rate": 0.5}\n'
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Write) -> None:
