@@ -67,7 +67,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "packed": {"model": {"name_or_path": "random:gemma"}, "training": {"packing": True, "max_length": 64}},
     "QLoRA": {"model": {"name_or_path": "random:gemma2"}, "quantization": NF4},
+    "PiSSA": {"lora": {"init_lora_weights": "pissa"}},
+    "MiCA": {"lora": {"init_lora_weights": "mica"}},
 }
+TIERS = {"LoRA": [], "PiSSA": [pytest.mark.soak], "MiCA": [pytest.mark.soak]}
 SPREAD = {
     "8 rows": ("training.per_device_train_batch_size=8", {}),
     "1 row, 8 times": (
@@ -80,7 +83,7 @@ SPREAD = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "LoRA" else [pytest.mark.slow]) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=TIERS.get(kind, [pytest.mark.slow])) for kind in KINDS]
 )
 def test_one_result_however_the_batch_is_spread(write_recipe: Write, processes: Processes, kind: str) -> None:
     """Over an epoch's end, where 21 rows do not fill three steps of eight."""
