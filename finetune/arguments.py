@@ -145,6 +145,11 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="default: evaluation in the run's folder, or in this one"
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
+    verb = verbs.add_parser(
+        "doctor", parents=[common], help="look at this machine: what is right, what to mend"
+    )
+    verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+
     return whole
 
 

@@ -220,6 +220,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from finetune import doctor
+
+    findings, out = [], sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        for finding in doctor.examine():
+            findings.append(finding)
+            if not args.json and (not args.quiet or finding.state == doctor.WRONG):
+                print(doctor.as_text(finding), file=out, flush=True)
+    if args.json:
+        print(doctor.as_json(findings))
+    return 2 if any(finding.state == doctor.WRONG for finding in findings) else 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "check": _check,
@@ -228,6 +242,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "export": _export,
     "evaluate": _evaluate,
+    "doctor": _doctor,
 }
 
 

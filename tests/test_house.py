@@ -53,6 +53,7 @@ ROOMS = [
     "trainer",
     "rehearse",
     "train",
+    "doctor",
     "arguments",
     "cli",
     "__main__",
