@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from finetune import checkpoint
 
 
-class Record(TrainerCallback):  # type: ignore[misc]
-    """`metrics.jsonl`: each logged record with its step, seconds and tokens per second."""
+class Meter:
+    """Speed and memory, put into each record before any tracker sees it."""
 
-    def __init__(self, output: Path, start: Path | None, tokens: Callable[[], float]) -> None:
-        self.path = output / "metrics.jsonl"
-        self.start_step = checkpoint.marks(start)["step"] if start else 0
-        self.tokens = tokens
+    def __init__(self) -> None:
         self.mark = (0.0, 0.0)
 
+    def rest(self, tokens: float) -> None:
+        """What came before is not training time: a start, an evaluation."""
+        self.mark = (time.monotonic(), tokens)
+
+    def measure(self, logs: dict[str, Any], tokens: float) -> None:
+        """Adds tokens per second since the last record, and the most memory that was in use since the start."""
+        (before, counted), now = self.mark, time.monotonic()
+        if tokens > counted:
+            logs["tokens_per_second"] = round((tokens - counted) / (now - before), 1)
+        self.mark = (now, tokens)
+        logs["peak_memory_gib"] = round(_peak() / 2**30, 3)
+
+
+def _peak() -> float:
+    """Bytes: of the current card, of the process where there is none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+class Record(TrainerCallback):  # type: ignore[misc]
+    """`metrics.jsonl`: each logged record with its step; told last of what happens."""
+
+    def __init__(self, output: Path, start: Path | None, trainer: Any) -> None:
+        self.path = output / "metrics.jsonl"
+        self.start_step = checkpoint.marks(start)["step"] if start else 0
+        self.trainer = trainer
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark = (time.monotonic(), self.tokens())
+        self.trainer.meter.rest(self.trainer._total_train_tokens)
         if state.is_world_process_zero:
             old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             # What a resumed run does again is recorded once, and so is its end.
@@ -39,19 +69,11 @@ class Record(TrainerCallback):  # type: ignore[misc]
         numbers = {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
         # The norm of gradients that float16's scaler skips is not finite, and JSON has no such number.
         record |= {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
-        if "loss" in record:
-            now, tokens = time.monotonic(), float(record["num_tokens"])
-            before, counted = self.mark
-            if tokens > counted:
-                record["tokens_per_second"] = round((tokens - counted) / (now - before), 1)
-            self.mark = (now, tokens)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        logs.setdefault("tokens_per_second", record.get("tokens_per_second"))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Evaluation is not training time.
-        self.mark = (time.monotonic(), self.mark[1])
+        self.trainer.meter.rest(self.trainer._total_train_tokens)
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

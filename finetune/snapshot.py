@@ -311,7 +311,7 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     of_all: list[dict[str, Any]] = [metadata["logged"] for metadata in stored.metadata]
     if len(of_all) == ranks.count():
         return of_all[ranks.rank()]
-    means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total")}
+    means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total", "trained")}
     return of_all[0] | means
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import changes, checkpoint, hub, ranks, rules
+from finetune import changes, checkpoint, hub, ranks, rules, track
 from finetune.base import locate, quiet
 from finetune.chat import Chat
 from finetune.data import Prepared, build
@@ -37,7 +37,7 @@ from finetune.model import (
 from finetune.packing import RowsApart, check_rows
 from finetune.plain import beginning
 from finetune.recipe import Recipe
-from finetune.record import Progress, Record, draw_losses
+from finetune.record import Meter, Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal
 from finetune.shards import fingerprint
 from finetune.trainer import GoOn, Trainer, TrainError, layer_classes, saving
@@ -67,6 +67,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     main = ranks.rank() == 0
     streamed = any(source.streaming for source in recipe.data.train)
     check_launch(recipe)
+    trackers = track.wanted(recipe.training.get("report_to"))
+    track.check(trackers)
     ranks.watch()  # before the processes wait for each other
     locate(
         recipe.model.name_or_path
@@ -96,6 +98,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
             "the release of a package": _versions(),
         }
     )
+    if main and trackers:
+        project = recipe.training.get("project")
+        config.run_name = track.identify(output, config.run_name, project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
 
     set_seed(config.seed)
@@ -125,6 +130,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.rows = [] if streamed else data.dataset
+    trainer.meter = Meter()
     trainer.recipe = recipe.to_yaml()
     trainer.marks = {"processes": ranks.count(), "rows": data.digest}
     if not streamed:
@@ -148,7 +154,13 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     if trainer.padding_free:
         trainer.add_callback(RowsApart(trainer))
     trainer.add_callback(Rehearsal(trainer, say))
-    trainer.add_callback(Record(output, start, lambda: trainer._total_train_tokens))
+    start_step = checkpoint.marks(start)["step"] if start else 0
+    trainer.add_callback(track.Documents(output, trainer))
+    if evaluation.dataset is not None and not (trainer.is_fsdp_enabled or config.fsdp):
+        stop_ids = model.generation_config.eos_token_id
+        trainer.add_callback(track.Samples(output, trainer, chat, stop_ids, start_step))
+    trainer.add_callback(Record(output, start, trainer))
+    asked = track.prepare(trainer, start_step)
     trainer.add_callback(Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
 
     with _stop_on_signals(trainer) as stopped:
@@ -167,6 +179,7 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
             _write_ledgers(output, data, evaluation)
             say(f"data: {data.ledger.summary()}")
         _finish(trainer, recipe, output)
+        track.finish(trainer, output, asked)
     ranks.leave()
     say(f"saved: {output}")
     return output

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from finetune import checkpoint, plain, ranks, snapshot
 from finetune.base import quiet
 from finetune.chat import IGNORE
+from finetune.record import Meter
 
 
 class TrainError(ValueError):
@@ -41,6 +42,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     began: dict[str, torch.Tensor] | None = None  # what the adapter took out of its base, where it did
     fillers = 0  # rows without labels at the end of the training rows
     stopping = False  # a signal came: the step at hand is the last
+    trained = torch.tensor(0)  # tokens with a label that this process has taken a step on
+    meter: Meter
     saved = -1  # the step of the last checkpoint
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +162,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             "step": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
             "tokens": self._total_train_tokens,
+            "trained": int(self.trained),
         }
         snapshot.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, logged)
 
@@ -171,6 +175,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 Path(checkpoint), self.model, self.optimizer, self.lr_scheduler
             )
             self._total_train_tokens = self.logged["tokens"]
+            self.trained = torch.tensor(int(self.logged["trained"]))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with snapshot.damage(Path(checkpoint or ".")):
@@ -204,6 +209,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = dict(inputs)
+        labels = batch["labels"]
+        self.trained = self.trained.to(labels.device) + (labels != IGNORE).sum()  # nobody waits for it yet
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainError(
@@ -220,6 +227,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return loss, logits, labels
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs["trained_tokens"] = int(self.accelerator.reduce(self.trained.to(self.args.device), "sum"))
+            self.meter.measure(logs, self._total_train_tokens)
         if "train_loss" in logs:
             # The mean over all steps, also those before this process went on.
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)

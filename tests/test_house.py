@@ -51,6 +51,7 @@ ROOMS = [
     "launch",
     "plain",
     "trainer",
+    "track",
     "rehearse",
     "train",
     "doctor",

@@ -26,7 +26,13 @@ from finetune.rehearse import Rehearsal, RehearsalError, optimizer_bytes, settin
 Write = Callable[..., Path]
 STATM = Path("/proc/self/statm")
 # What a record says of time.
-CLOCKS = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+CLOCKS = {
+    "tokens_per_second",
+    "peak_memory_gib",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
 
 
 def records(run: Path) -> list[dict[str, Any]]:

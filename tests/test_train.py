@@ -61,6 +61,7 @@ def test_a_lora_run_leaves_what_the_interface_names(
         "loss.png",
         "metrics.jsonl",
         "recipe.yaml",
+        "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -311,7 +312,7 @@ def test_packing_and_accumulation_run(write_recipe: Write) -> None:
 def test_a_norm_that_is_not_finite_is_recorded_as_json(tmp_path: Path) -> None:
     """As of a step that float16's scaler skips: `NaN` and `Infinity` are words that JSON has not."""
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
-    record = Record(tmp_path, None, lambda: 0.0)
+    record = Record(tmp_path, None, None)
     record.on_log(None, state, None, {"grad_norm": float("inf"), "learning_rate": 0.5})
     assert (
         tmp_path / "metrics.jsonl"
