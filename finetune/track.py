@@ -6,14 +6,17 @@ out: who the run is, its recipe, ledger and environment, its samples, its finish
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import netrc
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils as upstream
@@ -52,15 +55,25 @@ def check(names: Sequence[str]) -> None:
             raise TrackError(
                 f"training.report_to: is {name}, which is not installed; run pip install {packages[0]}"
             )
-    if "wandb" in names and os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        if not wandb.api.api_key:
-            raise TrackError(
-                "training.report_to: is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline"
-            )
+    online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
+    if "wandb" in names and online and not _logged_in():
+        raise TrackError(
+            "training.report_to: is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline"
+        )
     if os.environ.get("WANDB_LOG_MODEL") == "checkpoint" and "wandb" in names:
         raise TrackError("WANDB_LOG_MODEL: is checkpoint; write end: the finished run is what is kept")
+
+
+def _logged_in() -> bool:
+    """Whether wandb finds a key in the places that it documents."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+    return False
 
 
 def identify(output: Path, name: str | None, project: str | None, goes_on: bool) -> str:
