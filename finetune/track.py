@@ -76,22 +76,24 @@ def _logged_in() -> bool:
     return False
 
 
-def identify(output: Path, name: str | None, project: str | None, goes_on: bool) -> str:
+def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str:
     """The run's name, and its id for those trackers that let one be chosen; a resumed run has those that it had.
 
     They are handed on through the environment, which upstream's callbacks read.
     """
     file = output / _NAME
     known = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else {}
-    known = {"name": name or output.resolve().name, "id": secrets.token_hex(4)} | known
+    own = secrets.token_hex(4)
+    # trackio takes runs of one name for one run.
+    known = {"name": name or f"{output.resolve().name}-{own}", "id": own} | known
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(file, json.dumps(known) + "\n")
     chosen = {
         "WANDB_RUN_ID": known["id"],
         "WANDB_RESUME": "allow",
         "WANDB_DIR": str(output.resolve()),
-        "WANDB_PROJECT": project or "finetune",
-        "MLFLOW_EXPERIMENT_NAME": project or "finetune",
+        "WANDB_PROJECT": project,
+        "MLFLOW_EXPERIMENT_NAME": project,
         "TENSORBOARD_LOGGING_DIR": str(output.resolve() / "tensorboard"),
     }
     for key, value in chosen.items():

@@ -99,8 +99,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         }
     )
     if main and trackers:
-        project = recipe.training.get("project")
-        config.run_name = track.identify(output, config.run_name, project, start is not None)
+        config.project = recipe.training.get("project", "finetune")
+        config.run_name = track.identify(output, config.run_name, config.project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
 
     set_seed(config.seed)

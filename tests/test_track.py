@@ -73,7 +73,7 @@ def test_wandb_has_one_run_with_all_that_it_is(write_recipe: Write, monkeypatch:
     known = json.loads(Path("run/tracking.json").read_text())
     for records in (first, second):
         [run] = [record.run for record in records if record.HasField("run")][:1]
-        assert (run.run_id, run.display_name, run.project) == (known["id"], "run", "finetune")
+        assert (run.run_id, run.display_name, run.project) == (known["id"], f"run-{known['id']}", "finetune")
     config = {
         (item.key or item.nested_key[0]): json.loads(item.value_json)
         for record in second
@@ -155,7 +155,7 @@ def test_trackio_goes_on_with_its_run(
     path = write_recipe(training={"report_to": "trackio", **TWICE})
     train_in_two(path, "data.eval_fraction=0.1")
     [run] = trackio.Api().runs("finetune")
-    assert run.name == "run"
+    assert run.name == json.loads(Path("run/tracking.json").read_text())["name"]
 
 
 def test_samples_are_answers_to_the_same_prompts_as_it_learns(write_recipe: Write) -> None:
