@@ -90,6 +90,17 @@ def build(
     return train, evaluation
 
 
+def evaluated(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
+    """The evaluation rows of a recipe, as `build` has them; rows to train on are read only where these are of them.
+
+    Raises:
+        DataError: A source or row cannot be used.
+    """
+    if section.eval_fraction is not None:
+        return build(section, chat, max_length)[1]
+    return _evaluation(section, [Part(section, source, chat, max_length) for source in section.eval], {})[0]
+
+
 def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[tuple[Part, int]]:
     seen: set[bytes] = set()
     rows = []

@@ -153,6 +153,7 @@ def load(
     device: str | None = None,
     compiled: bool = False,
     as_is: bool = False,
+    said: tuple[ModelSection, dict[str, Any] | None] | None = None,
 ) -> Generator:
     """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
 
@@ -166,6 +167,8 @@ def load(
         compiled: Whether torch compiles the model for a cache of fixed size: quicker answers after slow first ones.
         as_is: For measuring what another program will compute: a full model takes `dtype` for every value, and the
             device may emulate it.
+        said: Of a model without an adapter, the `model` and `quantization` sections of a recipe: how it is loaded, and
+            the template that it answers through.
 
     Raises:
         ModelError: There is no such run or model, it cannot be loaded, or this device cannot compute so.
@@ -176,7 +179,7 @@ def load(
     is_adapter = (folder / "adapter_config.json").exists()
     if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
         raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
-    section, trained_as = base_of(folder) if is_adapter else (ModelSection(name_or_path=name), None)
+    section, trained_as = base_of(folder) if is_adapter else said or (ModelSection(name_or_path=name), None)
     where = rules.Device() if as_is else rules.device_of(device)
     wanted = rules.dtype_for(dtype or section.dtype, where, "--dtype")
     quantization = {
@@ -223,7 +226,8 @@ def load(
     if not (spread or quantization or stored_quantised):
         model = model.to(place)
     model.eval()
-    chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if folder.is_dir() else section))
+    own = folder.is_dir() and (is_adapter or said is None)
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if own else section))
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(
             f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile"

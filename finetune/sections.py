@@ -99,6 +99,17 @@ class ExportSection(BaseModel):
     """Limits that a format must keep."""
 
 
+class PricesSection(BaseModel):
+    """US dollars for a million tokens."""
+
+    model_config = _SECTION
+
+    input: Annotated[float, Field(ge=0)]
+    """Of what the judge reads."""
+    output: Annotated[float, Field(ge=0)]
+    """Of what it writes."""
+
+
 class JudgeSection(BaseModel):
     """The model that compares answers with a reference's, behind any endpoint that speaks OpenAI's chat protocol."""
 
@@ -112,14 +123,16 @@ class JudgeSection(BaseModel):
     """A JSONL file with the reference's answers; absent: those of the model given to --compare."""
     language: Literal["en", "ja"] = "en"
     """The language of the judge's instructions."""
-    prices: (
-        Annotated[dict[Literal["input", "output"], Annotated[float, Field(ge=0)]], Field(min_length=2)] | None
-    ) = None
+    workers: PositiveInt = 8
+    """How many requests are under way at a time; 1 for a server that answers one by one."""
+    max_tokens: PositiveInt = 2048
+    """The length of one reply; a judge that thinks first needs room for it."""
+    prices: PricesSection | None = None
     """US dollars for a million tokens, input and output, to show what it costs."""
 
 
 class LmEvalSection(BaseModel):
-    """Tasks of the Language Model Evaluation Harness (`pip install lm-eval`)."""
+    """Tasks of the Language Model Evaluation Harness (`pip install 'finetune[lm-eval]'`)."""
 
     model_config = _SECTION
 

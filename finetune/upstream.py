@@ -272,7 +272,10 @@ _EXPECTED = {
     "model_attributes_type": "a map",
     "dataclass_type": "a map",
     "too_short": "at least one entry",
-    "string_pattern_mismatch": "pissa_niter_N",
+}
+_PATTERNS = {
+    r"^pissa_niter_[0-9]+$": "pissa_niter_N",
+    r"^https?://": "where an API begins, such as http://localhost:8000/v1",
 }
 
 
@@ -299,6 +302,8 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
             choices = re.findall(r"'[^']*'", message)
             if len(choices) > 9:
                 message = (difflib.get_close_matches(f"'{error['input']}'", choices, n=1) or [message])[0]
+            if kind == "string_pattern_mismatch":
+                message = _PATTERNS[error["ctx"]["pattern"]]
             words.append(_EXPECTED.get(kind, re.sub("^(greater|less) ", r"a number \1 ", message)))
     for place, words in expected.items():
         deeper = any(other.startswith(f"{place}.") for other in expected)

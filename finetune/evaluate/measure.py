@@ -15,22 +15,36 @@ from finetune import __version__
 from finetune.bar import bar
 from finetune.chat import IGNORE, Chat
 from finetune.checkpoint import file_of, write_whole
-from finetune.data import build
+from finetune.data import evaluated
 from finetune.evaluate.answers import Answer, answer
 from finetune.evaluate.language import Verdict, verdict, wilson
 from finetune.evaluate.perplexity import Row, Tally, tally
 from finetune.evaluate.prompts import EvaluateError, Prompt, held_out_prompts, read_prompts, read_reference
 from finetune.evaluate.report import as_html, as_markdown
-from finetune.model import load_tokenizer
+from finetune.model import base_of, load_tokenizer
 from finetune.recipe import Recipe, load_recipe
 from finetune.sections import EvaluateSection, ModelSection
+from finetune.template import TemplateError
 
 Say = Callable[[str], None]
 # Rows by name, and each one's source and language.
 HeldOut = tuple[list[tuple[str, Row]], list[tuple[str, str]]]
 
+# A recipe's sections on its base.
+Said = tuple[ModelSection, dict[str, Any] | None]
+
 # The word for a run's own base, answering through the run's template.
 BASE = "base"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model to ask, and how it is loaded; `title` is its name in the report where it has another."""
+
+    model: str
+    adapter: bool = True
+    said: Said | None = None
+    title: str = ""
 
 
 @dataclass
@@ -73,10 +87,13 @@ def evaluate(
         raise EvaluateError(
             f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts"
         )
-    if compare == BASE and not Path(model, "adapter_config.json").is_file():
-        raise EvaluateError(f"--compare {BASE}: {model} is no run with an adapter; write the name of a model")
     loaded = load_recipe(file)
     section = loaded.evaluate
+    models = [_Asked(model, said=_said(model, loaded))]
+    if compare == BASE:
+        models.insert(0, _base(model))
+    elif compare:
+        models.insert(0, _Asked(compare, said=_said(compare, loaded)))
     limit = limit or section.limit
     read: dict[str, HeldOut] = {}
 
@@ -87,13 +104,7 @@ def evaluate(
         return read[chat.fingerprint]
 
     asked, source = _prompts(model, loaded, held_out, limit)
-    found = [
-        _measure(name, adapter, loaded, asked, held_out, limit, say, progress)
-        for name, adapter in (((model, False) if compare == BASE else (compare, True)), (model, True))
-        if name
-    ]
-    if compare == BASE:
-        found[0].name = f"{model}, its base alone"
+    found = [_measure(one, loaded, asked, held_out, limit, say, progress) for one in models]
     report = _report(found, loaded, source, limit)
     if section.judge:
         report["judge"] = _judged(found, section, output, say, progress)
@@ -111,7 +122,8 @@ def _prompts(
     """What is asked, and words that say where it comes from."""
     if path := recipe.evaluate.prompts:
         return read_prompts(path, limit), Path(path).name
-    chat = Chat(load_tokenizer(_section(model, recipe)))
+    section, _ = _said(model, recipe) or (ModelSection(name_or_path=model), None)
+    chat = Chat(load_tokenizer(section))
     rows = held_out(chat)[0]
     if not rows:
         raise EvaluateError(
@@ -121,14 +133,31 @@ def _prompts(
     return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), "the held-out rows"
 
 
-def _section(model: str, recipe: Recipe) -> ModelSection:
-    """The model's tokenizer and template: its folder's own, or as the recipe says for its base."""
-    return recipe.model if model == recipe.model.name_or_path else ModelSection(name_or_path=model)
+def _said(model: str, recipe: Recipe) -> Said | None:
+    """How a model is loaded: the recipe's own base as the recipe says, any other one as its folder does."""
+    return (recipe.model, recipe.quantization) if model == recipe.model.name_or_path else None
+
+
+def _base(run: str) -> _Asked:
+    """What a run was trained from, to be asked through the run's template."""
+    name, folder = f"{run}, its base alone", Path(run)
+    if (folder / "adapter_config.json").is_file():
+        return _Asked(run, adapter=False, title=name)
+    if not file_of(folder, "recipe.yaml"):
+        raise EvaluateError(f"--compare {BASE}: {run} is no run; write the name of a model")
+    section, quantization = base_of(folder)
+    if template := file_of(folder, "chat_template.jinja"):
+        section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
+    return _Asked(section.name_or_path, said=(section, quantization), title=name)
 
 
 def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
-    """The rows that the recipe evaluates on, by name, in a model's own tokens; and each one's source and language."""
-    _, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+    """The rows that the recipe evaluates on, by name, in a model's own tokens; and each one's source and language.
+
+    Raises:
+        TemplateError: There are conversations, and no template to render them.
+    """
+    evaluation = evaluated(recipe.data, chat, recipe.training.get("max_length", 1024))
     if evaluation.dataset is None:
         return [], []
     rows = [(row["row"], Row(list(row["input_ids"]), list(row["labels"]))) for row in evaluation.dataset]
@@ -136,8 +165,7 @@ def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
 
 
 def _measure(
-    name: str,
-    adapter: bool,
+    asked: _Asked,
     recipe: Recipe,
     prompts: list[Prompt],
     held_out: Callable[[Chat], HeldOut],
@@ -149,10 +177,19 @@ def _measure(
 
     from finetune.generate import load
 
-    found = Found(name)
+    name = asked.model
+    found = Found(asked.title or name)
     say(f"{name}: loading")
-    generator = load(name, adapter=adapter)
-    rows, origins = held_out(generator.chat)
+    generator = load(name, adapter=asked.adapter, said=asked.said)
+    try:
+        rows, origins = held_out(generator.chat)
+    except TemplateError as error:
+        if generator.chat.tokenizer.chat_template is not None:
+            raise
+        raise EvaluateError(
+            f"{name} has no chat template; write --recipe with one whose model.name_or_path is {name}, and whose "
+            "model.chat_template names it"
+        ) from error
     kept = [
         (row, origin)
         for (_, row), origin in zip(rows, origins, strict=True)
