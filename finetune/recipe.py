@@ -18,6 +18,7 @@ from finetune.sections import (
     JudgeSection,
     LmEvalSection,
     ModelSection,
+    PricesSection,
     Source,
 )
 from finetune.upstream import Keys, XlaFsdp, check_quantization, check_section, unknown_key, upstream_keys
@@ -105,6 +106,7 @@ def _keys() -> Keys:
         "fsdp_config": XlaFsdp,
         "judge": JudgeSection,
         "lm_eval": LmEvalSection,
+        "prices": PricesSection,
     }
     within = {name: section.model_fields for name, section in inner.items()}
     return {"": sections, **within, **sections}

@@ -293,7 +293,7 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
         if kind == "missing":
             draft.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
         elif kind == "extra_forbidden":
-            within = key.rpartition(".")[2]
+            within = place.split(".")[-2]
             unknown_key(draft, place, within if within in keys else "source", keys)
         elif kind == "unexpected_keyword_argument":
             draft.fault(place, "is unknown; write a parameter that peft documents")

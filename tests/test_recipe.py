@@ -333,6 +333,18 @@ FAULTS = {
         BASE + "training: {packing: true, max_length: null}\n",
         ["r.yaml:3: training.max_length: is null, but packing needs a length; write a number"],
     ),
+    "a judge": (
+        BASE
+        + "evaluate:\n  judge:\n    base_url: localhost:8000/v1\n    model: m\n    prices: {input: 1, ouput: 2}\n"
+        "    workers: 0\n",
+        [
+            'r.yaml:5: evaluate.judge.base_url: is "localhost:8000/v1"; write where an API begins, such as '
+            "http://localhost:8000/v1",
+            "r.yaml:7: evaluate.judge.prices: has no output; write output: ...",
+            "r.yaml:7: evaluate.judge.prices.ouput: is unknown; write output",
+            "r.yaml:8: evaluate.judge.workers: is 0; write a number greater than 0",
+        ],
+    ),
     "nothing to evaluate on": (
         BASE + "training: {eval_strategy: steps, eval_on_start: true}\n",
         [
