@@ -98,7 +98,8 @@ def evaluated(section: DataSection, chat: Chat, max_length: int | None) -> Prepa
     """
     if section.eval_fraction is not None:
         return build(section, chat, max_length)[1]
-    return _evaluation(section, [Part(section, source, chat, max_length) for source in section.eval], {})[0]
+    parts = [Part(section, source, chat, max_length, lambda line: None) for source in section.eval]
+    return _evaluation(section, parts, {})[0]
 
 
 def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[tuple[Part, int]]:

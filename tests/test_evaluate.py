@@ -2,21 +2,26 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from judge_server import Answer, Request, grades, serve
+import yaml
+from judge_server import Answer, Request, error, grades, serve
 
-from finetune.chat import IGNORE
+from finetune.base import locate
+from finetune.chat import IGNORE, Chat
 from finetune.cli import main
 from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer, repetition
 from finetune.evaluate.perplexity import Row, Tally, score, tally
-from finetune.evaluate.prompts import EvaluateError, Prompt, read_prompts, read_reference
+from finetune.evaluate.prompts import EvaluateError, Prompt, read_prompts, read_reference, reference_answers
 from finetune.generate import Generator, Sampling, load
+from finetune.model import load_tokenizer
+from finetune.sections import ModelSection
 
 Write = Callable[..., Path]
 
@@ -192,8 +197,21 @@ def test_damaged_and_empty_files_of_prompts(tmp_path: Path) -> None:
 def test_a_reference_has_answers_by_prompt(tmp_path: Path) -> None:
     path = lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, {"question_id": "q", "answers": ["b", "c"]})
     assert read_reference(path) == {"1": ["a"], "q": ["b", "c"]}
-    with pytest.raises(EvaluateError, match="2: it has no answer; write answer"):
-        read_reference(lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, {"id": 2}))
+    for row in ({"id": 2}, {"id": 2, "answers": "not a list"}):
+        with pytest.raises(EvaluateError, match="2: it has no answer; write answer"):
+            read_reference(lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, row))
+    with pytest.raises(EvaluateError, match="2: 1 is answered above already; remove one"):
+        read_reference(lines(tmp_path / "r.jsonl", {"id": 1, "answer": "a"}, {"id": "1", "answer": "b"}))
+
+
+def test_a_reference_answers_each_prompt_under_its_name(tmp_path: Path) -> None:
+    one, other = Prompt("a", user("One?"), ("Two?",)), Prompt("b", user("Three?"))
+    path = lines(tmp_path / "r.jsonl", {"id": "b", "answer": "3"}, {"id": "a", "answers": ["1", "2"]})
+    assert reference_answers(path, [one, other]) == ["1", "2", "3"]
+    with pytest.raises(
+        EvaluateError, match=r"evaluate\.prompts: 2 prompts are named b; give each its own id"
+    ):
+        reference_answers(path, [other, other])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -287,7 +305,7 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
         ),
         (
             ["random:gemma3", "--compare", "base", "--recipe", "recipe.yaml"],
-            "--compare base: random:gemma3 is no run",
+            "--compare base: random:gemma3 is no run; write the name of a model",
         ),
         (
             ["random:gemma3", "--recipe", "recipe.yaml"],
@@ -303,6 +321,78 @@ def test_what_cannot_be_evaluated(
     assert main(["evaluate", *arguments]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {fault}")
     assert not Path("evaluation").exists()
+
+
+@pytest.fixture
+def bare(write_recipe: Write) -> Path:
+    """A base without a chat template."""
+    shutil.copytree(locate("random:gemma3"), "bare")
+    Path("bare", "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads(Path("bare", "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    Path("bare", "tokenizer_config.json").write_text(json.dumps(config))
+    return Path("bare")
+
+
+@pytest.mark.parametrize("lora", [{"r": 2}, None], ids=["adapter", "full"])
+def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
+    bare: Path, lora: Any, write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its template, by its own name as by the word base, whether an adapter was trained or all of it."""
+    one = {"role": "assistant", "content": "A short answer in English."}
+    rows = lines(Path("e.jsonl"), *({"messages": [*user(f"Who is {n}?"), one]} for n in range(3)))
+    path = write_recipe(
+        model={"name_or_path": "bare", "chat_template": "chatml"},
+        lora=lora,
+        data={
+            "train": [{"path": lines(Path("t.jsonl"), {"messages": [*user("Hi"), one]})}],
+            "eval": [{"path": rows}],
+        },
+        evaluate={"max_new_tokens": 4},
+    )
+    assert main([str(path), "--quiet"]) == 0
+    found = []
+    for arguments in (
+        ["bare", "--recipe", str(path)],
+        ["run", "--compare", "base"],
+        ["run", "--compare", "bare"],
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", *arguments, "--json"]) == 0, capsys.readouterr().err
+        found.append(json.loads(capsys.readouterr().out)["models"][0])
+    assert [one["name"] for one in found] == ["bare", "run, its base alone", "bare"]
+    assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
+    assert found[0]["answers"] == found[1]["answers"] == found[2]["answers"]
+    # In the template's own words, computed by hand.
+    chat = Chat(load_tokenizer(ModelSection(name_or_path="bare", chat_template="chatml")))
+    model, nats = load("bare").model, []
+    for n in range(3):
+        row = chat.encode([*user(f"Who is {n}?"), one])
+        assert "<|im_start|>assistant" in chat.tokenizer.decode(row.input_ids)
+        with torch.no_grad():
+            logs = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        nats += [-float(logs[i - 1, label]) for i, label in enumerate(row.labels) if label != IGNORE]
+    told = found[0]["loss"]["all"]["all"]
+    assert told["tokens"] == len(nats)
+    assert told["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+
+
+def test_a_model_without_a_template_is_named(
+    bare: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--compare", "bare"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: bare has no chat template; write --recipe with one whose model.name_or_path is bare, and whose "
+        "model.chat_template names it"
+    )
+
+
+def test_rows_to_train_on_are_not_read_where_others_are_held_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("en.jsonl").write_text("{damaged")
+    assert main(["evaluate", str(run), "--limit", "1"]) == 0, capsys.readouterr().err
 
 
 def test_a_judge_compares_with_the_base_or_a_reference(
@@ -346,12 +436,56 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         Path("judged.yaml").write_text(judged.replace("model: tiny", f"model: tiny, reference: {reference}"))
         assert main(["evaluate", "run", "--recipe", "judged.yaml", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["judge"]["mean"] == -1.0
-        lines(Path("r.jsonl"), rows[0])
+        # As many answers as questions, but not of the same prompts.
+        lines(Path("r.jsonl"), {"id": "a", "answer": far}, {"id": "b", "answers": [far, far]})
         assert main(["evaluate", "run", "--recipe", "judged.yaml"]) == 2
-        assert "r.jsonl holds 2 answers to 3 questions; write one for each" in capsys.readouterr().err
+        # Nothing was loaded for that.
+        assert capsys.readouterr().err == (
+            "error: evaluate.judge.reference: r.jsonl holds 1 answers to prompt a, which asks 2 questions; write one "
+            "for each, under the prompt's id\n"
+        )
         Path("judged.yaml").write_text(judged)
         assert main(["evaluate", "run", "--recipe", "judged.yaml"]) == 2
-        assert "evaluate.judge has nothing to compare with; write --compare" in capsys.readouterr().err
+        assert capsys.readouterr().err == (
+            "error: evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference\n"
+        )
+
+
+def test_what_was_answered_is_kept_where_the_judge_fails(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lines(Path("p.jsonl"), {"id": "a", "prompt": "One?"})
+    with serve(lambda request: error(401)) as server:
+        judge = f"  judge: {{base_url: '{server.url}', model: tiny}}\n"
+        saved = Path("recipe.yaml").read_text()
+        Path("judged.yaml").write_text(saved.replace("evaluate:\n", f"evaluate:\n  prompts: {path}\n{judge}"))
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--recipe", "judged.yaml", "--compare", "base"]) == 2
+    assert "wants a key (HTTP 401)" in capsys.readouterr().err
+    report = json.loads((run / "evaluation" / "report.json").read_text())
+    assert len(report["answers"]) == 1
+    assert "judge" not in report
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "fault"),
+    [
+        (
+            {"judge": {"base_url": "http://localhost/v1/chat/completions", "model": "m"}},
+            "evaluate.judge.base_url: 'http://localhost/v1/chat/completions' is not where an API begins",
+        ),
+        ({"lm_eval": {"tasks": ["nosuch.yaml"]}}, "evaluate.lm_eval.tasks: nosuch.yaml: No such file"),
+    ],
+)
+def test_what_is_wrong_with_judge_or_tasks_is_told_before_a_model_is_loaded(
+    run: Path, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], fault: str
+) -> None:
+    recipe = json.loads(json.dumps(yaml.safe_load(Path("recipe.yaml").read_text())))
+    Path("other.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": evaluate}))
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--recipe", "other.yaml", "--compare", "base"]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {fault}")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,16 @@ from finetune.base import quiet
 from finetune.evaluate.prompts import EvaluateError
 
 
-def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> dict[str, float]:
-    """What the harness measures of a model, by task and metric.
+def known(tasks: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's own list of tasks, and the names that these have there; what is not there is told before it costs.
 
     Args:
-        generator: A `finetune.generate.Generator`.
         tasks: Names of its tasks, or `.yaml` files of own ones.
-        limit: How many questions of each task at most.
 
     Raises:
         EvaluateError: It is not installed, or has no such task.
     """
     try:
-        from lm_eval import evaluator, simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluateError(
@@ -35,16 +32,31 @@ def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> di
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_name(Path(task)) if Path(task) in files else task for task in tasks]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    evaluator.get_git_commit_hash = lambda: (
-        None
-    )  # of the folder at hand: git complains where it is no repository
     with quiet():
         manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
         if missing := [name for name in names if not manager.match_tasks([name])]:
             raise EvaluateError(
                 f"evaluate.lm_eval.tasks: there is no task {missing[0]}; `lm-eval ls tasks` lists them"
             )
-        tokenizer = generator.chat.tokenizer
+    return manager, names
+
+
+def scores(generator: Any, tasks: tuple[Any, list[str]], limit: int | None = None) -> dict[str, float]:
+    """What the harness measures of a model, by task and metric.
+
+    Args:
+        generator: A `finetune.generate.Generator`.
+        tasks: As `known` gives them.
+        limit: How many questions of each task at most.
+    """
+    from lm_eval import evaluator, simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # Of the folder at hand: git complains where it is no repository.
+    evaluator.get_git_commit_hash = lambda: None
+    manager, names = tasks
+    tokenizer = generator.chat.tokenizer
+    with quiet():
         found = simple_evaluate(
             model=HFLM(pretrained=generator.model, tokenizer=tokenizer, batch_size=1),
             tasks=names,
@@ -67,5 +79,12 @@ def scores(generator: Any, tasks: Sequence[str], limit: int | None = None) -> di
 def _name(file: Path) -> str:
     try:
         return str(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["task"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise EvaluateError(f"evaluate.lm_eval.tasks: {file} is no task: {error}") from error
+    except OSError as error:
+        raise EvaluateError(f"evaluate.lm_eval.tasks: {file}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        reason = (
+            textwrap.shorten(str(error), 100, placeholder=" ...")
+            if isinstance(error, yaml.YAMLError)
+            else "no task: NAME"
+        )
+        raise EvaluateError(f"evaluate.lm_eval.tasks: {file} is no task: {reason}") from error

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune import __version__
 from finetune.bar import bar
@@ -19,12 +19,15 @@ from finetune.data import evaluated
 from finetune.evaluate.answers import Answer, answer
 from finetune.evaluate.language import Verdict, verdict, wilson
 from finetune.evaluate.perplexity import Row, Tally, tally
-from finetune.evaluate.prompts import EvaluateError, Prompt, held_out_prompts, read_prompts, read_reference
+from finetune.evaluate.prompts import EvaluateError, Prompt, held_out_prompts, read_prompts, reference_answers
 from finetune.evaluate.report import as_html, as_markdown
 from finetune.model import base_of, load_tokenizer
 from finetune.recipe import Recipe, load_recipe
-from finetune.sections import EvaluateSection, ModelSection
+from finetune.sections import JudgeSection, ModelSection
 from finetune.template import TemplateError
+
+if TYPE_CHECKING:
+    from finetune.evaluate.judge import Judge
 
 Say = Callable[[str], None]
 # Rows by name, and each one's source and language.
@@ -103,17 +106,37 @@ def evaluate(
             read[chat.fingerprint] = _held_out(loaded, chat)
         return read[chat.fingerprint]
 
+    # What is wrong with the judge or the tasks is told before a model has answered for hours.
+    settings = section.judge
+    if settings and not (settings.reference or compare):
+        raise EvaluateError(
+            "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
+        )
+    judge = _judge(settings) if settings else None
+    tasks = None
+    if section.lm_eval:
+        from finetune.evaluate.harness import known
+
+        tasks = known(section.lm_eval.tasks)
     asked, source = _prompts(model, loaded, held_out, limit)
-    found = [_measure(one, loaded, asked, held_out, limit, say, progress) for one in models]
+    reference = reference_answers(settings.reference, asked) if settings and settings.reference else []
+    found = [_measure(one, loaded, asked, held_out, tasks, limit, say, progress) for one in models]
     report = _report(found, loaded, source, limit)
-    if section.judge:
-        report["judge"] = _judged(found, section, output, say, progress)
     output.mkdir(parents=True, exist_ok=True)
+    _write(report, output)
+    if settings and judge:
+        # The rest is there already, should the judge fail.
+        report["judge"] = _judged(judge, found, reference, output / "judge", say, progress)
+        report["judge"]["against"] = settings.reference or found[0].name
+        _write(report, output)
+    say(f"written: {output}")
+    return report
+
+
+def _write(report: dict[str, Any], output: Path) -> None:
     write_whole(output / "report.md", as_markdown(report))
     write_whole(output / "answers.html", as_html(report))
     write_whole(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    say(f"written: {output}")
-    return report
 
 
 def _prompts(
@@ -169,6 +192,7 @@ def _measure(
     recipe: Recipe,
     prompts: list[Prompt],
     held_out: Callable[[Chat], HeldOut],
+    tasks: tuple[Any, list[str]] | None,
     limit: int | None,
     say: Say,
     progress: bool,
@@ -203,11 +227,11 @@ def _measure(
     with bar(f"{name}: answers", turns, progress) as done:
         found.answers = answer(generator, prompts, recipe.evaluate.max_new_tokens, done)
     found.verdicts = [verdict(a.asked[-1]["content"], a.text) for a in found.answers]
-    if recipe.evaluate.lm_eval:
+    if tasks:
         from finetune.evaluate.harness import scores
 
-        say(f"{name}: {', '.join(recipe.evaluate.lm_eval.tasks)}")
-        found.tasks = scores(generator, recipe.evaluate.lm_eval.tasks, limit)
+        say(f"{name}: {', '.join(tasks[1])}")
+        found.tasks = scores(generator, tasks, limit)
     # Two models are never held at once.
     del generator
     gc.collect()
@@ -305,44 +329,33 @@ def _share(rights: list[bool]) -> dict[str, Any]:
     return {"right": sum(rights), "judged": len(rights), "low": low, "high": high}
 
 
-def _judged(
-    found: list[Found], section: EvaluateSection, output: Path, say: Say, progress: bool
-) -> dict[str, Any]:
-    """The judge's preference of the last model's answers to the reference's."""
-    from finetune.evaluate.judge import Judge, Pair, compare
+def _judge(settings: JudgeSection) -> Judge:
+    """Who judges; what no request can be sent with is refused here."""
+    from finetune.evaluate.judge import Judge
 
-    settings = section.judge
-    assert settings
-    ours = found[-1].answers
-    if settings.reference:
-        reference = read_reference(settings.reference)
-        theirs = [text for name in dict.fromkeys(a.prompt for a in ours) for text in reference.get(name, ())]
-        if len(theirs) != len(ours):
-            raise EvaluateError(
-                f"evaluate.judge.reference: {settings.reference} holds {len(theirs)} answers to {len(ours)} questions; "
-                "write one for each, under the prompt's id"
-            )
-    elif len(found) == 2:
-        theirs = [a.text for a in found[0].answers]
-    else:
-        raise EvaluateError(
-            "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
-        )
-    pairs = [
-        Pair(a.asked, a.text, text, f"{a.prompt}.{i}")
-        for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
-    ]
     prices = settings.prices
-    judge = Judge(
+    return Judge(
         base_url=settings.base_url,
         model=settings.model,
         language=settings.language,
         key=os.environ.get("OPENAI_API_KEY", ""),
-        prices=(prices["input"], prices["output"]) if prices else None,
+        workers=settings.workers,
+        max_tokens=settings.max_tokens,
+        prices=(prices.input, prices.output) if prices else None,
     )
-    preference = compare(pairs, judge, output / "judge", say, progress)
-    return preference.as_dict() | {
-        "model": settings.model,
-        "against": settings.reference or found[0].name,
-        "cost": str(preference.sent),
-    }
+
+
+def _judged(
+    judge: Judge, found: list[Found], reference: list[str], cache: Path, say: Say, progress: bool
+) -> dict[str, Any]:
+    """The judge's preference of the last model's answers to the reference's, or else to the first model's."""
+    from finetune.evaluate.judge import Pair, compare
+
+    ours = found[-1].answers
+    theirs = reference or [a.text for a in found[0].answers]
+    pairs = [
+        Pair(a.asked, a.text, text, f"{a.prompt}.{i}")
+        for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
+    ]
+    preference = compare(pairs, judge, cache, say, progress)
+    return preference.as_dict() | {"model": judge.model, "cost": str(preference.sent)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,23 +97,48 @@ def _asked(messages: list[Message]) -> tuple[Message, ...]:
     return asked if asked and texts and asked[-1]["role"] == "user" else ()
 
 
+def reference_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
+    """A reference's answers to these prompts, one a turn, in their order; `path` as `read_reference` takes it.
+
+    Raises:
+        EvaluateError: It lacks an answer, or two prompts have one name.
+        DataError: The file cannot be read.
+    """
+    reference = read_reference(path)
+    found: list[str] = []
+    for name, count in Counter(prompt.name for prompt in prompts).items():
+        if count > 1:
+            raise EvaluateError(f"evaluate.prompts: {count} prompts are named {name}; give each its own id")
+    for prompt in prompts:
+        answers, turns = reference.get(prompt.name, []), 1 + len(prompt.further)
+        if len(answers) != turns:
+            raise EvaluateError(
+                f"evaluate.judge.reference: {path} holds {len(answers)} answers to prompt {prompt.name}, which asks "
+                f"{turns} questions; write one for each, under the prompt's id"
+            )
+        found += answers
+    return found
+
+
 def read_reference(path: str) -> dict[str, list[str]]:
     """The answers of a JSONL file by the name of their prompt: `id` or `question_id`, and `answer` or `answers`.
 
     Raises:
-        EvaluateError: A row lacks one of them.
+        EvaluateError: A row lacks one of them, or answers what another one does.
         DataError: The file cannot be read.
     """
-    found = {}
+    found: dict[str, list[str]] = {}
     for place, row in read_rows(Source(path=path)):
         fault = f"evaluate.judge.reference: {place}: "
         if isinstance(row, LabelError):
             raise EvaluateError(f"{fault}{row}")
-        name = next((row[key] for key in ("id", "question_id") if key in row), place)
+        name = str(next((row[key] for key in ("id", "question_id") if key in row), place))
         answers = row.get("answers") or [row.get("answer")]
-        if not all(isinstance(text, str) for text in answers):
+        if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
             raise EvaluateError(
                 f"{fault}it has no answer; write answer (text), or answers (a list, one a turn)"
             )
-        found[str(name)] = list(answers)
+        if name in found:
+            raise EvaluateError(f"{fault}{name} is answered above already; remove one")
+        found[name] = answers
     return found
