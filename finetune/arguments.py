@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from finetune import __version__
@@ -57,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
     verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
     verb.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
+        "--temperature", type=_heat, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
-    verb.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    verb.add_argument("--top-p", type=_share, default=1.0, metavar="P")
     verb.add_argument("--seed", type=int, default=0, metavar="N")
     verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     verb.add_argument("--quantize", choices=("int8", "nf4"))
@@ -173,6 +174,27 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number")
     return int(text)
+
+
+def _heat(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write 0 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a number above 0, and 1 at most")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a number") from None
 
 
 def _positive(text: str) -> int:

@@ -58,6 +58,9 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
     """
     kind, _, rest = name_or_path.partition(":")
     if kind == "random":
+        if rest not in RANDOM_ARCHITECTURES:
+            known = ", ".join(f"random:{name}" for name in RANDOM_ARCHITECTURES)
+            raise ModelError(f"model.name_or_path: is {name_or_path}; write one of {known}")
         sample = sample_rows().read_bytes()
         name = f"random-{rest}-{_digest(sample)}"
         return str(_made_once(name, lambda into: _make_random(rest, into)))

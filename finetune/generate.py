@@ -175,30 +175,33 @@ def load(
     """
     import torch
 
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device:
+        rules.check_place(device)
+    spread = place == "auto"
     folder = Path(name)
     is_adapter = (folder / "adapter_config.json").exists()
     if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
         raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
     section, trained_as = base_of(folder) if is_adapter else said or (ModelSection(name_or_path=name), None)
     where = rules.Device() if as_is else rules.device_of(device)
-    wanted = rules.dtype_for(dtype or section.dtype, where, "--dtype")
+    wanted = rules.dtype_for(dtype or section.dtype, where, "--dtype" if dtype else f"{name}: model.dtype")
     quantization = {
         None: trained_as,
         "int8": {"load_in_8bit": True},
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     }[quantize]
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    spread = place == "auto"
+    key = "--attn" if attn else f"{name}: model.attn_implementation"
     attn = attn or section.attn_implementation
     in_float32 = wanted == torch.float32
     base = load_config(section)
     rules.check_attention(
         attn,
         base,
-        rules.device_of(None if spread else device),
+        rules.device_of(device),
         in_float32,
         training=False,
-        key="--attn",
+        key=key,
     )
     stored_quantised = getattr(base, "quantization_config", None) is not None
     if quantize and stored_quantised:

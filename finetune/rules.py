@@ -43,15 +43,33 @@ class Device:
 
 
 def device_of(place: str | None = None) -> Device:
-    """The facts of a place such as `cpu` or `cuda:1`; absent: of the current card, or of the CPU."""
+    """The facts of a place such as `cpu` or `cuda:1`; absent, or auto: of the current card, or of the CPU."""
     import torch
 
-    if not torch.cuda.is_available() or not (place or "cuda").startswith("cuda"):
+    place = "cuda" if place in (None, "auto") else place
+    if not torch.cuda.is_available() or not place.startswith("cuda"):
         return Device()
-    with torch.cuda.device(torch.device(place or "cuda")):
+    with torch.cuda.device(torch.device(place)):
         # By default torch counts a card that only emulates it.
         own = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device(torch.cuda.get_device_name(), own, torch.cuda.get_device_capability())
+
+
+def check_place(place: str) -> None:
+    """Refuses a place for a model that there is none of here.
+
+    Raises:
+        ModelError: With those that there are.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator else "cpu"
+    cards = torch.accelerator.device_count() if accelerator else 0
+    there = ["cpu", *(f"{kind}:{i}" for i in range(cards)), "auto"]
+    # Without a number it is the first, or the current one.
+    if place not in (*there, kind):
+        raise ModelError(f"--device: is {place}, which there is none of here; write {', '.join(there)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

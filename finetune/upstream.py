@@ -18,8 +18,8 @@ from pydantic_core import ErrorDetails
 from finetune.reader import NUMBER, Draft
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under
-# "source" the keys of one entry of `data.train`, under "fsdp_config", "judge" and "lm_eval" those of the maps that are
-# called so.
+# "source" the keys of one entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps
+# that are called so.
 Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -65,6 +65,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "name": "write model",
     },
     "lm_eval": {"task": "write tasks: [...]"},
+    "prices": {"prompt_tokens": "write input", "completion_tokens": "write output"},
     "training": {
         "max_seq_length": "write max_length",
         "evaluation_strategy do_eval": "write eval_strategy",

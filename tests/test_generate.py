@@ -62,3 +62,59 @@ def test_what_cannot_be_compiled_is_refused(capsys: pytest.CaptureFixture[str]) 
         2,
         "error: --compile: random:gemma3 is quantised in a way that torch cannot compile; leave out --compile\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--temperature", "-1"], "argument --temperature: is '-1'; write 0 or more"),
+        (["--temperature", "hot"], "argument --temperature: is 'hot'; write a number"),
+        (["--temperature", "inf"], "argument --temperature: is 'inf'; write 0 or more"),
+        (["--top-p", "0"], "argument --top-p: is '0'; write a number above 0, and 1 at most"),
+        (["--top-p", "nan"], "argument --top-p: is 'nan'; write a number above 0, and 1 at most"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_sampling_that_there_is_none_of(
+    flags: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "random:gemma3", "--prompt", "Hi", *flags])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"finetune generate: error: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["random:gemma3", "--device", "tpu"], "--device: is tpu, which there is none of here; write cpu, "),
+        (
+            ["random:gema"],
+            "model.name_or_path: is random:gema; write one of random:gemma, random:gemma2, random:gemma3, ",
+        ),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *arguments, "--prompt", "Hi"]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {fault}")
+
+
+def test_what_a_run_says_and_this_device_has_not_is_told_of_the_run(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not of a flag that nobody wrote."""
+    assert main([str(write_recipe()), "--quiet"]) == 0
+    saved = Path("run/recipe.yaml")
+    text = saved.read_text()
+    wanted = text.replace("attn_implementation: null", "attn_implementation: flash_attention_2")
+    assert wanted != text
+    saved.write_text(wanted)
+    capsys.readouterr()
+    assert main(["generate", "run", "--prompt", "Hi", "--device", "cpu"]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: run: model.attn_implementation: is flash_attention_2, which needs a card")
+    arguments = ["generate", "run", "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "1"]
+    assert main([*arguments, "--attn", "sdpa"]) == 0

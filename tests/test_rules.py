@@ -78,6 +78,21 @@ def test_the_facts_of_a_card_are_those_that_it_has_itself(monkeypatch: pytest.Mo
     for name, fact in facts.items():
         monkeypatch.setattr(torch.cuda, name, fact)
     assert rules.device_of() == rules.device_of("cuda:1") == T4
+    # Spread over all cards it is computed as on one.
+    assert rules.device_of("auto") == T4
+    assert rules.device_of("cpu") == CPU
+
+
+def test_a_place_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for place in ("cpu", "auto", "cuda", "cuda:0", "cuda:1"):
+        rules.check_place(place)
+    for place in ("cuda:2", "tpu", "mps", ""):
+        with pytest.raises(ModelError) as error:
+            rules.check_place(place)
+        said = f"--device: is {place}, which there is none of here; write cpu, cuda:0, cuda:1, auto"
+        assert str(error.value) == said
     assert rules.device_of("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rules.device_of() == CPU
