@@ -1,7 +1,9 @@
 """What is measured of a model and how it is told: loss by group, answers in batches, reports, faults."""
 
+import html
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from judge_server import Answer, Request, error, grades, serve
+from markdown_it import MarkdownIt
 
 from finetune.base import locate
 from finetune.chat import IGNORE, Chat
@@ -486,6 +489,28 @@ def test_what_is_wrong_with_judge_or_tasks_is_told_before_a_model_is_loaded(
     assert main(["evaluate", "run", "--recipe", "other.yaml", "--compare", "base"]) == 2
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {fault}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- one\n+ two\n* three\n1. four\n 2) five",
+        "Big\n===\nSmaller\n---",
+        "    four spaces\n\ta tab",
+        "&lt;b&gt; &amp;lt; *a* _b_ `c` ~~d~~ <i>e</i> [f](g) ![h](i)",
+        "a | b\n---|---\n1 | 2",
+        "# h\n> q\n***\n```\ncode\n```",
+    ],
+)
+def test_a_quotation_is_read_as_the_text_that_was_quoted(text: str) -> None:
+    """By another program's eyes: one quotation of one paragraph, with these very lines."""
+    page = MarkdownIt("gfm-like", {"linkify": False}).render("\n".join(report_module._quoted(text)))
+    shown = re.fullmatch(r"<blockquote>\n<p>(.*)</p>\n</blockquote>\n", page, re.DOTALL)
+    assert shown, page
+    assert "<" not in shown[1].replace("<br />", "")
+    lines = html.unescape(shown[1].replace("<br />\n", "\n")).replace("\u00a0", " ").split("\n")
+    # Parsers take spaces away from a paragraph's beginning, also those that do not break.
+    assert [line.strip() for line in lines] == [line.strip() for line in text.split("\n")]
 
 
 @pytest.mark.slow

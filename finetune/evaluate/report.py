@@ -19,7 +19,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += ["## Side by side", ""]
     names = [model["name"] for model in report["models"]]
     for item in report["answers"][:_SHOWN]:
-        lines += [f"### {item['prompt']}", "", *_quoted(item["asked"][-1]["content"]), ""]
+        lines += [f"### {_plain(item['prompt'])}", "", *_quoted(item["asked"][-1]["content"]), ""]
         for name, model in zip(names, item["models"], strict=True):
             lines += [f"**{name}** ({_told(model)})", "", *_quoted(model["text"]), ""]
     if len(report["answers"]) > _SHOWN:
@@ -153,5 +153,17 @@ def _table(rows: list[list[str]]) -> list[str]:
 def _quoted(text: str) -> list[str]:
     """A text as a quotation in which nothing is Markdown but line breaks; cut where it is long."""
     shown = text if len(text) <= _CUT else f"{text[:_CUT]} ..."
-    escaped = re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", shown)
-    return [f"> {line}  " if line.strip() else ">" for line in escaped.splitlines()] or [">"]
+    return [f"> {_plain(line)}  " if line.strip() else ">" for line in shown.splitlines()] or [">"]
+
+
+def _plain(line: str) -> str:
+    """A line that Markdown shows as it is: no emphasis, tag, character reference, list, heading or code."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)
+    escaped = re.sub(r"^(\s*)([-+=]|\d+(?=[.)]))", _begun, escaped)
+    # Four spaces would begin code.
+    return re.sub(r"^\s+", lambda spaces: "\u00a0" * len(spaces[0].expandtabs(4)), escaped)
+
+
+def _begun(start: re.Match[str]) -> str:
+    """What would begin a list, or end a heading, with a backslash where one helps: a number's stands behind it."""
+    return f"{start[1]}{start[2]}\\" if start[2].isdecimal() else f"{start[1]}\\{start[2]}"
