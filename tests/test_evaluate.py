@@ -362,7 +362,9 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     ):
         capsys.readouterr()
         assert main(["evaluate", *arguments, "--json"]) == 0, capsys.readouterr().err
-        found.append(json.loads(capsys.readouterr().out)["models"][0])
+        report = json.loads(capsys.readouterr().out)
+        assert report["same_tokens"] is True
+        found.append(report["models"][0])
     assert [one["name"] for one in found] == ["bare", "run, its base alone", "bare"]
     assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
     assert found[0]["answers"] == found[1]["answers"] == found[2]["answers"]
@@ -378,6 +380,17 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     told = found[0]["loss"]["all"]["all"]
     assert told["tokens"] == len(nats)
     assert told["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
+
+
+def test_models_to_which_rows_are_other_tokens_are_not_compared_by_them(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "The rows are other tokens to each model, so perplexity and accuracy cannot be compared."
+    for other, same in (("random:gemma3", True), ("random:llama", False)):
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--compare", other, "--limit", "2"]) == 0
+        assert (said not in capsys.readouterr().out) is same
+        assert json.loads((run / "evaluation/report.json").read_text())["same_tokens"] is same
 
 
 def test_a_model_without_a_template_is_named(
@@ -574,6 +587,7 @@ def test_a_report_shows_texts_as_they_are() -> None:
         "prompts": "p.jsonl",
         "max_new_tokens": 5,
         "limit": None,
+        "same_tokens": True,
         "models": [{"name": "a|b", "loss": {}, "answers": {}, "tasks": {"t": 0.5}}],
         "answers": [
             {

@@ -55,6 +55,7 @@ class Found:
     """What was found of one model."""
 
     name: str
+    rows: list[Row] = field(default_factory=list)
     loss: dict[tuple[str, str], Tally] = field(default_factory=dict)  # by source and language
     answers: list[Answer] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -219,8 +220,9 @@ def _measure(
         for (_, row), origin in zip(rows, origins, strict=True)
         if any(label != IGNORE for label in row.labels[1:])
     ][:limit]
+    found.rows = [row for row, _ in kept]
     with bar(f"{name}: rows", len(kept), progress) as done:
-        for (_, origin), part in zip(kept, tally(generator.model, [row for row, _ in kept]), strict=True):
+        for (_, origin), part in zip(kept, tally(generator.model, found.rows), strict=True):
             found.loss[origin] = found.loss.get(origin, Tally()) + part
             done(1)
     turns = sum(1 + len(prompt.further) for prompt in prompts)
@@ -251,6 +253,7 @@ def _report(found: list[Found], recipe: Recipe, source: str, limit: int | None) 
         "prompts": source,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "limit": limit,
+        "same_tokens": all(one.rows == found[0].rows for one in found),
         "models": [
             {
                 "name": one.name,

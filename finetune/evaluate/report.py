@@ -58,7 +58,9 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 def _intro(report: dict[str, Any]) -> str:
     count, limit = len(report["answers"]), report["limit"]
     first = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} questions from {report['prompts']}"
-    return f"{first}; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
+    told = f"{first}; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
+    other = " The rows are other tokens to each model, so perplexity and accuracy cannot be compared."
+    return told if report["same_tokens"] else told + other
 
 
 def _loss_rows(models: list[dict[str, Any]]) -> list[list[str]]:
