@@ -111,18 +111,23 @@ def test_an_answer_that_ends_says_so(generator: Generator, monkeypatch: pytest.M
 def test_where_memory_runs_out_fewer_are_answered_at_once(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the longest come first, so that it shows at once."""
     sizes = []
+    lengths = []
 
     def answers(self: Generator, ids: list[list[int]], limit: int) -> list[list[int]]:
         sizes.append(len(ids))
+        lengths.append([len(one) for one in ids])
         if len(ids) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [[7] for _ in ids]
 
     monkeypatch.setattr(Generator, "answers", answers)
-    prompts = [Prompt(str(i), user("Hi")) for i in range(10)]
+    prompts = [Prompt(str(i), user("Hi " * (i % 4))) for i in range(1, 11)]
     assert len(answer(generator, prompts, 5)) == 10
     assert sizes == [10, 5, 2, 2, 2, 2, 2]
+    assert lengths[0] == sorted(lengths[0], reverse=True) == [n for some in lengths[2:] for n in some]
+    assert lengths[0][0] > lengths[0][-1]
 
 
 @pytest.mark.parametrize(
@@ -529,7 +534,7 @@ def test_a_quotation_is_read_as_the_text_that_was_quoted(text: str) -> None:
 @pytest.mark.slow
 def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[str]) -> None:
     """The likelier of two continuations, which the model's own log-probabilities tell as well."""
-    rows = [{"question": f"Number {n}", "choices": ["four", "nine words"], "label": n % 2} for n in range(4)]
+    rows = [{"question": f"Number {n}", "choices": ["a", "b"], "label": n % 2} for n in range(4)]
     path = lines(Path("choice.jsonl"), *rows)
     task = {
         "task": "tiny_choice",
@@ -540,7 +545,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
         "doc_to_text": "{{question}}",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc"}, {"metric": "brier_score"}],
     }
     Path("tiny.yaml").write_text(json.dumps(task))
     prompts = lines(Path("p.jsonl"), {"prompt": "Hi"})
@@ -557,7 +562,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
     found = json.loads(said.out)["models"][0]["tasks"]
     assert "git" not in said.err  # the folder is no repository
     generator = load("random:gemma3")
-    right = 0
+    right, squares = 0, []
     for row in rows:
         ids = generator.prompt_ids(list(user(row["question"])))
         nats = []
@@ -566,7 +571,13 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
             [part] = tally(generator.model, [Row([*ids, *said], [IGNORE] * len(ids) + said)])
             nats.append(part.nats)
         right += int(nats.index(min(nats)) == row["label"])
-    assert found == {"tiny_choice, acc": right / 4}
+        likely = torch.tensor(nats).neg().softmax(0)
+        squares += [float((likely - torch.eye(2)[row["label"]]).square().sum())]
+    # The second is another number without the template: of two single tokens neither is sure.
+    assert found == {
+        "tiny_choice, acc": right / 4,
+        "tiny_choice, brier_score": pytest.approx(sum(squares) / 4, rel=1e-4),
+    }
     recipe.write_text(recipe.read_text().replace(str(Path("tiny.yaml").absolute()), "nosuch"))
     assert main(["evaluate", "random:gemma3", "--recipe", str(recipe)]) == 2
     assert capfd.readouterr().err.splitlines()[-1] == (
