@@ -21,7 +21,14 @@ from finetune.cli import main
 from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer, repetition
 from finetune.evaluate.perplexity import Row, Tally, score, tally
-from finetune.evaluate.prompts import EvaluateError, Prompt, read_prompts, read_reference, reference_answers
+from finetune.evaluate.prompts import (
+    EvaluateError,
+    Prompt,
+    evenly,
+    read_prompts,
+    read_reference,
+    reference_answers,
+)
 from finetune.generate import Generator, Sampling, load
 from finetune.model import load_tokenizer
 from finetune.sections import ModelSection
@@ -633,3 +640,26 @@ def test_of_several_processes_none_evaluates(
         monkeypatch.setenv("RANK", rank)
         assert main(["evaluate", "run"]) == 2
         assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_limit_takes_of_each_source_as_many_as_there_are() -> None:
+    items = ["a1", "a2", "a3", "a4", "b1", "c1", "c2"]
+    assert evenly(items, lambda item: item[0], 5) == ["a1", "a2", "b1", "c1", "c2"]
+    assert evenly(items, lambda item: item[0], 2) == ["a1", "b1"]
+    assert evenly(items, lambda item: item[0], None) == items
+
+
+def test_a_limit_reaches_every_source(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"role": "assistant", "content": "yes"}
+    one, two = (
+        lines(Path(f"{name}.jsonl"), *({"messages": [*user(f"{name} {i}"), said]} for i in range(4)))
+        for name in ("first", "second")
+    )
+    rows = {"train": [{"path": lines(Path("t.jsonl"), {"messages": [*user("Hi"), said]})}]}
+    rows["eval"] = [{"path": one}, {"path": two}]
+    recipe = write_recipe(data=rows, evaluate={"max_new_tokens": 2})
+    capsys.readouterr()
+    command = ["evaluate", "random:gemma3", "--recipe", str(recipe), "--limit", "2", "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [answer["prompt"] for answer in report["answers"]] == ["first.jsonl:1", "second.jsonl:1"]

@@ -19,7 +19,14 @@ from finetune.data import evaluated
 from finetune.evaluate.answers import Answer, answer
 from finetune.evaluate.language import Verdict, verdict, wilson
 from finetune.evaluate.perplexity import Row, Tally, tally
-from finetune.evaluate.prompts import EvaluateError, Prompt, held_out_prompts, read_prompts, reference_answers
+from finetune.evaluate.prompts import (
+    EvaluateError,
+    Prompt,
+    evenly,
+    held_out_prompts,
+    read_prompts,
+    reference_answers,
+)
 from finetune.evaluate.report import as_html, as_markdown
 from finetune.model import base_of, load_tokenizer
 from finetune.recipe import Recipe, load_recipe
@@ -219,7 +226,8 @@ def _measure(
         (row, origin)
         for (_, row), origin in zip(rows, origins, strict=True)
         if any(label != IGNORE for label in row.labels[1:])
-    ][:limit]
+    ]
+    kept = evenly(kept, lambda one: one[1], limit)
     found.rows = [row for row, _ in kept]
     with bar(f"{name}: rows", len(kept), progress) as done:
         for (_, origin), part in zip(kept, tally(generator.model, found.rows), strict=True):
@@ -361,4 +369,5 @@ def _judged(
         for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
     ]
     preference = compare(pairs, judge, cache, say, progress)
+    say(f"{judge.model}: {preference.summary()}")
     return preference.as_dict() | {"model": judge.model, "cost": str(preference.sent)}

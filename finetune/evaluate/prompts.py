@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.chat import LabelError, Message
 from finetune.formats import FORMATS, known_format, map_columns, matches
 from finetune.rows import read_rows
 from finetune.sections import DataSection, Source
+
+T = TypeVar("T")
 
 
 class EvaluateError(ValueError):
@@ -62,14 +64,24 @@ def _prompt(name: str, row: dict[str, Any]) -> Prompt:
 
 def held_out_prompts(section: DataSection, names: set[str], limit: int | None = None) -> list[Prompt]:
     """What was asked in those rows of the sources that bear one of these names; rows without turns ask nothing."""
-    found: list[Prompt] = []
-    for source in section.eval or section.train:
-        for name, messages in _conversations(source):
-            if limit is not None and len(found) == limit:
-                return found
-            if name in names and (asked := _asked(messages)):
-                found.append(Prompt(name.rpartition("/")[2], asked))
-    return found
+    found = [
+        (number, Prompt(name.rpartition("/")[2], asked))
+        for number, source in enumerate(section.eval or section.train)
+        for name, messages in _conversations(source)
+        if name in names and (asked := _asked(messages))
+    ]
+    return [prompt for _, prompt in evenly(found, lambda one: one[0], limit)]
+
+
+def evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None) -> list[T]:
+    """At most so many items, of each group as many as there are, in their order."""
+    seen: Counter[Hashable] = Counter()
+    ranks = []
+    for item in items:
+        ranks.append(seen[group(item)])
+        seen[group(item)] += 1
+    chosen = sorted(range(len(items)), key=lambda i: ranks[i])[:limit]
+    return [items[i] for i in sorted(chosen)]
 
 
 def _conversations(source: Source) -> Iterator[tuple[str, list[Message]]]:
