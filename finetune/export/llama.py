@@ -1,28 +1,39 @@
-"""llama.cpp itself on a written GGUF file: token ids, predictions, greedy answers by the file's own template, speed.
+"""llama.cpp itself with a GGUF file, from the package xllamacpp; to be used in a process of its own.
 
-What is measured here is what a user of llama.cpp meets. It comes from the package xllamacpp: its server, which listens
-on this machine alone, renders the template and keeps time; token ids and whole rows of logits, which the server does
-not give, come from the C interface of its shared library.
+Its server, which listens on this machine alone, renders the file's template, answers and keeps time. Whole rows of
+logits, and texts in which nothing is a control token, the server does not give: they come from the C interface of its
+shared library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import os
+import secrets
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from finetune.turns import Message
 
 Logits = NDArray[np.float32]
 
 # Logits that llama.cpp holds at once, in numbers: 64 MB.
 _OUTPUTS = 2**24
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+
+# What `Server` says of a file for which llama.cpp says the rest on stderr.
+NO_SERVER = "llama.cpp's server does not start with it"
 
 
 class LlamaError(ValueError):
@@ -73,7 +84,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_memory": (_P, (_P,)),
     "llama_memory_clear": (None, (_P, _B)),
     "llama_vocab_n_tokens": (_I, (_P,)),
-    "llama_vocab_is_eog": (_B, (_P, _I)),
     "llama_tokenize": (
         _I,
         (_P, ctypes.c_char_p, _I, ctypes.POINTER(ctypes.c_int32), _I, _B, _B),
@@ -85,32 +95,36 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+def _module() -> ModuleType:
+    try:
+        return importlib.import_module("xllamacpp.xllamacpp")
+    except ImportError as error:
+        raise LlamaError(
+            f'running a GGUF file needs xllamacpp ({error}); write pip install "finetune[gguf]"'
+        ) from None
+
+
 def library() -> ctypes.CDLL:
     """llama.cpp's shared library, its functions declared.
 
     Raises:
-        LlamaError: xllamacpp is not installed, or is one whose library is otherwise.
+        LlamaError: xllamacpp is not installed, or its library is otherwise than is known.
     """
-    try:
-        module = importlib.import_module("xllamacpp.xllamacpp")
-    except ImportError as error:
-        raise LlamaError(
-            f'running a GGUF file needs xllamacpp ({error}); pip install "finetune[gguf]"'
-        ) from error
-    found = ctypes.CDLL(module.__file__)
+    found = ctypes.CDLL(str(_module().__file__))
     for name, (result, arguments) in _FUNCTIONS.items():
-        try:
-            function = getattr(found, name)
-        except AttributeError:
-            raise _unknown(f"function {name} is not there") from None
+        function = getattr(found, name, None)
+        if function is None:
+            raise _unknown(f"library has no {name}")
         function.restype, function.argtypes = result, arguments
     return found
 
 
 def _unknown(what: str) -> LlamaError:
-    from importlib.metadata import version
-
     return LlamaError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Llama:
@@ -170,27 +184,10 @@ class Llama:
                 return list(ids[:count])
             room = -count
 
-    def ends(self, token: int) -> bool:
-        """Whether llama.cpp ends an answer at a token."""
-        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
-
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The logits (V) at each position of a row, one after the other."""
         self.forget()
         yield from self.feed(ids, [True] * len(ids))
-
-    def generate(self, ids: Sequence[int], limit: int) -> list[int]:
-        """The greedy answer to a prompt, with the token that ends it where one does."""
-        self.forget()
-        answer: list[int] = []
-        feed = list(ids)
-        while len(answer) < limit:
-            (last,) = self.feed(feed, [False] * (len(feed) - 1) + [True])
-            answer.append(int(last.argmax()))
-            if self.ends(answer[-1]):
-                break
-            feed = answer[-1:]
-        return answer
 
     def forget(self) -> None:
         """Begins a row anew."""
@@ -244,8 +241,7 @@ class Llama:
         ]
         if made[0] < self._wanted or made[1] < self._step or made[2] > made[1]:
             raise _unknown(f"llama_context_params is laid out otherwise (made {made})")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._library.llama_set_n_threads(context, cores, cores)
+        self._library.llama_set_n_threads(context, _cores(), _cores())
         self._batch = self._library.llama_batch_init(self._step, 0, 1)
         b = self._batch
         if b.count or b.embd or not (b.token and b.pos and b.n_seq_id and b.seq_id and b.logits):
@@ -258,3 +254,117 @@ class Llama:
     def _why(self) -> str:
         """The first error that llama.cpp spoke of; those that follow only say that it failed."""
         return self._said[0] if self._said else "it does not say why"
+
+
+class Server:
+    """llama.cpp's own server with a GGUF file: the file's template, greedy answers, speed.
+
+    Args:
+        file: The file; one that `Llama` takes.
+        context: How many tokens a prompt and its answer have at most.
+
+    Raises:
+        LlamaError: xllamacpp is not installed, or the server does not start; it says why on stderr.
+    """
+
+    def __init__(self, file: Path, context: int) -> None:
+        module = _module()
+        options = module.CommonParams()
+        self._key = secrets.token_hex()
+        settings = {
+            "n_ctx": context,
+            "n_parallel": 1,
+            "api_keys": [self._key],
+            "verbosity": 1,  # errors alone
+            "ui": False,
+            "warmup": False,
+            "fit_params": False,  # would make the context smaller
+            "cache_ram_mib": 0,
+            # A conversation that ends with an answer is rendered whole, not for the answer to go on.
+            "prefill_assistant": False,
+        }
+        options.model.path = str(file)
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = _cores()
+        try:
+            for name, value in settings.items():
+                setattr(options, name, value)
+        except (AttributeError, TypeError):
+            raise _unknown(f"server has no setting {name}") from None
+        try:
+            self._server = module.Server(options)
+        except RuntimeError:
+            raise LlamaError(f"{file}: {NO_SERVER}") from None
+        # Whatever proxy the machine has is not for its own address.
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server = None  # which ends it
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation by the file's template, without the BOS that `tokenise` puts before it.
+
+        One that ends with an answer is rendered as it is; any other with the beginning of the next answer.
+        """
+        ends = bool(messages) and messages[-1]["role"] == "assistant"
+        request = {"messages": list(messages), "add_generation_prompt": not ends}
+        return str(self._ask("/apply-template", request)["prompt"])
+
+    def tokenise(self, rendered: str) -> list[int]:
+        """The token ids with which llama.cpp begins an answer to a rendered prompt."""
+        request = {"content": rendered, "add_special": True, "parse_special": True}
+        return list(self._ask("/tokenize", request)["tokens"])
+
+    def answer(self, prompt: str | Sequence[int], limit: int, on: bool = False) -> dict[str, Any]:
+        """The greedy answer to a rendered prompt, or to token ids.
+
+        Args:
+            prompt: The prompt; a text is tokenised as `tokenise` does.
+            limit: How many tokens at most.
+            on: Whether it goes on behind a token that ends it.
+
+        Returns:
+            `ids` with the token that ended it, `text`, `ended` (by itself), tokens per second of the prompt
+            (`prompt_speed`) and of the answer (`speed`).
+        """
+        request = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "n_predict": limit,
+            "samplers": ["temperature"],
+            "temperature": 0,
+            "repeat_penalty": 1,
+            "cache_prompt": False,
+            "return_tokens": True,
+            "ignore_eos": on,
+        }
+        said = self._ask("/completion", request)
+        times = said["timings"]
+        return {
+            "ids": said["tokens"],
+            "text": said["content"],
+            "ended": said["stop_type"] == "eos",
+            "prompt_speed": times["prompt_per_second"],
+            "speed": times["predicted_per_second"],
+        }
+
+    def _ask(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        address = self._server.listening_address + path
+        body = json.dumps(request).encode()
+        try:
+            with self._open(urllib.request.Request(address, body, headers)) as reply:
+                found: dict[str, Any] = json.load(reply)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode("utf-8", "replace")
+            # Of a template the last line tells what it raised.
+            try:
+                why = str(json.loads(said)["error"]["message"]).strip().splitlines()[-1]
+            except (ValueError, KeyError, TypeError, IndexError):
+                why = f"{error.code} {error.reason}"
+            raise LlamaError(f"llama.cpp's {path[1:]} fails: {why}") from None
+        return found
