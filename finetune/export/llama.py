@@ -153,7 +153,10 @@ class Llama:
             raise LlamaError(f"{file}: llama.cpp does not take it: {self._why()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
-        self._step = max(16, min(512, _OUTPUTS // self.size))
+        # How far the model was made to look back.
+        self.trained_context: int = self._library.llama_model_n_ctx_train(self._model)
+        # How many positions are computed, and their logits held, at once.
+        self.step = max(16, min(512, _OUTPUTS // self.size))
 
     def __enter__(self) -> Llama:
         return self
@@ -207,8 +210,8 @@ class Llama:
         if wrong := [token for token in ids if not 0 <= token < self.size]:
             raise LlamaError(f"token {wrong[0]} is not in the file's vocabulary of {self.size:,}")
         batch = self._batch
-        for start in range(0, len(ids), self._step):
-            part = ids[start : start + self._step]
+        for start in range(0, len(ids), self.step):
+            part = ids[start : start + self.step]
             batch.count = len(part)
             for i, token in enumerate(part):
                 batch.token[i], batch.pos[i] = token, self._past + i
@@ -231,7 +234,7 @@ class Llama:
         # n_ctx, n_batch, n_ubatch have stood first, with these defaults, in every release since February 2024.
         if (head[0], head[1], head[2]) != (512, 2048, 512):
             raise _unknown("llama_context_params is laid out otherwise")
-        head[0], head[1], head[2] = self._wanted, self._step, self._step
+        head[0], head[1], head[2] = self._wanted, self.step, self.step
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
             raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {self._why()}")
@@ -239,10 +242,10 @@ class Llama:
         made = [
             int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
         ]
-        if made[0] < self._wanted or made[1] < self._step or made[2] > made[1]:
+        if made[0] < self._wanted or made[1] < self.step or made[2] > made[1]:
             raise _unknown(f"llama_context_params is laid out otherwise (made {made})")
         self._library.llama_set_n_threads(context, _cores(), _cores())
-        self._batch = self._library.llama_batch_init(self._step, 0, 1)
+        self._batch = self._library.llama_batch_init(self.step, 0, 1)
         b = self._batch
         if b.count or b.embd or not (b.token and b.pos and b.n_seq_id and b.seq_id and b.logits):
             raise _unknown("llama_batch is laid out otherwise")
