@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import secrets
 import urllib.error
 import urllib.request
@@ -32,6 +33,7 @@ _OUTPUTS = 2**24
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
+_CONTEXT = "llama_context_params is laid out otherwise"
 # What `Server` says of a file for which llama.cpp says the rest on stderr.
 NO_SERVER = "llama.cpp's server does not start with it"
 
@@ -123,12 +125,39 @@ def _unknown(what: str) -> LlamaError:
     return LlamaError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
 
 
+def _places(words: Sequence[int]) -> tuple[int, int, int]:
+    """Where `llama_context_params` has flash_attn_type, type_k and type_v, found by the defaults around them.
+
+    Fields come and go in it, but not between these (August 2025 to October 2026):
+
+        rope_scaling_type, pooling_type, attention_type, flash_attn_type      -1
+        rope_freq_base, rope_freq_scale                                       0.0
+        yarn_ext_factor, _attn_factor, _beta_fast, _beta_slow                 -1.0
+        yarn_orig_ctx, defrag_thold                                           0, -1.0
+        cb_eval, cb_eval_user_data                                            null, perhaps aligned by a word
+        type_k, type_v                                                        1, which is float16
+    """
+    # n_ctx, n_batch and n_ubatch have stood first for as long.
+    if list(words[:3]) == [512, 2048, 512]:
+        minus = 0xBF800000
+        for zeros in (4, 5):
+            known = [0xFFFFFFFF] * 4 + [0, 0] + [minus] * 4 + [0, minus] + [0] * zeros + [1, 1]
+            places = [i for i in range(3, 64) if list(words[i : i + len(known)]) == known]
+            if len(places) == 1:
+                end = places[0] + len(known)
+                return places[0] + 3, end - 2, end - 1
+    raise _unknown(_CONTEXT)
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Llama:
     """A GGUF file in llama.cpp, on all cores; to be used in a process of its own, for a fault in it ends the process.
+
+    Attention rounds nothing here (keys and values in float32, no flash attention, where a user has float16 and flash
+    attention by default): so what differs from another model's predictions is the file's, and not the cache's.
 
     Args:
         file: The file.
@@ -141,6 +170,7 @@ class Llama:
     def __init__(self, file: Path, context: int = 512) -> None:
         self._library = library()
         self._said: list[str] = []
+        self._cache: str | None = None  # the type of attention's keys, as llama.cpp's log tells
         self._log = _LOG(self._hear)  # as long as the library holds it
         self._library.llama_log_set(self._log, None)
         self._library.llama_backend_init()
@@ -230,11 +260,10 @@ class Llama:
         if self._context:
             return
         options = self._library.llama_context_default_params()
-        head = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
-        # n_ctx, n_batch, n_ubatch have stood first, with these defaults, in every release since February 2024.
-        if (head[0], head[1], head[2]) != (512, 2048, 512):
-            raise _unknown("llama_context_params is laid out otherwise")
-        head[0], head[1], head[2] = self._wanted, self.step, self.step
+        words = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
+        flash, keys, values = _places(words[:128])
+        words[0], words[1], words[2] = self._wanted, self.step, self.step
+        words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
             raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {self._why()}")
@@ -242,15 +271,16 @@ class Llama:
         made = [
             int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
         ]
-        if made[0] < self._wanted or made[1] < self.step or made[2] > made[1]:
-            raise _unknown(f"llama_context_params is laid out otherwise (made {made})")
+        if made[0] < self._wanted or made[1:] != [self.step] * 2 or self._cache not in (None, "f32"):
+            raise _unknown(f"{_CONTEXT}: asked for it made {made}, cache {self._cache}")
         self._library.llama_set_n_threads(context, _cores(), _cores())
-        self._batch = self._library.llama_batch_init(self.step, 0, 1)
-        b = self._batch
-        if b.count or b.embd or not (b.token and b.pos and b.n_seq_id and b.seq_id and b.logits):
+        self._batch = batch = self._library.llama_batch_init(self.step, 0, 1)
+        if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
             raise _unknown("llama_batch is laid out otherwise")
 
     def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
+        if text and (cache := re.search(rb"\bK \((\w+)\)", text)):
+            self._cache = cache[1].decode()
         if level == _ERROR and text and text.strip():
             self._said = [*self._said[-19:], text.decode("utf-8", "replace").strip()]
 
