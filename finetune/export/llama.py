@@ -1,20 +1,16 @@
-"""llama.cpp itself with a GGUF file, from the package xllamacpp; to be used in a process of its own.
+"""llama.cpp itself with a GGUF file: token ids and whole rows of logits, from the package xllamacpp.
 
-Its server, which listens on this machine alone, renders the file's template, answers and keeps time. Whole rows of
-logits, and texts in which nothing is a control token, the server does not give: they come from the C interface of its
-shared library.
+Its server (`server.py`) does not give logits, nor the ids of a text in which nothing is a control token. So they come
+from the C interface of the package's shared library, whose structs change from release to release: what is written into
+one is first found by its defaults, and what came of it asked afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import os
 import re
-import secrets
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,18 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.turns import Message
-
 Logits = NDArray[np.float32]
 
 # Logits that llama.cpp holds at once, in numbers: 64 MB.
 _OUTPUTS = 2**24
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
 _CONTEXT = "llama_context_params is laid out otherwise"
-# What `Server` says of a file for which llama.cpp says the rest on stderr.
-NO_SERVER = "llama.cpp's server does not start with it"
 
 
 class LlamaError(ValueError):
@@ -97,7 +87,34 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def _module() -> ModuleType:
+class _Log:
+    """What llama.cpp says, instead of on stderr; one for the process and as long as it, as llama.cpp's own log is."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.cache: str | None = None  # the type of attention's keys
+        self.callback = _LOG(self._hear)
+
+    def why(self) -> str:
+        """The first error; those that follow only say that something failed."""
+        return self.errors[0] if self.errors else "it does not say why"
+
+    def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
+        if text and (cache := re.search(rb"\bK \((\w+)\)", text)):
+            self.cache = cache[1].decode()
+        if level == _ERROR and text and text.strip():
+            self.errors.append(text.decode("utf-8", "replace").strip())
+
+
+_log = _Log()
+
+
+def module() -> ModuleType:
+    """xllamacpp.
+
+    Raises:
+        LlamaError: It is not installed.
+    """
     try:
         return importlib.import_module("xllamacpp.xllamacpp")
     except ImportError as error:
@@ -112,16 +129,17 @@ def library() -> ctypes.CDLL:
     Raises:
         LlamaError: xllamacpp is not installed, or its library is otherwise than is known.
     """
-    found = ctypes.CDLL(str(_module().__file__))
+    found = ctypes.CDLL(str(module().__file__))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(found, name, None)
         if function is None:
-            raise _unknown(f"library has no {name}")
+            raise unknown(f"library has no {name}")
         function.restype, function.argtypes = result, arguments
     return found
 
 
-def _unknown(what: str) -> LlamaError:
+def unknown(what: str) -> LlamaError:
+    """The error of an xllamacpp that is otherwise than is known."""
     return LlamaError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
 
 
@@ -146,10 +164,11 @@ def _places(words: Sequence[int]) -> tuple[int, int, int]:
             if len(places) == 1:
                 end = places[0] + len(known)
                 return places[0] + 3, end - 2, end - 1
-    raise _unknown(_CONTEXT)
+    raise unknown(_CONTEXT)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -169,10 +188,8 @@ class Llama:
 
     def __init__(self, file: Path, context: int = 512) -> None:
         self._library = library()
-        self._said: list[str] = []
-        self._cache: str | None = None  # the type of attention's keys, as llama.cpp's log tells
-        self._log = _LOG(self._hear)  # as long as the library holds it
-        self._library.llama_log_set(self._log, None)
+        self._library.llama_log_set(_log.callback, None)
+        _log.errors.clear()
         self._library.llama_backend_init()
         self._wanted = context
         self._context: int | None = None
@@ -180,7 +197,7 @@ class Llama:
         options = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(os.fsencode(file), options)
         if not self._model:
-            raise LlamaError(f"{file}: llama.cpp does not take it: {self._why()}")
+            raise LlamaError(f"{file}: llama.cpp does not take it: {_log.why()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
         # How far the model was made to look back.
@@ -247,8 +264,9 @@ class Llama:
                 batch.token[i], batch.pos[i] = token, self._past + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = wanted[start + i]
+            _log.errors.clear()
             if code := self._library.llama_decode(self._context, batch):
-                raise LlamaError(f"llama.cpp cannot run the model (code {code}): {self._why()}")
+                raise LlamaError(f"llama.cpp cannot run the model (code {code}): {_log.why()}")
             self._past += len(part)
             for i in range(len(part)):
                 if wanted[start + i]:
@@ -259,6 +277,7 @@ class Llama:
         """Makes the context, once."""
         if self._context:
             return
+        _log.errors.clear()
         options = self._library.llama_context_default_params()
         words = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
         flash, keys, values = _places(words[:128])
@@ -266,138 +285,14 @@ class Llama:
         words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
-            raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {self._why()}")
+            raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.why()}")
         self._context = context
         made = [
             int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
         ]
-        if made[0] < self._wanted or made[1:] != [self.step] * 2 or self._cache not in (None, "f32"):
-            raise _unknown(f"{_CONTEXT}: asked for it made {made}, cache {self._cache}")
-        self._library.llama_set_n_threads(context, _cores(), _cores())
+        if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
+            raise unknown(f"{_CONTEXT}: asked for it made {made}, cache {_log.cache}")
+        self._library.llama_set_n_threads(context, cores(), cores())
         self._batch = batch = self._library.llama_batch_init(self.step, 0, 1)
         if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
-            raise _unknown("llama_batch is laid out otherwise")
-
-    def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
-        if text and (cache := re.search(rb"\bK \((\w+)\)", text)):
-            self._cache = cache[1].decode()
-        if level == _ERROR and text and text.strip():
-            self._said = [*self._said[-19:], text.decode("utf-8", "replace").strip()]
-
-    def _why(self) -> str:
-        """The first error that llama.cpp spoke of; those that follow only say that it failed."""
-        return self._said[0] if self._said else "it does not say why"
-
-
-class Server:
-    """llama.cpp's own server with a GGUF file: the file's template, greedy answers, speed.
-
-    Args:
-        file: The file; one that `Llama` takes.
-        context: How many tokens a prompt and its answer have at most.
-
-    Raises:
-        LlamaError: xllamacpp is not installed, or the server does not start; it says why on stderr.
-    """
-
-    def __init__(self, file: Path, context: int) -> None:
-        module = _module()
-        options = module.CommonParams()
-        self._key = secrets.token_hex()
-        settings = {
-            "n_ctx": context,
-            "n_parallel": 1,
-            "api_keys": [self._key],
-            "verbosity": 1,  # errors alone
-            "ui": False,
-            "warmup": False,
-            "fit_params": False,  # would make the context smaller
-            "cache_ram_mib": 0,
-            # A conversation that ends with an answer is rendered whole, not for the answer to go on.
-            "prefill_assistant": False,
-        }
-        options.model.path = str(file)
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = _cores()
-        try:
-            for name, value in settings.items():
-                setattr(options, name, value)
-        except (AttributeError, TypeError):
-            raise _unknown(f"server has no setting {name}") from None
-        try:
-            self._server = module.Server(options)
-        except RuntimeError:
-            raise LlamaError(f"{file}: {NO_SERVER}") from None
-        # Whatever proxy the machine has is not for its own address.
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server = None  # which ends it
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """A conversation by the file's template, without the BOS that `tokenise` puts before it.
-
-        One that ends with an answer is rendered as it is; any other with the beginning of the next answer.
-        """
-        ends = bool(messages) and messages[-1]["role"] == "assistant"
-        request = {"messages": list(messages), "add_generation_prompt": not ends}
-        return str(self._ask("/apply-template", request)["prompt"])
-
-    def tokenise(self, rendered: str) -> list[int]:
-        """The token ids with which llama.cpp begins an answer to a rendered prompt."""
-        request = {"content": rendered, "add_special": True, "parse_special": True}
-        return list(self._ask("/tokenize", request)["tokens"])
-
-    def answer(self, prompt: str | Sequence[int], limit: int, on: bool = False) -> dict[str, Any]:
-        """The greedy answer to a rendered prompt, or to token ids.
-
-        Args:
-            prompt: The prompt; a text is tokenised as `tokenise` does.
-            limit: How many tokens at most.
-            on: Whether it goes on behind a token that ends it.
-
-        Returns:
-            `ids` with the token that ended it, `text`, `ended` (by itself), tokens per second of the prompt
-            (`prompt_speed`) and of the answer (`speed`).
-        """
-        request = {
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "n_predict": limit,
-            "samplers": ["temperature"],
-            "temperature": 0,
-            "repeat_penalty": 1,
-            "cache_prompt": False,
-            "return_tokens": True,
-            "ignore_eos": on,
-        }
-        said = self._ask("/completion", request)
-        times = said["timings"]
-        return {
-            "ids": said["tokens"],
-            "text": said["content"],
-            "ended": said["stop_type"] == "eos",
-            "prompt_speed": times["prompt_per_second"],
-            "speed": times["predicted_per_second"],
-        }
-
-    def _ask(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        address = self._server.listening_address + path
-        body = json.dumps(request).encode()
-        try:
-            with self._open(urllib.request.Request(address, body, headers)) as reply:
-                found: dict[str, Any] = json.load(reply)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read().decode("utf-8", "replace")
-            # Of a template the last line tells what it raised.
-            try:
-                why = str(json.loads(said)["error"]["message"]).strip().splitlines()[-1]
-            except (ValueError, KeyError, TypeError, IndexError):
-                why = f"{error.code} {error.reason}"
-            raise LlamaError(f"llama.cpp's {path[1:]} fails: {why}") from None
-        return found
+            raise unknown("llama_batch is laid out otherwise")

@@ -23,7 +23,8 @@ import torch
 
 from finetune.chat import IGNORE
 from finetune.evaluate.perplexity import Row, score
-from finetune.export.llama import NO_SERVER, Llama, LlamaError, Server
+from finetune.export.llama import Llama, LlamaError
+from finetune.export.server import NO_SERVER, Server
 from finetune.turns import Message
 
 # As in `verify.py`: an answer that has not ended by then is taken for one that does not end.
