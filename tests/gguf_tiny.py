@@ -16,7 +16,7 @@ SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}{{- raise_exception('no system message, please') -}}{%- endif -%}
+    {%- if message['role'] == 'tool' -%}{{- raise_exception('no tools, please') -}}{%- endif -%}
     {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ (message['content'] | trim) ~ '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
@@ -105,7 +105,9 @@ def write_gguf(
     names = sorted(inner["vocab"], key=inner["vocab"].get)
     writer.add_token_list(tokens(names))
     writer.add_token_types([3 if name in SPECIAL else 1 for name in tokens(names)])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in inner["merges"]])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in inner["merges"]]
+    )
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(True)

@@ -193,6 +193,7 @@ class Llama:
         self._library.llama_backend_init()
         self._wanted = context
         self._context: int | None = None
+        self._batch: Any = None
         self._past = 0
         options = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(os.fsencode(file), options)
@@ -211,10 +212,10 @@ class Llama:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._context:
+        if self._batch:
             self._library.llama_batch_free(self._batch)
+        if self._context:
             self._library.llama_free(self._context)
-            self._context = None
         self._library.llama_model_free(self._model)
 
     def tokenise(self, text: str, special: bool, begin: bool = True) -> list[int]:
@@ -278,10 +279,12 @@ class Llama:
         if self._context:
             return
         _log.errors.clear()
+        _log.cache = None
         options = self._library.llama_context_default_params()
         words = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
         flash, keys, values = _places(words[:128])
-        words[0], words[1], words[2] = self._wanted, self.step, self.step
+        # A context smaller than a batch would make the batch smaller.
+        words[0], words[1], words[2] = max(self._wanted, self.step), self.step, self.step
         words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
@@ -293,6 +296,7 @@ class Llama:
         if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
             raise unknown(f"{_CONTEXT}: asked for it made {made}, cache {_log.cache}")
         self._library.llama_set_n_threads(context, cores(), cores())
-        self._batch = batch = self._library.llama_batch_init(self.step, 0, 1)
+        batch = self._library.llama_batch_init(self.step, 0, 1)
         if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
             raise unknown("llama_batch is laid out otherwise")
+        self._batch = batch

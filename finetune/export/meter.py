@@ -187,7 +187,12 @@ def _look(job: dict[str, Any]) -> dict[str, Any]:
         plain = not any(item.messages for item in [*conversations, *prompts])
         asked = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
         answer = server.answer(asked, _QUESTION_TOKENS)
-        found["question"] = {"prompt": asked, "answer": answer["text"], "ended": answer["ended"]}
+        found["question"] = {
+            "prompt": asked,
+            "ids": answer["ids"],
+            "answer": answer["text"],
+            "ended": answer["ended"],
+        }
         timed = server.answer(long, _SPEED[1], on=True)
         found |= {key: round(timed[key], 2) for key in ("prompt_speed", "speed")}
     return found
