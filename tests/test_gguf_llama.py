@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from finetune.base import locate
 from finetune.chat import IGNORE, Chat
 from finetune.evaluate.perplexity import Row, score
-from finetune.export import llama, meter, server
+from finetune.export import llama, meter, server, verify
 from finetune.export.llama import Llama, LlamaError
 from finetune.export.meter import Text, measure
 from finetune.export.server import Server
@@ -179,6 +179,22 @@ def test_the_rest_of_the_report(found: dict[str, Any], file: Path) -> None:
     assert found["load_seconds"] >= 0
     assert found["speed"] > 0
     assert found["prompt_speed"] > 0
+
+
+def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: Any) -> None:
+    ids = [item.ids for item in conversations_of(tokenizer)]
+    merged = found | {"name": "merged", "conversations": ids, "against": None}
+    given = dict(found)
+    verify.compare(given, merged, merged)
+    assert verify.missed(given, {"max_kl": 0.01, "min_top1": 0.99}) == []
+    assert verify.missed(given | {"conversations_equal": 9}, {})[0].startswith(
+        "tiny.F32: 1 of 10 conversations"
+    )
+    report = {"title": "x", "models": [merged, given], "notes": [], "missed": []}
+    cells = [cell.strip() for cell in verify.as_markdown(report).splitlines()[-2].split("|")]
+    assert cells[1:3] == ["tiny.F32", "0.4 MB"]
+    assert cells[5:] == ["< 1e-6", "< 1e-6", "100.00%", "10 of 10", "0 of 10", "10 of 10", "merged", ""]
+    assert '"prompt_speed"' in verify.as_json(report)
 
 
 # ---------------------------------------------------------------------------------------------------------------

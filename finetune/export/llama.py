@@ -227,13 +227,11 @@ class Llama:
             begin: Whether the tokens that the file puts around a text (BOS, EOS) are put.
         """
         data = text.encode("utf-8")
-        room = len(data) + 16
-        while True:
-            ids = (ctypes.c_int32 * room)()
-            count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, begin, special)
-            if count >= 0:
-                return list(ids[:count])
-            room = -count
+        room = len(data) + 16  # no token is less than a byte
+        ids = (ctypes.c_int32 * room)()
+        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, begin, special)
+        assert count >= 0, f"{len(data)} bytes are {-count} tokens"
+        return list(ids[:count])
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The logits (V) at each position of a row, one after the other."""
