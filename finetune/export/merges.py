@@ -13,6 +13,10 @@ import re
 import unicodedata
 from typing import Any
 
+from tokenizers import Regex
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+
 from finetune.export.tokenizer import Limit, Source, holds, told
 
 SPACE = "▁"
@@ -51,8 +55,11 @@ _PRE: dict[tuple[str, ...], tuple[str, str]] = {
     (r"\p{N}", _GPT2): ("", "smollm"),
     (_GPT2,): ("", "gpt-2"),
 }
-# For these llama.cpp tells capitals from small letters only where they are A to Z, and takes marks for no letters.
-_ASCII_CASE = ("tekken", "gpt-4o")
+# llama.cpp spells two of them otherwise, with which capitals end at Z and marks are no letters.
+_THEIRS = (
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+%s|"
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*%s"
+)
 
 
 def byte_fallback(source: Source, rows: int) -> dict[str, Any]:
@@ -169,8 +176,6 @@ def byte_level(source: Source) -> dict[str, Any]:
     Raises:
         VocabularyError: llama.cpp could not read it, or knows no way to split texts as it does.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     missing = sorted(set(ByteLevel.alphabet()) - source.ids.keys())
     # Without an unknown token such a byte is dropped by both.
     if missing and source.tokenizer.backend_tokenizer.model.unk_token:
@@ -228,18 +233,20 @@ def _pre(source: Source) -> str:
             source.found.append(
                 Limit(f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not")
             )
-    if name in _ASCII_CASE:
-        source.found.append(Limit(f"{name}: llama.cpp splits at capitals from A to Z alone", _cased))
+    theirs = (
+        how[0]
+        .replace(_CASED % ("", ""), _THEIRS % ("", ""))
+        .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _THEIRS % (_SHORT + "?", _SHORT + "?"))
+    )
+    if theirs != how[0]:
+        ours, others = (Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], theirs))
+        source.found.append(
+            Limit(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: ours(t) != others(t))
+        )
     return name
 
 
 def _unmerged(source: Source) -> list[str]:
     """The tokens that merges do not make of their own text."""
-    from tokenizers.models import BPE
-
     model = BPE(vocab=source.ids, merges=source.merges)
     return [token for token in source.ids if token not in source.added and len(model.tokenize(token)) > 1]
-
-
-def _cased(text: str) -> bool:
-    return any(c > "\x7f" and unicodedata.category(c) in ("Lu", "Ll", "Lt", "Mn", "Mc", "Me") for c in text)
