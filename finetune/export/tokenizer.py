@@ -111,8 +111,9 @@ def checked(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     for token, i in (vocab | later).items():
         if (other := owners.setdefault(i, token)) != token:
             raise VocabularyError(f"{file}: {other!r} and {token!r} have both the id {i}")
-    if gap := next((i for i in range(len(owners)) if i not in owners), None):
-        raise VocabularyError(f"{file}: no token has the id {gap}, and {len(owners)} have others")
+    gap = next((i for i in range(len(owners)) if i not in owners), None)
+    if gap is not None:
+        raise VocabularyError(f"{file}: no token has the id {gap}, though there are {len(owners)} tokens")
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:

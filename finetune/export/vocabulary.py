@@ -1,6 +1,6 @@
 """A trained tokenizer as GGUF metadata, with which llama.cpp makes the same tokens of a text, or a refusal by name.
 
-What llama.cpp does otherwise and no metadata can change is told by `limits`; `probes` are texts to compare both on.
+What llama.cpp does otherwise and no metadata can change is told by `read`; `probes` are texts to compare both on.
 
 Source: llama.cpp b11549, src/llama-vocab.cpp.
 """
@@ -18,6 +18,11 @@ from finetune.export.merges import BYTES, SPACE, byte_fallback, byte_level
 from finetune.export.tokenizer import Limit, Source, VocabularyError, checked, holds, load, read_json, told
 from finetune.template import TemplateError
 
+_TALK = (
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "Good day"},
+    {"role": "user", "content": "Hello again"},
+)
 # Token types of GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -47,16 +52,7 @@ def vocabulary(model: Path) -> dict[str, Any]:
     Raises:
         VocabularyError: A part is missing or damaged, or llama.cpp has nothing like it.
     """
-    return _read(model)[0]
-
-
-def limits(model: Path) -> list[Limit]:
-    """What llama.cpp does otherwise with the file of `vocabulary`; empty where it does all alike.
-
-    Raises:
-        VocabularyError: As `vocabulary`.
-    """
-    return _read(model)[1]
+    return read(model)[0]
 
 
 def probes() -> list[str]:
@@ -67,30 +63,41 @@ def probes() -> list[str]:
     return [*(json.loads(text) for text in own), *talks]
 
 
-def expected(model: Path, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+def expected(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
     """For each text, what to give llama.cpp (special tokens added and parsed), and the trained tokenizer's ids of that.
 
     With a chat template a text stands behind BOS, as it does in a conversation; without one it is a text alone.
 
+    Args:
+        model: The folder.
+        metadata: Its `vocabulary`.
+        texts: Such as `probes`.
+
     Raises:
-        VocabularyError: As `vocabulary`.
+        VocabularyError: The tokenizer cannot be loaded.
     """
     tokenizer = load(model)
     if tokenizer.chat_template is None:
         return [(text, tokenizer(text)["input_ids"]) for text in texts]
-    metadata = vocabulary(model)
-    if metadata["tokenizer.ggml.add_bos_token"]:
-        given, trained = "", tokenizer.bos_token
-    else:
-        # Some tokenizers write a space before a text that has nothing before it, which no conversation is.
-        alone = metadata["tokenizer.ggml.model"] == "gpt2" or metadata["tokenizer.ggml.add_space_prefix"]
-        given = trained = "" if alone else tokenizer.eos_token
+    bos = tokenizer.bos_token if metadata["tokenizer.ggml.add_bos_token"] else ""
+    before = ""
+    if metadata["tokenizer.ggml.model"] == "llama" and not metadata["tokenizer.ggml.add_space_prefix"]:
+        # Behind nothing, or without a space, some tokenizers write one; no conversation has such places.
+        before = "" if bos else tokenizer.eos_token
+        first = tokenizer.tokenize(f"{tokenizer.eos_token}a", add_special_tokens=False)[1]
+        before += " " if first.startswith(SPACE) else ""
     return [
-        (given + text, tokenizer(trained + text, add_special_tokens=False)["input_ids"]) for text in texts
+        (before + text, tokenizer(bos + before + text, add_special_tokens=False)["input_ids"])
+        for text in texts
     ]
 
 
-def _read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
+def read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
+    """`vocabulary`, and what llama.cpp does otherwise with it than the trained tokenizer; often nothing.
+
+    Raises:
+        VocabularyError: As `vocabulary`.
+    """
     file = model / "tokenizer.json"
     vocab, merges = checked(file)
     tokenizer = load(model)
@@ -103,6 +110,9 @@ def _read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
     _check_model(source)
     metadata, used = _special(source, model)
     rows = _rows(source, model, used)
+    for key in ("unknown", "padding"):
+        if metadata.get(f"tokenizer.ggml.{key}_token_id", 0) >= rows:
+            del metadata[f"tokenizer.ggml.{key}_token_id"]
     by_bytes = bool(tokenizer.backend_tokenizer.model.byte_fallback)
     types = [UNUSED] * rows
     for token, i in source.ids.items():
@@ -226,7 +236,7 @@ def _conversation(source: Source) -> int | None:
     """The token that ends a turn; `source.opening` becomes a short conversation as the template writes it."""
     chat = Chat(source.tokenizer)
     try:
-        source.opening = chat.render([*chat._probe, chat._probe[0]], add_generation_prompt=True)
+        source.opening = chat.render(_TALK, add_generation_prompt=True)
         turn = chat.end_of_turn_id
     except (LabelError, TemplateError) as error:
         if not source.opening:
