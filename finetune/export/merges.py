@@ -82,6 +82,11 @@ def byte_fallback(source: Source, rows: int) -> dict[str, Any]:
         if token not in ranks:
             ranks[token] = rank
             scores[source.ids[token]] = -float(rank)
+    spelt = [token for token, item in source.added.items() if SPACE in token and not item.special]
+    if spelt:
+        source.found.append(
+            Limit(f"a text that holds {spelt[0]!r} is read as if it held spaces", holds(*spelt))
+        )
     _same_merges(source, ranks)
     return metadata | {key + "scores": scores}
 
@@ -166,7 +171,7 @@ def _same_merges(source: Source, ranks: dict[str, int]) -> None:
     if more:
         left, right = min(more)
         source.found.append(
-            Limit(f"llama.cpp joins {len(more)} pairs that no merge joins ({left!r} and {right!r} is one)")
+            Limit(f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}")
         )
 
 

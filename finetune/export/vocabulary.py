@@ -146,7 +146,7 @@ def _rows(source: Source, model: Path, used: set[int]) -> int:
         raise VocabularyError(f"{model / 'config.json'}: it has no vocab_size")
     template = json.dumps(source.tokenizer.chat_template, ensure_ascii=False)
     beyond = {token: i for token, i in source.ids.items() if i >= rows}
-    for token, i in beyond.items():
+    for token, i in sorted(beyond.items(), key=lambda item: item[1]):
         if token not in source.added or i in used or token in template:
             raise source.refuse(
                 f"{token!r} has the id {i}, and the model's embedding has {rows} rows (config.json: vocab_size)"
@@ -237,14 +237,17 @@ def _conversation(source: Source) -> int | None:
     chat = Chat(source.tokenizer)
     try:
         source.opening = chat.render(_TALK, add_generation_prompt=True)
-        turn = chat.end_of_turn_id
+        turn = source.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
     except (LabelError, TemplateError) as error:
         if not source.opening:
             raise source.refuse(str(error)) from error
-        source.found.append(Limit(f"where a turn ends cannot be told: {error}"))
-        return None
+        # What could not be trained on may still have been: a token that is not special, or that is BOS as well.
+        behind = source.opening.partition(_TALK[1]["content"])[2]
+        turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
+        if turn is None:
+            source.found.append(Limit(f"where a turn ends cannot be told: {error}"))
     # A turn that ends with some text, a line break say, ends where eos_token comes.
-    return turn if source.tokenizer.convert_ids_to_tokens(turn) in source.added else None
+    return source.ids[turn] if turn in source.added else None
 
 
 def _template(source: Source) -> dict[str, Any]:
