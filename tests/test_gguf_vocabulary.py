@@ -1,6 +1,7 @@
 """A trained tokenizer as llama.cpp reads it: the same token ids on 200 texts and a conversation, or a refusal."""
 
 import copy
+import functools
 import json
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
 
 from finetune.base import RANDOM_ARCHITECTURES, locate
-from finetune.export.tokenizer import Limit
+from finetune.export.tokenizer import Limit, load
 from finetune.export.vocabulary import (
     BYTE,
     CONTROL,
@@ -100,9 +101,8 @@ def ids(*asked: tuple[Path, list[str]]) -> list[list[list[int]]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def conversation(model: Path, metadata: dict[str, Any]) -> tuple[str, list[int]]:
+def conversation(tokenizer: Any, metadata: dict[str, Any]) -> tuple[str, list[int]]:
     """A conversation as llama.cpp's server gives it to its tokenizer, and its tokens as trained."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
     text = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     trained = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
     return text.removeprefix(tokenizer.bos_token) if metadata[K + "add_bos_token"] else text, trained
@@ -135,7 +135,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         metadata, limits = read(model)
         pairs = expected(model, metadata, probes() if name in KINDS else ["abc"])
         if "tokenizer.chat_template" in metadata:
-            pairs.append(conversation(model, metadata))
+            pairs.append(conversation(AutoTokenizer.from_pretrained(model), metadata))
         case = cases[name] = Case(model, metadata, limits, pairs)
         asked.append((write(metadata, model.parent / f"{name}.gguf"), case.texts))
     folder = tmp_path_factory.mktemp("damaged")
@@ -292,7 +292,7 @@ def test_bos_and_eos_are_what_the_post_processor_adds(tmp_path: Path) -> None:
 def test_pairs_that_no_merge_joins_are_told(cases: dict[str, Case]) -> None:
     case = cases["one merge a token"]
     assert [limit.what for limit in case.limits] == [
-        "llama.cpp joins 1 pairs that no merge joins ('a' and 'bc' is one)"
+        "llama.cpp joins what no merge joins: 1 pairs, such as 'a' and 'bc'"
     ]
     tokens = case.metadata[K + "tokens"]
     assert [tokens[i] for i in case.pairs[0][1]] == ["<bos>", "a", "bc"]
@@ -364,9 +364,11 @@ def test_gemma_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(model / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(load_template("gemma3"), encoding="utf-8")
+    once = functools.cache(load)  # it takes seconds
+    monkeypatch.setattr("finetune.export.vocabulary.load", once)
     metadata, limits = read(tmp_path)
     assert [limit.what for limit in limits] == ["llama.cpp ends an answer at </s> too, because of the name"]
     assert [metadata[K + name] for name in STOPS if K + name in metadata] == [2, 1, 106]
-    pairs = [*expected(tmp_path, metadata, probes()), conversation(tmp_path, metadata)]
+    pairs = [*expected(tmp_path, metadata, probes()), conversation(once(tmp_path), metadata)]
     (given,) = ids((write(metadata, tmp_path / "gemma.gguf"), [text for text, _ in pairs]))
     assert given == [trained for _, trained in pairs]

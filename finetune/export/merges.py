@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from finetune.export.tokenizer import Limit, Source, holds, told
 
 SPACE = "▁"
-BYTES = [f"<0x{i:02X}>" for i in range(256)]
+BYTES = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _SPLIT_SPACES = {

@@ -115,8 +115,9 @@ def read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
             del metadata[f"tokenizer.ggml.{key}_token_id"]
     by_bytes = bool(tokenizer.backend_tokenizer.model.byte_fallback)
     types = [UNUSED] * rows
+    unknown = tokenizer.unk_token
     for token, i in source.ids.items():
-        types[i] = _type(source, token, i in used, by_bytes)
+        types[i] = CONTROL if i in used else UNKNOWN if token == unknown else _type(source, token, by_bytes)
     metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
     metadata |= {"tokenizer.ggml.tokens": _texts(source, types), "tokenizer.ggml.token_type": types}
     _named(source, used)
@@ -286,13 +287,9 @@ def _named(source: Source, used: set[int]) -> None:
         )
 
 
-def _type(source: Source, token: str, used: bool, by_bytes: bool) -> int:
-    """What llama.cpp shall take a token for; `used` is one that ends or begins a text."""
+def _type(source: Source, token: str, by_bytes: bool) -> int:
+    """What llama.cpp shall take a token for that neither begins nor ends a text."""
     item = source.added.get(token)
-    if used:
-        return CONTROL
-    if token == source.tokenizer.unk_token:
-        return UNKNOWN
     if by_bytes and token in BYTES:
         return BYTE
     # llama.cpp writes a token of the user's as it stands, and a space that is spelt otherwise in no other.
