@@ -132,7 +132,7 @@ def _layer(name: str) -> int:
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
     """The bytes of a row of `columns` numbers."""
     block, size = GGML_QUANT_SIZES[kind]
-    return columns // block * size
+    return int(columns // block * size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
