@@ -1,7 +1,7 @@
 """A merged model as one GGUF file of llama.cpp's, straight from its safetensors, a slice at a time.
 
-gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files; its constants and
-tables are used here, and the header, which is a list of typed keys and one of tensors, is packed whole arrays at a time.
+gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files. Its constants
+and tables are used here; the header, a list of typed keys and one of tensors, is packed whole arrays at a time.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -21,10 +21,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION
+from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, Keys
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
-from gguf import Keys
 from numpy.typing import NDArray
 
 from finetune.checkpoint import sync
@@ -88,9 +87,13 @@ def write(
     if file.exists():
         raise GGUFError(f"{file} exists; write another path, or delete it")
     config = read_config(model)
-    said = {Keys.General.ARCHITECTURE: ARCHITECTURES[config.model_type], Keys.General.TYPE: "model"}
-    said |= {Keys.General.NAME: file.stem, Keys.General.FILE_TYPE: int(TYPES[kind][0])}
-    said |= {Keys.General.QUANTIZATION_VERSION: GGML_QUANT_VERSION}
+    said: dict[str, Any] = {
+        Keys.General.ARCHITECTURE: ARCHITECTURES[config.model_type],
+        Keys.General.TYPE: "model",
+        Keys.General.NAME: file.stem,
+        Keys.General.FILE_TYPE: int(TYPES[kind][0]),
+        Keys.General.QUANTIZATION_VERSION: int(GGML_QUANT_VERSION),
+    }
     said |= metadata(config)
     items = _plan(model, config, kind, imatrix)
     if vocabulary is None:
@@ -215,8 +218,9 @@ def _write_tensors(
             rows = _floats(item, files, start, stop)
             if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
                 raise GGUFError(f"GGUF: {item.name} holds numbers that are not finite")
+            rows = changed(item.name, rows, config)
             try:
-                return quantise(item.kind, changed(item.name, rows, config), imatrix.get(item.name))
+                return quantise(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
             except ValueError as error:
                 raise type(error)(f"{item.name}: {error}") from error
 
@@ -246,10 +250,10 @@ def _write_tensors(
 
 
 def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArray[np.float32]:
-    """The rows `start` to `stop` of a tensor in float32; a bias or norm is one row, but one of numbers apart."""
+    """The rows `start` to `stop` of a tensor in float32; a bias or norm has one, and is flat."""
     width = item.shape[-1]
     if isinstance(item.source, np.ndarray):
-        return item.source.reshape(1, width)
+        return item.source
     part = read(files[item.source.file], item.source, start * width, stop * width)
     rows: NDArray[np.float32]
     if part.dtype == torch.bfloat16:
@@ -257,7 +261,7 @@ def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArra
         rows = (part.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
     else:
         rows = part.numpy().astype(np.float32, copy=False)
-    return rows.reshape(stop - start, width)
+    return rows.reshape(-1, width) if len(item.shape) > 1 else rows
 
 
 @contextlib.contextmanager
@@ -289,7 +293,7 @@ def _header(said: Mapping[str, Any], items: list[_Item]) -> bytes:
 
 
 def _packed(value: Any) -> tuple[Value, bytes]:
-    """A plain value as a file holds it: whole numbers are uint32, in arrays int32, which is how llama.cpp reads them."""
+    """A plain value as a file holds it: a whole number is uint32, in an array int32, as llama.cpp reads them."""
     if isinstance(value, bool):
         return Value.BOOL, struct.pack("<?", value)
     if isinstance(value, int):
@@ -319,7 +323,7 @@ def _text(text: str | bytes) -> bytes:
 
 
 def _padded(count: int) -> int:
-    return -(-count // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
+    return int(-(-count // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,10 @@ def read_config(model: Path) -> Any:
             raise ValueError("no map of keys")
         family(raw)
         with quiet():
-            config = AutoConfig.from_pretrained(model).get_text_config()
+            whole = AutoConfig.from_pretrained(model)
+        config = whole.get_text_config()
+        # transformers 5.23 ties by the outer config alone.
+        config.tie_word_embeddings = whole.tie_word_embeddings
     except GGUFError:
         raise
     except OSError as error:
@@ -111,7 +114,8 @@ def rope_factors(config: Any) -> NDArray[np.float32] | None:
 def _rope_of(config: Any) -> dict[str, Any]:
     """The rotation of the layers that see all."""
     rope: dict[str, Any] = config.rope_parameters
-    return rope["full_attention"] if "full_attention" in rope else rope
+    full: dict[str, Any] = rope.get("full_attention", rope)
+    return full
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -133,11 +137,10 @@ def _rope(config: Any) -> dict[str, Any]:
         factor = float(rope["factor"])
         found |= {Keys.Rope.SCALING_TYPE: kinds[how].value, Keys.Rope.SCALING_FACTOR: factor}
     if how == "yarn":
-        if not rope.get("truncate", True):
-            _refuse(config, "truncate", False, "only true is computed")
+        for key, only in (("truncate", True), ("beta_fast", 32), ("beta_slow", 1)):
+            if (rope.get(key) if rope.get(key) is not None else only) != only:
+                _refuse(config, key, rope[key], f"only {only} is computed")
         found[Keys.Rope.SCALING_ORIG_CTX_LEN] = rope["original_max_position_embeddings"]
-        found[Keys.Rope.SCALING_YARN_BETA_FAST] = float(rope.get("beta_fast") or 32)
-        found[Keys.Rope.SCALING_YARN_BETA_SLOW] = float(rope.get("beta_slow") or 1)
         # llama.cpp multiplies its own scale by this one.
         ratio = _attention_factor(rope, factor) / _magnitude(factor, 1)
         if not math.isclose(ratio, 1, rel_tol=1e-6):
@@ -167,7 +170,7 @@ def _context(config: Any) -> int:
         return length
     if config.model_type != "mistral" and layers and "sliding_attention" not in layers:
         return length
-    return min(length, window)
+    return min(length, int(window))
 
 
 def _check(config: Any) -> None:
