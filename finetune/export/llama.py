@@ -1,8 +1,8 @@
-"""llama.cpp itself on a written GGUF file: token ids, predictions, greedy answers by the file's own template, speed.
+"""llama.cpp itself with a GGUF file: token ids and whole rows of logits, from the package xllamacpp.
 
-What is measured here is what a user of llama.cpp meets. It comes from the package xllamacpp: its server, which listens
-on this machine alone, renders the template and keeps time; token ids and whole rows of logits, which the server does
-not give, come from the C interface of its shared library.
+Its server (`server.py`) does not give logits, nor the ids of a text in which nothing is a control token. So they come
+from the C interface of the package's shared library, whose structs change from release to release: what is written into
+one is first found by its defaults, and what came of it asked afterwards.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ Logits = NDArray[np.float32]
 # Logits that llama.cpp holds at once, in numbers: 64 MB.
 _OUTPUTS = 2**24
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_CONTEXT = "llama_context_params is laid out otherwise"
 
 
 class LlamaError(ValueError):
@@ -73,7 +76,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_memory": (_P, (_P,)),
     "llama_memory_clear": (None, (_P, _B)),
     "llama_vocab_n_tokens": (_I, (_P,)),
-    "llama_vocab_is_eog": (_B, (_P, _I)),
     "llama_tokenize": (
         _I,
         (_P, ctypes.c_char_p, _I, ctypes.POINTER(ctypes.c_int32), _I, _B, _B),
@@ -85,36 +87,96 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+class _Log:
+    """What llama.cpp says, instead of on stderr; one for the process and as long as it, as llama.cpp's own log is."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.cache: str | None = None  # the type of attention's keys
+        self.callback = _LOG(self._hear)
+
+    def why(self) -> str:
+        """The first error; those that follow only say that something failed."""
+        return self.errors[0] if self.errors else "it does not say why"
+
+    def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
+        if text and (cache := re.search(rb"\bK \((\w+)\)", text)):
+            self.cache = cache[1].decode()
+        if level == _ERROR and text and text.strip():
+            self.errors.append(text.decode("utf-8", "replace").strip())
+
+
+_log = _Log()
+
+
+def module() -> ModuleType:
+    """xllamacpp.
+
+    Raises:
+        LlamaError: It is not installed.
+    """
+    try:
+        return importlib.import_module("xllamacpp.xllamacpp")
+    except ImportError as error:
+        raise LlamaError(
+            f'running a GGUF file needs xllamacpp ({error}); write pip install "finetune[gguf]"'
+        ) from None
+
+
 def library() -> ctypes.CDLL:
     """llama.cpp's shared library, its functions declared.
 
     Raises:
-        LlamaError: xllamacpp is not installed, or is one whose library is otherwise.
+        LlamaError: xllamacpp is not installed, or its library is otherwise than is known.
     """
-    try:
-        module = importlib.import_module("xllamacpp.xllamacpp")
-    except ImportError as error:
-        raise LlamaError(
-            f'running a GGUF file needs xllamacpp ({error}); pip install "finetune[gguf]"'
-        ) from error
-    found = ctypes.CDLL(module.__file__)
+    found = ctypes.CDLL(str(module().__file__))
     for name, (result, arguments) in _FUNCTIONS.items():
-        try:
-            function = getattr(found, name)
-        except AttributeError:
-            raise _unknown(f"function {name} is not there") from None
+        function = getattr(found, name, None)
+        if function is None:
+            raise unknown(f"library has no {name}")
         function.restype, function.argtypes = result, arguments
     return found
 
 
-def _unknown(what: str) -> LlamaError:
-    from importlib.metadata import version
-
+def unknown(what: str) -> LlamaError:
+    """The error of an xllamacpp that is otherwise than is known."""
     return LlamaError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
+
+
+def _places(words: Sequence[int]) -> tuple[int, int, int]:
+    """Where `llama_context_params` has flash_attn_type, type_k and type_v, found by the defaults around them.
+
+    Fields come and go in it, but not between these (August 2025 to October 2026):
+
+        rope_scaling_type, pooling_type, attention_type, flash_attn_type      -1
+        rope_freq_base, rope_freq_scale                                       0.0
+        yarn_ext_factor, _attn_factor, _beta_fast, _beta_slow                 -1.0
+        yarn_orig_ctx, defrag_thold                                           0, -1.0
+        cb_eval, cb_eval_user_data                                            null, perhaps aligned by a word
+        type_k, type_v                                                        1, which is float16
+    """
+    # n_ctx, n_batch and n_ubatch have stood first for as long.
+    if list(words[:3]) == [512, 2048, 512]:
+        minus = 0xBF800000
+        for zeros in (4, 5):
+            known = [0xFFFFFFFF] * 4 + [0, 0] + [minus] * 4 + [0, minus] + [0] * zeros + [1, 1]
+            places = [i for i in range(3, 64) if list(words[i : i + len(known)]) == known]
+            if len(places) == 1:
+                end = places[0] + len(known)
+                return places[0] + 3, end - 2, end - 1
+    raise unknown(_CONTEXT)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Llama:
     """A GGUF file in llama.cpp, on all cores; to be used in a process of its own, for a fault in it ends the process.
+
+    Attention rounds nothing here (keys and values in float32, no flash attention, where a user has float16 and flash
+    attention by default): so what differs from another model's predictions is the file's, and not the cache's.
 
     Args:
         file: The file.
@@ -126,20 +188,23 @@ class Llama:
 
     def __init__(self, file: Path, context: int = 512) -> None:
         self._library = library()
-        self._said: list[str] = []
-        self._log = _LOG(self._hear)  # as long as the library holds it
-        self._library.llama_log_set(self._log, None)
+        self._library.llama_log_set(_log.callback, None)
+        _log.errors.clear()
         self._library.llama_backend_init()
         self._wanted = context
         self._context: int | None = None
+        self._batch: Any = None
         self._past = 0
         options = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(os.fsencode(file), options)
         if not self._model:
-            raise LlamaError(f"{file}: llama.cpp does not take it: {self._why()}")
+            raise LlamaError(f"{file}: llama.cpp does not take it: {_log.why()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
-        self._step = max(16, min(512, _OUTPUTS // self.size))
+        # How far the model was made to look back.
+        self.trained_context: int = self._library.llama_model_n_ctx_train(self._model)
+        # How many positions are computed, and their logits held, at once.
+        self.step = max(16, min(512, _OUTPUTS // self.size))
 
     def __enter__(self) -> Llama:
         return self
@@ -147,10 +212,10 @@ class Llama:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._context:
+        if self._batch:
             self._library.llama_batch_free(self._batch)
+        if self._context:
             self._library.llama_free(self._context)
-            self._context = None
         self._library.llama_model_free(self._model)
 
     def tokenise(self, text: str, special: bool, begin: bool = True) -> list[int]:
@@ -170,27 +235,10 @@ class Llama:
                 return list(ids[:count])
             room = -count
 
-    def ends(self, token: int) -> bool:
-        """Whether llama.cpp ends an answer at a token."""
-        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
-
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The logits (V) at each position of a row, one after the other."""
         self.forget()
         yield from self.feed(ids, [True] * len(ids))
-
-    def generate(self, ids: Sequence[int], limit: int) -> list[int]:
-        """The greedy answer to a prompt, with the token that ends it where one does."""
-        self.forget()
-        answer: list[int] = []
-        feed = list(ids)
-        while len(answer) < limit:
-            (last,) = self.feed(feed, [False] * (len(feed) - 1) + [True])
-            answer.append(int(last.argmax()))
-            if self.ends(answer[-1]):
-                break
-            feed = answer[-1:]
-        return answer
 
     def forget(self) -> None:
         """Begins a row anew."""
@@ -210,15 +258,16 @@ class Llama:
         if wrong := [token for token in ids if not 0 <= token < self.size]:
             raise LlamaError(f"token {wrong[0]} is not in the file's vocabulary of {self.size:,}")
         batch = self._batch
-        for start in range(0, len(ids), self._step):
-            part = ids[start : start + self._step]
+        for start in range(0, len(ids), self.step):
+            part = ids[start : start + self.step]
             batch.count = len(part)
             for i, token in enumerate(part):
                 batch.token[i], batch.pos[i] = token, self._past + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = wanted[start + i]
+            _log.errors.clear()
             if code := self._library.llama_decode(self._context, batch):
-                raise LlamaError(f"llama.cpp cannot run the model (code {code}): {self._why()}")
+                raise LlamaError(f"llama.cpp cannot run the model (code {code}): {_log.why()}")
             self._past += len(part)
             for i in range(len(part)):
                 if wanted[start + i]:
@@ -229,32 +278,25 @@ class Llama:
         """Makes the context, once."""
         if self._context:
             return
+        _log.errors.clear()
+        _log.cache = None
         options = self._library.llama_context_default_params()
-        head = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
-        # n_ctx, n_batch, n_ubatch have stood first, with these defaults, in every release since February 2024.
-        if (head[0], head[1], head[2]) != (512, 2048, 512):
-            raise _unknown("llama_context_params is laid out otherwise")
-        head[0], head[1], head[2] = self._wanted, self._step, self._step
+        words = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
+        flash, keys, values = _places(words[:128])
+        # A context smaller than a batch would make the batch smaller.
+        words[0], words[1], words[2] = max(self._wanted, self.step), self.step, self.step
+        words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
-            raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {self._why()}")
+            raise LlamaError(f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.why()}")
         self._context = context
         made = [
             int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
         ]
-        if made[0] < self._wanted or made[1] < self._step or made[2] > made[1]:
-            raise _unknown(f"llama_context_params is laid out otherwise (made {made})")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._library.llama_set_n_threads(context, cores, cores)
-        self._batch = self._library.llama_batch_init(self._step, 0, 1)
-        b = self._batch
-        if b.count or b.embd or not (b.token and b.pos and b.n_seq_id and b.seq_id and b.logits):
-            raise _unknown("llama_batch is laid out otherwise")
-
-    def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
-        if level == _ERROR and text and text.strip():
-            self._said = [*self._said[-19:], text.decode("utf-8", "replace").strip()]
-
-    def _why(self) -> str:
-        """The first error that llama.cpp spoke of; those that follow only say that it failed."""
-        return self._said[0] if self._said else "it does not say why"
+        if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
+            raise unknown(f"{_CONTEXT}: asked for it made {made}, cache {_log.cache}")
+        self._library.llama_set_n_threads(context, cores(), cores())
+        batch = self._library.llama_batch_init(self.step, 0, 1)
+        if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
+            raise unknown("llama_batch is laid out otherwise")
+        self._batch = batch

@@ -1,0 +1,497 @@
+"""What llama.cpp says of a GGUF file: the figures of a right one beside transformers', and what wrong ones show."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_tiny import TEMPLATE, make_model, make_tokenizer, sample_messages, write_gguf
+
+from finetune.chat import IGNORE, Chat
+from finetune.evaluate.perplexity import Row, score
+from finetune.export import llama, meter, server
+from finetune.export.llama import Llama, LlamaError
+from finetune.export.meter import Text, measure
+from finetune.export.server import Server
+
+
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a tiny model two threads wait for each other most of the time."""
+    monkeypatch.setattr(llama, "cores", lambda: 1)
+    monkeypatch.setattr(server, "cores", lambda: 1)
+
+
+TEXTS = [
+    "Hello, world!",
+    " two  spaces, and three   of them ",
+    "日本語の文章、それと「括弧」。",
+    "def f(x):\n\treturn x ** 2  # 12345\n\n\n",
+    "🎉👨‍👩‍👧 é é",
+    "<|im_end|> and < |im_start| > and <s>",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    return make_model(len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def file(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(model, tokenizer, tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf")
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[Row]:
+    chat = Chat(tokenizer)
+    encoded = [chat.encode(messages) for messages in sample_messages()[:12]]
+    return [Row(row.input_ids.tolist(), row.labels.tolist()) for row in encoded]
+
+
+@pytest.fixture(scope="module")
+def kept(model: Any, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers predicts."""
+    place = tmp_path_factory.mktemp("kept") / "reference.bin"
+    score(model, rows, keep=place)
+    return place
+
+
+def texts_of(tokenizer: Any) -> list[Text]:
+    whole = [Text(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+    return whole + [
+        Text(text, tokenizer(text, split_special_tokens=True)["input_ids"], special=False) for text in TEXTS
+    ]
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> Text:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return Text(text, tokenizer(text, add_special_tokens=False)["input_ids"], messages=messages)
+
+
+def conversations_of(tokenizer: Any) -> list[Text]:
+    return [rendered(tokenizer, messages, False) for messages in sample_messages()[:10]]
+
+
+def prompts_of(tokenizer: Any) -> list[Text]:
+    return [rendered(tokenizer, messages[:-1], True) for messages in sample_messages()[:10]]
+
+
+def likeliest(model: Any, prompt: list[int], answer: list[int]) -> bool:
+    """Whether each token of an answer is the likeliest one behind those before it.
+
+    The server's cache is rounded to float16, as its users have it: what lies nearer than that may change places.
+    """
+    logits = logits_of(model, prompt + answer)[len(prompt) - 1 : -1]
+    return bool((logits[range(len(answer)), answer] > logits.max(-1) - 0.05).all())
+
+
+def logits_of(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.inference_mode():
+        return np.asarray(model(input_ids=torch.tensor([ids])).logits[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A right file
+
+
+@pytest.fixture(scope="module")
+def found(
+    model: Any,
+    file: Path,
+    tokenizer: Any,
+    rows: list[Row],
+    kept: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    return measure(
+        file,
+        "tiny.F32",
+        rows,
+        tmp_path_factory.mktemp("work"),
+        texts_of(tokenizer),
+        conversations_of(tokenizer),
+        prompts_of(tokenizer),
+        "merged",
+        kept,
+    )
+
+
+def test_a_right_file_predicts_as_transformers_does(
+    found: dict[str, Any], model: Any, rows: list[Row]
+) -> None:
+    """Both compute in float32 and differ in the order of sums alone: 6e-5 was the most that was seen."""
+    assert "error" not in found, found
+    before = score(model, rows)
+    assert (found["tokens"], found["compared"]) == (before.tokens, before.tokens)
+    assert found["loss"] == pytest.approx(before.loss, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(before.perplexity, rel=1e-5)
+    assert found["top1"] == 1
+    assert found["largest"] < 5e-4
+    assert found["kl_p99"] < 1e-6
+
+
+def test_a_right_file_has_the_trained_ids(found: dict[str, Any], tokenizer: Any) -> None:
+    assert found["same_texts"] == {"count": 2 * len(TEXTS), "equal": 2 * len(TEXTS), "differences": []}
+    assert found["same_prompts"] == {"count": 10, "equal": 10, "differences": []}
+    assert found["conversations"] == [item.ids for item in conversations_of(tokenizer)]
+    assert [ids.count(0) for ids in found["conversations"]] == [1] * 10  # one BOS, from file and template
+
+
+def test_a_right_file_answers_as_transformers_does(found: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    prompts = prompts_of(tokenizer)
+    assert all(likeliest(model, item.ids, ids) for item, ids in zip(prompts, found["answers"], strict=True))
+    ended = [ids[-1] == 2 for ids in found["answers"]]
+    assert found["stopped"] == sum(ended)
+    assert all(end or len(ids) == 64 for end, ids in zip(ended, found["answers"], strict=True))
+
+
+def test_a_right_file_is_asked_by_its_template(found: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    asked = rendered(tokenizer, [{"role": "user", "content": meter.QUESTION}], True)
+    assert found["question"]["prompt"] == asked.text.removeprefix("<s>")
+    said = found["question"]["ids"]
+    assert likeliest(model, asked.ids, said)
+    text = tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
+    assert found["question"]["answer"].startswith(text)
+    assert not found["question"]["ended"]
+
+
+def test_the_rest_of_the_report(found: dict[str, Any], file: Path) -> None:
+    assert (found["name"], found["against"], found["dtype"]) == ("tiny.F32", "merged", "gguf")
+    assert found["bytes"] == file.stat().st_size
+    assert found["load_seconds"] >= 0
+    assert found["speed"] > 0
+    assert found["prompt_speed"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrong ones
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures in this process, which has done the imports."""
+
+    def run(command: list[str], **options: Any) -> Any:
+        exec(command[-1], {})
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(meter.subprocess, "run", run)
+
+
+def wrong(
+    model: Any, tokenizer: Any, rows: list[Row], kept: Path, folder: Path, **how: Any
+) -> dict[str, Any]:
+    file = write_gguf(model, tokenizer, folder / "wrong.gguf", **how)
+    given = measure(
+        file,
+        "wrong",
+        rows[:2],
+        folder,
+        texts_of(tokenizer),
+        conversations_of(tokenizer)[:2],
+        prompts_of(tokenizer)[:2],
+        "merged",
+        kept,
+    )
+    assert "error" not in given, given
+    return given
+
+
+@pytest.mark.usefixtures("here")
+def test_a_changed_norm_shows(
+    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path, found: dict[str, Any]
+) -> None:
+    given = wrong(
+        model,
+        tokenizer,
+        rows,
+        kept,
+        tmp_path,
+        weights=lambda name, tensor: tensor - 1 if name == "blk.1.ffn_norm.weight" else tensor,
+    )
+    assert given["largest"] > 1
+    assert given["kl"] > 0.1
+    assert given["top1"] < 0.9
+    assert given["same_texts"]["equal"] == 2 * len(TEXTS)
+
+
+@pytest.mark.usefixtures("here")
+def test_another_template_shows(
+    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path
+) -> None:
+    """One that puts a blank behind the role: texts and predictions are right, each rendered conversation is not."""
+    template = TEMPLATE.replace("['role'] ~ '\n'", "['role'] ~ ' \n'").replace("assistant\n", "assistant \n")
+    assert template != TEMPLATE
+    given = wrong(model, tokenizer, rows, kept, tmp_path, template=template)
+    conversations = conversations_of(tokenizer)[:2]
+    assert all(ids != item.ids for ids, item in zip(given["conversations"], conversations, strict=True))
+    assert (given["same_prompts"]["count"], given["same_prompts"]["equal"]) == (2, 0)
+    first = given["same_prompts"]["differences"][0]
+    prompt = prompts_of(tokenizer)[0]
+    assert first["text"] == prompt.text.removeprefix("<s>").replace("user\n", "user \n").replace(
+        "assistant\n", "assistant \n"
+    )
+    assert first["trained"] == prompt.ids[first["at"] :][:8]
+    assert first["llama.cpp"] != first["trained"]
+    assert first["llama.cpp"][0] != first["trained"][0]
+    assert given["same_texts"]["equal"] == 2 * len(TEXTS)
+    assert given["largest"] < 5e-4
+
+
+@pytest.mark.usefixtures("here")
+def test_shifted_special_tokens_show(
+    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path
+) -> None:
+    """The names of start and end of turn have changed places."""
+
+    def shifted(names: list[str]) -> list[str]:
+        return [names[0], names[2], names[1], *names[3:]]
+
+    given = wrong(model, tokenizer, rows, kept, tmp_path, tokens=shifted)
+    same = given["same_texts"]
+    assert same["count"] - same["equal"] == 1
+    trained = tokenizer(TEXTS[5])["input_ids"]
+    assert same["differences"][0]["text"] == TEXTS[5]
+    assert same["differences"][0]["at"] == trained.index(2)
+    assert given["same_prompts"]["equal"] == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_where_an_answer_ends_is_the_files_word(
+    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path, found: dict[str, Any]
+) -> None:
+    """The third token of the right file's first answer is the wrong one's end of turn."""
+    first = found["answers"][0]
+    assert first[2] not in first[:2]
+    given = wrong(model, tokenizer, rows, kept, tmp_path, end=first[2])
+    assert given["answers"][0] == first[:3]
+    assert given["stopped"] == sum(ids[-1] in (2, first[2]) for ids in given["answers"]) > 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_without_template_is_measured_on_plain_text(
+    model: Any, tokenizer: Any, rows: list[Row], tmp_path: Path
+) -> None:
+    """The beginnings of the rows are answered, and conversations are texts."""
+    file = write_gguf(model, tokenizer, tmp_path / "plain.gguf", template=None)
+    plain = [Text(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+    given = measure(file, "plain", rows[:3], tmp_path, conversations=plain, keep=tmp_path / "kept.bin")
+    assert given["conversations"] == [item.ids for item in plain]
+    assert all(likeliest(model, row.prompt, ids) for row, ids in zip(rows[:3], given["answers"], strict=True))
+    assert given["question"]["prompt"] == meter.QUESTION
+    assert "same_prompts" not in given
+    assert (given["kl"], given["largest"], given["against"]) == (None, None, None)
+    # What it kept is what transformers keeps.
+    score(model, rows[:3], keep=tmp_path / "theirs.bin")
+    shape = json.loads((tmp_path / "theirs.json").read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "kept.json").read_text(encoding="utf-8")) == shape
+    ours, theirs = (np.fromfile(tmp_path / f"{name}.bin", np.float32) for name in ("kept", "theirs"))
+    np.testing.assert_allclose(ours, theirs, atol=5e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In parts
+
+
+def test_logits_in_steps_are_those_of_the_whole_row(model: Any, file: Path) -> None:
+    """A row longer than llama.cpp's default context, in steps, some of it wanted, and another one after it."""
+    ids = torch.randint(3, 512, (700,), generator=torch.Generator().manual_seed(1)).tolist()
+    want = logits_of(model, ids)
+    with Llama(file, len(ids)) as run:
+        run.step = 48
+        np.testing.assert_allclose(np.stack(list(run.logits(ids))), want, atol=5e-4)
+        run.forget()
+        first = list(run.feed(ids[:100], [i % 7 == 0 for i in range(100)]))
+        then = list(run.feed(ids[100:], [i % 7 == 0 for i in range(100, 700)]))
+        np.testing.assert_allclose(np.stack(first + then), want[::7], atol=5e-4)
+        with pytest.raises(LlamaError, match=r"^701 tokens do not fit a context of 700$"):
+            next(run.feed([5], [True]))
+        np.testing.assert_allclose(
+            next(run.logits(ids[350:351])), logits_of(model, ids[350:351])[0], atol=5e-4
+        )
+        with pytest.raises(LlamaError, match=r"^token 512 is not in the file's vocabulary of 512$"):
+            next(run.logits([5, 512]))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 50])
+def test_parts_of_rows_predict_the_same_tokens(most: int) -> None:
+    rows = [
+        Row([9, 8, 7, 6, 5, 4], [IGNORE, IGNORE, 7, 6, IGNORE, 4]),
+        Row([1, 2, 3], [1, IGNORE, IGNORE]),  # a first token is never predicted
+        Row([1, 2], [1, 2]),
+    ]
+    parts = list(meter._parts(rows, most))
+    predicted = [
+        [(row.input_ids[:i], label) for i, label in enumerate(row.labels) if i and label != IGNORE]
+        for row in parts
+    ]
+    assert all(0 < len(part) <= most for part in predicted)
+    assert [item for part in predicted for item in part] == [
+        ([9, 8], 7),
+        ([9, 8, 7], 6),
+        ([9, 8, 7, 6, 5], 4),
+        ([1], 2),
+    ]
+
+
+def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[Row], kept: Path) -> None:
+    fed: list[int] = []
+
+    with Llama(file, max(len(row.input_ids) for row in rows)) as run:
+        feed = run.feed
+
+        def count(ids: list[int], wanted: list[bool]) -> Iterator[Any]:
+            fed.append(len(ids))
+            return feed(ids, wanted)
+
+        run.feed = count  # type: ignore[method-assign]
+        given = meter._Model(run, kept)
+        result = score(given, list(meter._parts(rows, 5)), kept)
+    assert sum(fed) <= sum(len(row.input_ids) for row in rows)
+    assert len(fed) > len(rows)
+    assert result.top1 == 1
+    assert given.largest is not None
+    assert given.largest < 5e-4
+
+
+def test_specials_are_specials_only_where_they_are_meant(file: Path, tokenizer: Any) -> None:
+    text = "a<|im_end|>b"
+    with Llama(file) as run:
+        assert 2 in run.tokenise(text, special=True)
+        assert not set(run.tokenise(text, special=False)[1:]) & {0, 1, 2}
+        assert run.tokenise(text, special=True, begin=False) == run.tokenise(text, special=True)[1:]
+        long = "あ" * 3000
+        assert run.tokenise(long, special=True) == tokenizer(long)["input_ids"]
+
+
+def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy is not asked; who does not know the key is refused; a template's refusal is a line."""
+    import urllib.error
+    import urllib.request
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Server(file, 256) as run:
+        address = run._server.listening_address
+        assert address.startswith("http://127.0.0.1:")
+        assert run.render([{"role": "user", "content": " x "}]).startswith("<|im_start|>user\nx<|im_end|>")
+        with pytest.raises(LlamaError, match=r"^llama.cpp's apply-template fails: .*: no tools, please$"):
+            run.render([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}])
+        request = urllib.request.Request(address + "/tokenize", b"{}", {"Content-Type": "application/json"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            direct.open(request)
+        refused.value.close()
+        assert refused.value.code == 401
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What cannot be measured
+
+
+@pytest.mark.usefixtures("here")
+def test_a_damaged_file_is_a_line(file: Path, rows: list[Row], tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(file.read_bytes()[:-5000])
+    given = measure(short, "short", rows[:1], tmp_path)
+    assert given["bytes"] == short.stat().st_size
+    assert given["error"] == (
+        f"{short}: llama.cpp does not take it: llama_model_load: error loading model: tensor "
+        "'blk.1.ffn_down.weight' data is not within the file bounds, model is corrupted or incomplete"
+    )
+    text = tmp_path / "text.gguf"
+    text.write_text("This is no model.", encoding="utf-8")
+    for other, why in ((text, "invalid magic characters: 'This'"), (tmp_path / "none.gguf", "No such file")):
+        with pytest.raises(LlamaError, match=why):
+            Llama(other)
+
+
+def test_a_template_that_cannot_be_read_is_a_line(
+    model: Any, tokenizer: Any, rows: list[Row], tmp_path: Path
+) -> None:
+    file = write_gguf(model, tokenizer, tmp_path / "bad.gguf", template="{%- for message in messages -%}")
+    given = measure(file, "bad", rows[:1], tmp_path)
+    assert given["error"].startswith(f"{file}: llama.cpp's server does not start with it: ")
+    assert "template" in given["error"]
+    assert "\n" not in given["error"]
+
+
+@pytest.mark.usefixtures("here")
+def test_another_vocabulary_is_a_line(file: Path, rows: list[Row], tmp_path: Path) -> None:
+    reference = tmp_path / "other.bin"
+    np.zeros((4, 500), np.float32).tofile(reference)
+    reference.with_suffix(".json").write_text("[4, 500]", encoding="utf-8")
+    given = measure(file, "tiny", rows[:1], tmp_path, reference=reference)
+    assert given["error"] == "ValueError: vocabularies of 500 and 512 cannot be compared"
+
+
+@pytest.mark.parametrize(
+    ("ending", "line"),
+    [
+        (
+            "print('x.c:1: GGML_ASSERT(a == b) failed', file=sys.stderr, flush=True); print('more', "
+            "file=sys.stderr, flush=True); os.abort()",
+            "llama.cpp crashed (SIGABRT): x.c:1: GGML_ASSERT(a == b) failed",
+        ),
+        ("raise ImportError('no libgomp')", None),
+    ],
+    ids=["assertion", "no import"],
+)
+def test_a_crash_is_a_line(
+    ending: str, line: str | None, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "fake" / "xllamacpp"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("")
+    (fake / "xllamacpp.py").write_text(f"import os, signal, sys\n{ending}\n")
+    monkeypatch.setenv("PYTHONPATH", str(fake.parent), prepend=os.pathsep)
+    # An answer that an earlier process left is not taken for this one's.
+    (tmp_path / "tiny.gguf.answer.json").write_text('{"loss": 1.0}', encoding="utf-8")
+    said = measure(file, "tiny", [], tmp_path)["error"]
+    expected = 'running a GGUF file needs xllamacpp (no libgomp); write pip install "finetune[gguf]"'
+    assert said == (line or expected)
+
+
+def test_another_llama_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "version", lambda name: "1.2")
+    known = "xllamacpp 1.2 is not known to work: its "
+    with monkeypatch.context() as patch:
+        patch.setitem(llama._FUNCTIONS, "llama_walk", (None, ()))
+        with pytest.raises(LlamaError, match=f"^{known}library has no llama_walk$"):
+            Llama(file)
+
+    plain = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[2**32 - 1] * 4, 0, 0, *[0xBF800000] * 4, 0, 0xBF800000]
+    plain += [0, 0, 0, 0, 1, 1] + [0] * 90
+    assert llama._places(plain) == (13, 26, 27)
+    assert llama._places([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (14, 28, 29)  # one more field
+    for other in ([256, *plain[1:]], [*plain[:13], 1, *plain[14:]], [*plain[:26], 30, *plain[27:]]):
+        with pytest.raises(LlamaError, match=f"^{known}llama_context_params is laid out otherwise$"):
+            llama._places(other)
+
+
+def test_a_context_that_did_not_become_what_was_asked_for_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the places others, llama.cpp's own word of the context that it made tells."""
+    monkeypatch.setattr(llama, "_places", lambda words: (60, 61, 62))
+    with Llama(file) as run, pytest.raises(LlamaError, match=r"laid out otherwise: .* cache f16$"):
+        run.forget()
+
+
+def test_signals_have_names() -> None:
+    killed = "llama.cpp's process was killed, most likely for want of memory"
+    assert meter._crash(-signal.SIGKILL, "a") == killed
+    assert meter._crash(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
+    assert meter._crash(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
