@@ -214,25 +214,21 @@ def asked(
     return both
 
 
-# Of logits that spread by 1 or 2: llama.cpp keeps keys and values in float16.
-TOLERANCE = 0.015
-
-
-def clear(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Where the first token is ahead of the second by more than both may be off."""
-    first, second = np.sort(logits, axis=1)[:, :-3:-1].T
-    found: NDArray[np.bool_] = first - second > 2 * TOLERANCE
-    return found
+def tolerance(name: str) -> float:
+    """Of logits that spread by 1: llama.cpp looks Gemma's GELU up in a table of float16."""
+    return 0.005 if name.startswith("gemma") else 2e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_computes(name: str, asked: Any) -> None:
     expected, found = asked(name)
     assert expected.std() > 0.5
-    assert np.abs(found - expected).max() < TOLERANCE
-    sure = clear(expected)
-    assert sure.mean() > 0.7
-    assert np.array_equal(found.argmax(1)[sure], expected.argmax(1)[sure])
+    assert np.abs(found - expected).max() < tolerance(name)
+    # Where the first token is ahead of the second by more than both may be off.
+    first, second = np.sort(expected, axis=1)[:, :-3:-1].T
+    clear = first - second > 2 * tolerance(name)
+    assert clear.mean() > 0.9
+    assert np.array_equal(found.argmax(1)[clear], expected.argmax(1)[clear])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +236,7 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, asked: Any) ->
 )
 def test_what_is_forgotten_shows(what: str, name: str, asked: Any) -> None:
     expected, found = asked(f"{name} without {what}")
-    assert np.abs(found - expected).max() > 10 * TOLERANCE
+    assert np.abs(found - expected).max() > 100 * tolerance(name)
     assert not np.array_equal(found.argmax(1), expected.argmax(1))
 
 
@@ -667,4 +663,5 @@ def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
         )
         expected = reference(torch.tensor([row])).logits[0].numpy()
     assert np.array_equal(found.argmax(1), expected.argmax(1))
-    assert np.abs(found - expected).max() < 0.25, np.abs(found - expected).max()
+    # Its logits spread by 5.
+    assert np.abs(found - expected).max() < 0.05

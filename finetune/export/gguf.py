@@ -105,7 +105,7 @@ def write(
             f"GGUF: {model} has a tokenizer of {len(vocabulary[Keys.Tokenizer.LIST]):,} tokens and a config with "
             f"vocab_size {config.vocab_size:,}"
         )
-    said |= vocabulary
+    said |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
     if imatrix:
         said["quantize.imatrix.entries_count"] = len(imatrix)
     if any(item.kind not in PLAIN for item in items):
