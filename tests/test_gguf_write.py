@@ -54,7 +54,7 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 MODELS: dict[str, tuple[str, Options]] = {
-    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma": ("gemma", {"head_dim": 32, "rms_norm_eps": 0.01}),
     "gemma2": ("gemma2", WINDOW),
     "gemma2, linear": ("gemma2", WINDOW | {"rope_parameters": LINEAR}),
     "gemma3": ("gemma3_text", WINDOW | {"num_hidden_layers": 7}),
@@ -74,11 +74,11 @@ MODELS: dict[str, tuple[str, Options]] = {
             "num_hidden_layers": 7,
             "rope_parameters": {
                 "full_attention": LINEAR | {"rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
             },
         },
     ),
-    "llama": ("llama", {}),
+    "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
     "llama, tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 32}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, llama3": ("llama", {"head_dim": 64, "rope_parameters": LLAMA3}),
