@@ -84,8 +84,7 @@ def check(importance: Importance, model: Path, source: str) -> None:
                 f"{source}: {name} has {len(own):,} columns there and {columns:,} in {model}; "
                 "use a matrix of this very model"
             )
-    # A matrix made with llama.cpp's --process-output has an entry for an output layer that a tied model does not have.
-    if other := sorted(importance.sums.keys() - width.keys() - {"output.weight"}):
+    if other := sorted(importance.sums.keys() - width.keys()):
         raise ImatrixError(f"{source}: {model} has no {other[0]}; use a matrix of this very model")
 
 
@@ -108,9 +107,12 @@ def write(importance: Importance, folder: Path) -> None:
     """`imatrix.gguf` and `imatrix.dat` in a folder; each appears under its name when it is whole."""
     for name, put in (("imatrix.gguf", _write_gguf), ("imatrix.dat", _write_dat)):
         beside = folder / f".{name}.part"
-        put(importance, beside)
-        sync(beside)
-        beside.rename(folder / name)
+        try:
+            put(importance, beside)
+            sync(beside)
+            beside.rename(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def read(file: Path) -> Importance:
@@ -141,20 +143,21 @@ def read(file: Path) -> Importance:
 def _write_gguf(importance: Importance, file: Path) -> None:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(file, "")
-    # It is no model; gguf 0.19 puts an architecture into every file.
-    writer.kv_data[0].pop("general.architecture")
+    writer = GGUFWriter(file, "")  # it is no model, and has no architecture
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", list(importance.datasets))
+    # llama.cpp reads the first without asking whether there is one.
+    writer.add_array("imatrix.datasets", list(importance.datasets or ("unknown",)))
     writer.add_uint32("imatrix.chunk_count", importance.chunks)
     writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
     for name, own in sorted(importance.sums.items()):
         writer.add_tensor(f"{name}.in_sum2", own.astype(np.float32).reshape(1, -1))
         writer.add_tensor(f"{name}.counts", np.array([[importance.counts[name]]], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def _read_gguf(file: Path) -> Importance:
