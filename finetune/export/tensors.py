@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 # model_type of a config, and the architecture under which llama.cpp computes it.
 ARCHITECTURES = {
     "gemma": "gemma",
@@ -84,3 +87,74 @@ def names(config: dict[str, Any]) -> Callable[[str], str | None]:
         raise GGUFError(f"GGUF: llama.cpp has no place for {name} in a model of type {kind}")
 
     return translate
+
+
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors that llama.cpp wants of a text model, under its names, with the shapes that the config gives them.
+
+    In llama.cpp's own order. `rope_freqs.weight` is not among them: it is in no checkpoint.
+
+    Args:
+        config: The text model's, as transformers reads it.
+    """
+    kind, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
+    size = head_size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    linear = {
+        "attn_q": (queries, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, queries),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    biased = (
+        [name for name in linear if name.startswith("attn")]
+        if getattr(config, "attention_bias", False)
+        else []
+    )
+    biased += (
+        [name for name in linear if name.startswith("ffn")] if getattr(config, "mlp_bias", False) else []
+    )
+    biased = ["attn_q", "attn_k", "attn_v"] if kind == "qwen2" else biased
+    norms = {"attn_norm": hidden, "ffn_norm": hidden}
+    if kind in ("gemma2", "gemma3_text"):
+        norms |= {"post_attention_norm": hidden, "post_ffw_norm": hidden}
+    if kind in ("gemma3_text", "qwen3"):
+        norms |= {"attn_q_norm": size, "attn_k_norm": size}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
+    layer |= {f"{name}.bias": linear[name][:1] for name in biased}
+    layer |= {f"{name}.weight": (length,) for name, length in norms.items()}
+    found: dict[str, tuple[int, ...]] = {
+        "output.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+        "token_embd.weight": (config.vocab_size, hidden),
+    }
+    for number in range(config.num_hidden_layers):
+        found |= {f"blk.{number}.{name}": shape for name, shape in sorted(layer.items())}
+    return found
+
+
+def head_size(config: Any) -> int:
+    """How many numbers an attention head has."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def changed(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
+    """Numbers as llama.cpp wants them: Gemma's norms count from 1, and Llama's rotated pairs lie side by side.
+
+    transformers rotates the number i of a head with i + half of the head, llama.cpp's `llama` 2i with 2i + 1.
+
+    Args:
+        name: As llama.cpp calls the tensor.
+        rows: The tensor or some rows of it, of which attn_q and attn_k come in whole heads.
+        config: The text model's.
+    """
+    kind = config.model_type
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return rows + np.float32(1)
+    if ARCHITECTURES[kind] == "llama" and name.split(".")[-2] in ("attn_q", "attn_k"):
+        rest = rows.shape[1:]
+        return rows.reshape(-1, 2, head_size(config) // 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+    return rows
