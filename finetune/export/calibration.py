@@ -290,7 +290,8 @@ def sums_of(
     decoder = model.get_decoder()
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    real = torch.empty(0)  # of the batch at hand, which places are tokens and not padding
+    # Of the batch at hand: which places are tokens and not padding, and how many.
+    real, tokens = torch.empty(0), 0
 
     def watch(name: str, columns: int) -> Callable[[Any, Any], None]:
         def hook(module: Any, inputs: Any) -> None:
@@ -302,7 +303,7 @@ def sums_of(
             # Float32 holds the squares of a batch, float64 the sum of batches; what is indexed is a copy.
             squares = x.detach()[real].float().square().sum(0)
             sums[name] = sums.get(name, 0) + squares.double()
-            counts[name] = counts.get(name, 0) + int(real.sum())
+            counts[name] += tokens
 
         return hook
 
@@ -315,14 +316,12 @@ def sums_of(
             hooks.append(module.register_forward_pre_hook(watch(name, parameter.shape[1])))
     with torch.inference_mode():
         for batch in _batches(rows):
-            length = max(map(len, batch))
+            length, tokens = max(map(len, batch)), sum(map(len, batch))
             ids = [[*row, *[0] * (length - len(row))] for row in batch]
             real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
-            # Nothing that is real reads what comes after it, so padding at the end changes nothing.
-            decoder(
-                input_ids=torch.tensor(ids, device=model.device), attention_mask=real.long(), use_cache=False
-            )
-            done(sum(map(len, batch)))
+            # A token reads what stands before it; padding stands behind, and needs no mask.
+            decoder(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
+            done(tokens)
     for hook in hooks:
         hook.remove()
     total = sum(map(len, rows))
