@@ -627,7 +627,7 @@ def test_any_text_is_cut_into_passages(run: Path, tmp_path: Path) -> None:
     fewer, _ = calibration(run, path=str(file), rows=3)
     assert len(fewer) == 3
     assert all(row in wanted for row in fewer)
-    assert fewer != wanted[:3]
+    assert any(row not in wanted[:3] for row in fewer)
     assert calibration(run, path=str(file), rows=3)[0] == fewer
 
 
