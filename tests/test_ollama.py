@@ -243,6 +243,12 @@ DEFAULT = """\
 {%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nA default.<|im_end|>\\n' }}{% endif %}
 {%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"""
+ALWAYS = """\
+{%- set first = messages[0].role == 'system' %}{{- bos_token ~ '<|im_start|>system\\nKnows 2023.\\n\\n' }}
+{{- (messages[0].content | trim if first else '') ~ '<|im_end|>' }}
+{%- for m in (messages[1:] if first else messages) %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 INSTRUCTIONS = """\
 {{- bos_token }}{%- for m in messages %}
 {%- if m.role == 'user' %}{{- '[INST] ' ~ m.content ~ '[/INST]' }}
@@ -252,14 +258,16 @@ MARKERS = """\
 {{- '{{ "' }}{%- for m in messages %}{{- m.role ~ ' }} \\\\ `' ~ m.content ~ '{{- end }}\\u3000' }}{% endfor %}
 {%- if add_generation_prompt %}{{- 'assistant }} \\\\ `' }}{% endif %}"""
 
+OTHERS = {"default": DEFAULT, "always": ALWAYS, "instructions": INSTRUCTIONS, "markers": MARKERS}
 
-@pytest.mark.parametrize("text", [DEFAULT, INSTRUCTIONS, MARKERS], ids=["default", "instructions", "markers"])
+
+@pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS.keys())
 def test_templates_of_others(text: str, tokenizer: Callable[..., Any], go: Go) -> None:
     """A default system text, another generation prompt than an answer's beginning, pieces that mean something to Go."""
     own = tokenizer(text)
     bos = "bos_token" in text
     file = modelfile(own, "model.gguf", add_bos=bos)
-    talks = CONVERSATIONS if bos else CONVERSATIONS + WITH_SYSTEM
+    talks = CONVERSATIONS if "raise" in text else CONVERSATIONS + WITH_SYSTEM
     assert [told["text"] for told in go(file, talks)] == [trained(own, messages) for messages in talks]
 
 
@@ -386,6 +394,11 @@ def test_what_else_is_refused(tokenizer: Callable[..., Any]) -> None:
         modelfile(own, "model.gguf", add_bos=True)
     own.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(OllamaError, match="fails on a plain conversation: never"):
+        modelfile(own, "model.gguf", add_bos=True)
+    own.chat_template = "{{ bos_token ~ strftime_now('%d %b %Y') }}" + load_template("gemma").replace(
+        "{{- bos_token -}}", ""
+    )
+    with pytest.raises(OllamaError, match="writes the day's date"):
         modelfile(own, "model.gguf", add_bos=True)
     own.chat_template = None
     with pytest.raises(OllamaError, match="no chat template"):

@@ -361,7 +361,7 @@ def _with_system(scheme: Scheme, whole: Render) -> Scheme:
     scheme = replace(
         scheme,
         trims=scheme.trims | {"system"} if trimmed else scheme.trims,
-        blank_counts=whole([_said("system", ""), user], True) != whole([user], True),
+        blank_counts=whole([_said("system", ""), user], True) == text.replace(_SYSTEM, ""),
         after=after,
     )
     before = scheme.user[0]

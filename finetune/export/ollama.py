@@ -10,6 +10,7 @@ template, whose strings can be escaped.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,18 @@ def modelfile(
             f"{file!r} cannot stand in a Modelfile; the file needs a plain name such as model.gguf"
         )
 
-    def render(messages: Any, add_generation_prompt: bool = False) -> str:
+    def render(messages: Any, add_generation_prompt: bool = False, **others: Any) -> str:
         made: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **others
         )
         return made
 
     scheme = learn(render, tokenizer.bos_token or "", add_bos)
+    if _tells_the_date(render):
+        raise OllamaError(
+            "the chat template writes the day's date, which in a Modelfile would stay that of today; train with a "
+            "template without one (model.chat_template)"
+        )
     if system and scheme.place == "refused":
         raise OllamaError("there is a system text, and the chat template takes no system message")
     held = not system or _holds(system)
@@ -92,6 +98,15 @@ def modelfile(
         *(f"PARAMETER {name} {value}" for name, value in _numbers(config or {}, generation or {}).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tells_the_date(render: Callable[..., str]) -> bool:
+    """Whether the template asks transformers for the date: without the function for that it fails, or writes less."""
+    hello = [{"role": "user", "content": "Hi"}]
+    try:
+        return render(hello) != render(hello, strftime_now="")
+    except Exception:
+        return True
 
 
 def _read(path: Path) -> dict[str, Any]:
