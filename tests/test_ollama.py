@@ -1,4 +1,7 @@
-"""Modelfiles: what Go's own text/template makes of one is what the trained Jinja template makes, to the character."""
+"""Modelfiles: what Go's own text/template makes of one is what the trained Jinja template makes, to the character.
+
+No Ollama runs here. `ollama_template/main.go` reads a Modelfile and executes its template as Ollama's source does.
+"""
 
 import json
 import os
@@ -249,6 +252,10 @@ ALWAYS = """\
 {%- for m in (messages[1:] if first else messages) %}
 {{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+HEAD = """\
+{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content }}
+{{- '\\n--' if loop.first and m.role == 'system' }}{{- '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 INSTRUCTIONS = """\
 {{- bos_token }}{%- for m in messages %}
 {%- if m.role == 'user' %}{{- '[INST] ' ~ m.content ~ '[/INST]' }}
@@ -258,7 +265,13 @@ MARKERS = """\
 {{- '{{ "' }}{%- for m in messages %}{{- m.role ~ ' }} \\\\ `' ~ m.content ~ '{{- end }}\\u3000' }}{% endfor %}
 {%- if add_generation_prompt %}{{- 'assistant }} \\\\ `' }}{% endif %}"""
 
-OTHERS = {"default": DEFAULT, "always": ALWAYS, "instructions": INSTRUCTIONS, "markers": MARKERS}
+OTHERS = {
+    "default": DEFAULT,
+    "always": ALWAYS,
+    "head": HEAD,
+    "instructions": INSTRUCTIONS,
+    "markers": MARKERS,
+}
 
 
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS.keys())
@@ -399,6 +412,11 @@ def test_what_else_is_refused(tokenizer: Callable[..., Any]) -> None:
         "{{- bos_token -}}", ""
     )
     with pytest.raises(OllamaError, match="writes the day's date"):
+        modelfile(own, "model.gguf", add_bos=True)
+    own.chat_template = "{{ raise_exception('too short') if not messages[0].content }}" + load_template(
+        "gemma3"
+    )
+    with pytest.raises(OllamaError, match="fails on a plain conversation: too short"):
         modelfile(own, "model.gguf", add_bos=True)
     own.chat_template = None
     with pytest.raises(OllamaError, match="no chat template"):

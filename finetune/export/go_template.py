@@ -17,7 +17,11 @@ server/routes.go of 2024 to 2026), and what is made of it here:
 - Tokenising adds a BOS where the GGUF file says so, whether or not one is there already: the template has none then.
 
 There is no function that trims, but a template may call itself with a slice of a text, which is enough to trim all that
-Python's `str.strip` does. Go's text/template gives up at a depth of 100,000, so at that many blanks in a row.
+Python's `str.strip` does. Go's text/template gives up at a depth of 100,000, so at that many blanks in a row. What a
+template trims together with another text is trimmed apart here; the two differ where one of them is nothing but blanks
+(a system text folded into a question by `model.system_role: fold`).
+
+Tools are left out: Go writes JSON otherwise than Jinja does. Ollama refuses a request with tools then.
 """
 
 from __future__ import annotations
@@ -94,7 +98,12 @@ def learn(render: Render, bos: str = "", added: bool = False) -> Scheme:
             )
         return text[len(bos) :]
 
-    scheme = _pieces(whole)
+    try:
+        scheme = _pieces(whole)
+    except OllamaError:
+        raise
+    except Exception as error:
+        raise OllamaError(f"the chat template fails on a plain conversation: {error}") from error
     tried = _conversations("user", "assistant", "user", "assistant", "user")
     if scheme.place != "refused":
         tried += _conversations("system", "user", "assistant", "user") + _conversations("system", "user")
@@ -326,17 +335,12 @@ def _less(text: str, known: str, what: str, behind: bool = False) -> str:
 
 def _pieces(whole: Render) -> Scheme:
     user, answer, again = _said("user", _USER), _said("assistant", _ANSWER), _said("user", _AGAIN)
-    try:
-        _, user_after = _cut(whole([user], False), _USER)
-        first, asked = _cut(whole([user], True), _USER)
-        *_, answer_after = _cut(whole([user, answer], False), _USER, _ANSWER)
-        _, answered, between, _ = _cut(whole([user, answer, again], True), _USER, _ANSWER, _AGAIN)
-        padded = [_said("user", _PADDED), _said("assistant", _PADDED.replace("Yes", "No")), again]
-        blanks = whole(padded, True)
-    except OllamaError:
-        raise
-    except Exception as error:
-        raise OllamaError(f"the chat template fails on a plain conversation: {error}") from error
+    _, user_after = _cut(whole([user], False), _USER)
+    first, asked = _cut(whole([user], True), _USER)
+    *_, answer_after = _cut(whole([user, answer], False), _USER, _ANSWER)
+    _, answered, between, _ = _cut(whole([user, answer, again], True), _USER, _ANSWER, _AGAIN)
+    padded = [_said("user", _PADDED), _said("assistant", _PADDED.replace("Yes", "No")), again]
+    blanks = whole(padded, True)
     prompt = _less(asked, user_after, "the end of a question otherwise before an answer")
     answer_before = _less(answered, user_after, "the end of a question otherwise before an answer")
     user_before = _less(between, answer_after, "the end of an answer otherwise before a question")
