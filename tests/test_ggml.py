@@ -13,8 +13,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 from gguf import GGMLQuantizationType as Kind
 
-from finetune.export import ggml
-from finetune.export.ggml import TYPES, GGMLError, library, quantise, row_bytes, types
+from finetune.gguf import ggml
+from finetune.gguf.ggml import TYPES, GGMLError, library, quantise, row_bytes, types
 
 ROOT = Path(__file__).parents[1]
 QUANTISED = [kind for kind in TYPES if kind not in ("F32", "F16", "BF16")]

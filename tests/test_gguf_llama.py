@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 from finetune.base import locate
 from finetune.chat import IGNORE, Chat
 from finetune.evaluate.perplexity import Row, score
-from finetune.export import llama, meter, server, verify
-from finetune.export.llama import Llama, LlamaError
-from finetune.export.meter import Text, measure
-from finetune.export.server import Server
+from finetune.export import verify
+from finetune.gguf import llama, meter, server
+from finetune.gguf.llama import Llama, LlamaError
+from finetune.gguf.meter import Text, measure
+from finetune.gguf.server import Server
 from finetune.model import load_base
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_tokenizers import KINDS
 
-from finetune.export.tokenizer import VocabularyError
-from finetune.export.vocabulary import vocabulary
+from finetune.gguf.tokenizer import VocabularyError
+from finetune.gguf.vocabulary import vocabulary
 
 
 def edited(change: Callable[[dict[str, Any]], Any], file: str = "tokenizer.json") -> Callable[[Path], None]:

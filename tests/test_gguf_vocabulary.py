@@ -34,8 +34,8 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
 
 from finetune.base import RANDOM_ARCHITECTURES, locate
-from finetune.export.tokenizer import Limit, load
-from finetune.export.vocabulary import (
+from finetune.gguf.tokenizer import Limit, load
+from finetune.gguf.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -87,7 +87,7 @@ def write(metadata: dict[str, Any], file: Path) -> Path:
 IDS = """
 import json, sys
 from pathlib import Path
-from finetune.export.llama import Llama
+from finetune.gguf.llama import Llama
 for file, texts in json.load(sys.stdin):
     with Llama(Path(file)) as llama:
         print(json.dumps([llama.tokenise(text, special=True) for text in texts]))
@@ -365,7 +365,7 @@ def test_gemma_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copy(model / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(load_template("gemma3"), encoding="utf-8")
     once = functools.cache(load)  # it takes seconds
-    monkeypatch.setattr("finetune.export.vocabulary.load", once)
+    monkeypatch.setattr("finetune.gguf.vocabulary.load", once)
     metadata, limits = read(tmp_path)
     assert [limit.what for limit in limits] == ["llama.cpp ends an answer at </s> too, because of the name"]
     assert [metadata[K + name] for name in STOPS if K + name in metadata] == [2, 1, 106]

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-import finetune.export.gguf
+import finetune.gguf.write
 from finetune.base import locate, quiet, sample_rows
-from finetune.export.ggml import GGMLError
-from finetune.export.gguf import write
-from finetune.export.metadata import metadata, read_config
-from finetune.export.tensors import ARCHITECTURES, GGUFError, names
+from finetune.gguf.ggml import GGMLError
+from finetune.gguf.metadata import metadata, read_config
+from finetune.gguf.tensors import ARCHITECTURES, GGUFError, names
+from finetune.gguf.write import write
 from finetune.shards import ShardError
 
 Options = dict[str, Any]
@@ -105,7 +105,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from finetune.export.llama import Llama
+from finetune.gguf.llama import Llama
 for file in sys.argv[2:]:
     with Llama(Path(file)) as llama:
         np.save(file + ".npy", np.stack(list(llama.logits(json.loads(sys.argv[1])))))
@@ -196,7 +196,7 @@ def asked(
     files = {name: written(made(name), folder / f"{name}.gguf") for name in MODELS}
     for what, (instead, ruined) in FORGOTTEN.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune.export.gguf, what, instead)
+            patch.setattr(finetune.gguf.write, what, instead)
             for name in ruined:
                 files[f"{name} without {what}"] = written(made(name), folder / f"{name} without {what}.gguf")
     command = [sys.executable, "-c", ASK, json.dumps(ROW), *map(str, files.values())]
@@ -376,7 +376,7 @@ def test_slices_and_shards_change_nothing(
     for name in ("llama, biases", "gemma3"):
         whole = written(made(name), tmp_path / "a.gguf", "Q4_K_M").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.export.gguf, "_SLICE", 500)
+            patch.setattr(finetune.gguf.write, "_SLICE", 500)
             with quiet():
                 AutoModelForCausalLM.from_pretrained(made(name)).save_pretrained(
                     tmp_path / name, max_shard_size="50KB"
@@ -424,8 +424,8 @@ def test_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> Non
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from test_gguf_write import vocabulary\n"
-        "from finetune.export.gguf import write\n"
-        "from finetune.export.metadata import read_config\n"
+        "from finetune.gguf.write import write\n"
+        "from finetune.gguf.metadata import read_config\n"
         "words = vocabulary(int(sys.argv[4])); read_config(Path(sys.argv[2]))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "write(Path(sys.argv[2]), Path(sys.argv[3]), 'Q6_K', vocabulary=words)\n"
@@ -578,14 +578,14 @@ def test_damaged_files_are_refused(model: Path, tmp_path: Path) -> None:
 def test_a_weight_cut_off_while_it_is_read_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = finetune.export.gguf.read_headers
+    headers = finetune.gguf.write.read_headers
 
     def cut(folder: Path) -> Any:
         found = headers(folder)
         os.truncate(folder / WEIGHTS, 4096)
         return found
 
-    monkeypatch.setattr(finetune.export.gguf, "read_headers", cut)
+    monkeypatch.setattr(finetune.gguf.write, "read_headers", cut)
     assert "ends within a tensor" in refused(model, tmp_path / "a.gguf")
 
 

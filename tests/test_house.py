@@ -44,6 +44,7 @@ ROOMS = [
     "assemble",
     "merge",
     "evaluate",
+    "gguf",
     "export",
     "inspect",
     "record",

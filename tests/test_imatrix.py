@@ -20,15 +20,15 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import finetune.export.calibration as calibration_room
+import finetune.gguf.calibration as calibration_room
 from finetune.base import locate, quiet
 from finetune.chat import IGNORE, Chat
 from finetune.data import build
 from finetune.evaluate.perplexity import Row
-from finetune.export.calibration import by_language, calibration, collect, samples, sums_of
-from finetune.export.ggml import quantise
-from finetune.export.imatrix import ImatrixError, Importance, check, read, write
-from finetune.export.tensors import names
+from finetune.gguf.calibration import by_language, calibration, collect, samples, sums_of
+from finetune.gguf.ggml import quantise
+from finetune.gguf.imatrix import ImatrixError, Importance, check, read, write
+from finetune.gguf.tensors import names
 from finetune.model import load_base, load_tokenizer
 from finetune.recipe import load_recipe
 from finetune.rows import DataError

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, USER_CACHE
 
-from finetune.export.go_template import BLANKS, literal
-from finetune.export.ollama import OllamaError, modelfile, write
+from finetune.gguf.go_template import BLANKS, literal
+from finetune.gguf.ollama import OllamaError, modelfile, write
 from finetune.model import load_tokenizer
 from finetune.sections import ModelSection
 from finetune.template import load_template, set_system_role

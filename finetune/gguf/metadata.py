@@ -14,7 +14,7 @@ import numpy as np
 from gguf import Keys, RopeScalingType
 from numpy.typing import NDArray
 
-from finetune.export.tensors import ARCHITECTURES, GGUFError, family, head_size
+from finetune.gguf.tensors import ARCHITECTURES, GGUFError, family, head_size
 
 # What llama.cpp takes where the file says nothing: each which layer sees all that came before.
 _FULL_LAYER = {"gemma2": 2, "gemma3_text": 6}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.base import quiet
-from finetune.export.go_template import OllamaError, Scheme, go_template, learn
+from finetune.gguf.go_template import OllamaError, Scheme, go_template, learn
 from finetune.turns import special_spans
 
 __all__ = ["OllamaError", "modelfile", "write"]

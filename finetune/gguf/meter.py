@@ -23,8 +23,8 @@ import torch
 
 from finetune.chat import IGNORE
 from finetune.evaluate.perplexity import Row, score
-from finetune.export.llama import Llama, LlamaError
-from finetune.export.server import NO_SERVER, Server
+from finetune.gguf.llama import Llama, LlamaError
+from finetune.gguf.server import NO_SERVER, Server
 from finetune.turns import Message
 
 # As in `verify.py`: an answer that has not ended by then is taken for one that does not end.
@@ -103,7 +103,7 @@ def measure(
     own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
     environment["GGML_NO_BACKTRACE"] = "1"  # of an assertion; it would start a debugger
-    code = f"from finetune.export.meter import _measure; _measure({str(ask)!r}, {str(answer)!r})"
+    code = f"from finetune.gguf.meter import _measure; _measure({str(ask)!r}, {str(answer)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"

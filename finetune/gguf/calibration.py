@@ -22,8 +22,8 @@ from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
 from finetune.data import Prepared, build
 from finetune.evaluate.perplexity import Row
-from finetune.export.imatrix import CHUNK, ImatrixError, Importance, check, filled
-from finetune.export.tensors import names
+from finetune.gguf.imatrix import CHUNK, ImatrixError, Importance, check, filled
+from finetune.gguf.tensors import names
 from finetune.ledger import language
 from finetune.model import load_tokenizer
 from finetune.recipe import RecipeError, load_recipe
@@ -217,7 +217,7 @@ def collect(
     environment = dict(os.environ)
     own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
-    code = f"from finetune.export.calibration import _collect; _collect({str(ask)!r}, {str(answer)!r})"
+    code = f"from finetune.gguf.calibration import _collect; _collect({str(ask)!r}, {str(answer)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     total = sum(map(len, rows))
     with (

@@ -17,7 +17,7 @@ from tokenizers import Regex
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Split
 
-from finetune.export.tokenizer import Limit, Source, holds, told
+from finetune.gguf.tokenizer import Limit, Source, holds, told
 
 SPACE = "▁"
 BYTES = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found

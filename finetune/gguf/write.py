@@ -27,9 +27,9 @@ from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
 from finetune.checkpoint import sync
-from finetune.export.ggml import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
-from finetune.export.metadata import metadata, read_config, rope_factors
-from finetune.export.tensors import ARCHITECTURES, GGUFError, changed, head_size, names, shapes
+from finetune.gguf.ggml import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
+from finetune.gguf.metadata import metadata, read_config, rope_factors
+from finetune.gguf.tensors import ARCHITECTURES, GGUFError, changed, head_size, names, shapes
 from finetune.shards import Stored, read, read_headers
 
 __all__ = ["TYPES", "GGUFError", "write"]
@@ -75,7 +75,7 @@ def write(
         kind: Of `TYPES`.
         imatrix: The mean squared input of each column, by the weight's name in the file.
         progress: Whether a terminal shows a bar.
-        vocabulary: The tokenizer as `finetune.export.vocabulary.vocabulary` gives it; absent, it is read.
+        vocabulary: The tokenizer as `finetune.gguf.vocabulary.vocabulary` gives it; absent, it is read.
 
     Raises:
         GGUFError: The model cannot be written as GGUF, or `imatrix` is of another model.
@@ -97,7 +97,7 @@ def write(
     said |= metadata(config)
     items = _plan(model, config, kind, imatrix)
     if vocabulary is None:
-        from finetune.export.vocabulary import vocabulary as read_vocabulary
+        from finetune.gguf.vocabulary import vocabulary as read_vocabulary
 
         vocabulary = read_vocabulary(model)
     if len(vocabulary[Keys.Tokenizer.LIST]) != config.vocab_size:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetune.export.llama import LlamaError, cores, module, unknown
+from finetune.gguf.llama import LlamaError, cores, module, unknown
 from finetune.turns import Message
 
 # What `Server` says of a file for which llama.cpp says the rest on stderr.

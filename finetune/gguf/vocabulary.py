@@ -14,8 +14,8 @@ from typing import Any
 
 from finetune.base import sample_rows
 from finetune.chat import Chat, LabelError
-from finetune.export.merges import BYTES, SPACE, byte_fallback, byte_level
-from finetune.export.tokenizer import Limit, Source, VocabularyError, checked, holds, load, read_json, told
+from finetune.gguf.merges import BYTES, SPACE, byte_fallback, byte_level
+from finetune.gguf.tokenizer import Limit, Source, VocabularyError, checked, holds, load, read_json, told
 from finetune.template import TemplateError
 
 _TALK = (

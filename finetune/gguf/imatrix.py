@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.checkpoint import sync
-from finetune.export.tensors import names
+from finetune.gguf.tensors import names
 from finetune.shards import files_of, read_header
 
 Matrix = dict[str, NDArray[np.float32]]
