@@ -134,6 +134,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         edited(lambda it: it["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
         r"its pre_tokenizer is ",
     ),
+    "no bytes": (
+        BPE,
+        edited(lambda it: it["pre_tokenizer"]["pretokenizers"].pop()),
+        r"its pre_tokenizer is ",
+    ),
     "a post-processor": (
         BPE,
         edited(

@@ -224,7 +224,7 @@ def _pre(source: Source) -> str:
         else:
             how.append("")
     names = _PRE.get(tuple(how))
-    if names is None or [step["type"] for step in steps].index("ByteLevel") != len(steps) - 1:
+    if names is None or [i for i, step in enumerate(steps, 1) if step["type"] == "ByteLevel"] != [len(steps)]:
         raise source.refuse(
             f"its pre_tokenizer is {told(steps)}; llama.cpp's that are known here are "
             f"{', '.join(sorted(name for both in _PRE.values() for name in both if name))}"
