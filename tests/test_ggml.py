@@ -75,10 +75,10 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
             "Q2_K": ("Q6_K", "Q4_K", "Q3_K", "Q3_K", "Q2_K"),
         },
     ),
-    "llama, tied, a query a key": (
+    "llama, tied, 2 queries a key": (
         shapes(33, tied=True),
         "llama",
-        1,
+        2,
         {
             "Q8_0": ("Q8_0", "Q8_0", "Q8_0", "Q8_0", "Q8_0"),
             "Q6_K": ("Q6_K", "Q6_K", "Q6_K", "Q6_K", "Q6_K"),

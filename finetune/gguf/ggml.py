@@ -64,7 +64,7 @@ def types(
 ) -> dict[str, GGMLQuantizationType]:
     """The type of each tensor in a file, by llama.cpp's rules.
 
-    Where llama.cpp gives up, as no type fits the length of a row, F16 is taken.
+    A row whose length not even 32 divides is F16.
 
     Args:
         shapes: Each tensor of the file under llama.cpp's name; the last length is that of a row.

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from finetune.gguf.tensors import ARCHITECTURES, GGUFError, family, head_size
 
-# What llama.cpp takes where the file says nothing: each which layer sees all that came before.
+# Where a file says nothing, llama.cpp lets each second or sixth layer see all that came before.
 _FULL_LAYER = {"gemma2": 2, "gemma3_text": 6}
-# Where llama.cpp divides query_pre_attn_scalar's way: 27B models, which it knows by their layers.
+# Models of 27B, known to llama.cpp by their layers, scale scores by the width that a head would have of hidden_size.
 _LARGE = {"gemma2": 46, "gemma3_text": 62}
 _GATE = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
 
