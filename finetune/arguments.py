@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from finetune import __version__
+from finetune.kinds import FORMATS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,13 +112,18 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "export",
         parents=[output, common],
-        help="write bf16, fp16, int8 or nf4 and measure what each one lost",
+        help="write bf16, fp16, int8, nf4, GGUF or Ollama's, and measure what each one lost",
     )
     verb.add_argument(
         "model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model"
     )
     verb.add_argument(
-        "--format", choices=("bf16", "fp16", "int8", "nf4"), action="append", default=[], help="repeatable"
+        "--format",
+        choices=FORMATS,
+        metavar="FORMAT",
+        action="append",
+        default=[],
+        help="bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama; repeatable",
     )
     verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
     verb.add_argument(

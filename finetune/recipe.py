@@ -15,6 +15,7 @@ from finetune.sections import (
     DataSection,
     EvaluateSection,
     ExportSection,
+    ImatrixDataSection,
     JudgeSection,
     LmEvalSection,
     ModelSection,
@@ -106,6 +107,7 @@ def _keys() -> Keys:
         "fsdp_config": XlaFsdp,
         "judge": JudgeSection,
         "lm_eval": LmEvalSection,
+        "imatrix_data": ImatrixDataSection,
         "prices": PricesSection,
     }
     within = {name: section.model_fields for name, section in inner.items()}

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from finetune.kinds import FORMATS
+
 _SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
@@ -84,15 +86,32 @@ class DataSection(BaseModel):
     """Seed of the split and the mixture."""
 
 
+class ImatrixDataSection(BaseModel):
+    """What an importance matrix is made from."""
+
+    model_config = _SECTION
+
+    path: str | None = None
+    """A file of rows or text, or a matrix (`.gguf`, `.dat`); absent: the conversations that the run was trained on."""
+    rows: PositiveInt = 256
+    """How many rows at most."""
+    max_tokens: PositiveInt = 32768
+    """How many tokens at most, of all rows together."""
+
+
 class ExportSection(BaseModel):
     """What `finetune export` writes of a run where its flags do not say otherwise."""
 
     model_config = _SECTION
 
-    formats: list[Literal["bf16", "fp16", "int8", "nf4"]] = []
-    """The formats, each a folder."""
+    formats: list[Literal[FORMATS]] = []  # type: ignore[valid-type]
+    """The formats, each a folder; all GGUF files are in one."""
     base: Literal["original", "dequantised"] = "original"
     """What the adapter of a run on a quantised base is merged into."""
+    imatrix: Literal["auto", "always", "never"] = "auto"
+    """Whether GGUF files are quantised by an importance matrix; auto keeps the better of both."""
+    imatrix_data: ImatrixDataSection | None = None
+    """What that matrix is made from; absent: the conversations that the run was trained on."""
     gate: dict[
         Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]
     ] = {}

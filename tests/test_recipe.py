@@ -849,6 +849,8 @@ def test_to_yaml() -> None:
         "export:\n"
         "  formats: []  # default\n"
         "  base: original  # default\n"
+        "  imatrix: auto  # default\n"
+        "  imatrix_data: null  # default\n"
         "  gate: {}  # default\n"
         "evaluate:\n"
         "  prompts: null  # default\n"

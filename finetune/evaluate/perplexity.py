@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,31 @@ def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: 
         kl_p99=float(every.quantile(0.99)) if finite else math.nan,
         top1=agreed / len(every) if finite else math.nan,
     )
+
+
+def score_groups(
+    model: Any,
+    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+    reference: Path | None = None,
+    keep: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """A model's score on each of several lists of rows, as plain data; predictions lie beside the given files.
+
+    Args:
+        model: As `score` takes it.
+        groups: By name, rows as plain data.
+        reference: The file of another model's predictions on other rows; compared is where it kept these, too.
+        keep: The file of this model's.
+    """
+    found = {}
+    for name, rows in groups.items():
+        theirs, ours = (
+            path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep)
+        )
+        known = theirs if theirs and theirs.exists() else None
+        result = score(model, [Row(**row) for row in rows], known, ours)
+        found[name] = {"perplexity": result.perplexity, **asdict(result)}
+    return found
 
 
 def _predictions(model: Any, rows: Sequence[Row]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -20,9 +22,11 @@ from finetune.chat import Chat, LabelError
 from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
 from finetune.evaluate.perplexity import Row
-from finetune.export.transformers import FORMATS, write
+from finetune.export.transformers import FORMATS as WEIGHTS
+from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
 from finetune.hub import export_card
+from finetune.kinds import FORMATS, GGUF_ALL
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
 from finetune.recipe import RecipeError, load_recipe
@@ -33,6 +37,8 @@ from finetune.template import TemplateError
 _ADAPTER = "adapter on its base"
 # Held-out rows that are predicted; what more of them would change is less than what two samples differ by.
 _ROWS = 32
+# Of each language, where GGUF files are compared by language.
+_GROUP = 8
 
 
 class ExportError(ValueError):
@@ -57,7 +63,7 @@ def export(
     Args:
         model: A run or one of its checkpoints, or a folder with a whole model.
         output: A folder that does not exist yet.
-        formats: Of bf16, fp16, int8 and nf4.
+        formats: Of `kinds.FORMATS`.
         base: Of a run on a quantised base, original or dequantised, as `finetune.merge.merge` takes it.
         gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` says what is missed.
         overwrite: Replaces what an earlier export left in `output`, once all is done.
@@ -74,6 +80,9 @@ def export(
         raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
     options = _options(model)
     formats = list(dict.fromkeys(formats or options.formats))
+    kinds = _gguf_types(formats)
+    if kinds:
+        _check_gguf()
     gate = dict(options.gate) | (gate or {})
     for name in gate:
         if name not in LIMITS:
@@ -104,19 +113,29 @@ def export(
             jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
-        for kind in formats:
+        for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
             (beside / kind).mkdir()
             write(whole, beside / kind, kind, progress)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
+        groups: dict[str, list[Row]] = {}
+        exact = _exact(whole, jobs[at])
+        if kinds:
+            from finetune.gguf.calibration import by_language
+
+            chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
+            groups = {name: part[:_GROUP] for name, (part, _) in by_language(rows, where, chat).items()}
+            if exact is not jobs[at]:
+                jobs.append(replace(exact, keep=work / "exact.bin"))
         found: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
         for job in jobs:
             say(f"{job.name}: measuring")
             if job.against and "error" in found[job.against]:
                 job = replace(job, reference=None)
-            now = found[job.name] = measure(job, rows, work)
+            asked = groups if job.name == exact.name else None
+            now = found[job.name] = measure(job, rows, work, asked)
             if "error" in now:
                 now["error"] = now["error"].replace(str(beside), str(output))
             if job.against:
@@ -125,6 +144,36 @@ def export(
             if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
+        notes = _notes(list(found.values()), where)
+        if kinds:
+            from finetune.gguf.make import Measured, faults, make
+
+            folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
+            folder.mkdir()
+            kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
+            on = Measured(rows, groups, exact.name, kept)
+            files, said = make(
+                whole,
+                folder,
+                kinds,
+                (trained or model).resolve().name,
+                on,
+                options,
+                trained or model,
+                work,
+                say,
+                progress,
+            )
+            notes += said
+            for now in files:
+                compare(now, found[exact.name], found[jobs[0].name])
+                found[now["name"]] = now
+                if now["kept"]:
+                    lines += [*missed(now, gate), *faults(now)]
+            if "ollama" in formats:
+                best = next((one for one in files if one["kept"] and one["kind"] == "Q4_K_M"), files[0])
+                say("ollama: writing")
+                _ollama(whole, folder, beside / "ollama", best["file"])
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -134,10 +183,10 @@ def export(
             "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
             "gate": gate,
             "models": list(found.values()),
-            "notes": _notes(list(found.values()), where),
+            "notes": notes,
             "missed": lines,
         }
-        for kind in formats:
+        for kind in (kind for kind in formats if kind in WEIGHTS):
             (beside / kind / "README.md").write_text(export_card(report, kind), encoding="utf-8")
         shutil.rmtree(work)
         (beside / "report.md").write_text(as_markdown(report), encoding="utf-8")
@@ -202,6 +251,47 @@ def _options(model: Path) -> ExportSection:
         return ExportSection.model_validate(saved, strict=False)
     except (yaml.YAMLError, ValidationError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
+
+
+def _gguf_types(formats: Sequence[str]) -> list[str]:
+    """The types of llama.cpp's that are asked for, each once; for Ollama alone one that fits most machines."""
+    kinds: list[str] = []
+    for kind in formats:
+        name = kind.removeprefix("gguf:")
+        if name != kind:
+            kinds += list(GGUF_ALL) if name == "all" else [name]
+    return list(dict.fromkeys(kinds)) or (["Q4_K_M"] if "ollama" in formats else [])
+
+
+def _check_gguf() -> None:
+    for package in ("gguf", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
+
+
+def _exact(whole: Path, job: Job) -> Job:
+    """The model in float32, as llama.cpp computes, which GGUF files are held against; where that fits into memory."""
+    import psutil
+
+    size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
+    width = 4 if job.dtype == "float32" else 2
+    if width == 4 or size * 4 / width * 1.3 > psutil.virtual_memory().available:
+        return job
+    return Job(f"{job.name}, in float32", whole, "float32")
+
+
+def _ollama(model: Path, files: Path, folder: Path, file: str) -> None:
+    """A folder for `ollama create`: the file, which is not stored twice, and its Modelfile."""
+    from finetune.gguf.ollama import write as write_modelfile
+    from finetune.gguf.vocabulary import vocabulary
+
+    if folder != files:
+        folder.mkdir()
+        try:
+            os.link(files / file, folder / file)
+        except OSError:
+            shutil.copyfile(files / file, folder / file)
+    write_modelfile(model, folder, file, bool(vocabulary(model)["tokenizer.ggml.add_bos_token"]))
 
 
 def _run_of(model: Path) -> Path | None:

@@ -13,12 +13,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.base import sample_rows
-from finetune.evaluate.perplexity import Row, score
+from finetune.evaluate.perplexity import Row, score, score_groups
 
 # An answer that has not ended by then is taken for one that does not end.
 _ANSWER_TOKENS = 64
@@ -51,19 +52,27 @@ class Job:
     keep: Path | None = None
 
 
-def measure(job: Job, rows: list[Row], work: Path) -> dict[str, Any]:
+def measure(
+    job: Job, rows: list[Row], work: Path, groups: Mapping[str, Sequence[Row]] | None = None
+) -> dict[str, Any]:
     """What is found of a model in a fresh process; `error` where it cannot be loaded or run.
 
     Args:
         job: The model.
         rows: What it predicts; the beginnings of the first ten are answered.
         work: A folder for what passes between the processes.
+        groups: More rows, by a name: `groups` tells what is found on each.
     """
     ask, answer = work / f"{job.name}.ask.json", work / f"{job.name}.answer.json"
     paths = {
         name: str(path) if path else None for name, path in (("reference", job.reference), ("keep", job.keep))
     }
-    content = paths | {"folder": str(job.folder), "dtype": job.dtype, "rows": [asdict(row) for row in rows]}
+    content: dict[str, Any] = paths | {
+        "folder": str(job.folder),
+        "dtype": job.dtype,
+        "rows": [asdict(row) for row in rows],
+    }
+    content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
     ask.write_text(json.dumps(content), encoding="utf-8")
     environment = dict(os.environ)
     own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
@@ -108,10 +117,12 @@ def _look(job: dict[str, Any]) -> dict[str, Any]:
     reference, keep = (Path(job[name]) if job[name] else None for name in ("reference", "keep"))
     overflow = _watch(generator.model) if job["dtype"] == "float16" else {}
     result = score(generator.model, rows, reference, keep)
+    by_group = score_groups(generator.model, job["groups"], reference, keep)
     answers = generator.answers([row.prompt for row in rows[:_PROMPTS]], _ANSWER_TOKENS)
     found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity} | asdict(
         result
     )
+    found["groups"] = by_group
     found["answers"] = answers
     found["stopped"] = sum(bool(ids) and ids[-1] in generator.stop_ids for ids in answers)
     found["conversations"] = _token_ids(generator)
@@ -239,7 +250,10 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     head.append("compared with")
     lines = [f"# {report['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    files = [found for found in report["models"] if found["dtype"] == "gguf"]
     for found in report["models"]:
+        if found in files:
+            continue
         if "error" in found:
             lines.append(f"| {found['name']} | {_size(found['bytes'])} | {found['error']} |" + " |" * 8)
             continue
@@ -260,10 +274,47 @@ def as_markdown(report: dict[str, Any]) -> str:
             found["against"] or "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += _gguf_table(files) if files else []
     lines += ["", *report["notes"]]
     if report["missed"]:
         lines += ["", "It falls short:", "", *(f"- {line}" for line in report["missed"])]
     return "\n".join(lines) + "\n"
+
+
+def _gguf_table(files: list[dict[str, Any]]) -> list[str]:
+    """GGUF files as llama.cpp has measured them, by language; one that was not kept is in parentheses."""
+    languages = sorted({name for found in files for name in found.get("groups", {})})
+    head = ["GGUF", "size", "perplexity", "KL mean", "KL 99%", "top-1"]
+    head += [f"KL {name}" for name in languages]
+    head += ["they stop", "token ids", "prompts", "tokens/s, prompt", "answer"]
+    lines = ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for found in files:
+        name = found["name"].removeprefix("gguf:")
+        name = name if found["kept"] else f"({name})"
+        if "error" in found:
+            lines.append(f"| {name} | {_size(found['bytes'])} | {found['error']} |" + " |" * (len(head) - 3))
+            continue
+        cells = [
+            name,
+            _size(found["bytes"]),
+            f"{found['perplexity']:.4g}",
+            _number(found.get("kl")),
+            _number(found.get("kl_p99")),
+            _number(found.get("top1"), ".2%"),
+            *(_number(found["groups"].get(language, {}).get("kl")) for language in languages),
+            f"{found['stopped']} of {len(found['answers'])}",
+            *(_of(found.get(key)) for key in ("same_texts", "same_prompts")),
+            f"{found['prompt_speed']:,.0f}",
+            f"{found['speed']:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    against = next((found["against"] for found in files if found.get("against")), "")
+    lines += ["", f"GGUF files are measured by llama.cpp, against {against}; in parentheses: not kept."]
+    return lines
+
+
+def _of(same: dict[str, Any] | None) -> str:
+    return f"{same['equal']} of {same['count']}" if same and same["count"] else ""
 
 
 def as_json(report: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.bar import bar
 from finetune.base import sample_rows
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
@@ -222,7 +222,7 @@ def collect(
     total = sum(map(len, rows))
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as said,
-        _bar(total, progress) as done,
+        bar("importance matrix", total, progress) as done,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as child,
     ):
         try:
@@ -347,18 +347,3 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """What to call with how many more tokens are done."""
-    if not progress:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("importance matrix", total=total)
-        yield lambda count: bar.advance(task, count)

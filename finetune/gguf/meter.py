@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from finetune.chat import IGNORE
-from finetune.evaluate.perplexity import Row, score
+from finetune.evaluate.perplexity import Row, score, score_groups
 from finetune.gguf.llama import Llama, LlamaError
 from finetune.gguf.server import NO_SERVER, Server
 from finetune.turns import Message
@@ -64,6 +64,7 @@ def measure(
     against: str | None = None,
     reference: Path | None = None,
     keep: Path | None = None,
+    groups: Mapping[str, Sequence[Row]] | None = None,
 ) -> dict[str, Any]:
     """What llama.cpp makes of a file, in a fresh process; `error` where it cannot be loaded or run.
 
@@ -74,14 +75,15 @@ def measure(
     Args:
         file: A GGUF file.
         name: What it is called in the report.
-        rows: What it predicts.
+        rows: What it predicts; the beginnings of the first ten are answered.
         work: A folder for what passes between the processes.
         texts: Whose token ids are compared.
         conversations: Whose ids are given back, for `verify.compare`; those without messages are plain texts.
-        prompts: What is answered, and compared before; absent, the beginnings of the first ten rows are answered.
+        prompts: Conversations up to an answer; compared is how the file's template writes them.
         against: The name of the model whose predictions are the reference.
         reference: Predictions that a model kept before, on the same rows.
         keep: Where to keep this file's predictions.
+        groups: More rows, by a name; `groups` tells what is found on each.
     """
     # No suffix: the name may hold dots, as `gemma-2b.Q4_K_M` does.
     ask, answer = work / f"{name}.gguf.ask.json", work / f"{name}.gguf.answer.json"
@@ -98,6 +100,7 @@ def measure(
         "prompts": prompts,
     }
     content |= {key: [asdict(item) for item in items] for key, items in lists.items()}
+    content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
     ask.write_text(json.dumps(content), encoding="utf-8")
     environment = dict(os.environ)
     own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
@@ -161,26 +164,34 @@ def _look(job: dict[str, Any]) -> dict[str, Any]:
     reference, keep = (Path(job[key]) if job[key] else None for key in ("reference", "keep"))
 
     began = time.monotonic()
-    with Llama(file, max((len(row.input_ids) for row in rows), default=1)) as llama:
+    every = [*rows, *(Row(**row) for group in job["groups"].values() for row in group)]
+    with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:
         seconds = time.monotonic() - began
         ids = [llama.tokenise(item.text, item.special) for item in texts]
         model = _Model(llama, reference)
         result = score(model, list(_parts(rows, llama.step)), reference, keep)
+        others = {
+            name: [asdict(part) for part in _parts([Row(**row) for row in group], llama.step)]
+            for name, group in job["groups"].items()
+        }
+        llama.forget()
+        by_group = score_groups(_Model(llama, None), others, reference, keep)
         trained = llama.trained_context
     found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity}
     found |= asdict(result)
     found["largest"] = model.largest
+    found["groups"] = by_group
     found["same_texts"] = _same(texts, ids, [item.text for item in texts])
 
-    begun: list[Any] = [item.ids for item in prompts] or [row.prompt for row in rows[:_PROMPTS]]
+    begun = [row.prompt for row in rows[:_PROMPTS]]
     long = _long(rows, trained)
     # Another template than the trained one may write more.
-    room = 2 * max(len(ids) for ids in [*begun, long]) + 512
+    room = 2 * max(len(ids) for ids in [*begun, *(item.ids for item in prompts), long]) + 512
     with Server(file, room) as server:
         found["conversations"] = [server.tokenise(_rendered(server, item)) for item in conversations]
         if prompts:
-            begun = [_rendered(server, item) for item in prompts]
-            found["same_prompts"] = _same(prompts, [server.tokenise(text) for text in begun], begun)
+            shown = [_rendered(server, item) for item in prompts]
+            found["same_prompts"] = _same(prompts, [server.tokenise(text) for text in shown], shown)
         answers = [server.answer(prompt, _ANSWER_TOKENS) for prompt in begun]
         found["answers"] = [answer["ids"] for answer in answers]
         found["stopped"] = sum(answer["ended"] for answer in answers)

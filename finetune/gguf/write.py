@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
+from finetune.bar import bar
 from finetune.checkpoint import sync
 from finetune.gguf.ggml import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
 from finetune.gguf.metadata import metadata, read_config, rope_factors
@@ -118,10 +119,13 @@ def write(
         )
     beside = file.with_name(f".{file.name}.partial")
     try:
-        with beside.open("wb") as out, _bar(total, progress) as bar:
+        with beside.open("wb") as out, bar(f"{kind}: weights", total, progress, "bytes") as advance:
             out.write(header)
+            advance(len(header))
+            before = 0
             for done in _write_tensors(out, model, items, config, imatrix or {}):
-                bar(len(header) + done)
+                advance(done - before)
+                before = done
         sync(beside)
         beside.rename(file)
         sync(file.parent)
@@ -324,19 +328,3 @@ def _text(text: str | bytes) -> bytes:
 
 def _padded(count: int) -> int:
     return int(-(-count // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT)
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes, on a terminal."""
-    if not progress:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("weights", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,215 @@
+"""A model in GGUF: each type with and without its importance matrix, measured by llama.cpp, the better one kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.base import sample_rows
+from finetune.evaluate.perplexity import Row
+from finetune.gguf import imatrix as matrices
+from finetune.gguf.calibration import calibration, collect
+from finetune.gguf.ggml import Matrix
+from finetune.gguf.meter import Text, measure
+from finetune.gguf.tokenizer import load
+from finetune.gguf.vocabulary import expected, probes, read
+from finetune.gguf.write import write
+from finetune.sections import ExportSection, ImatrixDataSection
+
+# Types whose rounding no importance of columns changes.
+_PLAIN = ("F32", "F16", "BF16", "Q8_0")
+_CONVERSATIONS = 10
+# A file that agrees on fewer tokens than this was not written rightly: 2 bits of a small model agree on about half.
+_BROKEN = 0.2
+# Nats of a log-probability. F32 weights give transformers' float32 numbers but for the order of sums.
+_SAME = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a file is measured on, and held against.
+
+    `groups` are rows by language; `against` is the name of the model whose predictions are in the file `reference`.
+    """
+
+    rows: Sequence[Row]
+    groups: Mapping[str, Sequence[Row]]
+    against: str
+    reference: Path
+
+
+def make(
+    model: Path,
+    folder: Path,
+    kinds: Sequence[str],
+    name: str,
+    on: Measured,
+    options: ExportSection,
+    trained: Path,
+    work: Path,
+    say: Callable[[str], None],
+    progress: bool,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """`NAME-TYPE.gguf` for each type in the empty folder, the matrix and `test.log`; what is found, and notes.
+
+    Args:
+        model: A folder with a whole model.
+        folder: Where the files go.
+        kinds: Of `kinds.GGUF_TYPES`.
+        name: What the files are called.
+        on: What they are measured on.
+        options: Whether and from what a matrix is made.
+        trained: The run whose conversations the matrix is made from, or the model itself.
+        work: A folder for what passes between processes, and for files that are not kept.
+        say: Gets a line for each step.
+        progress: Whether a terminal shows bars.
+
+    Raises:
+        GGUFError, GGMLError, VocabularyError, ImatrixError, ShardError: From the rooms that raise them, before a file
+            is written.
+    """
+    vocabulary, limits = read(model)
+    notes = [f"\nllama.cpp differs from the trained tokenizer: {limit.what}." for limit in limits]
+    told = [
+        Text(text, ids)
+        for text, ids in expected(model, vocabulary, probes())
+        if not any(limit.concerns(text) for limit in limits)
+    ]
+    conversations, prompts = _conversations(model)
+    importance = None
+    if options.imatrix != "never" and not set(kinds) <= set(_PLAIN):
+        importance = _importance(model, on, options, trained, work, say, progress)
+        matrices.write(importance, folder)
+        of = ", ".join(importance.datasets)
+        notes.append(f"\nImportance matrix: of {max(importance.counts.values()):,} tokens ({of}).")
+    found: list[dict[str, Any]] = []
+    for kind in kinds:
+        tried: list[tuple[dict[str, Any], Path]] = []
+        for matrix in _variants(kind, importance, options):
+            title = f"gguf:{kind}" + (
+                "" if matrix is None or options.imatrix == "always" else ", with matrix"
+            )
+            file = (work if tried else folder) / f"{name}-{kind}.gguf"
+            say(f"{title}: writing")
+            write(model, file, kind, matrix, progress, vocabulary)
+            say(f"{title}: measuring")
+            now = measure(
+                file,
+                title,
+                on.rows,
+                work,
+                told,
+                conversations,
+                prompts,
+                on.against,
+                on.reference,
+                None,
+                on.groups,
+            )
+            now |= {"kind": kind, "file": file.name, "matrix": matrix is not None, "kept": False}
+            tried.append((now, file))
+        best, file = min(tried, key=lambda one: _loss(one[0]))
+        best["kept"] = True
+        for _, other in tried:
+            if other != file:
+                other.unlink()
+        file.replace(folder / file.name)
+        found += [one for one, _ in tried]
+    kept = [one for one in found if one["kept"]]
+    (folder / "test.log").write_text("\n".join(_asked(one) for one in kept), encoding="utf-8")
+    return found, notes
+
+
+def faults(found: Mapping[str, Any]) -> list[str]:
+    """What shows that a file was not written rightly, a line each; none where all is well."""
+    name, lines = found["name"], []
+    if "error" in found:
+        return []  # told already
+    for key, what in (
+        ("same_texts", "texts give other token ids than"),
+        ("same_prompts", "prompts are rendered unlike"),
+    ):
+        same = found.get(key)
+        if same and same["equal"] < same["count"]:
+            first = json.dumps(same["differences"][0]["text"][:60], ensure_ascii=False)
+            lines.append(
+                f"{name}: {same['count'] - same['equal']} of {same['count']} {what} the trained tokenizer's, "
+                f"the first is {first}"
+            )
+    top1, largest = found.get("top1"), found.get("largest")
+    if found["kind"] == "F32" and top1 is not None and (top1 < 1 or not (largest or 0) <= _SAME):
+        lines.append(
+            f"{name}: does not compute what the model computes: it predicts the same token in {top1:.2%}, and a "
+            f"log-probability is off by {largest:.2g}"
+        )
+    elif top1 is not None and top1 < _BROKEN:
+        lines.append(f"{name}: predicts the same token in {top1:.1%} only; the file is broken, or of no use")
+    return lines
+
+
+def _importance(
+    model: Path,
+    on: Measured,
+    options: ExportSection,
+    trained: Path,
+    work: Path,
+    say: Callable[[str], None],
+    progress: bool,
+) -> matrices.Importance:
+    data = options.imatrix_data or ImatrixDataSection()
+    if data.path and data.path.endswith((".gguf", ".dat")):
+        given = matrices.read(Path(data.path).expanduser())
+        matrices.check(given, model, data.path)
+        return given
+    compared = [*on.rows, *(row for group in on.groups.values() for row in group)]
+    rows, where = calibration(trained, data.path, data.rows, data.max_tokens, compared, say)
+    say(f"importance matrix: of {sum(map(len, rows)):,} tokens, {where}")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return collect(model, rows, dtype, work, where, progress)
+
+
+def _variants(
+    kind: str, importance: matrices.Importance | None, options: ExportSection
+) -> list[Matrix | None]:
+    if importance is None or kind in _PLAIN:
+        return [None]
+    return [importance.matrix] if options.imatrix == "always" else [importance.matrix, None]
+
+
+def _loss(found: Mapping[str, Any]) -> float:
+    """What the better of two files has less of; a file that cannot be measured is the worst."""
+    kl = found.get("kl")
+    return math.inf if kl is None or math.isnan(kl) else float(kl)
+
+
+def _conversations(model: Path) -> tuple[list[Text], list[Text]]:
+    """Ten of the project's own conversations, and what stands before their last answers, as the model was trained."""
+    tokenizer = load(model)
+    whole: list[Text] = []
+    begun: list[Text] = []
+    for line in sample_rows().read_text(encoding="utf-8").splitlines()[:_CONVERSATIONS]:
+        messages = json.loads(line)["messages"]
+        if tokenizer.chat_template is None:
+            text = "\n".join(message["content"] for message in messages)
+            whole.append(Text(text, list(tokenizer(text)["input_ids"])))
+            continue
+        for part, into, asks in ((messages, whole, False), (messages[:-1], begun, True)):
+            text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            into.append(Text(text, list(ids), messages=part))
+    return whole, begun
+
+
+def _asked(found: Mapping[str, Any]) -> str:
+    """What a file answered, for `test.log`."""
+    head = f"== {found['file']}"
+    if "error" in found:
+        return f"{head}\n{found['error']}\n"
+    asked = found["question"]
+    end = "" if asked["ended"] else "\n(cut off)"
+    return f"{head}\n{asked['prompt']}{asked['answer']}{end}\n"
