@@ -404,6 +404,8 @@ def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.Mo
     import urllib.error
     import urllib.request
 
+    with Server(file, 256):
+        pass  # and it ends at once
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with Server(file, 256) as run:
         address = run._server.listening_address

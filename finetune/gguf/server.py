@@ -58,6 +58,8 @@ class Server:
             raise LlamaError(f"{file}: {NO_SERVER}") from None
         # Whatever proxy the machine has is not for its own address.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        # Closed before its loop has begun, it waits for ever (xllamacpp 2026.10); that it answers shows that it has.
+        self.answer([0], 1)
 
     def __enter__(self) -> Server:
         return self
