@@ -113,6 +113,18 @@ def export(
             jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
+        # What cannot be written is told before hours are spent.
+        name = (trained or model).resolve().name
+        tokens = None
+        if kinds:
+            from finetune.gguf import ollama
+            from finetune.gguf.calibration import by_language
+            from finetune.gguf.make import Measured, faults, make, tokens_of
+
+            tokens = tokens_of(whole)
+            best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
+            if "ollama" in formats:
+                ollama.write(whole, work, best, tokens.add_bos)
         for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
             (beside / kind).mkdir()
@@ -122,8 +134,6 @@ def export(
         groups: dict[str, list[Row]] = {}
         exact = _exact(whole, jobs[at])
         if kinds:
-            from finetune.gguf.calibration import by_language
-
             chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
             groups = {name: part[:_GROUP] for name, (part, _) in by_language(rows, where, chat).items()}
             if exact is not jobs[at]:
@@ -145,18 +155,17 @@ def export(
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
         notes = _notes(list(found.values()), where)
-        if kinds:
-            from finetune.gguf.make import Measured, faults, make
-
+        if tokens:
             folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
             folder.mkdir()
             kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
             on = Measured(rows, groups, exact.name, kept)
             files, said = make(
                 whole,
+                tokens,
                 folder,
                 kinds,
-                (trained or model).resolve().name,
+                name,
                 on,
                 options,
                 trained or model,
@@ -171,9 +180,7 @@ def export(
                 if now["kept"]:
                     lines += [*missed(now, gate), *faults(now)]
             if "ollama" in formats:
-                best = next((one for one in files if one["kept"] and one["kind"] == "Q4_K_M"), files[0])
-                say("ollama: writing")
-                _ollama(whole, folder, beside / "ollama", best["file"])
+                _ollama(folder / best, beside / "ollama", work / "Modelfile")
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -280,18 +287,15 @@ def _exact(whole: Path, job: Job) -> Job:
     return Job(f"{job.name}, in float32", whole, "float32")
 
 
-def _ollama(model: Path, files: Path, folder: Path, file: str) -> None:
+def _ollama(file: Path, folder: Path, modelfile: Path) -> None:
     """A folder for `ollama create`: the file, which is not stored twice, and its Modelfile."""
-    from finetune.gguf.ollama import write as write_modelfile
-    from finetune.gguf.vocabulary import vocabulary
-
-    if folder != files:
+    if folder != file.parent:
         folder.mkdir()
         try:
-            os.link(files / file, folder / file)
+            os.link(file, folder / file.name)
         except OSError:
-            shutil.copyfile(files / file, folder / file)
-    write_modelfile(model, folder, file, bool(vocabulary(model)["tokenizer.ggml.add_bos_token"]))
+            shutil.copyfile(file, folder / file.name)
+    modelfile.replace(folder / "Modelfile")
 
 
 def _run_of(model: Path) -> Path | None:

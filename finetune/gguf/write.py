@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import struct
 from collections import deque
@@ -35,6 +36,8 @@ from finetune.shards import Stored, read, read_headers
 
 __all__ = ["TYPES", "GGUFError", "write"]
 
+# llama.cpp (October 2026) changes how tokens are read by these words in a model's name.
+_MISREAD = re.compile("phi-?3|modern-bert", re.IGNORECASE)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Numbers in a slice. Each thread holds a slice as it was read, in float32, and as it is written.
 _SLICE = 2**20
@@ -91,7 +94,7 @@ def write(
     said: dict[str, Any] = {
         Keys.General.ARCHITECTURE: ARCHITECTURES[config.model_type],
         Keys.General.TYPE: "model",
-        Keys.General.NAME: file.stem,
+        Keys.General.NAME: _MISREAD.sub("model", file.stem),
         Keys.General.FILE_TYPE: int(TYPES[kind][0]),
         Keys.General.QUANTIZATION_VERSION: int(GGML_QUANT_VERSION),
     }
@@ -101,11 +104,7 @@ def write(
         from finetune.gguf.vocabulary import vocabulary as read_vocabulary
 
         vocabulary = read_vocabulary(model)
-    if len(vocabulary[Keys.Tokenizer.LIST]) != config.vocab_size:
-        raise GGUFError(
-            f"GGUF: {model} has a tokenizer of {len(vocabulary[Keys.Tokenizer.LIST]):,} tokens and a config with "
-            f"vocab_size {config.vocab_size:,}"
-        )
+    _check_size(model, config, vocabulary)
     said |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
     if imatrix:
         said["quantize.imatrix.entries_count"] = len(imatrix)
@@ -131,6 +130,26 @@ def write(
         sync(file.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check(model: Path, vocabulary: dict[str, Any]) -> None:
+    """Refuses a model that no file can be written of; no number of its weights is read.
+
+    Raises:
+        GGUFError, ShardError: As `write`.
+    """
+    config = read_config(model)
+    metadata(config)
+    _plan(model, config, "F32", None)
+    _check_size(model, config, vocabulary)
+
+
+def _check_size(model: Path, config: Any, vocabulary: dict[str, Any]) -> None:
+    if len(vocabulary[Keys.Tokenizer.LIST]) != config.vocab_size:
+        raise GGUFError(
+            f"GGUF: {model} has a tokenizer of {len(vocabulary[Keys.Tokenizer.LIST]):,} tokens and a config with "
+            f"vocab_size {config.vocab_size:,}"
+        )
 
 
 def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_Item]:

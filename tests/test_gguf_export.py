@@ -1,0 +1,215 @@
+"""`finetune export` to GGUF and Ollama, from the command line: what is written, what is measured, what is caught."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import finetune.gguf.make
+import finetune.gguf.write
+from finetune.base import locate
+from finetune.cli import main
+from finetune.gguf import imatrix
+from finetune.gguf.make import faults
+
+Options = dict[str, Any]
+FILES = ["gguf:Q3_K_M", "gguf:F32", "ollama"]
+
+
+def export(model: Path | str, output: Path, *formats: str) -> int:
+    chosen = [word for name in formats for word in ("--format", name)]
+    return main(["export", str(model), "--output", str(output), *chosen])
+
+
+def report(output: Path) -> dict[str, Options]:
+    found = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return {item["name"]: item for item in found["models"]}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 as GGUF and for Ollama."""
+    folder = tmp_path_factory.mktemp("gguf")
+    shutil.copytree(locate("random:gemma3"), folder / "tiny")
+    assert export(folder / "tiny", folder / "out", *FILES) == 0
+    return folder / "out"
+
+
+def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
+    names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+    assert names == {
+        "gguf/README.md",
+        "gguf/imatrix.dat",
+        "gguf/imatrix.gguf",
+        "gguf/test.log",
+        "gguf/tiny-F32.gguf",
+        "gguf/tiny-Q3_K_M.gguf",
+        "ollama/Modelfile",
+        "ollama/README.md",
+        "ollama/tiny-Q3_K_M.gguf",
+        "report.json",
+        "report.md",
+    }
+    ours, theirs = (exported / folder / "tiny-Q3_K_M.gguf" for folder in ("gguf", "ollama"))
+    assert os.path.samefile(ours, theirs)
+    assert (exported / "ollama/Modelfile").read_text().startswith("FROM ./tiny-Q3_K_M.gguf\n")
+    log = (exported / "gguf/test.log").read_text()
+    assert log.count("What is a Large Language Model?") == 2
+    assert log.startswith("== tiny-Q3_K_M.gguf\n")
+    matrix = imatrix.read(exported / "gguf/imatrix.gguf")
+    assert set(matrix.counts.values()) == {sum(map(len, _rows(exported)))}
+
+
+def _rows(exported: Path) -> list[list[int]]:
+    """The rows that the matrix must be of: the project's own but those that are compared."""
+    from finetune.export import held_out
+    from finetune.gguf.calibration import calibration
+
+    model = exported.parent / "tiny"
+    return calibration(model, apart_from=held_out(model)[0])[0]
+
+
+def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> None:
+    found = report(exported)
+    assert [name for name in found if name.startswith("gguf:")] == [
+        "gguf:Q3_K_M, with matrix",
+        "gguf:Q3_K_M",
+        "gguf:F32",
+    ]
+    for item in (item for name, item in found.items() if name.startswith("gguf:")):
+        assert item["same_texts"]["equal"] == item["same_texts"]["count"] > 190
+        assert item["same_prompts"]["equal"] == item["same_prompts"]["count"] == 10
+        assert item["conversations_equal"] == 10
+        assert item["compared"] > 100
+        assert set(item["groups"]) == {"English", "Japanese"}
+        assert all(group["compared"] > 20 for group in item["groups"].values())
+    exact = found["gguf:F32"]
+    assert exact["top1"] > 0.99  # of random weights two tokens can be as likely as each other
+    assert exact["largest"] < 0.005
+    assert exact["kl"] < 1e-6 < found["gguf:Q3_K_M"]["kl"]
+    # The better one is kept.
+    pair = [found["gguf:Q3_K_M, with matrix"], found["gguf:Q3_K_M"]]
+    best = min(pair, key=lambda item: item["kl"])
+    assert [item["kept"] for item in pair] == [item is best for item in pair]
+    kept = exported / "gguf/tiny-Q3_K_M.gguf"
+    assert kept.stat().st_size == best["bytes"]
+    assert (b"quantize.imatrix.entries_count" in kept.read_bytes()) == best["matrix"]
+    text = (exported / "report.md").read_text()
+    assert (
+        "| GGUF | size | perplexity | KL mean | KL 99% | top-1 | KL English | KL Japanese | they stop |"
+        in text
+    )
+    assert text.count("(Q3_K_M") == 1
+
+
+@pytest.mark.slow
+def test_a_file_that_is_not_rightly_written_is_told(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Norms without their one, a shifted special token, another template: each shows by itself."""
+    read = finetune.gguf.make.read
+
+    def shifted(model: Path) -> Any:
+        vocabulary, limits = read(model)
+        tokens = vocabulary["tokenizer.ggml.tokens"]
+        at = tokens.index("<start_of_turn>")
+        tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
+        vocabulary["tokenizer.chat_template"] = vocabulary["tokenizer.chat_template"].replace("model", "bot")
+        return vocabulary, limits
+
+    monkeypatch.setattr(finetune.gguf.make, "read", shifted)
+    monkeypatch.setattr(finetune.gguf.write, "changed", lambda name, rows, config: rows)
+    assert export(exported.parent / "tiny", tmp_path / "out", "gguf:F32") == 3
+    said = capsys.readouterr().err
+    assert "gate: gguf:F32: does not compute what the model computes: it predicts the same token in" in said
+    assert "gate: gguf:F32: 10 of 10 conversations give other token ids than in training" in said
+    assert "gate: gguf:F32: 10 of 10 prompts are rendered unlike the trained tokenizer's" in said
+    assert "texts give other token ids than the trained tokenizer's, the first is " in said
+
+
+@pytest.mark.slow
+def test_a_matrix_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(exported.parent / "tiny", tmp_path / "tiny")
+    given = exported / "gguf/imatrix.dat"
+    section = {"formats": ["gguf:Q2_K"], "imatrix": "always", "imatrix_data": {"path": str(given)}}
+    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
+    assert export(tmp_path / "tiny", tmp_path / "out") == 0
+    assert [name for name in report(tmp_path / "out") if name.startswith("gguf:")] == ["gguf:Q2_K"]
+    again = imatrix.read(tmp_path / "out/gguf/imatrix.gguf")
+    first = imatrix.read(given)
+    assert again.sums.keys() == first.sums.keys()
+    assert all((again.matrix[name] == first.matrix[name]).all() for name in again.sums)
+    given.with_name("cut.dat").write_bytes(given.read_bytes()[:-100])
+    section["imatrix_data"] = {"path": str(given.with_name("cut.dat"))}
+    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
+    assert export(tmp_path / "tiny", tmp_path / "other") == 2
+    assert not (tmp_path / "other").exists()
+    given.with_name("cut.dat").unlink()
+
+
+def cut(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def other_family(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another family": (other_family, "gpt2"),
+    "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), "tokenizer"),
+    "cut off": (cut, "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_written_is_refused_before_anything_is(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    ruin, said = REFUSED[what]
+    ruin(tmp_path / "tiny")
+    assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_go_cannot_write_is_refused_before_hours_are_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    one = "{{ loop.index }}{{ m.role }}:{{ m.content }}<end_of_turn>"
+    template = "{{ bos_token }}{% for m in messages %}" + one + "{% endfor %}"
+    (tmp_path / "tiny/chat_template.jinja").write_text(template)
+    assert export(tmp_path / "tiny", tmp_path / "out", "ollama") == 2
+    assert "measuring" not in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.export.importlib.util.find_spec", lambda name: None)
+    assert export(locate("random:gemma3"), Path("out"), "gguf:Q4_K_M") == 2
+    assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err
+
+
+def test_what_counts_as_broken() -> None:
+    whole = {"count": 3, "equal": 3, "differences": []}
+    found: Options = {"name": "x", "kind": "Q2_K", "top1": 0.5, "largest": 9.0, "same_texts": whole}
+    assert faults(found) == []
+    assert "the file is broken" in faults(found | {"top1": 0.1})[0]
+    assert "does not compute" in faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.06})[0]
+    assert faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.04}) == []
+    other = {"count": 3, "equal": 2, "differences": [{"text": "あ"}]}
+    assert faults(found | {"same_prompts": other}) == [
+        'x: 1 of 3 prompts are rendered unlike the trained tokenizer\'s, the first is "あ"'
+    ]
