@@ -220,6 +220,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
 
 
+def _push(args: argparse.Namespace) -> None:
+    from finetune.push import push
+
+    print(
+        push(
+            args.folder,
+            args.repo_id,
+            args.private,
+            args.revision,
+            args.create_pr,
+            args.base_model,
+            say=_quiet if args.quiet else _say,
+            progress=not args.quiet,
+        )
+    )
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "check": _check,
@@ -228,6 +245,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "export": _export,
     "evaluate": _evaluate,
+    "push": _push,
 }
 
 
@@ -284,6 +302,7 @@ def _silence() -> None:
     """Upstream's warnings and loading notes, about which a user can do nothing, stay off the screen."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its notes on each retry
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import logging

@@ -19,8 +19,9 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import changes, checkpoint, hub, ranks, rules
+from finetune import changes, checkpoint, ranks, rules
 from finetune.base import locate, quiet
+from finetune.card import model_card
 from finetune.chat import Chat
 from finetune.data import Prepared, build
 from finetune.launch import check_base, check_launch, computes_in, training_arguments
@@ -36,11 +37,13 @@ from finetune.model import (
 )
 from finetune.packing import RowsApart, check_rows
 from finetune.plain import beginning
+from finetune.push import PushError, check_access, push
 from finetune.recipe import Recipe
 from finetune.record import Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal
 from finetune.shards import fingerprint
 from finetune.trainer import GoOn, Trainer, TrainError, layer_classes, saving
+from finetune.uploads import Uploads
 
 Say = Callable[[str], None]
 
@@ -60,6 +63,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         TrainError: The loss is no longer finite, or something cannot be saved.
         RunError: The output directory is in use, or there is nothing to go on from.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+        PushError: Nobody is logged in to the Hub, where the recipe names a place on it; or the finished run cannot be
+            put there.
         ModelError, TemplateError, DataError: From the rooms that raise them.
     """
     output = Path(recipe.training["output_dir"])
@@ -67,6 +72,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     main = ranks.rank() == 0
     streamed = any(source.streaming for source in recipe.data.train)
     check_launch(recipe)
+    if main and recipe.hub.repo_id:
+        check_access()  # not after hours
     ranks.watch()  # before the processes wait for each other
     locate(
         recipe.model.name_or_path
@@ -150,6 +157,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     trainer.add_callback(Rehearsal(trainer, say))
     trainer.add_callback(Record(output, start, lambda: trainer._total_train_tokens))
     trainer.add_callback(Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
+    uploads = Uploads(output, recipe.hub, say)
+    if recipe.hub.repo_id and recipe.hub.every_n_saves:
+        trainer.add_callback(uploads)
 
     with _stop_on_signals(trainer) as stopped:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -169,7 +179,17 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         _finish(trainer, recipe, output)
     ranks.leave()
     say(f"saved: {output}")
+    if main and recipe.hub.repo_id:
+        uploads.finish()
+        _push(output, say)
     return output
+
+
+def _push(output: Path, say: Say) -> None:
+    try:
+        say(f"pushed: {push(output, say=say)}")
+    except PushError as error:
+        raise PushError(f"{error}. The run is whole; put it there with: finetune push {output}") from error
 
 
 def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | None:
@@ -366,7 +386,7 @@ def _finish(trainer: Trainer, recipe: Recipe, output: Path) -> None:
         checkpoint.sync(path)
         if path.name not in checkpoint.WEIGHTS:
             path.replace(output / path.name)
-    checkpoint.write_whole(output / "README.md", hub.model_card(output, recipe))
+    checkpoint.write_whole(output / "README.md", model_card(output))
     for path in sorted(beside.iterdir()):
         path.replace(output / path.name)
     shutil.rmtree(beside)

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.base import sample_rows
+from finetune.card import export_card
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
 from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS, write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
-from finetune.hub import export_card
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
 from finetune.recipe import RecipeError, load_recipe
