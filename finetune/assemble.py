@@ -229,9 +229,12 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
     """The tensors of a model on the Hub, without its weights; where in its file each lies is seen once it is here."""
-    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import get_safetensors_metadata, model_info
 
     try:
+        model_info(
+            repo, revision=revision
+        )  # which says what is wrong; the next one only that there is no file
         metadata = get_safetensors_metadata(repo, revision=revision)
     except Exception as error:
         if hub.trouble(repo, error):

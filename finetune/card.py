@@ -178,7 +178,10 @@ def _prompt(folder: Path) -> tuple[str | None, bool]:
     for messages in ([{"role": "system", "content": "(system)"}, question], [question]):
         try:
             rendered, _ = render_jinja_template(
-                [messages], file.read_text(encoding="utf-8"), add_generation_prompt=True, **tokens
+                [messages],
+                chat_template=file.read_text(encoding="utf-8"),
+                add_generation_prompt=True,
+                **tokens,
             )
         except (TemplateError, ValueError):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 
@@ -91,7 +92,7 @@ def quiet(bars: bool) -> Iterator[None]:
     from huggingface_hub import utils
 
     level, shown = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
-    utils.logging.set_verbosity(utils.logging.ERROR)
+    utils.logging.set_verbosity(logging.ERROR)
     if not bars:
         utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -217,7 +218,7 @@ def environment(model: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.system(),
         "commit": commit,
-        "base_commit": getattr(model.config, "_commit_hash", None),
+        "base_commit": None,
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
             "torch."
         ),
@@ -233,7 +234,11 @@ def _versions() -> dict[str, str]:
 def _base(recipe: Recipe) -> dict[str, str]:
     """What a merge knows the base by; one on the Hub is known by its commit."""
     path = Path(locate(recipe.model.name_or_path))
-    return {"base_fingerprint": fingerprint(path)} if path.is_dir() else {}
+    if path.is_dir():
+        return {"base_fingerprint": fingerprint(path)}
+    # A config no longer knows its commit (transformers 5.23), but its place in the cache is called by it.
+    config = try_to_load_from_cache(recipe.model.name_or_path, "config.json", revision=recipe.model.revision)
+    return {"base_commit": Path(config).parent.name} if isinstance(config, str) else {}
 
 
 def _json(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune.push import Parcel, PushError, kept, pack, send
+from finetune.push import Parcel, kept, pack, send
 from finetune.sections import HubSection
 
 
@@ -40,8 +40,8 @@ class Uploads(TrainerCallback):  # type: ignore[misc]
             shutil.rmtree(self.beside, ignore_errors=True)
             folder = self.output / f"checkpoint-{state.global_step}"
             parcel = kept(pack(folder, self.section.repo_id), self.beside)
-        except (OSError, ValueError) as error:
-            self.say(f"hub: {step} is not pushed: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever it is, it is no reason to end a run
+            self.say(f"hub: {step} is not pushed: {next(iter(str(error).splitlines()), repr(error))}")
             return
         self.thread = threading.Thread(
             target=self._send, args=(parcel, step), name="finetune-push", daemon=True
@@ -52,7 +52,7 @@ class Uploads(TrainerCallback):  # type: ignore[misc]
         assert self.section.repo_id
         try:
             self.say(f"hub: {step} pushed: {send(parcel, self.section.repo_id, self.section.private)}")
-        except PushError as error:
+        except Exception as error:
             self.say(f"hub: {step} is not pushed: {error}")
 
     def finish(self) -> None:
