@@ -354,11 +354,12 @@ def _told(repo_id: str) -> Iterator[None]:
         raise
     except Exception as error:  # Xet, HTTP, YAML: upstream has no error for all of them
         again = "nothing was committed, and what has arrived is not sent again: push once more"
-        if words := hub.trouble(repo_id, error):
+        # What is wrong with a page, upstream tells itself.
+        if "README.md" not in str(error) and (words := hub.trouble(repo_id, error)):
             raise PushError(f"{repo_id} {words} ({again})") from error
         if not isinstance(error, ValueError | OSError | RuntimeError):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
         raise PushError(f"{repo_id}: {reason} ({again})") from error
 
 

@@ -267,7 +267,8 @@ class Handler(BaseHTTPRequestHandler):
                 403, message=f"You don't have the rights to create a model under {asked['organization']}"
             )
         if name in self.hub.repos:
-            raise Answer(409, message="You already created this model repo")
+            there = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            return 409, json.dumps(there).encode(), {}
         first = {".gitattributes": b"*.safetensors filter=lfs\n"}
         self.hub.repos[name] = Repo({COMMIT: first}, {"main": COMMIT}, asked.get("visibility") == "private")
         return {"url": f"{self.hub.url}/{name}", "name": name}

@@ -39,6 +39,13 @@ from finetune.recipe import load_recipe
 from finetune.sections import ModelSection, Source
 from finetune.train import _base, train
 
+# huggingface_hub 2.4 calls httpx2 by a name that it gives up.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # peft 0.21 looks for the base's config.json on the Hub at each save.
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
 Said = tuple[Path, list[str], Repo, list[str]]
 OLD = "hf_" + "expired" * 4
 SAMPLE = str(ROOT / "data/chat_sample.jsonl")
@@ -224,8 +231,8 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().err.splitlines()
     again = "(nothing was committed, and what has arrived is not sent again: push once more)"
     assert f"hub: step 2 is not pushed: you/late is refused by the Hub (418): not now {again}" in lines
-    assert lines[-2:] == [
-        f"saved: {tmp_path / 'run'}",
+    assert f"saved: {tmp_path / 'run'}" in lines
+    assert lines[-1:] == [
         f"error: you/late is refused by the Hub (418): not now {again}. The run is whole; put it there with: "
         f"finetune push {tmp_path / 'run'}",
     ]
