@@ -357,9 +357,8 @@ def _told(repo_id: str) -> Iterator[None]:
         # What is wrong with a page, upstream tells itself.
         if "README.md" not in str(error) and (words := hub.trouble(repo_id, error)):
             raise PushError(f"{repo_id} {words} ({again})") from error
-        if not isinstance(error, ValueError | OSError | RuntimeError):
-            raise
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        reason = " ".join(f"{error} {cause or ''}".split()) or type(error).__name__
         raise PushError(f"{repo_id}: {reason} ({again})") from error
 
 
