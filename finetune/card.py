@@ -102,6 +102,7 @@ def export_card(
     name = _name(place, repo) if folder else report["title"]
     use = "gguf" if files else kind if kind in ("int8", "nf4") else "whole"
     target = repo or (kind or name if folder is None else name)
+    folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
     values = _told(place, run, recipe) | {
         "name": name,
         "kind": kind,
@@ -110,9 +111,10 @@ def export_card(
         "report": report,
         "found": found,
         "table": _table(place),
-        "folders": sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else [],
+        "folders": folders,
         "picture": bool(run and repo and file_of(run, "loss.png")),
-        "use": _use(place, target, use, base, recipe, {}) | {"files": files},
+        "use": _use(place / folders[0] if folders else place, target, use, base, recipe, {})
+        | {"files": files},
     }
     data = _metadata(base, relation, "gguf" if files else "transformers", terms, recipe)
     perplexity = (found or {}).get("perplexity")

@@ -151,13 +151,12 @@ def check_hub(draft: Draft, hub: dict[str, Any], model: dict[str, Any]) -> None:
     for name in ("repo_id", "base_model"):
         if (value := hub.get(name)) is not None and not is_repo(value):
             draft.fault(f"hub.{name}", f"is {draft.shown(f'hub.{name}')}; write owner/name")
-    for name in ("private", "every_n_saves"):
-        if hub.get(name) and hub.get("repo_id") is None:
-            draft.fault(f"hub.{name}", "is read by nothing without repo_id; add repo_id: owner/name")
+    if hub.get("every_n_saves") and hub.get("repo_id") is None:
+        draft.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
     base = model.get("name_or_path")
     if base is None or "model.name_or_path" in draft.broken:
         return
-    if hub.get("base_model") and not is_local(base):
+    if is_repo(hub.get("base_model") or "") and not is_local(base):
         draft.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
     if hub.get("repo_id") and not hub.get("base_model") and is_local(base) and base not in ON_THE_HUB:
         draft.fault(

@@ -382,7 +382,9 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     files = hub.repos["you/all"].files()
     assert {"bf16/config.json", "bf16/tokenizer.json", "README.md", "report.json", "loss.png"} <= set(files)
     assert "bf16/README.md" not in files
-    assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto")' in files["README.md"].decode()
+    page = files["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("you/all", subfolder="bf16", dtype="auto")' in page
+    assert "What the model is fed for a system message and a question" in page
     (export / "bf16" / "README.md").unlink()
     push(export / "bf16", "you/one")
     card = ModelCard(hub.repos["you/one"].files()["README.md"].decode())
