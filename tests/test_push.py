@@ -36,8 +36,9 @@ from finetune.model import load_model, load_tokenizer
 from finetune.origin import hub_id, license_of
 from finetune.push import PushError, pack, push
 from finetune.recipe import load_recipe
-from finetune.sections import ModelSection, Source
+from finetune.sections import HubSection, ModelSection, Source
 from finetune.train import _base, train
+from finetune.uploads import Uploads
 
 # huggingface_hub 2.4 calls httpx2 by a name that it gives up.
 pytestmark = [
@@ -252,14 +253,28 @@ def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_pat
             said.set()
 
     def held(method: str, path: str, body: bytes) -> None:
-        if "/commit/" in path:
+        if "/preupload/" in path:
             assert said.wait(60)
 
     hub.fault = held
-    train(load_recipe(recipe_of(tmp_path, repo_id="you/slow", every_n_saves=1)), say)
+    recipe = recipe_of(tmp_path, repo_id="you/slow", every_n_saves=1)
+    # What is sent is kept, though the checkpoint goes when the next one is there.
+    train(load_recipe(recipe, ["training.save_total_limit=1"]), say)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
     assert "hub: step 2 is not pushed, the push before it is still under way" in lines
     titles = hub.repos["you/slow"].titles
     assert (titles[0], titles[-1]) == ("Adapter, checkpoint-1", "Adapter")
+
+
+def test_only_the_first_process_pushes(trained: Path, hub: Hub) -> None:
+    lines: list[str] = []
+    section = HubSection(repo_id="you/ranks", every_n_saves=1)
+    for first in (False, True):
+        uploads = Uploads(trained, section, lines.append)
+        uploads.on_save(None, SimpleNamespace(is_world_process_zero=first, global_step=2, max_steps=4), None)
+        uploads.finish()
+        assert ("you/ranks" in hub.repos) is first
+    assert len(lines) == 1
 
 
 def test_nobody_logged_in_is_told_before_the_training(
