@@ -232,7 +232,7 @@ def _push(args: argparse.Namespace) -> None:
             args.create_pr,
             args.base_model,
             say=_quiet if args.quiet else _say,
-            progress=not args.quiet,
+            progress=not args.quiet and sys.stderr.isatty(),
         )
     )
 

@@ -129,8 +129,21 @@ def check_access() -> None:
 # What is sent
 
 
-def pack(folder: Path, repo_id: str, base_model: str | None = None, say: Say = lambda line: None) -> Parcel:
+def pack(
+    folder: Path,
+    repo_id: str,
+    base_model: str | None = None,
+    say: Say = lambda line: None,
+    ask: bool = True,
+) -> Parcel:
     """What a folder is on the Hub.
+
+    Args:
+        folder: The folder.
+        repo_id: Its name there.
+        base_model: The Hub id of the base.
+        say: Gets a line for each thing that a person may want to know.
+        ask: Whether the Hub may be asked for the terms of a base whose id does not tell them.
 
     Raises:
         PushError: It holds nothing to push, its base has no name on the Hub, or a token is in it.
@@ -154,8 +167,8 @@ def pack(folder: Path, repo_id: str, base_model: str | None = None, say: Say = l
     if (run := origin.run_of(folder)) and run != folder:
         found |= {name: path for name, path in _listed(run) if name in _OF_THE_RUN and name not in found}
 
-    terms = origin.license_of(base.hub) or _inherited(base.hub)
-    if not terms:
+    terms = origin.license_of(base.hub) or (_inherited(base.hub) if ask else {})
+    if not terms and ask:
         say(f"license: {base.hub} does not tell under which terms it stands, so the page does not either")
     readme = found.pop("README.md", None)
     text = readme.read_text(encoding="utf-8") if readme else ""
@@ -297,7 +310,7 @@ def _inherited(base: str) -> dict[str, str]:
 
     with hub.quiet(bars=False):
         try:
-            data = HfApi().model_info(base).card_data
+            data = HfApi().model_info(base, timeout=10).card_data
         except Exception:  # it may be gated, gone, or its page unreadable: then nothing is said
             return {}
     found: dict[str, str] = data.to_dict() if data else {}  # type: ignore[no-untyped-call]

@@ -37,9 +37,10 @@ class Uploads(TrainerCallback):  # type: ignore[misc]
             return
         assert self.section.repo_id
         try:
+            # Nothing here may wait for the Hub.
             shutil.rmtree(self.beside, ignore_errors=True)
             folder = self.output / f"checkpoint-{state.global_step}"
-            parcel = kept(pack(folder, self.section.repo_id), self.beside)
+            parcel = kept(pack(folder, self.section.repo_id, ask=False), self.beside)
         except Exception as error:  # whatever it is, it is no reason to end a run
             self.say(f"hub: {step} is not pushed: {next(iter(str(error).splitlines()), repr(error))}")
             return

@@ -47,6 +47,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
+UNTOLD = "license: tiny/gemma3 does not tell under which terms it stands, so the page does not either"
 Said = tuple[Path, list[str], Repo, list[str]]
 OLD = "hf_" + "expired" * 4
 SAMPLE = str(ROOT / "data/chat_sample.jsonl")
@@ -315,7 +316,7 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     hub.sent.clear()
     capsys.readouterr()
     assert main(words) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "you/merged has all of it already"
+    assert capsys.readouterr().err == f"{UNTOLD}\nyou/merged has all of it already\n"
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
@@ -589,9 +590,7 @@ def test_terms_are_known_by_the_bases_id(base: str | None, terms: str | None) ->
 def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub: Hub) -> None:
     lines: list[str] = []
     page = bytes(pack(trained, "you/run", say=lines.append).files["README.md"])
-    assert lines == [
-        "license: tiny/gemma3 does not tell under which terms it stands, so the page does not either"
-    ]
+    assert lines == [UNTOLD]
     assert ModelCard(page.decode()).data.license is None
     text = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
     files = hub.repos["tiny/gemma3"].files()
@@ -621,6 +620,19 @@ def test_which_base_is_on_the_hub(name: str, found: str | None) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Where it goes
+
+
+def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) -> None:
+    """What the other tests set in this process is what the client reads from HF_ENDPOINT and others when it starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "push", str(trained), "--repo-id", "you/alone"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    address = f"{hub.url}/you/alone/commit/{hub.repos['you/alone'].branches['main']}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, address, f"{UNTOLD}\n")
+    assert sorted(hub.repos["you/alone"].files()) == ADAPTER
 
 
 def test_a_branch_is_made_and_a_pull_request_opened(
