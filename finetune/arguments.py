@@ -157,6 +157,23 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
 
+    verb = verbs.add_parser(
+        "push", parents=[common], help="put a run, a merged model or an export on the Hub"
+    )
+    verb.add_argument(
+        "folder", metavar="RUN_OR_EXPORT", help="a run, one of its checkpoints, or what merge or export wrote"
+    )
+    verb.add_argument("--repo-id", metavar="OWNER/NAME", help="default: hub.repo_id of the run's recipe")
+    verb.add_argument(
+        "--private", action="store_true", default=None, help="let nobody else see a repository that is made"
+    )
+    verb.add_argument("--revision", metavar="BRANCH", help="the branch; it is made if it is not there")
+    verb.add_argument("--create-pr", action="store_true", help="open a pull request")
+    verb.add_argument(
+        "--base-model",
+        metavar="OWNER/NAME",
+        help="the base's id on the Hub, where it was trained from this machine",
+    )
     return whole
 
 

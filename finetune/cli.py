@@ -234,6 +234,23 @@ def _doctor(args: argparse.Namespace) -> int:
     return 2 if any(finding.state == doctor.WRONG for finding in findings) else 0
 
 
+def _push(args: argparse.Namespace) -> None:
+    from finetune.push import push
+
+    print(
+        push(
+            args.folder,
+            args.repo_id,
+            args.private,
+            args.revision,
+            args.create_pr,
+            args.base_model,
+            say=_quiet if args.quiet else _say,
+            progress=not args.quiet and sys.stderr.isatty(),
+        )
+    )
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "check": _check,
@@ -243,6 +260,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "export": _export,
     "evaluate": _evaluate,
     "doctor": _doctor,
+    "push": _push,
 }
 
 
@@ -299,6 +317,7 @@ def _silence() -> None:
     """Upstream's warnings and loading notes, about which a user can do nothing, stay off the screen."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its notes on each retry
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import logging

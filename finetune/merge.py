@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from finetune import __version__
+from finetune import __version__, hub
 from finetune.adapter import FILE as ADAPTER
 from finetune.adapter import Adapter, MergeError, Update, check
 from finetune.assemble import Plan, Request, adapters_of, plan_apart
@@ -355,6 +355,8 @@ class _Base:
         try:
             return Path(hf_hub_download(repo, file, revision=revision, local_dir=self.fetched.name))
         except OSError as error:
+            if words := hub.trouble(repo, error):
+                raise ModelError(f"{repo} {words}") from error
             raise ModelError(
                 f"{repo}: {file} cannot be fetched: {str(error).strip().splitlines()[0]}"
             ) from error

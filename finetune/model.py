@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from finetune import rules
+from finetune import hub, rules
 from finetune.base import ModelError, locate, quiet
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
@@ -186,6 +186,8 @@ def _told(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if words := hub.trouble(name, error):
+            raise ModelError(f"model.name_or_path: {name} {words}") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else repr(error)
         raise ModelError(f"model.name_or_path: {name} cannot be loaded: {reason}") from error

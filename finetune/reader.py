@@ -16,11 +16,11 @@ NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
 _TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
-_TOKEN = re.compile(
+SECRET = re.compile(
     r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
 )
-_SECRET_NAME = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Node:
 
 
 def _shown(value: Any) -> str:
-    text = _TOKEN.sub("(secret)", json.dumps(value, ensure_ascii=False))
+    text = SECRET.sub("(secret)", json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -112,7 +112,7 @@ class Draft:
             line = f"{origin}: {message}"
             for secret, template in self.secrets.items():
                 line = line.replace(secret, template)
-            line = " ".join(_TOKEN.sub("(secret)", line).split())
+            line = " ".join(SECRET.sub("(secret)", line).split())
             report.append(line.encode("utf-8", "backslashreplace").decode())
         return report
 
@@ -316,12 +316,12 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, draft: Draft) -> Node:
         there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
         return draft.unreadable(key, origin, f"{there}; write text or a number")
 
-    named = _SECRET_NAME.search(key.rpartition(".")[2])
-    if _TOKEN.search(node.value) or (named and not variables and isinstance(value, str) and value):
+    named = SECRET_NAME.search(key.rpartition(".")[2])
+    if SECRET.search(node.value) or (named and not variables and isinstance(value, str) and value):
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
         draft.faults.append((origin, f"{key}: a secret is written out; {instead}"))
         template = "(secret)"
-    elif variables and (named or _TOKEN.search(text) or any(map(_SECRET_NAME.search, variables))):
+    elif variables and (named or SECRET.search(text) or any(map(SECRET_NAME.search, variables))):
         template = node.value
     else:
         return Node(value, origin)

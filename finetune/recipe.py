@@ -9,12 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.checks import adapters_lora, check_evaluate, check_model, check_rules, check_source
+from finetune.checks import adapters_lora, check_evaluate, check_hub, check_model, check_rules, check_source
 from finetune.reader import Draft, Node, override, quoted, read_file, scalar_text
 from finetune.sections import (
     DataSection,
     EvaluateSection,
     ExportSection,
+    HubSection,
     ImatrixDataSection,
     JudgeSection,
     LmEvalSection,
@@ -30,6 +31,7 @@ OWN: dict[str, type[BaseModel]] = {
     "data": DataSection,
     "export": ExportSection,
     "evaluate": EvaluateSection,
+    "hub": HubSection,
 }
 
 
@@ -55,6 +57,7 @@ class Recipe:
     data: DataSection
     export: ExportSection
     evaluate: EvaluateSection
+    hub: HubSection
     training: dict[str, Any]
     lora: dict[str, Any] | None
     quantization: dict[str, Any] | None
@@ -72,7 +75,7 @@ class Recipe:
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections that it has, as plain data."""
-        names = ("model", "data", "training", "lora", "quantization", "export", "evaluate")
+        names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
         found = {name: getattr(self, name) for name in names}
         found |= {name: found[name].model_dump() for name in OWN}
         return {name: section for name, section in found.items() if section is not None}
@@ -153,6 +156,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if isinstance(source, dict):
                 check_source(draft, f"{key}.{i}", source)
     check_evaluate(draft, sections["evaluate"])
+    check_hub(draft, sections["hub"], sections["model"])
     check_rules(draft, sections)
     if "quantization" in root.value:
         check_quantization(draft, sections["quantization"])
@@ -173,6 +177,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data=DataSection.model_validate(sections["data"]),
         export=ExportSection.model_validate(sections["export"]),
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
+        hub=HubSection.model_validate(sections["hub"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
         lora=lora if "lora" in root.value or adapter else None,
         quantization=sections["quantization"] if "quantization" in root.value else None,

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from finetune import hub
 from finetune.chat import LabelError
 from finetune.formats import DataError as DataError
 from finetune.formats import Row
@@ -129,6 +130,8 @@ def _load_hub(
         # A stream has no fingerprint of its own; a builder's hash is the commit of its repository (datasets 5.2).
         return rows, datasets.load_dataset_builder(path, config, revision=revision).hash
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if words := hub.trouble(f"datasets/{path}", error):
+            raise DataError(f"{path} {words}") from error
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{path}: the Hub dataset cannot be loaded: {reason}") from error
 

@@ -174,3 +174,18 @@ class EvaluateSection(BaseModel):
     """Who compares the answers with others; absent: nobody."""
     lm_eval: LmEvalSection | None = None
     """Tasks of the evaluation harness; absent: none."""
+
+
+class HubSection(BaseModel):
+    """Where on the Hub a run is put, at its end and, if asked for, while it goes on."""
+
+    model_config = _SECTION
+
+    repo_id: str | None = None
+    """The repository, owner/name, which is made if it is not there; absent: nothing is put on the Hub."""
+    private: bool = False
+    """Whether a repository that is made is private."""
+    base_model: str | None = None
+    """The Hub id of a base that `model.name_or_path` finds on this machine."""
+    every_n_saves: PositiveInt | None = None
+    """After how many checkpoints one is put on the Hub; absent: the finished run alone."""

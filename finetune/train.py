@@ -16,11 +16,13 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import changes, checkpoint, hub, ranks, rules, track
+from finetune import changes, checkpoint, ranks, rules, track
 from finetune.base import locate, quiet
+from finetune.card import model_card
 from finetune.chat import Chat
 from finetune.data import Prepared, build
 from finetune.launch import check_base, check_launch, computes_in, training_arguments
@@ -36,11 +38,13 @@ from finetune.model import (
 )
 from finetune.packing import RowsApart, check_rows
 from finetune.plain import beginning
+from finetune.push import PushError, check_access, push
 from finetune.recipe import Recipe
 from finetune.record import Meter, Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal
 from finetune.shards import fingerprint
 from finetune.trainer import GoOn, Trainer, TrainError, layer_classes, saving
+from finetune.uploads import Uploads
 
 Say = Callable[[str], None]
 
@@ -60,6 +64,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         TrainError: The loss is no longer finite, or something cannot be saved.
         RunError: The output directory is in use, or there is nothing to go on from.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+        PushError: Nobody is logged in to the Hub, where the recipe names a place on it; or the finished run cannot be
+            put there.
         ModelError, TemplateError, DataError: From the rooms that raise them.
     """
     output = Path(recipe.training["output_dir"])
@@ -69,6 +75,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     check_launch(recipe)
     trackers = track.wanted(recipe.training.get("report_to"))
     track.check(trackers)
+    if main and recipe.hub.repo_id:
+        check_access()  # not after hours
     ranks.watch()  # before the processes wait for each other
     locate(
         recipe.model.name_or_path
@@ -162,6 +170,9 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
     trainer.add_callback(Record(output, start, trainer))
     asked = track.prepare(trainer, start_step)
     trainer.add_callback(Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
+    uploads = Uploads(output, recipe.hub, say)
+    if recipe.hub.repo_id and recipe.hub.every_n_saves:
+        trainer.add_callback(uploads)
 
     with _stop_on_signals(trainer) as stopped:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -182,7 +193,17 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         track.finish(trainer, output, asked)
     ranks.leave()
     say(f"saved: {output}")
+    if main and recipe.hub.repo_id:
+        uploads.finish()
+        _push(output, say)
     return output
+
+
+def _push(output: Path, say: Say) -> None:
+    try:
+        say(f"pushed: {push(output, say=say)}")
+    except PushError as error:
+        raise PushError(f"{error}. The run is whole; put it there with: finetune push {output}") from error
 
 
 def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | None:
@@ -210,7 +231,7 @@ def environment(model: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.system(),
         "commit": commit,
-        "base_commit": getattr(model.config, "_commit_hash", None),
+        "base_commit": None,
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
             "torch."
         ),
@@ -226,7 +247,11 @@ def _versions() -> dict[str, str]:
 def _base(recipe: Recipe) -> dict[str, str]:
     """What a merge knows the base by; one on the Hub is known by its commit."""
     path = Path(locate(recipe.model.name_or_path))
-    return {"base_fingerprint": fingerprint(path)} if path.is_dir() else {}
+    if path.is_dir():
+        return {"base_fingerprint": fingerprint(path)}
+    # A config no longer knows its commit (transformers 5.23), but its place in the cache is called by it.
+    config = try_to_load_from_cache(recipe.model.name_or_path, "config.json", revision=recipe.model.revision)
+    return {"base_commit": Path(config).parent.name} if isinstance(config, str) else {}
 
 
 def _json(value: Any) -> str:
@@ -379,7 +404,7 @@ def _finish(trainer: Trainer, recipe: Recipe, output: Path) -> None:
         checkpoint.sync(path)
         if path.name not in checkpoint.WEIGHTS:
             path.replace(output / path.name)
-    checkpoint.write_whole(output / "README.md", hub.model_card(output, recipe))
+    checkpoint.write_whole(output / "README.md", model_card(output))
     for path in sorted(beside.iterdir()):
         path.replace(output / path.name)
     shutil.rmtree(beside)

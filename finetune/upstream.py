@@ -98,7 +98,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
         "hub_token": "run `hf auth login`",
         "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
-            "remove it, and upload the finished run with `hf upload`"
+            "write the section hub: {repo_id: owner/name}"
         ),
     },
     "fsdp_config": {

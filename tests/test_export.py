@@ -28,12 +28,12 @@ import finetune.export.transformers
 import finetune.merge
 from finetune import assemble
 from finetune.base import ModelError, locate, quiet
+from finetune.card import export_card
 from finetune.cli import main
 from finetune.export import held_out, verify
 from finetune.export.transformers import write
 from finetune.export.verify import as_markdown, compare, missed
 from finetune.generate import Sampling, load
-from finetune.hub import export_card
 from finetune.model import load_base
 from finetune.recipe import RecipeError, load_recipe
 from finetune.sections import ExportSection

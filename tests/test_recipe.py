@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from finetune import checks, upstream
 from finetune import recipe as recipe_module
 from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.sections import DataSection, EvaluateSection, ExportSection, ModelSection, Source
+from finetune.sections import DataSection, EvaluateSection, ExportSection, HubSection, ModelSection, Source
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"
@@ -118,12 +118,38 @@ FAULTS = {
         ],
     ),
     "unknown sections": (
-        BASE + "trainning: {}\nhub: {}\nlearning_rate: 1\nseed: 1\n",
+        BASE + "trainning: {}\npush: {}\nlearning_rate: 1\nseed: 1\n",
         [
             "r.yaml:3: trainning: is unknown; write training",
-            "r.yaml:4: hub: is unknown; write one of model, data, export, evaluate, training, lora, quantization",
+            "r.yaml:4: push: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
+        ],
+    ),
+    "hub": (
+        BASE + "training: {hub_model_id: a/b, push_to_hub: true}\n"
+        "hub:\n  repo_id: mine\n  private: 1\n  base_model: a/b/c\n  every_n_saves: 0\n",
+        [
+            "r.yaml:3: training.hub_model_id: is not a recipe's key; write the section hub: {repo_id: owner/name}",
+            "r.yaml:3: training.push_to_hub: is not a recipe's key; write the section hub: {repo_id: owner/name}",
+            'r.yaml:5: hub.repo_id: is "mine"; write owner/name',
+            "r.yaml:6: hub.private: is 1; write true or false",
+            'r.yaml:7: hub.base_model: is "a/b/c"; write owner/name',
+            "r.yaml:8: hub.every_n_saves: is 0; write a number greater than 0",
+        ],
+    ),
+    "hub, read by nothing": (
+        BASE + "hub:\n  private: true\n  base_model: a/b\n  every_n_saves: 2\n",
+        [
+            "r.yaml:5: hub.base_model: is given, but owner/model is on the Hub itself; remove it",
+            "r.yaml:6: hub.every_n_saves: is read by nothing without repo_id; add repo_id: owner/name",
+        ],
+    ),
+    "hub, a base of this machine": (
+        "model: {name_or_path: 'random:gemma'}\ndata: {train: [{path: owner/rows}]}\nhub: {repo_id: a/b}\n",
+        [
+            "r.yaml:3: hub.repo_id: is given, but random:gemma is on this machine alone; "
+            "add base_model: its id on the Hub"
         ],
     ),
     "a section of the wrong kind": (
@@ -701,7 +727,7 @@ def test_overrides() -> None:
         ("training.sed=1", "training.sed: is unknown; write seed"),
         (
             "seeed=1",
-            "seeed: is unknown; write one of model, data, export, evaluate, training, lora, quantization",
+            "seeed: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization",
         ),
     ],
 )
@@ -858,6 +884,11 @@ def test_to_yaml() -> None:
         "  limit: null  # default\n"
         "  judge: null  # default\n"
         "  lm_eval: null  # default\n"
+        "hub:\n"
+        "  repo_id: null  # default\n"
+        "  private: false  # default\n"
+        "  base_model: null  # default\n"
+        "  every_n_saves: null  # default\n"
     )
     assert load(recipe.to_yaml(), name="saved.yaml") == recipe
 
@@ -883,7 +914,8 @@ values = st.recursive(
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
     model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[Source(path="owner/rows")])
-    recipe = Recipe(model, data, ExportSection(), EvaluateSection(), training, None, None, {}, Path("x.yaml"))
+    sections = (ExportSection(), EvaluateSection(), HubSection())
+    recipe = Recipe(model, data, *sections, training, None, None, {}, Path("x.yaml"))
     again = load(recipe.to_yaml())
     assert again == recipe
     assert repr(again.training["lr_scheduler_kwargs"]) == repr(kwargs)

