@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports only rooms above it in this list.
 ROOMS = [
     "bar",
+    "page",
     "ranks",
     "reader",
     "upstream",
@@ -46,6 +47,7 @@ ROOMS = [
     "evaluate",
     "export",
     "inspect",
+    "curves",
     "record",
     "snapshot",
     "launch",
@@ -54,6 +56,7 @@ ROOMS = [
     "track",
     "rehearse",
     "train",
+    "report",
     "doctor",
     "arguments",
     "cli",
