@@ -220,6 +220,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
 
 
+def _report(args: argparse.Namespace) -> None:
+    from finetune.checkpoint import write_whole
+    from finetune.report import ReportError, as_html
+
+    file = args.output or args.run / "report.html"
+    if args.output and (file.is_dir() or not file.parent.is_dir()):
+        raise ReportError(f"--output {file}: write the path of a file in a folder that exists")
+    write_whole(file, as_html(args.run))
+    if not args.quiet:
+        _say(f"written: {file}")
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from finetune import doctor
 
@@ -242,6 +254,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "export": _export,
     "evaluate": _evaluate,
+    "report": _report,
     "doctor": _doctor,
 }
 

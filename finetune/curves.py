@@ -22,9 +22,10 @@ def points(records: Iterable[dict[str, Any]], key: str) -> Points:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours, a tenth of all; as many on either side, so that no slope is bent.
+    """Each value's mean with its neighbours, a tenth of all.
 
-    Fewer than five values stay as they are.
+    At the beginning, where a loss falls steeply, with as many on either side, which bends no slope; at the end with
+    those before. Fewer than five values stay as they are.
     """
     reach = max(1, len(values) // 20) if len(values) >= 5 else 0
     sums = [0.0]
@@ -32,8 +33,9 @@ def smoothed(values: Sequence[float]) -> list[float]:
         sums.append(sums[-1] + value)
     found = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        found.append((sums[i + near + 1] - sums[i - near]) / (2 * near + 1))
+        near = min(reach, i)
+        first, last = i - near, min(i + near, len(values) - 1)
+        found.append((sums[last + 1] - sums[first]) / (last - first + 1))
     return found
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from finetune.chat import IGNORE, Chat
