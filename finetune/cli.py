@@ -88,7 +88,9 @@ def _train(args: argparse.Namespace) -> None:
     from finetune.recipe import load_recipe
 
     ranks.check_launcher()
-    recipe = load_recipe(args.recipe, args.overrides)
+    # transformers 5.23 greets for wandb when it is imported.
+    with contextlib.redirect_stdout(io.StringIO()):
+        recipe = load_recipe(args.recipe, args.overrides)
     training = recipe.training
     # Said at once, not after the seconds that torch and trl take to load.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
@@ -314,6 +316,7 @@ def _silence() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("WANDB_QUIET", "true")  # where its run is, but no table of it
     import logging
 
     logging.basicConfig(level=logging.ERROR)

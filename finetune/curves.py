@@ -117,7 +117,7 @@ def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240))
             }
         )
     across = [t for t in ticks(0, last, 10 if width > 600 else 6) if t == int(t)]
-    up = ticks(low, high, 5)
+    up = ticks(low, high, 8 if height > 300 else 6)
     readings = [(x(step), f"step {step:,.0f}: {'; '.join(told[step])}") for step in sorted(told)]
     return {
         "title": title,

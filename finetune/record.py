@@ -97,7 +97,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         console = Console(stderr=True)
         if console.is_terminal:
             note = TextColumn("{task.fields[note]}")
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), note)
+            left = (TimeRemainingColumn(), TextColumn("left"))
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)
             self.bar = RichProgress(*columns, console=console)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
             self.bar.start()
@@ -122,6 +123,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and the terminal as it was; to be called after a fault, too."""
         if self.bar:
             self.bar.stop()
 
