@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.page import cell
+
 # A set of rows that loses more than this share of its trained tokens to `max_length` says so.
 MUCH_LOST = 0.1
 Table = list[tuple[Any, ...]]
@@ -201,12 +203,13 @@ def histogram(account: dict[str, Any]) -> Table:
 
 
 def as_shown(account: dict[str, Any]) -> dict[str, Any]:
-    """All of that, as pages show it."""
+    """All of that as texts, as pages show it."""
+    became = [("rows", "what became of them"), *reasons(account)]
+    every = [became, *tables(account)] if len(became) > 1 else tables(account)
     return {
-        "facts": facts(account),
-        "tables": ([[("rows", "what became of them"), *reasons(account)]] if reasons(account) else [])
-        + tables(account),
-        "histogram": histogram(account),
+        "facts": [(cell(count), what) for count, what in facts(account)],
+        "tables": [[tuple(map(cell, row)) for row in table] for table in every],
+        "histogram": [(what, cell(n), f"{100 * share:.1f}") for what, n, share in histogram(account)],
     }
 
 

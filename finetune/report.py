@@ -16,7 +16,7 @@ from finetune import __version__, checkpoint
 from finetune.curves import Line, chart, number, points
 from finetune.evaluate.report import intro, tables
 from finetune.ledger import as_shown, language
-from finetune.page import cell, render
+from finetune.page import cell, render, visible
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -39,14 +39,14 @@ def as_html(run: Path) -> str:
     if not any((run / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
         raise ReportError(f"{run} is no run; write the training.output_dir of a recipe that was trained")
     newest, state = _newest(run)
-    records = _records(run / "metrics.jsonl", ("step",)) or state.get("log_history", [])
+    records = _lines(run / "metrics.jsonl", _logged) or state.get("log_history", [])
     return render(
         "report.html.jinja",
         name=run.resolve().name,
         version=__version__,
         told=_told(run, records, newest, state),
         cards=_cards(records, state),
-        charts=_charts(run / "metrics.jsonl", records),
+        charts=_charts(records),
         ledgers=_shown(run / "ledger.json", _ledgers) or [],
         samples=_samples(run / "samples.jsonl"),
         evaluations=_each(run, "*/report.json", _evaluation),
@@ -73,7 +73,12 @@ def _shown(file: Path, show: Callable[[Any], T], read: Callable[[str], Any] = js
 
 
 def _damaged(file: Path, error: Exception, line: int | None = None) -> ReportError:
-    why = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    if isinstance(error, KeyError):
+        why = f"it has no {error}"
+    elif isinstance(error, json.JSONDecodeError | UnicodeDecodeError | yaml.YAMLError):
+        why = str(error).splitlines()[0]
+    else:
+        why = "it holds something else than finetune writes there"
     place = file if line is None else f"{file}:{line}"
     return ReportError(f"{place}: is damaged ({why}); mend it, or move it away: the page is made without it")
 
@@ -84,21 +89,45 @@ def _each(run: Path, pattern: str, show: Callable[[Any], T | None]) -> list[tupl
     return [(name, shown) for name, shown in found if shown is not None]
 
 
-def _records(file: Path, keys: tuple[str, ...]) -> list[Record]:
-    """The records of a JSON Lines file, each with `keys`; a line that is being written is not one yet."""
+def _lines(file: Path, sound: Callable[[Any], Record]) -> list[Record]:
+    """The records of a JSON Lines file; a line that is being written is not one yet."""
     if not file.is_file():
         return []
-    lines = file.read_bytes().split(b"\n")
     found = []
-    for i, line in enumerate(lines[:-1], 1):
+    for i, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
-            for key in keys:
-                record[key]
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(sound(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, error, i) from error
-        found.append(record)
     return found
+
+
+def _logged(record: Any) -> Record:
+    """A record of the trainer: its step, and numbers or nothing."""
+    numbers = all(isinstance(value, int | float | None) for value in record.values())
+    if not numbers or not isinstance(record["step"], int) or record["step"] < 0:
+        raise TypeError
+    return dict(record)
+
+
+def _sample(record: Any) -> Record:
+    """An answer of the run, with the language that it is in for a browser."""
+    text = visible(record["prompt"]), visible(record["answer"])
+    if not isinstance(record["step"], int):
+        raise TypeError
+    lang = "ja" if language("".join(text)) == "Japanese" else None
+    return {
+        "step": record["step"],
+        "prompt": text[0],
+        "answer": text[1],
+        "stopped": record["stopped"],
+        "lang": lang,
+    }
+
+
+def _state(state: Any) -> Record:
+    """What the trainer said of itself in a checkpoint."""
+    return {"max_steps": int(state["max_steps"]), "log_history": [_logged(r) for r in state["log_history"]]}
 
 
 def _newest(run: Path) -> tuple[str | None, Record]:
@@ -107,7 +136,7 @@ def _newest(run: Path) -> tuple[str | None, Record]:
         # A run that goes on removes old ones meanwhile.
         with contextlib.suppress(FileNotFoundError):
             if checkpoint.is_whole(folder):
-                return folder.name, _shown(folder / "trainer_state.json", dict) or {}
+                return folder.name, _shown(folder / "trainer_state.json", _state) or {}
     return None, {}
 
 
@@ -161,26 +190,22 @@ def _cards(records: list[Record], state: Record) -> list[tuple[str, str]]:
     return cards
 
 
-def _charts(file: Path, records: list[Record]) -> list[dict[str, Any]]:
+def _charts(records: list[Record]) -> list[dict[str, Any]]:
     """The curves that there are."""
 
     def line(name: str, key: str, smooth: bool = False, dots: bool = False) -> Line:
-        try:
-            return Line(name, points(records, key), smooth, dots)
-        except TypeError as error:
-            raise _damaged(file, error) from error
+        return Line(name, points(records, key), smooth, dots)
 
+    lost = sum("grad_norm" in r and r["grad_norm"] is None for r in records)
+    norm = "Gradient norm" + (f"; not finite in {lost:,} of {len(records):,} records" if lost else "")
     loss = [line("training", "loss", smooth=True), line("evaluation", "eval_loss", dots=True)]
     charts = [
         chart("Loss (nats per trained token)", loss, (960, 330)),
         chart("Learning rate", [line("learning rate", "learning_rate")]),
-        chart("Gradient norm", [line("norm", "grad_norm", smooth=True)]),
+        chart(norm, [line("norm", "grad_norm", smooth=True)]),
         chart("Tokens per second", [line("tokens/s", "tokens_per_second", smooth=True)]),
         chart("Peak memory (GiB)", [line("GiB", "peak_memory_gib")]),
     ]
-    lost = sum("grad_norm" in r and r["grad_norm"] is None for r in records)
-    if lost and charts[2]:
-        charts[2]["title"] += f"; not finite in {lost:,} of {len(records):,} records"
     return [drawn for drawn in charts if drawn]
 
 
@@ -191,36 +216,38 @@ def _ledgers(ledgers: Any) -> list[tuple[str, Any]]:
 
 def _samples(file: Path) -> dict[str, Any] | None:
     """The same prompts as the run learns: for each its answers by step, from the first to the last evaluation."""
-    records = _records(file, ("step", "prompt", "answer", "stopped"))
-    if not records:
+    samples = _lines(file, _sample)
+    if not samples:
         return None
-    steps = sorted({record["step"] for record in records})
+    steps = sorted({sample["step"] for sample in samples})
     apart = (len(steps) - 1) / max(1, _SIDE_BY_SIDE - 1)
     chosen = steps if apart <= 1 else [steps[round(i * apart)] for i in range(_SIDE_BY_SIDE)]
     prompts: dict[str, list[Record]] = {}
-    for record in records:
-        if record["step"] in chosen:
-            text = record["prompt"] + record["answer"]
-            record["lang"] = "ja" if language(text) == "Japanese" else None
-            prompts.setdefault(record["prompt"], []).append(record)
+    for sample in samples:
+        if sample["step"] in chosen:
+            prompts.setdefault(sample["prompt"], []).append(sample)
     return {"prompts": list(prompts.items()), "shown": len(chosen), "all": len(steps)}
 
 
 def _evaluation(report: Any) -> dict[str, Any] | None:
     if "answers" not in report:
         return None
-    return {"intro": intro(report), "tables": tables(report)}
+    return {
+        "intro": visible(intro(report)),
+        "tables": [(title, _seen(rows)) for title, rows in tables(report)],
+    }
 
 
 def _merged(record: Any) -> Rows:
     """What a merged model was made of; paths of this machine are left out."""
     adapters = [f"{Path(item['path']).name} × {item['weight']:g}" for item in record["adapters"]]
-    return [
-        ["base", str(record["base"])],
+    rows = [
+        ["base", record["base"]],
         ["merged into", f"the {record['base_weights']} weights"],
         ["adapters", ", ".join(adapters)],
-        ["dtype", str(record["dtype"])],
+        ["dtype", record["dtype"]],
     ]
+    return _seen(rows)
 
 
 def _exported(report: Any) -> dict[str, Any] | None:
@@ -241,7 +268,13 @@ def _exported(report: Any) -> dict[str, Any] | None:
         rows.append([found["name"], *cells, found.get("error", "")])
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
-    return {"rows": rows, "notes": [note.strip() for note in report["notes"]], "missed": report["missed"]}
+    notes, missed = _seen([report["notes"], report["missed"]])
+    return {"rows": _seen(rows), "notes": notes, "missed": missed}
+
+
+def _seen(rows: Rows) -> Rows:
+    """Texts of others, with nothing in them that is not seen."""
+    return [[visible(text) for text in row] for row in rows]
 
 
 def _model(recipe: Any) -> str:
@@ -259,7 +292,7 @@ def _recipe(text: str) -> list[tuple[str, str]]:
 
 def _environment(found: Any) -> Rows:
     flat = {k: v for k, v in found.items() if k != "versions"} | found.get("versions", {})
-    return [[name, cell(value)] for name, value in flat.items() if value is not None]
+    return [[visible(name), cell(value)] for name, value in flat.items() if value is not None]
 
 
 def _clock(seconds: float) -> str:
