@@ -40,15 +40,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def thinned(line: Points, most: int = _MOST) -> Points:
-    """At most so many of the points, the lowest and highest of each stretch among them, and the last."""
+    """At most so many of the points: both ends, and the lowest and highest of each stretch between."""
     if len(line) <= most:
         return line
-    width = math.ceil(2 * (len(line) - 1) / (most - 1))
-    kept: Points = []
-    for at in range(0, len(line) - 1, width):
-        stretch = line[at : min(at + width, len(line) - 1)]
+    first, *between, last = line
+    width = math.ceil(len(between) / ((most - 2) // 2))
+    kept = [first]
+    for at in range(0, len(between), width):
+        stretch = between[at : at + width]
         kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return [*kept, line[-1]]
+    return [*kept, last]
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

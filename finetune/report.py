@@ -96,7 +96,7 @@ def _lines(file: Path, sound: Callable[[Any], Record]) -> list[Record]:
     found = []
     for i, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found.append(sound(json.loads(line)))
+            found.append(sound(json.loads(line.decode("utf-8"))))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, error, i) from error
     return found
