@@ -160,7 +160,7 @@ def draw_losses(metrics: Path, into: Path) -> None:
     axes.set_xlabel("step", fontsize=12)
     axes.set_ylabel("loss (nats per trained token)", fontsize=12)
     axes.tick_params(labelsize=11)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if logged or evaluated:
