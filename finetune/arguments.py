@@ -152,6 +152,13 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="default: evaluation in the run's folder, or in this one"
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    verb = verbs.add_parser("report", parents=[common], help="show a run, finished or not, as one HTML page")
+    verb.add_argument("run", metavar="RUN", type=Path, help="a run's directory")
+    verb.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder"
+    )
+
     verb = verbs.add_parser(
         "doctor", parents=[common], help="look at this machine: what is right, what to mend"
     )

@@ -88,7 +88,9 @@ def _train(args: argparse.Namespace) -> None:
     from finetune.recipe import load_recipe
 
     ranks.check_launcher()
-    recipe = load_recipe(args.recipe, args.overrides)
+    # transformers 5.23 greets for wandb when it is imported.
+    with contextlib.redirect_stdout(io.StringIO()):
+        recipe = load_recipe(args.recipe, args.overrides)
     training = recipe.training
     # Said at once, not after the seconds that torch and trl take to load.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
@@ -220,6 +222,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
 
 
+def _report(args: argparse.Namespace) -> None:
+    from finetune.checkpoint import write_whole
+    from finetune.report import ReportError, as_html
+
+    file = args.output or args.run / "report.html"
+    if args.output and (file.is_dir() or not file.parent.is_dir()):
+        raise ReportError(f"--output {file}: write the path of a file in a folder that exists")
+    write_whole(file, as_html(args.run))
+    if not args.quiet:
+        _say(f"written: {file}")
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from finetune import doctor
 
@@ -259,6 +273,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "export": _export,
     "evaluate": _evaluate,
+    "report": _report,
     "doctor": _doctor,
     "push": _push,
 }
@@ -320,6 +335,7 @@ def _silence() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its notes on each retry
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("WANDB_QUIET", "true")  # where its run is, but no table of it
     import logging
 
     logging.basicConfig(level=logging.ERROR)

@@ -10,31 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from finetune.chat import IGNORE, Chat
 from finetune.data import Prepared, build
-from finetune.ledger import language
+from finetune.ledger import as_shown, facts, histogram, language, reasons, tables
 from finetune.model import load_tokenizer
+from finetune.page import cell, render, visible
 from finetune.recipe import Recipe
 from finetune.rows import DataError
 from finetune.store import Say
 
 Row = dict[str, Any]
 Table = list[tuple[Any, ...]]
-
-# What steers a terminal, what breaks lines or turns the direction of writing, and what nobody sees. Joiners stay: emoji
-# and several scripts are written with them.
-_UNSEEN = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
-    r"\U000e0000-\U000e007f]"
-)
-
-
-def visible(text: str) -> str:
-    """The text with its control and unseen characters written out, as in Python: `\\x1b`, `\\u202e`."""
-    return _UNSEEN.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class Piece(NamedTuple):
@@ -154,14 +142,6 @@ def as_text(view: View, rows: Iterable[Row], out: TextIO, tokens: bool = False) 
 
 def as_html(view: View, rows: Iterable[Row]) -> str:
     """Rows and ledger as one page that needs nothing else and runs nothing of the data's."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
-    )
-    environment.filters["cell"] = _cell
-    environment.globals |= {"facts": facts, "reasons": reasons, "tables": tables, "histogram": histogram}
     shown = []
     for row in rows:
         parts = list(pieces(view.tokenizer, row))
@@ -169,55 +149,8 @@ def as_html(view: View, rows: Iterable[Row]) -> str:
         lang = "ja" if language("".join(piece.text for piece in parts)) == "Japanese" else None
         runs = [(trained, list(run)) for trained, run in groupby(parts, attrgetter("trained"))]
         shown.append({"name": row["row"], "counted": _counted(row), "runs": runs, "lang": lang})
-    template = environment.get_template("inspect.html.jinja")
-    return template.render(name=view.recipe.path.name, rows=shown, accounts=view.accounts())
-
-
-def facts(account: Row) -> Table:
-    """An account's counts, each with what it counts; what did not happen is left out."""
-    rows, turns, ends = account["rows"], account["turns_trained"], account["end_of_turns_trained"]
-    trained, lost = account["trained_tokens"], account["lost_trained_tokens"]
-    counts = [(rows[what], f"rows {what}") for what in ("read", "kept", "repeated", "cut", "split")]
-    counts += [
-        (account["tokens"], "tokens"),
-        (trained, f"tokens trained on ({trained / max(1, account['tokens']):.0%})"),
-        (lost, f"tokens to train on are lost to training.max_length ({lost / max(1, lost + trained):.0%})"),
-        (turns, f"turns trained on, {'all' if ends == turns else f'{ends:,}'} with their end-of-turn token"),
-    ]
-    return [(count, what) for count, what in counts if count]
-
-
-def reasons(account: Row) -> Table:
-    """How many rows were mended, dropped or bad, why, and which was the first."""
-    fates, first = ("mended", "dropped", "bad"), account["first"]
-    told = {
-        why: f"{why} (first: {first[why]})" if why in first else why
-        for fate in fates
-        for why in account[fate]
-    }
-    return [(count, f"{fate}: {told[why]}") for fate in fates for why, count in account[fate].items()]
-
-
-def tables(account: Row) -> list[Table]:
-    """Sources, languages and lengths, each with a header."""
-
-    def by(what: str, *columns: str) -> Table:
-        header = tuple(column.replace("_", " ") for column in (*columns, what))
-        return [header, *((*map(counts.get, columns), name) for name, counts in account[what].items())]
-
-    lengths = [(n, f"at most, in {p[1:]}% of the rows") for p, n in account["length"].items()]
-    return [
-        by("sources", "rows", "tokens", "trained_tokens"),
-        by("languages", "rows", "tokens", "tokens_per_character"),
-        [("tokens", "in a row"), *lengths],
-    ]
-
-
-def histogram(account: Row) -> Table:
-    """Rows by their length: the bounds, the rows, and how many these are for one row of the largest bin."""
-    bins = account["histogram"]
-    most = max((bin["rows"] for bin in bins), default=1)
-    return [(f"{bin['from']:,}-{bin['to']:,}", bin["rows"], bin["rows"] / most) for bin in bins]
+    accounts = [(title, as_shown(account)) for title, account in view.accounts()]
+    return render("inspect.html.jinja", name=view.recipe.path.name, rows=shown, accounts=accounts)
 
 
 def _counted(row: Row) -> str:
@@ -238,14 +171,8 @@ def _pen(out: TextIO) -> tuple[Callable[[str], str], str]:
     return lambda text: f"{left}{text}{right}", bar
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return visible(value)
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
-
-
 def _lines(table: Table) -> list[str]:
     """Columns of numbers to the right, the last one, a name of any width, to the left."""
-    cells = [tuple(map(_cell, row)) for row in table]
+    cells = [tuple(map(cell, row)) for row in table]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
     return ["  ".join((*map(str.rjust, row, widths), row[-1])).rstrip() for row in cells]

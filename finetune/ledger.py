@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.page import cell
+
 # A set of rows that loses more than this share of its trained tokens to `max_length` says so.
 MUCH_LOST = 0.1
+Table = list[tuple[Any, ...]]
 _PUNCTUATION = re.compile(r"[\u2010-\u206f]+")
 _KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]+")
 
@@ -146,6 +149,68 @@ class Ledger:
             f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
             f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in what)
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# An account of `ledger.json`, for a person
+
+
+def facts(account: dict[str, Any]) -> Table:
+    """An account's counts, each with what it counts; what did not happen is left out."""
+    rows, turns, ends = account["rows"], account["turns_trained"], account["end_of_turns_trained"]
+    trained, lost = account["trained_tokens"], account["lost_trained_tokens"]
+    counts = [(rows[what], f"rows {what}") for what in ("read", "kept", "repeated", "cut", "split")]
+    counts += [
+        (account["tokens"], "tokens"),
+        (trained, f"tokens trained on ({trained / max(1, account['tokens']):.0%})"),
+        (lost, f"tokens to train on are lost to training.max_length ({lost / max(1, lost + trained):.0%})"),
+        (turns, f"turns trained on, {'all' if ends == turns else f'{ends:,}'} with their end-of-turn token"),
+    ]
+    return [(count, what) for count, what in counts if count]
+
+
+def reasons(account: dict[str, Any]) -> Table:
+    """How many rows were mended, dropped or bad, why, and which was the first."""
+    fates, first = ("mended", "dropped", "bad"), account["first"]
+    told = {
+        why: f"{why} (first: {first[why]})" if why in first else why
+        for fate in fates
+        for why in account[fate]
+    }
+    return [(count, f"{fate}: {told[why]}") for fate in fates for why, count in account[fate].items()]
+
+
+def tables(account: dict[str, Any]) -> list[Table]:
+    """Sources, languages and lengths, each with a header."""
+
+    def by(what: str, *columns: str) -> Table:
+        header = tuple(column.replace("_", " ") for column in (*columns, what))
+        return [header, *((*map(counts.get, columns), name) for name, counts in account[what].items())]
+
+    lengths = [(n, f"at most, in {p[1:]}% of the rows") for p, n in account["length"].items()]
+    return [
+        by("sources", "rows", "tokens", "trained_tokens"),
+        by("languages", "rows", "tokens", "tokens_per_character"),
+        [("tokens", "in a row"), *lengths],
+    ]
+
+
+def histogram(account: dict[str, Any]) -> Table:
+    """Rows by their length: the bounds, the rows, and how many these are for one row of the largest bin."""
+    bins = account["histogram"]
+    most = max((bin["rows"] for bin in bins), default=1)
+    return [(f"{bin['from']:,}-{bin['to']:,}", bin["rows"], bin["rows"] / most) for bin in bins]
+
+
+def as_shown(account: dict[str, Any]) -> dict[str, Any]:
+    """All of that as texts, as pages show it."""
+    became = [("rows", "what became of them"), *reasons(account)]
+    every = [became, *tables(account)] if len(became) > 1 else tables(account)
+    return {
+        "facts": [(cell(count), what) for count, what in facts(account)],
+        "tables": [[tuple(map(cell, row)) for row in table] for table in every],
+        "histogram": [(what, cell(n), f"{100 * share:.1f}") for what, n, share in histogram(account)],
+    }
 
 
 def language(text: str) -> str:

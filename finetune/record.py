@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune import checkpoint
+from finetune.curves import points, smoothed
 
 
 class Meter:
@@ -96,7 +97,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         console = Console(stderr=True)
         if console.is_terminal:
             note = TextColumn("{task.fields[note]}")
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), note)
+            left = (TimeRemainingColumn(), TextColumn("left"))
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)
             self.bar = RichProgress(*columns, console=console)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
             self.bar.start()
@@ -121,6 +123,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and the terminal as it was; to be called after a fault, too."""
         if self.bar:
             self.bar.stop()
 
@@ -140,18 +146,25 @@ def _clock(seconds: float) -> str:
 def draw_losses(metrics: Path, into: Path) -> None:
     """The training and evaluation losses by step, as a picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (mean over trained tokens, nats)")
+    if logged := points(records, "loss"):
+        steps, losses = zip(*logged, strict=True)
+        axes.plot(steps, losses, color="#0b63c5", alpha=0.3, linewidth=1, label="training, as logged")
+        axes.plot(steps, smoothed(losses), color="#0b63c5", linewidth=2, label="training, smoothed")
+    if evaluated := points(records, "eval_loss"):
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="#c2500a", markersize=5, label="evaluation")
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel("loss (nats per trained token)", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    if logged or evaluated:
+        axes.legend(fontsize=11, frameon=False)
     beside = into.with_name(f".{into.name}.tmp")
     figure.savefig(beside, format="png")
     beside.replace(into)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,13 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         trainer.add_callback(track.Samples(output, trainer, chat, stop_ids, start_step))
     trainer.add_callback(Record(output, start, trainer))
     asked = track.prepare(trainer, start_step)
-    trainer.add_callback(Progress(say, silent=bool(recipe.training.get("disable_tqdm"))))
+    progress = Progress(say, silent=bool(recipe.training.get("disable_tqdm")))
+    trainer.add_callback(progress)
     uploads = Uploads(output, recipe.hub, say)
     if recipe.hub.repo_id and recipe.hub.every_n_saves:
         trainer.add_callback(uploads)
 
-    with _stop_on_signals(trainer) as stopped:
+    with _stop_on_signals(trainer) as stopped, closing(progress):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         step = trainer.state.global_step
         if stopped and step < trainer.state.max_steps:

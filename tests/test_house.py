@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "bar",
     "kinds",
+    "page",
     "ranks",
     "hub",
     "reader",
@@ -51,6 +52,7 @@ ROOMS = [
     "push",
     "export",
     "inspect",
+    "curves",
     "record",
     "snapshot",
     "launch",
@@ -60,6 +62,7 @@ ROOMS = [
     "rehearse",
     "uploads",
     "train",
+    "report",
     "doctor",
     "arguments",
     "cli",

@@ -71,4 +71,6 @@ def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
     assert finetune("check", *overrides).startswith("cpu_smoke.yaml: ok\n")
     finetune("train", *overrides)
     assert (work / "runs" / "cpu_smoke" / "README.md").exists()
+    finetune("report", "runs/cpu_smoke")
+    assert "<svg" in (work / "runs" / "cpu_smoke" / "report.html").read_text()
     finetune("generate", "runs/cpu_smoke", "--prompt", "Hello", "--max-new-tokens", "3")

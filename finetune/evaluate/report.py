@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
+
+from finetune.page import render
 
 # Answers that stand in the Markdown; the page has all.
 _SHOWN = 10
@@ -13,7 +14,7 @@ _CUT = 600
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as tables, and the first answers side by side."""
-    lines = [f"# Evaluation of {report['models'][-1]['name']}", "", _intro(report), ""]
+    lines = [f"# Evaluation of {report['models'][-1]['name']}", "", intro(report), ""]
     for title, rows in tables(report):
         lines += [f"## {title}", "", *_table(rows), ""]
     lines += ["## Side by side", ""]
@@ -29,17 +30,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def as_html(report: dict[str, Any]) -> str:
     """One page that needs nothing else: the tables, and all answers side by side."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
-    )
-    return environment.get_template("answers.html.jinja").render(
-        report=report, intro=_intro(report), tables=tables(report), told=_told
+    return render(
+        "evaluate/answers.html.jinja", report=report, intro=intro(report), tables=tables(report), told=_told
     )
 
 
@@ -55,7 +47,8 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return [(title, rows) for title, rows in every if len(rows) > 1]
 
 
-def _intro(report: dict[str, Any]) -> str:
+def intro(report: dict[str, Any]) -> str:
+    """What was asked, in a sentence."""
     count, limit = len(report["answers"]), report["limit"]
     first = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} questions from {report['prompts']}"
     told = f"{first}; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
