@@ -332,7 +332,7 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
         "answers": {"language": share, "languages": {}, "stopped": 0.8, "repetition": 0.1, "tokens": 9.0},
         "tasks": {},
     }
-    report = {"models": [model], "answers": [{}], "limit": None, "max_new_tokens": 8}
+    report = {"models": [model], "answers": [{}], "limit": None, "max_new_tokens": 8, "same_tokens": True}
     report |= {"prompts": "p.jsonl", "recipe": "r.yaml"}
     merged = {"base": "b/c", "base_weights": "original", "dtype": "bfloat16"}
     merged["adapters"] = [{"path": "/home/somebody/run", "weight": 0.5}]
