@@ -140,6 +140,7 @@ def export(
                 jobs.append(replace(exact, keep=work / "exact.bin"))
         found: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
+        notes: list[str] = []
         for job in jobs:
             say(f"{job.name}: measuring")
             if job.against and "error" in found[job.against]:
@@ -154,13 +155,12 @@ def export(
             if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
-        notes = _notes(list(found.values()), where)
         if tokens:
             folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
             folder.mkdir()
             kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
             on = Measured(rows, groups, exact.name, kept)
-            files, said = make(
+            files, notes = make(
                 whole,
                 tokens,
                 folder,
@@ -173,7 +173,6 @@ def export(
                 say,
                 progress,
             )
-            notes += said
             for now in files:
                 compare(now, found[exact.name], found[jobs[0].name])
                 found[now["name"]] = now
@@ -181,6 +180,7 @@ def export(
                     lines += [*missed(now, gate), *faults(now)]
             if "ollama" in formats:
                 _ollama(folder / best, beside / "ollama", work / "Modelfile")
+        notes = [*_notes(list(found.values()), where), *notes]
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -352,9 +352,13 @@ def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
     tokens = max((item.get("tokens", 0) for item in found), default=0)
     compared = max((item.get("compared", 0) for item in found), default=0)
     notes = [
-        f"Perplexity: of {tokens:,} trained tokens of {where}. KL (nats a token) and top-1: of the first {compared:,}, "
-        "against the model named in the last column. Answers: greedy, to the beginnings of the first ten rows, "
-        "at most 64 tokens. Token ids: of ten conversations."
+        f"Perplexity: of {tokens:,} trained tokens of {where}. "
+        + (
+            f"KL (nats a token) and top-1: of the first {compared:,}, against the model named in the last column. "
+            if compared
+            else ""
+        )
+        + "Answers: greedy, to the beginnings of the first ten rows, at most 64 tokens. Token ids: of ten conversations."
     ]
     merges = [item for item in found if item["name"].startswith("merged, ") and item.get("kl") is not None]
     if len(merges) == 2:
