@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import file_of
+from finetune.checkpoint import file_of, read_records
 from finetune.evaluate.report import tables
 from finetune.origin import Base, base_of, hub_id, license_of, read_json, report_of, run_of, sections_of
 from finetune.rows import is_file
@@ -131,7 +130,7 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
     """Of the training: the recipe as it stands, ledger, losses, machine, time, versions; as far as files are here."""
     metrics: list[dict[str, Any]] = []
     if run and (file := file_of(run, "metrics.jsonl")):
-        metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        metrics = read_records(file)
     text = (run and file_of(run, "recipe.yaml")) or file_of(folder, "recipe.yaml")
     return {
         "sources": [source["path"] for source in (recipe.get("data") or {}).get("train") or []],

@@ -85,6 +85,24 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows by a JSON line at a time; a last one that was cut off is left out.
+
+    Raises:
+        RunError: Another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = []
+    # Other marks of a line's end may stand in a text.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number} is damaged; remove the line") from error
+    return found
+
+
 def file_of(run: Path, name: str) -> Path | None:
     """A file of a run, for one of its checkpoints too; None where it has none."""
     folders = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)

@@ -57,9 +57,8 @@ class Record(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.meter.rest(self.trainer._total_train_tokens)
         if state.is_world_process_zero:
-            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             # What a resumed run does again is recorded once, and so is its end.
-            records = [json.loads(line) for line in old] if self.start_step else []
+            records = checkpoint.read_records(self.path) if self.start_step else []
             kept = [r for r in records if r["step"] <= self.start_step and "train_loss" not in r]
             checkpoint.write_whole(self.path, "".join(f"{json.dumps(r)}\n" for r in kept))
 
@@ -148,7 +147,7 @@ def draw_losses(metrics: Path, into: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = checkpoint.read_records(metrics)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if logged := points(records, "loss"):

@@ -123,8 +123,8 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             if prompt not in self.prompts:
                 self.prompts.append(prompt)
         if state.is_world_process_zero:
-            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in old if self.start_step and json.loads(line)["step"] <= self.start_step]
+            old = checkpoint.read_records(self.path) if self.start_step else []
+            kept = [json.dumps(one, ensure_ascii=False) for one in old if one["step"] <= self.start_step]
             checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,7 +147,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
-        every = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        every = checkpoint.read_records(self.path)
         _show_samples(self.trainer, state.global_step, every)
 
 

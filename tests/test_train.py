@@ -422,3 +422,18 @@ def test_an_adapter_that_cannot_be_trained_on(
     assert "whose adapter_config.json is damaged" in fault(
         write_recipe("f.yaml", model={"adapter": "first"}, lora=None)
     )
+
+
+def test_a_record_that_was_cut_off_does_not_stop_a_resume(write_recipe: Write) -> None:
+    """As a full disk or a kill leaves it, of what is written at the end of a file."""
+    path = write_recipe(
+        training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    )
+    assert main(["train", str(path), "data.eval_fraction=0.1", "training.max_steps=2"]) == 0
+    (Path("run") / "adapter_model.safetensors").unlink()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with Path("run", name).open("a") as file:
+            file.write('{"step": 3, "lo')
+    again = ["training.max_steps=4", "training.resume_from_checkpoint=true"]
+    assert main(["train", str(path), "data.eval_fraction=0.1", *again]) == 0
+    assert [record["step"] for record in metrics(Path("run")) if "loss" in record] == [1, 2, 3, 4]
