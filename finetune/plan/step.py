@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
 from finetune import rules
@@ -237,6 +237,12 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
             },
         ),
     ]
+    with _patched(places):
+        yield
+
+
+@contextmanager
+def _patched(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
     before = [(place, name, getattr(place, name, None)) for place, names in places for name in names]
     try:
         for place, names in places:
@@ -364,6 +370,8 @@ class Rehearsed:
             p.register_post_accumulate_grad_hook(lambda p: tracker.move(p.grad, "gradients")) for p in trained
         ]
         hooks += _hooks(self.decoder, tracker)
+        # A fake tensor cannot tell that each row is one sequence, for which no mask is made.
+        alone = [] if batch.packed else [(masking_utils, {"find_packed_sequence_indices": lambda ids: None})]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.computes)
         # On a CPU autocast takes float16 as it takes bfloat16, which has as many bytes.
         autocast = torch.autocast("cpu", dtype=dtype) if dtype else nullcontext()
@@ -374,13 +382,14 @@ class Rehearsed:
         elif batch.padded:
             inputs["attention_mask"] = torch.empty(shape, dtype=torch.int64)
         try:
-            with autocast:
+            with autocast, _patched(alone):
                 out = self.model(**inputs, fused_lm_head=True, num_items_in_batch=torch.tensor(1))
                 with tracker.within("head"):
                     loss = -out.log_probs.sum() / 1.0
                     del out
             tracker.part = "head"
-            loss.backward()
+            with _patched(alone):  # for layers that are computed again
+                loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
