@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune import rules
+from finetune import loss, rules
 from finetune.base import quiet
 from finetune.launch import computes_in
 from finetune.loss import use_token_head
@@ -57,9 +57,7 @@ class Taken:
     paged: int = 0  # the optimizer's, which leave a card that is full
     flops: float = 0.0  # of one batch, forward and backward
     trained: int = 0  # parameters
-    layer: int = 0  # bytes of the largest decoder layer's weights, and of all beside the layers, as FSDP gathers them
-    beside: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    gradients: int = 0  # bytes of all of them
 
 
 def dtypes(recipe: Recipe, device: rules.Device) -> tuple[torch.dtype, torch.dtype, str]:
@@ -192,8 +190,11 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
     | torch 2.13 `native/SoftMax.cpp` | reads 16 bit and writes float32, with no copy between |
     | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit rows are multiplied with 8-bit weights |
     """
+    # Of the product over the vocabulary the columns are not told apart, which saves operators and no bytes.
+    columns: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31})]
     if not card:
-        yield
+        with _patched(columns):
+            yield
         return
     import bitsandbytes
     import bitsandbytes.autograd._functions as bnb
@@ -222,7 +223,8 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **kwargs: None
 
-    places: list[tuple[Any, dict[str, Any]]] = [
+    places = [
+        *columns,
         (functional, {"dropout": dropout, "softmax": softmax}),
         (bitsandbytes, {"matmul": matmul}),
         (utils, {"_use_triton": lambda device: True}),
@@ -295,6 +297,26 @@ class Rehearsed:
                 self.model.enable_input_require_grads()
         self.model.train()
 
+    def units(self, computed: int) -> tuple[int, int]:
+        """Bytes of the largest decoder layer's weights, and of all beside the layers, in a type of so many bytes.
+
+        Quantised weights are packed as they are.
+        """
+
+        def size(parameters: Any) -> int:
+            seen = {id(p): p for p in parameters}.values()
+            floats = (p.numel() * (p.element_size() if hasattr(p, "quant_state") else computed) for p in seen)
+            return sum(floats)
+
+        layers = list(self.decoder_layers())
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        beside = (p for p in self.model.parameters() if id(p) not in inside)
+        return max(size(layer.parameters()) for layer in layers), size(beside)
+
+    def decoder_layers(self) -> Any:
+        """Of the part that reads text."""
+        return self.causal.get_decoder().layers
+
     def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> Taken:
         """What a step takes once the optimizer has its state; `accumulates`: with gradients of a batch before."""
         self.checkpoint(checkpointing)
@@ -325,6 +347,7 @@ class Rehearsed:
         parts, paged = dict(tracker.at_most), kept.pop(PAGED, 0)
         parts.pop(PAGED, None)
         taken = Taken(tracker.most, parts, kept, paged, flops, sum(p.numel() for p in trained))
+        taken.gradients = sum(p.numel() * p.element_size() for p in trained)
         for parameter in trained:
             parameter.grad = None
         del optimizer
@@ -385,11 +408,11 @@ class Rehearsed:
             with autocast, _patched(alone):
                 out = self.model(**inputs, fused_lm_head=True, num_items_in_batch=torch.tensor(1))
                 with tracker.within("head"):
-                    loss = -out.log_probs.sum() / 1.0
+                    total = -out.log_probs.sum() / 1.0
                     del out
             tracker.part = "head"
             with _patched(alone):  # for layers that are computed again
-                loss.backward()
+                total.backward()
         finally:
             for hook in hooks:
                 hook.remove()
