@@ -53,6 +53,7 @@ ROOMS = [
     "trainer",
     "rehearse",
     "train",
+    "plan",
     "arguments",
     "cli",
     "__main__",

@@ -328,6 +328,9 @@ class Rehearsed:
         optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
         with self.mode, _as_on(self.card, tracker), tracker:
             trained = self._weights(tracker)
+            embedding = self.causal.get_input_embeddings().weight
+            if embedding is self.causal.get_output_embeddings().weight:
+                tracker.tied.add(embedding.shape)
             tracker.part = "optimizer"
             self._first_step(optimizer, trained, tracker)
             kept = dict(tracker.now)

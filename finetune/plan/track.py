@@ -34,6 +34,8 @@ class Tracker(TorchDispatchMode):
         self.card = card
         self.trained = trained  # tokens of a batch that are trained on; None: all
         self.part = "weights"
+        # Of weights that are used twice: their two gradients are added in place.
+        self.tied: set[torch.Size] = set()
         self.now: Counter[str] = Counter()
         self.total = self.most = 0
         self.at_most: dict[str, int] = {}
@@ -79,6 +81,15 @@ class Tracker(TorchDispatchMode):
             self.at_most = dict(self.now)
             self.at_most[self.part] = self.at_most.get(self.part, 0) + count
 
+    def _in_place(self, args: tuple[Any, ...]) -> bool:
+        """Whether autograd would add these in place, which it does not with tensors of a subclass, as fake ones are.
+
+        Source: torch 2.13 `csrc/autograd/input_buffer.cpp`, `can_accumulate_inplace`.
+        """
+        if torch.is_grad_enabled() or not all(isinstance(a, torch.Tensor) for a in args):
+            return False
+        return args[0].shape == args[1].shape and args[0].shape in self.tied
+
     def multiplied(self, results: int, inner: int) -> None:
         """Counts the work of a matrix product."""
         self.flops += 2 * results * inner
@@ -115,6 +126,8 @@ class Tracker(TorchDispatchMode):
             return out
         if packet in _INDEXED and (mask := _mask(args[1])) is not None:
             out = self._chosen(args[0], mask) if packet is _aten.index else args[0]
+        elif packet is _aten.add and self._in_place(args):
+            return args[0]
         else:
             out = func(*args, **kwargs)
         if packet in flop_registry:
