@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from trl import SFTConfig
 
 from finetune.base import ModelError, quiet
@@ -124,7 +125,7 @@ def plan(recipe: Recipe, card: Card | None = None, cards: int = 1, everywhere: b
         return predictors[kind]
 
     own = predictor(card)
-    fit = Fit(card, own.need(setting), rows=_largest_batch(own, setting, card))
+    fit = Fit(card, own.need(setting), rows=_largest_batch(own, setting, card, sure=True))
     fit.length = _longest_row(own, setting, card, config)
     made = Plan(recipe, setting, rows, fit, [], flops=own.step(setting).flops, computes=dtypes(recipe, card.device)[2])
     if cards > 1:
@@ -157,8 +158,8 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
     return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
-def _largest_batch(own: Predictor, setting: Setting, card: Card) -> int:
-    """The largest batch that fits: a line through two batches leads there, and two more make sure."""
+def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
+    """The largest batch that fits: where a line through two batches leads; `sure`: tried."""
 
     def total(rows: int) -> int:
         return own.need(_of_rows(setting, rows)).total
@@ -170,25 +171,29 @@ def _largest_batch(own: Predictor, setting: Setting, card: Card) -> int:
     guess = max(0, min(4096, math.floor(low + (card.memory - total(low)) / slope)))
     if guess < 2:  # a batch of one row has no padding, and is not on the line
         return 1 if total(1) <= card.memory else 0
-    return guess if total(guess) <= card.memory else guess - 1
+    while sure and guess and total(guess) > card.memory:
+        guess -= 1
+    return guess
 
 
 def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
-    """The longest rows of the recipe's batch that fit, in steps of 64 tokens; attention may grow with their square."""
-    limit = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 8192)
+    """The longest rows of the recipe's batch that fit, in steps of 64 tokens; tried.
 
-    def fits(strides: int) -> bool:
-        return own.need(_of_length(setting, strides * _STRIDE)).total <= card.memory
+    Attention that keeps its scores grows with the square of the length, all else with the length, so a parabola through
+    three lengths leads there.
+    """
+    most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 8192) // _STRIDE
 
-    low, high = 0, max(1, setting.batch.length // _STRIDE)
-    most = limit // _STRIDE
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * _STRIDE
+    def total(strides: float) -> int:
+        return own.need(_of_length(setting, int(strides) * _STRIDE)).total
+
+    points = [max(1, setting.batch.length // _STRIDE) * n for n in (1, 2, 4)]
+    curve = np.polyfit(points, [total(x) - card.memory for x in points], 2)
+    roots = [root.real for root in np.roots(curve) if abs(root.imag) < 1e-6 and root.real > 0]
+    guess = min(most, int(min(roots, default=0)))
+    while guess and total(guess) > card.memory:
+        guess = guess * 15 // 16
+    return guess * _STRIDE
 
 
 def _of_rows(setting: Setting, rows: int) -> Setting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -190,10 +190,23 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
     | torch 2.13 `native/SoftMax.cpp` | reads 16 bit and writes float32, with no copy between |
     | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit rows are multiplied with 8-bit weights |
     """
-    # Of the product over the vocabulary the columns are not told apart, which saves operators and no bytes.
-    columns: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31})]
+
+    def few(*bounds: int) -> Iterator[int]:
+        """Of many equal tiles the first two and the last; the second counts for those that are left out."""
+        tiles = range(*bounds)
+        if len(tiles) <= 3:
+            yield from tiles
+            return
+        yield tiles[0]
+        tracker.times = len(tiles) - 2
+        yield tiles[1]
+        tracker.times = 1
+        yield tiles[-1]
+
+    # Our own head's tiles; of its product over the vocabulary the columns are not told apart.
+    tiles: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31, "range": few})]
     if not card:
-        with _patched(columns):
+        with _patched(tiles):
             yield
         return
     import bitsandbytes
@@ -224,7 +237,7 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
             return lambda *args, **kwargs: None
 
     places = [
-        *columns,
+        *tiles,
         (functional, {"dropout": dropout, "softmax": softmax}),
         (bitsandbytes, {"matmul": matmul}),
         (utils, {"_use_triton": lambda device: True}),
@@ -245,7 +258,8 @@ def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
 
 @contextmanager
 def _patched(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    before = [(place, name, getattr(place, name, None)) for place, names in places for name in names]
+    missing = object()
+    before = [(place, name, getattr(place, name, missing)) for place, names in places for name in names]
     try:
         for place, names in places:
             for name, value in names.items():
@@ -253,7 +267,10 @@ def _patched(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
         yield
     finally:
         for place, name, value in before:
-            setattr(place, name, value)
+            if value is missing:
+                delattr(place, name)
+            else:
+                setattr(place, name, value)
 
 
 class Rehearsed:
@@ -320,7 +337,6 @@ class Rehearsed:
     def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> Taken:
         """What a step takes once the optimizer has its state; `accumulates`: with gradients of a batch before."""
         self.checkpoint(checkpointing)
-        gc.collect()
         tracker = Tracker(self.card, batch.trained)
         arguments = copy.copy(self.arguments)
         arguments.optim = optim
@@ -328,9 +344,8 @@ class Rehearsed:
         optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
         with self.mode, _as_on(self.card, tracker), tracker:
             trained = self._weights(tracker)
-            embedding = self.causal.get_input_embeddings().weight
-            if embedding is self.causal.get_output_embeddings().weight:
-                tracker.tied.add(embedding.shape)
+            uses = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+            tracker.tied = {p.shape for p in trained if uses[id(p)] > 1}
             tracker.part = "optimizer"
             self._first_step(optimizer, trained, tracker)
             kept = dict(tracker.now)

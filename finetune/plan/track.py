@@ -40,6 +40,7 @@ class Tracker(TorchDispatchMode):
         self.total = self.most = 0
         self.at_most: dict[str, int] = {}
         self.flops = 0
+        self.times = 1  # how often the work at hand is done
         self._live: dict[int, list[Any]] = {}
 
     @contextmanager
@@ -92,7 +93,10 @@ class Tracker(TorchDispatchMode):
 
     def multiplied(self, results: int, inner: int) -> None:
         """Counts the work of a matrix product."""
-        self.flops += 2 * results * inner
+        self._work(2 * results * inner)
+
+    def _work(self, flops: int) -> None:
+        self.flops += flops * self.times
 
     def _count(self, part: str, size: int) -> None:
         self.now[part] += size
@@ -131,13 +135,13 @@ class Tracker(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+            self._work(flop_registry[packet](*args, **kwargs, out_val=out))
         elif packet is _aten.linear:
             self.multiplied(out.numel(), args[0].shape[-1])
         elif packet is _ATTENTION:
-            self.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+            self._work(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
         elif packet is _ATTENTION_BACKWARD:
-            self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+            self._work(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
             if self.card:
                 # Cards' kernels sum the gradient of the queries in float32.
                 # Source: torch 2.13 `flash_attn/flash_api.cpp`, `mha_bwd` (dq_accum).
