@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -305,13 +306,15 @@ class Rehearsed:
         if on == self.checkpointing:
             return
         self.checkpointing = on
-        self.model.gradient_checkpointing_disable()
-        if on:
-            kwargs = dict(self.arguments.gradient_checkpointing_kwargs or {})
-            kwargs.pop("selective", None)
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
-            if self.recipe.lora is not None:
-                self.model.enable_input_require_grads()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has other names, which 5.22 has not
+            self.model.gradient_checkpointing_disable()
+            if on:
+                kwargs = dict(self.arguments.gradient_checkpointing_kwargs or {})
+                kwargs.pop("selective", None)
+                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+                if self.recipe.lora is not None:
+                    self.model.enable_input_require_grads()
         self.model.train()
 
     def units(self, computed: int) -> tuple[int, int]:
