@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe and stop")
     verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
 
-    verb = verbs.add_parser("plan", parents=[recipe, common], help="say what a run will take, and whether it fits")
+    verb = verbs.add_parser(
+        "plan", parents=[recipe, common], help="say what a run will take, and whether it fits"
+    )
     verb.add_argument(
         "--gpu",
         metavar="NAME",

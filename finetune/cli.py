@@ -23,7 +23,7 @@ from finetune.arguments import parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code is 0, 1 (our own fault), 2 (the user's), 3 (a gate, or a plan that does not fit), 130 or 143 (a signal)."""
+    """Runs one command; the exit code is 0, 1 (our own fault), 2 (the user's), 3 (a gate), 130 or 143 (a signal)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in _VERBS and arguments[0].endswith((".yaml", ".yml")):
         arguments.insert(0, "train")

@@ -5,4 +5,16 @@ from finetune.plan.measure import measure
 from finetune.plan.plan import Plan, check, plan
 from finetune.plan.report import as_json, as_text
 
-__all__ = ["CARDS", "Card", "Plan", "PlanError", "as_json", "as_text", "card_of", "check", "here", "measure", "plan"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "Plan",
+    "PlanError",
+    "as_json",
+    "as_text",
+    "card_of",
+    "check",
+    "here",
+    "measure",
+    "plan",
+]

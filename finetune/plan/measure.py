@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import pairwise
 
 from finetune.plan.facts import PlanError
 from finetune.recipe import load_recipe
@@ -36,8 +36,10 @@ def measure(path: str, overrides: Sequence[str], say: Callable[[str], None]) -> 
         run = train(load_recipe(path, [*overrides, *own]), say)
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for line in lines if "loss" in (record := json.loads(line))]
-    tokens = [after["num_tokens"] - before["num_tokens"] for before, after in zip(records, records[1:], strict=False)]
-    found = [count / record["tokens_per_second"] for count, record in zip(tokens, records[1:], strict=False)]
+    found = [
+        (after["num_tokens"] - before["num_tokens"]) / after["tokens_per_second"]
+        for before, after in pairwise(records)
+    ]
     if not found:
         raise PlanError("--measure: the recipe has too few rows for a step that could be timed")
     return found

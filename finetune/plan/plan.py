@@ -23,6 +23,33 @@ Say = Callable[[str], None]
 _STRIDE = 64
 # What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
 _DOUBT = 0.9
+# Of `training`, what decides about memory and steps.
+_MEMORY = [
+    *(
+        "output_dir",
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "learning_rate",
+        "weight_decay",
+        "adam_beta1",
+    ),
+    *(
+        "adam_beta2",
+        "adam_epsilon",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "max_grad_norm",
+    ),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "packing",
+    ),
+    *("packing_strategy", "padding_free", "pad_to_multiple_of"),
+]
 
 
 @dataclass
@@ -66,12 +93,7 @@ class Plan:
 
 def arguments_of(recipe: Recipe) -> SFTConfig:
     """What decides about memory and steps of the recipe's `training`, as trl takes it, without asking for a device."""
-    wanted = (
-        "output_dir optim optim_args optim_target_modules learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon "
-        "gradient_checkpointing gradient_checkpointing_kwargs per_device_train_batch_size max_grad_norm max_steps "
-        "gradient_accumulation_steps num_train_epochs packing packing_strategy padding_free pad_to_multiple_of"
-    ).split()
-    values = {name: recipe.training[name] for name in wanted if name in recipe.training}
+    values = {name: recipe.training[name] for name in _MEMORY if name in recipe.training}
     if values.get("padding_free") and not values.get("packing"):
         values["max_length"] = None  # as `launch.training_arguments`
     with quiet():
@@ -95,26 +117,36 @@ def setting_of(recipe: Recipe, arguments: Any, rows: Rows | None) -> Setting:
     batch = Batch(count, length, padded=count > 1 and not flat, packed=flat, trained=trained)
     optim = str(getattr(arguments.optim, "value", arguments.optim))
     return Setting(
-        recipe, batch, optim, bool(arguments.gradient_checkpointing), int(arguments.gradient_accumulation_steps)
+        recipe,
+        batch,
+        optim,
+        bool(arguments.gradient_checkpointing),
+        int(arguments.gradient_accumulation_steps),
     )
 
 
-def plan(recipe: Recipe, card: Card | None = None, cards: int = 1, everywhere: bool = True, say: Say = lambda line: None) -> Plan:
+def plan(
+    recipe: Recipe,
+    card: Card | None = None,
+    cards: int = 1,
+    say: Say = lambda line: None,
+    use_rows: bool = True,
+) -> Plan:
     """What the recipe needs on a card, and on each known one.
 
     Args:
         recipe: It is not run, and no weights are read.
         card: Absent: this machine's.
         cards: How many of them.
-        everywhere: Whether each known card is asked, too.
-        say: Told what it takes for granted.
+        say: Told what becomes of the rows, where they are at hand.
+        use_rows: Whether they are looked for.
 
     Raises:
         PlanError, ModelError: The card cannot compute as the recipe says, or the base is not known.
     """
     card = card or here()
     arguments, config = arguments_of(recipe), config_of(recipe.model)
-    rows = rows_of(recipe, say)
+    rows = rows_of(recipe, say) if use_rows else None
     setting = setting_of(recipe, arguments, rows)
     predictors: dict[Any, Predictor] = {}
 
@@ -127,7 +159,9 @@ def plan(recipe: Recipe, card: Card | None = None, cards: int = 1, everywhere: b
     own = predictor(card)
     fit = Fit(card, own.need(setting), rows=_largest_batch(own, setting, card, sure=True))
     fit.length = _longest_row(own, setting, card, config)
-    made = Plan(recipe, setting, rows, fit, [], flops=own.step(setting).flops, computes=dtypes(recipe, card.device)[2])
+    made = Plan(
+        recipe, setting, rows, fit, [], flops=own.step(setting).flops, computes=dtypes(recipe, card.device)[2]
+    )
     if cards > 1:
         for how in ("ddp", "fsdp"):
             spread = replace(setting, cards=cards, sharded=how == "fsdp")
@@ -136,13 +170,14 @@ def plan(recipe: Recipe, card: Card | None = None, cards: int = 1, everywhere: b
         made.steps = _steps(arguments, rows, recipe, cards)
     elif arguments.max_steps > 0:
         made.steps = int(arguments.max_steps)
-    for other in CARDS.values() if everywhere else ():
+    asked = replace(setting, cards=cards, sharded=cards > 1)
+    for other in CARDS.values():
         try:
             its = predictor(other)
         except ModelError as error:
             made.others.append(Fit(other, None, str(error)))
         else:
-            made.others.append(Fit(other, its.need(setting), rows=_largest_batch(its, setting, other)))
+            made.others.append(Fit(other, its.need(asked), rows=_largest_batch(its, asked, other)))
     if not made.fits:
         made.advice = advice(own, setting, card, config)
     return made
@@ -155,7 +190,8 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
     if arguments.packing:
         count = math.ceil(rows.tokens / recipe.training.get("max_length", 1024))
     batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+    steps = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(steps * float(arguments.num_train_epochs))
 
 
 def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
@@ -241,7 +277,7 @@ def _changes(own: Predictor, setting: Setting, card: Card, config: Any) -> Itera
         if recipe.lora is not None:
             steps.append((loads, lambda s: replace(s, recipe=replace(s.recipe, quantization=bits))))
         else:
-            both = {"lora": plain, "quantization": bits}
+            both: dict[str, Any] = {"lora": plain, "quantization": bits}
             steps.append((f"lora and {loads}", lambda s: replace(s, recipe=replace(s.recipe, **both))))
     done: list[str] = []
     now = setting
@@ -333,5 +369,7 @@ def _small(config: Any, setting: Setting, card: Card) -> bool:
     inner = getattr(text, "intermediate_size", None) or 4 * width
     weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * inner)
     tokens = setting.batch.rows * setting.batch.length
-    work = tokens * (depth * 40 * (width + inner) + 8 * setting.batch.length * depth * text.num_attention_heads)
+    work = tokens * (
+        depth * 40 * (width + inner) + 8 * setting.batch.length * depth * text.num_attention_heads
+    )
     return bool(16 * weights + work + 2 * GIB <= card.memory)

@@ -51,7 +51,9 @@ def as_text(plan: Plan) -> list[str]:
     model = plan.recipe.model.name_or_path
     kind = "full fine-tuning" if plan.recipe.lora is None else "LoRA"
     kind += "" if plan.recipe.quantization is None else " on a quantised base"
-    source = "the longest of its rows" if plan.rows is not None else "training.max_length; the rows are not here"
+    source = (
+        "the longest of its rows" if plan.rows is not None else "training.max_length; the rows are not here"
+    )
     checkpointing = "with" if setting.checkpointing else "without"
     lines = [
         f"{model}: {kind}, {setting.optim}, {checkpointing} gradient checkpointing",
@@ -80,7 +82,9 @@ def as_text(plan: Plan) -> list[str]:
         lines.append("to make it fit:")
         lines += [f"  {text} ({need / GIB:.1f} GiB)" for text, need in plan.advice]
     elif not plan.fits:
-        lines.append("no change of settings that is tried here makes it fit; take a smaller model.name_or_path")
+        lines.append(
+            "no change of settings that is tried here makes it fit; take a smaller model.name_or_path"
+        )
     lines += ["", *_time(plan)]
     if plan.others:
         lines += ["", f"{'card':<10}{'GiB':>8}{'needs':>8}  {'fits':<6}{'largest batch':>14}"]
@@ -105,7 +109,9 @@ def _time(plan: Plan) -> list[str]:
         how = "computed: 15% to 40% of the card's matrix speed"
     lines = [f"a step takes {_duration(low)} to {_duration(high)} ({how})"]
     if plan.steps is not None:
-        lines.append(f"{plan.steps:,} steps take {_duration(low * plan.steps)} to {_duration(high * plan.steps)}")
+        lines.append(
+            f"{plan.steps:,} steps take {_duration(low * plan.steps)} to {_duration(high * plan.steps)}"
+        )
     else:
         lines.append("how many steps there are, the rows decide, which are not here")
     return lines

@@ -28,7 +28,9 @@ class Rows:
     def of(cls, dataset: Any) -> Rows:
         """Of a dataset with `input_ids` and `labels`."""
         lengths, labels = [], []
-        for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+        for table in (
+            dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
+        ):
             lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
             for row in table["labels"].to_pylist():
                 labels.append(sum(label != -100 for label in row[1:]))

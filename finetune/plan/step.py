@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,24 +15,14 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune import loss, rules
+from finetune import rules
 from finetune.base import quiet
 from finetune.launch import computes_in
 from finetune.loss import use_token_head
 from finetune.model import lighten_trainable_tokens, trainable_token_indices
+from finetune.plan.pretend import as_on, patched
 from finetune.plan.track import PAGED, Tracker
 from finetune.recipe import Recipe
-
-# What a plan tells apart, in the order in which it is shown.
-PARTS = {
-    "weights": "weights of the base",
-    "adapter": "adapter",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "attention": "attention",
-    "activations": "other activations",
-    "head": "output layer and loss",
-}
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ def _bitsandbytes_maps() -> None:
         functional.name2qmap["dynamic"] = functional.create_dynamic_map()
 
 
-def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> torch.nn.Parameter:
+def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> Any:
     kind = type(parameter).__name__
     if kind == "Params4bit":
         from bitsandbytes.functional import quantize_4bit
@@ -165,7 +153,7 @@ def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> torch.nn
             quant_type=parameter.quant_type,
             quant_storage=parameter.quant_storage,
         )
-        fake = torch.nn.Parameter(packed, requires_grad=False)
+        fake: Any = torch.nn.Parameter(packed, requires_grad=False)
         fake.quant_state, fake.bnb_quantized = state, True
         return fake
     if kind == "Int8Params" and not parameter.has_fp16_weights:
@@ -177,101 +165,6 @@ def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> torch.nn
     return torch.nn.Parameter(
         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
     )
-
-
-@contextmanager
-def _as_on(card: bool, tracker: Tracker) -> Iterator[None]:
-    """What upstream does on a card where it asks for the device: fake tensors are on the CPU, as torch without CUDA
-    cannot take gradients of others (2.13).
-
-    | where | on a card |
-    |---|---|
-    | trl 1.16 `kernels/chunked_logprob.py` | trained tokens alone are scored, in tiles, which Triton kernels fold in place |
-    | torch 2.13 `native/Dropout.cpp` | the mask is kept as one byte |
-    | torch 2.13 `native/SoftMax.cpp` | reads 16 bit and writes float32, with no copy between |
-    | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit rows are multiplied with 8-bit weights |
-    """
-
-    def few(*bounds: int) -> Iterator[int]:
-        """Of many equal tiles the first two and the last; the second counts for those that are left out."""
-        tiles = range(*bounds)
-        if len(tiles) <= 3:
-            yield from tiles
-            return
-        yield tiles[0]
-        tracker.times = len(tiles) - 2
-        yield tiles[1]
-        tracker.times = 1
-        yield tiles[-1]
-
-    # Our own head's tiles; of its product over the vocabulary the columns are not told apart.
-    tiles: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31, "range": few})]
-    if not card:
-        with _patched(tiles):
-            yield
-        return
-    import bitsandbytes
-    import bitsandbytes.autograd._functions as bnb
-    from torch.nn import functional
-    from trl.kernels import chunked_logprob
-    from trl.trainer import utils
-
-    plain_dropout, plain_softmax = functional.dropout, functional.softmax
-
-    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        if not training or p <= 0 or inplace:
-            return plain_dropout(x, p, training, inplace)
-        return torch.native_dropout(x, p, True)[0]
-
-    def softmax(x: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        if dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and dim is not None:
-            return torch._softmax(x, dim, True)
-        return plain_softmax(x, dim, _stacklevel, dtype)
-
-    def matmul(a: Any, b: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
-        if threshold > 0:
-            state.threshold = threshold
-        return bnb.MatMul8bitLt.apply(a, b, out, bias, state)
-
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: None
-
-    places = [
-        *tiles,
-        (functional, {"dropout": dropout, "softmax": softmax}),
-        (bitsandbytes, {"matmul": matmul}),
-        (utils, {"_use_triton": lambda device: True}),
-        (
-            chunked_logprob,
-            {
-                "_use_triton": lambda device: True,
-                "_forward_kernel": Kernel(),
-                "_backward_kernel": Kernel(),
-                "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
-                "_addmm_fp32": lambda sums, a, b: tracker.multiplied(sums.numel(), a.shape[1]),
-            },
-        ),
-    ]
-    with _patched(places):
-        yield
-
-
-@contextmanager
-def _patched(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    missing = object()
-    before = [(place, name, getattr(place, name, missing)) for place, names in places for name in names]
-    try:
-        for place, names in places:
-            for name, value in names.items():
-                setattr(place, name, value)
-        yield
-    finally:
-        for place, name, value in before:
-            if value is missing:
-                delattr(place, name)
-            else:
-                setattr(place, name, value)
 
 
 class Rehearsed:
@@ -307,7 +200,9 @@ class Rehearsed:
             return
         self.checkpointing = on
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has other names, which 5.22 has not
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # transformers 5.23 has other names, which 5.22 has not
             self.model.gradient_checkpointing_disable()
             if on:
                 kwargs = dict(self.arguments.gradient_checkpointing_kwargs or {})
@@ -345,7 +240,7 @@ class Rehearsed:
         arguments.optim = optim
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
-        with self.mode, _as_on(self.card, tracker), tracker:
+        with self.mode, as_on(self.card, tracker), tracker:
             trained = self._weights(tracker)
             uses = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
             tracker.tied = {p.shape for p in trained if uses[id(p)] > 1}
@@ -420,19 +315,22 @@ class Rehearsed:
         # On a CPU autocast takes float16 as it takes bfloat16, which has as many bytes.
         autocast = torch.autocast("cpu", dtype=dtype) if dtype else nullcontext()
         shape = (1, batch.rows * batch.length) if batch.packed else (batch.rows, batch.length)
-        inputs = {"input_ids": torch.empty(shape, dtype=torch.int64), "labels": torch.empty(shape, dtype=torch.int64)}
+        inputs = {
+            "input_ids": torch.empty(shape, dtype=torch.int64),
+            "labels": torch.empty(shape, dtype=torch.int64),
+        }
         if batch.packed:
             inputs["position_ids"] = torch.empty(shape, dtype=torch.int64)
         elif batch.padded:
             inputs["attention_mask"] = torch.empty(shape, dtype=torch.int64)
         try:
-            with autocast, _patched(alone):
+            with autocast, patched(alone):
                 out = self.model(**inputs, fused_lm_head=True, num_items_in_batch=torch.tensor(1))
                 with tracker.within("head"):
                     total = -out.log_probs.sum() / 1.0
                     del out
             tracker.part = "head"
-            with _patched(alone):  # for layers that are computed again
+            with patched(alone):  # for layers that are computed again
                 total.backward()
         finally:
             for hook in hooks:

@@ -18,11 +18,13 @@ PAGED = "paged"
 
 _aten = torch.ops.aten
 # Attention of a CPU, whose shapes are those of a card's: torch 2.13 counts the work of cards' kernels alone.
+_forward_work: Any = sdpa_flop_count
+_backward_work: Any = sdpa_backward_flop_count
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes alive by part, now and when they were most; and the arithmetic that was done.
 
     A storage counts once, from the operator that made it to its end, which a weak reference tells. It belongs to the
@@ -30,7 +32,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, card: bool, trained: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.card = card
         self.trained = trained  # tokens of a batch that are trained on; None: all
         self.part = "weights"
@@ -139,9 +141,9 @@ class Tracker(TorchDispatchMode):
         elif packet is _aten.linear:
             self.multiplied(out.numel(), args[0].shape[-1])
         elif packet is _ATTENTION:
-            self._work(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+            self._work(_forward_work(*(tensor.shape for tensor in args[:3])))
         elif packet is _ATTENTION_BACKWARD:
-            self._work(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+            self._work(_backward_work(*(tensor.shape for tensor in args[:4])))
             if self.card:
                 # Cards' kernels sum the gradient of the queries in float32.
                 # Source: torch 2.13 `flash_attn/flash_api.cpp`, `mha_bwd` (dq_accum).
