@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.plan import CARDS, plan
 from finetune.plan.facts import GIB
-from finetune.plan.plan import Fit, Plan
+from finetune.plan.fit import Fit, Plan
 from finetune.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

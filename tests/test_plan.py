@@ -19,7 +19,7 @@ from finetune import loss, train
 from finetune.cli import main
 from finetune.plan import CARDS, here, plan
 from finetune.plan.facts import GIB, _known, config_of
-from finetune.plan.plan import arguments_of, check, setting_of
+from finetune.plan.fit import arguments_of, check, setting_of
 from finetune.plan.predict import Predictor
 from finetune.plan.step import Batch
 from finetune.recipe import load_recipe
@@ -51,7 +51,7 @@ def held(model: Any) -> int:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int, Batch]]:
-    """Runs a recipe; the bytes of its weights, at most while it trained by the allocator's own events, its last batch."""
+    """Runs a recipe; bytes of its weights, at most while it trained by the allocator's events, its last batch."""
     seen: dict[str, Any] = {}
     real_train, real_step = train.Trainer.train, SFTTrainer.training_step
 
@@ -208,7 +208,9 @@ def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: di
     setting = setting_of(recipe, arguments, None)
     for checkpointing in (True, False):
         each = replace(setting, checkpointing=checkpointing)
-        assert own.step(each) == own._run(each, own.config.num_hidden_layers)
+        few, all_of_them = own.step(each), own._run(each, own.config.num_hidden_layers)
+        assert few.peak == all_of_them.peak
+        assert (few.kept, few.flops) == (all_of_them.kept, all_of_them.flops)
 
 
 # The models' pages.
@@ -286,11 +288,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(
     _, made = spoken(path, "--gpu", "12", capsys=capsys)
     rows, length = made["card"]["largest_batch"], made["card"]["longest_rows"]
     for batch, fits in ((rows, True), (rows + 1, False)):
-        code, again = spoken(
-            path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys
-        )
+        _, again = spoken(path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys)
         assert again["card"]["fits"] is fits, (rows, batch)
-    code, again = spoken(path, f"training.max_length={length}", "--gpu", "12", capsys=capsys)
+    _, again = spoken(path, f"training.max_length={length}", "--gpu", "12", capsys=capsys)
     assert again["card"]["fits"]
     assert length > 512
 
@@ -387,7 +387,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 ) -> None:
     path = write_recipe(training={"per_device_train_batch_size": 4, "max_steps": 1})
     # The token head's tiles alone take half a GiB.
-    monkeypatch.setattr("finetune.plan.plan.here", lambda free: replace(here(), memory=0.3 * GIB))
+    monkeypatch.setattr("finetune.plan.fit.here", lambda free: replace(here(), memory=0.3 * GIB))
     assert main([str(path)]) == 2
     said = capsys.readouterr().err
     assert "error: this run needs about 0.5 GiB, and this CPU has 0.3 GiB free. Write " in said
@@ -396,7 +396,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 
 
 def test_a_small_run_is_passed_by(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.plan.plan.Predictor", None)
+    monkeypatch.setattr("finetune.plan.fit.Predictor", None)
     recipe = load_recipe(write_recipe())
     check(recipe, arguments_of(recipe), None)
 

@@ -204,8 +204,7 @@ def _further(one: Taken, two: Taken, layers: int) -> Taken:
         return {name: grow(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
 
     return Taken(
-        grow(one.peak, two.peak),
-        parts(one.parts, two.parts),
+        {phase: parts(one.phases[phase], two.phases[phase]) for phase in one.phases},
         parts(one.kept, two.kept),
         grow(one.paged, two.paged),
         grow(one.flops, two.flops),

@@ -21,7 +21,7 @@ def as_on(card: bool, tracker: Tracker) -> Iterator[None]:
 
     | where | on a card |
     |---|---|
-    | trl 1.16 `kernels/chunked_logprob.py` | trained tokens alone are scored, in tiles, which Triton kernels fold in place |
+    | trl 1.16 `kernels/chunked_logprob.py` | trained tokens alone are scored, in tiles that Triton kernels fold |
     | torch 2.13 `native/Dropout.cpp` | the mask is kept as one byte |
     | torch 2.13 `native/SoftMax.cpp` | reads 16 bit and writes float32, with no copy between |
     | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit rows are multiplied with 8-bit weights |

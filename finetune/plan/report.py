@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.plan.facts import GIB
-from finetune.plan.plan import Fit, Plan
+from finetune.plan.fit import Fit, Plan
 
 # The parts in the order in which they are shown, and how each figure was found.
 _PARTS = {
@@ -74,9 +74,9 @@ def as_text(plan: Plan) -> list[str]:
     if plan.layout:
         for other in plan.layout:
             assert other.need is not None
+            size, verdict = other.need.total / GIB, "fits" if other.fits else "does not fit"
             lines.append(
-                f"{setting.cards if setting.cards > 1 else ''}{other.how}: {other.need.total / GIB:.2f} GiB on each card, "
-                f"{'fits' if other.fits else 'does not fit'} (a formula on top of the parts above)".strip()
+                f"{other.how}: {size:.2f} GiB on each card, {verdict} (a formula on top of the parts above)"
             )
     if plan.advice:
         lines.append("to make it fit:")

@@ -32,8 +32,7 @@ class Rows:
             dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
         ):
             lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
-            for row in table["labels"].to_pylist():
-                labels.append(sum(label != -100 for label in row[1:]))
+            labels += [sum(label != -100 for label in row[1:]) for row in table["labels"].to_pylist()]
         every = np.concatenate(lengths)
         order = np.argsort(-every, kind="stable")
         return cls(every[order], np.asarray(labels)[order])

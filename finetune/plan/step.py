@@ -40,13 +40,23 @@ class Batch:
 class Taken:
     """Bytes of a step, and its work."""
 
-    peak: int
-    parts: dict[str, int]  # at the peak; their sum is the peak
+    # Of each phase of a step its maximum, part by part: which phase takes most, changes with the number of layers.
+    phases: dict[str, dict[str, int]]
     kept: dict[str, int]  # between two steps
     paged: int = 0  # the optimizer's, which leave a card that is full
     flops: float = 0.0  # of one batch, forward and backward
     trained: int = 0  # parameters
     gradients: int = 0  # bytes of all of them
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """At the peak; their sum is the peak."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak(self) -> int:
+        """The most."""
+        return sum(self.parts.values())
 
 
 def dtypes(recipe: Recipe, device: rules.Device) -> tuple[torch.dtype, torch.dtype, str]:
@@ -67,7 +77,7 @@ def build(recipe: Recipe, config: Any, device: rules.Device, mode: FakeTensorMod
     Raises:
         ModelError: The device does not compute as the recipe asks.
     """
-    dtype, loaded, computes = dtypes(recipe, device)
+    dtype, loaded, _ = dtypes(recipe, device)
     attention = rules.attention_for(recipe.model.attn_implementation, config)
     if attention is not None and attention not in ("eager", "sdpa"):
         attention = "sdpa"  # what a kernel of its own takes is much the same
@@ -253,17 +263,16 @@ class Rehearsed:
                     parameter.grad = torch.empty_like(parameter)
                     tracker.add(parameter.grad, "gradients")
                     tracker.move(parameter.grad, "gradients")
-            tracker.forget()
+            tracker.begin("forward")
             self._pass(batch, tracker, trained)
-            flops = tracker.flops
+            tracker.begin("optimizer")
             tracker.part = "optimizer"
             if self.arguments.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(trained, self.arguments.max_grad_norm)
             optimizer.step()
-        parts, paged = dict(tracker.at_most), kept.pop(PAGED, 0)
-        parts.pop(PAGED, None)
-        taken = Taken(tracker.most, parts, kept, paged, flops, sum(p.numel() for p in trained))
-        taken.gradients = sum(p.numel() * p.element_size() for p in trained)
+            tracker.end()
+        paged, gradients = kept.pop(PAGED, 0), sum(p.numel() * p.element_size() for p in trained)
+        taken = Taken(tracker.phases, kept, paged, tracker.flops, sum(p.numel() for p in trained), gradients)
         for parameter in trained:
             parameter.grad = None
         del optimizer
@@ -308,7 +317,7 @@ class Rehearsed:
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.move(p.grad, "gradients")) for p in trained
         ]
-        hooks += _hooks(self.decoder, tracker)
+        hooks += _hooks(self.decoder, self.decoder_layers()[0], tracker)
         # A fake tensor cannot tell that each row is one sequence, for which no mask is made.
         alone = [] if batch.packed else [(masking_utils, {"find_packed_sequence_indices": lambda ids: None})]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.computes)
@@ -338,7 +347,7 @@ class Rehearsed:
             tracker.part = "activations"
 
 
-def _hooks(decoder: Any, tracker: Tracker) -> list[Any]:
+def _hooks(decoder: Any, first: Any, tracker: Tracker) -> list[Any]:
     """Tell the tracker which part is at work."""
     before: list[str] = []
 
@@ -354,9 +363,22 @@ def _hooks(decoder: Any, tracker: Tracker) -> list[Any]:
 
     def end(module: Any, inputs: Any, output: Any) -> None:
         tracker.part = "head"
-        output.last_hidden_state.register_hook(lambda gradient: begin(None, None))
+        output.last_hidden_state.register_hook(lambda gradient: back())
 
-    hooks = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end)]
+    def back() -> None:
+        tracker.part = "activations"
+        tracker.begin("backward")
+
+    def last(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad and tracker.phase == "forward":
+            hidden.register_hook(lambda gradient: tracker.begin("first layer"))
+
+    hooks = [
+        first.register_forward_hook(last),
+        decoder.register_forward_pre_hook(begin),
+        decoder.register_forward_hook(end),
+    ]
     for module in decoder.modules():
         if type(module).__name__.endswith("Attention"):
             hooks.append(module.register_forward_pre_hook(enter))

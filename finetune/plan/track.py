@@ -41,6 +41,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.total = self.most = 0
         self.at_most: dict[str, int] = {}
+        self.phase = ""
+        self.phases: dict[str, dict[str, int]] = {}
         self.flops = 0
         self.times = 1  # how often the work at hand is done
         self._live: dict[int, list[Any]] = {}
@@ -54,9 +56,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.part = before
 
-    def forget(self) -> None:
-        """From now on another maximum and another count of work."""
-        self.most, self.at_most, self.flops = self.total, dict(self.now), 0
+    def begin(self, phase: str) -> None:
+        """From now on another maximum, that of this phase; the work is counted from the first on."""
+        if not self.phases:
+            self.flops = 0
+        self.end()
+        self.phase = phase
+
+    def end(self) -> None:
+        """Keeps the maximum of the phase at hand."""
+        if self.phase:
+            self.phases[self.phase] = {k: v for k, v in self.at_most.items() if v and k != PAGED}
+        self.most, self.at_most = self.total, dict(self.now)
 
     def add(self, tensor: torch.Tensor, part: str | None = None) -> None:
         """Counts a tensor's storage, or moves it to another part."""

@@ -190,7 +190,7 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
     if arguments.packing:
         count = math.ceil(rows.tokens / recipe.training.get("max_length", 1024))
     batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
-    steps = math.ceil(batches / arguments.gradient_accumulation_steps)
+    steps = math.ceil(batches / int(arguments.gradient_accumulation_steps))
     return math.ceil(steps * float(arguments.num_train_epochs))
 
 
@@ -209,7 +209,7 @@ def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = Fa
         return 1 if total(1) <= card.memory else 0
     while sure and guess and total(guess) > card.memory:
         guess -= 1
-    return guess
+    return int(guess)
 
 
 def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
@@ -229,7 +229,7 @@ def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> i
     guess = min(most, int(min(roots, default=0)))
     while guess and total(guess) > card.memory:
         guess = guess * 15 // 16
-    return guess * _STRIDE
+    return int(guess) * _STRIDE
 
 
 def _of_rows(setting: Setting, rows: int) -> Setting:
@@ -330,7 +330,7 @@ def _shorter(length: int) -> list[int]:
 def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     """Refuses a run for which the memory that is really free cannot suffice.
 
-    Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share for each token are there.
+    Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share a token are there.
 
     Args:
         recipe: What is to be run.
