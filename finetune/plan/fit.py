@@ -188,10 +188,11 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
         return int(arguments.max_steps)
     count = rows.count
     if arguments.packing:
-        count = math.ceil(rows.tokens / recipe.training.get("max_length", 1024))
+        count = math.ceil(rows.tokens / int(recipe.training.get("max_length", 1024)))
     batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
     steps = math.ceil(batches / int(arguments.gradient_accumulation_steps))
-    return math.ceil(steps * float(arguments.num_train_epochs))
+    epochs: float = arguments.num_train_epochs
+    return math.ceil(steps * epochs)
 
 
 def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
