@@ -190,7 +190,7 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
     if arguments.packing:
         count = math.ceil(rows.tokens / int(recipe.training.get("max_length", 1024)))
     batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
-    steps = math.ceil(batches / int(arguments.gradient_accumulation_steps))
+    steps: int = math.ceil(batches / int(arguments.gradient_accumulation_steps))
     epochs: float = arguments.num_train_epochs
     return math.ceil(steps * epochs)
 
