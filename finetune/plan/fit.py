@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from trl import SFTConfig
 
 from finetune.base import ModelError, quiet
@@ -196,41 +195,53 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
 
 
 def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
-    """The largest batch that fits: where a line through two batches leads; `sure`: tried."""
+    """The largest batch that fits; 4096 stands for any; `sure`: the next one is tried, too."""
 
     def total(rows: int) -> int:
         return own.need(_of_rows(setting, rows)).total
 
-    low, high = max(2, setting.batch.rows), 2 * max(2, setting.batch.rows)
-    slope = (total(high) - total(low)) / (high - low)
-    if slope <= 0:
-        return 0
-    guess = max(0, min(4096, math.floor(low + (card.memory - total(low)) / slope)))
-    if guess < 2:  # a batch of one row has no padding, and is not on the line
-        return 1 if total(1) <= card.memory else 0
-    while sure and guess and total(guess) > card.memory:
-        guess -= 1
-    return int(guess)
+    return _edge(total, card.memory, max(2, setting.batch.rows), 4096, tries=3 if sure else 0)
 
 
 def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
-    """The longest rows of the recipe's batch that fit, in steps of 64 tokens; tried.
-
-    Attention that keeps its scores grows with the square of the length, all else with the length, so a parabola through
-    three lengths leads there.
-    """
+    """The longest rows of the recipe's batch that fit, in steps of 64 tokens, and that the base knows."""
     most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 8192) // _STRIDE
 
-    def total(strides: float) -> int:
-        return own.need(_of_length(setting, int(strides) * _STRIDE)).total
+    def total(strides: int) -> int:
+        return own.need(_of_length(setting, strides * _STRIDE)).total
 
-    points = [max(1, setting.batch.length // _STRIDE) * n for n in (1, 2, 4)]
-    curve = np.polyfit(points, [total(x) - card.memory for x in points], 2)
-    roots = [root.real for root in np.roots(curve) if abs(root.imag) < 1e-6 and root.real > 0]
-    guess = min(most, int(min(roots, default=0)))
-    while guess and total(guess) > card.memory:
-        guess = guess * 15 // 16
-    return int(guess) * _STRIDE
+    start = min(most, max(1, setting.batch.length // _STRIDE))
+    return _edge(total, card.memory, start, most, tries=1) * _STRIDE
+
+
+def _edge(total: Callable[[int], int], limit: float, start: int, most: int, tries: int) -> int:
+    """About the largest number, at most `most`, for which `total` keeps the limit; 0: none. It does for the answer.
+
+    `total` is the maximum of some lines (of a length, of parabolas), so between two points it is below their chord, and
+    where that meets the limit is safe. After each of `tries` the chord is a shorter one.
+    """
+    low, high = 0, start
+    while (fits := total(high) <= limit) and high < most:
+        low, high = high, min(most, 2 * high)
+    if fits:
+        return high
+    while low == 0 and high > 1:  # below the start
+        if total(half := high // 2) <= limit:
+            low = half
+        else:
+            high = half
+    while low:
+        share = (limit - total(low)) / (total(high) - total(low))
+        guess = low + math.floor(share * (high - low))
+        if tries == 0 or high - low == 1:
+            return guess
+        tries -= 1
+        guess = min(high - 1, guess + 1)  # one more than is safe
+        if total(guess) <= limit:
+            low = guess
+        else:
+            low, high = max(low, guess - 1), guess
+    return 0
 
 
 def _of_rows(setting: Setting, rows: int) -> Setting:
