@@ -30,9 +30,22 @@ def parser() -> argparse.ArgumentParser:
     verbs = whole.add_subparsers(metavar="VERB", dest="verb", required=True)
 
     verb = verbs.add_parser("train", parents=[recipe, common], help="train a recipe (also: finetune RECIPE)")
+    verb.add_argument("--force", action="store_true", help="also where the plan says that memory will not do")
 
     verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe and stop")
     verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+
+    verb = verbs.add_parser(
+        "plan", parents=[recipe, common], help="say what a run will take, and whether it fits"
+    )
+    verb.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="t4, l4, a10, 4090, a100-40, a100-80, h100, h200 or a size in GB; absent: this machine",
+    )
+    verb.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many of them")
+    verb.add_argument("--measure", action="store_true", help="time three real steps on this machine")
+    verb.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     verb = verbs.add_parser("inspect", parents=[recipe, common], help="show what of the data is trained on")
     which = verb.add_mutually_exclusive_group()

@@ -98,7 +98,30 @@ def _train(args: argparse.Namespace) -> None:
     say(f"recipe: {recipe.path}")
     from finetune.train import train
 
-    train(recipe, say)
+    if args.force:
+        train(recipe, say)
+    else:
+        from finetune import plan
+
+        train(recipe, say, plan.check)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    # Standard output is the plan's alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from finetune import plan
+        from finetune.recipe import load_recipe
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        card = plan.card_of(args.gpu) if args.gpu else None
+        made = plan.plan(recipe, card, args.gpus, say=_quiet if args.quiet else _say)
+        if args.measure:
+            made.measured = plan.measure(args.recipe, args.overrides, _quiet if args.quiet else _say)
+    if args.json:
+        print(json.dumps(plan.as_json(made), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(plan.as_text(made)))
+    return 0 if made.fits else 3
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -268,6 +291,7 @@ def _push(args: argparse.Namespace) -> None:
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
     "inspect": _inspect,
     "generate": _generate,
     "merge": _merge,

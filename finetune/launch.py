@@ -93,9 +93,9 @@ def check_base(recipe: Recipe) -> None:
     rules.check_attention(wanted, load_config(recipe.model), rules.device_of(), in_float32)
 
 
-def computes_in(recipe: Recipe) -> str:
-    """accelerate's word for the type that the recipe computes in."""
-    dtype, training = resolve_dtype(recipe.model), recipe.training
+def computes_in(recipe: Recipe, dtype: torch.dtype | None = None) -> str:
+    """accelerate's word for the type that the recipe computes in; `dtype`: of the weights on another device."""
+    dtype, training = dtype or resolve_dtype(recipe.model), recipe.training
     if training.get("bf16", dtype == torch.bfloat16 and not training.get("fp16")):
         return "bf16"
     return "fp16" if training.get("fp16", dtype == torch.float16) else "no"

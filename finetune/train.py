@@ -57,8 +57,15 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signum
 
 
-def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
+def train(
+    recipe: Recipe, say: Say = lambda line: None, check: Callable[[Recipe, Any, Any], None] | None = None
+) -> Path:
     """The run directory of a recipe, trained.
+
+    Args:
+        recipe: What is trained.
+        say: Told what happens.
+        check: Asked, with the trainer's arguments and the rows, before any weight is read whether memory will do.
 
     Raises:
         TrainError: The loss is no longer finite, or something cannot be saved.
@@ -110,6 +117,8 @@ def train(recipe: Recipe, say: Say = lambda line: None) -> Path:
         config.project = recipe.training.get("project", "finetune")
         config.run_name = track.identify(output, config.run_name, config.project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
+    if check is not None and main:
+        check(recipe, config, None if streamed else data.dataset)
 
     set_seed(config.seed)
     model = _model(recipe, chat if chats else None, say)

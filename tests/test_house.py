@@ -64,6 +64,7 @@ ROOMS = [
     "train",
     "report",
     "doctor",
+    "plan",
     "arguments",
     "cli",
     "__main__",

@@ -1,0 +1,62 @@
+"""What `finetune plan` says of each shipped recipe on each card, as the table in recipes/README.md.
+
+    python benchmarks/plan_table.py [--write]
+
+Without `--write` it prints the table. A cell has the GiB that one card must have and the largest batch that fits it.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+from finetune.plan import CARDS, plan
+from finetune.plan.facts import GIB
+from finetune.plan.fit import Fit, Plan
+from finetune.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "recipes" / "README.md"
+BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- until here -->"
+# How many cards the recipes for several are launched on, each in parts.
+SEVERAL = {"fsdp_qlora": 2, "fsdp_sft": 8}
+
+
+def plan_of(path: Path) -> Plan:
+    # Rows come from wherever they are: the table is the same on a machine without them.
+    cards = SEVERAL.get(path.stem, 1)
+    return plan(load_recipe(path), CARDS["h200"], cards, use_rows=False)
+
+
+def cell(fit: Fit) -> str:
+    if fit.need is None:
+        return "no bfloat16"
+    size = f"{fit.need.total / GIB:.1f}"
+    return f"{size} ({fit.rows})" if fit.fits else f"**{size}**"
+
+
+def row(path: Path) -> str:
+    made = plan_of(path)
+    batch, count = made.setting.batch, SEVERAL.get(path.stem, 1)
+    head = f"| `{path.name}`{f', {count} cards' if count > 1 else ''} | {batch.rows} x {batch.length:,} "
+    return head + "".join(f"| {cell(fit)} " for fit in made.others) + "|"
+
+
+def table() -> list[str]:
+    names = " | ".join(CARDS)
+    head = [f"| recipe | longest batch | {names} |", "|" + "---|" * (len(CARDS) + 2)]
+    return head + [row(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    lines = table()
+    if "--write" not in sys.argv:
+        print("\n".join(lines))
+        return
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What a recipe will need before it is run: memory by part, whether it fits, what to change, how long it takes."""
+
+from finetune.plan.facts import CARDS, Card, PlanError, card_of, here
+from finetune.plan.fit import Plan, check, plan
+from finetune.plan.measure import measure
+from finetune.plan.report import as_json, as_text
+
+__all__ = [
+    "CARDS",
+    "Card",
+    "Plan",
+    "PlanError",
+    "as_json",
+    "as_text",
+    "card_of",
+    "check",
+    "here",
+    "measure",
+    "plan",
+]

@@ -1,0 +1,213 @@
+"""What a recipe takes on a card, and how it changes with the batch, its length and the settings."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.base import quiet
+from finetune.plan.facts import GIB, Card
+from finetune.plan.step import Batch, Rehearsed, Taken
+from finetune.recipe import Recipe
+
+# A CUDA context with the libraries that a run loads, outside torch's count. Computed from no run of ours: published
+# figures are 0.3 GiB (T4) to 0.6 GiB (H100).
+_CONTEXT = GIB // 2
+# Of what comes and goes in a step, what torch's allocator holds beyond it. An assumption.
+_FRAGMENTS = 0.05
+# Python with torch, transformers and trl, which is all that a CPU run has beside its tensors.
+_PROCESS = int(0.7 * GIB)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much memory a step takes, beside the model and the card."""
+
+    recipe: Recipe
+    batch: Batch
+    optim: str
+    checkpointing: bool
+    accumulation: int
+    cards: int = 1
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one card, part by part, in the order in which they are shown."""
+
+    parts: dict[str, int]
+    paged: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+class Predictor:
+    """Answers what a setting takes; each model is built once.
+
+    Decoder layers are alike, so a model is run with a few of them (one of each kind, and one more), then with one layer
+    more, and grows from there with each further layer as it did with that one; to the byte what all layers take, the
+    tests hold. A model whose layers differ is run whole.
+    """
+
+    def __init__(self, config: Any, card: Card, arguments: Any) -> None:
+        """For a base's config, a card, and the recipe's `training` as trl takes it."""
+        self.config, self.card, self.arguments = config, card, arguments
+        self._models: dict[tuple[str, int], Rehearsed] = {}
+        self._taken: dict[Any, Taken] = {}
+        self._same: bool | None = None
+
+    def step(self, setting: Setting) -> Taken:
+        """A step on one card."""
+        depth, few = int(_text(self.config).num_hidden_layers), len(_kinds(self.config)) + 1
+        if depth <= few + 1 or not self._alike(few):
+            return self._run(setting, depth)
+        return _further(self._run(setting, few), self._run(setting, few + 1), depth - few)
+
+    def need(self, setting: Setting) -> Need:
+        """What one card must have for it."""
+        taken = self.step(setting)
+        if setting.sharded:
+            return self._sharded(setting, taken)
+        parts = dict(taken.parts)
+        if setting.cards > 1:
+            parts["copies"] = taken.gradients  # DDP's buckets hold each gradient once more
+        return self._beside(parts, taken.paged)
+
+    def _sharded(self, setting: Setting, taken: Taken) -> Need:
+        """A formula on top of what a step of one card takes: FSDP 2 with each decoder layer, and the rest, as a unit.
+
+        Weights, their gradients and what the optimizer keeps are divided by the number of cards. Whole are, in the
+        type that is computed in, the rest (embeddings) and two layers, one of them fetched ahead, with the gradients of
+        one. Weights in 4 bit are divided if they are stored as floats.
+        """
+        count, quantized = setting.cards, setting.recipe.quantization or {}
+        whole = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
+        model = self._model(setting.recipe, len(_kinds(self.config)) + 1)
+        computed = 2 if model.computes != "no" else 4
+        parts = dict(taken.parts)
+        if model.computes != "no" and setting.recipe.lora is None and not whole:
+            # Weights in float32 are gathered in 16 bit, where one card makes copies of them.
+            lean = replace(
+                setting.recipe, model=setting.recipe.model.model_copy(update={"dtype": "bfloat16"})
+            )
+            parts |= {
+                name: size
+                for name, size in self.step(replace(setting, recipe=lean)).parts.items()
+                if name in ("attention", "activations", "head")
+            }
+        trained = taken.gradients
+        parts |= taken.kept
+        accumulates = setting.accumulation > 1
+        parts["gradients"] = trained if accumulates else trained // count
+        for name in ("adapter", "optimizer", *(() if whole else ("weights",))):
+            parts[name] = parts.get(name, 0) // count
+        layer, beside = model.units(computed)
+        parts["gathered"] = 0 if whole else 2 * layer + beside
+        if setting.recipe.lora is None and not accumulates:
+            parts["gathered"] += layer * 4 // computed  # summed in float32
+        return self._beside(parts, 0)
+
+    def _beside(self, parts: dict[str, int], paged: int) -> Need:
+        steady = ("weights", "adapter", "optimizer")
+        moving = sum(size for name, size in parts.items() if name not in steady)
+        if self.card.cuda:
+            parts |= {"context": _CONTEXT, "fragments": int(moving * _FRAGMENTS)}
+        else:
+            parts["process"] = _PROCESS
+        return Need({name: size for name, size in parts.items() if size > 0}, paged)
+
+    def _alike(self, few: int) -> bool:
+        """Whether each layer has as many parameters as any other, so that a few speak for all."""
+        if self._same is None:
+            sizes = [_parameters(_cut(self.config, depth)) for depth in (few, few + 1)]
+            depth = int(_text(self.config).num_hidden_layers)
+            grown = sizes[0] + (sizes[1] - sizes[0]) * (depth - few)
+            self._same = grown == _parameters(self.config)
+        return self._same
+
+    def _model(self, recipe: Recipe, depth: int) -> Rehearsed:
+        key = (recipe.to_yaml(), depth)
+        if key not in self._models:
+            self._models[key] = Rehearsed(
+                recipe, _cut(self.config, depth), self.card.device, self.card.cuda, self.arguments
+            )
+        return self._models[key]
+
+    def _run(self, setting: Setting, depth: int) -> Taken:
+        model = self._model(setting.recipe, depth)
+        key = (id(model), setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1)
+        if key not in self._taken:
+            self._taken[key] = model.step(
+                setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1
+            )
+        return self._taken[key]
+
+
+def largest(fits: Any, start: int, most: int = 4096) -> int:
+    """The largest whole number for which `fits`, which holds for all below one that it holds for; 0: none."""
+    low, high = 0, start
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    if high > most:
+        return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config()
+
+
+def _kinds(config: Any) -> list[str]:
+    return list(dict.fromkeys(getattr(_text(config), "layer_types", None) or ["all"]))
+
+
+def _parameters(config: Any) -> int:
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _cut(config: Any, depth: int) -> Any:
+    """The config with so many layers, of each kind at least one."""
+    config = copy.deepcopy(config)
+    text = _text(config)
+    layers = text.num_hidden_layers
+    if layers == depth:
+        return config
+    text.num_hidden_layers = depth
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = (_kinds(config) + [kinds[0]] * depth)[:depth]
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers and name != "layer_types":
+            setattr(text, name, value[:depth])
+    return config
+
+
+def _further(one: Taken, two: Taken, layers: int) -> Taken:
+    """From a step, and one with a layer more, a step with so many layers more than the first."""
+
+    def grow(a: float, b: float) -> int:
+        return max(0, round(a + (b - a) * layers))
+
+    def parts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+        return {name: grow(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
+
+    return Taken(
+        {phase: parts(one.phases[phase], two.phases[phase]) for phase in one.phases},
+        parts(one.kept, two.kept),
+        grow(one.paged, two.paged),
+        grow(one.flops, two.flops),
+        grow(one.trained, two.trained),
+        grow(one.gradients, two.gradients),
+    )

