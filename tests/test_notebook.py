@@ -1,0 +1,369 @@
+"""The notebook for Colab: every cell of it runs, on a machine with a CPU and a Hub of its own.
+
+The model is a tiny random Gemma, in 4 bit: what the cells say, write and send is what is looked at, and the answers of
+a trained Gemma would show nothing more of that.
+"""
+
+import ast
+import builtins
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hub import TOKEN, Hub, serve
+
+from finetune.base import locate
+
+nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
+FILE = ROOT / "notebooks/colab_gemma_qlora.ipynb"
+Cells = dict[str, str]
+
+
+def read() -> Any:
+    return nbformat.read(FILE, as_version=4)
+
+
+def sources() -> Cells:
+    """The code of the notebook by the ids of its cells, in order."""
+    return {cell.id: cell.source for cell in read().cells if cell.cell_type == "code"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def test_the_file_is_valid_and_holds_no_outputs() -> None:
+    notebook = read()
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
+    assert [cell.id for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] == [
+        "parameters"
+    ]
+    assert notebook.metadata.accelerator == "GPU"
+    assert notebook.metadata.colab.gpuType == "T4"
+
+
+def test_a_cell_needs_only_the_cells_that_set_up() -> None:
+    """No name passes from one later cell to another: each can be run alone after a cut-off."""
+    known, alone = set(dir(builtins)), []
+    setting_up = True
+    for name, source in sources().items():
+        walked = list(ast.walk(ast.parse(source)))
+        made = {node.id for node in walked if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        made |= {node.name for node in walked if isinstance(node, ast.FunctionDef)}
+        made |= {
+            (alias.asname or alias.name).split(".")[0]
+            for node in walked
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        made |= {node.arg for node in walked if isinstance(node, ast.arg)}
+        made |= {node.name for node in walked if isinstance(node, ast.ExceptHandler) and node.name}
+        used = {node.id for node in walked if isinstance(node, ast.Name)}
+        alone += [(name, unknown) for unknown in sorted(used - made - known)]
+        if setting_up:
+            known |= made
+        setting_up = setting_up and name != "places"
+    assert alone == []
+
+
+def test_nothing_replaces_torch_or_shows_a_token() -> None:
+    for source in sources().values():
+        assert not {"-U", "--upgrade", "--force-reinstall"} & set(source.replace('"', " ").split())
+        shown = [line for line in source.splitlines() if "print" in line or "display" in line]
+        assert [line for line in shown if "environ" in line] == []
+    names = [
+        node.module
+        for node in ast.walk(ast.parse("\n".join(sources().values())))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    assert sorted(set(names)) == ["IPython.display", "google.colab", "pathlib"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Single cells, where there is no Colab
+
+
+@pytest.fixture
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs cells one after another in an empty directory; names that are given stand in for the notebook's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("google", "google.colab"):
+        monkeypatch.setitem(sys.modules, name, None)
+    known: dict[str, Any] = {}
+
+    def run(*names: str, **given: Any) -> dict[str, Any]:
+        for name in names:
+            exec(compile(sources()[name], name, "exec"), known)
+            known.update(given)
+        return known
+
+    return run
+
+
+def test_a_token_of_the_environment_or_none(
+    cell: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell("parameters", "run", "account")
+    assert capsys.readouterr().out.startswith("There is no HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    cell("account")
+    assert capsys.readouterr().out == "HF_TOKEN is set\n"
+
+
+def test_where_the_project_comes_from(cell: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> None:
+        commands.append(command)
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+            Path(command[-1], "pyproject.toml").touch()
+
+    (tmp_path / "own/finetune-main").mkdir(parents=True)
+    (tmp_path / "own/finetune-main/pyproject.toml").touch()
+    shutil.make_archive("finetune", "zip", "own")
+    for source, project in (("own", "own/finetune-main"), ("finetune.zip", "project/finetune-main")):
+        cell("parameters", "run", run=run, SOURCE=source)
+        assert cell("install")["PROJECT"] == (tmp_path / project).resolve()
+        assert [command[0] for command in commands] == [sys.executable]
+        assert commands.pop()[-1] == f"{tmp_path / project}[gguf]"
+    shutil.rmtree("project")
+    for clones in (1, 0):  # it is there the second time
+        cell("parameters", "run", run=run, SOURCE="https://git.example/finetune")
+        assert cell("install")["PROJECT"] == (tmp_path / "project").resolve()
+        assert [command[:2] for command in commands[:-1]] == [("git", "clone")] * clones
+        commands.clear()
+    assert f"torch=={cell('install')['there']['torch']}" in (tmp_path / "kept.txt").read_text().splitlines()
+
+
+def test_what_is_trained_is_left_alone_and_nothing_is_pushed_without_a_name(
+    cell: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs/english_quotes_colab").mkdir(parents=True)
+    (tmp_path / "runs/english_quotes_colab/adapter_model.safetensors").touch()
+    (tmp_path / "gguf/english_quotes_colab/gguf").mkdir(parents=True)
+    (tmp_path / "gguf/english_quotes_colab/gguf/x.gguf").touch()
+    cell("parameters", "run", finetune=None, KEEP=str(tmp_path), PROJECT=tmp_path)
+    cell("places", "train", "download", "push")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/runs/english_quotes_colab is trained already; delete it to train anew",
+        "gguf/english_quotes_colab/gguf/x.gguf: 0.00 GB",
+        "REPO_ID is empty: nothing is pushed",
+    ]
+
+
+def test_an_error_ends_the_cell(
+    cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = cell("parameters", "run")["run"]
+    code = "import sys; print(sys.stdin.read().upper()); print('no', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(RuntimeError, match="ended with 2: its last lines say why"):
+        run(sys.executable, "-c", code, lines=["a", "b"])
+    assert capsys.readouterr().out.splitlines()[1:] == ["A", "B", "no"]
+
+
+def test_stopping_a_cell_lets_its_command_end_itself(tmp_path: Path) -> None:
+    command = textwrap.dedent(
+        """
+        import signal, sys
+        def save(*_):
+            print("saved", flush=True)
+            sys.exit(130)
+        signal.signal(signal.SIGINT, save)
+        print("step 1", flush=True)
+        signal.pause()
+        """
+    )
+    code = f"{sources()['run']}\nrun(sys.executable, '-c', {command!r})"
+    kernel = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert kernel.stdout
+    while kernel.stdout.readline() != "step 1\n":
+        assert kernel.poll() is None
+    kernel.send_signal(signal.SIGINT)
+    said, error = kernel.communicate(timeout=30)
+    assert said == "saved\n"
+    assert "ended with 130" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of it
+
+# What the notebook asks of Colab, kept in files where a test can see it.
+COLAB = {
+    "userdata": f"""
+        class SecretNotFoundError(Exception): ...
+        class NotebookAccessError(Exception): ...
+        def get(name):
+            if name != "HF_TOKEN":
+                raise SecretNotFoundError(name)
+            return {TOKEN!r}
+        """,
+    "drive": """
+        from pathlib import Path
+        def mount(place):
+            Path("mounted.txt").write_text(place)
+            Path("what was on Drive").rename("drive")
+        """,
+    "files": """
+        from pathlib import Path
+        def download(file):
+            Path("downloaded.txt").write_text(file)
+        """,
+}
+NAME = "english_quotes_colab"
+OPTIONS = [
+    "model.name_or_path=tiny/gemma",
+    "model.dtype=float32",  # float16 is a card's
+    "quantization.bnb_4bit_compute_dtype=float32",
+    "data.train.0.path=quotes.jsonl",
+    "training.optim=adamw_torch",
+    "training.max_steps=6",
+    "training.warmup_steps=1",
+    "training.save_steps=2",
+    "training.eval_steps=3",
+    "training.logging_steps=1",
+    "evaluate.max_new_tokens=8",
+]
+PARAMETERS = f"""
+SOURCE = "finetune.zip"
+OPTIONS = {OPTIONS!r}
+DRIVE = True
+KEEP = "drive"
+REPO_ID = "you/quotes"
+LIMIT = 2
+"""
+
+
+class Machine:
+    """A virtual machine as Colab lends it: torch and the rest are there, the project is not."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.content, self.hub = folder / "content", hub
+        self.content.mkdir()
+        venv.create(folder / "env", symlinks=True)
+        site = next((folder / "env/lib").glob("python*")) / "site-packages"
+        ours = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
+        (site / "dependencies.pth").write_text(f"{ours}\n")
+        (site / "google/colab").mkdir(parents=True)
+        for name, source in ({"__init__": ""} | COLAB).items():
+            (site / f"google/colab/{name}.py").write_text(textwrap.dedent(source))
+        self.python = folder / "env/bin/python"
+        kernel = folder / "jupyter/kernels/python3"
+        kernel.mkdir(parents=True)
+        argv = [str(self.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (kernel / "kernel.json").write_text(
+            json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
+        )
+        self.environment = (
+            os.environ
+            | hub.environment(folder / "home")
+            | {
+                "PATH": f"{folder}/env/bin:{os.environ['PATH']}",
+                "PYTHONPATH": "",
+                "IPYTHONDIR": str(folder / "ipython"),
+                # pip builds and installs from what is there.
+                "PIP_NO_INDEX": "1",
+                "PIP_NO_BUILD_ISOLATION": "0",
+                "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            }
+        )
+        self.environment.pop("HF_TOKEN", None)
+        source = folder / "project"
+        for name in ("finetune", "data", "recipes"):
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        shutil.make_archive(str(self.content / "finetune"), "zip", source)
+        rows = [
+            {"quote": f"“The {thing} of {place} is patient.”", "author": author, "tags": []}
+            for thing, author in (("sea", "Ada Vale"), ("hill", "Tom Reed"), ("lamp", "Mia Brook"))
+            for place in ("Ayr", "Bern", "Cork", "Delft", "Esch", "Fano", "Graz", "Hull", "Ios", "Jena")
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (self.content / "quotes.jsonl").write_text(text, encoding="utf-8")
+
+    def execute(self, notebook: Any, patch: pytest.MonkeyPatch) -> None:
+        """Runs a notebook; its outputs are in it."""
+        from nbclient import NotebookClient
+
+        patch.setenv("JUPYTER_PATH", str(self.content.parent / "jupyter"))
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        place = {"metadata": {"path": str(self.content)}}
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute(
+            env=self.environment
+        )
+
+    def cut_off(self) -> None:
+        """Trains until the third step, and is killed there."""
+        command = [
+            self.python,
+            "-P",
+            "-u",
+            "-m",
+            "finetune",
+            "train",
+            ROOT / f"recipes/{NAME}.yaml",
+            *OPTIONS,
+        ]
+        environment = self.environment | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
+        with subprocess.Popen(
+            [*command, f"training.output_dir=drive/runs/{NAME}"],
+            cwd=self.content,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            said = []
+            for line in process.stderr or ():
+                said.append(line)
+                if line.startswith("step 3/"):
+                    process.kill()
+        assert process.returncode == -signal.SIGKILL, "".join(said)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with serve({"tiny/gemma": Path(locate("random:gemma"))}) as hub:
+        yield Machine(tmp_path_factory.mktemp("colab"), hub)
+
+
+def text_of(cell: Any) -> str:
+    """All that a cell shows: printed, as text that is set, and as pages."""
+    parts = []
+    for output in cell.outputs:
+        assert output.output_type != "error"
+        data = output.get("data", {})
+        parts.append(output.get("text") or data.get("text/markdown") or data.get("text/html") or "")
+    return "".join(parts)
+
+
+@pytest.mark.slow
+def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine.content / "drive").mkdir()
+    machine.cut_off()
+    run = machine.content / f"drive/runs/{NAME}"
+    assert not (run / "adapter_model.safetensors").exists()
+    (machine.content / "drive").rename(machine.content / "what was on Drive")
+
+    notebook = read()
+    at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS))
+    machine.execute(notebook, monkeypatch)
+    said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    for name, text in said.items():
+        print(f"== {name}\n{text[:1500]}")
