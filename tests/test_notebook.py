@@ -6,23 +6,26 @@ a trained Gemma would show nothing more of that.
 
 import ast
 import builtins
+import html
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import venv
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from colab import AUTHORS, NAME, PARAMETERS, Machine
 from conftest import ROOT
-from hub import TOKEN, Hub, serve
+from hub import TOKEN, serve
 
 from finetune.base import locate
+from finetune.checkpoint import is_whole
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
 FILE = ROOT / "notebooks/colab_gemma_qlora.ipynb"
@@ -155,12 +158,12 @@ def test_what_is_trained_is_left_alone_and_nothing_is_pushed_without_a_name(
     (tmp_path / "runs/english_quotes_colab").mkdir(parents=True)
     (tmp_path / "runs/english_quotes_colab/adapter_model.safetensors").touch()
     (tmp_path / "gguf/english_quotes_colab/gguf").mkdir(parents=True)
-    (tmp_path / "gguf/english_quotes_colab/gguf/x.gguf").touch()
+    (tmp_path / "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf").touch()
     cell("parameters", "run", finetune=None, KEEP=str(tmp_path), PROJECT=tmp_path)
     cell("places", "train", "download", "push")
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/runs/english_quotes_colab is trained already; delete it to train anew",
-        "gguf/english_quotes_colab/gguf/x.gguf: 0.00 GB",
+        "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf: 0.00 GB",
         "REPO_ID is empty: nothing is pushed",
     ]
 
@@ -203,138 +206,6 @@ def test_stopping_a_cell_lets_its_command_end_itself(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # All of it
 
-# What the notebook asks of Colab, kept in files where a test can see it.
-COLAB = {
-    "userdata": f"""
-        class SecretNotFoundError(Exception): ...
-        class NotebookAccessError(Exception): ...
-        def get(name):
-            if name != "HF_TOKEN":
-                raise SecretNotFoundError(name)
-            return {TOKEN!r}
-        """,
-    "drive": """
-        from pathlib import Path
-        def mount(place):
-            Path("mounted.txt").write_text(place)
-            Path("what was on Drive").rename("drive")
-        """,
-    "files": """
-        from pathlib import Path
-        def download(file):
-            Path("downloaded.txt").write_text(file)
-        """,
-}
-NAME = "english_quotes_colab"
-OPTIONS = [
-    "model.name_or_path=tiny/gemma",
-    "model.dtype=float32",  # float16 is a card's
-    "quantization.bnb_4bit_compute_dtype=float32",
-    "data.train.0.path=quotes.jsonl",
-    "training.optim=adamw_torch",
-    "training.max_steps=6",
-    "training.warmup_steps=1",
-    "training.save_steps=2",
-    "training.eval_steps=3",
-    "training.logging_steps=1",
-    "evaluate.max_new_tokens=8",
-]
-PARAMETERS = f"""
-SOURCE = "finetune.zip"
-OPTIONS = {OPTIONS!r}
-DRIVE = True
-KEEP = "drive"
-REPO_ID = "you/quotes"
-LIMIT = 2
-"""
-
-
-class Machine:
-    """A virtual machine as Colab lends it: torch and the rest are there, the project is not."""
-
-    def __init__(self, folder: Path, hub: Hub) -> None:
-        self.content, self.hub = folder / "content", hub
-        self.content.mkdir()
-        venv.create(folder / "env", symlinks=True)
-        site = next((folder / "env/lib").glob("python*")) / "site-packages"
-        ours = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
-        (site / "dependencies.pth").write_text(f"{ours}\n")
-        (site / "google/colab").mkdir(parents=True)
-        for name, source in ({"__init__": ""} | COLAB).items():
-            (site / f"google/colab/{name}.py").write_text(textwrap.dedent(source))
-        self.python = folder / "env/bin/python"
-        kernel = folder / "jupyter/kernels/python3"
-        kernel.mkdir(parents=True)
-        argv = [str(self.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        (kernel / "kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
-        )
-        self.environment = (
-            os.environ
-            | hub.environment(folder / "home")
-            | {
-                "PATH": f"{folder}/env/bin:{os.environ['PATH']}",
-                "PYTHONPATH": "",
-                "IPYTHONDIR": str(folder / "ipython"),
-                # pip builds and installs from what is there.
-                "PIP_NO_INDEX": "1",
-                "PIP_NO_BUILD_ISOLATION": "0",
-                "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            }
-        )
-        self.environment.pop("HF_TOKEN", None)
-        source = folder / "project"
-        for name in ("finetune", "data", "recipes"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
-        shutil.make_archive(str(self.content / "finetune"), "zip", source)
-        rows = [
-            {"quote": f"“The {thing} of {place} is patient.”", "author": author, "tags": []}
-            for thing, author in (("sea", "Ada Vale"), ("hill", "Tom Reed"), ("lamp", "Mia Brook"))
-            for place in ("Ayr", "Bern", "Cork", "Delft", "Esch", "Fano", "Graz", "Hull", "Ios", "Jena")
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (self.content / "quotes.jsonl").write_text(text, encoding="utf-8")
-
-    def execute(self, notebook: Any, patch: pytest.MonkeyPatch) -> None:
-        """Runs a notebook; its outputs are in it."""
-        from nbclient import NotebookClient
-
-        patch.setenv("JUPYTER_PATH", str(self.content.parent / "jupyter"))
-        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-        place = {"metadata": {"path": str(self.content)}}
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute(
-            env=self.environment
-        )
-
-    def cut_off(self) -> None:
-        """Trains until the third step, and is killed there."""
-        command = [
-            self.python,
-            "-P",
-            "-u",
-            "-m",
-            "finetune",
-            "train",
-            ROOT / f"recipes/{NAME}.yaml",
-            *OPTIONS,
-        ]
-        environment = self.environment | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
-        with subprocess.Popen(
-            [*command, f"training.output_dir=drive/runs/{NAME}"],
-            cwd=self.content,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            said = []
-            for line in process.stderr or ():
-                said.append(line)
-                if line.startswith("step 3/"):
-                    process.kill()
-        assert process.returncode == -signal.SIGKILL, "".join(said)
-
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
@@ -358,12 +229,69 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     machine.cut_off()
     run = machine.content / f"drive/runs/{NAME}"
     assert not (run / "adapter_model.safetensors").exists()
+    first_whole = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if is_whole(path))
+    assert first_whole in (2, 4)
     (machine.content / "drive").rename(machine.content / "what was on Drive")
 
     notebook = read()
     at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS))
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS, id="test"))
     machine.execute(notebook, monkeypatch)
     said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    for name, text in said.items():
-        print(f"== {name}\n{text[:1500]}")
+    assert [name for name, text in said.items() if not text] == ["parameters", "test", "run", "places"]
+    assert TOKEN not in nbformat.writes(notebook)
+
+    # Set up: the zip's own package, beside a torch that nothing has touched.
+    where = subprocess.run(
+        [machine.python, "-P", "-c", "import finetune; print(finetune.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=machine.environment,
+    )
+    assert Path(where.stdout.strip()).is_relative_to(machine.content.parent / "env")
+    assert [path.name for path in machine.site.glob("torch*")] == []
+    assert f"torch=={metadata.version('torch')}" in said["install"].splitlines()[-1]
+    assert said["account"] == "HF_TOKEN is set\n"
+    assert (machine.content / "mounted.txt").read_text() == "/content/drive"
+
+    assert f"/recipes/{NAME}.yaml: ok\n" in said["check"]
+    page = html.unescape(said["inspect"])
+    assert page.count("<!doctype html>") == 1
+    trained_on = re.findall("<mark>(.*?)</mark>", re.sub("</?span[^>]*>", "", page))
+    assert set(trained_on[1:]) == {f"{name}&lt;end_of_turn&gt;" for name in AUTHORS}
+
+    # Trained from where it was cut off, in 4 bit.
+    assert "LoRA on a quantised base" in said["train"]
+    steps = [line.split(":")[0] for line in said["train"].splitlines() if line.startswith("step ")]
+    assert steps == [f"step {n}/6" for n in range(first_whole + 1, 7)]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    asked = [line for line in said["after"].splitlines() if line.startswith("> ")]
+    assert len(asked) == 3
+    assert all(line.startswith("> Who wrote: “") for line in asked)
+    assert [line for line in said["before"].splitlines() if line.startswith("> ")] == asked
+    assert "--no-adapter" in said["before"]
+    assert "--no-adapter" not in said["after"]
+
+    report = json.loads((run / "evaluation/report.json").read_text())
+    assert (run / "evaluation/report.md").read_text() in said["evaluate"]
+    assert len(report["models"]) == 2
+    page = html.unescape(said["report"])
+    assert page.count("<!doctype html>") == 1
+    assert "<svg" in page
+
+    config = json.loads((machine.content / f"merged/{NAME}/config.json").read_text())
+    assert (config["dtype"], said["merge"].splitlines()[-1]) == ("bfloat16", f"merged: merged/{NAME}")
+    measured = (machine.content / f"gguf/{NAME}/report.md").read_text()
+    assert said["gguf"].endswith(measured)
+    assert "\n| Q4_K_M |" in measured
+    file = f"gguf/{NAME}/gguf/{NAME}-Q4_K_M.gguf"
+    assert (machine.content / file).read_bytes()[:4] == b"GGUF"
+    assert (machine.content / "downloaded.txt").read_text() == file
+
+    repo = machine.hub.repos["you/quotes"]
+    assert repo.private
+    name = "adapter_model.safetensors"
+    assert repo.files()[name] == (run / name).read_bytes()
+    assert said["push"].splitlines()[-1].startswith(f"{machine.hub.url}/you/quotes/commit/")
