@@ -1,4 +1,7 @@
-"""A machine as Colab lends it, for the notebook's tests: what a cell asks of Colab, the Hub and pip is answered here."""
+"""A machine as Colab lends it, for the notebook's tests: what a cell asks of Colab, the Hub and pip is answered here.
+
+The cells' `finetune` is tests/quick.py's, which runs the package that the notebook installed.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick
 from conftest import ROOT
 from hub import TOKEN, Hub
 
@@ -87,7 +91,7 @@ class Machine:
             os.environ
             | hub.environment(folder / "home")
             | {
-                "PATH": f"{folder}/env/bin:{os.environ['PATH']}",
+                "PATH": f"{folder}/quick:{folder}/env/bin:{os.environ['PATH']}",
                 "PYTHONPATH": "",
                 "IPYTHONDIR": str(folder / "ipython"),
                 # pip builds and installs from what is there.
@@ -98,6 +102,12 @@ class Machine:
         )
         for name in ("HF_TOKEN", "WANDB_MODE"):
             self.environment.pop(name, None)
+        name = f"finetune-{os.getpid()}"
+        (folder / "quick").mkdir()
+        (folder / "quick/finetune").write_text(quick.CLIENT.format(python=sys.executable, name=name))
+        (folder / "quick/finetune").chmod(0o755)
+        command = [self.python, "-P", "-u", "-W", "ignore", quick.__file__, name]
+        self.server = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL)
         source = folder / "project"
         for name in ("finetune", "data", "recipes"):
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -111,6 +121,10 @@ class Machine:
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (self.content / "quotes.jsonl").write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
 
     def execute(self, notebook: Any, patch: pytest.MonkeyPatch) -> None:
         """Runs a notebook; its outputs are in it."""
