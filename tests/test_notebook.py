@@ -1,0 +1,302 @@
+"""The notebook for Colab: every cell of it runs, on a machine with a CPU and a Hub of its own.
+
+The model is a tiny random Gemma, in 4 bit: what the cells say, write and send is what is looked at, and the answers of
+a trained Gemma would show nothing more of that.
+"""
+
+import ast
+import builtins
+import html
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from colab import AUTHORS, NAME, PARAMETERS, Machine
+from conftest import ROOT
+from hub import TOKEN, serve
+
+from finetune.base import locate
+from finetune.checkpoint import is_whole
+
+nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
+FILE = ROOT / "notebooks/colab_gemma_qlora.ipynb"
+Cells = dict[str, str]
+
+
+def read() -> Any:
+    return nbformat.read(FILE, as_version=4)
+
+
+def sources() -> Cells:
+    """The code of the notebook by the ids of its cells, in order."""
+    return {cell.id: cell.source for cell in read().cells if cell.cell_type == "code"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def test_the_file_is_valid_and_holds_no_outputs() -> None:
+    notebook = read()
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
+    assert [cell.id for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] == [
+        "parameters"
+    ]
+    assert notebook.metadata.accelerator == "GPU"
+    assert notebook.metadata.colab.gpuType == "T4"
+
+
+def test_a_cell_needs_only_the_cells_that_set_up() -> None:
+    """No name passes from one later cell to another: each can be run alone after a cut-off."""
+    known, alone = set(dir(builtins)), []
+    setting_up = True
+    for name, source in sources().items():
+        walked = list(ast.walk(ast.parse(source)))
+        made = {node.id for node in walked if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        made |= {node.name for node in walked if isinstance(node, ast.FunctionDef)}
+        made |= {
+            (alias.asname or alias.name).split(".")[0]
+            for node in walked
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        made |= {node.arg for node in walked if isinstance(node, ast.arg)}
+        made |= {node.name for node in walked if isinstance(node, ast.ExceptHandler) and node.name}
+        used = {node.id for node in walked if isinstance(node, ast.Name)}
+        alone += [(name, unknown) for unknown in sorted(used - made - known)]
+        if setting_up:
+            known |= made
+        setting_up = setting_up and name != "places"
+    assert alone == []
+
+
+def test_nothing_replaces_torch_or_shows_a_token() -> None:
+    for source in sources().values():
+        assert not {"-U", "--upgrade", "--force-reinstall"} & set(source.replace('"', " ").split())
+        shown = [line for line in source.splitlines() if "print" in line or "display" in line]
+        assert [line for line in shown if "environ" in line] == []
+    names = [
+        node.module
+        for node in ast.walk(ast.parse("\n".join(sources().values())))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    assert sorted(set(names)) == ["IPython.display", "google.colab", "pathlib"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Single cells, where there is no Colab
+
+
+@pytest.fixture
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs cells one after another in an empty directory; names that are given stand in for the notebook's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("google", "google.colab"):
+        monkeypatch.setitem(sys.modules, name, None)
+    known: dict[str, Any] = {}
+
+    def run(*names: str, **given: Any) -> dict[str, Any]:
+        for name in names:
+            exec(compile(sources()[name], name, "exec"), known)
+            known.update(given)
+        return known
+
+    return run
+
+
+def test_a_token_of_the_environment_or_none(
+    cell: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell("parameters", "run", "account")
+    assert capsys.readouterr().out.startswith("There is no HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    cell("account")
+    assert capsys.readouterr().out == "HF_TOKEN is set\n"
+
+
+def test_where_the_project_comes_from(cell: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> None:
+        commands.append(command)
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+            Path(command[-1], "pyproject.toml").touch()
+
+    (tmp_path / "own/finetune-main").mkdir(parents=True)
+    (tmp_path / "own/finetune-main/pyproject.toml").touch()
+    shutil.make_archive("finetune", "zip", "own")
+    for source, project in (("own", "own/finetune-main"), ("finetune.zip", "project/finetune-main")):
+        cell("parameters", "run", run=run, SOURCE=source)
+        assert cell("install")["PROJECT"] == (tmp_path / project).resolve()
+        assert [command[0] for command in commands] == [sys.executable]
+        words = ("--constraint", "kept.txt", f"{tmp_path / project}[gguf]")
+        assert commands.pop()[-3:] == words
+    shutil.rmtree("project")
+    for clones in (1, 0):  # it is there the second time
+        cell("parameters", "run", run=run, SOURCE="https://git.example/finetune")
+        assert cell("install")["PROJECT"] == (tmp_path / "project").resolve()
+        assert [command[:2] for command in commands[:-1]] == [("git", "clone")] * clones
+        commands.clear()
+    assert f"torch=={cell('install')['there']['torch']}" in (tmp_path / "kept.txt").read_text().splitlines()
+
+
+def test_what_is_trained_is_left_alone_and_nothing_is_pushed_without_a_name(
+    cell: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs/english_quotes_colab").mkdir(parents=True)
+    (tmp_path / "runs/english_quotes_colab/adapter_model.safetensors").touch()
+    (tmp_path / "gguf/english_quotes_colab/gguf").mkdir(parents=True)
+    (tmp_path / "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf").touch()
+    cell("parameters", "run", finetune=None, KEEP=str(tmp_path), PROJECT=tmp_path)
+    cell("places", "train", "download", "push")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/runs/english_quotes_colab is trained already; delete it to train anew",
+        "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf: 0.00 GB",
+        "REPO_ID is empty: nothing is pushed",
+    ]
+
+
+def test_an_error_ends_the_cell(
+    cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = cell("parameters", "run")["run"]
+    code = "import sys; print(sys.stdin.read().upper()); print('no', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(RuntimeError, match="ended with 2: its last lines say why"):
+        run(sys.executable, "-c", code, lines=["a", "b"])
+    assert capsys.readouterr().out.splitlines()[1:] == ["A", "B", "no"]
+
+
+def test_stopping_a_cell_lets_its_command_end_itself(tmp_path: Path) -> None:
+    command = textwrap.dedent(
+        """
+        import signal, sys
+        def save(*_):
+            print("saved", flush=True)
+            sys.exit(130)
+        signal.signal(signal.SIGINT, save)
+        print("step 1", flush=True)
+        signal.pause()
+        """
+    )
+    code = f"{sources()['run']}\nrun(sys.executable, '-c', {command!r})"
+    kernel = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert kernel.stdout
+    while kernel.stdout.readline() != "step 1\n":
+        assert kernel.poll() is None
+    kernel.send_signal(signal.SIGINT)
+    said, error = kernel.communicate(timeout=30)
+    assert said == "saved\n"
+    assert "ended with 130" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with serve({"tiny/gemma": Path(locate("random:gemma"))}) as hub:
+        machine = Machine(tmp_path_factory.mktemp("colab"), hub)
+        yield machine
+        machine.close()
+
+
+def text_of(cell: Any) -> str:
+    """All that a cell shows: printed, as text that is set, and as pages."""
+    parts = []
+    for output in cell.outputs:
+        assert output.output_type != "error"
+        data = output.get("data", {})
+        parts.append(output.get("text") or data.get("text/markdown") or data.get("text/html") or "")
+    return "".join(parts)
+
+
+@pytest.mark.slow
+def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine.content / "drive").mkdir()
+    machine.cut_off()
+    run = machine.content / f"drive/runs/{NAME}"
+    assert not (run / "adapter_model.safetensors").exists()
+    first_whole = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if is_whole(path))
+    assert first_whole in (2, 4)
+    (machine.content / "drive").rename(machine.content / "what was on Drive")
+
+    notebook = read()
+    at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS, id="test"))
+    machine.execute(notebook, monkeypatch)
+    said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    assert [name for name, text in said.items() if not text] == [
+        "parameters",
+        "test",
+        "run",
+        "drive",
+        "places",
+    ]
+    assert TOKEN not in nbformat.writes(notebook)
+
+    # Set up: the zip's own package, beside a torch that nothing has touched.
+    assert (machine.site / "finetune/cli.py").is_file()
+    script = machine.python.with_name("finetune")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, env=machine.environment)
+    assert done.stdout.strip() == metadata.version("finetune")
+    assert [path.name for path in machine.site.glob("torch*")] == []
+    assert f"torch=={metadata.version('torch')}" in said["install"].splitlines()[-1]
+    assert said["account"] == "HF_TOKEN is set\n"
+    assert (machine.content / "mounted.txt").read_text() == "/content/drive"
+
+    assert f"/recipes/{NAME}.yaml: ok\n" in said["check"]
+    page = html.unescape(said["inspect"])
+    assert page.count("<!doctype html>") == 1
+    trained_on = re.findall("<mark>(.*?)</mark>", re.sub("</?span[^>]*>", "", page))
+    assert set(trained_on[1:]) == {f"{name}&lt;end_of_turn&gt;" for name in AUTHORS}
+
+    # Trained from where it was cut off, in 4 bit.
+    assert "LoRA on a quantised base" in said["train"]
+    steps = [line.split(":")[0] for line in said["train"].splitlines() if line.startswith("step ")]
+    assert steps == [f"step {n}/6" for n in range(first_whole + 1, 7)]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    asked = [line for line in said["after"].splitlines() if line.startswith("> ")]
+    assert len(asked) == 3
+    assert all(line.startswith("> Who wrote: “") for line in asked)
+    assert [line for line in said["before"].splitlines() if line.startswith("> ")] == asked
+    assert "--no-adapter" in said["before"]
+    assert "--no-adapter" not in said["after"]
+
+    report = json.loads((run / "evaluation/report.json").read_text())
+    assert (run / "evaluation/report.md").read_text() in said["evaluate"]
+    assert len(report["models"]) == 2
+    page = html.unescape(said["report"])
+    assert page.count("<!doctype html>") == 1
+    assert "<svg" in page
+
+    config = json.loads((machine.content / f"merged/{NAME}/config.json").read_text())
+    assert (config["dtype"], said["merge"].splitlines()[-1]) == ("bfloat16", f"merged: merged/{NAME}")
+    measured = (machine.content / f"gguf/{NAME}/report.md").read_text()
+    assert said["gguf"].endswith(measured)
+    assert "\n| Q4_K_M |" in measured
+    file = f"gguf/{NAME}/gguf/{NAME}-Q4_K_M.gguf"
+    assert (machine.content / file).read_bytes()[:4] == b"GGUF"
+    assert (machine.content / "downloaded.txt").read_text() == file
+
+    repo = machine.hub.repos["you/quotes"]
+    assert repo.private
+    name = "adapter_model.safetensors"
+    assert repo.files()[name] == (run / name).read_bytes()
+    assert said["push"].splitlines()[-1].startswith(f"{machine.hub.url}/you/quotes/commit/")
