@@ -13,11 +13,13 @@ import yaml
 from safetensors.torch import load_file
 
 import finetune.gguf.make
+import finetune.gguf.ollama
 import finetune.gguf.write
 from finetune.base import locate
 from finetune.cli import main
 from finetune.gguf import imatrix
 from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
+from finetune.gguf.system import system_of
 from finetune.gguf.tensors import names
 from finetune.sections import ExportSection, ImatrixDataSection
 
@@ -109,6 +111,7 @@ def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> N
         in text
     )
     assert text.count("(Q3_K_M") == 1
+    assert f"top-1: of the first {exact['compared']:,}, against" in text
     assert (
         "\nBy language: English: 8 sample rows of this project; Japanese: 8 sample rows of this project.\n"
         in text
@@ -301,6 +304,68 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
         "as trained, in float32: it was killed; GGUF files are held against as trained\n"
         in capsys.readouterr().err
     )
+
+
+def with_rows(model: Path, *sources: Options, **section: Any) -> Path:
+    recipe = {"model": {"name_or_path": str(model)}, "data": {"train": list(sources)}, "export": section}
+    (model / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return model
+
+
+def rows_file(file: Path, *systems: str | None) -> Options:
+    rows: list[list[Options]] = []
+    for system in systems:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        rows.append([*first, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+    return {"path": str(file)}
+
+
+def test_the_system_text_of_all_conversations_is_in_the_modelfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.export.measure", stop)
+    written: list[str] = []
+    write = finetune.gguf.ollama.write
+
+    def kept(model: Path, output: Path, *given: Any) -> None:
+        write(model, output, *given)
+        written.append((output / "Modelfile").read_text())
+
+    monkeypatch.setattr(finetune.gguf.ollama, "write", kept)
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    source = rows_file(tmp_path / "rows.jsonl", "Be brief.", "Be brief.")
+    model = with_rows(tmp_path / "tiny", source, formats=["ollama"])
+    assert export(model, tmp_path / "out") == 130
+    assert '\nSYSTEM "Be brief."\n' in written[0]
+
+
+def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert system_of(model) == ""
+    one, other, bare = (
+        rows_file(tmp_path / f"{i}.jsonl", *systems)
+        for i, systems in enumerate([("Be brief.", "Be brief."), ("Be kind.",), ("Be brief.", None)])
+    )
+    assert system_of(with_rows(model, one)) == "Be brief."
+    assert system_of(with_rows(model, one, other)) == ""
+    assert system_of(with_rows(model, bare)) == ""
+    alpaca = tmp_path / "alpaca.jsonl"
+    row = {"instruction": "Hi", "output": "Hello", "system": "Be brief."}
+    rows = (row, row | {"instruction": None}, row | {"system": "x"})
+    alpaca.write_text("\n".join(map(json.dumps, rows)))
+    assert (
+        system_of(with_rows(model, one, {"path": str(alpaca), "filter": {"system": "Be brief."}}))
+        == "Be brief."
+    )
+    assert system_of(with_rows(model, one, {"path": str(alpaca)})) == ""
+    (tmp_path / "0.jsonl").unlink()
+    assert system_of(model) == ""
 
 
 def test_a_package_that_is_missing(

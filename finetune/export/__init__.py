@@ -120,11 +120,12 @@ def export(
         if kinds:
             from finetune.gguf import ollama
             from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
+            from finetune.gguf.system import system_of
 
             tokens = tokens_of(whole)
             best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
             if "ollama" in formats:
-                ollama.write(whole, work, best, tokens.add_bos)
+                ollama.write(whole, work, best, tokens.add_bos, system_of(trained or model))
             chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
             by_name = {
                 name: (part[:_GROUP], of) for name, (part, of) in by_language(rows, where, chat).items()
@@ -164,7 +165,7 @@ def export(
             say(f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}")
             exact = jobs[at]
             measure(replace(exact, reference=None), rows, work, groups)
-        notes = _notes(list(found.values()), where)
+        notes: list[str] = []
         if tokens:
             folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
             folder.mkdir()
@@ -203,7 +204,7 @@ def export(
             "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
             "gate": gate,
             "models": list(found.values()),
-            "notes": notes,
+            "notes": [*_notes(list(found.values()), where), *notes],
             "missed": lines,
         }
         for kind in (kind for kind in formats if kind in WEIGHTS):
