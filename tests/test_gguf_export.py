@@ -7,15 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import finetune.gguf.make
+import finetune.gguf.ollama
 import finetune.gguf.write
 from finetune.base import locate
 from finetune.cli import main
 from finetune.gguf import imatrix
-from finetune.gguf.make import faults
+from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
+from finetune.gguf.system import system_of
+from finetune.gguf.tensors import names
+from finetune.sections import ExportSection, ImatrixDataSection
 
 Options = dict[str, Any]
 FILES = ["gguf:Q3_K_M", "gguf:F32", "ollama"]
@@ -105,6 +111,11 @@ def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> N
         in text
     )
     assert text.count("(Q3_K_M") == 1
+    assert f"top-1: of the first {exact['compared']:,}, against" in text
+    assert (
+        "\nBy language: English: 8 sample rows of this project; Japanese: 8 sample rows of this project.\n"
+        in text
+    )
 
 
 @pytest.mark.slow
@@ -192,6 +203,169 @@ def test_a_template_that_go_cannot_write_is_refused_before_hours_are_spent(
     (tmp_path / "tiny/chat_template.jinja").write_text(template)
     assert export(tmp_path / "tiny", tmp_path / "out", "ollama") == 2
     assert "measuring" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.txt", "gone.gguf", "other.dat"])
+def test_what_no_matrix_can_be_made_of_is_refused_before_hours_are_spent(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    other = imatrix.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": 1})
+    imatrix.write(other, tmp_path)
+    (tmp_path / "imatrix.dat").rename(tmp_path / "other.dat")
+    section = {"formats": ["gguf:Q2_K"], "imatrix_data": {"path": str(tmp_path / name)}}
+    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
+    assert export(tmp_path / "tiny", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert "measuring" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -> None:
+    model = locate("random:gemma3")
+    called = names(json.loads((Path(model) / "config.json").read_text()))
+    weights = load_file(Path(model) / "model.safetensors").items()
+    sums = {
+        str(called(name)): np.ones(weight.shape[1])
+        for name, weight in weights
+        if weight.ndim == 2 and str(called(name)).startswith("blk.")
+    }
+    given = imatrix.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
+    imatrix.write(given, tmp_path)
+    options = ExportSection(imatrix_data=ImatrixDataSection(path=str(tmp_path / "imatrix.gguf")))
+    found = calibration_of(Path(model), ["Q2_K"], [], options, Path(model), print)
+    assert isinstance(found, imatrix.Importance)
+    assert found.datasets == ("mine.txt", "b.txt", "c d")
+    assert calibration_of(Path(model), ["Q8_0", "F16"], [], options, Path(model), print) is None
+
+
+def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(file: Path, name: str, *_: Any) -> Options:
+        return {
+            "name": name,
+            "dtype": "gguf",
+            "bytes": 1,
+            "error": f"{file}: llama.cpp does not take it: why",
+        }
+
+    monkeypatch.setattr(finetune.gguf.make, "measure", measure)
+    model = Path(locate("random:gemma3"))
+    on = Measured([], {}, "merged", None)
+    folders = [tmp_path / "gguf", tmp_path / "work"]
+    for folder in folders:
+        folder.mkdir()
+    found, _ = make(
+        model,
+        tokens_of(model),
+        folders[0],
+        ["F16"],
+        "tiny",
+        on,
+        ExportSection(),
+        None,
+        folders[1],
+        print,
+        False,
+    )
+    assert found[0]["error"] == "tiny-F16.gguf: llama.cpp does not take it: why"
+    assert str(tmp_path) not in (folders[0] / "test.log").read_text()
+
+
+def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
+    (tmp_path / "tiny/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    asked: list[tuple[str, bool]] = []
+    ons: list[Measured] = []
+
+    def measure(job: Any, rows: Any, work: Path, groups: Any = None) -> Options:
+        asked.append((job.name, bool(groups)))
+        found = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": 1}
+        if job.dtype == "float32":
+            return found | {"error": "it was killed"}
+        numbers = {"loss": 1.0, "perplexity": 2.0, "load_seconds": 1.0, "stopped": 0}
+        return found | numbers | {"answers": [], "conversations": []}
+
+    def make(*given: Any) -> tuple[list[Options], list[str]]:
+        ons.extend(one for one in given if isinstance(one, Measured))
+        return [], []
+
+    monkeypatch.setattr("finetune.export.measure", measure)
+    monkeypatch.setattr(finetune.gguf.make, "make", make)
+    assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
+    assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
+    assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
+    assert (
+        "as trained, in float32: it was killed; GGUF files are held against as trained\n"
+        in capsys.readouterr().err
+    )
+
+
+def with_rows(model: Path, *sources: Options, **section: Any) -> Path:
+    recipe = {"model": {"name_or_path": str(model)}, "data": {"train": list(sources)}, "export": section}
+    (model / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return model
+
+
+def rows_file(file: Path, *systems: str | None) -> Options:
+    rows: list[list[Options]] = []
+    for system in systems:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        rows.append([*first, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in rows))
+    return {"path": str(file)}
+
+
+def test_the_system_text_of_all_conversations_is_in_the_modelfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.export.measure", stop)
+    written: list[str] = []
+    write = finetune.gguf.ollama.write
+
+    def kept(model: Path, output: Path, *given: Any) -> None:
+        write(model, output, *given)
+        written.append((output / "Modelfile").read_text())
+
+    monkeypatch.setattr(finetune.gguf.ollama, "write", kept)
+    shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
+    source = rows_file(tmp_path / "rows.jsonl", "Be brief.", "Be brief.")
+    model = with_rows(tmp_path / "tiny", source, formats=["ollama"])
+    assert export(model, tmp_path / "out") == 130
+    assert '\nSYSTEM "Be brief."\n' in written[0]
+
+
+def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert system_of(model) == ""
+    one, other, bare = (
+        rows_file(tmp_path / f"{i}.jsonl", *systems)
+        for i, systems in enumerate([("Be brief.", "Be brief."), ("Be kind.",), ("Be brief.", None)])
+    )
+    assert system_of(with_rows(model, one)) == "Be brief."
+    assert system_of(with_rows(model, one, other)) == ""
+    assert system_of(with_rows(model, bare)) == ""
+    alpaca = tmp_path / "alpaca.jsonl"
+    row = {"instruction": "Hi", "output": "Hello", "system": "Be brief."}
+    rows = (row, row | {"instruction": None}, row | {"system": "x"})
+    alpaca.write_text("\n".join(map(json.dumps, rows)))
+    assert (
+        system_of(with_rows(model, one, {"path": str(alpaca), "filter": {"system": "Be brief."}}))
+        == "Be brief."
+    )
+    assert system_of(with_rows(model, one, {"path": str(alpaca)})) == ""
+    (tmp_path / "0.jsonl").unlink()
+    assert system_of(model) == ""
 
 
 def test_a_package_that_is_missing(

@@ -191,10 +191,16 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
     assert verify.missed(given | {"conversations_equal": 9}, {})[0].startswith(
         "tiny.F32: 1 of 10 conversations"
     )
-    report = {"title": "x", "models": [merged, given], "notes": [], "missed": []}
-    cells = [cell.strip() for cell in verify.as_markdown(report).splitlines()[-2].split("|")]
-    assert cells[1:3] == ["tiny.F32", "0.4 MB"]
-    assert cells[5:] == ["< 1e-6", "< 1e-6", "100.00%", "10 of 10", "0 of 10", "10 of 10", "merged", ""]
+    report = {"title": "x", "models": [given | {"kept": True}], "notes": [], "missed": []}
+    text = verify.as_markdown(report)
+    row = next(line for line in text.splitlines() if line.startswith("| tiny.F32 |"))
+    cells = [cell.strip() for cell in row.split("|")]
+    count = 2 * len(TEXTS)
+    assert cells[2] == "0.4 MB"
+    assert cells[4:7] == ["< 1e-6", "< 1e-6", "100.00%"]
+    assert cells[-6:-3] == ["0 of 10", f"{count} of {count}", "10 of 10"]
+    assert "\nGGUF files are measured by llama.cpp, against merged; in parentheses: not kept.\n" in text
+    assert "| (tiny.F32) |" in verify.as_markdown(report | {"models": [given | {"kept": False}]})
     assert '"prompt_speed"' in verify.as_json(report)
 
 

@@ -576,11 +576,22 @@ def test_rows_that_measure_are_left_out(run: Path) -> None:
     found, _ = calibration(run, rows=10, apart_from=apart)
     assert len(found) == 10
     assert not any(row in every[:4] for row in found)
+    # Of a small run that held nothing out all rows are compared.
     training, _ = rows_of(run)
+    said: list[str] = []
+    found, where = calibration(
+        run, rows=12, apart_from=[Row(row, row) for row in [*training, *found]], say=said.append
+    )
+    assert where == "12 sample rows of this project"
+    assert not any(row in training for row in found)
+    assert said == ["all of the run's rows are compared; the matrix is made from the project's sample rows"]
+    sample = [
+        Row(row, row) for row in [*training, *calibration(run, apart_from=[Row(r, r) for r in training])[0]]
+    ]
     with pytest.raises(
-        ImatrixError, match=r"^importance matrix: of the training rows of the run none is left "
+        ImatrixError, match=r"^importance matrix: of the sample rows of this project none is left "
     ):
-        calibration(run, apart_from=[Row(row, row) for row in training])
+        calibration(run, apart_from=sample)
 
 
 def test_a_stream_gives_its_first_rows(run: Path) -> None:

@@ -17,7 +17,6 @@ import yaml
 from pydantic import ValidationError
 
 from finetune import __version__
-from finetune.base import sample_rows
 from finetune.card import export_card
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
@@ -26,6 +25,7 @@ from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
+from finetune.gguf.calibration import by_language, samples
 from finetune.kinds import FORMATS, GGUF_ALL
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
@@ -115,27 +115,33 @@ def export(
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
         # What cannot be written is told before hours are spent.
         name = (trained or model).resolve().name
-        tokens = None
+        tokens, calibrated = None, None
+        groups: dict[str, list[Row]] = {}
         if kinds:
             from finetune.gguf import ollama
-            from finetune.gguf.calibration import by_language
-            from finetune.gguf.make import Measured, faults, make, tokens_of
+            from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
+            from finetune.gguf.system import system_of
 
             tokens = tokens_of(whole)
             best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
             if "ollama" in formats:
-                ollama.write(whole, work, best, tokens.add_bos)
+                ollama.write(whole, work, best, tokens.add_bos, system_of(trained or model))
+            chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
+            by_name = {
+                name: (part[:_GROUP], of) for name, (part, of) in by_language(rows, where, chat).items()
+            }
+            groups = {name: part for name, (part, _) in by_name.items()}
+            compared = [*rows, *(row for part in groups.values() for row in part)]
+            calibrated = calibration_of(whole, kinds, compared, options, trained or model, say)
         for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
             (beside / kind).mkdir()
             write(whole, beside / kind, kind, progress)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
-        groups: dict[str, list[Row]] = {}
-        exact = _exact(whole, jobs[at])
+        exact = jobs[at]
         if kinds:
-            chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
-            groups = {name: part[:_GROUP] for name, (part, _) in by_language(rows, where, chat).items()}
+            exact = _exact(whole, exact)
             if exact is not jobs[at]:
                 jobs.append(replace(exact, keep=work / "exact.bin"))
         found: dict[str, dict[str, Any]] = {}
@@ -155,12 +161,20 @@ def export(
             if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
+        if "error" in found[exact.name] and exact is not jobs[at]:
+            # In float32 it is twice as large, most likely too large; predictions on the languages are not kept yet.
+            say(f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}")
+            exact = jobs[at]
+            measure(replace(exact, reference=None), rows, work, groups)
         if tokens:
             folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
             folder.mkdir()
             kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
-            on = Measured(rows, groups, exact.name, kept)
-            files, notes = make(
+            on = Measured(rows, groups, exact.name, kept if "error" not in found[exact.name] else None)
+            notes.append(
+                f"\nBy language: {'; '.join(f'{name}: {len(p)} {of}' for name, (p, of) in by_name.items())}."
+            )
+            files, said = make(
                 whole,
                 tokens,
                 folder,
@@ -168,11 +182,12 @@ def export(
                 name,
                 on,
                 options,
-                trained or model,
+                calibrated,
                 work,
                 say,
                 progress,
             )
+            notes += said
             for now in files:
                 compare(now, found[exact.name], found[jobs[0].name])
                 found[now["name"]] = now
@@ -180,7 +195,6 @@ def export(
                     lines += [*missed(now, gate), *faults(now)]
             if "ollama" in formats:
                 _ollama(folder / best, beside / "ollama", work / "Modelfile")
-        notes = [*_notes(list(found.values()), where), *notes]
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -190,7 +204,7 @@ def export(
             "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
             "gate": gate,
             "models": list(found.values()),
-            "notes": notes,
+            "notes": [*_notes(list(found.values()), where), *notes],
             "missed": lines,
         }
         for kind in (kind for kind in formats if kind in WEIGHTS):
@@ -215,8 +229,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[Row], str]
 
     Where the run held none out, rows that it was trained on; where its data are not here, the project's sample rows.
     """
-    tokenizer = load_tokenizer(ModelSection(name_or_path=str(model)))
-    chat = Chat(tokenizer)
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
     recipe_file = file_of(model, "recipe.yaml")
     if recipe_file:
         try:
@@ -230,16 +243,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[Row], str]
             say(
                 f"the run's rows are not here ({str(error).splitlines()[0]}); the project's sample rows are used"
             )
-    found = []
-    for line in sample_rows().read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
-        encoded = (
-            chat.encode(messages)
-            if tokenizer.chat_template is not None
-            else chat.encode_text("", "\n".join(message["content"] for message in messages))
-        )
-        found.append(Row(encoded.input_ids.tolist(), encoded.labels.tolist()))
-    return found[:_ROWS], "sample rows of this project"
+    return samples(chat)[:_ROWS], "sample rows of this project"
 
 
 def _rows(dataset: Any) -> list[Row]:

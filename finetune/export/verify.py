@@ -250,7 +250,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     head.append("compared with")
     lines = [f"# {report['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    files = [found for found in report["models"] if found["dtype"] == "gguf"]
+    files = [found for found in report["models"] if found.get("dtype") == "gguf"]
     for found in report["models"]:
         if found in files:
             continue

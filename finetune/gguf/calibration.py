@@ -60,7 +60,7 @@ def calibration(
     """Token ids of rows to collect a matrix from, and words that say which they are; the same at each call.
 
     They are drawn from the conversations that the run was trained on, whole and as rendered, or from a file. Where the
-    run's data are not here, they are the project's sample rows.
+    run's data are not here, or all of them are compared, they are the project's sample rows.
 
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
@@ -80,6 +80,9 @@ def calibration(
     else:
         found, where = _rows_of_run(model, chat, rows, len(apart_from), say)
     compared = {tuple(row.input_ids) for row in apart_from}
+    if path is None and all(tuple(ids) in compared for ids in found):
+        say("all of the run's rows are compared; the matrix is made from the project's sample rows")
+        found, where = _sampled(chat), _SAMPLE
     chosen: list[list[int]] = []
     left = max_tokens
     for ids in found:
@@ -104,8 +107,12 @@ def _rows_of_run(
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             first = str(error).splitlines()[0]
             say(f"the run's rows are not here ({first}); the matrix is made from the project's sample rows")
+    return _sampled(chat), _SAMPLE
+
+
+def _sampled(chat: Chat) -> list[list[int]]:
     sample = [row.input_ids for row in samples(chat)]
-    return random.Random(0).sample(sample, len(sample)), _SAMPLE
+    return random.Random(0).sample(sample, len(sample))
 
 
 def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[list[int]], str]:

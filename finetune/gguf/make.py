@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,22 @@ _SAME = 0.05
 class Measured:
     """What a file is measured on, and held against.
 
-    `groups` are rows by language; `against` is the name of the model whose predictions are in the file `reference`.
+    `groups` are rows by language; `against` is the name of the model whose predictions are in the file `reference`,
+    which is None where that model could not be measured.
     """
 
     rows: Sequence[Row]
     groups: Mapping[str, Sequence[Row]]
     against: str
-    reference: Path
+    reference: Path | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids that an importance matrix is collected from, and words that say what they are of."""
+
+    rows: Sequence[Sequence[int]]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,38 @@ def tokens_of(model: Path) -> Tokens:
     return found
 
 
+def calibration_of(
+    model: Path,
+    kinds: Sequence[str],
+    compared: Sequence[Row],
+    options: ExportSection,
+    trained: Path,
+    say: Callable[[str], None],
+) -> matrices.Importance | Calibration | None:
+    """A matrix that was made elsewhere, or the rows that one is to be made from; None where no type needs one.
+
+    Args:
+        model: A folder with a whole model.
+        kinds: Of `kinds.GGUF_TYPES`.
+        compared: Rows that measure what was lost, from which none is made.
+        options: Whether and from what.
+        trained: The run whose conversations it is made from, or the model itself.
+        say: Gets a line where the run's data are not here.
+
+    Raises:
+        ImatrixError, DataError: There is no such matrix, or none of this model; no rows, or they cannot be read.
+    """
+    if options.imatrix == "never" or set(kinds) <= set(_PLAIN):
+        return None
+    data = options.imatrix_data or ImatrixDataSection()
+    if data.path and data.path.endswith((".gguf", ".dat")):
+        given = matrices.read(Path(data.path).expanduser())
+        matrices.check(given, model, data.path)
+        # Where the text lay on the machine that made it is nobody else's matter.
+        return replace(given, datasets=tuple(re.split(r"[/\\\\]", name)[-1] for name in given.datasets))
+    return Calibration(*calibration(trained, data.path, data.rows, data.max_tokens, compared, say))
+
+
 def make(
     model: Path,
     tokens: Tokens,
@@ -74,7 +116,7 @@ def make(
     name: str,
     on: Measured,
     options: ExportSection,
-    trained: Path,
+    calibrated: matrices.Importance | Calibration | None,
     work: Path,
     say: Callable[[str], None],
     progress: bool,
@@ -88,8 +130,8 @@ def make(
         kinds: Of `kinds.GGUF_TYPES`.
         name: What the files are called.
         on: What they are measured on.
-        options: Whether and from what a matrix is made.
-        trained: The run whose conversations the matrix is made from, or the model itself.
+        options: Whether each file is tried with a matrix, without, or both.
+        calibrated: As `calibration_of` gives it.
         work: A folder for what passes between processes, and for files that are not kept.
         say: Gets a line for each step.
         progress: Whether a terminal shows bars.
@@ -107,8 +149,8 @@ def make(
     ]
     conversations, prompts = _conversations(model)
     importance = None
-    if options.imatrix != "never" and not set(kinds) <= set(_PLAIN):
-        importance = _importance(model, on, options, trained, work, say, progress)
+    if calibrated:
+        importance = _importance(model, calibrated, work, say, progress)
         matrices.write(importance, folder)
         of = ", ".join(importance.datasets)
         notes.append(f"\nImportance matrix: of {max(importance.counts.values()):,} tokens ({of}).")
@@ -137,6 +179,8 @@ def make(
                 on.groups,
             )
             now |= {"kind": kind, "file": file.name, "matrix": matrix is not None, "kept": False}
+            if "error" in now:
+                now["error"] = now["error"].replace(str(file), file.name)
             tried.append((now, file))
         best, file = min(tried, key=lambda one: _loss(one[0]))
         best["kept"] = True
@@ -180,20 +224,14 @@ def faults(found: Mapping[str, Any]) -> list[str]:
 
 def _importance(
     model: Path,
-    on: Measured,
-    options: ExportSection,
-    trained: Path,
+    calibrated: matrices.Importance | Calibration,
     work: Path,
     say: Callable[[str], None],
     progress: bool,
 ) -> matrices.Importance:
-    data = options.imatrix_data or ImatrixDataSection()
-    if data.path and data.path.endswith((".gguf", ".dat")):
-        given = matrices.read(Path(data.path).expanduser())
-        matrices.check(given, model, data.path)
-        return given
-    compared = [*on.rows, *(row for group in on.groups.values() for row in group)]
-    rows, where = calibration(trained, data.path, data.rows, data.max_tokens, compared, say)
+    if isinstance(calibrated, matrices.Importance):
+        return calibrated
+    rows, where = calibrated.rows, calibrated.where
     say(f"importance matrix: of {sum(map(len, rows)):,} tokens, {where}")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
