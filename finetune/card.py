@@ -94,7 +94,11 @@ def export_card(
     base = base or Base(report.get("base", ""), hub_id(report.get("base", "")))
     place = folder or Path(kind or ".")
     run, recipe = run_of(place), sections_of(place)
-    files = sorted(path.name for path in place.glob("*.gguf") if path.name != "imatrix.gguf")
+    # The one that most will want stands first.
+    files = sorted(
+        (path.name for path in place.glob("*.gguf") if path.name != "imatrix.gguf"),
+        key=lambda name: ("Q4_K_M" not in name, name),
+    )
     found = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     quantized = kind in ("int8", "nf4") or bool(files)
     relation = "quantized" if quantized else "finetune"
