@@ -196,6 +196,7 @@ def test_a_peak_of_a_real_model(
 # A few layers speak for all; what is shipped is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, {"lora": None, "quantization": None}], ids=["4-bit", "full"])
 @pytest.mark.parametrize("base", ["google/gemma-2-2b", "google/gemma-3-270m"])
 def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: dict[str, Any]) -> None:
@@ -277,6 +278,7 @@ def test_a_recipe_that_does_not_fit_exits_with_3_and_what_makes_it_fit(
     assert "to make it fit:" in said
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not(
     write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +313,7 @@ def test_weights_in_4_bit_are_counted_to_the_byte(
     assert made["card"]["parts"]["weights"] == pytest.approx(packed + 2 * (embedding + 37 * 2048), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_cards_share_what_a_recipe_in_parts_divides(
     write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
