@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from finetune import __version__
-from finetune.kinds import FORMATS
+from finetune.kinds import FORMATS, SHOWN
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         action="append",
         default=[],
-        help="bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama; repeatable",
+        help=f"{SHOWN}; repeatable",
     )
     verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
     verb.add_argument(

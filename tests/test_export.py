@@ -958,7 +958,7 @@ def test_the_section_is_read_and_written_out_again(recipe: Callable[[str], Path]
     [
         (
             "export: {formats: [nf4, gguf]}",
-            """r.yaml:3: export.formats.1: is "gguf"; write 'bf16', 'fp16', 'int8' or 'nf4'""",
+            """r.yaml:3: export.formats.1: is "gguf"; write 'gguf:all'""",
         ),
         (
             "export:\n  gate:\n    max_kl: -1\n",
@@ -1037,7 +1037,11 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
             ["--format=bf16"],
             "nowhere is neither a run (adapter_config.json) nor a model (config.json)",
         ),
-        ("merged", [], "no format was asked for; write --format with one of bf16, fp16, int8, nf4"),
+        (
+            "merged",
+            [],
+            "no format was asked for; write --format with bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama",
+        ),
         (
             "merged",
             ["--format=bf16", "--base=dequantised"],

@@ -26,7 +26,7 @@ from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
 from finetune.gguf.calibration import by_language, samples
-from finetune.kinds import FORMATS, GGUF_ALL
+from finetune.kinds import GGUF_ALL, SHOWN
 from finetune.merge import Say, merge
 from finetune.model import base_of, load_tokenizer, resolve_dtype
 from finetune.recipe import RecipeError, load_recipe
@@ -88,7 +88,7 @@ def export(
         if name not in LIMITS:
             raise ExportError(f"--gate {name} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
-        raise ExportError(f"no format was asked for; write --format with one of {', '.join(FORMATS)}")
+        raise ExportError(f"no format was asked for; write --format with {SHOWN}")
     if base and not is_run:
         raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
     merged_from = base or options.base
