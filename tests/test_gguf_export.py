@@ -148,7 +148,8 @@ def test_a_matrix_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     shutil.copytree(exported.parent / "tiny", tmp_path / "tiny")
     given = exported / "gguf/imatrix.dat"
     section = {"formats": ["gguf:Q2_K"], "imatrix": "always", "imatrix_data": {"path": str(given)}}
-    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
+    recipe = {"model": {"name_or_path": "random:gemma3"}, "export": section}
+    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert export(tmp_path / "tiny", tmp_path / "out") == 0
     assert [name for name in report(tmp_path / "out") if name.startswith("gguf:")] == ["gguf:Q2_K"]
     again = imatrix.read(tmp_path / "out/gguf/imatrix.gguf")
@@ -157,7 +158,7 @@ def test_a_matrix_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     assert all((again.matrix[name] == first.matrix[name]).all() for name in again.sums)
     given.with_name("cut.dat").write_bytes(given.read_bytes()[:-100])
     section["imatrix_data"] = {"path": str(given.with_name("cut.dat"))}
-    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
+    (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert export(tmp_path / "tiny", tmp_path / "other") == 2
     assert not (tmp_path / "other").exists()
     given.with_name("cut.dat").unlink()

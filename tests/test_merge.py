@@ -981,7 +981,7 @@ def test_what_is_no_run_is_refused(run: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_base_that_is_not_there_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("base")
-    assert refused(capsys, "run").startswith("base cannot be fetched: ")
+    assert refused(capsys, "run").startswith("base is not in this machine's cache, and HF_HUB_OFFLINE ")
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

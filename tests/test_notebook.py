@@ -191,7 +191,9 @@ def test_stopping_a_cell_lets_its_command_end_itself(tmp_path: Path) -> None:
         signal.pause()
         """
     )
-    code = f"{sources()['run']}\nrun(sys.executable, '-c', {command!r})"
+    # A shell that runs this in the background has it ignore SIGINT.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{hears}\n{sources()['run']}\nrun(sys.executable, '-c', {command!r})"
     kernel = subprocess.Popen(
         [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
