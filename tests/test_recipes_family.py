@@ -193,7 +193,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
 
 def test_the_table_names_every_recipe_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").partition("<!-- benchmarks/")[0]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
     assert {cells[0].strip("`"): cells[1] for cells in rows} == {
         path.name: load_recipe(path).model.name_or_path for path in RECIPES
