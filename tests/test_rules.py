@@ -334,7 +334,13 @@ def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(
 
 def test_an_export_is_measured_as_another_program_will_compute_it(tmp_path: Path) -> None:
     found = verify._look(
-        {"folder": loud("gemma3", tmp_path / "loud"), "dtype": "float16", "reference": None, "keep": None}
+        {
+            "folder": loud("gemma3", tmp_path / "loud"),
+            "dtype": "float16",
+            "reference": None,
+            "keep": None,
+            "groups": {},
+        }
         | {"rows": [asdict(Row(IDS[0].tolist(), IDS[0].tolist()))]}
     )
     assert found["activations"]["overflow"].startswith("model.layers.")
