@@ -56,9 +56,9 @@ def tensors(folder: str | Path, pattern: str) -> dict[str, torch.Tensor]:
 
 
 def curve(run: str) -> list[dict[str, float]]:
-    """All that was logged but for what a clock decides."""
+    """All that was logged but for what a clock and the memory of the process decide."""
     lines = Path(run, "metrics.jsonl").read_text().splitlines()
-    clock = ("second", "runtime")
+    clock = ("second", "runtime", "peak_memory")
     return [
         {key: value for key, value in json.loads(line).items() if not any(word in key for word in clock)}
         for line in lines
