@@ -26,7 +26,7 @@ import torch
 
 from finetune import hub
 from finetune.adapter import Change, MergeError, changes_of
-from finetune.base import ModelError, locate, quiet
+from finetune.base import ModelError, child_environment, locate, quiet
 from finetune.checkpoint import environment_of
 from finetune.shards import INDEX, Stored, fingerprint, parse_header, read_headers
 
@@ -84,12 +84,9 @@ def plan_apart(request: Request) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         ask, answer = Path(folder, "ask"), Path(folder, "answer")
         ask.write_bytes(pickle.dumps(request))
-        environment = dict(os.environ)
-        paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         code = f"from finetune.assemble import _answer; _answer({str(ask)!r}, {str(answer)!r})"
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env=environment, stdout=subprocess.DEVNULL
+            [sys.executable, "-W", "ignore", "-c", code], env=child_environment(), stdout=subprocess.DEVNULL
         )
         if not answer.exists():
             raise MergeError(f"{request.model}: the process that plans ended with code {done.returncode}")

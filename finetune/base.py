@@ -29,6 +29,12 @@ class ModelError(ValueError):
     """The base model or its tokenizer cannot be used as the recipe asks."""
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a further process, which finds this very package."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' own loading bars and notes from the screen; its errors still come."""

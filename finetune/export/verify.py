@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.base import sample_rows
+from finetune.base import child_environment, sample_rows
 from finetune.evaluate.perplexity import Row, score, score_groups
 
 # An answer that has not ended by then is taken for one that does not end.
@@ -74,9 +74,7 @@ def measure(
     }
     content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
     ask.write_text(json.dumps(content), encoding="utf-8")
-    environment = dict(os.environ)
-    own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
+    environment = child_environment()
     code = f"from finetune.export.verify import _measure; _measure({str(ask)!r}, {str(answer)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.bar import bar
-from finetune.base import sample_rows
+from finetune.base import child_environment, sample_rows
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import file_of
 from finetune.data import Prepared, build
@@ -221,9 +221,7 @@ def collect(
     content = {"folder": str(model), "rows": [list(row) for row in rows], "dtype": dtype}
     ask.write_text(json.dumps(content), encoding="utf-8")
     answer.unlink(missing_ok=True)
-    environment = dict(os.environ)
-    own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
+    environment = child_environment()
     code = f"from finetune.gguf.calibration import _collect; _collect({str(ask)!r}, {str(answer)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     total = sum(map(len, rows))

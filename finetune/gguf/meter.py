@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.base import child_environment
 from finetune.chat import IGNORE
 from finetune.evaluate.perplexity import Row, score, score_groups
 from finetune.gguf.llama import Llama, LlamaError
@@ -102,9 +102,7 @@ def measure(
     content |= {key: [asdict(item) for item in items] for key, items in lists.items()}
     content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
     ask.write_text(json.dumps(content), encoding="utf-8")
-    environment = dict(os.environ)
-    own = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in own if path)
+    environment = child_environment()
     environment["GGML_NO_BACKTRACE"] = "1"  # of an assertion; it would start a debugger
     code = f"from finetune.gguf.meter import _measure; _measure({str(ask)!r}, {str(answer)!r})"
     command = [sys.executable, "-W", "ignore", "-c", code]
