@@ -269,7 +269,7 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     """Puts optimizer and scheduler where the checkpoint had them; learning rates are the recipe's.
 
     Returns:
-        What this rank had counted since it last logged; where another number of ranks had, their mean.
+        What this rank had counted since it last logged; where another number of ranks had, its part of that.
 
     Raises:
         RunError: A part is missing, of another shape, or can only be read by as many ranks as wrote it.
@@ -311,8 +311,11 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     of_all: list[dict[str, Any]] = [metadata["logged"] for metadata in stored.metadata]
     if len(of_all) == ranks.count():
         return of_all[ranks.rank()]
-    means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total", "trained")}
-    return of_all[0] | means
+    means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total")}
+    # What is added up over the ranks: each takes its part, the first what is over.
+    sums = {key: sum(round(logged.get(key, 0)) for logged in of_all) for key in ("trained", "energy")}
+    parts = {key: n // ranks.count() + n % ranks.count() * (not ranks.rank()) for key, n in sums.items()}
+    return of_all[0] | means | parts
 
 
 def _kinds(stored: _Stored) -> dict[str, list[str]]:

@@ -58,7 +58,7 @@ def tensors(folder: str | Path, pattern: str) -> dict[str, torch.Tensor]:
 def curve(run: str) -> list[dict[str, float]]:
     """All that was logged but for what a clock and the memory of the process decide."""
     lines = Path(run, "metrics.jsonl").read_text().splitlines()
-    clock = ("second", "runtime", "peak_memory")
+    clock = ("second", "runtime", "peak_memory", "mfu", "energy")
     return [
         {key: value for key, value in json.loads(line).items() if not any(word in key for word in clock)}
         for line in lines
@@ -219,6 +219,8 @@ def test_another_number_of_ranks_goes_on(
     assert f"going on with changes: training.per_device_train_batch_size {change}" in said
     one, other = tensors("run", "*.safetensors"), tensors("whole", "*.safetensors")
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-5) for name in other)
+    trained = [[r.get("trained_tokens") for r in curve(run)] for run in ("run", "whole")]
+    assert trained[0] == trained[1]
     refused = processes.run(
         "train", str(path), "training.output_dir=whole", f"{RESUME[:-4]}run/checkpoint-2", code=2
     )
