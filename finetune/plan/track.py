@@ -58,7 +58,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, phase: str) -> None:
         """From now on another maximum, that of this phase; the work is counted from the first on."""
-        if not self.phases:
+        if not self.phase:
             self.flops = 0
         self.end()
         self.phase = phase
@@ -149,6 +149,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         if packet in flop_registry:
             self._work(flop_registry[packet](*args, **kwargs, out_val=out))
+        elif packet is _aten._grouped_mm:  # experts; which tokens go to which makes no difference
+            self.multiplied(args[0].shape[-2] * args[0].shape[-1], args[1].shape[-1])
         elif packet is _aten.linear:
             self.multiplied(out.numel(), args[0].shape[-1])
         elif packet is _ATTENTION:
