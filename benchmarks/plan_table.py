@@ -9,8 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from finetune.cards import GIB
 from finetune.plan import CARDS, plan
-from finetune.plan.facts import GIB
 from finetune.plan.fit import Fit, Plan
 from finetune.recipe import load_recipe
 

@@ -183,6 +183,11 @@ def _cards(records: list[Record], state: Record) -> list[tuple[str, str]]:
         cards.append((f"{trained[-1][1]:,.0f}", "tokens trained on, repeats counted"))
     if speeds:
         cards.append((number(statistics.median(value for _, value in speeds)), "tokens per second (median)"))
+    if shares := points(records, "mfu"):
+        share = statistics.median(value for _, value in shares)
+        cards.append((f"{share:.0%}", "model FLOPs utilisation (median)"))
+    if energy := points(records, "energy_wh"):
+        cards.append((f"{number(energy[-1][1])} Wh", "energy of the cards"))
     if memory:
         cards.append((f"{max(value for _, value in memory):.2f} GiB", "peak memory"))
     if took := points(records, "train_runtime"):
@@ -204,6 +209,7 @@ def _charts(records: list[Record]) -> list[dict[str, Any]]:
         chart("Learning rate", [line("learning rate", "learning_rate")]),
         chart(norm, [line("norm", "grad_norm", smooth=True)]),
         chart("Tokens per second", [line("tokens/s", "tokens_per_second", smooth=True)]),
+        chart("Model FLOPs utilisation (share of the cards' speed)", [line("share", "mfu", smooth=True)]),
         chart("Peak memory (GiB)", [line("GiB", "peak_memory_gib")]),
     ]
     return [drawn for drawn in charts if drawn]

@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import changes, checkpoint, ranks, rules, track
+from finetune import cards, changes, checkpoint, ranks, rules, track
 from finetune.base import locate, quiet
 from finetune.card import model_card
 from finetune.chat import Chat
@@ -147,7 +147,7 @@ def train(
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.rows = [] if streamed else data.dataset
-    trainer.meter = Meter()
+    trainer.meter = _meter(recipe, model, data)
     trainer.recipe = recipe.to_yaml()
     trainer.marks = {"processes": ranks.count(), "rows": data.digest}
     if not streamed:
@@ -207,6 +207,18 @@ def train(
         uploads.finish()
         _push(output, say)
     return output
+
+
+def _meter(recipe: Recipe, model: Any, data: Prepared) -> Meter:
+    """What measures the run; a card's speed is known of some."""
+    speed = cards.here().speed(computes_in(recipe)) * 1e12 * ranks.count()
+    if not speed:
+        return Meter()
+    ledger = data.ledger
+    # Of a stream nothing is counted yet.
+    lengths = ledger.lengths or {recipe.training.get("max_length") or 1024: 1}
+    scored = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
+    return Meter(cards.work_per_token(model, lengths, scored), speed)
 
 
 def _push(output: Path, say: Say) -> None:

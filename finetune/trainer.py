@@ -44,6 +44,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     stopping = False  # a signal came: the step at hand is the last
     trained = torch.tensor(0)  # tokens with a label that this process has taken a step on
     meter: Meter
+    energy = 0.0  # millijoules of this process's card
     saved = -1  # the step of the last checkpoint
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +157,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.accelerator.wait_for_everyone()  # the model's files, which are not written twice, are there
+        self.energy += self.meter.spent()
         logged = {
             "loss": self._tr_loss.item(),
             "total": self._total_loss_scalar,
@@ -163,6 +165,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             "metrics": self._metrics["train"],
             "tokens": self._total_train_tokens,
             "trained": int(self.trained),
+            "energy": self.energy,
         }
         snapshot.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, logged)
 
@@ -176,6 +179,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             )
             self._total_train_tokens = self.logged["tokens"]
             self.trained = torch.tensor(int(self.logged["trained"]))
+            self.energy = self.logged.get("energy", 0.0)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with snapshot.damage(Path(checkpoint or ".")):
@@ -228,7 +232,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs["trained_tokens"] = int(self.accelerator.reduce(self.trained.to(self.args.device), "sum"))
+            self.energy += self.meter.spent()
+            counted = torch.tensor([int(self.trained), round(self.energy)], device=self.args.device)
+            trained, energy = self.accelerator.reduce(counted, "sum").tolist()
+            logs["trained_tokens"] = trained
+            if energy:
+                logs["energy_wh"] = round(energy / 3.6e6, 4)
             self.meter.measure(logs, self._total_train_tokens)
         if "train_loss" in logs:
             # The mean over all steps, also those before this process went on.

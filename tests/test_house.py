@@ -37,6 +37,7 @@ ROOMS = [
     "checkpoint",
     "changes",
     "rules",
+    "cards",
     "model",
     "loss",
     "packing",

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import USER_CACHE
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune import loss, train
+from finetune.cards import GIB, _attention, work_per_token
 from finetune.cli import main
 from finetune.plan import CARDS, here, plan
-from finetune.plan.facts import GIB, _known, config_of
+from finetune.plan.facts import _known, config_of
 from finetune.plan.fit import arguments_of, check, setting_of
 from finetune.plan.predict import Predictor
 from finetune.plan.step import Batch
@@ -212,6 +213,41 @@ def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: di
         few, all_of_them = own.step(each), own._run(each, own.config.num_hidden_layers)
         assert few.peak == all_of_them.peak
         assert (few.kept, few.flops) == (all_of_them.kept, all_of_them.flops)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind: str) -> None:
+    """Known from its weights; beside them attention computes whole squares, and the scores a second time."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    config = AutoConfig.for_model(
+        kind, **experts, vocab_size=1000, hidden_size=64, intermediate_size=96, num_hidden_layers=3
+    )
+    config.architectures = [f"{kind.title()}ForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    length, head = 64, 1000 * 64
+    path = write_recipe(
+        model={"name_or_path": str(tmp_path / "base"), "dtype": "bfloat16"},
+        lora=None,
+        training={"per_device_train_batch_size": 2, "max_length": length, "gradient_checkpointing": False},
+    )
+    work = work_per_token(AutoModelForCausalLM.from_config(config), {length: 1})
+    back = _attention(config, {length: 1})
+    # The kernels' backward pass is two and a half of their forward passes.
+    expected = work - back + back * (2 * length / (length + 1)) * 3.5 / 3
+    expected += (8 * (length - 1) / length - 6) * head
+    recipe = load_recipe(path)
+    arguments = arguments_of(recipe)
+    own, setting = (
+        Predictor(config_of(recipe.model), CARDS["h100"], arguments),
+        setting_of(recipe, arguments, None),
+    )
+    once = own.step(setting).flops
+    assert once == pytest.approx(2 * length * expected, rel=1e-6)
+    again = own.step(replace(setting, checkpointing=True)).flops
+    layers = (work - back - 6 * head) / 3 + back * (2 * length / (length + 1)) / 3
+    # A layer is computed again up to what its backward pass asks for: not its last product, unless it is weighed.
+    last = 0 if kind == "mixtral" else 3 * 2 * 96 * 64
+    assert again - once == pytest.approx(2 * length * (layers - last), rel=1e-6)
 
 
 # The models' pages.

@@ -1,6 +1,7 @@
 """What a recipe will need before it is run: memory by part, whether it fits, what to change, how long it takes."""
 
-from finetune.plan.facts import CARDS, Card, PlanError, card_of, here
+from finetune.cards import CARDS, Card, here
+from finetune.plan.facts import PlanError, card_of
 from finetune.plan.fit import Plan, check, plan
 from finetune.plan.measure import measure
 from finetune.plan.report import as_json, as_text

@@ -11,7 +11,8 @@ from typing import Any
 from trl import SFTConfig
 
 from finetune.base import ModelError, quiet
-from finetune.plan.facts import CARDS, GIB, Card, PlanError, config_of, here
+from finetune.cards import CARDS, GIB, Card, here
+from finetune.plan.facts import PlanError, config_of
 from finetune.plan.predict import Need, Predictor, Setting
 from finetune.plan.rows import Rows, rows_of
 from finetune.plan.step import Batch, dtypes

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.base import quiet
-from finetune.plan.facts import GIB, Card
+from finetune.cards import GIB, Card
 from finetune.plan.step import Batch, Rehearsed, Taken
 from finetune.recipe import Recipe
 

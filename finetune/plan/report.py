@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.plan.facts import GIB
+from finetune.cards import GIB
 from finetune.plan.fit import Fit, Plan
 
 # The parts in the order in which they are shown, and how each figure was found.
@@ -30,7 +30,7 @@ def seconds(plan: Plan) -> tuple[float, float] | None:
     """Of a step, from and to; None where the card's speed is not known. A step has a batch for each accumulation."""
     if plan.measured:
         return min(plan.measured), max(plan.measured)
-    speed = plan.fit.card.slow if plan.computes == "no" else plan.fit.card.fast
+    speed = plan.fit.card.speed(plan.computes)
     if not speed:
         return None
     low, high = _SHARE if plan.recipe.quantization is None else _SHARE_QUANTIZED
