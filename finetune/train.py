@@ -14,13 +14,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune import cards, changes, checkpoint, ranks, rules, track
+from finetune import cards, changes, checkpoint, ranks, track
+from finetune.adapt import adapted, known_by
 from finetune.base import locate, quiet
 from finetune.card import model_card
 from finetune.chat import Chat
@@ -29,12 +28,8 @@ from finetune.launch import check_base, check_launch, computes_in, training_argu
 from finetune.loss import use_token_head
 from finetune.model import (
     eos_tokens,
-    lighten_trainable_tokens,
-    load_model,
     load_tokenizer,
     resolve_dtype,
-    trainable_token_indices,
-    unlearned_tokens,
 )
 from finetune.packing import RowsApart, check_rows
 from finetune.plain import beginning
@@ -42,8 +37,7 @@ from finetune.push import PushError, check_access, push
 from finetune.recipe import Recipe
 from finetune.record import Meter, Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal
-from finetune.shards import fingerprint
-from finetune.trainer import GoOn, Trainer, TrainError, layer_classes, saving
+from finetune.trainer import GoOn, Trainer, layer_classes, saving
 from finetune.uploads import Uploads
 
 Say = Callable[[str], None]
@@ -121,7 +115,7 @@ def train(
         check(recipe, config, None if streamed else data.dataset)
 
     set_seed(config.seed)
-    model = _model(recipe, chat if chats else None, say)
+    model = adapted(recipe, chat if chats else None, say)
     model.generation_config.eos_token_id = eos_tokens(model.generation_config, tokenizer)
     if config.fsdp_config and config.fsdp:
         config.fsdp_config["transformer_layer_cls_to_wrap"] = layer_classes(model)
@@ -132,7 +126,7 @@ def train(
     if main:
         output.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        checkpoint.write_whole(output / "environment.json", _json(environment(model) | _base(recipe)))
+        checkpoint.write_whole(output / "environment.json", _json(environment(model) | known_by(recipe)))
         _write_ledgers(output, data, evaluation)
     ranks.check_shared(output / "recipe.yaml")
 
@@ -266,16 +260,6 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _base(recipe: Recipe) -> dict[str, str]:
-    """What a merge knows the base by; one on the Hub is known by its commit."""
-    path = Path(locate(recipe.model.name_or_path))
-    if path.is_dir():
-        return {"base_fingerprint": fingerprint(path)}
-    # A config no longer knows its commit (transformers 5.23), but its place in the cache is called by it.
-    config = try_to_load_from_cache(recipe.model.name_or_path, "config.json", revision=recipe.model.revision)
-    return {"base_commit": Path(config).parent.name} if isinstance(config, str) else {}
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
@@ -283,81 +267,6 @@ def _json(value: Any) -> str:
 def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
     ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
     checkpoint.write_whole(output / "ledger.json", _json(ledgers))
-
-
-def _model(recipe: Recipe, chat: Chat | None, say: Say) -> Any:
-    """The model to train, its adapter on it."""
-    dtype = resolve_dtype(recipe.model)
-    # float16 weights cannot be trained themselves: the gradient scaler needs float32 ones.
-    whole = recipe.lora is None and dtype == torch.float16
-    model = load_model(recipe, torch.float32 if whole else dtype)
-    if computes_in(recipe) == "fp16" and model.dtype == torch.float32:
-        rules.widen(model)  # autocast rounds as the weights would
-    choice = (recipe.model.dtype, recipe.model.attn_implementation)
-    if line := rules.told(choice, dtype, model, rules.device_of()):
-        say(line)
-    beside = rules.beside_text(model)
-    if recipe.lora is None:
-        for name in beside:
-            model.get_submodule(name).requires_grad_(False)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f"model: {recipe.model.name_or_path}, full fine-tuning of {count:,} parameters{_left(beside)}")
-        return model
-    model.config.use_cache = False
-    options = dict(recipe.lora)
-    if recipe.model.adapter:
-        return _gone_on(recipe, model, beside, say)
-    options["exclude_modules"] = rules.exclude_modules(beside, options.get("exclude_modules"))
-    if options.get("trainable_token_indices") == "auto":
-        del options["trainable_token_indices"]
-        # Sharded loading gives the other ranks empty weights.
-        main = ranks.rank() == 0
-        unlearned = ranks.from_first(unlearned_tokens(model, chat.turn_token_ids) if chat and main else [])
-        if chat and unlearned:
-            options["trainable_token_indices"] = trainable_token_indices(model, unlearned)
-            names = ", ".join(chat.tokenizer.convert_ids_to_tokens(unlearned))
-            say(f"turn tokens that the base never learned, their embedding rows are trained too: {names}")
-    try:
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    except ValueError as error:
-        raise TrainError(f"lora: {str(error).splitlines()[0]}") from error
-    return _told(recipe, model, beside, say)
-
-
-def _gone_on(recipe: Recipe, base: Any, beside: list[str], say: Say) -> Any:
-    """The recipe's earlier adapter on its base, to be trained on."""
-    folder = Path(recipe.model.adapter or "").expanduser()
-    its, ours = (
-        checkpoint.environment_of(folder).get("base_fingerprint"),
-        _base(recipe).get("base_fingerprint"),
-    )
-    if its and ours and its != ours:
-        raise TrainError(
-            f"model.adapter: {folder} was trained on another base than {recipe.model.name_or_path}"
-        )
-    try:
-        with quiet():
-            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise TrainError(
-            f"model.adapter: {folder} does not fit the base: {lines[-1] if lines else error}"
-        ) from error
-    say(f"going on from the adapter in {folder}")
-    return _told(recipe, model, beside, say)
-
-
-def _told(recipe: Recipe, model: Any, beside: list[str], say: Say) -> Any:
-    lighten_trainable_tokens(model)
-    trained, total = model.get_nb_trainable_parameters()
-    kind = "" if recipe.quantization is None else " on a quantised base"
-    of = f"{trained:,} of {total:,} parameters are trained{_left(beside)}"
-    say(f"model: {recipe.model.name_or_path}, LoRA{kind}: {of}")
-    return model
-
-
-def _left(beside: list[str]) -> str:
-    return f"; {', '.join(beside)} stay as they are: the rows are text" if beside else ""
 
 
 @contextmanager

@@ -58,6 +58,7 @@ ROOMS = [
     "snapshot",
     "launch",
     "plain",
+    "adapt",
     "trainer",
     "track",
     "rehearse",

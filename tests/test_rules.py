@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import finetune.adapt
 import finetune.loss
 import finetune.train
 from finetune import generate, rules
@@ -235,7 +236,7 @@ def test_an_adapter_on_a_t4_learns_as_in_float32(
     for device in (CPU, T4):
         monkeypatch.setattr(rules, "device_of", lambda place=None, device=device: device)
         torch.manual_seed(0)
-        model = finetune.train._model(recipe, None, said.append)
+        model = finetune.adapt.adapted(recipe, None, said.append)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=device is T4)
@@ -264,7 +265,7 @@ def test_a_stream_that_is_kept_is_said_also_of_a_dtype_that_was_asked_for(write_
     asked = {"dtype": "float16", "attn_implementation": "eager"}
     for name in ("random:gemma", "random:llama"):
         recipe = load_recipe(write_recipe(model={"name_or_path": name} | asked))
-        finetune.train._model(recipe, None, said.append)
+        finetune.adapt.adapted(recipe, None, said.append)
     assert [line for line in said if line.startswith("chosen")] == [
         "chosen: float32 in its residual stream, where float16 overflows"
     ]
@@ -278,7 +279,7 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
         write_recipe(model={"name_or_path": loud("gemma2", tmp_path / "loud", writes=60_000)}, lora=None)
     )
     monkeypatch.setattr(rules, "device_of", lambda place=None: T4)
-    model = finetune.train._model(recipe, None, lambda line: None)
+    model = finetune.adapt.adapted(recipe, None, lambda line: None)
     assert model.dtype == torch.float32
     assert largest(model, "post_feedforward_layernorm") > 65_504
     with torch.no_grad():
@@ -490,7 +491,7 @@ def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
         (["model.dtype=float32", "model.attn_implementation=eager"], []),
     ):
         said: list[str] = []
-        finetune.train._model(load_recipe(path, overrides), None, said.append)
+        finetune.adapt.adapted(load_recipe(path, overrides), None, said.append)
         assert [line for line in said if line.startswith("chosen")] == wanted
 
 
