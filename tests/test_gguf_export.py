@@ -377,6 +377,21 @@ def test_a_package_that_is_missing(
     assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err
 
 
+def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.export.merge", lambda *_, **__: pytest.fail("it was merged"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "base/model.safetensors").touch()
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    assert export(run, tmp_path / "out", "gguf:Q4_K_M") == 2
+    assert "GGUF: a model of type gpt2 is not written; known are gemma, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_counts_as_broken() -> None:
     whole = {"count": 3, "equal": 3, "differences": []}
     found: Options = {"name": "x", "kind": "Q2_K", "top1": 0.5, "largest": 9.0, "same_texts": whole}

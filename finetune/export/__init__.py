@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -25,10 +24,10 @@ from finetune.evaluate.perplexity import Row
 from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, as_json, as_markdown, compare, measure, missed
-from finetune.gguf.calibration import by_language, samples
+from finetune.gguf.calibration import samples
 from finetune.kinds import GGUF_ALL, SHOWN
 from finetune.merge import Say, merge
-from finetune.model import base_of, load_tokenizer, resolve_dtype
+from finetune.model import base_of, load_config, load_tokenizer, resolve_dtype
 from finetune.recipe import RecipeError, load_recipe
 from finetune.rows import DataError
 from finetune.sections import ExportSection, ModelSection
@@ -37,8 +36,6 @@ from finetune.template import TemplateError
 _ADAPTER = "adapter on its base"
 # Held-out rows that are predicted; what more of them would change is less than what two samples differ by.
 _ROWS = 32
-# Of each language, where GGUF files are compared by language.
-_GROUP = 8
 
 
 class ExportError(ValueError):
@@ -82,7 +79,7 @@ def export(
     formats = list(dict.fromkeys(formats or options.formats))
     kinds = _gguf_types(formats)
     if kinds:
-        _check_gguf()
+        _check_gguf(base_of(model)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
     for name in gate:
         if name not in LIMITS:
@@ -113,37 +110,21 @@ def export(
             jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
-        # What cannot be written is told before hours are spent.
         name = (trained or model).resolve().name
-        tokens, calibrated = None, None
-        groups: dict[str, list[Row]] = {}
-        if kinds:
-            from finetune.gguf import ollama
-            from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
-            from finetune.gguf.system import system_of
+        gguf = None
+        if kinds:  # what cannot be written is told before hours are spent
+            from finetune.export.gguf import prepare
 
-            tokens = tokens_of(whole)
-            best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
-            if "ollama" in formats:
-                ollama.write(whole, work, best, tokens.add_bos, system_of(trained or model))
-            chat = Chat(load_tokenizer(ModelSection(name_or_path=str(whole))))
-            by_name = {
-                name: (part[:_GROUP], of) for name, (part, of) in by_language(rows, where, chat).items()
-            }
-            groups = {name: part for name, (part, _) in by_name.items()}
-            compared = [*rows, *(row for part in groups.values() for row in part)]
-            calibrated = calibration_of(whole, kinds, compared, options, trained or model, say)
+            gguf = prepare(whole, trained or model, formats, kinds, name, rows, where, options, work, say)
         for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
             (beside / kind).mkdir()
             write(whole, beside / kind, kind, progress)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
-        exact = jobs[at]
-        if kinds:
-            exact = _exact(whole, exact)
-            if exact is not jobs[at]:
-                jobs.append(replace(exact, keep=work / "exact.bin"))
+        exact = _exact(whole, jobs[at]) if gguf else jobs[at]
+        if exact is not jobs[at]:
+            jobs.append(replace(exact, keep=work / "exact.bin"))
         found: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
         notes: list[str] = []
@@ -151,8 +132,9 @@ def export(
             say(f"{job.name}: measuring")
             if job.against and "error" in found[job.against]:
                 job = replace(job, reference=None)
-            asked = groups if job.name == exact.name else None
-            now = found[job.name] = measure(job, rows, work, asked)
+            now = found[job.name] = measure(
+                job, rows, work, gguf.groups if gguf and job.name == exact.name else None
+            )
             if "error" in now:
                 now["error"] = now["error"].replace(str(beside), str(output))
             if job.against:
@@ -161,40 +143,25 @@ def export(
             if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
                 lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
-        if "error" in found[exact.name] and exact is not jobs[at]:
-            # In float32 it is twice as large, most likely too large; predictions on the languages are not kept yet.
-            say(f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}")
-            exact = jobs[at]
-            measure(replace(exact, reference=None), rows, work, groups)
-        if tokens:
-            folder = beside / ("gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama")
-            folder.mkdir()
+        if gguf:
+            from finetune.gguf.make import faults
+
+            if "error" in found[exact.name] and exact is not jobs[at]:
+                # In float32 it is twice as large, most likely too large; of the languages nothing is kept yet.
+                say(
+                    f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}"
+                )
+                exact = jobs[at]
+                measure(replace(exact, reference=None), rows, work, gguf.groups)
             kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
-            on = Measured(rows, groups, exact.name, kept if "error" not in found[exact.name] else None)
-            notes.append(
-                f"\nBy language: {'; '.join(f'{name}: {len(p)} {of}' for name, (p, of) in by_name.items())}."
-            )
-            files, said = make(
-                whole,
-                tokens,
-                folder,
-                kinds,
-                name,
-                on,
-                options,
-                calibrated,
-                work,
-                say,
-                progress,
-            )
-            notes += said
+            reference = None if "error" in found[exact.name] else kept
+            part = "gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama"
+            files, notes = gguf.write(beside, part, exact.name, reference, work, say, progress)
             for now in files:
                 compare(now, found[exact.name], found[jobs[0].name])
                 found[now["name"]] = now
                 if now["kept"]:
                     lines += [*missed(now, gate), *faults(now)]
-            if "ollama" in formats:
-                _ollama(folder / best, beside / "ollama", work / "Modelfile")
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -276,10 +243,14 @@ def _gguf_types(formats: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(kinds)) or (["Q4_K_M"] if "ollama" in formats else [])
 
 
-def _check_gguf() -> None:
+def _check_gguf(section: ModelSection) -> None:
+    """Refuses what can be told by its config alone to be no GGUF file, before it is merged."""
     for package in ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
             raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
+    from finetune.gguf.tensors import family
+
+    family({"model_type": load_config(section).get_text_config().model_type})
 
 
 def _exact(whole: Path, job: Job) -> Job:
@@ -291,17 +262,6 @@ def _exact(whole: Path, job: Job) -> Job:
     if width == 4 or size * 4 / width * 1.3 > psutil.virtual_memory().available:
         return job
     return Job(f"{job.name}, in float32", whole, "float32")
-
-
-def _ollama(file: Path, folder: Path, modelfile: Path) -> None:
-    """A folder for `ollama create`: the file, which is not stored twice, and its Modelfile."""
-    if folder != file.parent:
-        folder.mkdir()
-        try:
-            os.link(file, folder / file.name)
-        except OSError:
-            shutil.copyfile(file, folder / file.name)
-    modelfile.replace(folder / "Modelfile")
 
 
 def _run_of(model: Path) -> Path | None:
