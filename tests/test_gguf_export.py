@@ -12,6 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import finetune.export
 import finetune.gguf.make
 import finetune.gguf.ollama
 import finetune.gguf.write
@@ -390,6 +391,11 @@ def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
     assert export(run, tmp_path / "out", "gguf:Q4_K_M") == 2
     assert "GGUF: a model of type gpt2 is not written; known are gemma, " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_a_checkpoint_are_called_by_its_run(tmp_path: Path) -> None:
+    assert finetune.export._name(tmp_path / "first") == "first"
+    assert finetune.export._name(tmp_path / "first/checkpoint-40") == "first-checkpoint-40"
 
 
 def test_what_counts_as_broken() -> None:

@@ -110,11 +110,11 @@ def export(
             jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
-        name = (trained or model).resolve().name
         gguf = None
         if kinds:  # what cannot be written is told before hours are spent
             from finetune.export.gguf import prepare
 
+            name = _name(trained or model)
             gguf = prepare(whole, trained or model, formats, kinds, name, rows, where, options, work, say)
         for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
@@ -262,6 +262,12 @@ def _exact(whole: Path, job: Job) -> Job:
     if width == 4 or size * 4 / width * 1.3 > psutil.virtual_memory().available:
         return job
     return Job(f"{job.name}, in float32", whole, "float32")
+
+
+def _name(model: Path) -> str:
+    """What its files are called: by the run, also where it is one of its checkpoints."""
+    place = model.resolve()
+    return f"{place.parent.name}-{place.name}" if place.name.startswith("checkpoint-") else place.name
 
 
 def _run_of(model: Path) -> Path | None:
