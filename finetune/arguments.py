@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="t4, l4, a10, 4090, a100-40, a100-80, h100, h200 or a size in GB; absent: this machine",
     )
-    verb.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many of them")
+    verb.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many of them (default: 1)")
     verb.add_argument("--measure", action="store_true", help="time three real steps on this machine")
     verb.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -70,14 +70,28 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
     verb.add_argument("--system", help="a system message before each prompt")
     verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
-    verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="where an answer is cut off (default: 256)",
+    )
     verb.add_argument(
         "--temperature", type=_heat, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
-    verb.add_argument("--top-p", type=_share, default=1.0, metavar="P")
-    verb.add_argument("--seed", type=int, default=0, metavar="N")
-    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    verb.add_argument("--quantize", choices=("int8", "nf4"))
+    verb.add_argument(
+        "--top-p",
+        type=_share,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that hold this share together (default: 1, all)",
+    )
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the run was trained"
+    )
+    verb.add_argument("--quantize", choices=("int8", "nf4"), help="load the weights in 8 or 4 bit")
     verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
     verb.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread over all GPUs")
     verb.add_argument(
@@ -107,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "--base",
         choices=("original", "dequantised"),
         default="original",
-        help="dequantised: the rounded weights that a 4- or 8-bit run trained against",
+        help="dequantised: the rounded weights that a 4- or 8-bit run trained against (default: original)",
     )
     verb.add_argument(
         "--adapter",
@@ -117,7 +131,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH=WEIGHT",
         help="a further adapter of the same base, or RUN itself to weigh it; repeatable",
     )
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    verb.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of each file of weights (default: 5GB)"
+    )
     verb.add_argument(
         "--stream-base", action="store_true", help="fetch a base on the Hub file by file, and keep none of it"
     )

@@ -24,10 +24,10 @@ Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
-# What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
-# recipe's to set. Keys of another section are found without this table.
 # Words of `init_lora_weights` that begin with the base's weights.
 FROM_BASE = ("pissa", "olora", "mica")
+# What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
+# recipe's to set. Keys of another section are found without this table.
 _LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
 _WORDS: dict[str, dict[str, str]] = {
     "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
