@@ -46,8 +46,8 @@ _RECIPE = """# The keys of a recipe
 _CLI = """# The command line
 
 `finetune VERB`, or `python -m finetune VERB`; `finetune RECIPE` trains. Standard output has what was asked for,
-standard error all else. Exit codes: 0; 1 our own fault; 2 yours, a line a fault; 3 a gate missed, or a recipe that does not fit;
-130 and 143 after a signal, with everything saved.
+standard error all else. Exit codes: 0; 1 our own fault; 2 yours, a line a fault; 3 a gate missed, or a
+recipe that does not fit; 130 and 143 after a signal, with everything saved.
 """
 _UPSTREAM = """## training, lora, quantization
 
