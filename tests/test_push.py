@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import hub as transformers_hub
 
 from finetune import rows
+from finetune.adapt import known_by
 from finetune.assemble import Request, plan
 from finetune.base import ModelError, locate
 from finetune.card import is_ours
@@ -37,7 +38,7 @@ from finetune.origin import hub_id, license_of
 from finetune.push import PushError, pack, push
 from finetune.recipe import load_recipe
 from finetune.sections import HubSection, ModelSection, Source
-from finetune.train import _base, train
+from finetune.train import train
 from finetune.uploads import Uploads
 
 # huggingface_hub 2.4 calls httpx2 by a name that it gives up.
@@ -821,7 +822,7 @@ def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:
         recipe = load_recipe(recipe_of(tmp_path), [f"model.revision={revision}"])
         weight = load_model(recipe).get_input_embeddings().weight
         assert torch.equal(weight, tensors["model.embed_tokens.weight"] * factor), revision
-        assert _base(recipe) == {"base_commit": sha if factor == 2 else COMMIT}
+        assert known_by(recipe) == {"base_commit": sha if factor == 2 else COMMIT}
 
 
 def test_offline_a_run_and_its_base_come_from_the_cache(
