@@ -117,7 +117,10 @@ def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, s
     assert trained[1].count("\x1b[?25l") == trained[1].count("\x1b[?25h") == 1
 
 
-def test_elsewhere_there_are_plain_lines(write_recipe: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_there_are_plain_lines(
+    write_recipe: Copy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks and CI do
     path = write_recipe(training={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1})
     assert main(["train", str(path), "data.eval_fraction=0.1"]) == 0
     out, err = capfd.readouterr()
