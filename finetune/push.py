@@ -150,6 +150,9 @@ def pack(
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
+    formats = _formats(folder)
+    if len(formats) == 1 and not any(folder.glob("*.gguf")):
+        folder = formats[0]  # programs look for a model's files at the top of a repository
     found = dict(_listed(folder))
     if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):
         raise PushError(
@@ -189,10 +192,7 @@ def pack(
 
 def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files of a folder that are on the list, by their name in the repository; of an export its formats too."""
-    inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    inner += [path.parent for path in sorted(folder.glob("*/*.gguf"))]
-    formats = dict.fromkeys(inner) if (folder / "report.json").is_file() else {}
-    for place in (folder, *formats):
+    for place in (folder, *_formats(folder)):
         for pattern in _LIST:
             for path in sorted(place.glob(pattern)):
                 if path.is_file() and not (place != folder and path.name == "README.md"):
@@ -201,6 +201,15 @@ def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
     if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
         for path in sorted(folder.glob("*.py")):  # the model cannot be loaded without its code
             yield path.name, path
+
+
+def _formats(folder: Path) -> list[Path]:
+    """The folders of an export, one for each of its formats; of anything else none."""
+    if not (folder / "report.json").is_file():
+        return []
+    inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    inner += [path.parent for path in sorted(folder.glob("*/*.gguf"))]
+    return list(dict.fromkeys(inner))
 
 
 def _kind(found: dict[str, Path]) -> str:

@@ -380,11 +380,19 @@ def test_what_is_on_no_list_stays_here(hub: Hub, tmp_path: Path, trained: Path) 
 
 def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: Path) -> None:
     export = tmp_path / "exports"
-    shutil.copytree(merged, export / "bf16")
-    (export / "bf16" / "merge.json").unlink()
-    (export / "bf16" / "README.md").write_text("its own page")
+    for name in ("bf16", "nf4"):
+        shutil.copytree(merged, export / name)
+        (export / name / "merge.json").unlink()
+        (export / name / "README.md").write_text("its own page")
+    for name in ("gguf/exports-Q8_0.gguf", "gguf/exports-Q4_K_M.gguf", "gguf/imatrix.gguf"):
+        (export / name).parent.mkdir(exist_ok=True)
+        (export / name).write_bytes(name.encode())
+    shutil.copytree(
+        export / "gguf", export / "ollama", ignore=lambda *_: ["exports-Q8_0.gguf", "imatrix.gguf"]
+    )
+    (export / "ollama" / "Modelfile").write_text("FROM ./exports-Q4_K_M.gguf")
     model = {"name": "bf16", "against": "merged", "perplexity": 12.5, "kl": 0.5, "kl_p99": 0.75, "top1": 0.5}
-    model |= {"stopped": 3, "tokens": 10, "answers_equal": 2}
+    model |= {"stopped": 3, "tokens": 10, "answers_equal": 2, "answered": 6}
     report = {
         "title": "exports",
         "model": str(merged),
@@ -399,15 +407,47 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     assert {"bf16/config.json", "bf16/tokenizer.json", "README.md", "report.json", "loss.png"} <= set(files)
     assert "bf16/README.md" not in files
     page = files["README.md"].decode()
-    assert 'AutoModelForCausalLM.from_pretrained("you/all", subfolder="bf16", dtype="auto")' in page
+    assert "There is a model in each of bf16, nf4;" in page
+    assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto", device_map="auto")' in page
     assert "What the model is fed for a system message and a question" in page
+    listed = "- `gguf/exports-Q4_K_M.gguf`\n- `gguf/exports-Q8_0.gguf`\n\nllama.cpp"
+    commands = (
+        "hf download you/all ollama/Modelfile ollama/exports-Q4_K_M.gguf --local-dir model\ncd model/ollama\n"
+    )
+    assert listed in page
+    assert "\nllama-server -hf you/all -hff gguf/exports-Q4_K_M.gguf\n" in page
+    assert f"{commands}ollama create all -f Modelfile\n" in page
     (export / "bf16" / "README.md").unlink()
     push(export / "bf16", "you/one")
     card = ModelCard(hub.repos["you/one"].files()["README.md"].decode())
-    assert "| 12.5 | 0.5 | 0.75 | 50.00% | 2 | 3 |" in card.text
+    assert "| 12.5 | 0.5 | 0.75 | 50.00% | 2 of 6 | 3 of 6 |" in card.text
     assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"] == [
         {"type": "perplexity", "value": 12.5, "name": "perplexity"}
     ]
+
+
+def test_an_export_of_one_format_is_at_the_top_of_its_repository(
+    hub: Hub, tmp_path: Path, merged: Path
+) -> None:
+    export = tmp_path / "exports"
+    (export / "gguf").mkdir(parents=True)
+    for name in ("exports-Q4_K_M.gguf", "imatrix.gguf"):
+        (export / "gguf" / name).write_bytes(name.encode())
+    report = {"title": "exports", "model": str(merged), "base": "tiny/gemma3", "rows": "rows", "models": []}
+    (export / "report.json").write_text(json.dumps(report))
+    (export / "report.md").write_text("# exports\n\n| Q4_K_M | 12.5 |\n")
+    push(export, "you/gguf")
+    files = hub.repos["you/gguf"].files()
+    assert {"exports-Q4_K_M.gguf", "imatrix.gguf", "ledger.json"} <= set(files)
+    assert [name for name in files if "/" in name] == []
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model_relation, card.data.library_name) == ("quantized", "gguf")
+    assert "from transformers" not in card.text
+    assert "llama-server -hf you/gguf -hff exports-Q4_K_M.gguf\n" in card.text
+    assert "ollama run hf.co/you/gguf\n" in card.text
+    assert "| Q4_K_M | 12.5 |" in card.text
+    # The template that is in the file is the model's.
+    assert "What the model is fed for a system message and a question" in card.text
 
 
 LOCAL = "/some disk/models/my base"
@@ -485,6 +525,7 @@ def test_the_page_of_a_run(said: Said) -> None:
     assert data == {
         "base_model": "tiny/gemma3",
         "base_model_relation": "adapter",
+        "language": ["ja", "en"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
     }
@@ -505,8 +546,15 @@ def test_the_page_of_a_run(said: Said) -> None:
     )
     assert f"| evaluation, step 4 | {last:.4f} |" in text
     assert "![training and evaluation loss by step](loss.png)" in text
-    assert 'AutoPeftModelForCausalLM.from_pretrained(\n    "you/run",\n    dtype="auto",\n)' in text
-    assert "--max-lora-rank 8 --lora-modules run=you/run" in text
+    assert (
+        'AutoPeftModelForCausalLM.from_pretrained(\n    "you/run",\n    dtype="auto",\n    device_map="auto",\n)'
+        in text
+    )
+    assert (
+        "hf download you/run chat_template.jinja --local-dir .\n"
+        f"vllm serve tiny/gemma3 --revision {COMMIT} --enable-lora --max-lora-rank 8 --lora-modules run=you/run "
+        "--chat-template chat_template.jinja\n"
+    ) in text
     messages = [{"role": "system", "content": "(system)"}, {"role": "user", "content": "(question)"}]
     fed = AutoTokenizer.from_pretrained(run).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -555,6 +603,33 @@ def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
     push(run, "you/mine", say=lines.append)
     assert b"# My model" in hub.repos["you/mine"].files()["README.md"]
     assert f"{run / 'README.md'} was changed by hand, and is pushed as it is" in lines
+
+
+def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None:
+    def of(**rows: int) -> Any:
+        languages = {name: {"rows": count} for name, count in rows.items()}
+        ledger["train"]["languages"] = languages
+        (run / "ledger.json").write_text(json.dumps(ledger))
+        return ModelCard(bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()).data.language
+
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert of(English=89, Japanese=10, other=1) == ["en", "ja"]
+    assert of(English=9, Japanese=91) == ["ja"]
+    assert of(other=95, English=5) is None
+    assert of() is None
+
+
+def test_four_bits_are_computed_in_the_type_of_the_training(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["quantization"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    environment = json.loads((run / "environment.json").read_text())
+    for dtype, more in (("bfloat16", 'bnb_4bit_compute_dtype="bfloat16", '), ("float16", "")):
+        (run / "environment.json").write_text(json.dumps(environment | {"dtype": dtype}))
+        page = bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()
+        config = f'BitsAndBytesConfig({more}bnb_4bit_quant_type="nf4", load_in_4bit=True)'
+        assert config in page
+        assert "# pip install transformers accelerate peft bitsandbytes\n" in page
 
 
 def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:

@@ -340,7 +340,8 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     merged = {"base": "b/c", "base_weights": "original", "dtype": "bfloat16"}
     merged["adapters"] = [{"path": "/home/somebody/run", "weight": 0.5}]
     formats = [
-        {"name": "merged", "bytes": 2_000_000, "perplexity": 15.0, "stopped": 8, "against": None, "kl": None},
+        {"name": "merged", "bytes": 2_000_000, "perplexity": 15.0, "stopped": 8, "answered": 10}
+        | {"against": None, "kl": None},
         {"name": "nf4", "bytes": 1_000_000, "perplexity": 20.3, "stopped": 3, "against": "merged", "kl": 0.37}
         | {"top1": 0.6497},
         {"name": "int8", "bytes": 5, "error": "it does not load"},
@@ -357,7 +358,9 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     assert "rows run: tokens perplexity accuracy all 1,234 15.01 50.0%" in text
     assert "Merged model in merged/ base b/c merged into the original weights adapters run × 0.5" in text
     assert "/home/somebody" not in text
-    assert "merged 2.0 MB 15 8 nf4 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load" in text
+    assert (
+        "merged 2.0 MB 15 8 of 10 nf4 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load" in text
+    )
     assert "Falls short: nf4: mean KL is 0.37 A note." in text
 
 

@@ -195,6 +195,9 @@ def export(
                     lines += [*missed(now, gate), *faults(now)]
             if "ollama" in formats:
                 _ollama(folder / best, beside / "ollama", work / "Modelfile")
+        for one in found.values():
+            if "answers" in one:
+                one["answered"] = len(one["answers"])
         report = {
             "title": output.name,
             "finetune": __version__,
