@@ -34,7 +34,8 @@ from finetune.cli import main
 from finetune.merge import merge
 from finetune.model import load_model, load_tokenizer
 from finetune.origin import hub_id, license_of
-from finetune.push import PushError, pack, push
+from finetune.parcel import PushError, pack
+from finetune.push import push
 from finetune.recipe import load_recipe
 from finetune.sections import HubSection, ModelSection, Source
 from finetune.train import _base, train
