@@ -51,6 +51,12 @@ def is_ours(text: str) -> bool:
     return bool(above) and text == above + _MARK.format(_digest(above))
 
 
+def marked(text: str) -> str:
+    """A page of ours that was changed on its way to the Hub, as one that nobody has changed since."""
+    above, _, _ = text.rpartition(_MARK.split("{}")[0])
+    return above + _MARK.format(_digest(above))
+
+
 def model_card(
     folder: Path, repo: str | None = None, base: Base | None = None, terms: dict[str, str] | None = None
 ) -> str:

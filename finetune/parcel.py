@@ -16,8 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune import card, hub, origin
 from finetune.base import cache_dir
 from finetune.checks import is_repo
@@ -25,12 +23,8 @@ from finetune.reader import SECRET, SECRET_NAME
 
 Say = Callable[[str], None]
 
-_WEIGHTS = (
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "*.gguf",
-)
+WHOLE = ("model.safetensors", "model-*-of-*.safetensors")
+_WEIGHTS = (*WHOLE, "adapter_model.safetensors", "*.gguf")
 # All that is sent. Checkpoints, optimizer states, pickles and caches are on no list, whatever they are called.
 _LIST = (
     *_WEIGHTS,
@@ -112,15 +106,14 @@ def pack(
     terms = origin.license_of(base.hub) or (_inherited(base.hub) if ask else {})
     if not terms and ask:
         say(f"license: {base.hub} does not tell under which terms it stands, so the page does not either")
-    readme = found.pop("README.md", None)
-    text = readme.read_text(encoding="utf-8") if readme else ""
+    paths, readme = _Paths(folder, run, base), found.pop("README.md", None)
+    text = _text(readme) if readme else ""
     if text and not card.is_ours(text):
         say(f"{readme} was changed by hand, and is pushed as it is")
-        page = text
+        page = paths.rewritten("README.md", text)
     else:
-        page = card.page(folder, repo_id, base, terms)
-    paths = _Paths(folder, run, base)
-    files: dict[str, bytes | Path] = {"README.md": paths.rewritten("README.md", page).encode()}
+        page = card.marked(paths.rewritten("README.md", card.page(folder, repo_id, base, terms)))
+    files: dict[str, bytes | Path] = {"README.md": page.encode()}
     for name, path in sorted(found.items()):
         files[name] = _content(name, path, paths, base)
     for name, content in files.items():
@@ -137,7 +130,7 @@ def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
                 if path.is_file() and not (place != folder and path.name == "README.md"):
                     yield path.relative_to(folder).as_posix(), path
     config = folder / "config.json"
-    if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
+    if "auto_map" in origin.read_json(config):
         for path in sorted(folder.glob("*.py")):  # the model cannot be loaded without its code
             yield path.name, path
 
@@ -161,13 +154,20 @@ def _content(name: str, path: Path, paths: _Paths, base: origin.Base) -> bytes |
     """A file as it is sent: itself, or its text without what is of this machine alone."""
     if path.name in _AS_IT_IS or not path.name.endswith(_TEXT):
         return path
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if path.name == "adapter_config.json":
         config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     elif name.endswith(".json") and "\\u" in text:  # by which a path may be spelled
         text = json.dumps(json.loads(text), ensure_ascii=False, indent=1) + "\n"
     return paths.rewritten(name, text).encode()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PushError(f"{path} is damaged: {error}") from error
 
 
 class _Paths:
@@ -185,9 +185,9 @@ class _Paths:
             if path.name in _AS_IT_IS:
                 continue
             if path.suffix == ".json":
-                named |= set(_paths_in(json.loads(path.read_text(encoding="utf-8"))))
+                named |= set(_paths_in(origin.read_json(path)))
             elif path.name == "recipe.yaml":
-                named |= set(_paths_in(yaml.safe_load(path.read_text(encoding="utf-8"))))
+                named |= set(_paths_in(origin.sections_of(path.parent)))
         self.named = sorted(named, key=len, reverse=True)
 
     def rewritten(self, name: str, text: str) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune import hub, origin
+from finetune import card, hub, origin
 from finetune.checks import is_repo
-from finetune.parcel import Parcel, PushError, Say, pack
+from finetune.parcel import WHOLE, Parcel, PushError, Say, pack
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 def push(
@@ -81,10 +88,9 @@ def send(
     Raises:
         PushError: The Hub does not take it; nothing of it is to be seen there.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    operations = [CommitOperationAdd(name, content) for name, content in parcel.files.items()]
     with hub.quiet(bars=progress), _told(repo_id):
         if not create_pr:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -95,13 +101,53 @@ def send(
             )
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.model_info(repo_id, revision=revision).sha
+        before = api.model_info(repo_id, revision=revision)
+        there = {file.rfilename for file in before.siblings or ()}
+        files = dict(parcel.files)
+        if "README.md" in there and _is_somebodys(api, repo_id, before.sha, files["README.md"]):
+            del files["README.md"]
+            say(
+                f"{repo_id}: its page was changed there, and stays; delete it there to have the one of finetune"
+            )
+        gone = sorted(_superseded(there, files))
+        if gone:
+            say(f"{repo_id}: removed there, since it is of another model: {', '.join(gone)}")
         done = api.create_commit(
-            repo_id, operations, commit_message=parcel.title, revision=revision, create_pr=create_pr
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()]
+            + [CommitOperationDelete(name) for name in gone],
+            commit_message=parcel.title,
+            revision=revision,
+            create_pr=create_pr,
         )
-    if done.oid == before:
+    if done.oid == before.sha:
         say(f"{repo_id} has all of it already")
     return str(done.pr_url or done.commit_url)
+
+
+def _superseded(there: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
+    """What a repository holds of another model, which programs would load in place of a whole one that comes now.
+
+    transformers takes an adapter before a model, and one file before shards; vLLM goes by an index that is there.
+    """
+    if not any(fnmatchcase(name, weights) for name in files for weights in WHOLE):
+        return set()
+    others = (*WHOLE, "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
+    top = {name for name in there - set(files) if "/" not in name}
+    return {name for name in top if any(fnmatchcase(name, other) for other in others)}
+
+
+def _is_somebodys(api: HfApi, repo_id: str, commit: str | None, ours: bytes | Path) -> bool:
+    """Whether a person has written or changed the page on the Hub, and not the one that is to come."""
+    assert isinstance(ours, bytes)
+    if not card.is_ours(ours.decode()):
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        file = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=place)
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+    # The Hub's own first page has metadata alone.
+    words = re.sub(r"\A---\n.*?^---\s*$", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
+    return bool(words.strip()) and not card.is_ours(text)
 
 
 @contextlib.contextmanager

@@ -633,6 +633,74 @@ def test_four_bits_are_computed_in_the_type_of_the_training(run: Path) -> None:
         assert "# pip install transformers accelerate peft bitsandbytes\n" in page
 
 
+def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> None:
+    lines: list[str] = []
+    stays = "you/web: its page was changed there, and stays; delete it there to have the one of finetune"
+
+    def pushed(**files: bytes) -> str:
+        lines.clear()
+        if files:
+            repo.add("main", {"README.md": files["page"]}, "on the Hub's own page")
+        push(run, "you/web", say=lines.append)
+        return repo.files()["README.md"].decode()
+
+    push(run, "you/web")
+    repo = hub.repos["you/web"]
+    first = repo.files()["README.md"].decode()
+    # Paths were taken out of it, and it is still known as finetune's.
+    assert is_ours(first)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 0.125}\n')
+    assert "| training, last logged (step 9) | 0.1250 |" in pushed()
+    assert stays not in lines
+    theirs = first.replace("\n# web\n", "\n# Mine\n")
+    assert pushed(page=theirs.encode()) == theirs
+    assert stays in lines
+    # The Hub begins a repository with metadata alone.
+    assert "# web" in pushed(page=b"---\nlicense: mit\n---\n")
+    assert stays not in lines
+    # What was changed in the run goes before what was changed there.
+    page = "---\nlicense: mit\n---\n\n# From here\n"
+    (run / "README.md").write_text(page)
+    assert pushed(page=theirs.encode()) == page
+
+
+def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Path, hub: Hub) -> None:
+    push(trained, "you/both")
+    repo, lines = hub.repos["you/both"], list[str]()
+    repo.add("main", {"model.safetensors": b"old", "model-x/model.safetensors": b"other", "x.gguf": b"x"}, "")
+    push(merged, "you/both", say=lines.append)
+    gone = ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
+    assert f"you/both: removed there, since it is of another model: {', '.join(gone)}" in lines
+    assert set(gone).isdisjoint(repo.files())
+    assert {"model.safetensors.index.json", "model-x/model.safetensors", "x.gguf"} <= set(repo.files())
+    theirs = AutoModelForCausalLM.from_pretrained("you/both")
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    assert torch.equal(logits(theirs, merged), logits(ours, merged))
+    # An adapter beside a model takes nothing away.
+    push(trained, "you/both")
+    assert {"adapter_model.safetensors", "model.safetensors.index.json"} <= set(repo.files())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("special_tokens_map.json", b"{"),
+        ("generation_config.json", b"\xff"),
+        ("metrics.jsonl", b"\xff\n"),
+        ("README.md", b"\xff"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    name: str, data: bytes, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_bytes(data)
+    assert main(["push", str(run), "--repo-id", "you/damaged", "--quiet"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run / name}")
+    assert "fault of ours" not in line
+
+
 def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
     (run / "README.md").write_text("---\nbase_model: [a b]\n---\nmine\n")
     with pytest.raises(
@@ -753,8 +821,8 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "somebody else's": (
         {},
         "--repo-id other/x",
-        "other/x is not for this token (You don't have the rights to create a model under other); make one that may "
-        f"write there on {{url}}/settings/tokens {AGAIN}",
+        "other/x is not for this token (You don't have the rights to create a model under other); look at its owner's "
+        f"name, or make one that may write there on {{url}}/settings/tokens {AGAIN}",
     ),
     "no such repository": (
         {},
