@@ -143,8 +143,12 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
     metrics: list[dict[str, Any]] = []
     if run and (file := file_of(run, "metrics.jsonl")):
         metrics = read_records(file)
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if step:  # what the run became later is not what lies here
+        metrics = [m for m in metrics if m["step"] <= int(step[1]) and "train_runtime" not in m]
     text = (run and file_of(run, "recipe.yaml")) or file_of(folder, "recipe.yaml")
     return {
+        "checkpoint": int(step[1]) if step else None,
         "sources": [source["path"] for source in (recipe.get("data") or {}).get("train") or []],
         "quantization": recipe.get("quantization"),
         "recipe": text.read_text(encoding="utf-8") if text else "",

@@ -192,8 +192,8 @@ def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> 
     name = "adapter_model.safetensors"
     assert repo.commits[commits[0]][name] == (run / "checkpoint-2" / name).read_bytes()
     assert repo.files()[name] == (run / name).read_bytes()
-    assert b"The run goes on: this is how it stood after step 2." in repo.commits[commits[0]]["README.md"]
-    assert b"goes on" not in repo.files()["README.md"]
+    assert b"A checkpoint: this is how the run stood after step 2." in repo.commits[commits[0]]["README.md"]
+    assert b"A checkpoint" not in repo.files()["README.md"]
     assert not (run / ".pushing").exists()
     # One commit each, and the metadata of each page was looked at.
     assert sum("/commit/" in line for line in log) == 2
@@ -631,6 +631,16 @@ def test_four_bits_are_computed_in_the_type_of_the_training(run: Path) -> None:
         config = f'BitsAndBytesConfig({more}bnb_4bit_quant_type="nf4", load_in_4bit=True)'
         assert config in page
         assert "# pip install transformers accelerate peft bitsandbytes\n" in page
+
+
+def test_the_page_of_a_checkpoint_tells_nothing_of_what_came_later(trained: Path) -> None:
+    page = bytes(pack(trained / "checkpoint-2", "you/early").files["README.md"]).decode()
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    [loss] = [r["loss"] for r in records if r["step"] == 2 and "loss" in r]
+    assert f"| training, last logged (step 2) | {loss:.4f} |" in page
+    assert "(step 4)" not in page
+    assert "evaluation, step 4" not in page
+    assert "- training: " not in page
 
 
 def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> None:
