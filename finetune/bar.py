@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +12,16 @@ from typing import Any
 def terminal() -> Any:
     """The terminal that standard error is, as rich's console; None where it is none, or one that draws nothing.
 
-    FORCE_COLOR, which notebooks and CI set to have colours, makes rich take a file or a pipe for a terminal.
+    FORCE_COLOR, which notebooks and CI set to have colours, makes rich take a file or a pipe for a terminal. The
+    commands of a notebook's cell have a terminal, but its page keeps all that was ever drawn there.
 
-    Source: rich 15.0 `console.py`, `Console.is_terminal`.
+    Source: rich 15.0 `console.py`, `Console.is_terminal`; ipykernel 7.4 `zmqshell.py`, `init_environment`.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    return console if console.is_interactive and sys.stderr.isatty() else None
+    notebook = os.environ.get("TERM") == "xterm-color" and "CLICOLOR_FORCE" in os.environ
+    return console if console.is_interactive and sys.stderr.isatty() and not notebook else None
 
 
 @contextmanager

@@ -274,7 +274,8 @@ def _exported(report: Any) -> dict[str, Any] | None:
             of = f" of {found['answered']}" if found.get("answered") else ""
             found = found | {"stops": f"{found['stopped']}{of}"}
         cells = [show(found[key]) if found.get(key) is not None else "" for key, show in columns.values()]
-        rows.append([found["name"], *cells, found.get("error", "")])
+        name = f"{found['name']} (not kept)" if found.get("kept") is False else found["name"]
+        rows.append([name, *cells, found.get("error", "")])
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     notes, missed = _seen([report["notes"], report["missed"]])

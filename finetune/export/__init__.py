@@ -365,7 +365,7 @@ def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
             if compared
             else ""
         )
-        + "Answers: greedy, to the beginnings of the first ten rows, at most 64 tokens. "
+        + "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
         "Token ids: of ten conversations."
     ]
     merges = [item for item in found if item["name"].startswith("merged, ") and item.get("kl") is not None]
