@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import file_of, read_records
-from finetune.evaluate.report import tables
+from finetune.evaluate.report import HELD_OUT, intro, tables
 from finetune.origin import Base, base_of, hub_id, license_of, read_json, report_of, run_of, sections_of
 from finetune.rows import is_file
 
@@ -74,6 +74,7 @@ def model_card(
         "relation": relation,
         "merged": merged,
         "evaluation": [] if not evaluation else tables(evaluation),
+        "asked": intro(evaluation) if evaluation else "",
         "picture": bool(run and file_of(run, "loss.png")),
     }
     values["use"] = _use((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
@@ -275,7 +276,9 @@ def _evaluated(
     if answers:
         figures.append(("stopped", "answers that end by themselves", answers["stopped"]))
     found = [figure for figure in figures if figure[2] is not None]
-    data = _results(name, recipe, found, f"held-out rows; prompts: {evaluation['prompts']}")
+    rows = f"held-out rows (at most {evaluation['limit']})" if evaluation["limit"] else "held-out rows"
+    asked = evaluation["prompts"]
+    data = _results(name, recipe, found, rows if asked == HELD_OUT else f"{rows}; prompts: {asked}")
     languages = [code for code in (answers.get("languages") or {}) if re.fullmatch("[a-z]{2,3}", code)]
     return data | ({"language": languages} if languages else {})
 

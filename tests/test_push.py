@@ -581,8 +581,9 @@ def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> No
     }
     model = {"name": str(run), "answers": answers, "tasks": {"arc, acc": 0.625}, "loss": loss}
     report = {"prompts": "p.jsonl", "recipe": str(run / "recipe.yaml"), "models": [model], "answers": []}
+    report |= {"same_tokens": True}
     (run / "evaluation" / "judge").mkdir(parents=True)
-    (run / "evaluation" / "report.json").write_text(json.dumps(report | {"max_new_tokens": 8, "limit": None}))
+    (run / "evaluation" / "report.json").write_text(json.dumps(report | {"max_new_tokens": 8, "limit": 4}))
     (run / "evaluation" / "judge" / "replies.json").write_text("[]")
     push(run, "you/judged")
     files = hub.repos["you/judged"].files()
@@ -592,9 +593,13 @@ def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> No
     assert card.data.language == ["ja", "en"]
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert metrics == {"perplexity": 9.25, "accuracy": 0.5, "language": 0.75, "stopped": 0.25}
-    assert card.data.eval_results[0].dataset_name == "held-out rows; prompts: p.jsonl"
+    assert card.data.eval_results[0].dataset_name == "held-out rows (at most 4); prompts: p.jsonl"
     evaluation = card.text.partition("## Evaluation\n")[2].partition("## Recipe")[0]
-    assert [word for word in ("9.25", "50.0%", "75.0%", "25", "arc, acc") if word not in evaluation] == []
+    assert [
+        word
+        for word in ("9.25", "50.0%", "75.0%", "25.0% (1 of 4)", "arc, acc", "at most 8 tokens")
+        if word not in evaluation
+    ] == []
 
 
 def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:

@@ -357,7 +357,8 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     model = {
         "name": "run",
         "loss": {"all": {"all": {"tokens": 1234, "perplexity": 15.01, "accuracy": 0.5}}},
-        "answers": {"language": share, "languages": {}, "stopped": 0.8, "repetition": 0.1, "tokens": 9.0},
+        "answers": {"language": share, "languages": {}, "stopped": 0.8, "repetition": 0.1, "tokens": 9.0}
+        | {"count": 10},
         "tasks": {},
     }
     report = {"models": [model], "answers": [{}], "limit": None, "max_new_tokens": 8, "same_tokens": True}
