@@ -84,7 +84,7 @@ def pack(
     if not folder.is_dir():
         raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
     formats = _formats(folder)
-    if len(formats) == 1 and not any(folder.glob("*.gguf")):
+    if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
         folder = formats[0]  # programs look for a model's files at the top of a repository
     found = dict(_listed(folder))
     if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):

@@ -427,6 +427,12 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     ]
 
 
+def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> None:
+    shutil.copytree(merged, run / "merged")
+    (run / "report.json").write_text("{}")  # of an evaluation that was written there
+    assert "adapter_model.safetensors" in pack(run, "you/run", ask=False).files
+
+
 def test_an_export_of_one_format_is_at_the_top_of_its_repository(
     hub: Hub, tmp_path: Path, merged: Path
 ) -> None:
