@@ -461,8 +461,8 @@ def test_the_report_says_what_was_compared_and_with_what(exported: Path, run: Pa
     tokens = found["models"][0]["tokens"]
     assert found["notes"][0] == (
         f"Perplexity: of {tokens:,} trained tokens of held-out rows of the run. KL (nats a token) and top-1: of the first "
-        f"{tokens:,}, against the model named in the last column. Answers: greedy, to the beginnings of the first "
-        "ten rows, at most 64 tokens. Token ids: of ten conversations."
+        f"{tokens:,}, against the model named in the last column. Answers: greedy, to the beginnings of at most "
+        "ten rows, each at most 64 tokens. Token ids: of ten conversations."
     )
     # Only of float16, which alone can overflow.
     half = figures(exported)["fp16"]["activations"]
