@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+
+def terminal() -> Any:
+    """The terminal that standard error is, as rich's console; None where it is none, or one that draws nothing.
+
+    FORCE_COLOR, which notebooks and CI set to have colours, makes rich take a file or a pipe for a terminal. The
+    commands of a notebook's cell have a terminal, but its page keeps all that was ever drawn there.
+
+    Source: rich 15.0 `console.py`, `Console.is_terminal`; ipykernel 7.4 `zmqshell.py`, `init_environment`.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    notebook = os.environ.get("TERM") == "xterm-color" and "CLICOLOR_FORCE" in os.environ
+    return console if console.is_interactive and sys.stderr.isatty() and not notebook else None
 
 
 @contextmanager
 def bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callable[[int], None]]:
     """What to call with how many more are done; `unit` is "bytes" where sizes are counted."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -19,8 +36,8 @@ def bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callabl
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    if not (shown and total and console.is_terminal):
+    console = terminal() if shown and total else None
+    if console is None:
         yield lambda count: None
         return
     done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import file_of, read_records
-from finetune.evaluate.report import tables
+from finetune.evaluate.report import HELD_OUT, intro, tables
 from finetune.origin import Base, base_of, hub_id, license_of, read_json, report_of, run_of, sections_of
 from finetune.rows import is_file
 
 # Of a page that nobody has changed since: the digest of what stands above it.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 _TRAINED = ("adapter_config.json", "config.json")
+# The ledger's names.
+_CODES = {"English": "en", "Japanese": "ja"}
 # vLLM serves adapters up to one of these ranks, and none that change more than their layers.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -48,6 +51,12 @@ def is_ours(text: str) -> bool:
     return bool(above) and text == above + _MARK.format(_digest(above))
 
 
+def marked(text: str) -> str:
+    """A page of ours that was changed on its way to the Hub, as one that nobody has changed since."""
+    above, _, _ = text.rpartition(_MARK.split("{}")[0])
+    return above + _MARK.format(_digest(above))
+
+
 def model_card(
     folder: Path, repo: str | None = None, base: Base | None = None, terms: dict[str, str] | None = None
 ) -> str:
@@ -65,11 +74,12 @@ def model_card(
         "relation": relation,
         "merged": merged,
         "evaluation": [] if not evaluation else tables(evaluation),
+        "asked": intro(evaluation) if evaluation else "",
         "picture": bool(run and file_of(run, "loss.png")),
-        "use": _use(folder, repo or name, "adapter" if adapter else "whole", base, recipe, adapter),
     }
+    values["use"] = _use((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
     data = _metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
-    data |= _evaluated(name, recipe, evaluation, values["evaluations"])
+    data |= _spoken(values["ledger"]) | _evaluated(name, recipe, evaluation, values["evaluations"])
     return _card("model_card.md.jinja", data, values)
 
 
@@ -94,18 +104,15 @@ def export_card(
     base = base or Base(report.get("base", ""), hub_id(report.get("base", "")))
     place = folder or Path(kind or ".")
     run, recipe = run_of(place), sections_of(place)
-    # The one that most will want stands first.
-    files = sorted(
-        (path.name for path in place.glob("*.gguf") if path.name != "imatrix.gguf"),
-        key=lambda name: ("Q4_K_M" not in name, name),
-    )
+    files, modelfile = _gguf_files(place)
     found = next((item for item in report.get("models") or [] if item["name"] == kind), None)
-    quantized = kind in ("int8", "nf4") or bool(files)
-    relation = "quantized" if quantized else "finetune"
     name = _name(place, repo) if folder else report["title"]
-    use = "gguf" if files else kind if kind in ("int8", "nf4") else "whole"
-    target = repo or (kind or name if folder is None else name)
     folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
+    small = {kind or "", *folders} - {""} <= {"int8", "nf4"} and bool(kind or folders)
+    only_files = bool(files) and not folders
+    relation = "quantized" if only_files or small else "finetune"
+    use = "gguf" if only_files else (kind or folders[0]) if small else "whole"
+    target = repo or (kind or name if folder is None else name)
     values = _told(place, run, recipe) | {
         "name": name,
         "kind": kind,
@@ -116,10 +123,12 @@ def export_card(
         "table": _table(place),
         "folders": folders,
         "picture": bool(run and repo and file_of(run, "loss.png")),
-        "use": _use(place / folders[0] if folders else place, target, use, base, recipe, {})
-        | {"files": files},
     }
-    data = _metadata(base, relation, "gguf" if files else "transformers", terms, recipe)
+    # A GGUF file holds the template of the model that it was written from.
+    places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
+    values["use"] = _use(places, target, use, base, values, {}) | {"files": files, "modelfile": modelfile}
+    data = _metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
+    data |= _spoken(values["ledger"])
     perplexity = (found or {}).get("perplexity")
     if perplexity is not None and repo:
         data |= _results(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
@@ -135,9 +144,14 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
     metrics: list[dict[str, Any]] = []
     if run and (file := file_of(run, "metrics.jsonl")):
         metrics = read_records(file)
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if step:  # what the run became later is not what lies here
+        metrics = [m for m in metrics if m["step"] <= int(step[1]) and "train_runtime" not in m]
     text = (run and file_of(run, "recipe.yaml")) or file_of(folder, "recipe.yaml")
     return {
+        "checkpoint": int(step[1]) if step else None,
         "sources": [source["path"] for source in (recipe.get("data") or {}).get("train") or []],
+        "quantization": recipe.get("quantization"),
         "recipe": text.read_text(encoding="utf-8") if text else "",
         "ledger": read_json(run and file_of(run, "ledger.json")),
         "environment": read_json(run and file_of(run, "environment.json")),
@@ -148,25 +162,44 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
 
 
 def _use(
-    folder: Path, target: str, kind: str, base: Base, recipe: dict[str, Any], adapter: dict[str, Any]
+    places: Sequence[Path], target: str, kind: str, base: Base, told: dict[str, Any], adapter: dict[str, Any]
 ) -> dict[str, Any]:
-    """How it is asked: by which programs, and with which text around a message."""
+    """How it is asked: by which programs, and with which text around a message, by the first place that tells."""
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
     more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
     fits = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
-    prompt, system = _prompt(folder)
+    prompt, system = _prompt(next((p for p in places if (p / "chat_template.jinja").is_file()), places[0]))
+    bits = told["quantization"]
+    # Upstream computes in float32 where nothing is said. Float16 is no example: a Gemma overflows in it elsewhere.
+    if bits and bits.get("load_in_4bit") and told["environment"].get("dtype") == "bfloat16":
+        bits = {"bnb_4bit_compute_dtype": "bfloat16"} | bits
     return {
         "kind": kind,
         "target": target,
         "base": base.hub or base.name,
         "revision": base.revision,
-        "quantization": recipe.get("quantization"),
+        "quantization": bits,
         "rank": next((n for n in _RANKS if n >= rank), None) if fits else None,
         "prompt": prompt,
         "system": system,
-        "modelfile": (folder / "Modelfile").is_file(),
+        "modelfile": None,
         "files": [],
     }
+
+
+def _gguf_files(place: Path) -> tuple[list[str], list[str] | None]:
+    """The GGUF files of a folder or of its formats, and those of Ollama's: the Modelfile first."""
+    patterns = ("*/*.gguf", "gguf/*.gguf", "*.gguf")  # Ollama's is the same file again
+    found = {path.name: path for pattern in patterns for path in place.glob(pattern)}
+    found.pop("imatrix.gguf", None)
+    # The one that most will want stands first.
+    files = sorted(found.values(), key=lambda path: ("Q4_K_M" not in path.name, path.name))
+    modelfile = next((p for p in (place / "Modelfile", place / "ollama" / "Modelfile") if p.is_file()), None)
+    named = [path.relative_to(place).as_posix() for path in files]
+    if modelfile is None:
+        return named, None
+    beside = next((path.name for path in files if (modelfile.parent / path.name).is_file()), "")
+    return named, [p.relative_to(place).as_posix() for p in (modelfile, modelfile.parent / beside)]
 
 
 def _prompt(folder: Path) -> tuple[str | None, bool]:
@@ -213,6 +246,18 @@ def _metadata(
     return {key: value for key, value in data.items() if value is not None}
 
 
+def _spoken(ledger: dict[str, Any]) -> dict[str, Any]:
+    """The languages of at least a tenth of the training rows, as far as the ledger knows them."""
+    languages = (ledger.get("train") or {}).get("languages") or {}
+    rows = {name: of["rows"] for name, of in languages.items()}
+    codes = [
+        _CODES[name]
+        for name in sorted(rows, key=lambda name: -rows[name])
+        if name in _CODES and rows[name] * 10 >= sum(rows.values())
+    ]
+    return {"language": codes} if codes else {}
+
+
 def _evaluated(
     name: str, recipe: dict[str, Any], evaluation: dict[str, Any], losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -231,7 +276,9 @@ def _evaluated(
     if answers:
         figures.append(("stopped", "answers that end by themselves", answers["stopped"]))
     found = [figure for figure in figures if figure[2] is not None]
-    data = _results(name, recipe, found, f"held-out rows; prompts: {evaluation['prompts']}")
+    rows = f"held-out rows (at most {evaluation['limit']})" if evaluation["limit"] else "held-out rows"
+    asked = evaluation["prompts"]
+    data = _results(name, recipe, found, rows if asked == HELD_OUT else f"{rows}; prompts: {asked}")
     languages = [code for code in (answers.get("languages") or {}) if re.fullmatch("[a-z]{2,3}", code)]
     return data | ({"language": languages} if languages else {})
 

@@ -66,8 +66,8 @@ def _answered(error: BaseException) -> str:
         )
     if status == 403:
         return (
-            f"is not for this token ({said or 'forbidden'}); make one that may write there on "
-            f"{constants.ENDPOINT}/settings/tokens"
+            f"is not for this token ({said or 'forbidden'}); look at its owner's name, or make one that may write "
+            f"there on {constants.ENDPOINT}/settings/tokens"
         )
     if status == 429:
         return "is asked for too often; wait some minutes and try again"

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune import checkpoint
+from finetune.bar import terminal
 from finetune.cards import millijoules
 from finetune.curves import points, smoothed
 
@@ -103,12 +104,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.began, self.first = time.monotonic(), state.global_step
         if self.silent or not state.is_world_process_zero:
             return
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        console = Console(stderr=True)
-        if console.is_terminal:
+        if console := terminal():
             note = TextColumn("{task.fields[note]}")
             left = (TimeRemainingColumn(), TextColumn("left"))
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)

@@ -265,13 +265,17 @@ def _exported(report: Any) -> dict[str, Any] | None:
         "perplexity": ("perplexity", "{:.4g}".format),
         "KL mean": ("kl", lambda value: f"{value:.2g}" if value >= 1e-6 else "< 1e-6"),
         "top-1": ("top1", "{:.2%}".format),
-        "they stop": ("stopped", str),
+        "they stop": ("stops", str),
         "compared with": ("against", str),
     }
     rows = [["", *columns, ""]]
     for found in report["models"]:
+        if found.get("stopped") is not None:
+            of = f" of {found['answered']}" if found.get("answered") else ""
+            found = found | {"stops": f"{found['stopped']}{of}"}
         cells = [show(found[key]) if found.get(key) is not None else "" for key, show in columns.values()]
-        rows.append([found["name"], *cells, found.get("error", "")])
+        name = f"{found['name']} (not kept)" if found.get("kept") is False else found["name"]
+        rows.append([name, *cells, found.get("error", "")])
     if not any(row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
     notes, missed = _seen([report["notes"], report["missed"]])

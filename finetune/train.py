@@ -32,8 +32,9 @@ from finetune.model import (
     resolve_dtype,
 )
 from finetune.packing import RowsApart, check_rows
+from finetune.parcel import PushError
 from finetune.plain import beginning
-from finetune.push import PushError, check_access, push
+from finetune.push import check_access, push
 from finetune.recipe import Recipe
 from finetune.record import Meter, Progress, Record, draw_losses
 from finetune.rehearse import Rehearsal

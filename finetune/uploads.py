@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune.push import Parcel, kept, pack, send
+from finetune.parcel import Parcel, kept, pack
+from finetune.push import send
 from finetune.sections import HubSection
 
 

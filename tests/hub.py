@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,8 +52,10 @@ class Repo:
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commits[self.branches.get(revision, revision)]
 
-    def add(self, revision: str, files: dict[str, bytes], title: str) -> str:
+    def add(self, revision: str, files: dict[str, bytes], title: str, gone: Set[str] = frozenset()) -> str:
         new = {**self.files(revision), **files}
+        assert gone <= new.keys(), "what is not there cannot be deleted"
+        new = {name: data for name, data in new.items() if name not in gone}
         text = f"{len(self.commits)} {revision} {sorted((k, digest(v)) for k, v in new.items())}"
         sha = hashlib.sha1(text.encode()).hexdigest()
         self.commits[sha], self.branches[revision] = new, sha
@@ -346,10 +348,12 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.find(name) if pull else self.mine(name)
         self.at(repo, revision)
         lines = [json.loads(line) for line in body.splitlines()]
-        new = {}
+        new, gone = {}, set()
         for line in lines[1:]:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "deletedFile":
+                gone.add(value["path"])
+            elif line["key"] == "file":
                 new[value["path"]] = base64.b64decode(value["content"])
             else:
                 assert line["key"] == "lfsFile"
@@ -357,7 +361,7 @@ class Handler(BaseHTTPRequestHandler):
         number = sum(branch.startswith("refs/pr/") for branch in repo.branches) + 1
         target = f"refs/pr/{number}" if pull else revision
         repo.branches.setdefault(target, self.at(repo, revision))
-        sha = repo.add(target, new, lines[0]["value"]["summary"])
+        sha = repo.add(target, new, lines[0]["value"]["summary"], gone)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"}
         return answer | ({"pullRequestUrl": f"{self.hub.url}/{name}/discussions/{number}"} if pull else {})
 

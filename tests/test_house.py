@@ -50,6 +50,7 @@ ROOMS = [
     "gguf",
     "origin",
     "card",
+    "parcel",
     "push",
     "export",
     "inspect",

@@ -580,6 +580,9 @@ def test_recipes_that_contradict_themselves(
         ("The word 富士山 と your name, よろしく", "Japanese"),
         ("中国最高的山是什么", "other"),
         ("Où est la bibliothèque, s'il vous plaît, à côté?", "other"),
+        ("Il gatto dorme sul tavolo della cucina. " * 3, "other"),
+        ("De kat slaapt op de tafel van de keuken, en de hond is buiten — hij wacht. " * 2, "other"),
+        ("The cat sleeps on a table in its kitchen. " * 3, "English"),
         ("", "other"),
     ],
 )

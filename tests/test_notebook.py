@@ -137,6 +137,8 @@ def test_where_the_project_comes_from(cell: Callable[..., dict[str, Any]], tmp_p
 
     (tmp_path / "own/finetune-main").mkdir(parents=True)
     (tmp_path / "own/finetune-main/pyproject.toml").touch()
+    with pytest.raises(FileNotFoundError, match=r"^finetune\.zip is not here: upload it"):
+        cell("parameters", "run", "install")
     shutil.make_archive("finetune", "zip", "own")
     for source, project in (("own", "own/finetune-main"), ("finetune.zip", "project/finetune-main")):
         cell("parameters", "run", run=run, SOURCE=source)

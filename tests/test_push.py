@@ -35,7 +35,8 @@ from finetune.cli import main
 from finetune.merge import merge
 from finetune.model import load_model, load_tokenizer
 from finetune.origin import hub_id, license_of
-from finetune.push import PushError, pack, push
+from finetune.parcel import PushError, pack
+from finetune.push import push
 from finetune.recipe import load_recipe
 from finetune.sections import HubSection, ModelSection, Source
 from finetune.train import train
@@ -192,8 +193,8 @@ def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> 
     name = "adapter_model.safetensors"
     assert repo.commits[commits[0]][name] == (run / "checkpoint-2" / name).read_bytes()
     assert repo.files()[name] == (run / name).read_bytes()
-    assert b"The run goes on: this is how it stood after step 2." in repo.commits[commits[0]]["README.md"]
-    assert b"goes on" not in repo.files()["README.md"]
+    assert b"A checkpoint: this is how the run stood after step 2." in repo.commits[commits[0]]["README.md"]
+    assert b"A checkpoint" not in repo.files()["README.md"]
     assert not (run / ".pushing").exists()
     # One commit each, and the metadata of each page was looked at.
     assert sum("/commit/" in line for line in log) == 2
@@ -381,11 +382,19 @@ def test_what_is_on_no_list_stays_here(hub: Hub, tmp_path: Path, trained: Path) 
 
 def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: Path) -> None:
     export = tmp_path / "exports"
-    shutil.copytree(merged, export / "bf16")
-    (export / "bf16" / "merge.json").unlink()
-    (export / "bf16" / "README.md").write_text("its own page")
+    for name in ("bf16", "nf4"):
+        shutil.copytree(merged, export / name)
+        (export / name / "merge.json").unlink()
+        (export / name / "README.md").write_text("its own page")
+    for name in ("gguf/exports-Q8_0.gguf", "gguf/exports-Q4_K_M.gguf", "gguf/imatrix.gguf"):
+        (export / name).parent.mkdir(exist_ok=True)
+        (export / name).write_bytes(name.encode())
+    shutil.copytree(
+        export / "gguf", export / "ollama", ignore=lambda *_: ["exports-Q8_0.gguf", "imatrix.gguf"]
+    )
+    (export / "ollama" / "Modelfile").write_text("FROM ./exports-Q4_K_M.gguf")
     model = {"name": "bf16", "against": "merged", "perplexity": 12.5, "kl": 0.5, "kl_p99": 0.75, "top1": 0.5}
-    model |= {"stopped": 3, "tokens": 10, "answers_equal": 2}
+    model |= {"stopped": 3, "tokens": 10, "answers_equal": 2, "answered": 6}
     report = {
         "title": "exports",
         "model": str(merged),
@@ -400,15 +409,53 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     assert {"bf16/config.json", "bf16/tokenizer.json", "README.md", "report.json", "loss.png"} <= set(files)
     assert "bf16/README.md" not in files
     page = files["README.md"].decode()
-    assert 'AutoModelForCausalLM.from_pretrained("you/all", subfolder="bf16", dtype="auto")' in page
+    assert "There is a model in each of bf16, nf4;" in page
+    assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto", device_map="auto")' in page
     assert "What the model is fed for a system message and a question" in page
+    listed = "- `gguf/exports-Q4_K_M.gguf`\n- `gguf/exports-Q8_0.gguf`\n\nllama.cpp"
+    commands = (
+        "hf download you/all ollama/Modelfile ollama/exports-Q4_K_M.gguf --local-dir model\ncd model/ollama\n"
+    )
+    assert listed in page
+    assert "\nllama-server -hf you/all -hff gguf/exports-Q4_K_M.gguf\n" in page
+    assert f"{commands}ollama create all -f Modelfile\n" in page
     (export / "bf16" / "README.md").unlink()
     push(export / "bf16", "you/one")
     card = ModelCard(hub.repos["you/one"].files()["README.md"].decode())
-    assert "| 12.5 | 0.5 | 0.75 | 50.00% | 2 | 3 |" in card.text
+    assert "| 12.5 | 0.5 | 0.75 | 50.00% | 2 of 6 | 3 of 6 |" in card.text
     assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"] == [
         {"type": "perplexity", "value": 12.5, "name": "perplexity"}
     ]
+
+
+def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> None:
+    shutil.copytree(merged, run / "merged")
+    (run / "report.json").write_text("{}")  # of an evaluation that was written there
+    assert "adapter_model.safetensors" in pack(run, "you/run", ask=False).files
+
+
+def test_an_export_of_one_format_is_at_the_top_of_its_repository(
+    hub: Hub, tmp_path: Path, merged: Path
+) -> None:
+    export = tmp_path / "exports"
+    (export / "gguf").mkdir(parents=True)
+    for name in ("exports-Q4_K_M.gguf", "imatrix.gguf"):
+        (export / "gguf" / name).write_bytes(name.encode())
+    report = {"title": "exports", "model": str(merged), "base": "tiny/gemma3", "rows": "rows", "models": []}
+    (export / "report.json").write_text(json.dumps(report))
+    (export / "report.md").write_text("# exports\n\n| Q4_K_M | 12.5 |\n")
+    push(export, "you/gguf")
+    files = hub.repos["you/gguf"].files()
+    assert {"exports-Q4_K_M.gguf", "imatrix.gguf", "ledger.json"} <= set(files)
+    assert [name for name in files if "/" in name] == []
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model_relation, card.data.library_name) == ("quantized", "gguf")
+    assert "from transformers" not in card.text
+    assert "llama-server -hf you/gguf -hff exports-Q4_K_M.gguf\n" in card.text
+    assert "ollama run hf.co/you/gguf\n" in card.text
+    assert "| Q4_K_M | 12.5 |" in card.text
+    # The template that is in the file is the model's.
+    assert "What the model is fed for a system message and a question" in card.text
 
 
 LOCAL = "/some disk/models/my base"
@@ -486,6 +533,7 @@ def test_the_page_of_a_run(said: Said) -> None:
     assert data == {
         "base_model": "tiny/gemma3",
         "base_model_relation": "adapter",
+        "language": ["ja", "en"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
     }
@@ -506,8 +554,15 @@ def test_the_page_of_a_run(said: Said) -> None:
     )
     assert f"| evaluation, step 4 | {last:.4f} |" in text
     assert "![training and evaluation loss by step](loss.png)" in text
-    assert 'AutoPeftModelForCausalLM.from_pretrained(\n    "you/run",\n    dtype="auto",\n)' in text
-    assert "--max-lora-rank 8 --lora-modules run=you/run" in text
+    assert (
+        'AutoPeftModelForCausalLM.from_pretrained(\n    "you/run",\n    dtype="auto",\n    device_map="auto",\n)'
+        in text
+    )
+    assert (
+        "hf download you/run chat_template.jinja --local-dir .\n"
+        f"vllm serve tiny/gemma3 --revision {COMMIT} --enable-lora --max-lora-rank 8 --lora-modules run=you/run "
+        "--chat-template chat_template.jinja\n"
+    ) in text
     messages = [{"role": "system", "content": "(system)"}, {"role": "user", "content": "(question)"}]
     fed = AutoTokenizer.from_pretrained(run).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -533,8 +588,9 @@ def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> No
     }
     model = {"name": str(run), "answers": answers, "tasks": {"arc, acc": 0.625}, "loss": loss}
     report = {"prompts": "p.jsonl", "recipe": str(run / "recipe.yaml"), "models": [model], "answers": []}
+    report |= {"same_tokens": True}
     (run / "evaluation" / "judge").mkdir(parents=True)
-    (run / "evaluation" / "report.json").write_text(json.dumps(report | {"max_new_tokens": 8, "limit": None}))
+    (run / "evaluation" / "report.json").write_text(json.dumps(report | {"max_new_tokens": 8, "limit": 4}))
     (run / "evaluation" / "judge" / "replies.json").write_text("[]")
     push(run, "you/judged")
     files = hub.repos["you/judged"].files()
@@ -544,9 +600,13 @@ def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> No
     assert card.data.language == ["ja", "en"]
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert metrics == {"perplexity": 9.25, "accuracy": 0.5, "language": 0.75, "stopped": 0.25}
-    assert card.data.eval_results[0].dataset_name == "held-out rows; prompts: p.jsonl"
+    assert card.data.eval_results[0].dataset_name == "held-out rows (at most 4); prompts: p.jsonl"
     evaluation = card.text.partition("## Evaluation\n")[2].partition("## Recipe")[0]
-    assert [word for word in ("9.25", "50.0%", "75.0%", "25", "arc, acc") if word not in evaluation] == []
+    assert [
+        word
+        for word in ("9.25", "50.0%", "75.0%", "25.0% (1 of 4)", "arc, acc", "at most 8 tokens")
+        if word not in evaluation
+    ] == []
 
 
 def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
@@ -556,6 +616,111 @@ def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
     push(run, "you/mine", say=lines.append)
     assert b"# My model" in hub.repos["you/mine"].files()["README.md"]
     assert f"{run / 'README.md'} was changed by hand, and is pushed as it is" in lines
+
+
+def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None:
+    def of(**rows: int) -> Any:
+        languages = {name: {"rows": count} for name, count in rows.items()}
+        ledger["train"]["languages"] = languages
+        (run / "ledger.json").write_text(json.dumps(ledger))
+        return ModelCard(bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()).data.language
+
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert of(English=89, Japanese=10, other=1) == ["en", "ja"]
+    assert of(English=9, Japanese=91) == ["ja"]
+    assert of(other=95, English=5) is None
+    assert of() is None
+
+
+def test_four_bits_are_computed_in_the_type_of_the_training(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["quantization"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    environment = json.loads((run / "environment.json").read_text())
+    for dtype, more in (("bfloat16", 'bnb_4bit_compute_dtype="bfloat16", '), ("float16", "")):
+        (run / "environment.json").write_text(json.dumps(environment | {"dtype": dtype}))
+        page = bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()
+        config = f'BitsAndBytesConfig({more}bnb_4bit_quant_type="nf4", load_in_4bit=True)'
+        assert config in page
+        assert "# pip install transformers accelerate peft bitsandbytes\n" in page
+
+
+def test_the_page_of_a_checkpoint_tells_nothing_of_what_came_later(trained: Path) -> None:
+    page = bytes(pack(trained / "checkpoint-2", "you/early").files["README.md"]).decode()
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    [loss] = [r["loss"] for r in records if r["step"] == 2 and "loss" in r]
+    assert f"| training, last logged (step 2) | {loss:.4f} |" in page
+    assert "(step 4)" not in page
+    assert "evaluation, step 4" not in page
+    assert "- training: " not in page
+
+
+def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> None:
+    lines: list[str] = []
+    stays = "you/web: its page was changed there, and stays; delete it there to have the one of finetune"
+
+    def pushed(**files: bytes) -> str:
+        lines.clear()
+        if files:
+            repo.add("main", {"README.md": files["page"]}, "on the Hub's own page")
+        push(run, "you/web", say=lines.append)
+        return repo.files()["README.md"].decode()
+
+    push(run, "you/web")
+    repo = hub.repos["you/web"]
+    first = repo.files()["README.md"].decode()
+    # Paths were taken out of it, and it is still known as finetune's.
+    assert is_ours(first)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 0.125}\n')
+    assert "| training, last logged (step 9) | 0.1250 |" in pushed()
+    assert stays not in lines
+    theirs = first.replace("\n# web\n", "\n# Mine\n")
+    assert pushed(page=theirs.encode()) == theirs
+    assert stays in lines
+    # The Hub begins a repository with metadata alone.
+    assert "# web" in pushed(page=b"---\nlicense: mit\n---\n")
+    assert stays not in lines
+    # What was changed in the run goes before what was changed there.
+    page = "---\nlicense: mit\n---\n\n# From here\n"
+    (run / "README.md").write_text(page)
+    assert pushed(page=theirs.encode()) == page
+
+
+def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Path, hub: Hub) -> None:
+    push(trained, "you/both")
+    repo, lines = hub.repos["you/both"], list[str]()
+    repo.add("main", {"model.safetensors": b"old", "model-x/model.safetensors": b"other", "x.gguf": b"x"}, "")
+    push(merged, "you/both", say=lines.append)
+    gone = ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
+    assert f"you/both: removed there, since it is of another model: {', '.join(gone)}" in lines
+    assert set(gone).isdisjoint(repo.files())
+    assert {"model.safetensors.index.json", "model-x/model.safetensors", "x.gguf"} <= set(repo.files())
+    theirs = AutoModelForCausalLM.from_pretrained("you/both")
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    assert torch.equal(logits(theirs, merged), logits(ours, merged))
+    # An adapter beside a model takes nothing away.
+    push(trained, "you/both")
+    assert {"adapter_model.safetensors", "model.safetensors.index.json"} <= set(repo.files())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("special_tokens_map.json", b"{"),
+        ("generation_config.json", b"\xff"),
+        ("metrics.jsonl", b"\xff\n"),
+        ("README.md", b"\xff"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    name: str, data: bytes, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_bytes(data)
+    assert main(["push", str(run), "--repo-id", "you/damaged", "--quiet"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run / name}")
+    assert "fault of ours" not in line
 
 
 def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
@@ -678,8 +843,8 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "somebody else's": (
         {},
         "--repo-id other/x",
-        "other/x is not for this token (You don't have the rights to create a model under other); make one that may "
-        f"write there on {{url}}/settings/tokens {AGAIN}",
+        "other/x is not for this token (You don't have the rights to create a model under other); look at its owner's "
+        f"name, or make one that may write there on {{url}}/settings/tokens {AGAIN}",
     ),
     "no such repository": (
         {},

@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT
 
 from finetune import curves
+from finetune.bar import terminal
 from finetune.cli import main
 
 Copy = Callable[..., Path]
@@ -117,7 +118,10 @@ def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, s
     assert trained[1].count("\x1b[?25l") == trained[1].count("\x1b[?25h") == 1
 
 
-def test_elsewhere_there_are_plain_lines(write_recipe: Copy, capfd: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_there_are_plain_lines(
+    write_recipe: Copy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks and CI do
     path = write_recipe(training={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1})
     assert main(["train", str(path), "data.eval_fraction=0.1"]) == 0
     out, err = capfd.readouterr()
@@ -127,6 +131,30 @@ def test_elsewhere_there_are_plain_lines(write_recipe: Copy, capfd: pytest.Captu
     shapes = [step, r"evaluation at step 1: loss \d\.\d{3}", step, r"evaluation at step 2: loss \d\.\d{3}"]
     assert len(told) == 4, told
     assert [line for line, shape in zip(told, shapes, strict=True) if not re.fullmatch(shape, line)] == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "drawn"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm-color"}, True),
+        ({"TERM": "dumb"}, False),
+        # What a notebook tells the commands of its cells.
+        ({"TERM": "xterm-color", "CLICOLOR_FORCE": "1", "FORCE_COLOR": "1"}, False),
+        ({"TERM": "xterm-256color", "TTY_COMPATIBLE": "0"}, False),
+    ],
+)
+def test_where_a_bar_is_drawn(
+    environment: dict[str, str], drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TERM", "CLICOLOR_FORCE", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    master, screen = pty.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(screen, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        assert (terminal() is not None) is drawn
 
 
 def test_the_terminal_comes_back_after_a_fault(write_recipe: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +357,8 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     model = {
         "name": "run",
         "loss": {"all": {"all": {"tokens": 1234, "perplexity": 15.01, "accuracy": 0.5}}},
-        "answers": {"language": share, "languages": {}, "stopped": 0.8, "repetition": 0.1, "tokens": 9.0},
+        "answers": {"language": share, "languages": {}, "stopped": 0.8, "repetition": 0.1, "tokens": 9.0}
+        | {"count": 10},
         "tasks": {},
     }
     report = {"models": [model], "answers": [{}], "limit": None, "max_new_tokens": 8, "same_tokens": True}
@@ -337,9 +366,10 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     merged = {"base": "b/c", "base_weights": "original", "dtype": "bfloat16"}
     merged["adapters"] = [{"path": "/home/somebody/run", "weight": 0.5}]
     formats = [
-        {"name": "merged", "bytes": 2_000_000, "perplexity": 15.0, "stopped": 8, "against": None, "kl": None},
+        {"name": "merged", "bytes": 2_000_000, "perplexity": 15.0, "stopped": 8, "answered": 10}
+        | {"against": None, "kl": None},
         {"name": "nf4", "bytes": 1_000_000, "perplexity": 20.3, "stopped": 3, "against": "merged", "kl": 0.37}
-        | {"top1": 0.6497},
+        | {"top1": 0.6497, "kept": False},
         {"name": "int8", "bytes": 5, "error": "it does not load"},
     ]
     exported = {"models": formats, "notes": ["A note."], "missed": ["nf4: mean KL is 0.37"]}
@@ -354,7 +384,10 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     assert "rows run: tokens perplexity accuracy all 1,234 15.01 50.0%" in text
     assert "Merged model in merged/ base b/c merged into the original weights adapters run × 0.5" in text
     assert "/home/somebody" not in text
-    assert "merged 2.0 MB 15 8 nf4 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load" in text
+    assert (
+        "merged 2.0 MB 15 8 of 10 nf4 (not kept) 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load"
+        in text
+    )
     assert "Falls short: nf4: mean KL is 0.37 A note." in text
 
 

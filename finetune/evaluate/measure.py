@@ -27,7 +27,7 @@ from finetune.evaluate.prompts import (
     read_prompts,
     reference_answers,
 )
-from finetune.evaluate.report import as_html, as_markdown
+from finetune.evaluate.report import HELD_OUT, as_html, as_markdown
 from finetune.model import base_of, load_tokenizer
 from finetune.recipe import Recipe, load_recipe
 from finetune.sections import JudgeSection, ModelSection
@@ -161,7 +161,7 @@ def _prompts(
             f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
             "data.eval_fraction"
         )
-    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), "the held-out rows"
+    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), HELD_OUT
 
 
 def _said(model: str, recipe: Recipe) -> Said | None:

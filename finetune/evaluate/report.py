@@ -7,6 +7,8 @@ from typing import Any
 
 from finetune.page import render
 
+# Where prompts come from that no file holds.
+HELD_OUT = "the held-out rows"
 # Answers that stand in the Markdown; the page has all.
 _SHOWN = 10
 _CUT = 600
@@ -92,10 +94,15 @@ def _answer_rows(models: list[dict[str, Any]]) -> list[list[str]]:
             rows.append(
                 [f"asked for in {name or '?'}", *(_share(share) if share else "" for share in shares)]
             )
-    rows.append(["end by themselves", *(f"{m['answers']['stopped']:.1%}" for m in answered)])
+    rows.append(["end by themselves", *(_ended(m["answers"]) for m in answered)])
     rows.append(["said before (runs of 4 tokens)", *(f"{m['answers']['repetition']:.1%}" for m in answered)])
     rows.append(["tokens, mean", *(f"{m['answers']['tokens']:.1f}" for m in answered)])
     return rows
+
+
+def _ended(answers: dict[str, Any]) -> str:
+    count = answers["count"]
+    return f"{answers['stopped']:.1%} ({round(answers['stopped'] * count)} of {count})"
 
 
 def _share(share: dict[str, Any]) -> str:

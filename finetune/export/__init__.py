@@ -162,6 +162,9 @@ def export(
                 found[now["name"]] = now
                 if now["kept"]:
                     lines += [*missed(now, gate), *faults(now)]
+        for one in found.values():
+            if "answers" in one:
+                one["answered"] = len(one["answers"])
         report = {
             "title": output.name,
             "finetune": __version__,
@@ -328,7 +331,7 @@ def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
             if compared
             else ""
         )
-        + "Answers: greedy, to the beginnings of the first ten rows, at most 64 tokens. "
+        + "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
         "Token ids: of ten conversations."
     ]
     merges = [item for item in found if item["name"].startswith("merged, ") and item.get("kl") is not None]
