@@ -11,6 +11,7 @@ from typing import Any
 from finetune.checkpoint import file_of, read_records
 from finetune.evaluate.report import HELD_OUT, intro, tables
 from finetune.origin import Base, base_of, hub_id, license_of, read_json, report_of, run_of, sections_of
+from finetune.page import render
 from finetune.rows import is_file
 
 # Of a page that nobody has changed since: the digest of what stands above it.
@@ -326,16 +327,8 @@ def _table(folder: Path) -> str:
 
 def _card(template: str, data: dict[str, Any], values: dict[str, Any]) -> str:
     from huggingface_hub import ModelCard, ModelCardData
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    body = environment.get_template(template).render(values)
+    body = render(template, markup=False, **values)
     body = re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
     card = ModelCard.from_template(
         ModelCardData(**data), template_str="---\n{{ card_data }}\n---\n\n{{ body }}", body=body

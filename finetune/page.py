@@ -26,8 +26,14 @@ def cell(value: Any) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from a Jinja file of ours; whatever stands in a value is text there, never markup."""
+def render(template: str, markup: bool = True, **values: Any) -> str:
+    """A page from a Jinja file of ours; whatever stands in a value is text there, never markup.
+
+    Args:
+        template: The file's name.
+        markup: Whether it is HTML. In Markdown a value stands as it is, for there is no way to write it as text.
+        values: What it shows.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -35,7 +41,7 @@ def render(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=True,
+        autoescape=markup,
     )
     environment.filters |= {"cell": cell, "visible": visible}
     return environment.get_template(template).render(values)
