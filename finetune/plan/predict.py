@@ -186,7 +186,7 @@ class Predictor:
                 f"training.max_length: rows have {batch.length:,} tokens, more than the base's {known:,}; write {known}"
             )
         return PlanError(
-            f"model.name_or_path: a {text.model_type} cannot be planned, its step needs weights with values "
+            f"model.name_or_path: a step of this {text.model_type} as the recipe has it cannot be followed "
             f"({type(error).__name__}: {next(iter(why.splitlines()), '')[:200]})"
         )
 
