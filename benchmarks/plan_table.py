@@ -29,9 +29,9 @@ def plan_of(path: Path) -> Plan:
 
 def cell(fit: Fit) -> str:
     if fit.need is None:
-        return "no bfloat16"
-    size = f"{fit.need.total / GIB:.1f}"
-    return f"{size} ({fit.rows})" if fit.fits else f"**{size}**"
+        return "no"
+    size, other = f"{fit.need.total / GIB:.1f}", "\\*" if fit.instead else ""
+    return f"{size}{other} ({fit.rows})" if fit.holds else f"**{size}**{other}"
 
 
 def row(path: Path) -> str:

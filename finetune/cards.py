@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,22 +74,57 @@ def here(free: bool = False) -> Card:
     import torch
 
     if not torch.cuda.is_available():
-        return Card("this CPU", _machine(free), Device())
+        return Card("this CPU", machine()[1 if free else 0], Device())
     left, whole = torch.cuda.mem_get_info()
     device = device_of()
     card = known(device.name)
     return Card(device.name, left if free else whole, device, *((card.fast, card.slow) if card else ()))
 
 
-def _machine(free: bool) -> int:
-    """Bytes of memory of the machine; of those that are left, what the kernel says can be had without swapping."""
-    import os
+def machine() -> tuple[int, int]:
+    """Bytes of memory that this process may have, and those that are left of them; a container's limit counts.
 
-    if free and (told := Path("/proc/meminfo")).exists():
-        lines = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines())
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    What is left is what the kernel can give without swapping. Other systems than Linux do not say it, and all of theirs
+    is taken to be left.
+    """
+    import psutil
+
+    told = psutil.virtual_memory()
+    whole, left = told.total, told.available if sys.platform == "linux" else told.total
+    for limit, used in _limits():
+        whole, left = min(whole, limit), min(left, max(0, limit - used))
+    return whole, left
+
+
+def _limits(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """Of each control group with a limit that this process is in: the limit, and what is used beside cached files."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system
+        return
+    for line in lines:
+        _, kind, path = line.split(":", 2)
+        if kind == "":  # version 2
+            top, limit, used = groups, "memory.max", "memory.current"
+        elif "memory" in kind.split(","):
+            top, limit, used = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        place = top / path.strip("/")
+        # A container may see its own group as the top, and not by the name that it has outside.
+        for folder in (place, *place.parents[: len(place.parts) - len(top.parts)]):
+            with contextlib.suppress(OSError, ValueError):
+                most = int((folder / limit).read_text())  # "max" is none
+                words = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                stat = {name: int(value) for name, value in words}
+                cached = [stat.get(f"total_{name}", stat.get(name, 0)) for name in _CACHED]
+                yield most, int((folder / used).read_text()) - sum(cached)
+
+
+# Of `memory.stat`, what the kernel takes back first.
+_CACHED = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def millijoules() -> int:
@@ -154,14 +191,19 @@ def work_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) 
     return work + _attention(config, lengths)
 
 
+# How configs call the number of a model's experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def first(config: Any, *names: str) -> int:
+    """The first of the numbers that a config has, and is not 0; 0 where it has none."""
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
+
+
 def _active(config: Any) -> float:
     """The share of a model's experts that a token meets; 0 where it cannot be told."""
-
-    def first(*names: str) -> int:
-        return next((n for name in names if (n := getattr(config, name, None))), 0)
-
-    several = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    chosen = first("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+    several = first(config, *EXPERTS)
+    chosen = first(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
     return chosen / several if several else 0.0
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune import rules
+from finetune.cards import machine
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 _GIB = 2**30
@@ -188,15 +189,7 @@ def _four_bit() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    import psutil
-
-    total = psutil.virtual_memory().total
-    free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
-    if text.isdigit() and int(text) < total:
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        total, free = int(text), min(free, int(text) - used)
+    total, free = machine()
     line = f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f}"
     short = free < 4 * _GIB
     yield Finding(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -177,6 +178,9 @@ def end(lines: Sequence[str], code: int) -> None:
             _left.set()
             mine = store.compare_set(_FAULT, "", text).decode() == text
     if mine:
+        # The launcher ends this process as soon as another one has gone, which is no news.
+        with contextlib.suppress(ValueError):  # another thread than the main one
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _say(lines)
         time.sleep(_FAREWELL)
     sys.stdout.flush()

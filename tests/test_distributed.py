@@ -139,6 +139,21 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(
     assert main(["generate", "two/checkpoint-4", "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
 
 
+def test_a_rank_that_tells_a_fault_is_not_interrupted() -> None:
+    """Others end when they have seen it, whereupon a launcher terminates who is still there."""
+    code = (
+        "import signal; from finetune import cli, ranks\n"
+        "signal.signal(signal.SIGTERM, cli._terminated)\n"
+        "ranks.end(['error: it does not fit'], 2)"
+    )
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as rank:
+        assert rank.stderr
+        assert rank.stderr.readline() == "error: it does not fit\n"
+        rank.terminate()
+        assert (rank.stderr.read(), rank.wait()) == ("", 2)
+
+
 def launched(config: str, recipe: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / config), "--num_processes", "2", "--main_process_port", "0"]

@@ -2,9 +2,10 @@
 
 from finetune.cards import CARDS, Card, here
 from finetune.plan.facts import PlanError, card_of
-from finetune.plan.fit import Plan, check, plan
+from finetune.plan.fit import Plan, plan
 from finetune.plan.measure import measure
 from finetune.plan.report import as_json, as_text
+from finetune.plan.start import check
 
 __all__ = [
     "CARDS",

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from trl import SFTConfig
 
 from finetune.base import ModelError, quiet
-from finetune.cards import CARDS, GIB, Card, here
+from finetune.cards import CARDS, Card, here
+from finetune.plan.advice import advice, lawful, parted, refusal
 from finetune.plan.facts import PlanError, config_of
-from finetune.plan.predict import Need, Predictor, Setting
+from finetune.plan.predict import STRIDE, Need, Predictor, Setting, kinds, of_length, of_rows
 from finetune.plan.rows import Rows, rows_of
 from finetune.plan.step import Batch, dtypes
 from finetune.recipe import Recipe
 
 Say = Callable[[str], None]
-# A row is cut to a whole number of these when a shorter length is looked for.
-_STRIDE = 64
-# What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
-_DOUBT = 0.9
+# Of a larger batch nobody asks.
+MOST_ROWS = 1024
 # Of `training`, what decides about memory and steps.
 _MEMORY = [
     *(
@@ -58,15 +56,21 @@ class Fit:
 
     card: Card
     need: Need | None
-    refused: str = ""  # why the recipe cannot run on it at all
+    refused: str = ""  # why the recipe, as it is written, cannot run on it at all
+    instead: list[str] = field(default_factory=list)  # the overrides with which it can, of which `need` is
     rows: int = 0  # the largest batch of the recipe's length
     length: int = 0  # the longest rows of the recipe's batch; only where it was looked for
     how: str = ""  # of several cards: ddp or fsdp
 
     @property
-    def fits(self) -> bool:
-        """Whether it does."""
+    def holds(self) -> bool:
+        """Whether its memory does; with `instead`, where the recipe is refused."""
         return self.need is not None and self.need.total <= self.card.memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe as it is written can run on it."""
+        return self.holds and not self.refused
 
 
 @dataclass
@@ -81,9 +85,11 @@ class Plan:
     advice: list[tuple[str, int]] = field(default_factory=list)  # a change, and the bytes with it
     layout: list[Fit] = field(default_factory=list)  # of several cards, each way to use them
     flops: float = 0.0  # of the longest batch
+    operators: int = 0  # of any batch
     steps: int | None = None
     computes: str = "no"
     measured: list[float] = field(default_factory=list)  # seconds of real steps
+    cards: int = 1
 
     @property
     def fits(self) -> bool:
@@ -142,45 +148,79 @@ def plan(
         use_rows: Whether they are looked for.
 
     Raises:
-        PlanError, ModelError: The card cannot compute as the recipe says, or the base is not known.
+        PlanError, ModelError: The card cannot compute as the recipe says, in no other type either, or the base is not
+            known.
     """
     card = card or here()
     arguments, config = arguments_of(recipe), config_of(recipe.model)
     rows = rows_of(recipe, say) if use_rows else None
-    setting = setting_of(recipe, arguments, rows)
+    written = setting_of(recipe, arguments, rows)
     predictors: dict[Any, Predictor] = {}
 
-    def predictor(place: Card) -> Predictor:
-        kind = (place.cuda, dtypes(recipe, place.device))
+    def on(place: Card) -> tuple[Predictor, Setting, Fit]:
+        """What answers for a card, the recipe in types that it computes in, and a fit to be filled."""
+        refused, its, instead = refusal(recipe, config, place.device), recipe, list[str]()
+        if refused:
+            its, instead = lawful(recipe, place.device)
+            if refusal(its, config, place.device):
+                raise ModelError(refused)
+        kind = (place.cuda, dtypes(its, place.device))
         if kind not in predictors:
             predictors[kind] = Predictor(config, place, arguments)
-        return predictors[kind]
+        return predictors[kind], replace(written, recipe=its), Fit(place, None, refused, instead)
 
-    own = predictor(card)
-    fit = Fit(card, own.need(setting), rows=_largest_batch(own, setting, card, sure=True))
-    fit.length = _longest_row(own, setting, card, config)
+    own, setting, fit = on(card)
+    fit.need = own.need(setting)
+    if cards == 1:
+        fit.rows = _largest_batch(own, setting, card, sure=True)
+        fit.length = _longest_row(own, setting, card, config)
+    computes = dtypes(setting.recipe, card.device)[2]
+    step = own.step(setting)
     made = Plan(
-        recipe, setting, rows, fit, [], flops=own.step(setting).flops, computes=dtypes(recipe, card.device)[2]
+        recipe,
+        setting,
+        rows,
+        fit,
+        [],
+        flops=step.flops,
+        operators=step.operators,
+        computes=computes,
+        cards=cards,
     )
     if cards > 1:
-        for how in ("ddp", "fsdp"):
-            spread = replace(setting, cards=cards, sharded=how == "fsdp")
-            made.layout.append(Fit(card, own.need(spread), how=how))
+        ddp = replace(setting, cards=cards)
+        made.layout.append(replace(fit, need=own.need(ddp), how="ddp"))
+        made.layout.append(_in_parts(own, ddp, replace(fit, how="fsdp")))
     if rows is not None:
         made.steps = _steps(arguments, rows, recipe, cards)
     elif arguments.max_steps > 0:
         made.steps = int(arguments.max_steps)
-    asked = replace(setting, cards=cards, sharded=cards > 1)
     for other in CARDS.values():
         try:
-            its = predictor(other)
-        except ModelError as error:
-            made.others.append(Fit(other, None, str(error)))
-        else:
-            made.others.append(Fit(other, its.need(asked), rows=_largest_batch(its, asked, other)))
-    if not made.fits:
-        made.advice = advice(own, setting, card, config)
+            its, asked, found = on(other)
+            asked = replace(asked, cards=cards)
+            if cards > 1 and (parts := parted(asked, other)):
+                asked, more = parts
+                found.instead = found.instead + more
+            found.need, found.rows = its.need(asked), _largest_batch(its, asked, other)
+        except (ModelError, PlanError) as error:
+            found = Fit(other, None, str(error))
+        made.others.append(found)
+    if not any(each.holds for each in made.layout or [fit]):
+        asked, more = replace(setting, cards=cards), list[str]()
+        if cards > 1 and (parts := parted(asked, card)):
+            asked, more = parts
+        start = [*fit.instead, *more]
+        made.advice = [(" ".join([*start, text]), need) for text, need in advice(own, asked, card)]
     return made
+
+
+def _in_parts(own: Predictor, setting: Setting, fit: Fit) -> Fit:
+    if (parts := parted(setting, fit.card)) is None:
+        return replace(fit, need=None, refused="8-bit weights cannot be cut into parts")
+    asked, more = parts
+    refused = fit.refused or ("not launched as it is written" if more else "")
+    return replace(fit, need=own.need(asked), refused=refused, instead=fit.instead + more)
 
 
 def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
@@ -196,23 +236,26 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
 
 
 def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
-    """The largest batch that fits; 4096 stands for any; `sure`: the next one is tried, too."""
+    """The largest batch that fits; `MOST_ROWS` stands for any; `sure`: the next one is tried, too."""
 
     def total(rows: int) -> int:
-        return own.need(_of_rows(setting, rows)).total
+        return own.need(of_rows(setting, rows)).total
 
-    return _edge(total, card.memory, max(2, setting.batch.rows), 4096, tries=3 if sure else 0)
+    return _edge(total, card.memory, max(2, setting.batch.rows), MOST_ROWS, tries=3 if sure else 0)
 
 
 def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
     """The longest rows of the recipe's batch that fit, in steps of 64 tokens, and that the base knows."""
-    most = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 8192) // _STRIDE
+    text = config.get_text_config()
+    if set(kinds(config)) - {"all", "full_attention", "sliding_attention", "chunked_attention"}:
+        return 0  # a state goes from block to block of a row: long ones would be looked at for minutes
+    most = int(getattr(text, "max_position_embeddings", 0) or 8192) // STRIDE
 
     def total(strides: int) -> int:
-        return own.need(_of_length(setting, strides * _STRIDE)).total
+        return own.need(of_length(setting, strides * STRIDE)).total
 
-    start = min(most, max(1, setting.batch.length // _STRIDE))
-    return _edge(total, card.memory, start, most, tries=1) * _STRIDE
+    start = min(most, max(1, setting.batch.length // STRIDE))
+    return _edge(total, card.memory, start, most, tries=1) * STRIDE
 
 
 def _edge(total: Callable[[int], int], limit: float, start: int, most: int, tries: int) -> int:
@@ -223,7 +266,7 @@ def _edge(total: Callable[[int], int], limit: float, start: int, most: int, trie
     """
     low, high = 0, start
     while (fits := total(high) <= limit) and high < most:
-        low, high = high, min(most, 2 * high)
+        low, high = high, min(most, 4 * high)
     if fits:
         return high
     while low == 0 and high > 1:  # below the start
@@ -243,146 +286,3 @@ def _edge(total: Callable[[int], int], limit: float, start: int, most: int, trie
         else:
             low, high = max(low, guess - 1), guess
     return 0
-
-
-def _of_rows(setting: Setting, rows: int) -> Setting:
-    padded = rows > 1 and not setting.batch.packed
-    share = setting.batch.trained
-    trained = None if share is None else math.ceil(share * rows / setting.batch.rows)
-    return replace(setting, batch=replace(setting.batch, rows=rows, padded=padded, trained=trained))
-
-
-def _of_length(setting: Setting, length: int) -> Setting:
-    share = setting.batch.trained
-    trained = None if share is None else math.ceil(share * length / setting.batch.length)
-    return replace(setting, batch=replace(setting.batch, length=length, trained=trained))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What to change
-
-
-def advice(own: Predictor, setting: Setting, card: Card, config: Any) -> list[tuple[str, int]]:
-    """Up to three changes of which each makes it fit, those first that change the result least."""
-    found: list[tuple[str, int]] = []
-    for text, changed in _changes(own, setting, card, config):
-        if (need := own.need(changed).total) <= card.memory and text not in dict(found):
-            found.append((text, need))
-            if len(found) == 3:
-                break
-    return found
-
-
-def _changes(own: Predictor, setting: Setting, card: Card, config: Any) -> Iterator[tuple[str, Setting]]:
-    recipe = setting.recipe
-    steps: list[tuple[str, Callable[[Setting], Setting]]] = []
-    if not setting.checkpointing:
-        steps.append(("training.gradient_checkpointing: true", lambda s: replace(s, checkpointing=True)))
-    eight = "adamw_8bit" if own.step(setting).paged or not card.cuda else "paged_adamw_8bit"
-    if "8bit" not in setting.optim:
-        steps.append((f"training.optim: {eight}", lambda s: replace(s, optim=eight)))
-    if recipe.lora is None:
-        plain = {"target_modules": "all-linear", "trainable_token_indices": None, "r": 16, "lora_alpha": 16}
-        steps.append(("a lora section (r: 16)", lambda s: replace(s, recipe=replace(s.recipe, lora=plain))))
-    if recipe.quantization is None:
-        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        loads = "a quantization section (load_in_4bit: true, bnb_4bit_quant_type: nf4)"
-        if recipe.lora is not None:
-            steps.append((loads, lambda s: replace(s, recipe=replace(s.recipe, quantization=bits))))
-        else:
-            both: dict[str, Any] = {"lora": plain, "quantization": bits}
-            steps.append((f"lora and {loads}", lambda s: replace(s, recipe=replace(s.recipe, **both))))
-    done: list[str] = []
-    now = setting
-    for text, change in steps[:1] if not setting.checkpointing else []:
-        yield text, change(setting)
-    yield from _smaller(own, setting, card)
-    for text, change in steps:
-        yield text, change(setting)
-    # One alone is not enough: one after the other, with a smaller batch behind.
-    for text, change in steps:
-        if text.startswith("lora and"):
-            continue
-        now, done = change(now), [*done, text]
-        yield ", ".join(done), now
-        for smaller, its in _smaller(own, now, card):
-            yield ", ".join([*done, smaller]), its
-    for length in _shorter(setting.batch.length):
-        yield f"training.max_length: {length}", _of_length(setting, length)
-    for count in (2, 4, 8):
-        if card.cuda:
-            text = f"{count} cards with accelerate_configs/fsdp.yaml"
-            yield text, replace(setting, cards=count, sharded=True, optim="adamw_torch_fused")
-    for length in _shorter(setting.batch.length):
-        smallest = _of_length(_of_rows(now, 1), length)
-        yield ", ".join([*done, "per_device_train_batch_size: 1", f"training.max_length: {length}"]), smallest
-
-
-def _smaller(own: Predictor, setting: Setting, card: Card) -> Iterator[tuple[str, Setting]]:
-    """The largest part of the batch that fits, as many more of them a step: the same result."""
-    rows = setting.batch.rows
-    for part in (n for n in range(2, rows + 1) if rows % n == 0):
-        changed = replace(_of_rows(setting, rows // part), accumulation=setting.accumulation * part)
-        if own.need(changed).total <= card.memory:
-            yield (
-                f"training.per_device_train_batch_size: {rows // part} with training.gradient_accumulation_steps: "
-                f"{setting.accumulation * part}",
-                changed,
-            )
-            return
-
-
-def _shorter(length: int) -> list[int]:
-    return [cut for cut in (length * 3 // 4, length // 2, length // 4) if cut >= _STRIDE]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# At the start of a run
-
-
-def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
-    """Refuses a run for which the memory that is really free cannot suffice.
-
-    Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share a token are there.
-
-    Args:
-        recipe: What is to be run.
-        arguments: Its `training`, as trl takes it.
-        dataset: The prepared rows; None of a stream.
-
-    Raises:
-        PlanError: With what to change.
-    """
-    from finetune import ranks
-
-    card = here(free=True)
-    config = config_of(recipe.model)
-    rows = Rows.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
-    setting = setting_of(recipe, arguments, rows)
-    if _small(config, setting, card):
-        return
-    own = Predictor(config, card, arguments)
-    setting = replace(setting, cards=ranks.count(), sharded=ranks.sharded())
-    need = own.need(setting)
-    # The context is there already.
-    total = need.total - need.parts.get("context", 0) - need.parts.get("process", 0)
-    if total * _DOUBT <= card.memory:
-        return
-    found = advice(own, replace(setting, cards=1, sharded=False), card, config) if ranks.count() == 1 else []
-    write = " or ".join(text for text, _ in found) or "a smaller model.name_or_path"
-    raise PlanError(
-        f"this run needs about {total / GIB:.1f} GiB, and {card.name} has {card.memory / GIB:.1f} GiB free. "
-        f"Write {write}; finetune plan {Path(recipe.path)} shows what takes it, --force goes on"
-    )
-
-
-def _small(config: Any, setting: Setting, card: Card) -> bool:
-    text = config.get_text_config()
-    width, depth = text.hidden_size, text.num_hidden_layers
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * inner)
-    tokens = setting.batch.rows * setting.batch.length
-    work = tokens * (
-        depth * 40 * (width + inner) + 8 * setting.batch.length * depth * text.num_attention_heads
-    )
-    return bool(16 * weights + work + 2 * GIB <= card.memory)

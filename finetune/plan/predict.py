@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from finetune.base import quiet
 from finetune.cards import GIB, Card
+from finetune.plan.facts import PlanError
 from finetune.plan.step import Batch, Rehearsed, Taken
 from finetune.recipe import Recipe
 
+# It logs the stack of what a fake operator refuses; we say it in a line.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 # A CUDA context with the libraries that a run loads, outside torch's count. Computed from no run of ours: published
 # figures are 0.3 GiB (T4) to 0.6 GiB (H100).
 _CONTEXT = GIB // 2
@@ -21,6 +26,8 @@ _CONTEXT = GIB // 2
 _FRAGMENTS = 0.05
 # Python with torch, transformers and trl, which is all that a CPU run has beside its tensors.
 _PROCESS = int(0.7 * GIB)
+# A row is cut to a whole number of these when a shorter length is looked for.
+STRIDE = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,15 @@ class Predictor:
     """
 
     def __init__(self, config: Any, card: Card, arguments: Any) -> None:
-        """For a base's config, a card, and the recipe's `training` as trl takes it."""
+        """For a base's config, a card, and the recipe's `training` as trl takes it.
+
+        Raises:
+            PlanError: The base is no causal language model.
+        """
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+            raise PlanError(
+                f"model.name_or_path: is a {config.model_type}, which is no causal language model"
+            )
         self.config, self.card, self.arguments = config, card, arguments
         self._models: dict[tuple[str, int], Rehearsed] = {}
         self._taken: dict[Any, Taken] = {}
@@ -66,7 +81,7 @@ class Predictor:
 
     def step(self, setting: Setting) -> Taken:
         """A step on one card."""
-        depth, few = int(_text(self.config).num_hidden_layers), len(_kinds(self.config)) + 1
+        depth, few = int(_text(self.config).num_hidden_layers), len(kinds(self.config)) + 1
         if depth <= few + 1 or not self._alike(few):
             return self._run(setting, depth)
         return _further(self._run(setting, few), self._run(setting, few + 1), depth - few)
@@ -90,11 +105,12 @@ class Predictor:
         """
         count, quantized = setting.cards, setting.recipe.quantization or {}
         whole = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
-        model = self._model(setting.recipe, len(_kinds(self.config)) + 1)
+        model = self._model(setting.recipe, len(kinds(self.config)) + 1)
         computed = 2 if model.computes != "no" else 4
         parts = dict(taken.parts)
-        if model.computes != "no" and setting.recipe.lora is None and not whole:
-            # Weights in float32 are gathered in 16 bit, where one card makes copies of them.
+        if model.computes == "bf16" and setting.recipe.lora is None and not whole:
+            # Weights in float32 are gathered in 16 bit, where one card makes copies of them. There is no such model in
+            # float16 that could be asked, and those copies are counted.
             lean = replace(
                 setting.recipe, model=setting.recipe.model.model_copy(update={"dtype": "bfloat16"})
             )
@@ -145,30 +161,57 @@ class Predictor:
         model = self._model(setting.recipe, depth)
         key = (id(model), setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1)
         if key not in self._taken:
-            self._taken[key] = model.step(
-                setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1
-            )
+            batch = setting.batch
+            try:
+                self._taken[key] = model.step(
+                    batch, setting.optim, setting.checkpointing, setting.accumulation > 1
+                )
+            except (
+                RuntimeError,
+                TypeError,
+                ValueError,
+                IndexError,
+                AttributeError,
+                NotImplementedError,
+            ) as error:
+                raise self._lost(batch, error) from error
         return self._taken[key]
 
+    def _lost(self, batch: Batch, error: Exception) -> PlanError:
+        """What upstream's code broke with, in a line."""
+        text = _text(self.config)
+        known, why = getattr(text, "max_position_embeddings", None) or batch.length, str(error).strip()
+        if batch.length > known:
+            return PlanError(
+                f"training.max_length: rows have {batch.length:,} tokens, more than the base's {known:,}; write {known}"
+            )
+        return PlanError(
+            f"model.name_or_path: a step of this {text.model_type} as the recipe has it cannot be followed "
+            f"({type(error).__name__}: {next(iter(why.splitlines()), '')[:200]})"
+        )
 
-def largest(fits: Any, start: int, most: int = 4096) -> int:
-    """The largest whole number for which `fits`, which holds for all below one that it holds for; 0: none."""
-    low, high = 0, start
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    if high > most:
-        return low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+
+def of_rows(setting: Setting, rows: int) -> Setting:
+    """With a batch of so many rows, trained on as those are."""
+    padded = rows > 1 and not setting.batch.packed
+    share = setting.batch.trained
+    trained = None if share is None else math.ceil(share * rows / setting.batch.rows)
+    return replace(setting, batch=replace(setting.batch, rows=rows, padded=padded, trained=trained))
+
+
+def of_length(setting: Setting, length: int) -> Setting:
+    """With rows of so many tokens."""
+    share = setting.batch.trained
+    trained = None if share is None else math.ceil(share * length / setting.batch.length)
+    return replace(setting, batch=replace(setting.batch, length=length, trained=trained))
 
 
 def _text(config: Any) -> Any:
     return config.get_text_config()
 
 
-def _kinds(config: Any) -> list[str]:
+def kinds(config: Any) -> list[str]:
+    """The kinds of layers that a model has, as its config names them, in the order in which they come."""
     return list(dict.fromkeys(getattr(_text(config), "layer_types", None) or ["all"]))
 
 
@@ -186,8 +229,8 @@ def _cut(config: Any, depth: int) -> Any:
     if layers == depth:
         return config
     text.num_hidden_layers = depth
-    if kinds := getattr(text, "layer_types", None):
-        text.layer_types = (_kinds(config) + [kinds[0]] * depth)[:depth]
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = (kinds(config) + [types[0]] * depth)[:depth]
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers and name != "layer_types":
             setattr(text, name, value[:depth])
@@ -210,4 +253,5 @@ def _further(one: Taken, two: Taken, layers: int) -> Taken:
         grow(one.flops, two.flops),
         grow(one.trained, two.trained),
         grow(one.gradients, two.gradients),
+        grow(one.operators, two.operators),
     )

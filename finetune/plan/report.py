@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.cards import GIB
-from finetune.plan.fit import Fit, Plan
+from finetune.plan.fit import MOST_ROWS, Fit, Plan
 
 # The parts in the order in which they are shown, and how each figure was found.
 _PARTS = {
@@ -24,6 +24,8 @@ _PARTS = {
 }
 # Shares of a card's dense matrix products that training reaches; an assumption. Unpacking 4-bit weights takes its part.
 _SHARE, _SHARE_QUANTIZED = (0.25, 0.5), (0.15, 0.4)
+# Seconds that Python takes to ask a card for an operator, which no small model gets below; an assumption.
+_ASKED = (5e-6, 25e-6)
 
 
 def seconds(plan: Plan) -> tuple[float, float] | None:
@@ -34,8 +36,11 @@ def seconds(plan: Plan) -> tuple[float, float] | None:
     if not speed:
         return None
     low, high = _SHARE if plan.recipe.quantization is None else _SHARE_QUANTIZED
-    work = plan.flops * plan.setting.accumulation * _filled(plan)
-    return work / (speed * 1e12 * high), work / (speed * 1e12 * low)
+    work, batches = plan.flops * _filled(plan), plan.setting.accumulation
+    quick, slow = (plan.operators * each for each in _ASKED)
+    return batches * max(work / (speed * 1e12 * high), quick), batches * max(
+        work / (speed * 1e12 * low), slow
+    )
 
 
 def _filled(plan: Plan) -> float:
@@ -70,33 +75,53 @@ def as_text(plan: Plan) -> list[str]:
     if fit.need.paged:
         paged = f"{fit.need.paged / GIB:.2f} GiB of the optimizer are paged: they leave a card that is full"
         lines.append(f"  {paged}")
-    lines += ["", _verdict(fit)]
-    if plan.layout:
-        for other in plan.layout:
-            assert other.need is not None
-            size, verdict = other.need.total / GIB, "fits" if other.fits else "does not fit"
-            lines.append(
-                f"{other.how}: {size:.2f} GiB on each card, {verdict} (a formula on top of the parts above)"
-            )
+    lines += ["", *_verdict(fit, plan.cards)]
+    lines += [_of_several(other) for other in plan.layout]
     if plan.advice:
         lines.append("to make it fit:")
         lines += [f"  {text} ({need / GIB:.1f} GiB)" for text, need in plan.advice]
-    elif not plan.fits:
+    elif not any(each.holds for each in plan.layout or [fit]):
         lines.append(
             "no change of settings that is tried here makes it fit; take a smaller model.name_or_path"
         )
     lines += ["", *_time(plan)]
     if plan.others:
-        lines += ["", f"{'card':<10}{'GiB':>8}{'needs':>8}  {'fits':<6}{'largest batch':>14}"]
+        if plan.cards > 1:
+            lines += ["", f"each of {plan.cards} cards, in parts (fsdp):"]
+        lines += ["", f"{'card':<10}{'GiB':>8}{'needs':>8}  {'fits':<6}{'largest batch':>14}"][
+            plan.cards > 1 :
+        ]
         lines += [_row(other) for other in plan.others]
+        notes = dict.fromkeys(" ".join(other.instead) for other in plan.others if other.instead)
+        lines += [f"* with {note}" for note in notes]
     return lines
 
 
-def _verdict(fit: Fit) -> str:
-    if fit.fits:
-        longest = f", or rows of {fit.length:,} tokens at this batch" if fit.length else ""
-        return f"fits {fit.card.name}: largest batch {fit.rows}{longest}"
-    return f"does not fit {fit.card.name}: {(fit.need.total - fit.card.memory) / GIB:.2f} GiB too much"  # type: ignore[union-attr]
+def _verdict(fit: Fit, cards: int) -> list[str]:
+    assert fit.need is not None
+    name, lines = fit.card.name if cards == 1 else f"one {fit.card.name} alone", []
+    if fit.refused:
+        lines.append(f"does not run on {fit.card.name} as it is written: {fit.refused}")
+        lines.append(f"with {' '.join(fit.instead)} (the figures above) it")
+    if fit.holds:
+        most = f": largest batch {_batch(fit.rows)}" if fit.rows else ""
+        most += f", or rows of {fit.length:,} tokens at this batch" if fit.length else ""
+        lines.append(f"fits {name}{most}")
+    else:
+        lines.append(f"does not fit {name}: {(fit.need.total - fit.card.memory) / GIB:.2f} GiB too much")
+    return lines if len(lines) == 1 else [lines[0], " ".join(lines[1:])]
+
+
+def _of_several(fit: Fit) -> str:
+    if fit.need is None:
+        return f"{fit.how}: no, {fit.refused}"
+    size, verdict = fit.need.total / GIB, "fits" if fit.holds else "does not fit"
+    written = f" with {' '.join(fit.instead)}" if fit.instead else ""
+    return f"{fit.how}: {size:.2f} GiB on each card, {verdict}{written} (a formula on top of the parts above)"
+
+
+def _batch(rows: int) -> str:
+    return f"{rows:,}" if rows < MOST_ROWS else f"{rows:,} or more"
 
 
 def _time(plan: Plan) -> list[str]:
@@ -107,27 +132,45 @@ def _time(plan: Plan) -> list[str]:
     how = "measured here" if plan.measured else "computed: a quarter to a half of the card's matrix speed"
     if not plan.measured and plan.recipe.quantization is not None:
         how = "computed: 15% to 40% of the card's matrix speed"
-    lines = [f"a step takes {_duration(low)} to {_duration(high)} ({how})"]
+    batches = plan.setting.accumulation
+    if not plan.measured and high <= batches * plan.operators * _ASKED[1]:
+        how = f"computed: 5 to 25 microseconds for each of {plan.operators:,} operators a batch, more than their work"
+    tokens = plan.setting.batch.rows * plan.setting.batch.length * batches * plan.cards * _filled(plan)
+    count = "one batch" if batches == 1 else f"{batches} batches"
+    count += f" on each of {plan.cards} cards" if plan.cards > 1 else ""
+    lines = [
+        f"a step of {count}, {tokens:,.0f} tokens, takes {_span(low, high)} ({how})",
+    ]
     if plan.steps is not None:
-        lines.append(
-            f"{plan.steps:,} steps take {_duration(low * plan.steps)} to {_duration(high * plan.steps)}"
-        )
+        lines.append(f"{plan.steps:,} steps take {_span(low * plan.steps, high * plan.steps)}")
     else:
         lines.append("how many steps there are, the rows decide, which are not here")
     return lines
 
 
+def _span(low: float, high: float) -> str:
+    if high < 0.1:
+        return "less than 0.1 s"
+    first, last = _duration(low), _duration(high)
+    return first if first == last else f"{first} to {last}"
+
+
 def _duration(value: float) -> str:
     if value < 120:
         return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    for unit, name in ((60, "min"), (3600, "h"), (86400, "days")):
+        if value < 120 * unit or name == "days":
+            break
+    return f"{value / unit:.1f} {name}" if value < 10 * unit else f"{value / unit:,.0f} {name}"
 
 
 def _row(fit: Fit) -> str:
     head = f"{fit.card.name:<10}{fit.card.memory / GIB:>8.1f}"
     if fit.need is None:
         return f"{head}{'':>8}  no: {fit.refused}"
-    return f"{head}{fit.need.total / GIB:>8.1f}  {'yes' if fit.fits else 'no':<6}{fit.rows or '-':>14}"
+    mark = "*" if fit.instead else ""
+    fits = ("yes" if fit.holds else "no") + mark
+    return f"{head}{fit.need.total / GIB:>8.1f}  {fits:<6}{_batch(fit.rows) if fit.rows else '-':>14}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -156,6 +199,7 @@ def _as_json(fit: Fit) -> dict[str, Any]:
         "memory": int(fit.card.memory),
         "fits": fit.fits,
         "refused": fit.refused or None,
+        "instead": fit.instead,
         "total": need.total if need else None,
         "parts": need.parts if need else {},
         "paged": need.paged if need else 0,

@@ -20,6 +20,7 @@ from finetune.base import quiet
 from finetune.launch import computes_in
 from finetune.loss import use_token_head
 from finetune.model import lighten_trainable_tokens, trainable_token_indices
+from finetune.plan.facts import PlanError
 from finetune.plan.pretend import as_on, patched
 from finetune.plan.track import PAGED, Tracker
 from finetune.recipe import Recipe
@@ -47,6 +48,7 @@ class Taken:
     flops: float = 0.0  # of one batch, forward and backward
     trained: int = 0  # parameters
     gradients: int = 0  # bytes of all of them
+    operators: int = 0  # of one batch, each of which takes a card a moment however little it does
 
     @property
     def parts(self) -> dict[str, int]:
@@ -239,8 +241,18 @@ class Rehearsed:
         return max(size(layer.parameters()) for layer in layers), size(beside)
 
     def decoder_layers(self) -> Any:
-        """Of the part that reads text."""
-        return self.causal.get_decoder().layers
+        """Of the part that reads text: the list of as many modules as it has layers, whatever it is called.
+
+        Raises:
+            PlanError: It has none.
+        """
+        decoder, depth = self.causal.get_decoder(), self.causal.config.get_text_config().num_hidden_layers
+        for module in (decoder or self.causal).modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+                return module
+        raise PlanError(
+            f"model.name_or_path: is a {self.causal.config.model_type}, whose layers are not found here"
+        )
 
     def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> Taken:
         """What a step takes once the optimizer has its state; `accumulates`: with gradients of a batch before."""
@@ -272,7 +284,8 @@ class Rehearsed:
             optimizer.step()
             tracker.end()
         paged, gradients = kept.pop(PAGED, 0), sum(p.numel() * p.element_size() for p in trained)
-        taken = Taken(tracker.phases, kept, paged, tracker.flops, sum(p.numel() for p in trained), gradients)
+        count = sum(p.numel() for p in trained)
+        taken = Taken(tracker.phases, kept, paged, tracker.flops, count, gradients, tracker.operators)
         for parameter in trained:
             parameter.grad = None
         del optimizer

@@ -44,6 +44,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = ""
         self.phases: dict[str, dict[str, int]] = {}
         self.flops = 0
+        self.operators = 0  # those that make a tensor; a view is none
         self.times = 1  # how often the work at hand is done
         self._live: dict[int, list[Any]] = {}
 
@@ -59,7 +60,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def begin(self, phase: str) -> None:
         """From now on another maximum, that of this phase; the work is counted from the first on."""
         if not self.phase:
-            self.flops = 0
+            self.flops = self.operators = 0
         self.end()
         self.phase = phase
 
@@ -145,6 +146,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = self._chosen(args[0], mask) if packet is _aten.index else args[0]
         elif packet is _aten.add and self._in_place(args):
             return args[0]
+        elif packet is _aten._grouped_mm and args[0].dtype == torch.float16:
+            # Which a CPU's kernel does not take; bfloat16 has as many bytes.
+            with self:
+                out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).half()
         else:
             out = func(*args, **kwargs)
         if packet in flop_registry:
@@ -161,6 +166,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 # Cards' kernels sum the gradient of the queries in float32.
                 # Source: torch 2.13 `flash_attn/flash_api.cpp`, `mha_bwd` (dq_accum).
                 self.spike(args[1].numel() * 4)
+        self.operators += self.times * (not func.is_view)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
