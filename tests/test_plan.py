@@ -259,6 +259,13 @@ def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind
     once = own.step(setting).flops
     assert once == pytest.approx(2 * length * expected, rel=1e-6)
     again = own.step(replace(setting, checkpointing=True)).flops
+    short = load_recipe(path, ["model.dtype=float16"])
+    assert (
+        Predictor(config_of(short.model), CARDS["t4"], arguments)
+        .step(setting_of(short, arguments, None))
+        .flops
+        == once
+    )
     layers = (work - back - 6 * head) / 3 + back * (2 * length / (length + 1)) / 3
     # A layer is computed again up to what its backward pass asks for: not its last product, unless it is weighed.
     last = 0 if kind == "mixtral" else 3 * 2 * 96 * 64

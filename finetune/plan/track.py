@@ -146,10 +146,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = self._chosen(args[0], mask) if packet is _aten.index else args[0]
         elif packet is _aten.add and self._in_place(args):
             return args[0]
-        elif packet is _aten._grouped_mm and args[0].dtype == torch.float16:
-            # Which a CPU's kernel does not take; bfloat16 has as many bytes.
-            with self:
-                out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).half()
+        elif packet is _aten._grouped_mm and args[0].dtype != torch.bfloat16:
+            # A CPU's kernel takes nothing else. These copies, which a card needs not, do not count.
+            out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
         else:
             out = func(*args, **kwargs)
         if packet in flop_registry:
