@@ -76,6 +76,10 @@ def _logged_in() -> bool:
     return False
 
 
+# Ids that runs of this process have put into the environment.
+_SET: set[str] = set()
+
+
 def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str:
     """The run's name, and its id for those trackers that let one be chosen; a resumed run has those that it had.
 
@@ -84,10 +88,14 @@ def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str
     file = output / _NAME
     known = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else {}
     own = secrets.token_hex(4)
+    # A sweep's agent chooses the id; what an earlier run of this process has set is none that somebody gave.
+    given = os.environ.get("WANDB_RUN_ID", "")
+    own = given if given and given not in _SET else own
     # trackio takes runs of one name for one run.
     known = {"name": name or f"{output.resolve().name}-{own}", "id": own} | known
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(file, json.dumps(known) + "\n")
+    _SET.add(known["id"])
     chosen = {
         "WANDB_RUN_ID": known["id"],
         "WANDB_RESUME": "allow",
@@ -97,7 +105,7 @@ def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str
         "TENSORBOARD_LOGGING_DIR": str(output.resolve() / "tensorboard"),
     }
     for key, value in chosen.items():
-        # The run's own id, or one that a user gave.
+        # All else a user may have chosen.
         if key == "WANDB_RUN_ID" or key not in os.environ:
             os.environ[key] = value
     os.environ.pop("MLFLOW_RUN_ID", None)

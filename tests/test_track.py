@@ -63,6 +63,18 @@ def train_in_two(path: Path, *overrides: str) -> None:
     assert main(["train", str(path), *overrides, *again]) == 0
 
 
+def test_an_id_that_a_sweep_chose_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "_SET", set())
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    track.identify(tmp_path / "first", None, "finetune", goes_on=False)
+    assert os.environ["WANDB_RUN_ID"] == "chosen"
+    # The next run of this process is another one; the first one, gone on with, is itself.
+    track.identify(tmp_path / "second", None, "finetune", goes_on=False)
+    assert os.environ["WANDB_RUN_ID"] not in ("", "chosen")
+    track.identify(tmp_path / "first", None, "finetune", goes_on=True)
+    assert os.environ["WANDB_RUN_ID"] == "chosen"
+
+
 def test_wandb_has_one_run_with_all_that_it_is(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     path = write_recipe(training={"report_to": "wandb", **TWICE})
