@@ -34,9 +34,9 @@ test: .venv/.test
 	echo "== types"
 	$(BIN)/mypy
 	echo "== tests"
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	echo "== tests with the real Gemma, which takes both cores"
-	$(BIN)/python -m pytest -m "slow and not soak and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not gpu" --ignore tests/test_gemma.py
+	echo "== tests of the real Gemma, which takes both cores"
+	$(BIN)/python -m pytest -m slow tests/test_gemma.py
 
 test-lowest:
 	@echo "== the oldest releases that pyproject.toml allows, in .venv-lowest"
