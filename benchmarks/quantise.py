@@ -1,6 +1,6 @@
 """Writing GGUF files on this machine, in one run: `finetune.gguf.write` and llama.cpp's own `llama_model_quantize`.
 
-    python benchmarks/gguf.py [--rounds N] [--model FOLDER]
+    python benchmarks/quantise.py [--rounds N] [--model FOLDER]
 
 Of Gemma 3 270M (or the model in FOLDER, in safetensors) an F16 file is written first, which llama.cpp quantises to each
 of the eight types; ours begins with the safetensors. Both have all cores; the seconds are those of the work, without
