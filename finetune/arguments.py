@@ -63,10 +63,12 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs nothing else")
 
-    verb = verbs.add_parser("generate", parents=[common], help="answer prompts with a run or a model")
-    verb.add_argument(
+    asked = argparse.ArgumentParser(add_help=False)
+    asked.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
     )
+
+    verb = verbs.add_parser("generate", parents=[asked, common], help="answer prompts with a run or a model")
     verb.add_argument("--prompt", help="absent: each line of standard input; on a terminal, a chat")
     verb.add_argument("--system", help="a system message before each prompt")
     verb.add_argument("--no-adapter", action="store_true", help="answer with the run's base model alone")
@@ -165,10 +167,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     verb = verbs.add_parser(
-        "evaluate", parents=[common], help="ask a model, and say how good its answers and predictions are"
-    )
-    verb.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run, a directory of weights, or a base model's name"
+        "evaluate",
+        parents=[asked, common],
+        help="ask a model, and say how good its answers and predictions are",
     )
     verb.add_argument(
         "--recipe", type=Path, help="whose held-out rows and evaluate section to use (default: the run's own)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,12 @@ def _limits(
 
 # Of `memory.stat`, what the kernel takes back first.
 _CACHED = ("active_file", "inactive_file", "slab_reclaimable")
+
+
+def process_peak() -> int:
+    """The most bytes of memory that this process has had since it began."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def millijoules() -> int:

@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune import rules
-from finetune.cards import machine
+from finetune.cards import GIB, machine
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
-_GIB = 2**30
 # What a first base model, its cache and a run take.
-_ROOM = 20 * _GIB
+_ROOM = 20 * GIB
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _cards() -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         device = rules.device_of(f"cuda:{i}")
         free, total = torch.cuda.mem_get_info(i)
-        size = f"{total / _GIB:.1f} GiB, {free / _GIB:.1f} free"
+        size = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free"
         capability = ".".join(map(str, device.capability or ()))
         line = f"{device.name}, {size}, compute capability {capability}, CUDA {torch.version.cuda}{_driver()}"
         busy = free < 0.9 * total
@@ -190,8 +189,8 @@ def _four_bit() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     total, free = machine()
-    line = f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f}"
-    short = free < 4 * _GIB
+    line = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+    short = free < 4 * GIB
     yield Finding(
         "memory",
         NOTE if short else OK,
@@ -217,7 +216,7 @@ def _disk() -> Iterator[Finding]:
     for name, folder in places.items():
         there = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(there).free
-        line = f"{free / _GIB:.1f} GiB free in {folder}"
+        line = f"{free / GIB:.1f} GiB free in {folder}"
         if not os.access(there, os.W_OK):
             yield Finding(name, WRONG, f"{folder} cannot be written to", "change its owner, or HF_HOME")
         elif free < _ROOM and name != "disk: temp":

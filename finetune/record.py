@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from transformers import TrainerCallback
 
 from finetune import checkpoint
 from finetune.bar import terminal
-from finetune.cards import millijoules
+from finetune.cards import millijoules, process_peak
 from finetune.curves import points, smoothed
 
 
@@ -54,11 +52,7 @@ class Meter:
 
 def _peak() -> float:
     """Bytes: of the current card, of the process where there is none."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak()
 
 
 class Record(TrainerCallback):  # type: ignore[misc]

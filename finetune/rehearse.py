@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import random
 import re
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +17,8 @@ import pyarrow.compute as pc
 import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
+
+from finetune.cards import machine, process_peak
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -115,8 +114,7 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
                 SFTTrainer.training_step(trainer, model, batch, items)
         if cuda:
             return before, torch.cuda.max_memory_allocated(device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return before, process_peak()
 
     def _extrapolated(self, rows: list[dict[str, Any]]) -> int:
         """About the bytes that a batch needs which did not fit; 0 where not even a part of it fits.
@@ -202,10 +200,10 @@ def _trained(model: Any) -> list[Any]:
 
 
 def _there(device: Any) -> int:
-    """Bytes that this process has or could have; on a CPU, those of the machine."""
+    """Bytes that this process has or could have; on a CPU, those of the machine, or of its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine()[0]
 
 
 def _size(count: float) -> str:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.card import export_card
+from finetune.cards import machine
 from finetune.chat import Chat, LabelError
 from finetune.checkpoint import digest, environment_of, file_of, whole_folder, write_whole
 from finetune.data import build
@@ -258,11 +259,9 @@ def _check_gguf(section: ModelSection) -> None:
 
 def _exact(whole: Path, job: Job) -> Job:
     """The model in float32, as llama.cpp computes, which GGUF files are held against; where that fits into memory."""
-    import psutil
-
     size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
     width = 4 if job.dtype == "float32" else 2
-    if width == 4 or size * 4 / width * 1.3 > psutil.virtual_memory().available:
+    if width == 4 or size * 4 / width * 1.3 > machine()[1]:
         return job
     return Job(f"{job.name}, in float32", whole, "float32")
 
