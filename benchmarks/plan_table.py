@@ -9,10 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from finetune.cards import GIB
-from finetune.plan import CARDS, plan
-from finetune.plan.fit import Fit, Plan
-from finetune.recipe import load_recipe
+from finetune.plan.run import Fit, Plan, plan
+from finetune.recipe.load import load_recipe
+from finetune.system.devices import CARDS, GIB
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "recipes" / "README.md"

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import llama_cpp
 
-from finetune.base import locate
-from finetune.gguf.ggml import TYPES
-from finetune.gguf.vocabulary import vocabulary
-from finetune.gguf.write import write
-from finetune.kinds import GGUF_ALL
+from finetune.export.gguf.quantize import TYPES
+from finetune.export.gguf.tokenizer.vocabulary import vocabulary
+from finetune.export.gguf.write import write
+from finetune.model.locate import locate
+from finetune.recipe.export_formats import GGUF_ALL
 
 
 def quantise(source: Path, target: Path, kind: str) -> None:

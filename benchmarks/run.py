@@ -40,7 +40,7 @@ def make(work: Path) -> Path:
     """The recipe, beside the model that it trains."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.base import locate
+    from finetune.model.locate import locate
 
     tokenizer = AutoTokenizer.from_pretrained(locate("random:llama"))
     config = AutoConfig.for_model(
@@ -72,11 +72,11 @@ def bare(recipe_path: str, output: str, size: int) -> None:
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.chat import Chat
-    from finetune.data import build
-    from finetune.model import load_tokenizer
-    from finetune.recipe import load_recipe
-    from finetune.record import Record
+    from finetune.data.chat import Chat
+    from finetune.data.mixture import build
+    from finetune.model.load import load_tokenizer
+    from finetune.recipe.load import load_recipe
+    from finetune.train.callbacks.metrics import Record
 
     recipe = load_recipe(recipe_path)
     tokenizer = load_tokenizer(recipe.model)

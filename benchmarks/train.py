@@ -18,13 +18,14 @@ import peft
 import torch
 from trl import SFTTrainer
 
-from finetune import train
-from finetune.chat import Chat
-from finetune.data import build
-from finetune.launch import training_arguments
-from finetune.loss import use_token_head
-from finetune.model import load_model, load_tokenizer
-from finetune.recipe import load_recipe
+from finetune.data.chat import Chat
+from finetune.data.mixture import build
+from finetune.model.load import load_model, load_tokenizer
+from finetune.recipe.load import load_recipe
+from finetune.train import run
+from finetune.train.arguments import training_arguments
+from finetune.train.loss import use_token_head
+from finetune.train.trainer import Trainer
 
 RECIPE = "recipes/quickstart.yaml"
 
@@ -48,7 +49,7 @@ def trainer_of(kind: str) -> Any:
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
         trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
     else:
-        trainer = train.Trainer(model=train._model(recipe, chat, lambda line: None), **arguments)
+        trainer = Trainer(model=run._model(recipe, chat, lambda line: None), **arguments)
         use_token_head(trainer.model.get_base_model())
     trainer.model.train()
     trainer.create_optimizer()

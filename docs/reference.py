@@ -13,25 +13,25 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune import sections
-from finetune.arguments import parser
-from finetune.upstream import INSTEAD, QUANTIZATION, XlaFsdp
+from finetune.cli.arguments import parser
+from finetune.recipe import schema
+from finetune.recipe.upstream import INSTEAD, QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
 _MADE = "<!-- Made by docs/reference.py: change the code that it reads, then run it again. -->\n"
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
 # In the order in which a recipe is written, each with how it is reached.
 _SECTIONS = {
-    "model": sections.ModelSection,
-    "data": sections.DataSection,
-    "data.train[], data.eval[]": sections.Source,
-    "export": sections.ExportSection,
-    "export.imatrix_data": sections.ImatrixDataSection,
-    "evaluate": sections.EvaluateSection,
-    "evaluate.judge": sections.JudgeSection,
-    "evaluate.judge.prices": sections.PricesSection,
-    "evaluate.lm_eval": sections.LmEvalSection,
-    "hub": sections.HubSection,
+    "model": schema.ModelSection,
+    "data": schema.DataSection,
+    "data.train[], data.eval[]": schema.Source,
+    "export": schema.ExportSection,
+    "export.imatrix_data": schema.ImatrixDataSection,
+    "evaluate": schema.EvaluateSection,
+    "evaluate.judge": schema.JudgeSection,
+    "evaluate.judge.prices": schema.PricesSection,
+    "evaluate.lm_eval": schema.LmEvalSection,
+    "hub": schema.HubSection,
 }
 _RECIPE = """# The keys of a recipe
 

@@ -13,16 +13,16 @@ import traceback
 import on_cpu  # noqa: F401 (two CPU ranks may be FSDP)
 import torch
 
-import finetune.train  # noqa: F401 (what takes long)
-from finetune import ranks
-from finetune.cli import main
+import finetune.train.run  # noqa: F401 (what takes long)
+from finetune.cli.commands import main
+from finetune.system import distributed
 
 
 def start(job: dict) -> int:
     if pid := os.fork():
         return pid
     os.environ |= job["env"]
-    ranks._SILENCE = float(os.environ.get("FINETUNE_TEST_SILENCE", ranks._SILENCE))
+    distributed._SILENCE = float(os.environ.get("FINETUNE_TEST_SILENCE", distributed._SILENCE))
     os.chdir(os.environ.get("FINETUNE_TEST_CWD", job["cwd"]))
     out = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

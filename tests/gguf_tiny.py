@@ -10,7 +10,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from finetune.base import sample_rows
+from finetune.data.samples import sample_rows
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = """\

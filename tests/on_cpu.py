@@ -24,6 +24,6 @@ def _on_cpu_too(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -
 state.AcceleratorState.__init__ = _on_cpu_too
 
 if __name__ == "__main__":
-    from finetune.cli import main
+    from finetune.cli.commands import main
 
     sys.exit(main())

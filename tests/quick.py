@@ -66,7 +66,7 @@ def run(argv: list[str], folder: str, environment: dict[str, str], streams: list
     importlib.invalidate_caches()
     code = 70
     try:
-        from finetune.cli import main
+        from finetune.cli.commands import main
 
         code = main(argv)
     except SystemExit as stop:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune.base import locate
-from finetune.cli import main
+from finetune.cli.commands import main
+from finetune.model.locate import locate
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 

@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import cards
-from finetune.cli import main
-from finetune.record import Meter
+from finetune.cli.commands import main
+from finetune.model import flops
+from finetune.system import devices
+from finetune.train.meter import Meter
 
 Write = Callable[..., Path]
 SIZE = {
@@ -74,32 +75,32 @@ def test_the_work_is_what_torch_counts(kind: str, way: str) -> None:
             model, LoraConfig(r=4, target_modules=r".*self_attn.*(proj|proj_with_mqa)", **last)
         )
     rows, length = 2, 5  # within the window
-    work = cards.work_per_token(model, {length: rows})
+    work = flops.work_per_token(model, {length: rows})
     # Eager attention computes the whole square, of which a row needs what lies before each token.
-    square = cards._attention(model.config, {length: rows}) * (2 * length / (length + 1) - 1)
+    square = flops._attention(model.config, {length: rows}) * (2 * length / (length + 1) - 1)
     # Its rotations' angles are a product of matrices too, as torch sees it; nobody learns through them.
     expected = (work + square) * rows * length
     assert counted(model, rows, length) == pytest.approx(expected, rel=0.01)
 
 
 def test_tokens_look_back_as_far_as_their_layer_does() -> None:
-    assert [cards._pairs(length, 4) for length in (1, 3, 4, 6)] == [1, 6, 10, 10 + 2 * 4]
+    assert [flops._pairs(length, 4) for length in (1, 3, 4, 6)] == [1, 6, 10, 10 + 2 * 4]
     config = AutoConfig.for_model("gemma3_text", **SIZE)
     config.layer_types = ["sliding_attention", "full_attention"]
     per_pair = 6 * 4 * 2 * 16  # three times a product with keys and one with values, of four heads of 16
-    assert cards._attention(config, {10: 3}) == per_pair * (cards._pairs(10, 6) + cards._pairs(10, 10)) / 10
+    assert flops._attention(config, {10: 3}) == per_pair * (flops._pairs(10, 6) + flops._pairs(10, 10)) / 10
 
 
 def test_only_scored_tokens_cost_the_output_layer() -> None:
     model = tiny("llama")
-    every, few = (cards.work_per_token(model, {8: 1}, share) for share in (1.0, 0.25))
+    every, few = (flops.work_per_token(model, {8: 1}, share) for share in (1.0, 0.25))
     assert every - few == 0.75 * 6 * SIZE["vocab_size"] * SIZE["hidden_size"]
 
 
 def test_experts_that_cannot_be_told_give_no_figure() -> None:
     model = tiny("mixtral")
     model.config.num_experts_per_tok = 0
-    assert cards.work_per_token(model, {8: 1}) == 0
+    assert flops.work_per_token(model, {8: 1}) == 0
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_experts_that_cannot_be_told_give_no_figure() -> None:
     ],
 )
 def test_cards_are_known_by_the_drivers_name(driver: str, card: str | None) -> None:
-    found = cards.known(driver)
+    found = devices.known(driver)
     assert (found and found.name) == card
 
 
@@ -130,11 +131,11 @@ def test_a_record_says_what_share_of_the_card_it_took(
     """This CPU stands in for a card that is known, and a counter for its driver's."""
     joules = iter(range(0, 10**9, 3_600_000))
     monkeypatch.setattr(
-        cards, "here", lambda free=False: cards.Card("this CPU", 2**40, cards.Device(), slow=0.001)
+        devices, "here", lambda free=False: devices.Card("this CPU", 2**40, devices.Device(), slow=0.001)
     )
-    monkeypatch.setattr("finetune.record.millijoules", lambda: next(joules))
+    monkeypatch.setattr("finetune.train.callbacks.metrics.millijoules", lambda: next(joules))
     held: list[Meter] = []
-    monkeypatch.setattr("finetune.train.Meter", lambda *of: held.append(Meter(*of)) or held[-1])
+    monkeypatch.setattr("finetune.train.run.Meter", lambda *of: held.append(Meter(*of)) or held[-1])
     path = write_recipe(training={"max_steps": 2, "logging_steps": 1})
     assert main(["train", str(path)]) == 0
     records = [r for r in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "loss" in r]
@@ -149,11 +150,11 @@ def test_a_record_says_what_share_of_the_card_it_took(
 
 
 def test_energy_is_the_drivers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cards.millijoules() == 0  # no card, no figure
+    assert devices.millijoules() == 0  # no card, no figure
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_get_pynvml_handler", lambda: "card 0")
     library = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption={"card 0": 7}.__getitem__)
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    assert cards.millijoules() == 7
+    assert devices.millijoules() == 7
     library.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 1 / 0  # a card that counts none
-    assert cards.millijoules() == 0
+    assert devices.millijoules() == 0

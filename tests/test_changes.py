@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.changes import compare
-from finetune.checkpoint import RunError
-from finetune.reader import scalar_text
-from finetune.recipe import Recipe, load_recipe
-from finetune.sections import DataSection, ModelSection, Source
-from finetune.upstream import upstream_keys
+from finetune.recipe.diff import compare
+from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.recipe.upstream import upstream_keys
+from finetune.recipe.yaml_tree import scalar_text
+from finetune.system.errors import RunError
 
 Write = Callable[..., Path]
 ROWS = str(Path(__file__).parents[1] / "data" / "chat_sample.jsonl")

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.base import _train_tokenizer
-from finetune.chat import IGNORE, Chat, Encoded, LabelError
-from finetune.model import load_tokenizer
-from finetune.sections import ModelSection
-from finetune.template import TemplateError, load_template
+from finetune.data.chat import IGNORE, Chat, Encoded
+from finetune.data.template import load_template
+from finetune.model.load import load_tokenizer
+from finetune.model.tiny import _train_tokenizer
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import LabelError, TemplateError
 
 SHIPPED = ("gemma", "gemma3", "chatml")
 END = {"gemma": "<end_of_turn>", "gemma3": "<end_of_turn>", "chatml": "<|im_end|>"}

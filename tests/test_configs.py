@@ -26,8 +26,8 @@ from torch.distributed.fsdp import OffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 
-from finetune.base import locate
-from finetune.recipe import load_recipe
+from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

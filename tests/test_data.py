@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.chat import IGNORE, Chat
-from finetune.data import Prepared, build
-from finetune.ledger import Ledger
-from finetune.model import load_tokenizer
-from finetune.rows import DataError, read_rows
-from finetune.sections import DataSection, ModelSection, Source
-from finetune.template import TemplateError
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.ledger import Ledger
+from finetune.data.mixture import Prepared, build
+from finetune.data.readers import read_rows
+from finetune.model.load import load_tokenizer
+from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.system.errors import DataError, TemplateError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
 

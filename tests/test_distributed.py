@@ -16,8 +16,8 @@ import torch
 from processes import ROOT, Processes
 from safetensors.torch import load_file
 
-from finetune import checkpoint
-from finetune.cli import main
+from finetune.cli.commands import main
+from finetune.train import checkpoint
 
 Write = Callable[..., Path]
 FILE = "the file given to accelerate launch"

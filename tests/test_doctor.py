@@ -12,8 +12,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from finetune import doctor
-from finetune.cli import main
+from finetune.cli import doctor
+from finetune.cli.commands import main
+from finetune.system import devices
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -116,9 +117,7 @@ def test_cards_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor, "_driver", lambda: ", driver 580.1")
-    monkeypatch.setattr(
-        doctor.rules, "device_of", lambda place=None: doctor.rules.Device(*facts[place or "cuda:1"])
-    )
+    monkeypatch.setattr(devices, "device_of", lambda place=None: devices.Device(*facts[place or "cuda:1"]))
     assert lines(doctor._cards()) == [
         "note gpu 0 Tesla T4, 16.0 GiB, 8.0 free, compute capability 7.5, CUDA 13.0, driver 580.1; "
         "another program holds memory on it",

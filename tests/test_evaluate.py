@@ -15,23 +15,18 @@ import yaml
 from judge_server import Answer, Request, error, grades, serve
 from markdown_it import MarkdownIt
 
-from finetune.base import locate
-from finetune.chat import IGNORE, Chat
-from finetune.cli import main
+from finetune.cli.commands import main
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.samples import LabelledRow
 from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer, repetition
-from finetune.evaluate.perplexity import Row, Tally, score, tally
-from finetune.evaluate.prompts import (
-    EvaluateError,
-    Prompt,
-    evenly,
-    read_prompts,
-    read_reference,
-    reference_answers,
-)
-from finetune.generate import Generator, Sampling, load
-from finetune.model import load_tokenizer
-from finetune.sections import ModelSection
+from finetune.evaluate.perplexity import Tally, score, tally
+from finetune.evaluate.prompts import Prompt, evenly, read_prompts, read_reference, reference_answers
+from finetune.model.generate import Generator, Sampling, load
+from finetune.model.load import load_tokenizer
+from finetune.model.locate import locate
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import EvaluateError
 
 Write = Callable[..., Path]
 
@@ -50,7 +45,10 @@ def user(text: str) -> tuple[dict[str, str], ...]:
 
 
 def test_a_tally_is_what_the_logits_say(generator: Generator) -> None:
-    rows = [Row([2, 9, 8, 7, 30], [IGNORE, IGNORE, 8, 7, 30]), Row([2, 40, 41], [IGNORE, 40, 41])]
+    rows = [
+        LabelledRow([2, 9, 8, 7, 30], [IGNORE, IGNORE, 8, 7, 30]),
+        LabelledRow([2, 40, 41], [IGNORE, 40, 41]),
+    ]
     with torch.no_grad():
         logs = [generator.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1) for row in rows]
     wanted = [(0, [(1, 8), (2, 7), (3, 30)]), (1, [(0, 40), (1, 41)])]
@@ -66,10 +64,10 @@ def test_the_likeliest_token_is_right(generator: Generator) -> None:
     ids = [2, 9, 8]
     with torch.no_grad():
         best = int(generator.model(torch.tensor([ids])).logits[0, -1].argmax())
-    [part] = tally(generator.model, [Row([*ids, best], [IGNORE] * 3 + [best])])
+    [part] = tally(generator.model, [LabelledRow([*ids, best], [IGNORE] * 3 + [best])])
     assert (part.right, part.accuracy) == (1, 1.0)
     other = (best + 1) % 1024
-    [part] = tally(generator.model, [Row([*ids, other], [IGNORE] * 3 + [other])])
+    [part] = tally(generator.model, [LabelledRow([*ids, other], [IGNORE] * 3 + [other])])
     assert (part.right, part.accuracy) == (0, 0.0)
 
 
@@ -575,7 +573,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
         nats = []
         for choice in row["choices"]:
             said = generator.chat.tokenizer(choice, add_special_tokens=False)["input_ids"]
-            [part] = tally(generator.model, [Row([*ids, *said], [IGNORE] * len(ids) + said)])
+            [part] = tally(generator.model, [LabelledRow([*ids, *said], [IGNORE] * len(ids) + said)])
             nats.append(part.nats)
         right += int(nats.index(min(nats)) == row["label"])
         likely = torch.tensor(nats).neg().softmax(0)

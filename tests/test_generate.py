@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.cli import main
-from finetune.generate import Sampling, load
+from finetune.cli.commands import main
+from finetune.model.generate import Sampling, load
 
 Write = Callable[..., Path]
 ASKED = [{"role": "user", "content": "What is a fox, and where does it live?"}]

@@ -13,8 +13,9 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 from gguf import GGMLQuantizationType as Kind
 
-from finetune.gguf import ggml
-from finetune.gguf.ggml import TYPES, GGMLError, library, quantise, row_bytes, types
+from finetune.export.gguf import quantize
+from finetune.export.gguf.quantize import TYPES, library, quantise, row_bytes, types
+from finetune.system.errors import ExportError
 
 ROOT = Path(__file__).parents[1]
 QUANTISED = [kind for kind in TYPES if kind not in ("F32", "F16", "BF16")]
@@ -209,11 +210,11 @@ def test_16_bit_is_rounded_to_the_nearest_even() -> None:
 
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(
-        GGMLError, match=r"^65,520 does not fit float16 \(65,504 at most\); write BF16 or Q8_0$"
+        ExportError, match=r"^65,520 does not fit float16 \(65,504 at most\); write BF16 or Q8_0$"
     ):
         quantise(Kind.F16, np.full((1, 32), 65520, np.float32))
     pytest.importorskip("xllamacpp")
-    with pytest.raises(GGMLError, match=r"^cannot be quantised to Q8_0; its largest value is 1"):
+    with pytest.raises(ExportError, match=r"^cannot be quantised to Q8_0; its largest value is 1"):
         quantise(Kind.Q8_0, np.full((1, 32), 1e9, np.float32))
 
 
@@ -233,22 +234,22 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
         spec.submodule_search_locations = [str(found[name])]
         return spec
 
-    monkeypatch.setattr(ggml.importlib.util, "find_spec", find)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", find)
     library.cache_clear()
     yield found
     library.cache_clear()
 
 
 def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(GGMLError, match=r'^GGUF needs llama.cpp; write: pip install "finetune\[gguf\]"$'):
+    with pytest.raises(ExportError, match=r'^GGUF needs llama.cpp; write: pip install "finetune\[gguf\]"$'):
         library()
     packages["xllamacpp"] = tmp_path
     with pytest.raises(
-        GGMLError, match=r"^GGUF: xllamacpp cannot be used: it holds no shared library; install another"
+        ExportError, match=r"^GGUF: xllamacpp cannot be used: it holds no shared library; install another"
     ):
         library()
     (tmp_path / "xllamacpp.abi3.so").write_bytes(b"no library")
-    with pytest.raises(GGMLError, match=r"xllamacpp.abi3.so cannot be loaded"):
+    with pytest.raises(ExportError, match=r"xllamacpp.abi3.so cannot be loaded"):
         library()
     compiled = tmp_path / "libggml-base.so"
     (tmp_path / "xllamacpp.abi3.so").unlink()
@@ -257,7 +258,7 @@ def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path)
         ["cc", "-shared", "-o", str(compiled), str(tmp_path / "a.c")], capture_output=True
     ).returncode:
         pytest.skip("no C compiler")
-    with pytest.raises(GGMLError, match="xllamacpp cannot be used: it has no ggml_quantize_chunk"):
+    with pytest.raises(ExportError, match="xllamacpp cannot be used: it has no ggml_quantize_chunk"):
         library()
 
 
@@ -290,7 +291,7 @@ def test_a_library_that_does_otherwise_is_not_used(
         pytest.skip("no C compiler")
     packages["llama_cpp"] = tmp_path
     with pytest.raises(
-        GGMLError, match=f"^GGUF: llama_cpp cannot be used: {message}; install another release"
+        ExportError, match=f"^GGUF: llama_cpp cannot be used: {message}; install another release"
     ):
         library()
 

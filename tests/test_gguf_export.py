@@ -12,17 +12,17 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import finetune.export
-import finetune.gguf.make
-import finetune.gguf.ollama
-import finetune.gguf.write
-from finetune.base import locate
-from finetune.cli import main
-from finetune.gguf import imatrix
-from finetune.gguf.make import Measured, calibration_of, faults, make, tokens_of
-from finetune.gguf.system import system_of
-from finetune.gguf.tensors import names
-from finetune.sections import ExportSection, ImatrixDataSection
+import finetune.export.gguf.make
+import finetune.export.gguf.ollama.modelfile
+import finetune.export.gguf.write
+import finetune.export.run
+from finetune.cli.commands import main
+from finetune.export.gguf.imatrix import files
+from finetune.export.gguf.make import Measured, calibration_of, faults, make, tokens_of
+from finetune.export.gguf.ollama.system_text import system_of
+from finetune.export.gguf.tensors import names
+from finetune.model.locate import locate
+from finetune.recipe.schema import ExportSection, ImatrixDataSection
 
 Options = dict[str, Any]
 FILES = ["gguf:Q3_K_M", "gguf:F32", "ollama"]
@@ -68,14 +68,14 @@ def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
     log = (exported / "gguf/test.log").read_text()
     assert log.count("What is a Large Language Model?") == 2
     assert log.startswith("== tiny-Q3_K_M.gguf\n")
-    matrix = imatrix.read(exported / "gguf/imatrix.gguf")
+    matrix = files.read(exported / "gguf/imatrix.gguf")
     assert set(matrix.counts.values()) == {sum(map(len, _rows(exported)))}
 
 
 def _rows(exported: Path) -> list[list[int]]:
     """The rows that the matrix must be of: the project's own but those that are compared."""
-    from finetune.export import held_out
-    from finetune.gguf.calibration import calibration
+    from finetune.export.gguf.imatrix.calibration import calibration
+    from finetune.export.run import held_out
 
     model = exported.parent / "tiny"
     return calibration(model, apart_from=held_out(model)[0])[0]
@@ -124,7 +124,7 @@ def test_a_file_that_is_not_rightly_written_is_told(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Norms without their one, a shifted special token, another template: each shows by itself."""
-    read = finetune.gguf.make.read
+    read = finetune.export.gguf.tokenizer.vocabulary.read
 
     def shifted(model: Path) -> Any:
         vocabulary, limits = read(model)
@@ -153,8 +153,8 @@ def test_a_matrix_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert export(tmp_path / "tiny", tmp_path / "out") == 0
     assert [name for name in report(tmp_path / "out") if name.startswith("gguf:")] == ["gguf:Q2_K"]
-    again = imatrix.read(tmp_path / "out/gguf/imatrix.gguf")
-    first = imatrix.read(given)
+    again = files.read(tmp_path / "out/gguf/imatrix.gguf")
+    first = files.read(given)
     assert again.sums.keys() == first.sums.keys()
     assert all((again.matrix[name] == first.matrix[name]).all() for name in again.sums)
     given.with_name("cut.dat").write_bytes(given.read_bytes()[:-100])
@@ -212,8 +212,8 @@ def test_what_no_matrix_can_be_made_of_is_refused_before_hours_are_spent(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
-    other = imatrix.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": 1})
-    imatrix.write(other, tmp_path)
+    other = files.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": 1})
+    files.write(other, tmp_path)
     (tmp_path / "imatrix.dat").rename(tmp_path / "other.dat")
     section = {"formats": ["gguf:Q2_K"], "imatrix_data": {"path": str(tmp_path / name)}}
     (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
@@ -233,11 +233,11 @@ def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -
         for name, weight in weights
         if weight.ndim == 2 and str(called(name)).startswith("blk.")
     }
-    given = imatrix.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
-    imatrix.write(given, tmp_path)
+    given = files.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
+    files.write(given, tmp_path)
     options = ExportSection(imatrix_data=ImatrixDataSection(path=str(tmp_path / "imatrix.gguf")))
     found = calibration_of(Path(model), ["Q2_K"], [], options, Path(model), print)
-    assert isinstance(found, imatrix.Importance)
+    assert isinstance(found, files.Importance)
     assert found.datasets == ("mine.txt", "b.txt", "c d")
     assert calibration_of(Path(model), ["Q8_0", "F16"], [], options, Path(model), print) is None
 
@@ -297,7 +297,7 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
         ons.extend(one for one in given if isinstance(one, Measured))
         return [], []
 
-    monkeypatch.setattr("finetune.export.measure", measure)
+    monkeypatch.setattr("finetune.export.run.measure", measure)
     monkeypatch.setattr(finetune.gguf.make, "make", make)
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
@@ -329,9 +329,9 @@ def test_the_system_text_of_all_conversations_is_in_the_modelfile(
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.export.measure", stop)
+    monkeypatch.setattr("finetune.export.run.measure", stop)
     written: list[str] = []
-    write = finetune.gguf.ollama.write
+    write = finetune.export.gguf.ollama.modelfile.write
 
     def kept(model: Path, output: Path, *given: Any) -> None:
         write(model, output, *given)
@@ -373,7 +373,7 @@ def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path)
 def test_a_package_that_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("finetune.export.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.export.run.importlib.util.find_spec", lambda name: None)
     assert export(locate("random:gemma3"), Path("out"), "gguf:Q4_K_M") == 2
     assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err
 
@@ -381,7 +381,7 @@ def test_a_package_that_is_missing(
 def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("finetune.export.merge", lambda *_, **__: pytest.fail("it was merged"))
+    monkeypatch.setattr("finetune.export.run.merge", lambda *_, **__: pytest.fail("it was merged"))
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "base").mkdir()
@@ -394,8 +394,8 @@ def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
 
 
 def test_files_of_a_checkpoint_are_called_by_its_run(tmp_path: Path) -> None:
-    assert finetune.export._name(tmp_path / "first") == "first"
-    assert finetune.export._name(tmp_path / "first/checkpoint-40") == "first-checkpoint-40"
+    assert finetune.export.run._name(tmp_path / "first") == "first"
+    assert finetune.export.run._name(tmp_path / "first/checkpoint-40") == "first-checkpoint-40"
 
 
 def test_what_counts_as_broken() -> None:

@@ -16,21 +16,24 @@ from conftest import USER_CACHE
 from gguf_tiny import TEMPLATE, make_model, make_tokenizer, sample_messages, write_gguf
 from transformers import AutoTokenizer
 
-from finetune.base import locate
-from finetune.chat import IGNORE, Chat
-from finetune.evaluate.perplexity import Row, score
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.samples import LabelledRow
+from finetune.evaluate.perplexity import score
 from finetune.export import verify
-from finetune.gguf import llama, meter, server
-from finetune.gguf.llama import Llama, LlamaError
-from finetune.gguf.meter import Text, measure
-from finetune.gguf.server import Server
-from finetune.model import load_base
+from finetune.export.gguf.llama_cpp import library, server
+from finetune.export.gguf.llama_cpp.library import Llama
+from finetune.export.gguf.llama_cpp.measure import QUESTION, Text, _crash, _Model, _parts, measure, subprocess
+from finetune.export.gguf.llama_cpp.server import Server
+from finetune.export.report import as_json, as_markdown
+from finetune.model.load import load_base
+from finetune.model.locate import locate
+from finetune.system.errors import LlamaCppError
 
 
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a tiny model two threads wait for each other most of the time."""
-    monkeypatch.setattr(llama, "cores", lambda: 1)
+    monkeypatch.setattr(library, "cores", lambda: 1)
     monkeypatch.setattr(server, "cores", lambda: 1)
 
 
@@ -61,14 +64,14 @@ def file(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[Row]:
+def rows(tokenizer: Any) -> list[LabelledRow]:
     chat = Chat(tokenizer)
     encoded = [chat.encode(messages) for messages in sample_messages()[:12]]
-    return [Row(row.input_ids.tolist(), row.labels.tolist()) for row in encoded]
+    return [LabelledRow(row.input_ids.tolist(), row.labels.tolist()) for row in encoded]
 
 
 @pytest.fixture(scope="module")
-def kept(model: Any, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(model: Any, rows: list[LabelledRow], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What transformers predicts."""
     place = tmp_path_factory.mktemp("kept") / "reference.bin"
     score(model, rows, keep=place)
@@ -118,7 +121,7 @@ def found(
     model: Any,
     file: Path,
     tokenizer: Any,
-    rows: list[Row],
+    rows: list[LabelledRow],
     kept: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def found(
 
 
 def test_a_right_file_predicts_as_transformers_does(
-    found: dict[str, Any], model: Any, rows: list[Row]
+    found: dict[str, Any], model: Any, rows: list[LabelledRow]
 ) -> None:
     """Both compute in float32 and differ in the order of sums alone: 6e-5 was the most that was seen."""
     assert "error" not in found, found
@@ -157,7 +160,7 @@ def test_a_right_file_has_the_trained_ids(found: dict[str, Any], tokenizer: Any)
 
 
 def test_a_right_file_answers_as_transformers_does(
-    found: dict[str, Any], model: Any, rows: list[Row]
+    found: dict[str, Any], model: Any, rows: list[LabelledRow]
 ) -> None:
     begun = [row.prompt for row in rows[:10]]
     assert all(likeliest(model, prompt, ids) for prompt, ids in zip(begun, found["answers"], strict=True))
@@ -167,7 +170,7 @@ def test_a_right_file_answers_as_transformers_does(
 
 
 def test_a_right_file_is_asked_by_its_template(found: dict[str, Any], model: Any, tokenizer: Any) -> None:
-    asked = rendered(tokenizer, [{"role": "user", "content": meter.QUESTION}], True)
+    asked = rendered(tokenizer, [{"role": "user", "content": QUESTION}], True)
     assert found["question"]["prompt"] == asked.text.removeprefix("<s>")
     said = found["question"]["ids"]
     assert likeliest(model, asked.ids, said)
@@ -194,7 +197,7 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
         "tiny.F32: 1 of 10 conversations"
     )
     report = {"title": "x", "models": [given | {"kept": True}], "notes": [], "missed": []}
-    text = verify.as_markdown(report)
+    text = as_markdown(report)
     row = next(line for line in text.splitlines() if line.startswith("| tiny.F32 |"))
     cells = [cell.strip() for cell in row.split("|")]
     count = 2 * len(TEXTS)
@@ -202,8 +205,8 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
     assert cells[4:7] == ["< 1e-6", "< 1e-6", "100.00%"]
     assert cells[-6:-3] == ["0 of 10", f"{count} of {count}", "10 of 10"]
     assert "\nGGUF files are measured by llama.cpp, against merged; in parentheses: not kept.\n" in text
-    assert "| (tiny.F32) |" in verify.as_markdown(report | {"models": [given | {"kept": False}]})
-    assert '"prompt_speed"' in verify.as_json(report)
+    assert "| (tiny.F32) |" in as_markdown(report | {"models": [given | {"kept": False}]})
+    assert '"prompt_speed"' in as_json(report)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,11 +221,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(command[-1], {})
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(meter.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def wrong(
-    model: Any, tokenizer: Any, rows: list[Row], kept: Path, folder: Path, **how: Any
+    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, folder: Path, **how: Any
 ) -> dict[str, Any]:
     file = write_gguf(model, tokenizer, folder / "wrong.gguf", **how)
     given = measure(
@@ -242,7 +245,7 @@ def wrong(
 
 @pytest.mark.usefixtures("here")
 def test_a_changed_norm_shows(
-    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path, found: dict[str, Any]
+    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path, found: dict[str, Any]
 ) -> None:
     given = wrong(
         model,
@@ -260,7 +263,7 @@ def test_a_changed_norm_shows(
 
 @pytest.mark.usefixtures("here")
 def test_another_template_shows(
-    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path
+    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path
 ) -> None:
     """One that puts a blank behind the role: texts and predictions are right, each rendered conversation is not."""
     template = TEMPLATE.replace("['role'] ~ '\n'", "['role'] ~ ' \n'").replace("assistant\n", "assistant \n")
@@ -283,7 +286,7 @@ def test_another_template_shows(
 
 @pytest.mark.usefixtures("here")
 def test_shifted_special_tokens_show(
-    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path
+    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path
 ) -> None:
     """The names of start and end of turn have changed places."""
 
@@ -301,7 +304,7 @@ def test_shifted_special_tokens_show(
 
 @pytest.mark.usefixtures("here")
 def test_where_an_answer_ends_is_the_files_word(
-    model: Any, tokenizer: Any, rows: list[Row], kept: Path, tmp_path: Path, found: dict[str, Any]
+    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path, found: dict[str, Any]
 ) -> None:
     """The third token of the right file's first answer is the wrong one's end of turn."""
     first = found["answers"][0]
@@ -313,7 +316,7 @@ def test_where_an_answer_ends_is_the_files_word(
 
 @pytest.mark.usefixtures("here")
 def test_a_file_without_template_is_measured_on_plain_text(
-    model: Any, tokenizer: Any, rows: list[Row], tmp_path: Path
+    model: Any, tokenizer: Any, rows: list[LabelledRow], tmp_path: Path
 ) -> None:
     """The beginnings of the rows are answered, and conversations are texts."""
     file = write_gguf(model, tokenizer, tmp_path / "plain.gguf", template=None)
@@ -321,7 +324,7 @@ def test_a_file_without_template_is_measured_on_plain_text(
     given = measure(file, "plain", rows[:3], tmp_path, conversations=plain, keep=tmp_path / "kept.bin")
     assert given["conversations"] == [item.ids for item in plain]
     assert all(likeliest(model, row.prompt, ids) for row, ids in zip(rows[:3], given["answers"], strict=True))
-    assert given["question"]["prompt"] == meter.QUESTION
+    assert given["question"]["prompt"] == QUESTION
     assert "same_prompts" not in given
     assert (given["kl"], given["largest"], given["against"]) == (None, None, None)
     # What it kept is what transformers keeps.
@@ -347,23 +350,23 @@ def test_logits_in_steps_are_those_of_the_whole_row(model: Any, file: Path) -> N
         first = list(run.feed(ids[:100], [i % 7 == 0 for i in range(100)]))
         then = list(run.feed(ids[100:], [i % 7 == 0 for i in range(100, 700)]))
         np.testing.assert_allclose(np.stack(first + then), want[::7], atol=5e-4)
-        with pytest.raises(LlamaError, match=r"^701 tokens do not fit a context of 700$"):
+        with pytest.raises(LlamaCppError, match=r"^701 tokens do not fit a context of 700$"):
             next(run.feed([5], [True]))
         np.testing.assert_allclose(
             next(run.logits(ids[350:351])), logits_of(model, ids[350:351])[0], atol=5e-4
         )
-        with pytest.raises(LlamaError, match=r"^token 512 is not in the file's vocabulary of 512$"):
+        with pytest.raises(LlamaCppError, match=r"^token 512 is not in the file's vocabulary of 512$"):
             next(run.logits([5, 512]))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 50])
 def test_parts_of_rows_predict_the_same_tokens(most: int) -> None:
     rows = [
-        Row([9, 8, 7, 6, 5, 4], [IGNORE, IGNORE, 7, 6, IGNORE, 4]),
-        Row([1, 2, 3], [1, IGNORE, IGNORE]),  # a first token is never predicted
-        Row([1, 2], [1, 2]),
+        LabelledRow([9, 8, 7, 6, 5, 4], [IGNORE, IGNORE, 7, 6, IGNORE, 4]),
+        LabelledRow([1, 2, 3], [1, IGNORE, IGNORE]),  # a first token is never predicted
+        LabelledRow([1, 2], [1, 2]),
     ]
-    parts = list(meter._parts(rows, most))
+    parts = list(_parts(rows, most))
     predicted = [
         [(row.input_ids[:i], label) for i, label in enumerate(row.labels) if i and label != IGNORE]
         for row in parts
@@ -377,7 +380,7 @@ def test_parts_of_rows_predict_the_same_tokens(most: int) -> None:
     ]
 
 
-def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[Row], kept: Path) -> None:
+def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[LabelledRow], kept: Path) -> None:
     fed: list[int] = []
 
     with Llama(file, max(len(row.input_ids) for row in rows)) as run:
@@ -388,8 +391,8 @@ def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[Row], kept: 
             return feed(ids, wanted)
 
         run.feed = count
-        given = meter._Model(run, kept)
-        result = score(given, list(meter._parts(rows, 5)), kept)
+        given = _Model(run, kept)
+        result = score(given, list(_parts(rows, 5)), kept)
     assert sum(fed) <= sum(len(row.input_ids) for row in rows)
     assert len(fed) > len(rows)
     assert result.top1 == 1
@@ -419,7 +422,7 @@ def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.Mo
         address = run._server.listening_address
         assert address.startswith("http://127.0.0.1:")
         assert run.render([{"role": "user", "content": " x "}]).startswith("<|im_start|>user\nx<|im_end|>")
-        with pytest.raises(LlamaError, match=r"^llama.cpp's apply-template fails: .*: no tools, please$"):
+        with pytest.raises(LlamaCppError, match=r"^llama.cpp's apply-template fails: .*: no tools, please$"):
             run.render([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}])
         request = urllib.request.Request(address + "/tokenize", b"{}", {"Content-Type": "application/json"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -434,7 +437,7 @@ def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("here")
-def test_a_damaged_file_is_a_line(file: Path, rows: list[Row], tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_line(file: Path, rows: list[LabelledRow], tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(file.read_bytes()[:-5000])
     given = measure(short, "short", rows[:1], tmp_path)
@@ -446,12 +449,12 @@ def test_a_damaged_file_is_a_line(file: Path, rows: list[Row], tmp_path: Path) -
     text = tmp_path / "text.gguf"
     text.write_text("This is no model.", encoding="utf-8")
     for other, why in ((text, "invalid magic characters: 'This'"), (tmp_path / "none.gguf", "No such file")):
-        with pytest.raises(LlamaError, match=why):
+        with pytest.raises(LlamaCppError, match=why):
             Llama(other)
 
 
 def test_a_template_that_cannot_be_read_is_a_line(
-    model: Any, tokenizer: Any, rows: list[Row], tmp_path: Path
+    model: Any, tokenizer: Any, rows: list[LabelledRow], tmp_path: Path
 ) -> None:
     file = write_gguf(model, tokenizer, tmp_path / "bad.gguf", template="{%- for message in messages -%}")
     given = measure(file, "bad", rows[:1], tmp_path)
@@ -461,7 +464,7 @@ def test_a_template_that_cannot_be_read_is_a_line(
 
 
 @pytest.mark.usefixtures("here")
-def test_another_vocabulary_is_a_line(file: Path, rows: list[Row], tmp_path: Path) -> None:
+def test_another_vocabulary_is_a_line(file: Path, rows: list[LabelledRow], tmp_path: Path) -> None:
     reference = tmp_path / "other.bin"
     np.zeros((4, 500), np.float32).tofile(reference)
     reference.with_suffix(".json").write_text("[4, 500]", encoding="utf-8")
@@ -497,36 +500,36 @@ def test_a_crash_is_a_line(
 
 
 def test_another_llama_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "version", lambda name: "1.2")
+    monkeypatch.setattr(library, "version", lambda name: "1.2")
     known = "xllamacpp 1.2 is not known to work: its "
     with monkeypatch.context() as patch:
-        patch.setitem(llama._FUNCTIONS, "llama_walk", (None, ()))
-        with pytest.raises(LlamaError, match=f"^{known}library has no llama_walk$"):
+        patch.setitem(library._FUNCTIONS, "llama_walk", (None, ()))
+        with pytest.raises(LlamaCppError, match=f"^{known}library has no llama_walk$"):
             Llama(file)
 
     plain = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[2**32 - 1] * 4, 0, 0, *[0xBF800000] * 4, 0, 0xBF800000]
     plain += [0, 0, 0, 0, 1, 1] + [0] * 90
-    assert llama._places(plain) == (13, 26, 27)
-    assert llama._places([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (14, 28, 29)  # one more field
+    assert library._places(plain) == (13, 26, 27)
+    assert library._places([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (14, 28, 29)  # one more field
     for other in ([256, *plain[1:]], [*plain[:13], 1, *plain[14:]], [*plain[:26], 30, *plain[27:]]):
-        with pytest.raises(LlamaError, match=f"^{known}llama_context_params is laid out otherwise$"):
-            llama._places(other)
+        with pytest.raises(LlamaCppError, match=f"^{known}llama_context_params is laid out otherwise$"):
+            library._places(other)
 
 
 def test_a_context_that_did_not_become_what_was_asked_for_is_refused(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the places others, llama.cpp's own word of the context that it made tells."""
-    monkeypatch.setattr(llama, "_places", lambda words: (60, 61, 62))
-    with Llama(file) as run, pytest.raises(LlamaError, match=r"laid out otherwise: .* cache f16$"):
+    monkeypatch.setattr(library, "_places", lambda words: (60, 61, 62))
+    with Llama(file) as run, pytest.raises(LlamaCppError, match=r"laid out otherwise: .* cache f16$"):
         run.forget()
 
 
 def test_signals_have_names() -> None:
     killed = "llama.cpp's process was killed, most likely for want of memory"
-    assert meter._crash(-signal.SIGKILL, "a") == killed
-    assert meter._crash(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
-    assert meter._crash(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
+    assert _crash(-signal.SIGKILL, "a") == killed
+    assert _crash(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
+    assert _crash(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -567,7 +570,7 @@ def test_the_real_model_is_the_one_that_transformers_reads(
     real = AutoTokenizer.from_pretrained(folder)
     plain = [Text("\n".join(m["content"] for m in ms), []) for ms in sample_messages()[:2]]
     plain = [Text(item.text, real(item.text)["input_ids"]) for item in plain]
-    rows = [Row(item.ids, [IGNORE] * 8 + item.ids[8:]) for item in plain]
+    rows = [LabelledRow(item.ids, [IGNORE] * 8 + item.ids[8:]) for item in plain]
     texts = [Text(text, real(text)["input_ids"]) for text in REAL_TEXTS]
     texts += [Text(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS]
     score(load_base(folder, torch.float32).eval(), rows, keep=tmp_path / "reference.bin")

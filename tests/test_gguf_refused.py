@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_tokenizers import KINDS
 
-from finetune.gguf.tokenizer import VocabularyError
-from finetune.gguf.vocabulary import vocabulary
+from finetune.export.gguf.tokenizer.vocabulary import vocabulary
+from finetune.system.errors import ExportError
 
 
 def edited(change: Callable[[dict[str, Any]], Any], file: str = "tokenizer.json") -> Callable[[Path], None]:
@@ -173,7 +173,7 @@ def test_what_cannot_be_written_is_refused(fault: str, sound: dict[str, Path], t
     kind, damage, message = REFUSED[fault]
     model = shutil.copytree(sound[kind], tmp_path / "model")
     damage(model)
-    with pytest.raises(VocabularyError, match=message) as refused:
+    with pytest.raises(ExportError, match=message) as refused:
         vocabulary(model)
     assert str(refused.value).startswith(str(model))
     assert "\n" not in str(refused.value)

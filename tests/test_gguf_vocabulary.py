@@ -33,9 +33,9 @@ from tokenizers import AddedToken
 from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
 
-from finetune.base import RANDOM_ARCHITECTURES, locate
-from finetune.gguf.tokenizer import Limit, load
-from finetune.gguf.vocabulary import (
+from finetune.data.template import load_template
+from finetune.export.gguf.tokenizer.source import Limit, load
+from finetune.export.gguf.tokenizer.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -47,7 +47,8 @@ from finetune.gguf.vocabulary import (
     read,
     vocabulary,
 )
-from finetune.template import load_template
+from finetune.model.locate import locate
+from finetune.model.tiny import RANDOM_ARCHITECTURES
 
 TALK = [
     {"role": "user", "content": "今日は\n  晴れ？ It's 42°C"},
@@ -365,7 +366,7 @@ def test_gemma_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copy(model / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(load_template("gemma3"), encoding="utf-8")
     once = functools.cache(load)  # it takes seconds
-    monkeypatch.setattr("finetune.gguf.vocabulary.load", once)
+    monkeypatch.setattr("finetune.export.gguf.tokenizer.vocabulary.load", once)
     metadata, limits = read(tmp_path)
     assert [limit.what for limit in limits] == ["llama.cpp ends an answer at </s> too, because of the name"]
     assert [metadata[K + name] for name in STOPS if K + name in metadata] == [2, 1, 106]

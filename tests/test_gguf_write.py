@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-import finetune.gguf.write
-from finetune.base import locate, quiet, sample_rows
-from finetune.gguf.ggml import GGMLError
-from finetune.gguf.metadata import metadata, read_config
-from finetune.gguf.tensors import ARCHITECTURES, GGUFError, names
-from finetune.gguf.write import write
-from finetune.shards import ShardError
+import finetune.export.gguf.write
+from finetune.data.samples import sample_rows
+from finetune.export.gguf.metadata import metadata, read_config
+from finetune.export.gguf.tensors import ARCHITECTURES, names
+from finetune.export.gguf.write import write
+from finetune.model.locate import locate
+from finetune.system.errors import ExportError, ModelError
+from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
 WEIGHTS = "model.safetensors"
@@ -424,8 +425,8 @@ def test_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> Non
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from test_gguf_write import vocabulary\n"
-        "from finetune.gguf.write import write\n"
-        "from finetune.gguf.metadata import read_config\n"
+        "from finetune.export.gguf.write import write\n"
+        "from finetune.export.gguf.metadata import read_config\n"
         "words = vocabulary(int(sys.argv[4])); read_config(Path(sys.argv[2]))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "write(Path(sys.argv[2]), Path(sys.argv[3]), 'Q6_K', vocabulary=words)\n"
@@ -442,7 +443,7 @@ def test_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> Non
 
 
 def refused(model: Path, file: Path, kind: str = "F32", **options: Any) -> str:
-    with pytest.raises((GGUFError, GGMLError, ShardError)) as caught:
+    with pytest.raises((ExportError, ExportError, ModelError)) as caught:
         written(model, file, kind, **options)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in file.parent.iterdir()) == ["model"]
@@ -578,7 +579,7 @@ def test_damaged_files_are_refused(model: Path, tmp_path: Path) -> None:
 def test_a_weight_cut_off_while_it_is_read_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = finetune.gguf.write.read_headers
+    headers = finetune.model.shards.read_headers
 
     def cut(folder: Path) -> Any:
         found = headers(folder)
@@ -594,7 +595,7 @@ def test_other_things_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
     assert refused(model, file, "Q4_K_S").startswith(
         "GGUF: there is no type Q4_K_S; write one of F32, F16, BF16, "
     )
-    with pytest.raises(GGUFError, match="a tokenizer of 300 tokens and a config with vocab_size 320"):
+    with pytest.raises(ExportError, match="a tokenizer of 300 tokens and a config with vocab_size 320"):
         write(model, file, "F32", vocabulary=vocabulary(300))
     configure(model, quantization_config={"quant_method": "bitsandbytes"})
     assert "the weights are quantised" in refused(model, file)
@@ -604,7 +605,7 @@ def test_other_things_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         assert "are needed; make room" in refused(model, file)
     file.write_text("there")
-    with pytest.raises(GGUFError, match=r"a.gguf exists; write another path, or delete it"):
+    with pytest.raises(ExportError, match=r"a.gguf exists; write another path, or delete it"):
         written(model, file)
     assert file.read_text() == "there"
 

@@ -20,19 +20,20 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import finetune.gguf.calibration as calibration_room
-from finetune.base import locate, quiet
-from finetune.chat import IGNORE, Chat
-from finetune.data import build
-from finetune.evaluate.perplexity import Row
-from finetune.gguf.calibration import by_language, calibration, collect, samples, sums_of
-from finetune.gguf.ggml import quantise
-from finetune.gguf.imatrix import ImatrixError, Importance, check, read, write
-from finetune.gguf.tensors import names
-from finetune.model import load_base, load_tokenizer
-from finetune.recipe import load_recipe
-from finetune.rows import DataError
-from finetune.sections import ModelSection
+import finetune.export.gguf.imatrix.calibration as calibration_room
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.mixture import build
+from finetune.data.samples import LabelledRow
+from finetune.export.gguf.imatrix.calibration import by_language, calibration, collect, samples, sums_of
+from finetune.export.gguf.imatrix.files import Importance, check, read, write
+from finetune.export.gguf.quantize import quantise
+from finetune.export.gguf.tensors import names
+from finetune.model.load import load_base, load_tokenizer
+from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import DataError, ExportError
+from finetune.system.terminal import quiet
 
 Sums = dict[str, Any]
 ROWS = [list(range(3, 40)), [5, 9, 11], list(range(100, 117)), [7] * 50, [2]]
@@ -201,7 +202,7 @@ def test_a_hook_on_a_module_of_another_width_is_refused(
     monkeypatch.setattr(calibration_room, "names", swapped("gate_proj", "down_proj"))
     found = Importance(summed(model, ROWS), {})
     with pytest.raises(
-        ImatrixError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
+        ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
     ):
         check(found, tmp_path, "M")
 
@@ -210,11 +211,11 @@ def test_a_layer_that_reads_something_else_is_refused(monkeypatch: pytest.Monkey
     model = tiny("llama")
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: torch.zeros_like(x)
-    with pytest.raises(ImatrixError, match=r"^blk.1.ffn_gate.weight was given 0 of 108 tokens$"):
+    with pytest.raises(ExportError, match=r"^blk.1.ffn_gate.weight was given 0 of 108 tokens$"):
         summed(model, ROWS)
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :2]) + mlp.gate_proj(x[:, :2])).sum()
     message = r"^blk.1.ffn_up.weight takes 64 columns and was given \[5, 2, 64\] for \[5, 50\] tokens$"
-    with pytest.raises(ImatrixError, match=message):
+    with pytest.raises(ExportError, match=message):
         summed(model, ROWS)
 
 
@@ -222,7 +223,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")
     with pytest.raises(
-        ImatrixError, match=r"^the activations before blk.0.ffn_down.weight are not finite; export"
+        ExportError, match=r"^the activations before blk.0.ffn_down.weight are not finite; export"
     ):
         summed(model, ROWS)
 
@@ -262,10 +263,10 @@ def here(monkeypatch: pytest.MonkeyPatch, script: Path, lines: str) -> None:
 def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch, tmp_path / "python", "echo 3\necho first >&2\necho last words >&2\nexit 3")
     message = r"^M: no importance matrix: its process ended with code 3: last words$"
-    with pytest.raises(ImatrixError, match=message):
+    with pytest.raises(ExportError, match=message):
         collect(Path("M"), ROWS, "float32", tmp_path, "rows")
     here(monkeypatch, tmp_path / "python", "kill -9 $$")
-    with pytest.raises(ImatrixError, match=r"code -9: it was killed, most likely for want of memory$"):
+    with pytest.raises(ExportError, match=r"code -9: it was killed, most likely for want of memory$"):
         collect(Path("M"), ROWS, "float32", tmp_path, "rows")
 
 
@@ -284,7 +285,7 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
         return plain(["true"], **options)
 
     monkeypatch.setattr(calibration_room.subprocess, "Popen", popen)
-    with pytest.raises(ImatrixError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
+    with pytest.raises(ExportError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
         collect(model, ROWS, "float32", tmp_path, "rows")
 
 
@@ -426,7 +427,7 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_file_that_no_quantiser_can_use_is_refused(what: str, tmp_path: Path) -> None:
     tensors, fields, message = BROKEN[what]
-    with pytest.raises(ImatrixError, match=rf"^{tmp_path}/m.gguf{message}"):
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/m.gguf{message}"):
         read(put(tmp_path / "m.gguf", tensors, **fields))
 
 
@@ -449,12 +450,12 @@ def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(small: Importanc
             # gguf's writer pads the last tensor, and what is only padding is not missed.
             if kind == "gguf" and not whole[length:].strip(b"\0") and len(whole) - length <= 28:
                 continue
-            with pytest.raises(ImatrixError) as error:
+            with pytest.raises(ExportError) as error:
                 read(cut)
             assert str(error.value).startswith(f"{cut} is damaged, or no ")
             assert "\n" not in str(error.value)
     cut.write_bytes(whole + b"x")
-    with pytest.raises(ImatrixError, match=r" 1 bytes are left over$"):
+    with pytest.raises(ExportError, match=r" 1 bytes are left over$"):
         read(cut)
 
 
@@ -471,7 +472,7 @@ def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Pa
             (tmp_path / "m").write_bytes(data)
             try:
                 found = read(tmp_path / "m")
-            except ImatrixError:
+            except ExportError:
                 refused += 1
             else:
                 assert all((own > 0).all() and np.isfinite(own).all() for own in found.sums.values())
@@ -479,9 +480,9 @@ def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Pa
 
 
 def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ImatrixError, match=rf"^{tmp_path}/gone cannot be read: No such file or directory$"):
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/gone cannot be read: No such file or directory$"):
         read(tmp_path / "gone")
-    with pytest.raises(ImatrixError, match=r" cannot be read: Is a directory$"):
+    with pytest.raises(ExportError, match=r" cannot be read: Is a directory$"):
         read(tmp_path)
 
 
@@ -504,18 +505,18 @@ def test_a_matrix_of_another_model_is_refused(family: str, tmp_path: Path) -> No
     sums = summed(model, ROWS)
     check(Importance(sums, {}), tmp_path, "M")
     q = "blk.1.attn_q.weight"
-    with pytest.raises(ImatrixError, match=rf"^M: it has nothing on {q}; use a matrix of this very model$"):
+    with pytest.raises(ExportError, match=rf"^M: it has nothing on {q}; use a matrix of this very model$"):
         check(Importance({name: own for name, own in sums.items() if name != q}, {}), tmp_path, "M")
-    with pytest.raises(ImatrixError, match=rf"^M: {q} has 63 columns there and 64 in "):
+    with pytest.raises(ExportError, match=rf"^M: {q} has 63 columns there and 64 in "):
         check(Importance(sums | {q: sums[q][1:]}, {}), tmp_path, "M")
-    with pytest.raises(ImatrixError, match=r"has no blk.9.attn_q.weight; use a matrix of this very model$"):
+    with pytest.raises(ExportError, match=r"has no blk.9.attn_q.weight; use a matrix of this very model$"):
         check(Importance(sums | {"blk.9.attn_q.weight": sums[q]}, {}), tmp_path, "M")
     # Of an output layer of its own llama.cpp's tool has an entry where it is asked for.
     output = Importance(sums | {"output.weight": sums[q]}, {})
     if family == "llama":
         check(output, tmp_path, "M")
     else:
-        with pytest.raises(ImatrixError, match=r"has no output.weight; "):
+        with pytest.raises(ExportError, match=r"has no output.weight; "):
             check(output, tmp_path, "M")
 
 
@@ -572,7 +573,7 @@ def test_no_more_tokens_than_asked_for(run: Path) -> None:
 
 def test_rows_that_measure_are_left_out(run: Path) -> None:
     every, _ = calibration(run, rows=10)
-    apart = [Row(row, row) for row in every[:4]]
+    apart = [LabelledRow(row, row) for row in every[:4]]
     found, _ = calibration(run, rows=10, apart_from=apart)
     assert len(found) == 10
     assert not any(row in every[:4] for row in found)
@@ -580,16 +581,17 @@ def test_rows_that_measure_are_left_out(run: Path) -> None:
     training, _ = rows_of(run)
     said: list[str] = []
     found, where = calibration(
-        run, rows=12, apart_from=[Row(row, row) for row in [*training, *found]], say=said.append
+        run, rows=12, apart_from=[LabelledRow(row, row) for row in [*training, *found]], say=said.append
     )
     assert where == "12 sample rows of this project"
     assert not any(row in training for row in found)
     assert said == ["all of the run's rows are compared; the matrix is made from the project's sample rows"]
     sample = [
-        Row(row, row) for row in [*training, *calibration(run, apart_from=[Row(r, r) for r in training])[0]]
+        LabelledRow(row, row)
+        for row in [*training, *calibration(run, apart_from=[LabelledRow(r, r) for r in training])[0]]
     ]
     with pytest.raises(
-        ImatrixError, match=r"^importance matrix: of the sample rows of this project none is left "
+        ExportError, match=r"^importance matrix: of the sample rows of this project none is left "
     ):
         calibration(run, apart_from=sample)
 
@@ -646,19 +648,19 @@ def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> No
     for name, error, message in (
         (
             "/gone.txt",
-            ImatrixError,
+            ExportError,
             r"^imatrix_data.path: /gone.txt cannot be read: No such file or directory$",
         ),
         ("/gone.jsonl", DataError, r"^/gone.jsonl: there is no such file$"),
-        (str(tmp_path), ImatrixError, r" cannot be read: Is a directory$"),
+        (str(tmp_path), ExportError, r" cannot be read: Is a directory$"),
     ):
         with pytest.raises(error, match=message):
             calibration(run, path=name)
     (tmp_path / "mine.txt").write_bytes(b"good \xff bad")
-    with pytest.raises(ImatrixError, match=r"mine.txt is no text in UTF-8 \(byte 5\)$"):
+    with pytest.raises(ExportError, match=r"mine.txt is no text in UTF-8 \(byte 5\)$"):
         calibration(run, path=str(tmp_path / "mine.txt"))
     (tmp_path / "mine.txt").write_text("\n")
-    with pytest.raises(ImatrixError, match=r"^importance matrix: of the passages of mine.txt none is left "):
+    with pytest.raises(ExportError, match=r"^importance matrix: of the passages of mine.txt none is left "):
         calibration(run, path=str(tmp_path / "mine.txt"))
 
 
@@ -667,7 +669,7 @@ def test_rows_are_told_apart_by_language(run: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     _, evaluation = build(recipe.data, chat, 1024)
     assert evaluation.dataset is not None
-    rows = [Row(list(row["input_ids"]), list(row["labels"])) for row in evaluation.dataset]
+    rows = [LabelledRow(list(row["input_ids"]), list(row["labels"])) for row in evaluation.dataset]
     found = by_language(rows, "held out", chat)
     # The languages are those of `finetune evaluate`.
     for language in ("English", "Japanese"):

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.base import locate
-from finetune.chat import IGNORE
-from finetune.cli import main
-from finetune.data import Prepared
-from finetune.inspect import View, as_text, pieces
-from finetune.ledger import Ledger
+from finetune.cli.commands import main
+from finetune.cli.inspect import View, as_text, pieces
+from finetune.data.chat import IGNORE
+from finetune.data.ledger import Ledger
+from finetune.data.mixture import Prepared
+from finetune.model.locate import locate
 
 Write = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]

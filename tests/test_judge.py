@@ -18,7 +18,8 @@ from conftest import ROOT
 from judge_server import Answer, Request, Server, error, grades, says, serve
 
 from finetune.evaluate import endpoint, judge
-from finetune.evaluate.judge import GRADES, Judge, JudgeError, Pair, Preference, compare, grade_in, question
+from finetune.evaluate.judge import GRADES, Judge, Pair, Preference, compare, grade_in, question
+from finetune.system.errors import EvaluateError
 
 KEY = "sk-0123456789abcdef-do-not-tell"
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -338,7 +339,7 @@ def test_a_pair_without_a_grade_is_left_out_and_told(run: Run) -> None:
 
 
 def test_a_judge_that_judges_nothing_is_an_error(run: Run) -> None:
-    with serve(lambda request: says("Both are nice.")) as server, pytest.raises(JudgeError) as caught:
+    with serve(lambda request: says("Both are nice.")) as server, pytest.raises(EvaluateError) as caught:
         run(server, pairs(2))
     assert str(caught.value) == (
         "evaluate.judge.model: m judged none of 2 pairs: asked 3 times, the judge named no grade; its last reply ends "
@@ -348,7 +349,7 @@ def test_a_judge_that_judges_nothing_is_an_error(run: Run) -> None:
 
 
 def test_a_judge_that_never_judges_is_not_paid_to_the_end(run: Run) -> None:
-    with serve(lambda request: says("Both are nice.")) as server, pytest.raises(JudgeError) as caught:
+    with serve(lambda request: says("Both are nice.")) as server, pytest.raises(EvaluateError) as caught:
         run(server, pairs(100))
     assert str(caught.value).startswith(
         "evaluate.judge.model: m answered none of 20 questions with a grade: "
@@ -408,7 +409,7 @@ def test_an_endpoint_that_stays_away_ends_it_and_what_was_answered_is_kept(
         return error(502, "bad gateway") if request.answers[0] in away else good(request)
 
     with serve(reply) as server:
-        with pytest.raises(JudgeError) as caught:
+        with pytest.raises(EvaluateError) as caught:
             run(server, pairs(2), workers=1)
         assert str(caught.value) == (
             f"evaluate.judge.base_url: {server.url} failed 6 times: HTTP 502 bad gateway; what was answered until now "
@@ -425,7 +426,7 @@ def test_an_endpoint_that_stays_away_ends_it_and_what_was_answered_is_kept(
 def test_nobody_there_is_an_error_of_one_line(run: Run) -> None:
     with serve(good) as server:
         gone = server.url
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(EvaluateError) as caught:
         run(Server(good, gone), [ONE])
     line = str(caught.value)
     assert line.startswith(f"evaluate.judge.base_url: {gone} failed 6 times: [Errno ")
@@ -501,14 +502,14 @@ def test_retry_after_may_be_a_date() -> None:
 )
 def test_what_does_not_pass_ends_it_at_the_first_request(run: Run, answer: Answer, line: str) -> None:
     key = KEY if KEY in str(answer.body) else ""
-    with serve(lambda request: answer) as server, pytest.raises(JudgeError) as caught:
+    with serve(lambda request: answer) as server, pytest.raises(EvaluateError) as caught:
         run(server, pairs(20), workers=8, key=key)
     assert str(caught.value) == line.format(url=server.url)
     assert len(server.requests) == 1
 
 
 def test_a_wanted_key_is_told_from_a_wrong_one(run: Run) -> None:
-    with serve(lambda request: error(401)) as server, pytest.raises(JudgeError) as caught:
+    with serve(lambda request: error(401)) as server, pytest.raises(EvaluateError) as caught:
         run(server, [ONE], key="")
     assert "wants a key (HTTP 401)" in str(caught.value)
     assert "authorization" not in server.requests[0].headers
@@ -518,7 +519,7 @@ def test_a_fault_of_one_worker_ends_them_all(run: Run) -> None:
     def reply(request: Request) -> Answer:
         return good(request) if len(server.requests) < 5 else error(403)
 
-    with serve(reply) as server, pytest.raises(JudgeError, match="HTTP 403"):
+    with serve(reply) as server, pytest.raises(EvaluateError, match="HTTP 403"):
         run(server, pairs(200), workers=4)
     workers_end()
     assert len(server.requests) <= 4 + 4
@@ -540,7 +541,7 @@ def test_a_worker_that_waits_ends_with_the_others(run: Run, monkeypatch: pytest.
         return good(request)
 
     with serve(reply) as server:
-        with pytest.raises(JudgeError, match="HTTP 403"):
+        with pytest.raises(EvaluateError, match="HTTP 403"):
             run(server, pairs(10), workers=2)
         workers_end()
         assert len(server.requests) == 3
@@ -765,7 +766,9 @@ def test_the_key_is_told_to_nobody_but_the_endpoint(
             return says(f'Your key is {told}.\n{{"grade": "BetterThan"}}')
         return error(status, f"the key {told} is not good")
 
-    expected: AbstractContextManager[Any] = nothing_raised() if status == 200 else pytest.raises(JudgeError)
+    expected: AbstractContextManager[Any] = (
+        nothing_raised() if status == 200 else pytest.raises(EvaluateError)
+    )
     with serve(reply) as server, expected as caught:
         found = run(server, pairs(2), lines.append, workers=1)
         lines.append(repr(found))
@@ -791,7 +794,7 @@ def test_what_a_local_server_is_given_for_a_key_may_be_said(run: Run) -> None:
 
 @pytest.mark.parametrize("key", ["sk-two words", "sk-line\n", "sk-鍵"])
 def test_a_key_that_cannot_be_sent_is_refused_unseen(key: str) -> None:
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(EvaluateError) as caught:
         Judge("http://localhost:8000/v1", "m", key=key)
     assert str(caught.value) == (
         "OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew"
@@ -811,7 +814,7 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(key: str) -> None:
     ],
 )
 def test_what_is_no_address_is_refused_at_once(url: str) -> None:
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(EvaluateError) as caught:
         Judge(url, "m")
     assert str(caught.value) == (
         f"evaluate.judge.base_url: {url!r} is not where an API begins; write what stands before /chat/completions, "
@@ -821,7 +824,7 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["https://me:secret@h/v1", "https://h/v1?key=secret", "https://h/v1#secret"])
 def test_an_address_with_a_secret_in_it_is_refused_unseen(url: str) -> None:
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(EvaluateError) as caught:
         Judge(url, "m")
     assert str(caught.value) == (
         "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put a "
@@ -844,13 +847,13 @@ def test_an_address_may_end_in_a_slash(run: Run) -> None:
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], line: str) -> None:
-    with pytest.raises(JudgeError) as caught:
+    with pytest.raises(EvaluateError) as caught:
         Judge("http://localhost:8000/v1", "m", **settings)
     assert str(caught.value) == line
 
 
 def test_nothing_to_compare_is_an_error(run: Run) -> None:
-    with pytest.raises(JudgeError, match=r"^evaluate\.prompts: there are no answers to compare$"):
+    with pytest.raises(EvaluateError, match=r"^evaluate\.prompts: there are no answers to compare$"):
         run(Server(good, "http://localhost:8000/v1"), [])
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune import loss
-from finetune.loss import use_token_head
+from finetune.train import loss
+from finetune.train.loss import use_token_head
 
 SHAPE = {
     "vocab_size": 96,

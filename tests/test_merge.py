@@ -23,15 +23,17 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import finetune.merge
-import finetune.shards
-from finetune import __version__, assemble
-from finetune.base import locate, quiet
-from finetune.checkpoint import digest
-from finetune.cli import main
-from finetune.merge import merge
-from finetune.model import load_base
-from finetune.shards import INDEX, fingerprint
+import finetune.merge.run
+import finetune.model.shards
+from finetune import __version__
+from finetune.cli.commands import main
+from finetune.merge.plan import Plan, Request, plan, plan_apart
+from finetune.merge.run import merge
+from finetune.model.load import load_base
+from finetune.model.locate import locate
+from finetune.model.shards import INDEX, fingerprint
+from finetune.system.files import digest
+from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
 Dtype = torch.dtype
@@ -204,10 +206,10 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def plan_here(request: assemble.Request) -> assemble.Plan:
+def plan_here(request: Request) -> Plan:
     """The plan, without a process of its own, which takes seconds to import what this one has already."""
     with unwarned():
-        return assemble.plan(request)
+        return plan(request)
 
 
 @pytest.fixture(autouse=True)
@@ -519,7 +521,7 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Planned in a process of its own, as a user's merge is."""
-    monkeypatch.setattr(finetune.merge, "plan_apart", assemble.plan_apart)
+    monkeypatch.setattr(finetune.merge, "plan_apart", plan_apart)
     merged = tmp_path / "merged"
     capfd.readouterr()
     assert main(["merge", str(trained), "--output", str(merged), "--base", "dequantised"]) == 0
@@ -1063,7 +1065,7 @@ def test_a_folder_that_another_process_writes_is_left_alone(
 ) -> None:
     ready, go = os.pipe(), os.pipe()
 
-    def slow(request: assemble.Request) -> assemble.Plan:
+    def slow(request: Request) -> Plan:
         os.write(ready[1], b".")
         os.read(go[0], 1)
         return plan_here(request)
@@ -1102,10 +1104,10 @@ def test_killed_at_any_moment_the_output_is_whole_or_absent(
     # Planned once: what is killed is the writing.
     rest = tmp_path / "rest"
     rest.mkdir()
-    request = assemble.Request(str(run), ((str(run), 1.0),), str(rest))
+    request = Request(str(run), ((str(run), 1.0),), str(rest))
     plan = plan_here(request)
 
-    def planned(request: assemble.Request) -> assemble.Plan:
+    def planned(request: Request) -> Plan:
         shutil.copytree(rest, request.into, dirs_exist_ok=True)
         return plan
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-from finetune import store
-from finetune.base import cache_dir
-from finetune.chat import Chat
-from finetune.cli import main
-from finetune.data import Prepared, build
-from finetune.ledger import Ledger, language
-from finetune.model import load_tokenizer
-from finetune.prepare import Fate, prepare
-from finetune.rows import DataError
-from finetune.sections import DataSection, ModelSection
-from finetune.template import TemplateError, set_system_role
+from finetune.cli.commands import main
+from finetune.data import cache as data_cache
+from finetune.data.chat import Chat
+from finetune.data.language import language
+from finetune.data.ledger import Ledger
+from finetune.data.mixture import Prepared, build
+from finetune.data.prepare import Fate, prepare
+from finetune.data.template import set_system_role
+from finetune.model.load import load_tokenizer
+from finetune.recipe.schema import DataSection, ModelSection
+from finetune.system.errors import DataError, TemplateError
+from finetune.system.files import cache_dir
 
 
 @cache
@@ -380,7 +381,7 @@ def folders() -> list[Path]:
 def test_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     path = numbered("a.jsonl", 5)
     first, _ = build(section(path), chat(), 100)
-    monkeypatch.setattr(store, "prepare", None)  # from now on there is nothing to prepare with
+    monkeypatch.setattr(data_cache, "prepare", None)  # from now on there is nothing to prepare with
     again, _ = build(section(path, seed=7, deduplicate=False), chat(), 100)
     assert first.dataset is not None
     assert again.dataset is not None
@@ -449,7 +450,7 @@ def test_one_prepares_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> No
         time.sleep(0.5)
         yield from prepare(*args)
 
-    monkeypatch.setattr(store, "prepare", slow)
+    monkeypatch.setattr(data_cache, "prepare", slow)
     with ThreadPoolExecutor(3) as pool:
         built = list(pool.map(lambda _: names(build(section(path), chat(), None)[0]), range(3)))
     assert begun == ["a.jsonl"]

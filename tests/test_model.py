@@ -9,17 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.base import RANDOM_ARCHITECTURES, ModelError, locate
-from finetune.chat import Chat
-from finetune.loss import use_token_head
-from finetune.model import (
-    lighten_trainable_tokens,
-    load_base,
-    load_tokenizer,
-    trainable_token_indices,
-    unlearned_tokens,
-)
-from finetune.sections import ModelSection
+from finetune.data.chat import Chat
+from finetune.model.load import load_base, load_tokenizer
+from finetune.model.locate import locate
+from finetune.model.tiny import RANDOM_ARCHITECTURES
+from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import ModelError
+from finetune.train.loss import use_token_head
 
 
 def tiny(architecture: str = "gemma3", **arguments: Any) -> Any:
@@ -165,7 +162,7 @@ def test_token_rows_are_saved_as_rows(tmp_path: Path) -> None:
 def test_4bit_weights_survive_an_evaluation(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream alone repacks the weights at the first forward without gradients; if that half fails, it is mended."""
     if not kept:
-        monkeypatch.setattr("finetune.model.keep_4bit_weights", lambda model: None)
+        monkeypatch.setattr("finetune.model.load.keep_4bit_weights", lambda model: None)
     # Wide enough for the repacking kernel; the tiny models are not.
     from transformers import AutoConfig, AutoModelForCausalLM
 

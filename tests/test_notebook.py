@@ -24,8 +24,8 @@ from colab import AUTHORS, NAME, PARAMETERS, Machine
 from conftest import ROOT
 from hub import TOKEN, serve
 
-from finetune.base import locate
-from finetune.checkpoint import is_whole
+from finetune.model.locate import locate
+from finetune.train.checkpoint import is_whole
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
 FILE = ROOT / "notebooks/colab_gemma_qlora.ipynb"

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from conftest import ROOT, USER_CACHE
 
-from finetune.gguf.go_template import BLANKS, literal
-from finetune.gguf.ollama import OllamaError, modelfile, write
-from finetune.model import load_tokenizer
-from finetune.sections import ModelSection
-from finetune.template import load_template, set_system_role
+from finetune.data.template import load_template, set_system_role
+from finetune.export.gguf.ollama.go_template import BLANKS, literal
+from finetune.export.gguf.ollama.modelfile import modelfile, write
+from finetune.model.load import load_tokenizer
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import OllamaError
 
 Message = dict[str, str]
 Go = Callable[..., list[dict[str, Any]]]

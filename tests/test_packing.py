@@ -12,11 +12,12 @@ import transformers
 import trl.trainer.sft_trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import finetune.train
-from finetune.base import ModelError, locate
-from finetune.cli import main
-from finetune.recipe import load_recipe
-from finetune.train import train
+import finetune.train.run
+from finetune.cli.commands import main
+from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
+from finetune.system.errors import ModelError
+from finetune.train.run import train
 
 Write = Callable[..., Path]
 SAMPLE = Path(__file__).parents[1] / "data" / "chat_sample.jsonl"
@@ -86,7 +87,7 @@ def one_step(
     """Trains one step on ten rows, as a run does: its loss and gradients, and the evaluation before it."""
     seen: list[Any] = []
 
-    class Watched(finetune.train.Trainer):  # type: ignore[misc]
+    class Watched(finetune.train.trainer.Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(model, *args, **kwargs)
             found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -203,7 +204,9 @@ def test_rows_that_read_one_another_are_seen_and_refused(
         f"training.packing: {kind} would let packed rows read one another; write false, or another "
         "model.attn_implementation"
     )
-    monkeypatch.setattr(finetune.packing.RowsApart, "on_train_begin", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        finetune.train.callbacks.packing.RowsApart, "on_train_begin", lambda *args, **kwargs: None
+    )
     packed = one_step(architecture, attention, PACKED)
     assert min(distances(packed, alone)) > 50 * TOLERANCE
 

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from finetune.base import locate
-from finetune.chat import IGNORE
+from finetune.data.chat import IGNORE
+from finetune.data.samples import LabelledRow
 from finetune.evaluate import perplexity
-from finetune.evaluate.perplexity import Row, Score, score
-from finetune.model import load_base
+from finetune.evaluate.perplexity import Score, score
+from finetune.model.load import load_base
+from finetune.model.locate import locate
 
 VOCABULARY = 1024
 
@@ -30,16 +31,16 @@ def tiny(loudness: float = 8.0, seed: int | None = None) -> Any:
     return model.eval()
 
 
-def row(length: int, predicted: range, seed: int = 0) -> Row:
+def row(length: int, predicted: range, seed: int = 0) -> LabelledRow:
     ids = torch.randint(8, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Row(ids, [token if i in predicted else IGNORE for i, token in enumerate(ids)])
+    return LabelledRow(ids, [token if i in predicted else IGNORE for i, token in enumerate(ids)])
 
 
 # Of very different lengths: a mean of means is not the mean.
 ROWS = [row(50, range(40, 50)), row(9, range(7, 9), seed=1), row(90, range(5, 80), seed=2)]
 
 
-def predictions(model: Any, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions(model: Any, rows: list[LabelledRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (N, V) of all predicted tokens and these tokens (N), from the whole logits of each row."""
     logs, targets = [], []
     for one in rows:
@@ -152,9 +153,9 @@ def test_a_first_token_that_is_labelled_is_predicted_by_nothing() -> None:
 
 
 def test_the_prompt_is_what_stands_before_the_first_predicted_token() -> None:
-    assert Row([7, 8, 9, 10], [IGNORE, IGNORE, 9, IGNORE]).prompt == [7, 8]
-    assert Row([7, 8, 9], [7, 8, 9]).prompt == [7]  # a model must be fed something
-    assert Row([7, 8, 9], [IGNORE] * 3).prompt == [7, 8, 9]
+    assert LabelledRow([7, 8, 9, 10], [IGNORE, IGNORE, 9, IGNORE]).prompt == [7, 8]
+    assert LabelledRow([7, 8, 9], [7, 8, 9]).prompt == [7]  # a model must be fed something
+    assert LabelledRow([7, 8, 9], [IGNORE] * 3).prompt == [7, 8, 9]
 
 
 def test_only_the_first_tokens_are_compared_where_more_would_not_fit_the_disk(

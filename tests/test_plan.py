@@ -15,21 +15,25 @@ import torch
 from conftest import USER_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import cards, loss, train
 from finetune import plan as plan_package
-from finetune.cards import GIB, _attention, work_per_token
-from finetune.cli import main
-from finetune.plan import CARDS, PlanError, as_json, as_text, check, here, plan
+from finetune.cli.commands import main
+from finetune.model.flops import _attention, work_per_token
 from finetune.plan.advice import lawful, refusal
-from finetune.plan.facts import _known, config_of
-from finetune.plan.fit import Fit, Plan, arguments_of, setting_of
+from finetune.plan.configs import _known, config_of
+from finetune.plan.lengths import rows_of
 from finetune.plan.predict import Need, Predictor
-from finetune.plan.report import seconds
-from finetune.plan.rows import rows_of
+from finetune.plan.preflight import check
+from finetune.plan.report import as_json, as_text, seconds
+from finetune.plan.run import Fit, Plan, arguments_of, plan, setting_of
 from finetune.plan.step import Batch
-from finetune.recipe import load_recipe
-from finetune.sections import ModelSection
-from finetune.trainer import SFTTrainer
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system import devices
+from finetune.system.devices import CARDS, GIB, here
+from finetune.system.errors import PlanError
+from finetune.train import loss
+from finetune.train.run import train
+from finetune.train.trainer import SFTTrainer, Trainer
 
 ROOT = Path(__file__).parents[1]
 Write = Callable[..., Path]
@@ -58,7 +62,7 @@ def held(model: Any) -> int:
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int, Batch]]:
     """Runs a recipe; bytes of its weights, at most while it trained by the allocator's events, its last batch."""
     seen: dict[str, Any] = {}
-    real_train, real_step = train.Trainer.train, SFTTrainer.training_step
+    real_train, real_step = Trainer.train, SFTTrainer.training_step
 
     def profiled(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         gc.collect()  # what an earlier run left is not to be given back within this one
@@ -82,11 +86,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int
         seen["batch"] = Batch(rows, length, padded, packed, trained)
         return real_step(trainer, model, inputs, *args)
 
-    monkeypatch.setattr(train.Trainer, "train", profiled)
+    monkeypatch.setattr(Trainer, "train", profiled)
     monkeypatch.setattr(SFTTrainer, "training_step", step)
 
     def run(path: Path) -> tuple[int, int, Batch]:
-        train.train(load_recipe(path))
+        train(load_recipe(path))
         return seen["weights"], seen["peak"], seen["batch"]
 
     return run
@@ -403,7 +407,7 @@ def test_a_card_without_bfloat16_is_told_what_to_write(
         model={"dtype": "bfloat16"}, quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}
     )
     planned: list[Plan] = []
-    real = plan_package.plan
+    real = plan
 
     def kept(*args: Any, **kwargs: Any) -> Plan:
         planned.append(real(*args, **kwargs))
@@ -538,7 +542,7 @@ def test_three_real_steps_are_timed(write_recipe: Write, capsys: pytest.CaptureF
 def test_gemma_7b_is_planned_in_little_memory() -> None:
     # Its own peak: what a parent hears of a child begins with the parent's.
     code = (
-        "import sys, pathlib; from finetune.cli import main\n"
+        "import sys, pathlib; from finetune.cli.commands import main\n"
         "code = main(['plan', 'recipes/qlora_ultrachat.yaml', '--gpu', '4090', '--json'])\n"
         "print(pathlib.Path('/proc/self/status').read_text(), file=sys.stderr)\n"
         "sys.exit(code)"
@@ -559,7 +563,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 ) -> None:
     path = write_recipe(training={"per_device_train_batch_size": 4, "max_steps": 1})
     # The token head's tiles alone take half a GiB.
-    monkeypatch.setattr("finetune.plan.start.here", lambda free: replace(here(), memory=0.3 * GIB))
+    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.3 * GIB))
     assert main([str(path)]) == 2
     said = capsys.readouterr().err
     assert "error: this run needs about 0.5 GiB, and this CPU has 0.3 GiB free. Write " in said
@@ -568,7 +572,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 
 
 def test_a_small_run_is_passed_by(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.plan.start.Predictor", lambda *_: pytest.fail("it was looked at"))
+    monkeypatch.setattr("finetune.plan.preflight.Predictor", lambda *_: pytest.fail("it was looked at"))
     recipe = load_recipe(write_recipe())
     check(recipe, arguments_of(recipe), None)
 
@@ -582,8 +586,8 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
         asked.append(True)
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("finetune.plan.start.here", lambda free: replace(here(), memory=0.3 * GIB))
-    monkeypatch.setattr("finetune.plan.start.Predictor", breaks)
+    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.3 * GIB))
+    monkeypatch.setattr("finetune.plan.preflight.Predictor", breaks)
     recipe = load_recipe(write_recipe())
     check(recipe, arguments_of(recipe), None)
     assert asked
@@ -594,11 +598,11 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
 def test_processes_on_one_machine_share_its_memory(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.plan.start.here", lambda free: replace(here(), memory=0.8 * GIB))
+    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.8 * GIB))
     recipe = load_recipe(write_recipe(training={"per_device_train_batch_size": 4}))
     arguments = arguments_of(recipe)
     check(recipe, arguments, None)
-    monkeypatch.setattr("finetune.plan.start.advice", lambda *_: [("training.max_length=64", 1)])
+    monkeypatch.setattr("finetune.plan.preflight.advice", lambda *_: [("training.max_length=64", 1)])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = r"each process of this run needs about 0\.5 GiB, and this CPU has 0\.4 GiB free for it\. Write training"
@@ -637,11 +641,11 @@ def test_a_limit_of_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, text in files.items():
         (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "top" / name).write_text(text)
-    assert list(cards._limits(tmp_path / "top", tmp_path / "own")) == limits
-    assert list(cards._limits(tmp_path / "top", tmp_path / "nowhere")) == []
-    monkeypatch.setattr(cards, "_limits", lambda: limits)
+    assert list(devices._limits(tmp_path / "top", tmp_path / "own")) == limits
+    assert list(devices._limits(tmp_path / "top", tmp_path / "nowhere")) == []
+    monkeypatch.setattr(devices, "_limits", lambda: limits)
     if limits:
-        assert cards.machine() == (limits[0][0], limits[0][0] - limits[0][1])
+        assert devices.machine() == (limits[0][0], limits[0][0] - limits[0][1])
         assert here(free=True).memory == limits[0][0] - limits[0][1]
 
 
@@ -687,8 +691,8 @@ def test_a_peak_on_a_card(
     quantization: dict[str, Any] | None,
 ) -> None:
     """Random weights of real size; `torch.cuda.max_memory_allocated` of three real steps."""
-    from finetune.base import locate
-    from finetune.model import load_tokenizer
+    from finetune.model.load import load_tokenizer
+    from finetune.model.locate import locate
 
     config = config_of(ModelSection(name_or_path=base))
     folder = tmp_path / "base"
@@ -712,7 +716,7 @@ def test_a_peak_on_a_card(
     )
     recipe = load_recipe(path)
     torch.cuda.reset_peak_memory_stats()
-    train.train(recipe)
+    train(recipe)
     peak = torch.cuda.max_memory_allocated()
     made = plan(recipe, here())
     need = made.fit.need

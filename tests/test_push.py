@@ -26,21 +26,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import hub as transformers_hub
 
-from finetune import rows
-from finetune.adapt import known_by
-from finetune.assemble import Request, plan
-from finetune.base import ModelError, locate
-from finetune.card import is_ours
-from finetune.cli import main
-from finetune.merge import merge
-from finetune.model import load_model, load_tokenizer
-from finetune.origin import hub_id, license_of
-from finetune.parcel import PushError, pack
-from finetune.push import push
-from finetune.recipe import load_recipe
-from finetune.sections import HubSection, ModelSection, Source
-from finetune.train import train
-from finetune.uploads import Uploads
+from finetune.cli.commands import main
+from finetune.data import readers
+from finetune.hub.card import is_ours
+from finetune.hub.payload import pack
+from finetune.hub.run import push
+from finetune.hub.uploads import Uploads
+from finetune.merge.plan import Request, plan
+from finetune.merge.run import merge
+from finetune.model.load import load_model, load_tokenizer
+from finetune.model.locate import locate
+from finetune.model.provenance import hub_id, license_of
+from finetune.model.trainable import known_by
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import HubSection, ModelSection, Source
+from finetune.system import errors
+from finetune.system.errors import ModelError, PushError
+from finetune.train.run import train
 
 # huggingface_hub 2.4 calls httpx2 by a name that it gives up.
 pytestmark = [
@@ -620,7 +622,7 @@ def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
 
 def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None:
     def of(**rows: int) -> Any:
-        languages = {name: {"rows": count} for name, count in rows.items()}
+        languages = {name: {"rows": count} for name, count in readers.items()}
         ledger["train"]["languages"] = languages
         (run / "ledger.json").write_text(json.dumps(ledger))
         return ModelCard(bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()).data.language
@@ -969,11 +971,11 @@ def test_rows_that_cannot_be_had_are_told_in_one_line(client: pytest.MonkeyPatch
     point_to("http://127.0.0.1:9", client)
     client.setattr("datasets.config.HF_HUB_OFFLINE", False)
     client.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    rows._load_hub.cache_clear()
+    readers._load_hub.cache_clear()
     with pytest.raises(
-        rows.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
+        errors.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
     ):
-        next(iter(rows.read_rows(Source(path="owner/rows"))))
+        next(iter(readers.read_rows(Source(path="owner/rows"))))
 
 
 def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:
@@ -1006,7 +1008,7 @@ def test_offline_a_run_and_its_base_come_from_the_cache(
 
 def test_upstreams_notes_of_retries_are_not_shown() -> None:
     code = (
-        "from finetune.cli import _silence; _silence()\n"
+        "from finetune.cli.commands import _silence; _silence()\n"
         "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}

@@ -18,10 +18,18 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune import checks, upstream
-from finetune import recipe as recipe_module
-from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.sections import DataSection, EvaluateSection, ExportSection, HubSection, ModelSection, Source
+from finetune.recipe import checks, upstream
+from finetune.recipe import load as recipe_module
+from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import (
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    HubSection,
+    ModelSection,
+    Source,
+)
+from finetune.system.errors import RecipeError
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"

@@ -20,17 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune.export.transformers
 import finetune.export.verify
-import finetune.merge
-import finetune.train
-from finetune import assemble
-from finetune.base import locate, quiet
-from finetune.chat import IGNORE, Chat
-from finetune.cli import main
-from finetune.model import load_tokenizer
-from finetune.recipe import Recipe, load_recipe
-from finetune.rules import beside_text, exclude_modules
-from finetune.sections import ModelSection
-from finetune.template import load_template
+import finetune.merge.run
+import finetune.train.run
+from finetune.cli.commands import main
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.template import load_template
+from finetune.merge import plan
+from finetune.model.compatibility import beside_text, exclude_modules
+from finetune.model.load import load_tokenizer
+from finetune.model.locate import locate
+from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system.terminal import quiet
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -51,9 +52,9 @@ def unwarned() -> Iterator[None]:
 def _in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges and exports without processes of their own, which take seconds to import what this one has already."""
 
-    def plan_here(request: assemble.Request) -> assemble.Plan:
+    def plan_here(request: plan.Request) -> plan.Plan:
         with unwarned():
-            return assemble.plan(request)
+            return plan.plan(request)
 
     def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         with unwarned():
@@ -460,7 +461,7 @@ def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
     """Of the model that was trained, as it was in memory when training ended: its logits, whether it was quantised."""
     found: Options = {}
-    finish = finetune.train._finish
+    finish = finetune.train.run._finish
 
     def look(trainer: Any, recipe: Recipe, output: Path) -> None:
         found["logits"] = logits(trainer.model)

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers.utils import chat_template_utils
 
-from finetune.chat import IGNORE, Chat, LabelError
-from finetune.model import load_tokenizer
-from finetune.sections import ModelSection
+from finetune.data.chat import IGNORE, Chat
+from finetune.model.load import load_tokenizer
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import LabelError
 
 Messages = list[dict[str, Any]]
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune import rehearse
-from finetune.cli import main
-from finetune.rehearse import Rehearsal, RehearsalError, optimizer_bytes, settings, shortfall
+from finetune.cli.commands import main
+from finetune.system.errors import RunError
+from finetune.train.callbacks import memory_check
+from finetune.train.callbacks.memory_check import Rehearsal, optimizer_bytes, settings, shortfall
 
 Write = Callable[..., Path]
 STATM = Path("/proc/self/statm")
@@ -328,7 +329,7 @@ class Card(SimpleNamespace):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 8 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(Rehearsal, "_worst", lambda self, need: (need, rehearse._there(device)))
+        monkeypatch.setattr(Rehearsal, "_worst", lambda self, need: (need, memory_check._there(device)))
         monkeypatch.setattr(Rehearsal, "_measure", self.measure)
 
     def measure(self, rows: list[dict[str, Any]], accumulates: bool) -> tuple[int, int]:
@@ -343,7 +344,7 @@ class Card(SimpleNamespace):
         state = SimpleNamespace(is_world_process_zero=True)
         try:
             Rehearsal(self, lines.append).on_train_begin(self.args, state, None)
-        except RehearsalError as error:
+        except RunError as error:
             return str(error)
         return lines[0]
 
@@ -384,7 +385,7 @@ def test_where_nothing_more_can_be_measured_it_tells_what_torch_asked_for(
 
 
 def test_what_the_optimizer_will_add_counts_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearse, "optimizer_bytes", lambda optim, weights: 5 * GIB)
+    monkeypatch.setattr(memory_check, "optimizer_bytes", lambda optim, weights: 5 * GIB)
     card = Card(monkeypatch, [2048], 1)
     assert "it needs about 8.0 GiB, 7.0 GiB are there: 1.0 GiB too much" in card.told()
     card.optimizer.state = {"a parameter": {"exp_avg": 0}}

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from finetune import curves
-from finetune.bar import terminal
-from finetune.cli import main
+from finetune.cli.commands import main
+from finetune.system import charts
+from finetune.system.terminal import terminal
 
 Copy = Callable[..., Path]
 
@@ -178,25 +178,25 @@ def test_the_terminal_comes_back_after_a_fault(write_recipe: Copy, monkeypatch: 
 
 def test_points_are_the_finite_values_that_were_logged() -> None:
     records = [{"step": 1, "a": None}, {"step": 2, "a": math.nan}, {"step": 3}, {"step": 4, "a": 0.5}]
-    assert curves.points([*records, {"step": 5, "a": math.inf}], "a") == [(4, 0.5)]
+    assert charts.points([*records, {"step": 5, "a": math.inf}], "a") == [(4, 0.5)]
 
 
 def test_a_smoothed_line_bends_no_slope_and_takes_half_the_noise() -> None:
     slope = [100.0 - 3 * i for i in range(50)]
-    assert curves.smoothed(slope)[:48] == pytest.approx(slope[:48], abs=1e-12)
-    assert curves.smoothed([1.0, 3.0, 5.0, 1.0, 3.0]) == [1.0, 3.0, 3.0, 3.0, 2.0]
-    assert curves.smoothed([1.0, 9.0, 1.0, 9.0]) == [1.0, 9.0, 1.0, 9.0]
-    assert curves.smoothed([]) == []
+    assert charts.smoothed(slope)[:48] == pytest.approx(slope[:48], abs=1e-12)
+    assert charts.smoothed([1.0, 3.0, 5.0, 1.0, 3.0]) == [1.0, 3.0, 3.0, 3.0, 2.0]
+    assert charts.smoothed([1.0, 9.0, 1.0, 9.0]) == [1.0, 9.0, 1.0, 9.0]
+    assert charts.smoothed([]) == []
 
 
 def test_a_thinned_line_keeps_its_extremes_and_its_ends() -> None:
     line = [(float(i), math.sin(i)) for i in range(10_000)]
     line[4321] = (4321.0, 99.0)
-    found = curves.thinned(line, 100)
+    found = charts.thinned(line, 100)
     assert len(found) <= 100
     assert found == sorted(found)
     assert {(4321.0, 99.0), line[0], line[-1], min(line, key=lambda p: p[1])} <= set(found)
-    assert curves.thinned(line[:100], 100) == line[:100]
+    assert charts.thinned(line[:100], 100) == line[:100]
 
 
 @pytest.mark.parametrize(
@@ -209,17 +209,17 @@ def test_a_thinned_line_keeps_its_extremes_and_its_ends() -> None:
     ],
 )
 def test_ticks_are_round_numbers_within(low: float, high: float, expected: list[float]) -> None:
-    assert curves.ticks(low, high, 7) == pytest.approx(expected)
+    assert charts.ticks(low, high, 7) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-2.0, -2.0], [1e-9, 3e-9], [1e30, -1e30]])
 def test_any_values_can_be_drawn(values: list[float]) -> None:
-    drawn = curves.chart("a", [curves.Line("a", list(enumerate(values)), smooth=True)])
+    drawn = charts.chart("a", [charts.Line("a", list(enumerate(values)), smooth=True)])
     assert drawn
     places = [float(n) for n in re.findall(r"-?[\d.]+", drawn["lines"][0]["strong"].removesuffix("h0"))]
     assert all(58 <= x <= 466 and 10 <= y <= 214 for x, y in zip(places[::2], places[1::2], strict=True))
     assert drawn["up"]
-    assert curves.chart("a", [curves.Line("a", [])]) is None
+    assert charts.chart("a", [charts.Line("a", [])]) is None
 
 
 def test_the_picture_has_both_losses_and_leaves_out_what_is_none(
@@ -227,7 +227,7 @@ def test_the_picture_has_both_losses_and_leaves_out_what_is_none(
 ) -> None:
     from matplotlib.figure import Figure
 
-    from finetune.record import draw_losses
+    from finetune.train.callbacks.metrics import draw_losses
 
     shown: list[Figure] = []
     save = Figure.savefig
@@ -274,7 +274,7 @@ def test_the_page_holds_the_runs_own_numbers(trained: tuple[Path, str]) -> None:
         "Tokens per second",
         "Peak memory (GiB)",
     ]
-    means = curves.smoothed([r["loss"] for r in losses])
+    means = charts.smoothed([r["loss"] for r in losses])
     assert told["Loss (nats per trained token)"] == [
         f"step {r['step']}: training {r['loss']:.4g}, smoothed {mean:.4g}"
         + (f"; evaluation {evaluated[r['step']]:.4g}" if r["step"] in evaluated else "")
@@ -478,7 +478,7 @@ def test_where_it_is_written(copied: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_the_door_to_a_report_opens_without_torch(trained: tuple[Path, str]) -> None:
     code = (
-        "import sys\nfrom finetune.report import as_html\nfrom pathlib import Path\nas_html(Path(sys.argv[1]))\n"
+        "import sys\nfrom finetune.cli.report import as_html\nfrom pathlib import Path\nas_html(Path(sys.argv[1]))\n"
         "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(trained[0])]

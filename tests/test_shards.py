@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune import shards
-from finetune.shards import INDEX, ShardError, ShardWriter, read, read_header, read_headers
+from finetune.model import shards
+from finetune.model.shards import INDEX, ShardWriter, read, read_header, read_headers
+from finetune.system.errors import ModelError
 
 DTYPES = [
     torch.float64,
@@ -173,7 +174,7 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], message: str,
     save_file(GOOD, path)
     whole = len(path.read_bytes())
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ShardError) as error:
+    with pytest.raises(ModelError) as error:
         read_header(path)
     assert str(error.value) == message.format(path=path, whole=whole, short=whole - 3, long=whole + 2)
 
@@ -193,23 +194,23 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], message: str,
 def test_whatever_the_header_holds_the_file_is_called_damaged(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ShardError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
         read_header(path)
 
 
 def test_missing_shards_and_damaged_indexes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError) as error:
+    with pytest.raises(ModelError) as error:
         read_headers(tmp_path)
     assert str(error.value) == f"{tmp_path} holds no .safetensors weights"
     save_file(GOOD, tmp_path / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}}
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ShardError) as error:
+    with pytest.raises(ModelError) as error:
         read_headers(tmp_path)
     missing = tmp_path / "model-00002-of-00002.safetensors"
     assert str(error.value) == f"{missing} is missing, though {INDEX} names it"
     (tmp_path / INDEX).write_text("{")
-    with pytest.raises(ShardError, match=r"index\.json is damaged"):
+    with pytest.raises(ModelError, match=r"index\.json is damaged"):
         read_headers(tmp_path)
 
 
@@ -222,7 +223,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_called_damaged(tmp_path: Path) 
     (tmp_path / "out").mkdir()
     writer = ShardWriter(tmp_path / "out", 10**9, 4000)
     for reads in (lambda: read(descriptor, header["a"]), lambda: writer.copy("a", descriptor, header["a"])):
-        with pytest.raises(ShardError) as error:
+        with pytest.raises(ModelError) as error:
             reads()
         assert str(error.value) == "model.safetensors is damaged: it ends within a tensor"
     writer.abort()

@@ -18,9 +18,9 @@ import torch
 from processes import Processes
 from safetensors.torch import load_file
 
-from finetune import checkpoint
-from finetune.cli import main
-from finetune.trainer import Trainer
+from finetune.cli.commands import main
+from finetune.train import checkpoint
+from finetune.train.trainer import Trainer
 
 Write = Callable[..., Path]
 RESUME = "training.resume_from_checkpoint=true"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune import track
-from finetune.cli import main
+from finetune.cli.commands import main
+from finetune.train.callbacks import trackers
 
 Write = Callable[..., Path]
 TWICE = {
@@ -64,14 +64,14 @@ def train_in_two(path: Path, *overrides: str) -> None:
 
 
 def test_an_id_that_a_sweep_chose_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(track, "_SET", set())
+    monkeypatch.setattr(trackers, "_SET", set())
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    track.identify(tmp_path / "first", None, "finetune", goes_on=False)
+    trackers.identify(tmp_path / "first", None, "finetune", goes_on=False)
     assert os.environ["WANDB_RUN_ID"] == "chosen"
     # The next run of this process is another one; the first one, gone on with, is itself.
-    track.identify(tmp_path / "second", None, "finetune", goes_on=False)
+    trackers.identify(tmp_path / "second", None, "finetune", goes_on=False)
     assert os.environ["WANDB_RUN_ID"] not in ("", "chosen")
-    track.identify(tmp_path / "first", None, "finetune", goes_on=True)
+    trackers.identify(tmp_path / "first", None, "finetune", goes_on=True)
     assert os.environ["WANDB_RUN_ID"] == "chosen"
 
 
@@ -195,7 +195,7 @@ def test_the_count_of_trained_tokens_is_the_ledgers(write_recipe: Write) -> None
 def test_a_tracker_that_cannot_be_reported_to_is_refused(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     path = write_recipe(training={"report_to": ["tensorboard"]})
     assert main(["train", str(path)]) == 2
     said = "training.report_to: is tensorboard, which is not installed; run pip install tensorboard"

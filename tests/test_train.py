@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import finetune.train
-from finetune import checkpoint
-from finetune.cli import main
-from finetune.generate import load
-from finetune.record import Record
+import finetune.train.run
+from finetune.cli.commands import main
+from finetune.model.generate import load
+from finetune.train import checkpoint
+from finetune.train.callbacks.metrics import Record
 
 Write = Callable[..., Path]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -152,7 +152,7 @@ def test_each_way_of_training_learns_and_loads_again(
     Path("held.jsonl").write_text(json.dumps(row) + "\n")
     # Here the same row is wanted on both sides.
     monkeypatch.setattr(
-        "finetune.prepare.Fate.digests", property(lambda fate: (os.urandom(16), os.urandom(16)))
+        "finetune.data.prepare.Fate.digests", property(lambda fate: (os.urandom(16), os.urandom(16)))
     )
     overrides[1] = "data.eval=[{path: held.jsonl}]"
     assert main([str(path), *overrides]) == 0, capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     """Quantised weights cannot be moved after loading: the device must reach `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    from finetune.generate import load
+    from finetune.model.generate import load
 
     class Seen(Exception):
         pass
@@ -178,7 +178,7 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     def from_pretrained(*args: Any, **kwargs: Any) -> None:
         raise Seen(kwargs["device_map"])
 
-    monkeypatch.setattr("finetune.rules.check_place", lambda place: None)  # as with two cards
+    monkeypatch.setattr("finetune.model.compatibility.check_place", lambda place: None)  # as with two cards
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     for device, where in (("cuda:1", {"": "cuda:1"}), ("cpu", {"": "cpu"})):
         with pytest.raises(Seen) as seen:
@@ -192,14 +192,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     path = write_recipe(training={"max_steps": 6}, lora={"lora_dropout": 0.1})
     assert main([str(path), "training.output_dir=whole"]) == 0
 
-    say = finetune.cli._say
+    say = finetune.cli.commands._say
 
     def stop_at_step_3(line: str) -> None:
         say(line)
         if line.startswith("step 3/6"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("finetune.cli._say", stop_at_step_3)
+    monkeypatch.setattr("finetune.cli.commands._say", stop_at_step_3)
     assert main([str(path)]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     # The signal comes while step 3 is being logged; step 3 or the one after it is the last.
@@ -241,14 +241,14 @@ def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFi
 
 
 def test_sigterm_has_its_own_exit_code(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    say = finetune.cli._say
+    say = finetune.cli.commands._say
 
     def stop(line: str) -> None:
         say(line)
         if line.startswith("step 1/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("finetune.cli._say", stop)
+    monkeypatch.setattr("finetune.cli.commands._say", stop)
     assert main([str(write_recipe())]) == 143
 
 
@@ -269,7 +269,9 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     path = write_recipe()
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    monkeypatch.setattr("finetune.train.load_tokenizer", lambda section: pytest.fail("it loaded something"))
+    monkeypatch.setattr(
+        "finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something")
+    )
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: training.output_dir: run is not empty; choose another directory, delete it, or go on with its run: "

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
-from finetune.base import RANDOM_ARCHITECTURES, locate
-from finetune.template import load_template
+from finetune.data.template import load_template
+from finetune.model.locate import locate
+from finetune.model.tiny import RANDOM_ARCHITECTURES
 
 TEXTS = [
     message["content"]

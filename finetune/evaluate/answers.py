@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.chat import Message
+from finetune.data.turns import Message
 from finetune.evaluate.prompts import Prompt
 
 # Prompts that are answered together; halved where memory runs out.

@@ -21,7 +21,8 @@ from typing import Any
 
 import httpx2
 
-from finetune.checkpoint import write_whole
+from finetune.system.errors import EvaluateError, RefusedReply
+from finetune.system.files import write_whole
 
 Say = Callable[[str], None]
 
@@ -30,14 +31,6 @@ _LONGEST = 60.0  # seconds between two of them
 _SECRET = 8  # characters; what local servers are given for a key may be shorter, and a word of any reply
 # Waits, but not beyond the event; true if that was set.
 _pause: Callable[[threading.Event, float], bool] = threading.Event.wait
-
-
-class JudgeError(ValueError):
-    """The judge cannot be asked, or nothing that it says can be used."""
-
-
-class RefusedError(JudgeError):
-    """The endpoint does not take these messages, such as too long ones; others it may."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def check_address(base_url: str, key: str) -> None:
     except httpx2.InvalidURL:
         url = httpx2.URL("")
     if url.userinfo or url.query or url.fragment:  # not shown
-        raise JudgeError(
+        raise EvaluateError(
             "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put "
             "a key into the environment variable OPENAI_API_KEY"
         )
@@ -99,12 +92,12 @@ def check_address(base_url: str, key: str) -> None:
         or not url.host
         or url.path.rstrip("/").endswith("/chat/completions")
     ):
-        raise JudgeError(
+        raise EvaluateError(
             f"evaluate.judge.base_url: {base_url!r} is not where an API begins; write what stands before "
             "/chat/completions, such as http://localhost:8000/v1"
         )
     if not all("!" <= character <= "~" for character in key):
-        raise JudgeError(
+        raise EvaluateError(
             "OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew"
         )
 
@@ -191,14 +184,14 @@ class Endpoint:
                     return reply
                 fault = f"HTTP {status} {self._words(text)}".rstrip()
                 if status in (400, 413, 422):
-                    raise RefusedError(f"the endpoint refused it: {fault}")
+                    raise RefusedReply(f"the endpoint refused it: {fault}")
                 # Some answer 200 with an error of the service behind them.
                 if status != 429 and status < 500 and not (status == 200 and _error_of(text)):
-                    raise JudgeError(self._hopeless(status, fault))
+                    raise EvaluateError(self._hopeless(status, fault))
                 pause = _retry_after(response.headers.get("Retry-After", ""))
             tries += 1
             if tries == _TRIES:
-                raise JudgeError(
+                raise EvaluateError(
                     f"evaluate.judge.base_url: {self.base_url} failed {tries} times: {fault}; what was answered "
                     "until now is kept, so run it again later"
                 )
@@ -206,7 +199,7 @@ class Endpoint:
             if pause is None:
                 pause = random.uniform(0.5, 1) * min(_LONGEST, 2.0**tries)
             if _pause(self.stop, pause):
-                raise JudgeError("stopped")
+                raise EvaluateError("stopped")
 
     def _read(self, text: str) -> Reply | None:
         """A chat completion; None where the text is something else."""

@@ -23,9 +23,10 @@ from typing import Any
 
 import httpx2
 
-from finetune.bar import bar
-from finetune.evaluate.endpoint import Endpoint, RefusedError, Reply, Say, Usage, check_address, usage
-from finetune.evaluate.endpoint import JudgeError as JudgeError  # also by this name
+from finetune.evaluate.endpoint import Endpoint, Reply, Say, Usage, check_address, usage
+from finetune.system.errors import EvaluateError as EvaluateError  # also by this name
+from finetune.system.errors import RefusedReply
+from finetune.system.terminal import bar
 
 Message = Mapping[str, str]
 
@@ -86,7 +87,7 @@ class Judge:
         prices: USD for a million input and a million output tokens.
 
     Raises:
-        JudgeError: One of them cannot be used.
+        EvaluateError: One of them cannot be used.
     """
 
     base_url: str
@@ -101,9 +102,9 @@ class Judge:
     def __post_init__(self) -> None:
         check_address(self.base_url, self.key)
         if self.language not in _AGAIN:
-            raise JudgeError(f"evaluate.judge.language: {self.language!r} has no rubric; write en or ja")
+            raise EvaluateError(f"evaluate.judge.language: {self.language!r} has no rubric; write en or ja")
         if self.workers < 1 or self.max_tokens < 1 or not self.timeout > 0:
-            raise JudgeError("evaluate.judge: workers, max_tokens and timeout must be more than 0")
+            raise EvaluateError("evaluate.judge: workers, max_tokens and timeout must be more than 0")
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,11 @@ def compare(
         progress: Whether a terminal shows a bar.
 
     Raises:
-        JudgeError: The judge cannot be reached or does not take the key, or no pair could be judged. What was
+        EvaluateError: The judge cannot be reached or does not take the key, or no pair could be judged. What was
             answered until then is in the cache.
     """
     if not pairs:
-        raise JudgeError("evaluate.prompts: there are no answers to compare")
+        raise EvaluateError("evaluate.prompts: there are no answers to compare")
     places = []
     for pair in pairs:
         orders = (pair.answer, pair.reference), (pair.reference, pair.answer)
@@ -213,7 +214,7 @@ def compare(
     )
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     if not scores:
-        raise JudgeError(
+        raise EvaluateError(
             f"evaluate.judge.model: {judge.model} judged none of {len(pairs)} pairs: {verdicts[0].fault}"
         )
     grades = [[str(grade) for grade in verdict.grades] for verdict in verdicts if verdict.score is not None]
@@ -307,7 +308,7 @@ def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool)
             advance(1)
             if len(outcomes) == _ENOUGH and not any(found.grade for found in outcomes.values()):
                 none = f"{judge.model} answered none of {_ENOUGH} questions with a grade"
-                raise JudgeError(f"evaluate.judge.model: {none}: {outcome.fault}")
+                raise EvaluateError(f"evaluate.judge.model: {none}: {outcome.fault}")
 
         try:
             with endpoint.client() as client:
@@ -332,7 +333,7 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
     for _ in range(_ASKED):
         try:
             reply = endpoint.reply(messages, client)
-        except RefusedError as error:
+        except RefusedReply as error:
             return _Outcome(None, str(error), True, tuple(replies))
         replies.append(reply)
         if grade := grade_in(reply.text):

@@ -13,24 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.chat import IGNORE
+from finetune.data.chat import IGNORE
+from finetune.data.samples import LabelledRow
 
 # What the kept predictions of a reference may take on the disk; of a vocabulary of 262,144 it is 2,048 tokens.
 _KEPT_BYTES = 2**31
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids, and the same with all that is not predicted masked; both of length T."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def prompt(self) -> list[int]:
-        """What a model is fed before it answers: what stands before the first predicted token; of plain text half."""
-        first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
-        return self.input_ids[: first if first > 1 else max(1, len(self.input_ids) // 2)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class Tally:
         return self.right / self.tokens if self.tokens else math.nan
 
 
-def tally(model: Any, rows: Sequence[Row]) -> Iterator[Tally]:
+def tally(model: Any, rows: Sequence[LabelledRow]) -> Iterator[Tally]:
     """A model's tally of each row, in their order."""
     for logs, targets in _predictions(model, rows):
         nats = -logs.gather(1, targets.unsqueeze(1)).double().sum()
@@ -82,7 +69,9 @@ class Score:
         return _exp(self.loss)
 
 
-def score(model: Any, rows: Sequence[Row], reference: Path | None = None, keep: Path | None = None) -> Score:
+def score(
+    model: Any, rows: Sequence[LabelledRow], reference: Path | None = None, keep: Path | None = None
+) -> Score:
     """A model's loss on rows, one row at a time, and its distance from a reference.
 
     Args:
@@ -155,12 +144,12 @@ def score_groups(
             path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep)
         )
         known = theirs if theirs and theirs.exists() else None
-        result = score(model, [Row(**row) for row in rows], known, ours)
+        result = score(model, [LabelledRow(**row) for row in rows], known, ours)
         found[name] = {"perplexity": result.perplexity, **asdict(result)}
     return found
 
 
-def _predictions(model: Any, rows: Sequence[Row]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(model: Any, rows: Sequence[LabelledRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of each row, log-probabilities (N, V) at its predicted tokens, float32 in memory, and these tokens (N)."""
     only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
     for row in rows:

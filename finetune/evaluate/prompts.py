@@ -8,16 +8,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from finetune.chat import LabelError, Message
-from finetune.formats import FORMATS, known_format, map_columns, matches
-from finetune.rows import read_rows
-from finetune.sections import DataSection, Source
+from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.readers import read_rows
+from finetune.data.turns import Message
+from finetune.recipe.schema import DataSection, Source
+from finetune.system.errors import EvaluateError, LabelError
 
 T = TypeVar("T")
-
-
-class EvaluateError(ValueError):
-    """There is nothing to evaluate, or not as asked."""
 
 
 @dataclass(frozen=True)

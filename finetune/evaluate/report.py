@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from finetune.page import render
+from finetune.system.pages import render
 
 # Where prompts come from that no file holds.
 HELD_OUT = "the held-out rows"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.assemble import Request, plan_apart
-from finetune.merge import write_weights
-from finetune.quantise import INT8, NF4
+from finetune.merge.plan import Request, plan_apart
+from finetune.merge.write import write_weights
+from finetune.model.quantization import INT8, NF4
 
 FORMATS = ("bf16", "fp16", "int8", "nf4")
 _SHARD = 5_000_000_000

@@ -1,22 +1,13 @@
-"""What a recipe will need before it is run: memory by part, whether it fits, what to change, how long it takes."""
+"""What a recipe needs before it is run: memory by part, whether it fits, what to change, time per step.
 
-from finetune.cards import CARDS, Card, here
-from finetune.plan.facts import PlanError, card_of
-from finetune.plan.fit import Plan, plan
-from finetune.plan.measure import measure
-from finetune.plan.report import as_json, as_text
-from finetune.plan.start import check
+>>> plan(load_recipe("recipes/qlora_ultrachat.yaml"), CARDS["4090"])
+"""
 
-__all__ = [
-    "CARDS",
-    "Card",
-    "Plan",
-    "PlanError",
-    "as_json",
-    "as_text",
-    "card_of",
-    "check",
-    "here",
-    "measure",
-    "plan",
-]
+from typing import TYPE_CHECKING
+
+from finetune.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from finetune.plan.run import plan as plan
+
+__getattr__ = lazy_names(__name__, plan="run")

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from finetune import rules
-from finetune.base import ModelError
-from finetune.cards import Card
+from finetune.model import compatibility
 from finetune.plan.predict import STRIDE, Predictor, Setting, of_length, of_rows
 from finetune.plan.step import dtypes
-from finetune.recipe import Recipe
+from finetune.recipe.load import Recipe
+from finetune.system import devices
+from finetune.system.devices import Card
+from finetune.system.errors import ModelError
 
 # Optimizers that cannot step on weights in parts, beside those in 8 bit (`launch.check_launch`).
 _WHOLE = ("adafactor", "lion", "ademamix", "paged")
@@ -145,12 +146,12 @@ def _text(written: list[str]) -> str:
 # Types
 
 
-def refusal(recipe: Recipe, config: Any, device: rules.Device) -> str:
+def refusal(recipe: Recipe, config: Any, device: devices.Device) -> str:
     """Why the recipe cannot be trained on such a device as it is written; empty where it can."""
     try:
         dtype, _, computes = dtypes(recipe, device)
         in_float32 = dtype == torch.float32 and computes == "no"
-        rules.check_attention(recipe.model.attn_implementation, config, device, in_float32)
+        compatibility.check_attention(recipe.model.attn_implementation, config, device, in_float32)
     except ModelError as error:
         return str(error)
     if computes == "fp16" and device.capability is None:
@@ -158,7 +159,7 @@ def refusal(recipe: Recipe, config: Any, device: rules.Device) -> str:
     return ""
 
 
-def lawful(recipe: Recipe, device: rules.Device) -> tuple[Recipe, list[str]]:
+def lawful(recipe: Recipe, device: devices.Device) -> tuple[Recipe, list[str]]:
     """The recipe in types and attention that the device computes in, and the overrides that make it so."""
     model, training, bits = recipe.model, dict(recipe.training), dict(recipe.quantization or {})
     wrong, right = ("float16", "float32") if device.capability is None else ("bfloat16", "float16")

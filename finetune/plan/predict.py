@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from finetune.base import quiet
-from finetune.cards import GIB, Card
-from finetune.plan.facts import PlanError
 from finetune.plan.step import Batch, Rehearsed, Taken
-from finetune.recipe import Recipe
+from finetune.recipe.load import Recipe
+from finetune.system.devices import GIB, Card
+from finetune.system.errors import PlanError
+from finetune.system.terminal import quiet
 
 # It logs the stack of what a fake operator refuses; we say it in a line.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.cards import GIB
-from finetune.plan.fit import MOST_ROWS, Fit, Plan
+from finetune.plan.run import MOST_ROWS, Fit, Plan
+from finetune.system.devices import GIB
 
 # The parts in the order in which they are shown, and how each figure was found.
 _PARTS = {

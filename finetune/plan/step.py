@@ -15,15 +15,16 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune import rules
-from finetune.base import quiet
-from finetune.launch import computes_in
-from finetune.loss import use_token_head
-from finetune.model import lighten_trainable_tokens, trainable_token_indices
-from finetune.plan.facts import PlanError
-from finetune.plan.pretend import as_on, patched
-from finetune.plan.track import PAGED, Tracker
-from finetune.recipe import Recipe
+from finetune.model import compatibility, precision
+from finetune.model.precision import mixed_precision_of
+from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices
+from finetune.plan.fake_device import as_on, patched
+from finetune.plan.memory import PAGED, Tracker
+from finetune.recipe.load import Recipe
+from finetune.system import devices
+from finetune.system.errors import PlanError
+from finetune.system.terminal import quiet
+from finetune.train.loss import use_token_head
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,26 @@ class Taken:
         return sum(self.parts.values())
 
 
-def dtypes(recipe: Recipe, device: rules.Device) -> tuple[torch.dtype, torch.dtype, str]:
+def dtypes(recipe: Recipe, device: devices.Device) -> tuple[torch.dtype, torch.dtype, str]:
     """The type that is asked for, the one that weights are in, and accelerate's word for what is computed in.
 
     Raises:
         ModelError: The device does not compute in it.
     """
-    dtype = rules.dtype_for(recipe.model.dtype, device)
-    rules.check_precision(recipe.training, recipe.quantization or {}, dtype, device)
+    dtype = precision.choose_dtype(recipe.model.dtype, device)
+    precision.check_precision(recipe.training, recipe.quantization or {}, dtype, device)
     whole = recipe.lora is None and dtype == torch.float16
-    return dtype, torch.float32 if whole else dtype, computes_in(recipe, dtype)
+    return dtype, torch.float32 if whole else dtype, mixed_precision_of(recipe, dtype)
 
 
-def build(recipe: Recipe, config: Any, device: rules.Device, mode: FakeTensorMode) -> Any:
+def build(recipe: Recipe, config: Any, device: devices.Device, mode: FakeTensorMode) -> Any:
     """The model that `finetune train` would train, its tensors fake.
 
     Raises:
         ModelError: The device does not compute as the recipe asks.
     """
     dtype, loaded, _ = dtypes(recipe, device)
-    attention = rules.attention_for(recipe.model.attn_implementation, config)
+    attention = compatibility.attention_for(recipe.model.attn_implementation, config)
     if attention is not None and attention not in ("eager", "sdpa"):
         attention = "sdpa"  # what a kernel of its own takes is much the same
     with torch.device("meta"), quiet():
@@ -96,15 +97,15 @@ def build(recipe: Recipe, config: Any, device: rules.Device, mode: FakeTensorMod
         quantizer.preprocess_model(model=model, dtype=loaded, device_map=None)
         quantizer.postprocess_model(model)
     if dtype == torch.float16:
-        rules.widen(model)
-    beside = rules.beside_text(model)
+        precision.keep_residual_in_float32(model)
+    beside = compatibility.beside_text(model)
     if recipe.lora is None:
         for name in beside:
             model.get_submodule(name).requires_grad_(False)
     else:
         model.config.use_cache = False
         options = dict(recipe.lora)
-        options["exclude_modules"] = rules.exclude_modules(beside, options.get("exclude_modules"))
+        options["exclude_modules"] = compatibility.exclude_modules(beside, options.get("exclude_modules"))
         if options.get("trainable_token_indices") == "auto":
             # Whether the base has learned them, only its weights tell; two rows take next to nothing.
             options["trainable_token_indices"] = trainable_token_indices(model, [0, 1])
@@ -182,7 +183,9 @@ def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> Any:
 class Rehearsed:
     """A model that is run on one batch after another, each time as if it were the first."""
 
-    def __init__(self, recipe: Recipe, config: Any, device: rules.Device, card: bool, arguments: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, config: Any, device: devices.Device, card: bool, arguments: Any
+    ) -> None:
         """Builds it.
 
         Args:

@@ -1,0 +1,15 @@
+"""Rows of datasets to token ids and labels.
+
+>>> chat = Chat(tokenizer)
+>>> chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]).labels
+"""
+
+from typing import TYPE_CHECKING
+
+from finetune.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from finetune.data.chat import Chat as Chat
+    from finetune.data.mixture import build as build
+
+__getattr__ = lazy_names(__name__, Chat="chat", build="mixture")

@@ -1,0 +1,130 @@
+"""Chat templates: those that ship with the project, and the place that a recipe gives to the system text."""
+
+from __future__ import annotations
+
+import json
+import re
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from finetune.system.errors import TemplateError
+
+SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
+
+
+def load_template(name_or_path: str) -> str:
+    """The text of a shipped template (such as `gemma3`) or of a `.jinja` file.
+
+    Raises:
+        TemplateError: There is no such template, or it is not UTF-8 text.
+    """
+    own = name_or_path.endswith(".jinja")
+    path = Path(name_or_path).expanduser() if own else SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise TemplateError(
+            f"chat template {name_or_path}: {reason}; write a .jinja file or one of {shipped}"
+        ) from error
+
+
+# Each is put before the model's own template, which then meets the messages as the recipe wants them. So the choice
+# travels with the template, and whoever uses the model renders as it was trained. Who calls a template may give a text
+# as a list of parts. The empty expression at the end keeps a line break with which the model's own template begins.
+_TEXT = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}
+    {%- set system = system if system is string else system | map(attribute='text') | join -%}
+"""
+_FOLD = (
+    _TEXT
+    + """\
+    {%- if messages | length == 1 or messages[1]['role'] != 'user' -%}
+        {{- raise_exception('a system message can be folded only into a user message that follows it') -}}
+    {%- endif -%}
+    {%- set system = system | trim ~ '\\n\\n' -%}
+    {%- set said = messages[1]['content'] -%}
+    {%- set said = system ~ said if said is string else [{'type': 'text', 'text': system}] + said -%}
+    {%- set messages = [{'role': 'user', 'content': said}] + messages[2:] -%}
+{%- endif -%}{{ '' }}"""
+)
+_TURN = (
+    _TEXT
+    + """\
+    {{- BOS ~ BEFORE ~ systemTRIM ~ AFTER -}}
+    {%- set bos_token = '' -%}
+    {%- set messages = messages[1:] -%}
+{%- endif -%}{{ '' }}"""
+)
+_ERROR = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {{- raise_exception('there is a system message, and model.system_role is error') -}}
+{%- endif -%}{{ '' }}"""
+
+
+def set_system_role(tokenizer: Any, system_role: str) -> None:
+    """Puts `model.system_role` into the tokenizer's chat template, with which it is saved.
+
+    `template` leaves it as it is, `fold` writes the system text at the start of the first user turn, `turn` gives it
+    a turn that looks like a user's with `system` in place of `user`, `error` refuses it.
+
+    Raises:
+        TemplateError: `turn` cannot be had from this template, or there is no template.
+    """
+    if system_role == "template":
+        return
+    if tokenizer.chat_template is None:
+        raise TemplateError(
+            f"model.system_role: {system_role} needs a chat template; name one in model.chat_template"
+        )
+    several = isinstance(tokenizer.chat_template, dict)
+    templates = tokenizer.chat_template if several else {"": tokenizer.chat_template}
+    given = {name: _prelude(tokenizer, text, system_role) + text for name, text in templates.items()}
+    tokenizer.chat_template = given if several else given[""]
+
+
+def _prelude(tokenizer: Any, template: str, system_role: str) -> str:
+    return {"fold": _FOLD, "error": _ERROR}.get(system_role) or _turn(tokenizer, template)
+
+
+def _turn(tokenizer: Any, template: str) -> str:
+    """The Jinja text that writes a system turn, learned from how this template writes a user's."""
+    mark = "qjxvzw"
+
+    def render(*texts: str, first: str = "user", template: str = template) -> str:
+        roles = ("system", "user", "assistant", "user")[first == "user" :]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
+
+    try:
+        before, alone = render(mark).split(mark)
+        _, followed = render(mark, "Yes").split(mark)
+        spaced = render(f" {mark} ")
+        bos = tokenizer.bos_token if before.startswith(tokenizer.bos_token or "\0") else ""
+        header = before.removeprefix(bos)
+        # What stands between a user's text and whatever comes next, up to its last special token and blanks behind it.
+        shared = commonprefix([alone, followed])  # noqa: RUF071 - characters are meant
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        end = max((shared.rfind(name) + len(name) for name in special if name in shared), default=0)
+        after = shared[:end] + re.match(r"\s*", shared[end:])[0]  # type: ignore[index]
+        # A later user turn begins like the first, or there is more before the first than its own header.
+        again = render("Hi", "Yes", mark, first="user").partition(mark)[0]
+        if header.count("user") == 1 and again.endswith(header):
+            header = header.replace("user", "system")
+            prelude = _TURN.replace("BOS", "bos_token" if bos else "''").replace("BEFORE", json.dumps(header))
+            prelude = prelude.replace("AFTER", json.dumps(after))
+            prelude = prelude.replace("TRIM", "" if f" {mark} " in spaced else " | trim")
+            wanted = f"{bos}{header}Be brief{after}{render('Hi', 'Yes').removeprefix(bos)}"
+            if render("Be brief", "Hi", "Yes", first="system", template=prelude + template) == wanted:
+                return prelude
+    except Exception as error:
+        raise TemplateError(
+            f"model.system_role: turn cannot be given to this chat template: {error}"
+        ) from error
+    raise TemplateError(
+        "model.system_role: turn cannot be given to this chat template, whose user turn does not name its role; "
+        "write fold, or a template of your own (model.chat_template)"
+    )

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp: written, quantised with an importance matrix, measured by llama.cpp itself."""

@@ -1,0 +1,1 @@
+"""The importance matrix: what it is computed from, and its files."""

@@ -1,0 +1,354 @@
+"""What an importance matrix is made from: rows of a run or of any text, and what a model's layers are given on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.chat import Chat
+from finetune.data.language import language
+from finetune.data.mixture import Prepared, build
+from finetune.data.readers import is_file
+from finetune.data.samples import LabelledRow, sample_rows
+from finetune.export.gguf.imatrix.files import CHUNK, Importance, check, filled
+from finetune.export.gguf.tensors import names
+from finetune.model.load import load_tokenizer
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
+from finetune.system.files import file_of
+from finetune.system.fresh_process import child_environment
+from finetune.system.terminal import bar
+
+# Of a batch, padding and all: enough to keep a processor busy, and its activations are small beside a model.
+_BATCH_TOKENS = 1024
+# Gemma 3 270M's down and output projections in Q2_K and IQ3_S: a matrix from 400 tokens of conversations leaves an
+# error on other conversations that is 1 to 5% above that of those conversations' own matrix (without one: 66% to 500%),
+# one from 4,000 tokens 1%, one from 8,000 no less. The rest is room for runs whose rows are long, and so few.
+ROWS, MAX_TOKENS = 256, 32_768
+# Longer rows of a file of one's own are cut, as a recipe that says nothing cuts them.
+_LONGEST = 1024
+# About as many characters as make a chunk; of Japanese more tokens, and the rest is cut off.
+_PASSAGE = 2000
+_ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+_SAMPLE = "sample rows of this project"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def calibration(
+    model: Path,
+    path: str | None = None,
+    rows: int = ROWS,
+    max_tokens: int = MAX_TOKENS,
+    apart_from: Sequence[LabelledRow] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[list[int]], str]:
+    """Token ids of rows to collect a matrix from, and words that say which they are; the same at each call.
+
+    They are drawn from the conversations that the run was trained on, whole and as rendered, or from a file. Where the
+    run's data are not here, or all of them are compared, they are the project's sample rows.
+
+    Args:
+        model: A run, one of its checkpoints, or a folder with a whole model.
+        path: A file or dataset of rows, as `data.train` takes it, or a text; absent: the run's training rows.
+        rows: How many at most.
+        max_tokens: How many tokens at most, of all rows together; the row that goes beyond is cut.
+        apart_from: Rows that measure what was lost, which are left out.
+        say: Gets a line where the run's data are not here.
+
+    Raises:
+        ImatrixError: There is no row, or no such file.
+        DataError: The file cannot be read as rows.
+    """
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
+    if path is not None:
+        found, where = _rows_of_path(chat, path, rows, len(apart_from))
+    else:
+        found, where = _rows_of_run(model, chat, rows, len(apart_from), say)
+    compared = {tuple(row.input_ids) for row in apart_from}
+    if path is None and all(tuple(ids) in compared for ids in found):
+        say("all of the run's rows are compared; the matrix is made from the project's sample rows")
+        found, where = _sampled(chat), _SAMPLE
+    chosen: list[list[int]] = []
+    left = max_tokens
+    for ids in found:
+        if tuple(ids) not in compared and left and len(chosen) < rows:
+            chosen.append(ids[:left])
+            left -= len(chosen[-1])
+    if not chosen:
+        raise ExportError(
+            f"importance matrix: of the {where} none is left that is not compared; write imatrix_data.path"
+        )
+    return chosen, f"{len(chosen):,} {where}"
+
+
+def _rows_of_run(
+    model: Path, chat: Chat, rows: int, spare: int, say: Callable[[str], None]
+) -> tuple[list[list[int]], str]:
+    if recipe_file := file_of(model, "recipe.yaml"):
+        try:
+            recipe = load_recipe(recipe_file)
+            training, _ = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+            return _drawn(training, rows, spare), "training rows of the run"
+        except (RecipeError, DataError, TemplateError, LabelError) as error:
+            first = str(error).splitlines()[0]
+            say(f"the run's rows are not here ({first}); the matrix is made from the project's sample rows")
+    return _sampled(chat), _SAMPLE
+
+
+def _sampled(chat: Chat) -> list[list[int]]:
+    sample = [row.input_ids for row in samples(chat)]
+    return random.Random(0).sample(sample, len(sample))
+
+
+def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[list[int]], str]:
+    name = Path(path).expanduser()
+    if path.endswith(_ROW_FILES) or not is_file(path):
+        # A row with a special token in its text is one the less.
+        section = DataSection(train=[Source(path=path)], on_bad_row="skip")
+        return _drawn(build(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
+    generator, kept = random.Random(0), list[str]()
+    try:
+        with name.open(encoding="utf-8") as file:
+            # Of a text of any length, as many passages as are asked for, each as likely as another.
+            for number, passage in enumerate(iter(lambda: file.read(_PASSAGE), "")):
+                if len(kept) < rows + spare:
+                    kept.append(passage)
+                elif (place := generator.randrange(number + 1)) < len(kept):
+                    kept[place] = passage
+    except OSError as error:
+        raise ExportError(f"imatrix_data.path: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"imatrix_data.path: {path} is no text in UTF-8 (byte {error.start:,})") from error
+    generator.shuffle(kept)
+    # What looks like a special token in a text is text.
+    ids = [
+        chat.tokenizer(text, split_special_tokens=True)["input_ids"][:CHUNK] for text in kept if text.strip()
+    ]
+    return ids, f"passages of {name.name}"
+
+
+def _drawn(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
+    """A seeded sample, with some more than are wanted; the first rows of a stream, which are mixed already."""
+    import datasets
+
+    data: Any = prepared.dataset
+    wanted = rows + spare
+    if isinstance(data, datasets.Dataset):
+        places = random.Random(0).sample(range(len(data)), min(len(data), wanted))
+        return [list(data[place]["input_ids"]) for place in places]
+    return [list(row["input_ids"]) for row in islice(iter(data), wanted)]
+
+
+def samples(chat: Chat) -> list[LabelledRow]:
+    """The project's own conversations in a model's tokens; as plain text where it has no template."""
+    found = []
+    for line in sample_rows().read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        encoded = (
+            chat.encode(messages)
+            if chat.tokenizer.chat_template is not None
+            else chat.encode_text("", "\n".join(message["content"] for message in messages))
+        )
+        found.append(LabelledRow(encoded.input_ids.tolist(), encoded.labels.tolist()))
+    return found
+
+
+def by_language(
+    rows: Sequence[LabelledRow], where: str, chat: Chat, count: int = 16
+) -> dict[str, tuple[list[LabelledRow], str]]:
+    """Rows by language, as `finetune evaluate` tells them apart, and words that say which they are.
+
+    English and Japanese are always there: where there are no rows of one, `count` sample rows of this project stand in.
+    """
+    groups: dict[str, tuple[list[LabelledRow], str]] = {}
+    for row in rows:
+        groups.setdefault(_language(row, chat), ([], where))[0].append(row)
+    if missing := {"English", "Japanese"} - groups.keys():
+        for row in samples(chat):
+            if (own := _language(row, chat)) in missing and len(groups.get(own, ([], ""))[0]) < count:
+                groups.setdefault(own, ([], _SAMPLE))[0].append(row)
+    return dict(sorted(groups.items()))
+
+
+def _language(row: LabelledRow, chat: Chat) -> str:
+    return language(chat.tokenizer.decode(row.input_ids, skip_special_tokens=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Collecting
+
+
+def collect(
+    model: Path,
+    rows: Sequence[Sequence[int]],
+    dtype: str,
+    work: Path,
+    source: str,
+    progress: bool = False,
+) -> Importance:
+    """The matrix of the model in a folder, from token ids, in a process of its own.
+
+    Every weight of a layer is in it. The output layer is not, as in llama.cpp's tool without `--process-output`, so
+    that no token is scored.
+
+    Args:
+        model: A folder with a whole model.
+        rows: Token ids; each row is read alone.
+        dtype: What the model computes in.
+        work: A folder for what passes between the processes.
+        source: What the rows are, for the file.
+        progress: Whether a terminal shows a bar.
+
+    Raises:
+        ImatrixError: The model cannot be loaded or run, or its activations are not finite.
+    """
+    ask, answer = work / "imatrix.ask.json", work / "imatrix.answer.npz"
+    content = {"folder": str(model), "rows": [list(row) for row in rows], "dtype": dtype}
+    ask.write_text(json.dumps(content), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    environment = child_environment()
+    code = f"from finetune.export.gguf.imatrix.calibration import _collect; _collect({str(ask)!r}, {str(answer)!r})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    total = sum(map(len, rows))
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        bar("importance matrix", total, progress) as done,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+    ):
+        try:
+            for line in child.stdout or ():
+                done(int(line) if line.strip().isdigit() else 0)
+            code_of_end = child.wait()
+        finally:
+            child.kill()
+        said.seek(0)
+        last = next(iter(said.read().strip().splitlines()[-1:]), "")
+    if not answer.exists():
+        why = "it was killed, most likely for want of memory" if code_of_end == -9 else last
+        raise ExportError(f"{model}: no importance matrix: its process ended with code {code_of_end}: {why}")
+    with np.load(answer, allow_pickle=False) as found:
+        if "error" in found:
+            raise ExportError(f"{model}: no importance matrix: {found['error']}")
+        sums = {name: found[name] for name in found.files}
+    importance = Importance(filled(sums, str(model)), dict.fromkeys(sums, total), (source,))
+    check(importance, model, "the matrix that was just collected")
+    return importance
+
+
+def _collect(ask: str, answer: str) -> None:
+    """In the fresh process: load, run, and tell on standard output how many tokens are done."""
+    import logging
+
+    logging.basicConfig(level=logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    job = json.loads(Path(ask).read_text(encoding="utf-8"))
+    # Upstream's prints are not what is read there.
+    said, sys.stdout = sys.stdout, sys.stderr
+    found: dict[str, Any]
+    try:
+        found = _look(job, lambda count: print(count, file=said, flush=True))
+    except (Exception, SystemExit) as error:
+        found = {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
+    beside = f"{answer}.part.npz"
+    np.savez(beside, **found)
+    os.replace(beside, answer)
+
+
+def _look(job: dict[str, Any], done: Callable[[int], None]) -> dict[str, NDArray[np.float64]]:
+    import torch
+
+    from finetune.model.load import load_base
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    config = json.loads(Path(job["folder"], "config.json").read_text(encoding="utf-8"))
+    model = load_base(job["folder"], getattr(torch, job["dtype"])).to(place).eval()
+    return sums_of(model, config, job["rows"], done)
+
+
+def sums_of(
+    model: Any, config: dict[str, Any], rows: Sequence[Sequence[int]], done: Callable[[int], None]
+) -> dict[str, NDArray[np.float64]]:
+    """Squared inputs by column, summed over the rows, of every weight of a layer that a model holds.
+
+    Raises:
+        ImatrixError: A layer was given something else than its weight takes, not all tokens, or what is not finite.
+        GGUFError: llama.cpp does not know the model.
+    """
+    import torch
+
+    translate = names(config)
+    decoder = model.get_decoder()
+    sums: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    # Of the batch at hand: which places are tokens and not padding, and how many.
+    real, tokens = torch.empty(0), 0
+
+    def watch(name: str, columns: int) -> Callable[[Any, Any], None]:
+        def hook(module: Any, inputs: Any) -> None:
+            x = inputs[0]
+            if x.shape != (*real.shape, columns):
+                raise ExportError(
+                    f"{name} takes {columns:,} columns and was given {list(x.shape)} for {list(real.shape)} tokens"
+                )
+            # Float32 holds the squares of a batch, float64 the sum of batches; what is indexed is a copy.
+            squares = x.detach()[real].float().square().sum(0)
+            sums[name] = sums.get(name, 0) + squares.double()
+            counts[name] += tokens
+
+        return hook
+
+    hooks = []
+    for path, parameter in model.named_parameters():
+        name = translate(path)
+        if name and name.startswith("blk.") and parameter.ndim == 2:
+            module = model.get_submodule(path.rpartition(".")[0])
+            counts[name] = 0
+            hooks.append(module.register_forward_pre_hook(watch(name, parameter.shape[1])))
+    with torch.inference_mode():
+        for batch in _batches(rows):
+            length, tokens = max(map(len, batch)), sum(map(len, batch))
+            ids = [[*row, *[0] * (length - len(row))] for row in batch]
+            real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
+            # A token reads what stands before it; padding stands behind, and needs no mask.
+            decoder(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
+            done(tokens)
+    for hook in hooks:
+        hook.remove()
+    total = sum(map(len, rows))
+    for name, count in counts.items():
+        if count != total:
+            raise ExportError(f"{name} was given {count:,} of {total:,} tokens")
+    found = {name: own.cpu().numpy() for name, own in sums.items()}
+    for name, own in found.items():
+        if not np.isfinite(own).all():
+            raise ExportError(
+                f"the activations before {name} are not finite; export from a model in bfloat16"
+            )
+    return found
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Rows of like lengths together."""
+    batch: list[Sequence[int]] = []
+    for row in sorted(rows, key=len):
+        if batch and len(row) * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

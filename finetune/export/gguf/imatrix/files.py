@@ -1,0 +1,251 @@
+"""Which columns of a model's weights matter: the mean square of what each linear layer is given, on rows of a run.
+
+Quantisation that knows it rounds the weights that are multiplied by little in favour of those that are multiplied by
+much. What is summed is what llama.cpp's `imatrix` tool sums, and both of its file formats are written and read.
+
+Source: llama.cpp `tools/imatrix/imatrix.cpp`, `IMatrixCollector`; `tools/quantize/quantize.cpp`, `load_imatrix`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.export.gguf.tensors import names
+from finetune.model.shards import files_of, read_header
+from finetune.system.errors import ExportError
+from finetune.system.files import sync
+
+Matrix = dict[str, NDArray[np.float32]]
+"""llama.cpp's name of a weight to the mean square of its input, by column."""
+
+# What llama.cpp counts in: chunks of its default context.
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Squared inputs of weights by column, summed over tokens.
+
+    A column that was always 0 has the least sum that another column of its weight has: quantised with weights of 0, a
+    whole block of such columns would become 0 (ggml, as of October 2026), and other text may well use it.
+    """
+
+    sums: dict[str, NDArray[np.float64]]
+    """By llama.cpp's name of the weight (`blk.0.attn_q.weight`); all are above 0."""
+    counts: dict[str, int]
+    """The tokens that each was summed over, at least 1."""
+    datasets: tuple[str, ...] = ()
+    """What the tokens are of, in words or names of files."""
+    chunk_size: int = CHUNK
+
+    @property
+    def matrix(self) -> Matrix:
+        """What a quantiser takes."""
+        return {name: (own / self.counts[name]).astype(np.float32) for name, own in self.sums.items()}
+
+    @property
+    def chunks(self) -> int:
+        """The tokens in llama.cpp's measure, rounded up."""
+        return -(-max(self.counts.values()) // self.chunk_size)
+
+
+def check(importance: Importance, model: Path, source: str) -> None:
+    """Makes sure that a matrix is of the model in a folder.
+
+    Raises:
+        ImatrixError: A weight of a layer has none, or one of another width; or it names weights that are not there.
+        GGUFError: llama.cpp does not know the model.
+        ShardError: The model's files cannot be read.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    translate = names(config)
+    width = {
+        name: stored.shape[1]
+        for file in files_of(model)
+        for on_disk, stored in read_header(model / file).items()
+        if len(stored.shape) == 2 and (name := translate(on_disk))
+    }
+    for name, columns in width.items():
+        own = importance.sums.get(name)
+        if own is None and name.startswith("blk."):
+            raise ExportError(f"{source}: it has nothing on {name}; use a matrix of this very model")
+        if own is not None and len(own) != columns:
+            raise ExportError(
+                f"{source}: {name} has {len(own):,} columns there and {columns:,} in {model}; "
+                "use a matrix of this very model"
+            )
+    if other := sorted(importance.sums.keys() - width.keys()):
+        raise ExportError(f"{source}: {model} has no {other[0]}; use a matrix of this very model")
+
+
+def filled(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
+    """No sum is 0; see `Importance`."""
+    found = {}
+    for name, own in sums.items():
+        hit = own > 0
+        if not hit.any():
+            raise ExportError(f"{source}: {name} was given nothing but zeros")
+        found[name] = np.where(hit, own, own[hit].min())
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(importance: Importance, folder: Path) -> None:
+    """`imatrix.gguf` and `imatrix.dat` in a folder; each appears under its name when it is whole."""
+    for name, put in (("imatrix.gguf", _write_gguf), ("imatrix.dat", _write_dat)):
+        beside = folder / f".{name}.part"
+        try:
+            put(importance, beside)
+            sync(beside)
+            beside.rename(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def read(file: Path) -> Importance:
+    """A matrix in either format, llama.cpp's or ours; which one it is, its first bytes tell.
+
+    A `.dat` does not say how many tokens a chunk of its has; 512 are taken, as llama.cpp does, and the means do not
+    depend on it.
+
+    Raises:
+        ImatrixError: There is no such file, it is damaged, no matrix, or holds what no quantiser can use.
+    """
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+        found = _read_gguf(file) if magic == b"GGUF" else _read_dat(file)
+    except OSError as error:
+        raise ExportError(f"{file} cannot be read: {error.strerror or error}") from error
+    for name, own in found.sums.items():
+        if not np.isfinite(own).all() or (own < 0).any():
+            raise ExportError(
+                f"{file} is damaged: {name} has sums of squares that are negative or not finite"
+            )
+        if found.counts[name] < 1:
+            raise ExportError(f"{file}: {name} was given no token; collect the matrix from more text")
+    return Importance(filled(found.sums, str(file)), found.counts, found.datasets, found.chunk_size)
+
+
+def _write_gguf(importance: Importance, file: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "")  # it is no model, and has no architecture
+    writer.add_type("imatrix")
+    # llama.cpp reads the first without asking whether there is one.
+    writer.add_array("imatrix.datasets", list(importance.datasets or ("unknown",)))
+    writer.add_uint32("imatrix.chunk_count", importance.chunks)
+    writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
+    for name, own in sorted(importance.sums.items()):
+        writer.add_tensor(f"{name}.in_sum2", own.astype(np.float32).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.array([[importance.counts[name]]], np.float32))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _read_gguf(file: Path) -> Importance:
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError(f"{file}: reading it needs the gguf package; pip install 'finetune[gguf]'")
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"{file} is damaged, or no GGUF file: {why}") from error
+    if (kind := fields.get("general.type")) != "imatrix":
+        raise ExportError(f"{file} is no importance matrix: its general.type is {kind or 'missing'}")
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, int] = {}
+    for name in sorted({name.rpartition(".")[0] for name in tensors}):
+        if name + ".in_sum2" not in tensors and name + ".counts" not in tensors:
+            continue  # newer tools store more
+        pair = [tensors.get(name + end) for end in (".in_sum2", ".counts")]
+        for end, tensor in zip((".in_sum2", ".counts"), pair, strict=True):
+            if tensor is None or tensor.tensor_type != GGMLQuantizationType.F32:
+                raise ExportError(f"{file} is damaged: it has no {name}{end} in float32")
+        own, count = (np.array(tensor.data, np.float64).ravel() for tensor in pair if tensor)
+        if len(count) != 1:
+            raise ExportError(
+                f"{file}: {name} is of {len(count)} experts; models with experts are not written"
+            )
+        sums[name] = own
+        counts[name] = round(float(count[0])) if np.isfinite(count[0]) else 0
+    if not sums:
+        raise ExportError(f"{file} holds no importance matrix: it has no tensor")
+    datasets = fields.get("imatrix.datasets") or []
+    size = fields.get("imatrix.chunk_size")
+    return Importance(
+        sums, counts, tuple(map(str, datasets)), size if isinstance(size, int) and size > 0 else CHUNK
+    )
+
+
+def _write_dat(importance: Importance, file: Path) -> None:
+    """Entries (name, chunks, columns, means times chunks), the chunks of all, the name of the last dataset."""
+    with file.open("wb") as out:
+        out.write(struct.pack("<i", len(importance.sums)))
+        for name, own in sorted(importance.sums.items()):
+            count = importance.counts[name]
+            chunks = -(-count // importance.chunk_size)
+            out.write(_text(name) + struct.pack("<ii", chunks, len(own)))
+            out.write((own / count * chunks).astype("<f4").tobytes())
+        out.write(struct.pack("<i", importance.chunks) + _text(", ".join(importance.datasets)))
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<i", len(data)) + data
+
+
+def _read_dat(file: Path) -> Importance:
+    data = file.read_bytes()
+    place = 0
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        if not 0 <= count <= len(data) - place:
+            raise ExportError(
+                f"{file} is damaged, or no importance matrix: at byte {place:,} {count:,} more belong, "
+                f"and it has {len(data) - place:,}"
+            )
+        place += count
+        return data[place - count : place]
+
+    def number() -> int:
+        return int.from_bytes(take(4), "little", signed=True)
+
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, int] = {}
+    try:
+        for _ in range(number()):
+            name = take(number()).decode()
+            chunks, columns = number(), number()
+            if name in sums or columns < 1:
+                raise ExportError(f"{file} is damaged: {name!r} stands there twice, or without columns")
+            sums[name] = np.frombuffer(take(4 * columns), "<f4").astype(np.float64) * CHUNK
+            counts[name] = chunks * CHUNK
+        # Older tools end here.
+        datasets = (number(), take(number()).decode())[1:] if place < len(data) else ()
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file} is damaged, or no importance matrix: a name is not UTF-8") from error
+    if not sums or place < len(data):
+        raise ExportError(
+            f"{file} is damaged, or no importance matrix: {len(data) - place:,} bytes are left over"
+        )
+    return Importance(sums, counts, datasets)

@@ -1,0 +1,224 @@
+"""A model's config as llama.cpp reads it from a GGUF file; what llama.cpp computes otherwise is refused.
+
+Source: llama.cpp, src/models/*.cpp and src/llama-model.cpp as of October 2026; transformers 5.23 for the configs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import Keys, RopeScalingType
+from numpy.typing import NDArray
+
+from finetune.export.gguf.tensors import ARCHITECTURES, family, head_size
+from finetune.system.errors import ExportError
+
+# Where a file says nothing, llama.cpp lets each second or sixth layer see all that came before.
+_FULL_LAYER = {"gemma2": 2, "gemma3_text": 6}
+# Models of 27B, known to llama.cpp by their layers, scale scores by the width that a head would have of hidden_size.
+_LARGE = {"gemma2": 46, "gemma3_text": 62}
+_GATE = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
+
+
+def read_config(model: Path) -> Any:
+    """The text model's config of a checkpoint, as transformers reads it, old keys and new ones.
+
+    Raises:
+        GGUFError: There is none, it is damaged, or of a family that is not written.
+    """
+    from transformers import AutoConfig
+
+    from finetune.system.terminal import quiet
+
+    file = model / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("no map of keys")
+        family(raw)
+        with quiet():
+            whole = AutoConfig.from_pretrained(model)
+        config = whole.get_text_config()
+        # transformers 5.23 ties by the outer config alone.
+        config.tie_word_embeddings = whole.tie_word_embeddings
+    except ExportError:
+        raise
+    except OSError as error:
+        raise ExportError(f"{file} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # each class of config checks itself in its own way
+        why = " ".join(str(error).split())
+        raise ExportError(f"{file} is damaged, or no config of a model: {why}") from error
+    if getattr(config, "quantization_config", None):
+        raise ExportError(
+            f"{file}: the weights are quantised (quantization_config); write a merged model in 16 bit"
+        )
+    family({"model_type": config.model_type})
+    return config
+
+
+def metadata(config: Any) -> dict[str, Any]:
+    """What a GGUF file says of a model, its tokenizer apart: keys to plain values.
+
+    Raises:
+        GGUFError: llama.cpp would compute something else than transformers does.
+    """
+    kind = config.model_type
+    _check(config)
+    size = head_size(config)
+    found = {
+        Keys.LLM.CONTEXT_LENGTH: _context(config),
+        Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
+        Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
+        Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size,
+        Keys.LLM.VOCAB_SIZE: config.vocab_size,
+        Keys.Attention.HEAD_COUNT: config.num_attention_heads,
+        Keys.Attention.HEAD_COUNT_KV: config.num_key_value_heads,
+        Keys.Attention.KEY_LENGTH: size,
+        Keys.Attention.VALUE_LENGTH: size,
+        Keys.Attention.LAYERNORM_RMS_EPS: float(config.rms_norm_eps),
+        Keys.Rope.DIMENSION_COUNT: size,
+    }
+    found |= _rope(config)
+    if kind == "gemma2":
+        found[Keys.LLM.ATTN_LOGIT_SOFTCAPPING] = float(config.attn_logit_softcapping)
+    if kind in ("gemma2", "gemma3_text") and config.final_logit_softcapping:
+        found[Keys.LLM.FINAL_LOGIT_SOFTCAPPING] = float(config.final_logit_softcapping)
+    if kind in _FULL_LAYER and "sliding_attention" in config.layer_types:
+        found[Keys.Attention.SLIDING_WINDOW] = config.sliding_window
+    if kind in _FULL_LAYER:
+        slides = [layer == "sliding_attention" for layer in config.layer_types]
+        usual = [(number + 1) % _FULL_LAYER[kind] != 0 for number in range(len(slides))]
+        # Programs that know no other pattern must not be given the usual one in words.
+        if slides != usual and (kind == "gemma2" or any(slides)):
+            found[Keys.Attention.SLIDING_WINDOW_PATTERN] = slides
+    architecture = ARCHITECTURES[kind]
+    return {key.format(arch=architecture): value for key, value in found.items()}
+
+
+def rope_factors(config: Any) -> NDArray[np.float32] | None:
+    """By what llama.cpp divides each rotation of a llama3 model, float32 [half a head]; None for other models."""
+    if _rope_of(config)["rope_type"] != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config)[0].double().numpy()
+    size = head_size(config)
+    plain = 1 / (_rope_of(config)["rope_theta"] ** (np.arange(0, size, 2) / size))
+    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
+    return factors
+
+
+def _rope_of(config: Any) -> dict[str, Any]:
+    """The rotation of the layers that see all."""
+    rope: dict[str, Any] = config.rope_parameters
+    full: dict[str, Any] = rope.get("full_attention", rope)
+    return full
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    rope, kind = _rope_of(config), config.model_type
+    how = rope["rope_type"]
+    known = {"default", "linear"}
+    known |= set() if kind.startswith("gemma") else {"yarn"}
+    known |= {"llama3"} if ARCHITECTURES[kind] == "llama" else set()
+    if how not in known:
+        _refuse(config, "rope_type", how, f"known are {', '.join(sorted(known))}")
+    found = {Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
+    if "sliding_attention" in config.rope_parameters:
+        local = config.rope_parameters["sliding_attention"]
+        if local["rope_type"] != "default":
+            _refuse(config, "rope_type of sliding_attention", local["rope_type"], "only default is computed")
+        found[Keys.Rope.FREQ_BASE_SWA] = float(local["rope_theta"])
+    if how in ("linear", "yarn"):
+        kinds = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
+        factor = float(rope["factor"])
+        found |= {Keys.Rope.SCALING_TYPE: kinds[how].value, Keys.Rope.SCALING_FACTOR: factor}
+    if how == "yarn":
+        for key, only in (("truncate", True), ("beta_fast", 32), ("beta_slow", 1)):
+            if (rope.get(key) if rope.get(key) is not None else only) != only:
+                _refuse(config, key, rope[key], f"only {only} is computed")
+        found[Keys.Rope.SCALING_ORIG_CTX_LEN] = rope["original_max_position_embeddings"]
+        # llama.cpp multiplies its own scale by this one.
+        ratio = _attention_factor(rope, factor) / _magnitude(factor, 1)
+        if not math.isclose(ratio, 1, rel_tol=1e-6):
+            found[Keys.Rope.SCALING_ATTN_FACTOR] = ratio
+    return found
+
+
+def _attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """Source: transformers 5.23, `modeling_rope_utils._compute_yarn_parameters`."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if (one := rope.get("mscale")) and (other := rope.get("mscale_all_dim")):
+        return _magnitude(factor, one) / _magnitude(factor, other)
+    return _magnitude(factor, 1)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _context(config: Any) -> int:
+    """As many tokens as llama.cpp computes rightly: it knows no sliding window in Llama's and Qwen's families."""
+    length: int = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    if config.model_type in _FULL_LAYER or not window:
+        return length
+    if config.model_type != "mistral" and layers and "sliding_attention" not in layers:
+        return length
+    return min(length, int(window))
+
+
+def _check(config: Any) -> None:
+    """Refuses what is not computed by llama.cpp, or otherwise."""
+    kind, size = config.model_type, head_size(config)
+
+    def value(key: str) -> Any:
+        return getattr(config, key, None)
+
+    key = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
+    gate = _GATE.get(kind, "silu")
+    if value(key) != gate:
+        _refuse(config, key, value(key), f"only {gate} is computed")
+    if value("use_bidirectional_attention") or value("is_causal") is False:
+        _refuse(config, "use_bidirectional_attention", True, "each token sees only those before it")
+    if value("attention_bias") and kind != "llama":
+        _refuse(config, "attention_bias", True, "it has no place for attn_output.bias")
+    ropes = config.rope_parameters
+    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
+        if (part := rope.get("partial_rotary_factor") or value("partial_rotary_factor") or 1) != 1:
+            _refuse(config, "partial_rotary_factor", part, "heads are rotated whole")
+    if kind == "qwen2" and config.num_attention_heads * size != config.hidden_size:
+        _refuse(config, "head_dim", size, "num_attention_heads of them must make hidden_size")
+    if kind == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+        name = "final_logit_softcapping" if config.attn_logit_softcapping else "attn_logit_softcapping"
+        _refuse(config, name, None, "scores are always capped")
+    if kind == "gemma3_text" and config.attn_logit_softcapping:
+        _refuse(config, "attn_logit_softcapping", config.attn_logit_softcapping, "scores are never capped")
+    if kind in _FULL_LAYER:
+        large = config.num_hidden_layers == _LARGE[kind]
+        scale = config.hidden_size // config.num_attention_heads if large else size
+        if config.query_pre_attn_scalar != scale:
+            _refuse(
+                config,
+                "query_pre_attn_scalar",
+                config.query_pre_attn_scalar,
+                f"with {config.num_hidden_layers} layers only {scale} is computed",
+            )
+        if not set(config.layer_types) <= {"sliding_attention", "full_attention"}:
+            _refuse(
+                config, "layer_types", sorted(set(config.layer_types)), "known are sliding and full attention"
+            )
+        if "sliding_attention" in config.layer_types and not config.sliding_window:
+            _refuse(config, "sliding_window", config.sliding_window, "layers of sliding attention need one")
+
+
+def _refuse(config: Any, key: str, value: Any, why: str) -> None:
+    raise ExportError(
+        f"GGUF: config.json has {key}: {value}, which llama.cpp does not compute for {config.model_type}: {why}"
+    )

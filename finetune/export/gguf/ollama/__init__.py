@@ -1,0 +1,1 @@
+"""A Modelfile with the chat template in Go's syntax."""

@@ -1,0 +1,387 @@
+"""A trained Jinja chat template in the Go syntax of Ollama: learned from what it renders, and proved on that again.
+
+Ollama runs Go's text/template over a conversation, not Jinja, for a model that brings a `TEMPLATE`. None is known here
+by name. A set of conversations is rendered by Jinja; what stands before and behind each role's text, where the system
+text goes and what is trimmed make a `Scheme`, and the scheme must give the same text for all of them.
+
+What Ollama does with a conversation before its template sees it (template/template.go, server/prompt.go and
+server/routes.go of 2024 to 2026), and what is made of it here:
+
+- Neighbours of the same role become one message, joined by an empty line; only tool results stay apart.
+- `.Messages` still holds the system messages. `.System` is the text of all of them, joined by an empty line. Where the
+  trained template knows a system message only in front, `.System` stands there, so a later one is not lost.
+- The Modelfile's `SYSTEM` comes in front of a conversation that does not begin with a system message.
+- What exceeds `num_ctx` is dropped from the front, but never a system message; so a conversation may then begin with an
+  answer. A trained template that demands a question first would fail; this one goes on.
+- A conversation that ends with an assistant's message is to be continued: no end of turn, no generation prompt.
+- Tokenising adds a BOS where the GGUF file says so, whether or not one is there already: the template has none then.
+
+There is no function that trims, but a template may call itself with a slice of a text, which is enough to trim all that
+Python's `str.strip` does. Go's text/template gives up at a depth of 100,000, so at that many blanks in a row. What a
+template trims together with another text is trimmed apart here; the two differ where one of them is nothing but blanks
+(a system text folded into a question by `model.system_role: fold`).
+
+Tools are left out: Go writes JSON otherwise than Jinja does. Ollama refuses a request with tools then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetune.data.turns import Message, Render
+from finetune.system.errors import OllamaError
+
+Side = Literal["none", "right", "both"]
+
+
+# Letters only, so that no filter changes them, and none is part of another.
+_USER, _ANSWER, _SYSTEM, _AGAIN = "qjxvzwuser", "wqvkjzanswer", "zkqxwjrules", "kvzqjwagain"
+_PADDED = " \nYes \n"
+# What Python's `str.strip` takes away, and Jinja's `trim` with it.
+BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace())
+_NO_SYSTEM = "the chat template of this model takes no system message"
+_NO_ROLE = "the chat template of this model has no turn for a message of this role"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A chat template as pieces of text around each message's own text, without the BOS that the tokenizer adds."""
+
+    user: tuple[str, str]
+    """Before and behind a user's text."""
+    answer: tuple[str, str]
+    prompt: str
+    """The generation prompt."""
+    bare: str
+    """What a conversation without a system message in front begins with."""
+    trims: frozenset[str]
+    """The roles whose texts are trimmed."""
+    place: Literal["refused", "front", "inside", "anywhere"] = "refused"
+    """Of the system text: none; before the first turn; in the first user turn; a turn wherever it stands."""
+    start: str = ""
+    """What stands before the system text: from the beginning, or within the user turn."""
+    after: str = ""
+    """What stands behind the system text, up to the next turn or the user's text."""
+    later: str = ""
+    """What stands before a system text that is not in front."""
+    blank_counts: bool = True
+    """Whether an empty system text is written like any other; else the conversation is as if it had none."""
+    beside: Side = "none"
+    """On which side the user's text is trimmed that shares its turn with the system text."""
+
+
+def learn(render: Render, bos: str = "", added: bool = False) -> Scheme:
+    """The scheme of a chat template; it gives the same text for every conversation that was tried.
+
+    Args:
+        render: The template.
+        bos: The BOS token's text.
+        added: Whether the tokenizer adds a BOS when it is given a prompt.
+
+    Raises:
+        OllamaError: There is no such scheme, or the template writes no BOS though the tokenizer adds one.
+    """
+
+    def whole(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        text = render(messages, add_generation_prompt)
+        if not added:
+            return text
+        if not bos or not text.startswith(bos):
+            raise OllamaError(
+                f"the chat template begins with {text[:20]!r}, not with the BOS token {bos!r} that the GGUF file adds"
+            )
+        return text[len(bos) :]
+
+    try:
+        scheme = _pieces(whole)
+    except OllamaError:
+        raise
+    except Exception as error:
+        raise OllamaError(f"the chat template fails on a plain conversation: {error}") from error
+    tried = _conversations("user", "assistant", "user", "assistant", "user")
+    if scheme.place != "refused":
+        tried += _conversations("system", "user", "assistant", "user") + _conversations("system", "user")
+        tried.append([_said("system", ""), _said("user", "Hi")])
+    if scheme.place == "anywhere":
+        tried += _conversations("user", "assistant", "system", "user")
+    for messages in tried:
+        try:
+            trained = whole(messages)
+        except Exception as error:
+            raise OllamaError(f"the chat template fails on {_shape(messages)}: {error}") from error
+        _same(apply(scheme, messages), trained, messages)
+    return scheme
+
+
+def apply(scheme: Scheme, messages: Sequence[Message]) -> str:
+    """The text that `go_template` of this scheme renders; consecutive messages differ in role."""
+    given = [message["content"] for message in messages if message["role"] == "system"]
+    system = "\n\n".join(given)
+    if "system" in scheme.trims:
+        system = system.strip()
+    shown = bool(given) and (scheme.blank_counts or bool(system))
+    inside = shown and scheme.place == "inside"
+    if scheme.place == "anywhere":
+        first = messages[0]["role"] == "system"
+        text = scheme.start.removesuffix(scheme.later) if first else scheme.bare
+    else:
+        text = scheme.bare
+        if shown and scheme.place == "front":
+            text = scheme.start + system + scheme.after
+    for i, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        trimmed = content.strip() if role in scheme.trims else content
+        if role == "user":
+            if inside:
+                trimmed = {"none": content, "right": content.rstrip(), "both": content.strip()}[scheme.beside]
+                trimmed = scheme.start + system + scheme.after + trimmed
+                inside = False
+            text += scheme.user[0] + trimmed + scheme.user[1]
+        elif role == "assistant":
+            last = i + 1 == len(messages)
+            text += scheme.answer[0] + trimmed + ("" if last else scheme.answer[1])
+        elif scheme.place == "anywhere":
+            text += scheme.later + trimmed + scheme.after
+    return text + (scheme.prompt if messages[-1]["role"] != "assistant" else "")
+
+
+def go_template(scheme: Scheme, system: str = "") -> str:
+    """The scheme in Go's syntax. Every piece of text is a quoted string: line breaks between the actions mean nothing.
+
+    Args:
+        scheme: What to write.
+        system: The text of a conversation that has no system message, where a `SYSTEM` of the Modelfile cannot hold it;
+            it takes the place of one in front.
+    """
+    if system and scheme.place == "anywhere":
+        scheme = replace(scheme, place="front")
+    bare, place = _say(scheme.bare), scheme.place
+    # What stands before the system text beyond what stands there anyway.
+    extends = place == "front" and scheme.start.startswith(scheme.bare)
+    start = scheme.start.removeprefix(scheme.bare) if extends else scheme.start
+    skips = "system" in scheme.trims and not scheme.blank_counts
+    trims = scheme.trims or scheme.beside != "none"
+    lines = [
+        *(_definitions() if trims else []),
+        *(
+            [_taking("system", "{{ else if . }}" + _say(start) + _TRIM_RIGHT + _say(scheme.after))]
+            if skips
+            else []
+        ),
+        "{{ $ask := true }}",
+    ]
+    if place in ("front", "inside"):
+        lines += [
+            "{{ $text := .System }}{{ $system := false }}",
+            '{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = true }}{{ end }}{{ end }}',
+        ]
+    if system:
+        lines.append("{{ if not $system }}{{ $system = true }}{{ $text = " + literal(system) + " }}{{ end }}")
+    if not scheme.blank_counts:
+        lines.append('{{ $system = ne $text "" }}')
+    if skips:
+        given = '{{ template "system" $text }}'
+    else:
+        given = _say(start) + _show("$text", "system" in scheme.trims) + _say(scheme.after)
+
+    turn = _say(scheme.later) + _show(".Content", "system" in scheme.trims) + _say(scheme.after)
+    lead = _say(scheme.start.removesuffix(scheme.later))
+    question = _show(".Content", "user" in scheme.trims)
+    if place == "front" and extends:
+        lines += [bare, "{{ if $system }}" + given + "{{ end }}"]
+    elif place == "front":
+        lines.append("{{ if $system }}" + given + "{{ else }}" + bare + "{{ end }}")
+    elif place == "anywhere" and lead != bare:
+        first = '{{ if eq (index .Messages 0).Role "system" }}'
+        lines.append(first + lead + "{{ else }}" + bare + "{{ end }}")
+    elif place == "refused":
+        lines += ["{{ if .System }}{{ template " + literal(_NO_SYSTEM) + " . }}{{ end }}", bare]
+    else:
+        lines.append(bare)
+    if place == "inside":
+        shared = _show(".Content", scheme.beside == "both", scheme.beside == "right")
+        question = (
+            "{{ if $system }}{{ $system = false }}" + given + shared + "{{ else }}" + question + "{{ end }}"
+        )
+    lines += [
+        "{{ range $i, $_ := .Messages }}",
+        '{{ if eq .Role "user" }}' + _say(scheme.user[0]) + question + _say(scheme.user[1]),
+        '{{ else if eq .Role "assistant" }}'
+        + _say(scheme.answer[0])
+        + _show(".Content", "assistant" in scheme.trims)
+        + "{{ if eq (len (slice $.Messages $i)) 1 }}{{ $ask = false }}{{ else }}"
+        + _say(scheme.answer[1])
+        + "{{ end }}",
+        '{{ else if eq .Role "system" }}' + (turn if place == "anywhere" else ""),
+        "{{ else }}{{ template " + literal(_NO_ROLE) + " . }}{{ end }}",
+        "{{ end }}",
+        "{{ if $ask }}" + _say(scheme.prompt) + "{{ end }}",
+    ]
+    return "\n".join(line.replace("{{", "{{-", 1) for line in lines if line)
+
+
+def literal(text: str) -> str:
+    """A Go string literal of printable characters alone; others do not outlive Ollama's reading of a Modelfile."""
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+
+    def sign(c: str) -> str:
+        if c in named or c.isprintable():
+            return named.get(c, c)
+        return (
+            rf"\x{ord(c):02x}" if c < "\x80" else rf"\u{ord(c):04x}" if c <= "\uffff" else rf"\U{ord(c):08x}"
+        )
+
+    return '"' + "".join(map(sign, text)) + '"'
+
+
+def _say(text: str) -> str:
+    return "{{ " + literal(text) + " }}" if text else ""
+
+
+def _show(value: str, trimmed: bool, right: bool = False) -> str:
+    if trimmed or right:
+        return '{{ template "' + ("trim" if trimmed else "trim_right") + f'" {value} }}}}'
+    return f"{{{{ {value} }}}}"
+
+
+_TRIM_RIGHT = '{{ template "trim_right" . }}'
+
+
+def _definitions() -> list[str]:
+    """Templates that write a text without the blanks behind it, and without those around it."""
+    return [
+        _taking("trim_right", "{{ else }}{{ . }}", right=True),
+        _taking("trim", "{{ else }}" + _TRIM_RIGHT),
+    ]
+
+
+def _taking(name: str, rest: str, right: bool = False) -> str:
+    """A template that takes a blank off the front or end of its text and calls itself, until there is none.
+
+    Go slices bytes, so blanks are looked for by the length of their UTF-8, in which no character is the end of another.
+    There is no subtraction: the place n bytes before the end of a text is the length of it without its first n bytes.
+    """
+    text = "{{ define " + literal(name) + " }}"
+    for n in (1, 2, 3):
+        end = f"(len (slice . {n}))"
+        piece, other = (f"slice . {end}", f"slice . 0 {end}") if right else (f"slice . 0 {n}", f"slice . {n}")
+        blanks = " ".join(literal(c) for c in BLANKS if len(c.encode()) == n)
+        text += (
+            "{{ " + ("" if n == 1 else "else ") + f"if and (ge (len .) {n}) (eq ({piece}) {blanks})" + " }}"
+        )
+        text += "{{ template " + literal(name) + f" ({other})" + " }}"
+    return text + rest + "{{ end }}{{ end }}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From what Jinja renders to the pieces
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _conversations(*roles: str) -> list[list[Message]]:
+    """Conversations of these roles: plain; with line breaks and signs that mean something to Go; with blanks around."""
+    plain = {"system": "Be brief.", "user": "Hello there", "assistant": "Good day"}
+    odd = 'a {{ .System }} b\n\n"""\tc\\n `d` <e> & \'é\' 日本語。\u200b\r\n'
+    found = [[_said(role, f"{plain[role]} {i}") for i, role in enumerate(roles)]]
+    found.append([_said(role, f"{odd}{plain[role]}{i}{odd}.") for i, role in enumerate(roles)])
+    # Blanks around one text at a time, and around all.
+    for chosen in (*range(len(roles)), None):
+        padded = [
+            f"{BLANKS}{text}{BLANKS}" if chosen in (i, None) else text
+            for i, text in enumerate(plain[role] for role in roles)
+        ]
+        found.append([_said(role, text) for role, text in zip(roles, padded, strict=True)])
+    return found
+
+
+def _shape(messages: Sequence[Message]) -> str:
+    return f"a conversation of {', '.join(message['role'] for message in messages)}"
+
+
+def _same(ours: str, trained: str, messages: Sequence[Message]) -> None:
+    if ours == trained:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ours, trained, strict=False)) if a != b), len(trained))
+    at = min(at, len(ours), len(trained))
+    raise OllamaError(
+        f"the chat template writes {_shape(messages)} in a way that cannot be put in Go's syntax: after "
+        f"{trained[max(0, at - 30) : at]!r} comes {trained[at : at + 30]!r}, expected {ours[at : at + 30]!r}"
+    )
+
+
+def _cut(text: str, *texts: str) -> list[str]:
+    """What stands before, between and behind texts that each occur once, in this order."""
+    places = re.fullmatch("(.*)" + "".join(f"{re.escape(part)}(.*)" for part in texts), text, re.DOTALL)
+    if places is None or any(text.count(part) != 1 for part in texts):
+        raise OllamaError("the chat template leaves out, repeats or moves the text of a message")
+    return list(places.groups())
+
+
+def _less(text: str, known: str, what: str, behind: bool = False) -> str:
+    """The text without what it is known to begin with, or to end with."""
+    if not (text.endswith(known) if behind else text.startswith(known)):
+        raise OllamaError(f"the chat template writes {what}: {text!r} where {known!r} was expected")
+    return text.removesuffix(known) if behind else text.removeprefix(known)
+
+
+def _pieces(whole: Render) -> Scheme:
+    user, answer, again = _said("user", _USER), _said("assistant", _ANSWER), _said("user", _AGAIN)
+    _, user_after = _cut(whole([user], False), _USER)
+    first, asked = _cut(whole([user], True), _USER)
+    *_, answer_after = _cut(whole([user, answer], False), _USER, _ANSWER)
+    _, answered, between, _ = _cut(whole([user, answer, again], True), _USER, _ANSWER, _AGAIN)
+    padded = [_said("user", _PADDED), _said("assistant", _PADDED.replace("Yes", "No")), again]
+    blanks = whole(padded, True)
+    prompt = _less(asked, user_after, "the end of a question otherwise before an answer")
+    answer_before = _less(answered, user_after, "the end of a question otherwise before an answer")
+    user_before = _less(between, answer_after, "the end of an answer otherwise before a question")
+    bare = _less(first, user_before, "the first user turn otherwise than later ones", behind=True)
+    trims = frozenset(m["role"] for m in padded if m["content"] not in blanks)
+    scheme = Scheme((user_before, user_after), (answer_before, answer_after), prompt, bare, trims)
+    return _with_system(scheme, whole)
+
+
+def _with_system(scheme: Scheme, whole: Render) -> Scheme:
+    """The scheme and where the system text goes."""
+    user, answer = _said("user", _USER), _said("assistant", _ANSWER)
+    system, again = _said("system", _SYSTEM), _said("user", _AGAIN)
+    try:
+        text = whole([system, user], True)
+    except OllamaError:
+        raise
+    except Exception:  # the template refuses it, or breaks
+        return scheme
+    start, after, _ = _cut(text, _SYSTEM, _USER)
+    trimmed = _PADDED not in whole([_said("system", _PADDED), user], True)
+    scheme = replace(
+        scheme,
+        trims=scheme.trims | {"system"} if trimmed else scheme.trims,
+        blank_counts=whole([_said("system", ""), user], True) == text.replace(_SYSTEM, ""),
+        after=after,
+    )
+    before = scheme.user[0]
+    if not after.endswith(before) and start.startswith(scheme.bare + before):
+        shared = whole([system, _said("user", _PADDED)], True)
+        beside: Side = "none" if _PADDED in shared else "right" if _PADDED.rstrip() in shared else "both"
+        return replace(scheme, place="inside", start=start[len(scheme.bare + before) :], beside=beside)
+    after = _less(after, before, "no user turn behind the system text", behind=True)
+    scheme = replace(scheme, place="front", start=start, after=after)
+    if not (scheme.blank_counts or start.startswith(scheme.bare)):
+        raise OllamaError("the chat template has a system text of its own in place of an empty one")
+    try:
+        *_, middle, behind, _ = _cut(
+            whole([user, answer, system, again], True), _USER, _ANSWER, _SYSTEM, _AGAIN
+        )
+    except Exception:  # refused there, or left out: `.System` has all system texts
+        return scheme
+    later = middle.removeprefix(scheme.answer[1])
+    alike = middle.startswith(scheme.answer[1]) and start.endswith(later) and behind == after + before
+    if alike and scheme.blank_counts:
+        return replace(scheme, place="anywhere", later=later)
+    return scheme

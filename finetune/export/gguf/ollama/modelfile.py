@@ -1,0 +1,163 @@
+"""A Modelfile beside a GGUF file, from which `ollama create` makes a model that is asked as it was trained.
+
+What Ollama's reader of Modelfiles does with a value (parser/parser.go, 2026): it ends at a line break, or where it
+began with three quotes, at the first line break behind three quotes; blanks around it are dropped, nothing can be
+escaped, and a character that Go does not count as printable is dropped without a word, such as the ideographic space
+and the joiner within an emoji. Line breaks and tabs stay. A system text that would not arrive as it is goes into the
+template, whose strings can be escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.data.turns import special_spans
+from finetune.export.gguf.ollama.go_template import Scheme, go_template, learn
+from finetune.system.errors import OllamaError
+from finetune.system.terminal import quiet
+
+__all__ = ["OllamaError", "modelfile", "write"]
+
+# Ollama reserves the memory of the whole context when it loads a model, and without a number takes 4,096 or what fits
+# the card. The full context of a recent model (131,072 for Gemma 3) takes more memory than the model itself; whoever
+# has it sets num_ctx.
+_MOST_CONTEXT = 8192
+
+
+def write(model: Path, output: Path, file: str, add_bos: bool, system: str = "") -> None:
+    """`Modelfile` in the folder `output`, for the GGUF file of that name in the same folder.
+
+    Args:
+        model: The whole model that the GGUF file was made from, with its tokenizer and chat template.
+        output: An existing folder.
+        file: The GGUF file's name, such as `model-Q4_K_M.gguf`.
+        add_bos: `tokenizer.ggml.add_bos_token` of the GGUF file.
+        system: The system text of a conversation that brings none.
+
+    Raises:
+        OllamaError: The chat template cannot be written in Go's syntax, or something else not as a Modelfile needs it;
+            then no file is written.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    text = modelfile(
+        tokenizer,
+        file,
+        add_bos,
+        system,
+        _read(model / "config.json"),
+        _read(model / "generation_config.json"),
+    )
+    (output / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
+
+
+def modelfile(
+    tokenizer: Any,
+    file: str,
+    add_bos: bool,
+    system: str = "",
+    config: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+) -> str:
+    """The text of a Modelfile; `config` and `generation` are what the model's files of these names hold.
+
+    Raises:
+        OllamaError: See `write`.
+    """
+    if not tokenizer.chat_template:
+        raise OllamaError("the model has no chat template; name one in model.chat_template when training")
+    if Path(file).name != file or file != file.strip() or not file.isprintable() or set(file) & set('\\:"'):
+        raise OllamaError(
+            f"{file!r} cannot stand in a Modelfile; the file needs a plain name such as model.gguf"
+        )
+
+    def render(messages: Any, add_generation_prompt: bool = False, **others: Any) -> str:
+        made: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **others
+        )
+        return made
+
+    scheme = learn(render, tokenizer.bos_token or "", add_bos)
+    if _tells_the_date(render):
+        raise OllamaError(
+            "the chat template writes the day's date, which in a Modelfile would stay that of today; train with a "
+            "template without one (model.chat_template)"
+        )
+    if system and scheme.place == "refused":
+        raise OllamaError("there is a system text, and the chat template takes no system message")
+    held = not system or _holds(system)
+    lines = [
+        f"FROM ./{file}",
+        f"TEMPLATE {_quoted(go_template(scheme, '' if held else system))}",
+        *([f"SYSTEM {_quoted(system)}"] if system and held else []),
+        *(f"PARAMETER stop {_quoted(stop)}" for stop in _stops(tokenizer, scheme, generation or {})),
+        *(f"PARAMETER {name} {value}" for name, value in _numbers(config or {}, generation or {}).items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tells_the_date(render: Callable[..., str]) -> bool:
+    """Whether the template asks transformers for the date: without the function for that it fails, or writes less."""
+    hello = [{"role": "user", "content": "Hi"}]
+    try:
+        return render(hello) != render(hello, strftime_now="")
+    except Exception:
+        return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _holds(text: str) -> bool:
+    """Whether a text in three quotes comes out of Ollama's reader as it went in."""
+    return '"""' not in text and all(c.isprintable() or c in "\r\n\t" for c in text)
+
+
+def _quoted(text: str) -> str:
+    if not _holds(text):
+        raise OllamaError(
+            f"{text!r} cannot stand in a Modelfile, which has no way to write all of its characters"
+        )
+    return f'"""{text}"""' if set(text) & set('"\r\n') else f'"{text}"'
+
+
+def _stops(tokenizer: Any, scheme: Scheme, generation: dict[str, Any]) -> list[str]:
+    """What ends an answer: the first special token behind one, and each EOS."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = special_spans(special, scheme.answer[1])
+    stops = [scheme.answer[1][slice(*ends[0])]] if ends else []
+    ids = generation.get("eos_token_id") or []
+    stops += tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids)
+    return list(dict.fromkeys(stop for stop in (*stops, tokenizer.eos_token) if stop))
+
+
+def _numbers(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, float]:
+    """Parameters of Ollama: the context, and how transformers would sample.
+
+    With `do_sample`, what is not written is what transformers takes, where Ollama would take 0.8, 40 and 0.9. Without
+    it transformers takes the likeliest token always, which is asked for here only where it says false. Ollama punishes
+    repetitions among the last 64 tokens, by 1.1 in most releases unless told otherwise; transformers among all tokens,
+    and only if told to.
+    """
+    found: dict[str, float] = {}
+    longest = (config.get("text_config") or config).get("max_position_embeddings")
+    if longest:
+        found["num_ctx"] = min(longest, _MOST_CONTEXT)
+    if generation.get("do_sample"):
+        found |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if generation.get(name) is not None:
+            found[name] = generation[name]
+    if generation.get("do_sample") is False:
+        found["temperature"] = 0
+    found["repeat_penalty"] = generation.get("repetition_penalty") or 1.0
+    if found["repeat_penalty"] != 1:
+        found["repeat_last_n"] = -1
+    return found

@@ -1,0 +1,51 @@
+"""The system text that a run was trained with, where all of its conversations begin with the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.readers import read_rows
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Source
+from finetune.system.errors import DataError, LabelError, RecipeError
+from finetune.system.files import file_of
+
+# Rows that are looked at, of each source.
+_ROWS = 1000
+
+
+def system_of(model: Path) -> str:
+    """What a run's training conversations all have as their system message, as far as their first rows tell.
+
+    Empty where some have another or none, and where the run's rows are not here.
+
+    Args:
+        model: A run, one of its checkpoints, or a folder with a whole model.
+    """
+    file = file_of(model, "recipe.yaml")
+    if file is None:
+        return ""
+    try:
+        texts = {text for source in load_recipe(file).data.train for text in _texts(source)}
+    except (RecipeError, DataError):
+        return ""
+    return texts.pop() if len(texts) == 1 else ""
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """The system text of each row, empty where it has none; of rows that can be read."""
+    for _, row in islice(read_rows(source), _ROWS):
+        if isinstance(row, LabelError):
+            continue
+        try:
+            if source.filter and not matches(source.filter, row):
+                continue
+            row = map_columns(source, row)
+            messages = FORMATS[source.format or known_format(source, row)](row).get("messages")
+        except LabelError:
+            continue
+        first = messages[0] if messages and not source.raw else {}
+        yield first["content"] if first.get("role") == "system" else ""

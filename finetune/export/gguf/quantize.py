@@ -1,0 +1,253 @@
+"""llama.cpp's quantiser for single tensors, and its rules for which tensor of a file gets which type.
+
+`ggml_quantize_chunk` is taken from the shared library of an installed llama.cpp package. It is no documented interface
+of these packages, so it is tried before it is used.
+
+Source: llama.cpp, src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`) as of October 2026.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from numpy.typing import NDArray
+
+from finetune.system.errors import ExportError
+
+Kind = GGMLQuantizationType
+Matrix = dict[str, NDArray[np.float32]]
+
+# What users write: how llama.cpp numbers such a file, and the type that a tensor has where no rule says otherwise.
+TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
+    "F32": (LlamaFileType.ALL_F32, Kind.F32),
+    "F16": (LlamaFileType.MOSTLY_F16, Kind.F16),
+    "BF16": (LlamaFileType.MOSTLY_BF16, Kind.BF16),
+    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, Kind.Q8_0),
+    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K),
+    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, Kind.Q5_K),
+    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K),
+    "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, Kind.IQ4_NL),
+    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, Kind.Q3_K),
+    "IQ3_S": (LlamaFileType.MOSTLY_IQ3_S, Kind.IQ3_S),
+    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, Kind.Q2_K),
+}
+PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
+# Where a row's length is no multiple of 256.
+_FALLBACK = {
+    Kind.IQ3_S: Kind.IQ4_NL,
+    Kind.Q2_K: Kind.Q4_0,
+    Kind.Q3_K: Kind.Q4_0,
+    Kind.Q4_K: Kind.Q5_0,
+    Kind.Q5_K: Kind.Q5_1,
+    Kind.Q6_K: Kind.Q8_0,
+}
+_USED = sorted({kind for _, kind in TYPES.values()} - set(PLAIN) | set(_FALLBACK.values()))
+_PACKAGES = ("xllamacpp", "llama_cpp")
+_SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_validate_row_data")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which tensor gets which type
+
+
+def types(
+    shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, groups: int, matrix: bool
+) -> dict[str, GGMLQuantizationType]:
+    """The type of each tensor in a file, by llama.cpp's rules.
+
+    A row whose length not even 32 divides is F16.
+
+    Args:
+        shapes: Each tensor of the file under llama.cpp's name; the last length is that of a row.
+        kind: Of `TYPES`.
+        architecture: As llama.cpp calls it.
+        groups: How many query heads share a key head.
+        matrix: Whether there is an importance matrix.
+    """
+    layers = 1 + max((_layer(name) for name in shapes), default=0)
+    # 70B models: their attn_v is small, and worth more bits.
+    large = layers == 80 and (architecture == "qwen2" or (architecture == "llama" and groups > 1))
+    tied = "output.weight" not in shapes
+    found = {}
+    for name, shape in shapes.items():
+        plain = TYPES[kind][1]
+        if len(shape) < 2:
+            found[name] = Kind.F32
+        elif plain in PLAIN:
+            found[name] = plain
+        else:
+            chosen = _chosen(name, shape[-1], kind, layers, groups, tied, matrix)
+            if large and ".attn_v." in name and chosen in (Kind.Q3_K, Kind.Q4_K):
+                chosen = Kind.Q5_K
+            found[name] = _that_fits(chosen, shape[-1])
+    return found
+
+
+def _chosen(
+    name: str, columns: int, kind: str, layers: int, groups: int, tied: bool, matrix: bool
+) -> GGMLQuantizationType:
+    part, layer, plain = name.split(".")[-2], _layer(name), TYPES[kind][1]
+    if part == "output" or (part == "token_embd" and tied):
+        return Kind.Q8_0 if plain == Kind.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else Kind.Q6_K
+    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    if part in ("attn_v", "ffn_down") and kind in ("Q4_K_M", "Q5_K_M") and more:
+        return Kind.Q6_K
+    if part == "attn_v":
+        if kind == "Q3_K_M":
+            return Kind.Q5_K if layer < 2 else Kind.Q4_K
+        few = {"Q2_K": Kind.Q3_K}
+        many = {"Q2_K": Kind.Q4_K, "IQ3_S": Kind.Q4_K, "IQ4_NL": Kind.Q5_K}
+        return (many if groups >= 4 else few).get(kind, plain)
+    if part == "ffn_down":
+        if kind == "Q3_K_M":
+            return Kind.Q5_K if layer < layers // 16 else Kind.Q4_K
+        if kind == "IQ4_NL" and not matrix and layer < layers // 8:
+            return Kind.Q5_K
+        return Kind.Q3_K if kind == "Q2_K" else plain
+    if part == "attn_output":
+        return {"Q2_K": Kind.Q3_K, "Q3_K_M": Kind.Q4_K}.get(kind, plain)
+    return plain
+
+
+def _that_fits(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    if columns % GGML_QUANT_SIZES[kind][0]:
+        kind = _FALLBACK.get(kind, Kind.F16)
+    return Kind.F16 if columns % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _layer(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
+    """The bytes of a row of `columns` numbers."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(columns // block * size)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def quantise(
+    kind: GGMLQuantizationType, rows: NDArray[np.float32], weights: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Rows in a type of llama.cpp: uint8 [n, bytes of a row]. Other threads run meanwhile.
+
+    Args:
+        kind: The type.
+        rows: float32 [n, columns], finite.
+        weights: float32 [columns], how much each column counts; absent, the type's own measure.
+
+    Raises:
+        GGMLError: A value does not fit the type, or there is no library (see `library`).
+    """
+    count, columns = rows.shape
+    out = np.empty((count, row_bytes(kind, columns)), dtype=np.uint8)
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if kind == Kind.F32:
+        return rows.view(np.uint8)
+    if kind == Kind.F16:
+        with np.errstate(over="ignore"):
+            half = rows.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ExportError(
+                f"{np.abs(rows).max():,.0f} does not fit float16 (65,504 at most); write BF16 or Q8_0"
+            )
+        return half.view(np.uint8)
+    if kind == Kind.BF16:
+        bits = rows.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    # The library ends the process where these do not hold.
+    assert columns % GGML_QUANT_SIZES[kind][0] == 0, (kind, columns)
+    assert weights is None or weights.shape == (columns,), (weights, columns)
+    lent = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+    ggml = library()
+    written = ggml.ggml_quantize_chunk(
+        int(kind),
+        rows.ctypes.data,
+        out.ctypes.data,
+        0,
+        count,
+        columns,
+        lent.ctypes.data if lent is not None else None,
+    )
+    if written != out.nbytes or not ggml.ggml_validate_row_data(int(kind), out.ctypes.data, out.nbytes):
+        raise ExportError(
+            f"cannot be quantised to {kind.name}; its largest value is {np.abs(rows).max():,.0f}"
+        )
+    return out
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The first library found that quantises as expected.
+
+    Raises:
+        GGMLError: There is none; says of each package what it lacks.
+    """
+    reasons = []
+    for package in _PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            continue
+        reason = "it holds no shared library"
+        for path in _files(Path(next(iter(found.submodule_search_locations)))):
+            try:
+                loaded = ctypes.CDLL(str(path))
+            except OSError as error:
+                reason = f"{path.name} cannot be loaded ({error})"
+                continue
+            if not (reason := _lacks(loaded)):
+                return loaded
+        reasons.append(f"{package} cannot be used: {reason}")
+    if reasons:
+        raise ExportError(f"GGUF: {'; '.join(reasons)}; install another release of xllamacpp")
+    raise ExportError('GGUF needs llama.cpp; write: pip install "finetune[gguf]"')
+
+
+def _files(folder: Path) -> list[Path]:
+    found = [path for end in ("so", "dylib", "dll", "pyd") for path in sorted(folder.rglob(f"*.{end}"))]
+    return [path for path in found if re.match(r"xllamacpp|(lib)?ggml-base\.", path.name)]
+
+
+def _lacks(ggml: ctypes.CDLL) -> str:
+    """Why a library cannot be used; empty where it quantises as expected."""
+    for symbol in _SYMBOLS:
+        if not hasattr(ggml, symbol):
+            return f"it has no {symbol}"
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+    ggml.ggml_row_size.restype = ctypes.c_size_t
+    ggml.ggml_row_size.argtypes = [ctypes.c_int, whole]
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    ggml.ggml_type_name.argtypes = [ctypes.c_int]
+    ggml.ggml_validate_row_data.restype = ctypes.c_bool
+    ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
+    for kind in _USED:
+        named = ggml.ggml_type_name(int(kind)) or b""
+        if named.decode().lower() != kind.name.lower() or ggml.ggml_row_size(int(kind), 256) != row_bytes(
+            kind, 256
+        ):
+            return f"type {int(kind)} is not its {kind.name}"
+    # Two rows of whole numbers up to 127, which Q8_0 holds as they are, behind a scale of 1.
+    numbers = np.stack([np.arange(96, 128), -np.arange(96, 128)]).astype(np.float32)
+    out = np.zeros((2, 34), dtype=np.uint8)
+    expected = np.concatenate(
+        [
+            np.tile(np.frombuffer(np.float16(1).tobytes(), np.uint8), (2, 1)),
+            numbers.astype(np.int8).view(np.uint8),
+        ],
+        1,
+    )
+    ggml.ggml_quantize_chunk(int(Kind.Q8_0), numbers.ctypes.data, out.ctypes.data, 0, 2, 32, None)
+    return "" if np.array_equal(out, expected) else "its ggml_quantize_chunk does not what was expected"

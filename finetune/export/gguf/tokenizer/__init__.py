@@ -1,0 +1,1 @@
+"""A trained tokenizer as GGUF metadata."""

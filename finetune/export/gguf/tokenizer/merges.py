@@ -1,0 +1,257 @@
+"""The merges of a BPE tokenizer as llama.cpp takes them, and the differences that stay.
+
+Its tokenizer `llama` joins any two neighbours that make a token, the one with the highest score first; given the ranks
+of the merges as scores, that is what a BPE with byte fallback does. Its `gpt2` knows merges, but splits texts by none
+but its own list of pre-tokenizers, of which the one that splits alike is named.
+
+Source: llama.cpp b11549, src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+from tokenizers import Regex
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+
+from finetune.export.gguf.tokenizer.source import Limit, Source, holds, told
+
+SPACE = "▁"
+BYTES = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+_SPLIT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+)
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = "ByteLevel"  # its own regex
+# How a text is split before merges, and the names that llama.cpp has for it: where the vocabulary goes before the
+# merges (`ignore_merges`), and where it does not. An empty name: llama.cpp has none.
+_PRE: dict[tuple[str, ...], tuple[str, str]] = {
+    (rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}",): ("llama-bpe", "smaug-bpe"),
+    (rf"{_SHORT}|{_WORDS}|\p{{N}}|{_SIGNS}|{_BLANKS}",): ("", "qwen2"),
+    (
+        rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}",
+    ): ("", "qwen35"),
+    (rf"{_CASED % ('', '')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",): ("tekken", ""),
+    (rf"{_CASED % (_SHORT + '?', _SHORT + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",): (
+        "",
+        "gpt-4o",
+    ),
+    (r"\p{N}", _GPT2): ("", "smollm"),
+    (_GPT2,): ("", "gpt-2"),
+}
+# llama.cpp spells two of them otherwise, with which capitals end at Z and marks are no letters.
+_THEIRS = (
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+%s|"
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*%s"
+)
+
+
+def byte_fallback(source: Source, rows: int) -> dict[str, Any]:
+    """The metadata of a BPE that writes what it does not know as bytes (Gemma, Llama 2), with a score for each row.
+
+    Raises:
+        VocabularyError: llama.cpp could not read it, or would change texts otherwise.
+    """
+    if missing := [token for token in BYTES if token not in source.ids]:
+        raise source.refuse(
+            f"byte tokens are missing ({', '.join(missing[:3])}...), without which llama.cpp fails"
+        )
+    key = "tokenizer.ggml."
+    metadata = {key + "model": "llama", key + "pre": "default", key + "add_space_prefix": _prefix(source)}
+    # A token's first merge counts; what no merge makes comes behind all of them.
+    scores = [-float(len(source.merges) + i) for i in range(rows)]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(source.merges):
+        token = left + right
+        if token not in ranks:
+            ranks[token] = rank
+            scores[source.ids[token]] = -float(rank)
+    spelt = [token for token, item in source.added.items() if SPACE in token and not item.special]
+    if spelt:
+        source.found.append(
+            Limit(f"a text that holds {spelt[0]!r} is read as if it held spaces", holds(*spelt))
+        )
+    _same_merges(source, ranks)
+    return metadata | {key + "scores": scores}
+
+
+def _prefix(source: Source) -> bool:
+    """Whether llama.cpp is to write a space before a text and behind each special token."""
+    steps = [*source.parts("normalizer"), *source.parts("pre_tokenizer")]
+    steps = [step for step in steps if step != _SPLIT_SPACES]  # of which there are none left
+    spaces = steps[0] if len(steps) == 1 else {}
+    scheme = "always" if steps in ([_PREPEND, _REPLACE], [_REPLACE, _PREPEND]) else None
+    if steps == [_REPLACE]:
+        scheme = "never"
+    elif spaces.get("type") == "Metaspace" and spaces["replacement"] == SPACE:
+        scheme = spaces["prepend_scheme"]
+        across = [left + right for left, right in source.merges if SPACE in (left + right)[1:]]
+        if spaces["split"] and across:
+            raise source.refuse(
+                f"it splits texts at spaces, which llama.cpp does not, and has merges across them ({across[0]!r})"
+            )
+    if scheme is None:
+        raise source.refuse(
+            f"its normalizer and pre_tokenizer are {told(steps)}; llama.cpp knows spaces written as {SPACE}, "
+            "with one before the text (Prepend, or Metaspace) or not"
+        )
+    if scheme == "never":
+        return False
+    if not spaces:
+        for token in [token for token, item in source.added.items() if item.normalized]:
+            source.found.append(
+                Limit(f"{token} is looked for once a space was put before the text", holds(token))
+            )
+        return True
+    # Metaspace writes none before a space, and `first` none behind a special token.
+    if source.tokenizer.chat_template is None:
+        names = tuple(source.added)
+        again = [token + space for token in names for space in (" ", SPACE)]
+        source.found.append(
+            Limit("a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE)))
+        )
+        special = names if scheme == "first" else again
+        source.found.append(Limit("a text behind a special token begins with a space more", holds(*special)))
+        return True
+    edges = "|".join(re.escape(token) for token in sorted(source.added, key=len, reverse=True))
+    pieces = list(enumerate(re.split(edges, source.opening)))
+    wanted = {
+        (scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece
+    }
+    source.found.append(
+        Limit("a text alone begins with as many spaces as it has, as texts in a conversation do")
+        if wanted == {False}
+        else Limit("texts between special tokens begin with a space, be there one or not")
+    )
+    return wanted != {False}
+
+
+def _same_merges(source: Source, ranks: dict[str, int]) -> None:
+    """Looks for neighbours that the scores would join otherwise than the merges."""
+    pairs, last = set(source.merges), ""
+    mixed = []
+    seen: set[str] = set()
+    for left, right in source.merges:
+        token = left + right
+        if token != last and token in seen:
+            mixed.append(token)
+        seen.add(token)
+        last = token
+    if mixed:
+        source.found.append(
+            Limit(
+                f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
+            )
+        )
+    parts = source.ids.keys() - source.added.keys()
+    more = [
+        (token[:at], token[at:])
+        for token in parts
+        for at in range(1, len(token))
+        if (at == 1 or token[:at] in parts)
+        and (at == len(token) - 1 or token[at:] in parts)
+        and (token[:at], token[at:]) not in pairs
+    ]
+    if more:
+        left, right = min(more)
+        source.found.append(
+            Limit(f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}")
+        )
+
+
+def byte_level(source: Source) -> dict[str, Any]:
+    """The metadata of a BPE on bytes (GPT-2, Llama 3, Qwen).
+
+    Raises:
+        VocabularyError: llama.cpp could not read it, or knows no way to split texts as it does.
+    """
+    missing = sorted(set(ByteLevel.alphabet()) - source.ids.keys())
+    # Without an unknown token such a byte is dropped by both.
+    if missing and source.tokenizer.backend_tokenizer.model.unk_token:
+        splits = ByteLevel(add_prefix_space=False, use_regex=False)
+        source.found.append(
+            Limit(
+                f"{len(missing)} bytes have no token, and llama.cpp drops them",
+                lambda text: not set(missing).isdisjoint(splits.pre_tokenize_str(text)[0][0] if text else ""),
+            )
+        )
+    changes = source.parts("normalizer")
+    if changes not in ([], [{"type": "NFC"}]):
+        raise source.refuse(f"its normalizer is {told(changes)}, which llama.cpp lacks")
+    if changes:
+        source.found.append(
+            Limit(
+                "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
+            )
+        )
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre(source),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in source.merges],
+    }
+
+
+def _pre(source: Source) -> str:
+    """llama.cpp's name for the way in which texts are split."""
+    steps = source.parts("pre_tokenizer")
+    how: list[str] = []
+    for step in steps:
+        if step["type"] == "Split" and (step["behavior"], step["invert"]) in (
+            ("Isolated", False),
+            ("Removed", True),
+        ):
+            how.append(step["pattern"].get("Regex", ""))
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            how.append(r"\p{N}")
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            how += [_GPT2] if step["use_regex"] else []
+        else:
+            how.append("")
+    names = _PRE.get(tuple(how))
+    if names is None or [i for i, step in enumerate(steps, 1) if step["type"] == "ByteLevel"] != [len(steps)]:
+        raise source.refuse(
+            f"its pre_tokenizer is {told(steps)}; llama.cpp's that are known here are "
+            f"{', '.join(sorted(name for both in _PRE.values() for name in both if name))}"
+        )
+    whole = bool(source.tokenizer.backend_tokenizer.model.ignore_merges)
+    name = names[not whole]
+    if not name:
+        name = names[whole]
+        found = _unmerged(source)
+        if found:
+            source.found.append(
+                Limit(f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not")
+            )
+    theirs = (
+        how[0]
+        .replace(_CASED % ("", ""), _THEIRS % ("", ""))
+        .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _THEIRS % (_SHORT + "?", _SHORT + "?"))
+    )
+    if theirs != how[0]:
+        ours, others = (Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], theirs))
+        source.found.append(
+            Limit(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: ours(t) != others(t))
+        )
+    return name
+
+
+def _unmerged(source: Source) -> list[str]:
+    """The tokens that merges do not make of their own text."""
+    model = BPE(vocab=source.ids, merges=source.merges)
+    return [token for token in source.ids if token not in source.added and len(model.tokenize(token)) > 1]

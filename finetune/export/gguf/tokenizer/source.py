@@ -1,0 +1,129 @@
+"""A trained tokenizer to be written for llama.cpp: what its file holds, checked, and what the program makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.system.errors import ExportError
+from finetune.system.terminal import quiet
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Something that llama.cpp does otherwise than the trained tokenizer, whatever the file says."""
+
+    what: str
+    concerns: Callable[[str], bool] = lambda text: False  # whether the tokens of a text can differ by it
+
+
+@dataclass
+class Source:
+    """A tokenizer as it was trained with, and what has been found of it."""
+
+    file: Path
+    tokenizer: Any
+    merges: list[tuple[str, str]]
+    ids: dict[str, int]
+    added: dict[str, Any]  # text to tokenizers' AddedToken
+    found: list[Limit] = field(default_factory=list)
+    opening: str = ""  # how a conversation begins
+
+    def parts(self, name: str) -> list[dict[str, Any]]:
+        """The steps of its normalizer, pre-tokenizer or post-processor, as tokenizer.json writes them."""
+        whole = getattr(self.tokenizer.backend_tokenizer, name)
+        steps = [json.loads(whole.__getstate__())] if whole else []
+        while any(step["type"] == "Sequence" for step in steps):
+            inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}.get(name, "processors")
+            steps = [
+                part for step in steps for part in (step[inner] if step["type"] == "Sequence" else [step])
+            ]
+        return steps
+
+    def refuse(self, what: str) -> ExportError:
+        """An error that names the file."""
+        return ExportError(f"{self.file}: {what}")
+
+
+def load(model: Path) -> Any:
+    """The tokenizer as it trains: transformers 5 takes a file's tokens, and may split texts by rules of its own."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{model}: its tokenizer cannot be loaded: {error}".splitlines()[0]) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object whose keys are each there once."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ExportError(f"{file}: {twice!r} is there twice")
+        return found
+
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except FileNotFoundError as error:
+        raise ExportError(f"{file} is missing; save the model's tokenizer beside it") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ExportError(f"{file} is damaged: {error}") from error
+    if not isinstance(whole, dict):
+        raise ExportError(f"{file} is damaged: it holds no object")
+    return whole
+
+
+def checked(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokens and merges of a tokenizer.json that fit together."""
+    whole = read_json(file)
+    model, added = whole.get("model"), whole.get("added_tokens") or []
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind != "BPE" or not isinstance(model, dict):
+        raise ExportError(
+            f"{file}: its model is {kind or 'missing'}; only BPE (byte-level, or with byte fallback) can be written"
+        )
+    try:
+        vocab = {str(token): int(i) for token, i in model["vocab"].items()}
+        merges = [
+            (str(left), str(right))
+            for left, right in (
+                pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]
+            )
+        ]
+        later = {str(token["content"]): int(token["id"]) for token in added}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    for token, i in later.items():
+        if vocab.get(token, i) != i:
+            raise ExportError(f"{file}: {token!r} has the ids {vocab[token]} and {i}")
+    owners: dict[int, str] = {}
+    for token, i in (vocab | later).items():
+        if (other := owners.setdefault(i, token)) != token:
+            raise ExportError(f"{file}: {other!r} and {token!r} have both the id {i}")
+    gap = next((i for i in range(len(owners)) if i not in owners), None)
+    if gap is not None:
+        raise ExportError(f"{file}: no token has the id {gap}, though there are {len(owners)} tokens")
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise ExportError(f"{file}: a merge names {token!r}, which is no token")
+    return vocab, merges
+
+
+def holds(*tokens: str) -> Callable[[str], bool]:
+    """Whether a text holds one of these."""
+    return lambda text: any(token in text for token in tokens)
+
+
+def told(steps: list[dict[str, Any]]) -> str:
+    """Steps of a tokenizer.json on one line."""
+    shown = json.dumps(steps, ensure_ascii=False) if steps else "absent"
+    return shown if len(shown) < 400 else shown[:400] + "..."

@@ -1,0 +1,318 @@
+"""A trained tokenizer as GGUF metadata, with which llama.cpp makes the same tokens of a text, or a refusal by name.
+
+What llama.cpp does otherwise and no metadata can change is told by `read`; `probes` are texts to compare both on.
+
+Source: llama.cpp b11549, src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.data.chat import Chat
+from finetune.data.samples import sample_rows
+from finetune.export.gguf.tokenizer.merges import BYTES, SPACE, byte_fallback, byte_level
+from finetune.export.gguf.tokenizer.source import Limit, Source, checked, holds, load, read_json, told
+from finetune.system.errors import ExportError, LabelError, TemplateError
+
+_TALK = (
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "Good day"},
+    {"role": "user", "content": "Hello again"},
+)
+# Token types of GGUF.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Tokens at which llama.cpp ends an answer because of their names, wherever they stand in a vocabulary.
+_STOPS_BY_NAME = (
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>"
+    " [e~[ <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
+    " <|file_sep|>"
+)
+# And those that it only takes for control tokens.
+_CONTROL_BY_NAME = (
+    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|> "
+    "<fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle> "
+    "<fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>"
+)
+
+
+def vocabulary(model: Path) -> dict[str, Any]:
+    """The GGUF metadata of a model's tokenizer: text, flags, ids (uint32) and lists, by their keys.
+
+    Lists are of strings (tokens, merges), floats (scores: float32) and ints (token_type, eos_token_ids: int32).
+
+    Args:
+        model: A folder as transformers saves it.
+
+    Raises:
+        VocabularyError: A part is missing or damaged, or llama.cpp has nothing like it.
+    """
+    return read(model)[0]
+
+
+def probes() -> list[str]:
+    """200 texts on which two tokenizers that are not the same differ."""
+    own = Path(__file__).with_name("texts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sample_rows().read_text(encoding="utf-8").splitlines()[: 200 - len(own)]
+    talks = ["\n".join(message["content"] for message in json.loads(row)["messages"]) for row in rows]
+    return [*(json.loads(text) for text in own), *talks]
+
+
+def expected(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """For each text, what to give llama.cpp (special tokens added and parsed), and the trained tokenizer's ids of that.
+
+    With a chat template a text stands behind BOS, as it does in a conversation; without one it is a text alone.
+
+    Args:
+        model: The folder.
+        metadata: Its `vocabulary`.
+        texts: Such as `probes`.
+
+    Raises:
+        VocabularyError: The tokenizer cannot be loaded.
+    """
+    tokenizer = load(model)
+    if tokenizer.chat_template is None:
+        return [(text, tokenizer(text)["input_ids"]) for text in texts]
+    bos = tokenizer.bos_token if metadata["tokenizer.ggml.add_bos_token"] else ""
+    before = ""
+    if metadata["tokenizer.ggml.model"] == "llama" and not metadata["tokenizer.ggml.add_space_prefix"]:
+        # Behind nothing, or without a space, some tokenizers write one; no conversation has such places.
+        before = "" if bos else tokenizer.eos_token
+        first = tokenizer.tokenize(f"{tokenizer.eos_token}a", add_special_tokens=False)[1]
+        before += " " if first.startswith(SPACE) else ""
+    return [
+        (before + text, tokenizer(bos + before + text, add_special_tokens=False)["input_ids"])
+        for text in texts
+    ]
+
+
+def read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
+    """`vocabulary`, and what llama.cpp does otherwise with it than the trained tokenizer; often nothing.
+
+    Raises:
+        VocabularyError: As `vocabulary`.
+    """
+    file = model / "tokenizer.json"
+    vocab, merges = checked(file)
+    tokenizer = load(model)
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    source = Source(file, tokenizer, merges, dict(tokenizer.get_vocab()), added)
+    if any(source.ids.get(token) != i for token, i in vocab.items()):
+        raise source.refuse(
+            f"{type(tokenizer).__name__} gives its tokens other ids than the file; save it anew"
+        )
+    _check_model(source)
+    metadata, used = _special(source, model)
+    rows = _rows(source, model, used)
+    for key in ("unknown", "padding"):
+        if metadata.get(f"tokenizer.ggml.{key}_token_id", 0) >= rows:
+            del metadata[f"tokenizer.ggml.{key}_token_id"]
+    by_bytes = bool(tokenizer.backend_tokenizer.model.byte_fallback)
+    types = [UNUSED] * rows
+    unknown = tokenizer.unk_token
+    for token, i in source.ids.items():
+        types[i] = CONTROL if i in used else UNKNOWN if token == unknown else _type(source, token, by_bytes)
+    metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
+    metadata |= {"tokenizer.ggml.tokens": _texts(source, types), "tokenizer.ggml.token_type": types}
+    _named(source, used)
+    return metadata, source.found
+
+
+def _check_model(source: Source) -> None:
+    model = source.tokenizer.backend_tokenizer.model
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if value := getattr(model, name):
+            raise source.refuse(f"its model has {name} {value!r}, which llama.cpp lacks")
+    for token, item in source.added.items():
+        flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(item, name)]
+        if flags:
+            source.found.append(
+                Limit(
+                    f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are", holds(token)
+                )
+            )
+
+
+def _rows(source: Source, model: Path, used: set[int]) -> int:
+    """The rows of the embedding. Tokens beyond it that nothing uses are left out: no model could read them."""
+    config = read_json(model / "config.json")
+    rows = (config.get("text_config") or config).get("vocab_size")
+    if not isinstance(rows, int):
+        raise ExportError(f"{model / 'config.json'}: it has no vocab_size")
+    template = json.dumps(source.tokenizer.chat_template, ensure_ascii=False)
+    beyond = {token: i for token, i in source.ids.items() if i >= rows}
+    for token, i in sorted(beyond.items(), key=lambda item: item[1]):
+        if token not in source.added or i in used or token in template:
+            raise source.refuse(
+                f"{token!r} has the id {i}, and the model's embedding has {rows} rows (config.json: vocab_size)"
+            )
+        del source.ids[token], source.added[token]
+    if beyond:
+        names = ", ".join(sorted(beyond))
+        source.found.append(Limit(f"left out, as the embedding has no row for it: {names}", holds(*beyond)))
+    return rows
+
+
+def _special(source: Source, model: Path) -> tuple[dict[str, Any], set[int]]:
+    """The ids, flags and template, and the ids of all tokens that they name."""
+    tokenizer, key = source.tokenizer, "tokenizer.ggml."
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None:
+        raise source.refuse("it has no eos_token, and llama.cpp would take some token for it")
+    before, after = _adds(source)
+    for name, added, wanted in (("bos", before, bos), ("eos", after, eos)):
+        if added not in ([], [wanted]):
+            raise source.refuse(
+                f"its post_processor adds {added} where llama.cpp adds {name}_token alone ({wanted})"
+            )
+    metadata: dict[str, Any] = {key + "add_bos_token": bool(before), key + "add_eos_token": bool(after)}
+    stops = _stops(model)
+    turn = None
+    if tokenizer.chat_template is not None:
+        turn = _conversation(source)
+        metadata |= _template(source)
+        # llama.cpp adds them to conversations too, which are trained as the template writes them.
+        metadata[key + "add_bos_token"] = bool(before) and source.opening.startswith(tokenizer.bos_token)
+        metadata[key + "add_eos_token"] = False
+        if bool(before) != metadata[key + "add_bos_token"] or after:
+            source.found.append(
+                Limit("a text alone gets no BOS or EOS, so that conversations are what the template writes")
+            )
+    others = [i for i in dict.fromkeys([turn, *stops]) if i not in (None, eos)]
+    # Without a BOS of its own, llama.cpp would name one by a number that means nothing here.
+    metadata |= {key + "bos_token_id": eos if bos is None else bos, key + "eos_token_id": eos}
+    metadata |= dict(zip((key + "eot_token_id", key + "eom_token_id"), others or [eos], strict=False))
+    if others:
+        metadata[key + "eos_token_ids"] = [eos, *others]  # Ollama reads these
+    for name, i in (("unknown", tokenizer.unk_token_id), ("padding", tokenizer.pad_token_id)):
+        if i is not None:
+            metadata[f"{key}{name}_token_id"] = i
+    used = {eos, *others, *before, *after} | ({bos} - {None})
+    names = {i: token for token, i in source.ids.items()}
+    for i in used:
+        if i not in names:
+            raise source.refuse(f"generation_config.json: eos_token_id {i} is no token")
+    late = [names[i] for i in others[2:] if names[i] not in _STOPS_BY_NAME.split()]
+    if late:
+        source.found.append(
+            Limit(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
+        )
+    return metadata, used
+
+
+def _adds(source: Source) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and behind a text."""
+    steps = [step for step in source.parts("post_processor") if step["type"] != "ByteLevel"]
+    if not steps:
+        return [], []
+    if len(steps) > 1 or steps[0]["type"] != "TemplateProcessing":
+        raise source.refuse(f"its post_processor is {told(steps)}; llama.cpp knows TemplateProcessing alone")
+    around: tuple[list[int], list[int]] = ([], [])
+    behind = False
+    for piece in steps[0]["single"]:
+        if "Sequence" in piece:
+            behind = True
+        else:
+            around[behind].extend(steps[0]["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return around
+
+
+def _stops(model: Path) -> list[int]:
+    """The ids that end an answer: of generation_config.json, or config.json where there is none."""
+    file = model / "generation_config.json"
+    stops = read_json(file if file.is_file() else model / "config.json").get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(isinstance(i, int) for i in stops):
+        raise ExportError(f"{file}: eos_token_id {stops} are no ids")
+    return stops
+
+
+def _conversation(source: Source) -> int | None:
+    """The token that ends a turn; `source.opening` becomes a short conversation as the template writes it."""
+    chat = Chat(source.tokenizer)
+    try:
+        source.opening = chat.render(_TALK, add_generation_prompt=True)
+        turn = source.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
+    except (LabelError, TemplateError) as error:
+        if not source.opening:
+            raise source.refuse(str(error)) from error
+        # What could not be trained on may still have been: a token that is not special, or that is BOS as well.
+        behind = source.opening.partition(_TALK[1]["content"])[2]
+        turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
+        if turn is None:
+            source.found.append(Limit(f"where a turn ends cannot be told: {error}"))
+    # A turn that ends with some text, a line break say, ends where eos_token comes.
+    return source.ids[turn] if turn in source.added else None
+
+
+def _template(source: Source) -> dict[str, Any]:
+    templates = source.tokenizer.chat_template
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    if "default" not in named:
+        raise source.refuse(f"its chat templates are {', '.join(named)}; one must be named default")
+    if source.tokenizer.bos_token is None:
+        # llama.cpp gives templates the text of what it holds for BOS, where transformers gives them nothing.
+        named = {
+            name: f"{{%- set bos_token = '' -%}}{{{{ '' }}}}{text}" if "bos_token" in text else text
+            for name, text in named.items()
+        }
+    written = {
+        "tokenizer.chat_template" + (f".{name}" if name != "default" else ""): text
+        for name, text in named.items()
+    }
+    if len(named) > 1:
+        written["tokenizer.chat_templates"] = [name for name in named if name != "default"]
+    return written
+
+
+def _named(source: Source, used: set[int]) -> None:
+    """What llama.cpp makes of tokens because of their names."""
+    stops = [
+        token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used
+    ]
+    if stops:
+        source.found.append(Limit(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name"))
+    plain = [
+        t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added
+    ]
+    if plain:
+        source.found.append(
+            Limit(f"llama.cpp takes {', '.join(plain)} for special, because of the name", holds(*plain))
+        )
+
+
+def _type(source: Source, token: str, by_bytes: bool) -> int:
+    """What llama.cpp shall take a token for that neither begins nor ends a text."""
+    item = source.added.get(token)
+    if by_bytes and token in BYTES:
+        return BYTE
+    # llama.cpp writes a token of the user's as it stands, and a space that is spelt otherwise in no other.
+    if item is None or (by_bytes and SPACE in token):
+        return NORMAL
+    return CONTROL if item.special else USER_DEFINED
+
+
+def _texts(source: Source, types: list[int]) -> list[str]:
+    """The tokens by their ids; rows without one get a name that no text can become."""
+    names = {i: token for token, i in source.ids.items()}
+    found = []
+    for i, kind in enumerate(types):
+        token = names.get(i, "")
+        if "\0" in token:
+            # llama.cpp reads a name up to its first zero.
+            source.found.append(Limit(f"{token!r} cannot be written", holds("\0")))
+            types[i] = kind = UNUSED
+        if kind == UNUSED:
+            token = f"[PAD{i}]"
+            while token in source.ids or any(
+                token[:at] in source.ids and token[at:] in source.ids for at in range(1, len(token))
+            ):
+                token = f"[{token}]"
+        found.append(token)
+    return found

@@ -1,0 +1,350 @@
+"""A merged model as one GGUF file of llama.cpp's, straight from its safetensors, a slice at a time.
+
+gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files. Its constants
+and tables are used here; the header, a list of typed keys and one of tensors, is packed whole arrays at a time.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import struct
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, Keys
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
+from numpy.typing import NDArray
+
+from finetune.export.gguf.metadata import metadata, read_config, rope_factors
+from finetune.export.gguf.quantize import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
+from finetune.export.gguf.tensors import ARCHITECTURES, changed, head_size, names, shapes
+from finetune.model.shards import Stored, read, read_headers
+from finetune.system.errors import ExportError
+from finetune.system.files import sync
+from finetune.system.terminal import bar
+
+__all__ = ["TYPES", "write"]
+
+# llama.cpp (October 2026) changes how tokens are read by these words in a model's name.
+_MISREAD = re.compile("phi-?3|modern-bert", re.IGNORECASE)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Numbers in a slice. Each thread holds a slice as it was read, in float32, and as it is written.
+_SLICE = 2**20
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of the file: where its numbers lie, or they themselves, and the type that they get."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    source: Stored | NDArray[np.float32]
+
+    @property
+    def bytes(self) -> int:
+        rows = 1
+        for length in self.shape[:-1]:
+            rows *= length
+        return rows * row_bytes(self.kind, self.shape[-1])
+
+
+def write(
+    model: Path,
+    file: Path,
+    kind: str,
+    imatrix: Matrix | None = None,
+    progress: bool = False,
+    vocabulary: dict[str, Any] | None = None,
+) -> None:
+    """The text model of a checkpoint as a GGUF file, which is there when it is whole and on the disk.
+
+    All is checked before a byte is written: what llama.cpp would compute otherwise, missing tensors, other shapes.
+    None of `TYPES` needs an importance matrix, as llama.cpp has it; IQ3_S without one is hardly of use.
+
+    Args:
+        model: A folder with config.json, safetensors and tokenizer.
+        file: The file, which must not exist; its folder must.
+        kind: Of `TYPES`.
+        imatrix: The mean squared input of each column, by the weight's name in the file.
+        progress: Whether a terminal shows a bar.
+        vocabulary: The tokenizer as `finetune.gguf.vocabulary.vocabulary` gives it; absent, it is read.
+
+    Raises:
+        GGUFError: The model cannot be written as GGUF, or `imatrix` is of another model.
+        GGMLError: There is no llama.cpp to quantise, or a number does not fit.
+        ShardError: A file of weights is damaged.
+    """
+    if kind not in TYPES:
+        raise ExportError(f"GGUF: there is no type {kind}; write one of {', '.join(TYPES)}")
+    if file.exists():
+        raise ExportError(f"{file} exists; write another path, or delete it")
+    config = read_config(model)
+    said: dict[str, Any] = {
+        Keys.General.ARCHITECTURE: ARCHITECTURES[config.model_type],
+        Keys.General.TYPE: "model",
+        Keys.General.NAME: _MISREAD.sub("model", file.stem),
+        Keys.General.FILE_TYPE: int(TYPES[kind][0]),
+        Keys.General.QUANTIZATION_VERSION: int(GGML_QUANT_VERSION),
+    }
+    said |= metadata(config)
+    items = _plan(model, config, kind, imatrix)
+    if vocabulary is None:
+        from finetune.export.gguf.tokenizer.vocabulary import vocabulary as read_vocabulary
+
+        vocabulary = read_vocabulary(model)
+    _check_size(model, config, vocabulary)
+    said |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
+    if imatrix:
+        said["quantize.imatrix.entries_count"] = len(imatrix)
+    if any(item.kind not in PLAIN for item in items):
+        library()
+    header = _header(said, items)
+    total = len(header) + sum(_padded(item.bytes) for item in items)
+    if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
+        raise ExportError(
+            f"{file.parent} has {free / 2**30:,.1f} GiB free, and {total / 2**30:,.1f} GiB are needed; make room"
+        )
+    beside = file.with_name(f".{file.name}.partial")
+    try:
+        with beside.open("wb") as out, bar(f"{kind}: weights", total, progress, "bytes") as advance:
+            out.write(header)
+            advance(len(header))
+            before = 0
+            for done in _write_tensors(out, model, items, config, imatrix or {}):
+                advance(done - before)
+                before = done
+        sync(beside)
+        beside.rename(file)
+        sync(file.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check(model: Path, vocabulary: dict[str, Any]) -> None:
+    """Refuses a model that no file can be written of; no number of its weights is read.
+
+    Raises:
+        GGUFError, ShardError: As `write`.
+    """
+    config = read_config(model)
+    metadata(config)
+    _plan(model, config, "F32", None)
+    _check_size(model, config, vocabulary)
+
+
+def _check_size(model: Path, config: Any, vocabulary: dict[str, Any]) -> None:
+    if len(vocabulary[Keys.Tokenizer.LIST]) != config.vocab_size:
+        raise ExportError(
+            f"GGUF: {model} has a tokenizer of {len(vocabulary[Keys.Tokenizer.LIST]):,} tokens and a config with "
+            f"vocab_size {config.vocab_size:,}"
+        )
+
+
+def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_Item]:
+    """The tensors of the file, each with its place, in llama.cpp's order.
+
+    Raises:
+        GGUFError: One is missing, too many, of another shape or type than the config and llama.cpp want.
+    """
+    translate = names(config.to_dict())
+    stored: dict[str, Stored] = {}
+    for name, place in read_headers(model).items():
+        if (short := translate(name)) is None:
+            continue
+        if short in stored:
+            raise ExportError(f"GGUF: {model} holds {short} twice, once as {name}")
+        if place.dtype not in _FLOATS:
+            raise ExportError(f"GGUF: {name} is of type {place.dtype}; write a merged model of floats")
+        stored[short] = place
+    wanted = shapes(config)
+    if config.tie_word_embeddings:
+        del wanted["output.weight"]
+        if (again := stored.pop("output.weight", None)) and not _same(
+            model, again, stored.get("token_embd.weight")
+        ):
+            raise ExportError(
+                f"GGUF: {model} has tie_word_embeddings in its config and an output layer of its own in its weights"
+            )
+    elif config.model_type in ("gemma", "gemma2"):
+        raise ExportError(
+            f"GGUF: llama.cpp computes {config.model_type} with tied embeddings only, and these were trained apart"
+        )
+    for name in stored:
+        if name not in wanted:
+            raise ExportError(f"GGUF: {name} is in the weights, and not in a model of such a config.json")
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise ExportError(f"GGUF: {name} is missing in the weights of {model}")
+        if stored[name].shape != shape:
+            raise ExportError(f"GGUF: {name} is of shape {stored[name].shape}, and by config.json of {shape}")
+    factors = rope_factors(config)
+    if factors is not None:
+        wanted["rope_freqs.weight"] = factors.shape
+    groups = config.num_attention_heads // config.num_key_value_heads
+    kinds = types(wanted, kind, ARCHITECTURES[config.model_type], groups, imatrix is not None)
+    _check_matrix(imatrix or {}, wanted, imatrix is not None)
+    items = [_Item(name, wanted[name], kinds[name], stored[name]) for name in wanted if name in stored]
+    if factors is not None:
+        items.append(_Item("rope_freqs.weight", factors.shape, Kind.F32, factors))
+    return items
+
+
+def _same(model: Path, one: Stored, other: Stored | None) -> bool:
+    """Whether two tensors are equal, number for number; slice by slice."""
+    if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with _opened(model, [one, other]) as files:
+        return all(
+            torch.equal(*(read(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other)))
+            for start in range(0, one.count, _SLICE)
+        )
+
+
+def _check_matrix(imatrix: Matrix, wanted: Mapping[str, tuple[int, ...]], given: bool) -> None:
+    for name, weights in imatrix.items():
+        if name not in wanted or weights.shape != wanted[name][-1:]:
+            raise ExportError(f"GGUF: the importance matrix is of another model: {name} {weights.shape}")
+        if not np.isfinite(weights).all():
+            raise ExportError(f"GGUF: the importance matrix is damaged: {name} is not finite")
+    for name, shape in wanted.items():
+        if given and name.startswith("blk.") and len(shape) == 2 and name not in imatrix:
+            raise ExportError(f"GGUF: the importance matrix lacks {name}; it is of another model, or damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tensors, in slices that threads quantise side by side
+
+
+def _write_tensors(
+    out: IO[bytes], model: Path, items: list[_Item], config: Any, imatrix: Matrix
+) -> Iterator[int]:
+    """Writes them; gives how many bytes have been written after each slice."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future[NDArray[np.uint8]]] = deque()
+    done = 0
+    sources = [item.source for item in items if isinstance(item.source, Stored)]
+    with _opened(model, sources) as files, ThreadPoolExecutor(threads) as pool:
+
+        def slice_of(item: _Item, start: int, stop: int) -> NDArray[np.uint8]:
+            rows = _floats(item, files, start, stop)
+            if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
+                raise ExportError(f"GGUF: {item.name} holds numbers that are not finite")
+            rows = changed(item.name, rows, config)
+            try:
+                return quantise(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
+            except ValueError as error:
+                raise type(error)(f"{item.name}: {error}") from error
+
+        def finish(left: int) -> None:
+            nonlocal done
+            while len(waiting) > left:
+                done += out.write(waiting.popleft().result().data)
+
+        try:
+            for item in items:
+                # Rows in whole heads, as Llama's are put in another order within one.
+                rows = item.shape[0] if len(item.shape) > 1 else 1
+                step = max(1, _SLICE // item.shape[-1])
+                step = -(-step // head_size(config)) * head_size(config) if len(item.shape) > 1 else 1
+                for start in range(0, rows, step):
+                    waiting.append(pool.submit(slice_of, item, start, min(start + step, rows)))
+                    finish(threads + 1)
+                    yield done
+                if item.bytes % GGUF_DEFAULT_ALIGNMENT:
+                    finish(0)
+                    done += out.write(bytes(_padded(item.bytes) - item.bytes))
+            finish(0)
+        finally:
+            for future in waiting:
+                future.cancel()
+    yield done
+
+
+def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArray[np.float32]:
+    """The rows `start` to `stop` of a tensor in float32; a bias or norm has one, and is flat."""
+    width = item.shape[-1]
+    if isinstance(item.source, np.ndarray):
+        return item.source
+    part = read(files[item.source.file], item.source, start * width, stop * width)
+    rows: NDArray[np.float32]
+    if part.dtype == torch.bfloat16:
+        # Threads of its own, as torch would take for it, are not wanted here.
+        rows = (part.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
+    else:
+        rows = part.numpy().astype(np.float32, copy=False)
+    return rows.reshape(-1, width) if len(item.shape) > 1 else rows
+
+
+@contextlib.contextmanager
+def _opened(model: Path, stored: list[Stored]) -> Iterator[dict[str, int]]:
+    with contextlib.ExitStack() as stack:
+        files = {name: os.open(model / name, os.O_RDONLY) for name in sorted({item.file for item in stored})}
+        for descriptor in files.values():
+            stack.callback(os.close, descriptor)
+        yield files
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The header
+
+
+def _header(said: Mapping[str, Any], items: list[_Item]) -> bytes:
+    parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(said))]
+    for key, value in said.items():
+        kind, data = _packed(value)
+        parts += [_text(key), struct.pack("<I", kind), data]
+    offset = 0
+    for item in items:
+        lengths = item.shape[::-1]
+        parts.append(_text(item.name) + struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths))
+        parts.append(struct.pack("<IQ", item.kind, offset))
+        offset += _padded(item.bytes)
+    header = b"".join(parts)
+    return header.ljust(_padded(len(header)), b"\0")
+
+
+def _packed(value: Any) -> tuple[Value, bytes]:
+    """A plain value as a file holds it: a whole number is uint32, in an array int32, as llama.cpp reads them."""
+    if isinstance(value, bool):
+        return Value.BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return Value.UINT32, struct.pack("<I", value)
+    if isinstance(value, float):
+        return Value.FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str | bytes):
+        return Value.STRING, _text(value)
+    first = value[0]
+    if isinstance(first, str | bytes):
+        kind, data = Value.STRING, b"".join(map(_text, value))
+    else:
+        kind, dtype = (
+            (Value.BOOL, "<u1")
+            if isinstance(first, bool)
+            else (Value.INT32, "<i4")
+            if isinstance(first, int)
+            else (Value.FLOAT32, "<f4")
+        )
+        data = np.asarray(value, dtype=dtype).tobytes()
+    return Value.ARRAY, struct.pack("<IQ", kind, len(value)) + data
+
+
+def _text(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(count: int) -> int:
+    return int(-(-count // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT)

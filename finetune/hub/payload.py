@@ -1,0 +1,280 @@
+"""What of a run, a merged model or an export goes on the Hub: only what is on a list, and its page.
+
+Text is sent as it reads elsewhere: the base by its id on the Hub, paths of this machine without what lies above them. A
+file that holds a token stops the push.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from finetune.hub import card
+from finetune.model import provenance
+from finetune.recipe.checks import is_repo
+from finetune.recipe.yaml_tree import SECRET, SECRET_NAME
+from finetune.system import hub_errors
+from finetune.system.errors import PushError
+from finetune.system.files import cache_dir, read_json
+
+Say = Callable[[str], None]
+
+WHOLE = ("model.safetensors", "model-*-of-*.safetensors")
+_WEIGHTS = (*WHOLE, "adapter_model.safetensors", "*.gguf")
+# All that is sent. Checkpoints, optimizer states, pickles and caches are on no list, whatever they are called.
+_LIST = (
+    *_WEIGHTS,
+    *("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png", "README.md"),
+    *("evaluation/report.json", "evaluation/report.md", "evaluation/answers.html"),
+    *("merge.json", "report.json", "report.md", "imatrix.dat", "test.log", "Modelfile"),
+)
+# Of the run that a model was merged or exported from: what its page tells of.
+_OF_THE_RUN = ("recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png")
+# The model's own words stand in these.
+_ANSWERS = ("evaluation/", "test.log")
+_TEXT = (".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".txt", ".jinja", "Modelfile")
+# What a vocabulary holds is no path, and it is large.
+_AS_IT_IS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+# In a recipe every value that reads like one is a path.
+_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
+# Of a file that is no text only its head can hold words.
+_HEAD = 2**20
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Everything of one commit: what a file in the repository holds, or the file here that it is."""
+
+    files: dict[str, bytes | Path]
+    title: str
+
+
+def pack(
+    folder: Path,
+    repo_id: str,
+    base_model: str | None = None,
+    say: Say = lambda line: None,
+    ask: bool = True,
+) -> Parcel:
+    """What a folder is on the Hub.
+
+    Args:
+        folder: The folder.
+        repo_id: Its name there.
+        base_model: The Hub id of the base.
+        say: Gets a line for each thing that a person may want to know.
+        ask: Whether the Hub may be asked for the terms of a base whose id does not tell them.
+
+    Raises:
+        PushError: It holds nothing to push, its base has no name on the Hub, or a token is in it.
+    """
+    if not folder.is_dir():
+        raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
+    formats = _formats(folder)
+    if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
+        folder = formats[0]  # programs look for a model's files at the top of a repository
+    found = dict(_listed(folder))
+    if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):
+        raise PushError(
+            f"{folder} holds nothing to push (an adapter, model.safetensors or GGUF files); "
+            "write a finished run, a merged model or an export"
+        )
+    base = provenance.base_of(folder, base_model)
+    if base.hub is None:
+        known = f"is {base.name}, which is on this machine alone" if base.name else "is not known"
+        raise PushError(
+            f"{folder}: its base {known}; write --base-model with its id on the Hub (in a recipe: hub.base_model)"
+        )
+    if not is_repo(base.hub) and "/" in base.hub:
+        raise PushError(f"--base-model is {base.hub!r}; write owner/name")
+    if (run := provenance.run_of(folder)) and run != folder:
+        found |= {name: path for name, path in _listed(run) if name in _OF_THE_RUN and name not in found}
+
+    terms = provenance.license_of(base.hub) or (_inherited(base.hub) if ask else {})
+    if not terms and ask:
+        say(f"license: {base.hub} does not tell under which terms it stands, so the page does not either")
+    paths, readme = _Paths(folder, run, base), found.pop("README.md", None)
+    text = _text(readme) if readme else ""
+    if text and not card.is_ours(text):
+        say(f"{readme} was changed by hand, and is pushed as it is")
+        page = paths.rewritten("README.md", text)
+    else:
+        page = card.marked(paths.rewritten("README.md", card.page(folder, repo_id, base, terms)))
+    files: dict[str, bytes | Path] = {"README.md": page.encode()}
+    for name, path in sorted(found.items()):
+        files[name] = _content(name, path, paths, base)
+    for name, content in files.items():
+        _check(folder, name, content, paths)
+    step = f", {folder.name}" if folder.name.startswith("checkpoint-") else ""
+    return Parcel(files, f"{_kind(found)}{step}")
+
+
+def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a folder that are on the list, by their name in the repository; of an export its formats too."""
+    for place in (folder, *_formats(folder)):
+        for pattern in _LIST:
+            for path in sorted(place.glob(pattern)):
+                if path.is_file() and not (place != folder and path.name == "README.md"):
+                    yield path.relative_to(folder).as_posix(), path
+    config = folder / "config.json"
+    if "auto_map" in read_json(config):
+        for path in sorted(folder.glob("*.py")):  # the model cannot be loaded without its code
+            yield path.name, path
+
+
+def _formats(folder: Path) -> list[Path]:
+    """The folders of an export, one for each of its formats; of anything else none."""
+    if not (folder / "report.json").is_file():
+        return []
+    inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    inner += [path.parent for path in sorted(folder.glob("*/*.gguf"))]
+    return list(dict.fromkeys(inner))
+
+
+def _kind(found: dict[str, Path]) -> str:
+    if "adapter_model.safetensors" in found:
+        return "Adapter"
+    return "GGUF files" if any(name.endswith(".gguf") for name in found) else "Model"
+
+
+def _content(name: str, path: Path, paths: _Paths, base: provenance.Base) -> bytes | Path:
+    """A file as it is sent: itself, or its text without what is of this machine alone."""
+    if path.name in _AS_IT_IS or not path.name.endswith(_TEXT):
+        return path
+    text = _text(path)
+    if path.name == "adapter_config.json":
+        config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    elif name.endswith(".json") and "\\u" in text:  # by which a path may be spelled
+        text = json.dumps(json.loads(text), ensure_ascii=False, indent=1) + "\n"
+    return paths.rewritten(name, text).encode()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PushError(f"{path} is damaged: {error}") from error
+
+
+class _Paths:
+    """The paths of this machine that a run's files name, and how they read elsewhere."""
+
+    def __init__(self, folder: Path, run: Path | None, base: provenance.Base) -> None:
+        self.base = base
+        here = {os.path.realpath(path) for path in (folder, run or folder, Path.cwd())}
+        here |= {os.path.dirname(path) for path in here} | {str(Path.home()), str(cache_dir())}
+        # A path of one part is as good as any text of the same words: /root, /content.
+        self.deep = sorted((path for path in here if path.count("/") > 1), key=len, reverse=True)
+        self.all = sorted({*self.deep, str(Path.home())} - {"/"}, key=len, reverse=True)
+        named: set[str] = set()
+        for _, path in (*_listed(folder), *(_listed(run) if run else ())):
+            if path.name in _AS_IT_IS:
+                continue
+            if path.suffix == ".json":
+                named |= set(_paths_in(read_json(path)))
+            elif path.name == "recipe.yaml":
+                named |= set(_paths_in(provenance.sections_of(path.parent)))
+        self.named = sorted(named, key=len, reverse=True)
+
+    def rewritten(self, name: str, text: str) -> str:
+        """A text in which no path of this machine is left."""
+        if self.base.hub and self.base.name.startswith(("/", "~", ".")):
+            text = text.replace(self.base.name, self.base.hub)
+        for path in self.named:
+            if path in text:
+                text = re.sub(rf"{re.escape(path)}(?![\w-])", lambda match: _short(match[0]), text)
+        if name.endswith("recipe.yaml"):
+            text = _PATH.sub(lambda match: _short(match[0]), text)
+        # What a model was asked and answered may well name a path that many machines have.
+        for path in self.deep if name.startswith(_ANSWERS) else self.all:
+            if path in text:
+                rest = r"(?![\w.-])(?:/[^\s\"'`,;)<>|]*)?"
+                text = re.sub(rf"(?<![\w.]){re.escape(path)}{rest}", lambda match: _short(match[0]), text)
+        return text
+
+    def left(self, data: bytes) -> str | None:
+        """A path of this machine that some bytes hold."""
+        return next((path for path in self.deep if f"{path}/".encode() in data), None)
+
+
+def _short(path: str) -> str:
+    """A path from this directory where it lies within, or its last part."""
+    inside = os.path.relpath(path) if os.path.isabs(path) else path
+    return Path(path).name if inside.startswith("..") else inside
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """Every text in plain data that is a path from the root, keys too."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _paths_in(key)
+            yield from _paths_in(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _paths_in(child)
+    elif isinstance(value, str) and re.fullmatch(r"/[^\n]*[^/\n]/[^\n]+", value):
+        yield value
+
+
+def _check(folder: Path, name: str, content: bytes | Path, paths: _Paths) -> None:
+    """Refuses a file with a token in it, or with a path that could not be rewritten."""
+    from huggingface_hub import get_token
+
+    head = content
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            head = file.read(-1 if content.name in _AS_IT_IS else _HEAD)
+    assert isinstance(head, bytes)
+    known = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) > 7]
+    text = head.decode("utf-8", "replace")
+    written = isinstance(content, bytes) and SECRET.search(text)
+    if written or any(token and token in text for token in (get_token(), *known)):
+        raise PushError(
+            f"{folder / name} holds a token, and is not pushed; take it out (and make a new one: it was written down)"
+        )
+    if isinstance(content, Path) and name not in _AS_IT_IS and (path := paths.left(head)):
+        raise PushError(
+            f"{folder / name} names {path}, a path of this machine, and is not pushed; write it again"
+        )
+
+
+def _inherited(base: str) -> dict[str, str]:
+    """The terms that the base's own page on the Hub names."""
+    from huggingface_hub import HfApi
+
+    with hub_errors.quiet(bars=False):
+        try:
+            data = HfApi().model_info(base, timeout=10).card_data
+        except Exception:  # it may be gated, gone, or its page unreadable: then nothing is said
+            return {}
+    found: dict[str, str] = data.to_dict() if data else {}  # type: ignore[no-untyped-call]
+    return {key: found[key] for key in ("license", "license_name", "license_link") if found.get(key)}
+
+
+def kept(parcel: Parcel, folder: Path) -> Parcel:
+    """The same parcel with its files linked into a folder, so that it can be sent when the originals are gone."""
+    files: dict[str, bytes | Path] = {}
+    for name, content in parcel.files.items():
+        if isinstance(content, Path):
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(content, place)
+            except OSError:  # not every filesystem has links
+                shutil.copyfile(content, place)
+            content = place
+        files[name] = content
+    return replace(parcel, files=files)

@@ -1,0 +1,137 @@
+"""The dtype that a model is loaded in, and the type that a run computes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system import devices
+from finetune.system.devices import Device
+from finetune.system.errors import ModelError
+
+
+def mixed_precision_of(recipe: Recipe, dtype: torch.dtype | None = None) -> str:
+    """accelerate's word for the type that the recipe computes in; `dtype`: of the weights on another device."""
+    dtype, training = dtype or resolve_dtype(recipe.model), recipe.training
+    if training.get("bf16", dtype == torch.bfloat16 and not training.get("fp16")):
+        return "bf16"
+    return "fp16" if training.get("fp16", dtype == torch.float16) else "no"
+
+
+def resolve_dtype(section: ModelSection) -> torch.dtype:
+    """`model.dtype` as a torch dtype.
+
+    `auto` is bfloat16 where the card computes in it, float16 on older cards, float32 on a CPU.
+
+    Raises:
+        ModelError: It is bfloat16, and the card does not compute in it.
+    """
+    return choose_dtype(section.dtype, devices.device_of())
+
+
+# Whose residual stream grows beyond float16's 65,504. Measured of Gemma 3 270M on ordinary conversations: 104,086 in it
+# and 66,127 before the last norm, but at most 589 in what goes into a matrix product or comes out of one.
+_WIDE = {"gemma", "gemma2", "gemma3_text"}
+
+
+def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch.dtype:
+    """The type to load weights in: the one that is wanted, or for `auto` the one that this device computes in.
+
+    Raises:
+        ModelError: The device does not compute in it.
+    """
+    import torch
+
+    if wanted == "auto":
+        if device.capability is None:
+            return torch.float32
+        return torch.bfloat16 if device.bf16 else torch.float16
+    if wanted == "bfloat16":
+        _refuse_bf16(key, wanted, device, "float16 or float32")
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
+
+
+def check_precision(
+    training: dict[str, Any], bits: dict[str, Any], dtype: torch.dtype, device: Device
+) -> None:
+    """Refuses to compute in a type that the device or the weights do not take.
+
+    Args:
+        training: The recipe's section.
+        bits: Its quantization.
+        dtype: What the weights are loaded in.
+        device: Where.
+
+    Raises:
+        ModelError: With the key to change.
+    """
+    import torch
+
+    for name in ("bf16", "bf16_full_eval"):
+        if training.get(name):
+            _refuse_bf16(f"training.{name}", "true", device, f"{name.replace('bf', 'fp')}: true")
+    if "bfloat16" in str(bits.get("bnb_4bit_compute_dtype")):
+        _refuse_bf16("quantization.bnb_4bit_compute_dtype", "bfloat16", device, "float16")
+    if training.get("fp16") and dtype == torch.bfloat16:
+        raise ModelError(
+            f"training.fp16: is true, but model.dtype auto is bfloat16 on {device.name}; write model.dtype: float16, "
+            "or remove fp16"
+        )
+
+
+def _refuse_bf16(key: str, value: str, device: Device, instead: str) -> None:
+    if not device.bf16:
+        raise ModelError(
+            f"{key}: is {value}, but {device.name} does not compute in bfloat16, only emulates it; write {instead}"
+        )
+
+
+def keep_residual_in_float32(model: Any) -> bool:
+    """Keeps a Gemma's residual stream in float32 where its weights, or autocast, are float16.
+
+    The norms are computed in float32 by the model itself; they only have to get and give it. What goes into a matrix
+    product is float16 as before, where the tensor cores of old cards are. On Gemma 3 270M losses are within 0.002 of
+    float32's (bfloat16: 0.008), where float16 alone is NaN from layer 8 on.
+
+        embed_tokens             float32, from here on the stream is
+        norms that read it       float32 in, the weights' type out     layer(x) = x + post(attention(pre(x)))
+        norms that add to it     made float32 before, float32 out
+
+    Returns:
+        Whether the model is one of those.
+    """
+    if model.config.get_text_config().model_type not in _WIDE:
+        return False
+    decoder = model.get_decoder()
+    dtype = decoder.embed_tokens.weight.dtype
+
+    def narrow(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(dtype)
+
+    def wide(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.float()
+
+    def wide_input(module: Any, inputs: Any) -> Any:
+        return (inputs[0].float(), *inputs[1:])
+
+    def narrow_input(module: Any, inputs: Any) -> Any:
+        return (inputs[0].to(dtype), *inputs[1:])
+
+    decoder.embed_tokens.register_forward_hook(wide)
+    decoder.norm.register_forward_hook(narrow)
+    decoder.rotary_emb.register_forward_pre_hook(narrow_input)  # its cosines take their type from the stream
+    for layer in decoder.layers:
+        # Gemma 1 has two norms a layer, which both read the stream; in the others each part has one after it, too.
+        after = hasattr(layer, "pre_feedforward_layernorm")
+        layer.input_layernorm.register_forward_hook(narrow)
+        if after:
+            layer.post_attention_layernorm.register_forward_pre_hook(wide_input)
+            layer.pre_feedforward_layernorm.register_forward_hook(narrow)
+            layer.post_feedforward_layernorm.register_forward_pre_hook(wide_input)
+        else:
+            layer.post_attention_layernorm.register_forward_hook(narrow)
+    return True

@@ -1,0 +1,352 @@
+"""Safetensors files read and written a slice at a time, so that no model need ever be in memory.
+
+The library's own reader maps whole files, whose pages then count as this process's memory; its writer wants all tensors
+at hand. The format is a length, a JSON header and the bytes, and that is all that is done here.
+
+Source: https://github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.system.errors import ModelError
+
+# What is in memory of a tensor that is only copied or added to.
+SLICE = 2 * 2**20
+# How much is written before the disk is told to begin.
+_SYNC = 2**28
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: file, type, shape, and its first byte and the one behind its last."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return (self.end - self.begin) // self.dtype.itemsize
+
+
+def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, Stored]:
+    """The tensors of a file whose data begin at `offset`."""
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ModelError(f"{file}: {name} is of type {entry['dtype']}, which cannot be read here")
+        begin, end = entry["data_offsets"]
+        stored = Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end)
+        count = 1
+        for length in stored.shape:
+            count *= length
+        if stored.count != count or (end - begin) % stored.dtype.itemsize:
+            raise ModelError(f"{file} is damaged: {name} has not the bytes that its shape needs")
+        found[name] = stored
+    return found
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file.
+
+    Raises:
+        ShardError: It is missing, cut off or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if size < 8 or length > size - 8:
+                raise ModelError(f"{path} is damaged: it ends within its header")
+            header = json.loads(file.read(length))
+        found = parse_header(path.name, header, 8 + length)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} is damaged, or no safetensors file: {error}") from error
+    end = max((stored.end for stored in found.values()), default=8 + length)
+    if end != size:
+        raise ModelError(f"{path} is damaged: it has {size:,} bytes where its header says {end:,}")
+    return found
+
+
+def files_of(folder: Path) -> list[str]:
+    """The weight files of a checkpoint, by its index where it has one.
+
+    Raises:
+        ShardError: There are none, or a file of the index is missing.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        names = (
+            ["model.safetensors"]
+            if (folder / "model.safetensors").exists()
+            else sorted(p.name for p in folder.glob("*.safetensors"))
+        )
+        if not names:
+            raise ModelError(f"{folder} holds no .safetensors weights")
+        return names
+    try:
+        names = sorted(map(str, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error}") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing, though {INDEX} names it")
+    return names
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint, in the order in which they lie in its files."""
+    found: dict[str, Stored] = {}
+    for name in files_of(folder):
+        found |= dict(sorted(read_header(folder / name).items(), key=lambda item: item[1].begin))
+    return found
+
+
+def read(descriptor: int, stored: Stored, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """The numbers `start` to `stop` of a tensor, flat; of the whole, in its shape."""
+    whole = stop is None
+    stop = stored.count if stop is None else stop
+    out = torch.empty(stop - start, dtype=stored.dtype)
+    if len(out):
+        view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        position = stored.begin + start * stored.dtype.itemsize
+        done = 0
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done : done + 2**30]], position + done)
+            if not got:
+                raise ModelError(f"{stored.file} is damaged: it ends within a tensor")
+            done += got
+    return out.view(stored.shape) if whole else out
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are; a sum tells in a fiftieth of the time, unless it overflows itself."""
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's weights that does not depend on how they are spread over files.
+
+    Of each tensor it takes name, type, shape and its first, middle and last kilobyte: two models differ in these, and a
+    model of 18 GB is read in a moment.
+    """
+    tensors = read_headers(folder)
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        files: dict[str, int] = {}
+        for name, stored in sorted(tensors.items()):
+            if stored.file not in files:
+                files[stored.file] = os.open(folder / stored.file, os.O_RDONLY)
+                stack.callback(os.close, files[stored.file])
+            digest.update(f"{name} {stored.dtype} {stored.shape} ".encode())
+            for place in (
+                stored.begin,
+                (stored.begin + stored.end) // 2,
+                max(stored.begin, stored.end - 1024),
+            ):
+                digest.update(os.pread(files[stored.file], min(1024, stored.end - place), place))
+    return digest.hexdigest()[:32]
+
+
+class ShardWriter:
+    """Writes tensors into shards as they come; the header of a shard is written last, into room that was left for it.
+
+    Args:
+        folder: An empty folder.
+        max_bytes: The size at which a new shard begins; a larger tensor has one for itself.
+        header_bytes: Room for the header, which must hold the names of all tensors that may come.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, header_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.room = (header_bytes + 8 + 7) // 8 * 8
+        self.shards: list[dict[str, Any]] = []
+        self.total = 0
+        self._file: Any = None
+        self._header: dict[str, Any] = {}
+        self._offset = 0
+        self._small: list[tuple[str, torch.Tensor]] = []
+        self._small_bytes = 0
+        self._names: set[str] = set()
+        # What is written is forced to the disk while the rest is computed.
+        self._syncing = ThreadPoolExecutor(1)
+        self._synced: list[Future[None]] = []
+        self._unsynced = 0
+
+    def add(
+        self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[torch.Tensor]
+    ) -> None:
+        """A tensor, in pieces that follow each other; each is written before the next one is asked for."""
+        shape = tuple(shape)
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        self._begin(name, size)
+        # What would leave the next tensor misaligned waits for the shard's end.
+        if size % 8:
+            parts = [piece.reshape(-1).clone() for piece in pieces]
+            self._small.append(
+                (name, torch.cat(parts).view(shape) if parts else torch.empty(shape, dtype=dtype))
+            )
+            self._small_bytes += size
+            return
+        begin = self._offset
+        for piece in pieces:
+            self._write(piece)
+        self._enter(name, dtype, shape, begin, size)
+
+    def copy(self, name: str, descriptor: int, stored: Stored) -> None:
+        """A tensor as it lies in a file, byte for byte, without passing through memory where the system can do that."""
+        size = stored.end - stored.begin
+        if size % 8 or sys.platform != "linux":
+            step = max(1, SLICE // stored.dtype.itemsize)
+            self.add(
+                name,
+                stored.dtype,
+                stored.shape,
+                (
+                    read(descriptor, stored, i, min(i + step, stored.count))
+                    for i in range(0, stored.count, step)
+                ),
+            )
+            return
+        self._begin(name, size)
+        begin, done = self._offset, 0
+        while done < size:
+            sent = os.sendfile(self._file.fileno(), descriptor, stored.begin + done, min(size - done, 2**30))
+            if not sent:
+                raise ModelError(f"{stored.file} is damaged: it ends within a tensor")
+            done += sent
+        self._enter(name, stored.dtype, stored.shape, begin, size)
+
+    def close(self) -> None:
+        """Finishes the last shard, gives all their names, writes the index where there are several."""
+        self._finish()
+        if not self.shards:  # a model without weights is no model, but this is not the place to say so
+            self._begin("", 0)
+            self._finish()
+        for future in self._synced:
+            future.result()
+        self._syncing.shutdown()
+        if len(self.shards) == 1:
+            self._part(0).rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, header in enumerate(self.shards):
+            name = f"model-{number + 1:05}-of-{len(self.shards):05}.safetensors"
+            self._part(number).rename(self.folder / name)
+            weight_map |= dict.fromkeys(header, name)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def abort(self) -> None:
+        """Lets go of the open file; the folder is the caller's to remove."""
+        if self._file:
+            self._file.close()
+        self._syncing.shutdown(cancel_futures=True)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f".{number}.part"
+
+    def _begin(self, name: str, size: int) -> None:
+        assert name not in self._names, f"{name} is written twice"
+        self._names.add(name)
+        if (
+            self._file
+            and self._offset + self._small_bytes + size > self.max_bytes
+            and (self._header or self._small)
+        ):
+            self._finish()
+        if not self._file:
+            self._file = self._part(len(self.shards)).open("wb", buffering=0)
+            self._file.seek(self.room)
+            self._header, self._offset = {}, 0
+
+    def _write(self, tensor: torch.Tensor) -> None:
+        self._write_all(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def _write_all(self, data: Any) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def _enter(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int, size: int) -> None:
+        self._header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + size],
+        }
+        self._offset = begin + size
+        self.total += size
+        self._unsynced += size
+        if self._unsynced > _SYNC:
+            self._unsynced = 0
+            self._synced.append(self._syncing.submit(os.fsync, self._file.fileno()))
+
+    def _finish(self) -> None:
+        if not self._file:
+            return
+        for name, tensor in sorted(self._small, key=lambda item: -item[1].dtype.itemsize):
+            self._write(tensor)
+            self._enter(
+                name, tensor.dtype, tuple(tensor.shape), self._offset, tensor.numel() * tensor.element_size()
+            )
+        self._small, self._small_bytes = [], 0
+        text = json.dumps({"__metadata__": {"format": "pt"}} | self._header, separators=(",", ":")).encode()
+        assert len(text) <= self.room - 8, "more tensors than there was room for"
+        self._file.seek(0)
+        self._write_all((self.room - 8).to_bytes(8, "little") + text.ljust(self.room - 8))
+        file, self._file = self._file, None
+        self.shards.append(self._header)
+
+        def sync() -> None:
+            os.fsync(file.fileno())
+            file.close()
+
+        self._synced.append(self._syncing.submit(sync))
+
+
+def slices(count: int, width: int = 1, itemsize: int = 4) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` over `count` rows of `width` numbers, each about `SLICE` bytes."""
+    step = max(1, SLICE // max(1, width * itemsize))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)

@@ -1,0 +1,56 @@
+"""What is known before anything is downloaded: bases by their configs, cards by their names."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.model.load import load_config
+from finetune.recipe.schema import ModelSection
+from finetune.system.devices import CARDS, Card, of_size
+from finetune.system.errors import PlanError
+from finetune.system.terminal import quiet
+
+
+def card_of(name: str) -> Card:
+    """A card by its name, or one of so many GB.
+
+    Raises:
+        PlanError: There is none of that name.
+    """
+    if name.lower() in CARDS:
+        return CARDS[name.lower()]
+    try:
+        size = float(name.lower().removesuffix("gb"))
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise PlanError(f"--gpu: is {name}; write one of {', '.join(CARDS)}, or a size in GB, such as 24")
+    return of_size(f"{size:g} GB", size)
+
+
+@functools.cache
+def _known() -> dict[str, dict[str, Any]]:
+    families = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
+    return {name: family["config"] for family in families for name in family["models"]}
+
+
+def config_of(section: ModelSection) -> Any:
+    """The base's config: shipped numbers of those that are known, else a directory's or the Hub's.
+
+    Raises:
+        ModelError: There is none to load.
+    """
+    from transformers import AutoConfig
+
+    name = section.name_or_path
+    folder = Path(name).expanduser()
+    if name in _known() and section.revision is None and not folder.is_dir():
+        facts = dict(_known()[name])
+        return AutoConfig.for_model(facts.pop("model_type"), **facts)
+    if (folder / "config.json").is_file():  # its weights may come later
+        with quiet():
+            return AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
+    return load_config(section)

@@ -1,0 +1,86 @@
+"""At the start of a run: whether the memory that is really free will do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.model.flops import EXPERTS, first
+from finetune.plan.advice import advice
+from finetune.plan.configs import config_of
+from finetune.plan.lengths import Rows
+from finetune.plan.predict import Predictor, Setting
+from finetune.plan.run import setting_of
+from finetune.recipe.load import Recipe
+from finetune.system import distributed
+from finetune.system.devices import GIB, Card, here
+from finetune.system.errors import PlanError
+
+# What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
+_DOUBT = 0.9
+
+
+def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
+    """Refuses a run for which the memory that is really free cannot suffice.
+
+    Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share a token are there. So
+    are those of which nothing can be computed: that is no reason not to try them.
+
+    Args:
+        recipe: What is to be run.
+        arguments: Its `training`, as trl takes it.
+        dataset: The prepared rows; None of a stream.
+
+    Raises:
+        PlanError: With what to change.
+    """
+    card = here(free=True)
+    if not card.cuda:  # processes on one machine share its memory
+        card = replace(card, memory=card.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    try:
+        lacks = _lacks(recipe, arguments, dataset, card)
+    except Exception:
+        return
+    if lacks is None:
+        return
+    total, found = lacks
+    each = "each process of this run" if distributed.count() > 1 else "this run"
+    write = " or ".join(found) or "a smaller model.name_or_path"
+    raise PlanError(
+        f"{each} needs about {total / GIB:.1f} GiB, and {card.name} has {card.memory / GIB:.1f} GiB free"
+        f"{'' if card.cuda or distributed.count() == 1 else ' for it'}. "
+        f"Write {write}; finetune plan {Path(recipe.path)} shows what takes it, --force goes on"
+    )
+
+
+def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Card) -> tuple[float, list[str]] | None:
+    """The bytes that are needed where they are not there, and what to change; None where they are."""
+    config = config_of(recipe.model)
+    rows = Rows.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
+    setting = setting_of(recipe, arguments, rows)
+    if _small(config, setting, card):
+        return None
+    own = Predictor(config, card, arguments)
+    setting = replace(setting, cards=distributed.count(), sharded=distributed.sharded())
+    need = own.need(setting)
+    # The context is there already.
+    total = need.total - need.parts.get("context", 0) - need.parts.get("process", 0)
+    if total * _DOUBT <= card.memory:
+        return None
+    return total, [text for text, _ in advice(own, setting, card)]
+
+
+def _small(config: Any, setting: Setting, card: Card) -> bool:
+    text = config.get_text_config()
+    width, depth = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    experts = first(text, *EXPERTS)
+    wide = inner + experts * (getattr(text, "moe_intermediate_size", None) or inner)
+    weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * wide)
+    tokens = setting.batch.rows * setting.batch.length
+    work = tokens * (
+        depth * 40 * (width + inner) + 8 * setting.batch.length * depth * text.num_attention_heads
+    )
+    return bool(16 * weights + work + 2 * GIB <= card.memory)

@@ -1,0 +1,289 @@
+"""A recipe and a card to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trl import SFTConfig
+
+from finetune.plan.advice import advice, lawful, parted, refusal
+from finetune.plan.configs import config_of
+from finetune.plan.lengths import Rows, rows_of
+from finetune.plan.predict import STRIDE, Need, Predictor, Setting, kinds, of_length, of_rows
+from finetune.plan.step import Batch, dtypes
+from finetune.recipe.load import Recipe
+from finetune.system.devices import CARDS, Card, here
+from finetune.system.errors import ModelError, PlanError
+from finetune.system.terminal import quiet
+
+Say = Callable[[str], None]
+# Of a larger batch nobody asks.
+MOST_ROWS = 1024
+# Of `training`, what decides about memory and steps.
+_MEMORY = [
+    *(
+        "output_dir",
+        "optim",
+        "optim_args",
+        "optim_target_modules",
+        "learning_rate",
+        "weight_decay",
+        "adam_beta1",
+    ),
+    *(
+        "adam_beta2",
+        "adam_epsilon",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "max_grad_norm",
+    ),
+    *(
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "packing",
+    ),
+    *("packing_strategy", "padding_free", "pad_to_multiple_of"),
+]
+
+
+@dataclass
+class Fit:
+    """A card, what it must have, and what it could hold beside."""
+
+    card: Card
+    need: Need | None
+    refused: str = ""  # why the recipe, as it is written, cannot run on it at all
+    instead: list[str] = field(default_factory=list)  # the overrides with which it can, of which `need` is
+    rows: int = 0  # the largest batch of the recipe's length
+    length: int = 0  # the longest rows of the recipe's batch; only where it was looked for
+    how: str = ""  # of several cards: ddp or fsdp
+
+    @property
+    def holds(self) -> bool:
+        """Whether its memory does; with `instead`, where the recipe is refused."""
+        return self.need is not None and self.need.total <= self.card.memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe as it is written can run on it."""
+        return self.holds and not self.refused
+
+
+@dataclass
+class Plan:
+    """What is known of a recipe before it is run."""
+
+    recipe: Recipe
+    setting: Setting
+    rows: Rows | None  # None where the rows are not at hand
+    fit: Fit  # the card that was asked for
+    others: list[Fit]  # each known card
+    advice: list[tuple[str, int]] = field(default_factory=list)  # a change, and the bytes with it
+    layout: list[Fit] = field(default_factory=list)  # of several cards, each way to use them
+    flops: float = 0.0  # of the longest batch
+    operators: int = 0  # of any batch
+    steps: int | None = None
+    computes: str = "no"
+    measured: list[float] = field(default_factory=list)  # seconds of real steps
+    cards: int = 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits the card that was asked for; several of them: in one way or the other."""
+        return any(fit.fits for fit in self.layout or [self.fit])
+
+
+def arguments_of(recipe: Recipe) -> SFTConfig:
+    """What decides about memory and steps of the recipe's `training`, as trl takes it, without asking for a device."""
+    values = {name: recipe.training[name] for name in _MEMORY if name in recipe.training}
+    if values.get("padding_free") and not values.get("packing"):
+        values["max_length"] = None  # as `launch.training_arguments`
+    with quiet():
+        return SFTConfig(**values, report_to="none", use_cpu=True, bf16=False)
+
+
+def setting_of(recipe: Recipe, arguments: Any, rows: Rows | None) -> Setting:
+    """The recipe's own longest batch and settings."""
+    count = int(arguments.per_device_train_batch_size)
+    packs = bool(arguments.packing)
+    flat = bool(arguments.padding_free) or (packs and arguments.packing_strategy in ("bfd", "bfd_split"))
+    limit = recipe.training.get("max_length", 1024)
+    if rows is not None and not packs:
+        limit = rows.longest
+        count = min(count, rows.count)
+    if limit is None:
+        raise PlanError("training.max_length: is null and the rows are not at hand; write a length")
+    multiple = arguments.pad_to_multiple_of or 1
+    length = math.ceil(limit / multiple) * multiple
+    trained = rows.trained(count) if rows is not None and not packs else None
+    batch = Batch(count, length, padded=count > 1 and not flat, packed=flat, trained=trained)
+    optim = str(getattr(arguments.optim, "value", arguments.optim))
+    return Setting(
+        recipe,
+        batch,
+        optim,
+        bool(arguments.gradient_checkpointing),
+        int(arguments.gradient_accumulation_steps),
+    )
+
+
+def plan(
+    recipe: Recipe,
+    card: Card | None = None,
+    cards: int = 1,
+    say: Say = lambda line: None,
+    use_rows: bool = True,
+) -> Plan:
+    """What the recipe needs on a card, and on each known one.
+
+    Args:
+        recipe: It is not run, and no weights are read.
+        card: Absent: this machine's.
+        cards: How many of them.
+        say: Told what becomes of the rows, where they are at hand.
+        use_rows: Whether they are looked for.
+
+    Raises:
+        PlanError, ModelError: The card cannot compute as the recipe says, in no other type either, or the base is not
+            known.
+    """
+    card = card or here()
+    arguments, config = arguments_of(recipe), config_of(recipe.model)
+    rows = rows_of(recipe, say) if use_rows else None
+    written = setting_of(recipe, arguments, rows)
+    predictors: dict[Any, Predictor] = {}
+
+    def on(place: Card) -> tuple[Predictor, Setting, Fit]:
+        """What answers for a card, the recipe in types that it computes in, and a fit to be filled."""
+        refused, its, instead = refusal(recipe, config, place.device), recipe, list[str]()
+        if refused:
+            its, instead = lawful(recipe, place.device)
+            if refusal(its, config, place.device):
+                raise ModelError(refused)
+        kind = (place.cuda, dtypes(its, place.device))
+        if kind not in predictors:
+            predictors[kind] = Predictor(config, place, arguments)
+        return predictors[kind], replace(written, recipe=its), Fit(place, None, refused, instead)
+
+    own, setting, fit = on(card)
+    fit.need = own.need(setting)
+    if cards == 1:
+        fit.rows = _largest_batch(own, setting, card, sure=True)
+        fit.length = _longest_row(own, setting, card, config)
+    computes = dtypes(setting.recipe, card.device)[2]
+    step = own.step(setting)
+    made = Plan(
+        recipe,
+        setting,
+        rows,
+        fit,
+        [],
+        flops=step.flops,
+        operators=step.operators,
+        computes=computes,
+        cards=cards,
+    )
+    if cards > 1:
+        ddp = replace(setting, cards=cards)
+        made.layout.append(replace(fit, need=own.need(ddp), how="ddp"))
+        made.layout.append(_in_parts(own, ddp, replace(fit, how="fsdp")))
+    if rows is not None:
+        made.steps = _steps(arguments, rows, recipe, cards)
+    elif arguments.max_steps > 0:
+        made.steps = int(arguments.max_steps)
+    for other in CARDS.values():
+        try:
+            its, asked, found = on(other)
+            asked = replace(asked, cards=cards)
+            if cards > 1 and (parts := parted(asked, other)):
+                asked, more = parts
+                found.instead = found.instead + more
+            found.need, found.rows = its.need(asked), _largest_batch(its, asked, other)
+        except (ModelError, PlanError) as error:
+            found = Fit(other, None, str(error))
+        made.others.append(found)
+    if not any(each.holds for each in made.layout or [fit]):
+        asked, more = replace(setting, cards=cards), list[str]()
+        if cards > 1 and (parts := parted(asked, card)):
+            asked, more = parts
+        start = [*fit.instead, *more]
+        made.advice = [(" ".join([*start, text]), need) for text, need in advice(own, asked, card)]
+    return made
+
+
+def _in_parts(own: Predictor, setting: Setting, fit: Fit) -> Fit:
+    if (parts := parted(setting, fit.card)) is None:
+        return replace(fit, need=None, refused="8-bit weights cannot be cut into parts")
+    asked, more = parts
+    refused = fit.refused or ("not launched as it is written" if more else "")
+    return replace(fit, need=own.need(asked), refused=refused, instead=fit.instead + more)
+
+
+def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    count = rows.count
+    if arguments.packing:
+        count = math.ceil(rows.tokens / int(recipe.training.get("max_length", 1024)))
+    batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
+    steps: int = math.ceil(batches / int(arguments.gradient_accumulation_steps))
+    epochs: float = arguments.num_train_epochs
+    return math.ceil(steps * epochs)
+
+
+def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
+    """The largest batch that fits; `MOST_ROWS` stands for any; `sure`: the next one is tried, too."""
+
+    def total(rows: int) -> int:
+        return own.need(of_rows(setting, rows)).total
+
+    return _edge(total, card.memory, max(2, setting.batch.rows), MOST_ROWS, tries=3 if sure else 0)
+
+
+def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
+    """The longest rows of the recipe's batch that fit, in steps of 64 tokens, and that the base knows."""
+    text = config.get_text_config()
+    if set(kinds(config)) - {"all", "full_attention", "sliding_attention", "chunked_attention"}:
+        return 0  # a state goes from block to block of a row: long ones would be looked at for minutes
+    most = int(getattr(text, "max_position_embeddings", 0) or 8192) // STRIDE
+
+    def total(strides: int) -> int:
+        return own.need(of_length(setting, strides * STRIDE)).total
+
+    start = min(most, max(1, setting.batch.length // STRIDE))
+    return _edge(total, card.memory, start, most, tries=1) * STRIDE
+
+
+def _edge(total: Callable[[int], int], limit: float, start: int, most: int, tries: int) -> int:
+    """About the largest number, at most `most`, for which `total` keeps the limit; 0: none. It does for the answer.
+
+    `total` is the maximum of some lines (of a length, of parabolas), so between two points it is below their chord, and
+    where that meets the limit is safe. After each of `tries` the chord is a shorter one.
+    """
+    low, high = 0, start
+    while (fits := total(high) <= limit) and high < most:
+        low, high = high, min(most, 4 * high)
+    if fits:
+        return high
+    while low == 0 and high > 1:  # below the start
+        if total(half := high // 2) <= limit:
+            low = half
+        else:
+            high = half
+    while low:
+        share = (limit - total(low)) / (total(high) - total(low))
+        guess = low + math.floor(share * (high - low))
+        if tries == 0 or high - low == 1:
+            return guess
+        tries -= 1
+        guess = min(high - 1, guess + 1)  # one more than is safe
+        if total(guess) <= limit:
+            low = guess
+        else:
+            low, high = max(low, guess - 1), guess
+    return 0

@@ -1,0 +1,16 @@
+"""A recipe: one YAML file, checked whole before anything is downloaded.
+
+>>> recipe = load_recipe("recipes/quickstart.yaml", ["training.max_steps=10"])
+>>> recipe.training["max_steps"]
+10
+"""
+
+from typing import TYPE_CHECKING
+
+from finetune.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from finetune.recipe.load import Recipe as Recipe
+    from finetune.recipe.load import load_recipe as load_recipe
+
+__getattr__ = lazy_names(__name__, Recipe="load", load_recipe="load")

@@ -1,0 +1,194 @@
+"""A recipe: one YAML file that says everything about a run, checked whole before anything is downloaded."""
+
+import functools
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from finetune.recipe.checks import (
+    adapters_lora,
+    check_evaluate,
+    check_hub,
+    check_model,
+    check_rules,
+    check_source,
+)
+from finetune.recipe.schema import (
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    HubSection,
+    ImatrixDataSection,
+    JudgeSection,
+    LmEvalSection,
+    ModelSection,
+    PricesSection,
+    Source,
+)
+from finetune.recipe.upstream import (
+    Keys,
+    XlaFsdp,
+    check_quantization,
+    check_section,
+    unknown_key,
+    upstream_keys,
+)
+from finetune.recipe.yaml_tree import Draft, Node, override, quoted, read_file, scalar_text
+from finetune.system.errors import RecipeError
+
+# Those of the sections that are our own.
+OWN: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "export": ExportSection,
+    "evaluate": EvaluateSection,
+    "hub": HubSection,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe in which every check has passed.
+
+    `training`, `lora` and `quantization` are keyword arguments of `trl.SFTConfig`, `peft.LoraConfig` and
+    `transformers.BitsAndBytesConfig`, but for `lora["trainable_token_indices"]`, which may be "auto".
+    `origins` maps the dotted key of each value that somebody wrote to `FILE:LINE` or "command line". Two
+    recipes are equal when their values are, wherever these came from.
+    """
+
+    model: ModelSection
+    data: DataSection
+    export: ExportSection
+    evaluate: EvaluateSection
+    hub: HubSection
+    training: dict[str, Any]
+    lora: dict[str, Any] | None
+    quantization: dict[str, Any] | None
+    origins: dict[str, str] = field(compare=False)
+    path: Path = field(compare=False)
+    # Values not to be written out, as they were written: `${NAME}`.
+    _templates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def to_yaml(self) -> str:
+        """The recipe with nothing left out, each value followed by where it came from.
+
+        `load_recipe` reads an equal recipe from it, in the same working directory and environment.
+        """
+        return "\n".join(self._lines(self.sections(), "", "")) + "\n"
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The sections that it has, as plain data."""
+        names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
+        found = {name: getattr(self, name) for name in names}
+        found |= {name: found[name].model_dump() for name in OWN}
+        return {name: section for name, section in found.items() if section is not None}
+
+    def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, child in entries:
+            dotted = f"{key}.{name}".lstrip(".")
+            head = f"{indent}{scalar_text(name)}:" if isinstance(value, dict) else f"{indent}-"
+            if isinstance(child, dict | list) and child:
+                lines = self._lines(child, dotted, indent + "  ")
+                yield head if isinstance(value, dict) else f"{head} {next(lines).lstrip()}"
+                yield from lines
+                continue
+            written = self._templates.get(dotted)
+            # In values alone: a key's `${` is never read from the environment.
+            escaped = child.replace("${", "$${") if isinstance(child, str) else child
+            text = scalar_text(escaped) if written is None else quoted(written)
+            origin = "".join(c if c.isprintable() else "?" for c in self.origins.get(dotted, "default"))
+            yield f"{head} {text}  # {origin}"
+
+
+@functools.cache
+def _keys() -> Keys:
+    """The keys of every section; computed when first asked for, because it imports trl and peft."""
+    own: dict[str, Any] = {
+        name: typing.get_type_hints(section, include_extras=True) for name, section in OWN.items()
+    }
+    sections = own | upstream_keys()
+    inner: dict[str, type[BaseModel]] = {
+        "source": Source,
+        "fsdp_config": XlaFsdp,
+        "judge": JudgeSection,
+        "lm_eval": LmEvalSection,
+        "imatrix_data": ImatrixDataSection,
+        "prices": PricesSection,
+    }
+    within = {name: section.model_fields for name, section in inner.items()}
+    return {"": sections, **within, **sections}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with everything about it checked that can be without weights, rows or a network.
+
+    Args:
+        path: the YAML file. What it extends is found relative to it; all other paths relative to the working
+            directory.
+        overrides: `section.key=value`, the value in YAML; a map is laid over what is there, all else
+            replaces it.
+
+    Raises:
+        RecipeError: with all faults, one line each: `FILE:LINE: section.key: what is there; what to write`.
+    """
+    path = Path(path)
+    draft = Draft(Node({}, str(path)))
+    root = read_file(path, draft)
+    if root is None:
+        raise RecipeError(draft.report())
+    draft.root = root
+    for text in overrides:
+        override(draft, text)
+    # A section that is null is a section taken away.
+    root.value = {name: node for name, node in root.value.items() if node.value is not None}
+
+    keys = _keys()
+    for name in root.value:
+        if name not in keys[""]:
+            unknown_key(draft, name, "", keys)
+    for section, required in (("model", "name_or_path"), ("data", "train")):
+        node = root.child(section)
+        if node is None or (isinstance(node.value, dict) and required not in node.value):
+            draft.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
+    sections = {section: check_section(draft, section, keys) for section in keys[""]}
+    check_model(draft, sections["model"])
+    for key in ("data.train", "data.eval"):
+        sources = draft.at(key).plain()
+        for i, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict):
+                check_source(draft, f"{key}.{i}", source)
+    check_evaluate(draft, sections["evaluate"])
+    check_hub(draft, sections["hub"], sections["model"])
+    check_rules(draft, sections)
+    if "quantization" in root.value:
+        check_quantization(draft, sections["quantization"])
+    if draft.faults:
+        raise RecipeError(draft.report())
+
+    if adapter := sections["model"].get("adapter"):
+        sections["lora"] = adapters_lora(draft, adapter, sections["lora"], keys["lora"])
+        if draft.faults:
+            raise RecipeError(draft.report())
+    lora: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
+    lora = sections["lora"] if adapter else lora | sections["lora"]
+    if lora.get("trainable_token_indices") == "none":
+        lora["trainable_token_indices"] = None
+    leaves = dict(root.leaves())
+    return Recipe(
+        model=ModelSection.model_validate(sections["model"]),
+        data=DataSection.model_validate(sections["data"]),
+        export=ExportSection.model_validate(sections["export"]),
+        evaluate=EvaluateSection.model_validate(sections["evaluate"]),
+        hub=HubSection.model_validate(sections["hub"]),
+        training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
+        lora=lora if "lora" in root.value or adapter else None,
+        quantization=sections["quantization"] if "quantization" in root.value else None,
+        origins={key: leaf.origin for key, leaf in leaves.items()},
+        path=path,
+        _templates={key: leaf.template for key, leaf in leaves.items() if leaf.template},
+    )

@@ -1,0 +1,365 @@
+"""What belongs to trl, peft and transformers: which keys and values they take, and what they call by another name."""
+
+import copy
+import dataclasses
+import difflib
+import json
+import re
+import typing
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from types import SimpleNamespace, UnionType
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from finetune.recipe.yaml_tree import NUMBER, Draft
+
+# The keys of each section and the types of their values. Under "" are the sections themselves, under
+# "source" the keys of one entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps
+# that are called so.
+Keys = Mapping[str, Mapping[str, Any]]
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+# Words of `init_lora_weights` that begin with the base's weights.
+FROM_BASE = ("pissa", "olora", "mica")
+# What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
+# recipe's to set. Keys of another section are found without this table.
+_LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
+_WORDS: dict[str, dict[str, str]] = {
+    "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
+    "model": {
+        "name path model base_model model_name_or_path id": "write name_or_path",
+        "torch_dtype precision": "write dtype",
+        "use_flash_attention_2": "write attn_implementation: flash_attention_2",
+        "device_map": _LAUNCH,
+        "adapter_name_or_path lora_model_dir": "write adapter",
+        "token": "run `hf auth login`",
+    },
+    "data": {
+        "path dataset datasets train_file": "write train: [{path: ...}]",
+        "test validation eval_file": "write eval: [{path: ...}]",
+        "test_size val_size validation_split": "write eval_fraction",
+        "train_on_inputs": "write train_on: all, or assistant",
+    },
+    "source": {
+        "file dataset data_files": "write path",
+        "name subset": "write config",
+        "type": "write format",
+    },
+    "export": {
+        "format types": "write formats",
+        "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}",
+    },
+    "evaluate": {
+        "questions prompt_file": "write prompts",
+        "max_tokens max_length": "write max_new_tokens",
+        "max_samples": "write limit",
+    },
+    "judge": {
+        "api_key key token": "set OPENAI_API_KEY in the environment",
+        "url api_base endpoint": "write base_url",
+        "name": "write model",
+    },
+    "lm_eval": {"task": "write tasks: [...]"},
+    "prices": {"prompt_tokens": "write input", "completion_tokens": "write output"},
+    "training": {
+        "max_seq_length": "write max_length",
+        "evaluation_strategy do_eval": "write eval_strategy",
+        "per_gpu_train_batch_size batch_size": "write per_device_train_batch_size",
+        "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+        "no_cuda": "write use_cpu",
+        "lr": "write learning_rate",
+        "epochs": "write num_train_epochs",
+        "lr_scheduler": "write lr_scheduler_type",
+        "use_liger": "write use_liger_kernel",
+        "warmup_ratio": "write warmup_steps; below 1 it is a share of all steps",
+        "group_by_length": "write train_sampling_strategy: group_by_length",
+        "adafactor": "write optim: adafactor",
+        "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
+        "torchdynamo": "write torch_compile_backend",
+        "overwrite_output_dir": "write another output_dir, or remove that folder",
+        "logging_dir": "set TENSORBOARD_LOGGING_DIR in the environment",
+        "save_safetensors": "remove it; safetensors is the only format",
+        "half_precision_backend fp16_backend fp16_opt_level": "remove it; torch's autocast is the only one",
+        "dataset_batch_size dataset_kwargs num_of_sequences": "remove it; the data section prepares the rows",
+        "use_mps_device use_ipex jit_mode_eval tpu_num_cores": "remove it; the device is found",
+        "dataset_text_field": "write columns: {text: COLUMN} in the source",
+        "truncation_mode": "write data.on_overflow",
+        "completion_only_loss assistant_only_loss": "write data.train_on",
+        "chat_template_path": "write model.chat_template",
+        "eos_token": "write model.chat_template, which ends the turns",
+        "pad_token": "remove it; the tokenizer's is used",
+        "model_init_kwargs": "write the sections model and quantization",
+        "do_train do_predict": "remove it; a recipe trains",
+        "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
+        "hub_token": "run `hf auth login`",
+        "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
+            "write the section hub: {repo_id: owner/name}"
+        ),
+    },
+    "fsdp_config": {
+        "version reshard_after_forward cpu_offload offload_params auto_wrap_policy min_num_params state_dict_type "
+        "activation_checkpointing cpu_ram_efficient_loading fsdp_version fsdp_reshard_after_forward "
+        "fsdp_offload_params fsdp_auto_wrap_policy fsdp_min_num_params fsdp_state_dict_type "
+        "fsdp_activation_checkpointing fsdp_cpu_ram_efficient_loading": _LAUNCH,
+        "transformer_layer_cls_to_wrap fsdp_transformer_layer_cls_to_wrap": (
+            "remove it; the layer is found from the model"
+        ),
+        "xla_fsdp_settings": "remove it; it is read by nothing with xla_fsdp_v2",
+    },
+    "lora": {
+        "rank lora_r": "write r",
+        "alpha": "write lora_alpha",
+        "dropout": "write lora_dropout",
+        "target lora_target target_linear": "write target_modules",
+        "base_model_name_or_path": "write model.name_or_path",
+        "revision": "write model.revision",
+        "peft_type task_type": "remove it; it is LoRA on a causal language model",
+        "inference_mode": "remove it; a recipe trains",
+        "loftq_config": "remove it; LoftQ rounds the base's weights, and no file holds what it makes of them",
+        "auto_mapping peft_version": "remove it; peft writes it",
+        "eva_config corda_config lora_ga_config": "remove it; no init that needs a pass over rows is made",
+        "runtime_config": "remove it; it has no form in YAML",
+    },
+    "quantization": {
+        "load_4bit bits quant_method": "write load_in_4bit: true or load_in_8bit: true",
+        "load_8bit": "write load_in_8bit",
+    },
+}
+INSTEAD = {
+    section: {name: instead for names, instead in table.items() for name in names.split()}
+    for section, table in _WORDS.items()
+}
+
+# `BitsAndBytesConfig.__init__` of transformers 5.23 has no type hints and takes any other word in `**kwargs`.
+QUANTIZATION: dict[str, Any] = {
+    "load_in_8bit": bool,
+    "load_in_4bit": bool,
+    "llm_int8_threshold": float,
+    "llm_int8_skip_modules": list[str] | None,
+    "llm_int8_enable_fp32_cpu_offload": bool,
+    "llm_int8_has_fp16_weight": bool,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+    "bnb_4bit_use_double_quant": bool,
+    "bnb_4bit_quant_storage": Literal["uint8", "int8", "float16", "bfloat16", "float32", "float64"] | None,
+}
+
+
+class XlaFsdp(BaseModel):
+    """What `training.fsdp_config` may say: a TPU's sharding, which is not accelerate's to choose."""
+
+    model_config = _STRICT
+
+    xla: bool = False
+    xla_fsdp_v2: bool = False
+    xla_fsdp_grad_ckpt: bool = False
+
+
+def upstream_keys() -> dict[str, dict[str, Any]]:
+    """The keys of `training`, `lora` and `quantization`, and the types of their values."""
+    from peft import LoraConfig
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from trl import SFTConfig
+
+    def fields(section: str, config: type) -> dict[str, Any]:
+        types = typing.get_type_hints(config)
+        taken = [f for f in dataclasses.fields(config) if f.name not in INSTEAD[section]]
+        return {f.name: _narrowed(types[f.name], f.metadata.get("choices")) for f in taken}
+
+    training, lora = fields("training", SFTConfig), fields("lora", LoraConfig)
+    reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
+    # Those that `get_peft_model` can do alone: not eva, corda and lora_ga, which peft 0.21 would leave at the
+    # default, or refuse, without a pass over rows before it; not loftq, which replaces the base's weights by rounded
+    # ones that no file then holds. The hint there spells a pattern as a literal.
+    inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
+    pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
+    return {
+        "training": {
+            **training,
+            # The trainer takes true as well (the newest checkpoint), and knows the names to report to.
+            "resume_from_checkpoint": str | bool | None,
+            "output_dir": str,
+            "report_to": reports | list[reports],
+            **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
+            "gradient_accumulation_steps": PositiveInt,
+            "max_length": PositiveInt | None,
+            "fsdp_config": XlaFsdp | None,
+        },
+        "lora": {
+            **lora,
+            "r": PositiveInt,
+            "init_lora_weights": bool | inits | pissa,
+            "trainable_token_indices": lora["trainable_token_indices"] | Literal["auto", "none"],
+        },
+        "quantization": QUANTIZATION,
+    }
+
+
+def _narrowed(hint: Any, choices: Any) -> Any:
+    """An upstream type without its loosest members: `str` beside an enum, `dict` beside a dataclass."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
+    if choices:
+        return Union[(Literal[tuple(choices)], *(m for m in members if m is type(None)))]
+    enum = any(isinstance(m, type) and issubclass(m, Enum) for m in members)
+    loose = (str,) if enum else (dict,) if any(map(dataclasses.is_dataclass, members)) else ()
+    return Union[tuple(m for m in members if m not in loose)]  # noqa: UP007 (not a fixed list)
+
+
+def check_section(draft: Draft, section: str, keys: Keys) -> dict[str, Any]:
+    """The keys of a section that are known and whose values are of the right type; faults for all others."""
+    node = draft.root.child(section)
+    if node is None or section in draft.broken:
+        return {}
+    if not isinstance(node.value, dict):
+        draft.fault(section, f"is {node.shown()}; write a map of keys")
+        return {}
+    hints, valid = keys[section], {}
+    for name, child in node.value.items():
+        key = f"{section}.{name}"
+        if name not in hints:
+            unknown_key(draft, key, section, keys)
+            continue
+        value = child.plain()
+        kinds = (hints[name], *typing.get_args(hints[name]))
+        # Many a recipe quotes its 2e-4, which most YAML readers take for text anyway.
+        if isinstance(value, str) and float in kinds and str not in kinds and re.fullmatch(NUMBER, value):
+            value = float(value)
+        try:
+            # As JSON, because strict JSON has the types of YAML: enums are text, tuples are lists.
+            checked = TypeAdapter(hints[name], config=_STRICT).validate_json(json.dumps(value))
+        except ValidationError as error:
+            _explain(draft, key, error.errors(include_url=False), keys)
+        else:
+            if key not in draft.broken:
+                valid[name] = checked if isinstance(checked, float) else value
+    # Without a value of the wrong type upstream would see its own default, and complain about that.
+    if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
+        _ask_upstream(draft, section, valid)
+    return valid
+
+
+def unknown_key(draft: Draft, key: str, section: str, keys: Keys) -> None:
+    """A fault for a key that its section does not have, with the one that was meant."""
+    name, known = key.rpartition(".")[2], keys[section]
+    elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
+    near = difflib.get_close_matches(name, known, n=1)
+    owner = {"training": "trl.SFTConfig", "lora": "peft.LoraConfig"}.get(section)
+    if name in INSTEAD[section]:
+        draft.fault(key, f"is not a recipe's key; {INSTEAD[section][name]}")
+    elif elsewhere:
+        draft.fault(key, f"is unknown; write {' or '.join(elsewhere)}")
+    elif near:
+        draft.fault(key, f"is unknown; write {near[0]}")
+    elif owner:
+        draft.fault(key, f"is unknown; write a parameter of {owner}")
+    else:
+        draft.fault(key, f"is unknown; write one of {', '.join(known)}")
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a map",
+    "model_type": "a map",
+    "model_attributes_type": "a map",
+    "dataclass_type": "a map",
+    "too_short": "at least one entry",
+}
+_PATTERNS = {
+    r"^pissa_niter_[0-9]+$": "pissa_niter_N",
+    r"^https?://": "where an API begins, such as http://localhost:8000/v1",
+}
+
+
+def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> None:
+    """Pydantic's errors about one key as faults, each at the deepest place in the tree that it is about."""
+    expected: dict[str, list[str]] = {}
+    for error in errors:
+        place, node = key, draft.at(key)
+        # Between the steps into the value, `loc` has the members of unions, which are no places.
+        for step in map(str, error["loc"]):
+            if node.child(step):
+                place, node = f"{place}.{step}", node.child(step) or node
+        words = expected.setdefault(place, [])
+        kind = error["type"]
+        if kind == "missing":
+            draft.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
+        elif kind == "extra_forbidden":
+            within = place.split(".")[-2]
+            unknown_key(draft, place, within if within in keys else "source", keys)
+        elif kind == "unexpected_keyword_argument":
+            draft.fault(place, "is unknown; write a parameter that peft documents")
+        else:
+            message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            choices = re.findall(r"'[^']*'", message)
+            if len(choices) > 9:
+                message = (difflib.get_close_matches(f"'{error['input']}'", choices, n=1) or [message])[0]
+            if kind == "string_pattern_mismatch":
+                message = _PATTERNS[error["ctx"]["pattern"]]
+            words.append(_EXPECTED.get(kind, re.sub("^(greater|less) ", r"a number \1 ", message)))
+    for place, words in expected.items():
+        deeper = any(other.startswith(f"{place}.") for other in expected)
+        if words and not deeper and place not in draft.broken:
+            draft.fault(place, f"is {draft.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
+
+
+def _ask_upstream(draft: Draft, section: str, given: dict[str, Any]) -> None:
+    """Faults for what the upstream configuration itself refuses or says it would ignore."""
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    if section == "training":
+        # Only values are checked here: no device is opened, no process group joined, no global switch turned.
+        config = type("SFTConfig", (SFTConfig,), {"device": SimpleNamespace(type="cpu")})
+        fixed = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
+        skipped = {*fixed, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
+    else:
+        config, fixed, skipped = LoraConfig, {"task_type": "CAUSAL_LM"}, {"trainable_token_indices"}
+
+    def complaints(arguments: dict[str, Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                config(**copy.deepcopy(arguments), **fixed)
+            except Exception as error:  # whatever upstream raises, it is about these values
+                return [str(error)]
+        return [str(warning.message) for warning in caught if "ignored" in str(warning.message)]
+
+    left = {name: value for name, value in given.items() if name not in skipped}
+    while texts := complaints(left):
+        for text in texts:
+            named = [name for name in left if re.search(rf"\b{name}\b", text)]
+            named = named or [name for name in left if text in complaints({name: left[name]})]
+            key = f"{section}.{min(named, key=text.find)}" if named else section
+            there = f"is {draft.shown(key)}" if named else "is refused"
+            draft.fault(key, f"{there}; {config.__name__} says: {text}")
+            # What has been blamed is taken out, to see whether there is anything else.
+            left = {name: value for name, value in left.items() if name not in (named or left)}
+        if not left:
+            break  # what it still says is about this machine, not about these values
+
+
+def check_quantization(draft: Draft, bits: dict[str, Any]) -> None:
+    """Faults for quantization that would quietly be another one, or of which a part would be read by nothing."""
+    four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
+    if bool(four) == bool(eight):
+        have = "has both load_in_4bit and" if four else "has neither load_in_4bit nor"
+        draft.fault("quantization", f"{have} load_in_8bit; write one of them, with true")
+        return
+    if four and "bnb_4bit_quant_type" not in draft.at("quantization").value:
+        message = "is true, and upstream's bnb_4bit_quant_type would be fp4; write bnb_4bit_quant_type: nf4"
+        draft.fault("quantization.load_in_4bit", message)
+    for name in bits:
+        if name.startswith("bnb_4bit_") and not four:
+            draft.fault(f"quantization.{name}", "is read by nothing without load_in_4bit: true; remove it")
+        if name in ("llm_int8_threshold", "llm_int8_has_fp16_weight") and not eight:
+            draft.fault(f"quantization.{name}", "is read by nothing without load_in_8bit: true; remove it")

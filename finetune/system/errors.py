@@ -1,0 +1,91 @@
+"""Every error that a user can mend. `str(error)` is one line: where, what was there, what to write instead.
+
+FinetuneError                   all of them; the command line shows its line and exits with 2
+    RecipeError                 a recipe's values; `faults` has a line for each
+    DataError                   a source of rows that cannot be read
+    LabelError                  one row that cannot be rendered or labelled
+        TurnRewrittenLater      a later turn changes how an earlier one is rendered
+    TemplateError               a chat template
+    ModelError                  a base model, its weights, its tokenizer, or an adapter that does not fit it
+    MergeError                  a merge
+    RunError                    a run, its checkpoints, and what its launcher set
+    EvaluateError               an evaluation or its judge
+        RefusedReply            a reply that the judge's service refused to give
+    ExportError                 an export
+        LlamaCppError           llama.cpp cannot load or run a file
+        OllamaError             a chat template that has no form in Ollama's syntax
+    PushError                   a push to the Hub
+    PlanError                   a plan that cannot be made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FinetuneError(ValueError):
+    """What a user can mend, in one line that says how."""
+
+
+class RecipeError(FinetuneError):
+    """The faults of a recipe, each one line."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+class DataError(FinetuneError):
+    """A source of rows cannot be read."""
+
+
+class LabelError(FinetuneError):
+    """One row cannot be rendered, or its labels cannot be proved."""
+
+
+class TurnRewrittenLater(LabelError):
+    """The template renders a turn differently once a user speaks after it; as the last turn it may be proved."""
+
+
+class TemplateError(FinetuneError):
+    """A chat template cannot be read or used."""
+
+
+class ModelError(FinetuneError):
+    """A base model, its weights, its tokenizer or its adapter cannot be used as the recipe asks."""
+
+
+class MergeError(FinetuneError):
+    """An adapter cannot be merged into its base."""
+
+
+class RunError(FinetuneError):
+    """A run cannot start, resume or be saved."""
+
+
+class EvaluateError(FinetuneError):
+    """A model cannot be evaluated, or its judge cannot be asked."""
+
+
+class RefusedReply(EvaluateError):
+    """The judge's service refused one request; others may be answered."""
+
+
+class ExportError(FinetuneError):
+    """A model cannot be exported in the format that was asked for."""
+
+
+class LlamaCppError(ExportError):
+    """llama.cpp cannot load or run a GGUF file."""
+
+
+class OllamaError(ExportError):
+    """A chat template has no form in Ollama's syntax."""
+
+
+class PushError(FinetuneError):
+    """A folder cannot be pushed to the Hub."""
+
+
+class PlanError(FinetuneError):
+    """A plan cannot be made."""

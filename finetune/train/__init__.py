@@ -1,0 +1,14 @@
+"""A recipe to a run directory, through `trl.SFTTrainer`.
+
+>>> train(load_recipe("recipes/quickstart.yaml"), say=print)
+PosixPath('runs/quickstart')
+"""
+
+from typing import TYPE_CHECKING
+
+from finetune.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from finetune.train.run import train as train
+
+__getattr__ = lazy_names(__name__, train="run")

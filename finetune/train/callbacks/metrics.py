@@ -1,0 +1,138 @@
+"""What a run shows while it goes on and keeps of it: `metrics.jsonl`, a bar or lines, `loss.png`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune.system import files
+from finetune.system.charts import points, smoothed
+from finetune.system.terminal import terminal
+from finetune.train import checkpoint
+
+
+class Record(TrainerCallback):  # type: ignore[misc]
+    """`metrics.jsonl`: each logged record with its step; told last of what happens."""
+
+    def __init__(self, output: Path, start: Path | None, trainer: Any) -> None:
+        self.path = output / "metrics.jsonl"
+        self.start_step = checkpoint.marks(start)["step"] if start else 0
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.meter.rest(self.trainer._total_train_tokens)
+        if state.is_world_process_zero:
+            # What a resumed run does again is recorded once, and so is its end.
+            records = files.read_records(self.path) if self.start_step else []
+            kept = [r for r in records if r["step"] <= self.start_step and "train_loss" not in r]
+            files.write_whole(self.path, "".join(f"{json.dumps(r)}\n" for r in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        record: dict[str, Any] = {"step": state.global_step}
+        numbers = {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
+        # The norm of gradients that float16's scaler skips is not finite, and JSON has no such number.
+        record |= {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.meter.rest(self.trainer._total_train_tokens)
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar on a terminal; elsewhere a line for each logged record."""
+
+    def __init__(self, say: Callable[[str], None], silent: bool) -> None:
+        self.say, self.silent = say, silent
+        self.bar: Any = None
+        self.task: Any = None
+        self.began, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+        if self.silent or not state.is_world_process_zero:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        if console := terminal():
+            note = TextColumn("{task.fields[note]}")
+            left = (TimeRemainingColumn(), TextColumn("left"))
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)
+            self.bar = RichProgress(*columns, console=console)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.silent or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._line(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.3f}")
+        elif "loss" in logs:
+            speed = logs.get("tokens_per_second")
+            note = f"loss {float(logs['loss']):.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            if self.bar:
+                self.bar.update(self.task, note=note)
+            else:
+                done = state.global_step - self.first
+                left = (time.monotonic() - self.began) / max(1, done) * (state.max_steps - state.global_step)
+                self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and the terminal as it was; to be called after a fault, too."""
+        if self.bar:
+            self.bar.stop()
+
+    def _line(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            self.say(text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def draw_losses(metrics: Path, into: Path) -> None:
+    """The training and evaluation losses by step, as a picture."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = files.read_records(metrics)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if logged := points(records, "loss"):
+        steps, losses = zip(*logged, strict=True)
+        axes.plot(steps, losses, color="#0b63c5", alpha=0.3, linewidth=1, label="training, as logged")
+        axes.plot(steps, smoothed(losses), color="#0b63c5", linewidth=2, label="training, smoothed")
+    if evaluated := points(records, "eval_loss"):
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="#c2500a", markersize=5, label="evaluation")
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel("loss (nats per trained token)", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if logged or evaluated:
+        axes.legend(fontsize=11, frameon=False)
+    beside = into.with_name(f".{into.name}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(into)

@@ -1,0 +1,255 @@
+"""Runs that can be watched: one curve however often a run is resumed, and answers to the same prompts as it learns.
+
+Upstream's callbacks log the numbers (transformers 5.23 `integrations/integration_utils.py`); here is what they leave
+out: who the run is, its recipe, ledger and environment, its samples, its finished files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import netrc
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils as upstream
+
+from finetune.data.chat import Chat
+from finetune.data.samples import LabelledRow
+from finetune.model.generate import Generator
+from finetune.system import files
+from finetune.system.errors import RunError
+from finetune.system.terminal import quiet
+
+_NAME = "tracking.json"
+_PROMPTS = 4
+_NEW_TOKENS = 96
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "trackio": ("trackio",)}
+
+
+def wanted(report_to: Any) -> list[str]:
+    """The trackers of `training.report_to`, as a list."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    return [] if "none" in names else names
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses, before anything is loaded, a tracker that is not installed or would ask for a key.
+
+    Raises:
+        TrackError: With what to do.
+    """
+    for name in names:
+        packages = _PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise RunError(
+                f"training.report_to: is {name}, which is not installed; run pip install {packages[0]}"
+            )
+    online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
+    if "wandb" in names and online and not _logged_in():
+        raise RunError(
+            "training.report_to: is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline"
+        )
+    if os.environ.get("WANDB_LOG_MODEL") == "checkpoint" and "wandb" in names:
+        raise RunError("WANDB_LOG_MODEL: is checkpoint; write end: the finished run is what is kept")
+
+
+def _logged_in() -> bool:
+    """Whether wandb finds a key in the places that it documents."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return True
+    return False
+
+
+# Ids that runs of this process have put into the environment.
+_SET: set[str] = set()
+
+
+def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str:
+    """The run's name, and its id for those trackers that let one be chosen; a resumed run has those that it had.
+
+    They are handed on through the environment, which upstream's callbacks read.
+    """
+    file = output / _NAME
+    known = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else {}
+    own = secrets.token_hex(4)
+    # A sweep's agent chooses the id; what an earlier run of this process has set is none that somebody gave.
+    given = os.environ.get("WANDB_RUN_ID", "")
+    own = given if given and given not in _SET else own
+    # trackio takes runs of one name for one run.
+    known = {"name": name or f"{output.resolve().name}-{own}", "id": own} | known
+    output.mkdir(parents=True, exist_ok=True)
+    files.write_whole(file, json.dumps(known) + "\n")
+    _SET.add(known["id"])
+    chosen = {
+        "WANDB_RUN_ID": known["id"],
+        "WANDB_RESUME": "allow",
+        "WANDB_DIR": str(output.resolve()),
+        "WANDB_PROJECT": project,
+        "MLFLOW_EXPERIMENT_NAME": project,
+        "TENSORBOARD_LOGGING_DIR": str(output.resolve() / "tensorboard"),
+    }
+    for key, value in chosen.items():
+        # All else a user may have chosen.
+        if key == "WANDB_RUN_ID" or key not in os.environ:
+            os.environ[key] = value
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    if "mlflow" in known:
+        os.environ["MLFLOW_RUN_ID"] = known["mlflow"]
+    return str(known["name"])
+
+
+class Samples(TrainerCallback):  # type: ignore[misc]
+    """`samples.jsonl`: greedy answers to the first held-out prompts at each evaluation; trackers get them as well."""
+
+    def __init__(
+        self, output: Path, trainer: Any, chat: Chat, stop_ids: Sequence[int], start_step: int
+    ) -> None:
+        self.path, self.trainer, self.chat, self.stop_ids = output / "samples.jsonl", trainer, chat, stop_ids
+        self.start_step = start_step
+        self.prompts: list[list[int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a resumed run does again is recorded once."""
+        for row in self.trainer.eval_dataset.select(range(min(_PROMPTS, len(self.trainer.eval_dataset)))):
+            prompt = LabelledRow(list(row["input_ids"]), list(row["labels"])).prompt
+            if prompt not in self.prompts:
+                self.prompts.append(prompt)
+        if state.is_world_process_zero:
+            old = files.read_records(self.path) if self.start_step else []
+            kept = [json.dumps(one, ensure_ascii=False) for one in old if one["step"] <= self.start_step]
+            files.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answers now, on the first process."""
+        if not state.is_world_process_zero:
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        with _answering(model):
+            generator = Generator(model, self.chat, tuple(self.stop_ids), False)
+            answers = generator.answers(self.prompts, _NEW_TOKENS)
+        tokenizer = self.chat.tokenizer
+        found = [
+            {
+                "step": state.global_step,
+                "prompt": tokenizer.decode(prompt),
+                "answer": tokenizer.decode(answer, skip_special_tokens=True),
+                "stopped": bool(answer) and answer[-1] in self.stop_ids,
+            }
+            for prompt, answer in zip(self.prompts, answers, strict=True)
+        ]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
+        every = files.read_records(self.path)
+        _show_samples(self.trainer, state.global_step, every)
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """A model that is being trained, for as long as it answers."""
+    training, cached = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = cached
+        model.train(training)
+
+
+class Documents(TrainerCallback):  # type: ignore[misc]
+    """Gives every tracker the resolved recipe, the ledger and the environment, once it has begun."""
+
+    def __init__(self, output: Path, trainer: Any) -> None:
+        self.output, self.trainer = output, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the trackers' own, which open the run."""
+        if not state.is_world_process_zero:
+            return
+        texts = {
+            name: (self.output / name).read_text(encoding="utf-8")
+            for name in ("recipe.yaml", "ledger.json", "environment.json")
+        }
+        for tracker in self.trainer.callback_handler.callbacks:
+            if isinstance(tracker, upstream.WandbCallback):
+                tracker._wandb.config.update(texts, allow_val_change=True)
+            elif isinstance(tracker, upstream.TensorBoardCallback) and tracker.tb_writer:
+                for name, text in texts.items():
+                    tracker.tb_writer.add_text(name, _as_code(text))
+            elif isinstance(tracker, upstream.TrackioCallback):
+                tracker._trackio.config.update(texts, allow_val_change=True)
+            elif isinstance(tracker, upstream.MLflowCallback):
+                for name, text in texts.items():
+                    tracker._ml_flow.log_text(text, name)
+                file = self.output / _NAME
+                known = json.loads(file.read_text(encoding="utf-8"))
+                known["mlflow"] = tracker._ml_flow.active_run().info.run_id
+                files.write_whole(file, json.dumps(known) + "\n")
+
+
+def _show_samples(trainer: Any, step: int, every: list[dict[str, Any]]) -> None:
+    columns = ["step", "prompt", "answer", "stopped"]
+    rows = [[sample[name] for name in columns] for sample in every]
+    now = [sample for sample in every if sample["step"] == step]
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, upstream.WandbCallback) and tracker._wandb.run is not None:
+            table = tracker._wandb.Table(columns=columns, data=rows)
+            tracker._wandb.log({"samples": table, "train/global_step": step})
+        elif isinstance(tracker, upstream.TensorBoardCallback) and tracker.tb_writer:
+            for i, sample in enumerate(now):
+                text = f"{_as_code(sample['prompt'])}\n\n{_as_code(sample['answer'])}"
+                tracker.tb_writer.add_text(f"samples/{i}", text, step)
+        elif isinstance(tracker, upstream.TrackioCallback):
+            tracker._trackio.log({"samples": tracker._trackio.Table(columns=columns, data=rows)})
+        elif isinstance(tracker, upstream.MLflowCallback) and tracker._initialized:
+            text = "\n\n".join(f"{_as_code(s['prompt'])}\n\n{_as_code(s['answer'])}" for s in now)
+            tracker._ml_flow.log_text(text, f"samples/step-{step}.md")
+
+
+def _as_code(text: str) -> str:
+    """A text as Markdown that shows it as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def prepare(trainer: Any, start_step: int) -> bool:
+    """Sets the trackers right before they begin; whether the finished run is asked for as a wandb artifact."""
+    asked = False
+    for tracker in list(trainer.callback_handler.callbacks):
+        if isinstance(tracker, upstream.WandbCallback):
+            # Upstream's would make a trainer of its own to save the model with, and a pickle of its arguments.
+            asked = tracker._log_model.is_enabled
+            tracker._log_model = upstream.WandbLogModel.FALSE
+        elif isinstance(tracker, upstream.TensorBoardCallback) and trainer.is_world_process_zero():
+            # What a resumed run does again is drawn once.
+            purge = start_step + 1 if start_step else None
+            tracker.tb_writer = tracker._SummaryWriter(log_dir=tracker.logging_dir, purge_step=purge)
+    return asked
+
+
+def finish(trainer: Any, output: Path, asked: bool) -> None:
+    """Hands the finished run's files to wandb where that is asked for, and closes it."""
+    for tracker in trainer.callback_handler.callbacks:
+        run = tracker._wandb.run if isinstance(tracker, upstream.WandbCallback) else None
+        if run is None:
+            continue
+        if asked:
+            artifact = tracker._wandb.Artifact(name=f"run-{run.id}", type="model")
+            for file in sorted(output.iterdir()):
+                if file.is_file() and file.name != _NAME:
+                    artifact.add_file(str(file), name=file.name)
+            run.log_artifact(artifact, aliases=["final"])
+        with quiet():
+            run.finish()

@@ -1,0 +1,65 @@
+"""An adapter that began as a part of its base's weights, saved as a change of the base as it is on disk.
+
+PiSSA and OLoRA take a product out of each weight and train it, so that such an adapter means nothing on the base
+itself. With the product that training began with, what was learned is a plain adapter of twice the rank:
+`W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]`.
+
+Source: PiSSA, https://arxiv.org/abs/2404.02948; OLoRA, https://arxiv.org/abs/2406.01775. MiCA
+(https://arxiv.org/abs/2604.01694) leaves the base as it is: its adapter is plain but for its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.recipe.upstream import FROM_BASE
+from finetune.system.files import write_whole
+
+
+def beginning(model: Any) -> dict[str, torch.Tensor] | None:
+    """Both factors of each product that was taken out of the base, by the name under which PEFT saves it.
+
+    To be asked for before the first step; None where an adapter begins with nothing of its base.
+    """
+    init = getattr(model, "peft_config", {}).get("default", None)
+    init = getattr(init, "init_lora_weights", True)
+    if not isinstance(init, str) or not init.startswith(FROM_BASE):
+        return None
+    return {
+        name.replace(".default", ""): parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if init != "mica" and (".lora_A." in name or ".lora_B." in name or ".lora_embedding_" in name)
+    }
+
+
+def convert(folder: Path, began: dict[str, torch.Tensor]) -> None:
+    """Rewrites the adapter in a folder as plain LoRA: twice the rank, the same scaling, any DoRA magnitude as it was.
+
+    Args:
+        folder: `adapter_model.safetensors` and `adapter_config.json`, as PEFT saves them.
+        began: As `beginning` gives it; A is (rank, in), B is (out, rank).
+    """
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, first in began.items():
+        now, first = tensors[name], first.to(tensors[name].dtype)
+        is_a = name.endswith(("lora_A.weight", "lora_embedding_A"))
+        tensors[name] = torch.cat([now, first]) if is_a else torch.cat([now, -first], 1)
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["init_lora_weights"] = True
+    if began:
+        config["r"] *= 2
+        config["rank_pattern"] = {name: 2 * rank for name, rank in (config.get("rank_pattern") or {}).items()}
+        growth = math.sqrt(2) if config.get("use_rslora") else 2
+        config["lora_alpha"] *= growth
+        config["alpha_pattern"] = {
+            name: alpha * growth for name, alpha in (config.get("alpha_pattern") or {}).items()
+        }
+    write_whole(folder / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
