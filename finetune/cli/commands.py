@@ -20,6 +20,7 @@ from typing import Any
 
 from finetune.cli.arguments import parser
 from finetune.system import distributed
+from finetune.system.errors import FinetuneError, RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,14 +370,9 @@ def _silence() -> None:
 
 
 def _faults(error: Exception) -> list[str]:
-    """The lines to show where the fault is the user's; none where it is ours."""
-    from finetune.system.errors import RecipeError
-
-    if isinstance(error, RecipeError):
-        return list(error.faults)
-    # Every room's own error is a ValueError that it names itself; any other is a fault of ours.
-    if isinstance(error, ValueError) and type(error).__module__.startswith("finetune."):
-        return [str(error)]
+    """The lines to show for an error that the user can mend; none for an error of ours."""
+    if isinstance(error, FinetuneError):
+        return list(error.faults) if isinstance(error, RecipeError) else [str(error)]
     if isinstance(error, OSError):
         return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
     return []

@@ -12,7 +12,6 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, NamedTuple, TextIO
 
-from finetune.data.cache import Say
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.language import language
 from finetune.data.ledger import as_shown, facts, histogram, reasons, tables
@@ -21,6 +20,7 @@ from finetune.model.load import load_tokenizer
 from finetune.recipe.load import Recipe
 from finetune.system.errors import DataError
 from finetune.system.pages import cell, render, visible
+from finetune.system.terminal import Say
 
 Row = dict[str, Any]
 Table = list[tuple[Any, ...]]

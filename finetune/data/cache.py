@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from finetune.data.readers import fingerprint
 from finetune.recipe.schema import DataSection, Source
 from finetune.system.errors import DataError
 from finetune.system.files import cache_dir
-
-Say = Callable[[str], None]
+from finetune.system.terminal import Say
 
 
 class Part:

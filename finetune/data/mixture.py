@@ -14,12 +14,13 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.cache import Part, Say
+from finetune.data.cache import Part
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
 from finetune.data.prepare import Fate, prepare
 from finetune.recipe.schema import DataSection, Source
 from finetune.system.errors import DataError
+from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
     import datasets

@@ -23,8 +23,7 @@ import httpx2
 
 from finetune.system.errors import EvaluateError, RefusedReply
 from finetune.system.files import write_whole
-
-Say = Callable[[str], None]
+from finetune.system.terminal import Say
 
 _TRIES = 6  # how often a request is sent that comes to nothing
 _LONGEST = 60.0  # seconds between two of them

@@ -23,10 +23,10 @@ from typing import Any
 
 import httpx2
 
-from finetune.evaluate.endpoint import Endpoint, Reply, Say, Usage, check_address, usage
+from finetune.evaluate.endpoint import Endpoint, Reply, Usage, check_address, usage
 from finetune.system.errors import EvaluateError as EvaluateError  # also by this name
 from finetune.system.errors import RefusedReply
-from finetune.system.terminal import bar
+from finetune.system.terminal import Say, bar
 
 Message = Mapping[str, str]
 

@@ -26,12 +26,11 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
 from finetune.system.errors import EvaluateError, TemplateError
 from finetune.system.files import file_of, write_whole
-from finetune.system.terminal import bar
+from finetune.system.terminal import Say, bar
 
 if TYPE_CHECKING:
     from finetune.evaluate.judge import Judge
 
-Say = Callable[[str], None]
 # Rows by name, and each one's source and language.
 HeldOut = tuple[list[tuple[str, LabelledRow]], list[tuple[str, str]]]
 

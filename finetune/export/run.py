@@ -25,7 +25,7 @@ from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
 from finetune.export.verify import LIMITS, Job, compare, measure, missed
 from finetune.hub.card import export_card
-from finetune.merge.run import Say, merge
+from finetune.merge.run import merge
 from finetune.model.load import load_config, load_tokenizer
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import adapter_base, environment_of
@@ -35,6 +35,7 @@ from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
 from finetune.system.files import digest, file_of, whole_folder, write_whole
+from finetune.system.terminal import Say
 
 _ADAPTER = "adapter on its base"
 # Held-out rows that are predicted; what more of them would change is less than what two samples differ by.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,8 +23,7 @@ from finetune.recipe.yaml_tree import SECRET, SECRET_NAME
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
 from finetune.system.files import cache_dir, read_json
-
-Say = Callable[[str], None]
+from finetune.system.terminal import Say
 
 WHOLE = ("model.safetensors", "model-*-of-*.safetensors")
 _WEIGHTS = (*WHOLE, "adapter_model.safetensors", "*.gguf")

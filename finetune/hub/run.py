@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.hub import card
-from finetune.hub.payload import WHOLE, Parcel, Say, pack
+from finetune.hub.payload import WHOLE, Parcel, pack
 from finetune.model import provenance
 from finetune.recipe.checks import is_repo
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
+from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

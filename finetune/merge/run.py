@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import __version__
@@ -21,8 +21,7 @@ from finetune.merge.plan import Request, adapters_of, plan_apart
 from finetune.merge.write import write_weights
 from finetune.system.errors import MergeError
 from finetune.system.files import check_apart, digest, file_of, whole_folder
-
-Say = Callable[[str], None]
+from finetune.system.terminal import Say
 
 
 def merge(

@@ -17,9 +17,8 @@ from finetune.plan.step import Batch, dtypes
 from finetune.recipe.load import Recipe
 from finetune.system.devices import CARDS, Card, here
 from finetune.system.errors import ModelError, PlanError
-from finetune.system.terminal import quiet
+from finetune.system.terminal import Say, quiet
 
-Say = Callable[[str], None]
 # Of a larger batch nobody asks.
 MOST_ROWS = 1024
 # Of `training`, what decides about memory and steps.

@@ -16,8 +16,8 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DataSection, ModelSection, Source
 from finetune.recipe.yaml_tree import scalar_text
 from finetune.system.errors import RunError
+from finetune.system.terminal import Say
 
-Say = Callable[[str], None]
 Sections = dict[str, dict[str, Any]]
 
 # This start's own, which no number of the run depends on.

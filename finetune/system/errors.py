@@ -20,7 +20,8 @@ FinetuneError                   all of them; the command line shows its line and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class FinetuneError(ValueError):
@@ -89,3 +90,25 @@ class PushError(FinetuneError):
 
 class PlanError(FinetuneError):
     """A plan cannot be made."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank; its `repr` where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+@contextmanager
+def reworded(as_type: type[FinetuneError], prefix: str, *types: type[BaseException]) -> Iterator[None]:
+    """Raises an upstream error of `types` again as `as_type`: `prefix` and the first line of its text.
+
+    Args:
+        as_type: The error to raise.
+        prefix: What comes before the line, such as `model.adapter: runs/a does not fit the base`.
+        *types: The errors that are caught; errors of ours pass.
+    """
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except types as error:
+        raise as_type(f"{prefix}: {first_line(error)}") from error

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Say = Callable[[str], None]
+
 
 def terminal() -> Any:
     """The terminal that standard error is, as rich's console; None where it is none, or one that draws nothing.

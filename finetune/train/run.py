@@ -30,20 +30,26 @@ from finetune.recipe import diff
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed, files
 from finetune.system.errors import PushError
-from finetune.system.terminal import quiet
+from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
 from finetune.train.callbacks.memory_check import Rehearsal
 from finetune.train.callbacks.metrics import Progress, Record, draw_losses
 from finetune.train.callbacks.packing import RowsApart, check_rows
 from finetune.train.callbacks.signals import Stopped, stop_on_signals
-from finetune.train.callbacks.trackers import Documents, Samples, finish, identify, prepare, wanted
+from finetune.train.callbacks.trackers import (
+    Documents,
+    Samples,
+    check_trackers,
+    finish,
+    identify,
+    prepare,
+    wanted,
+)
 from finetune.train.loss import use_token_head
 from finetune.train.meter import Meter
 from finetune.train.pissa import beginning
 from finetune.train.trainer import GoOn, Trainer, layer_classes, saving
-
-Say = Callable[[str], None]
 
 
 def train(

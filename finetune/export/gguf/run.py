@@ -16,9 +16,9 @@ from finetune.export.gguf.imatrix.calibration import by_language
 from finetune.export.gguf.imatrix.files import Importance
 from finetune.export.gguf.ollama.modelfile import write
 from finetune.export.gguf.ollama.system_text import system_of
-from finetune.merge.run import Say
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import ExportSection, ModelSection
+from finetune.system.terminal import Say
 
 # Of each language, where files are compared by language.
 _GROUP = 8
