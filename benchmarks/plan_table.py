@@ -9,9 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from finetune.plan.run import Fit, Plan, plan
+from finetune.plan.run import HardwareFit, MemoryPlan, plan
 from finetune.recipe.load import load_recipe
-from finetune.system.devices import CARDS, GIB
+from finetune.system.devices import GIB, GPUS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "recipes" / "README.md"
@@ -20,16 +20,16 @@ BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- until here -->"
 SEVERAL = {"fsdp_qlora": 2, "fsdp_sft": 8}
 
 
-def plan_of(path: Path) -> Plan:
+def plan_of(path: Path) -> MemoryPlan:
     # Rows come from wherever they are: the table is the same on a machine without them.
     cards = SEVERAL.get(path.stem, 1)
-    return plan(load_recipe(path), CARDS["h200"], cards, use_rows=False)
+    return plan(load_recipe(path), GPUS["h200"], cards, use_rows=False)
 
 
-def cell(fit: Fit) -> str:
-    if fit.need is None:
+def cell(fit: HardwareFit) -> str:
+    if fit.required is None:
         return "no"
-    size, other = f"{fit.need.total / GIB:.1f}", "\\*" if fit.instead else ""
+    size, other = f"{fit.required.total / GIB:.1f}", "\\*" if fit.instead else ""
     return f"{size}{other} ({fit.rows})" if fit.holds else f"**{size}**{other}"
 
 
@@ -41,8 +41,8 @@ def row(path: Path) -> str:
 
 
 def table() -> list[str]:
-    names = " | ".join(CARDS)
-    head = [f"| recipe | longest batch | {names} |", "|" + "---|" * (len(CARDS) + 2)]
+    names = " | ".join(GPUS)
+    head = [f"| recipe | longest batch | {names} |", "|" + "---|" * (len(GPUS) + 2)]
     return head + [row(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
 
 

@@ -121,7 +121,7 @@ def test_experts_that_cannot_be_told_give_no_figure() -> None:
     ],
 )
 def test_cards_are_known_by_the_drivers_name(driver: str, card: str | None) -> None:
-    found = devices.known(driver)
+    found = devices.known_gpu(driver)
     assert (found and found.name) == card
 
 
@@ -131,7 +131,9 @@ def test_a_record_says_what_share_of_the_card_it_took(
     """This CPU stands in for a card that is known, and a counter for its driver's."""
     joules = iter(range(0, 10**9, 3_600_000))
     monkeypatch.setattr(
-        devices, "here", lambda free=False: devices.Card("this CPU", 2**40, devices.Device(), slow=0.001)
+        devices,
+        "this_machine",
+        lambda free=False: devices.Hardware("this CPU", 2**40, devices.Device(), tflops_32bit=0.001),
     )
     monkeypatch.setattr("finetune.train.callbacks.metrics.millijoules", lambda: next(joules))
     held: list[Meter] = []

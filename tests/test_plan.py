@@ -15,21 +15,20 @@ import torch
 from conftest import USER_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import plan as plan_package
 from finetune.cli.commands import main
 from finetune.model.flops import _attention, work_per_token
-from finetune.plan.advice import lawful, refusal
-from finetune.plan.configs import _known, config_of
-from finetune.plan.lengths import rows_of
-from finetune.plan.predict import Need, Predictor
+from finetune.plan.advice import supported_variant, why_unsupported
+from finetune.plan.configs import _shipped_configs, base_config
+from finetune.plan.lengths import row_lengths
+from finetune.plan.predict import Predictor, RequiredMemory
 from finetune.plan.preflight import check
 from finetune.plan.report import as_json, as_text, seconds
-from finetune.plan.run import Fit, Plan, arguments_of, plan, setting_of
+from finetune.plan.run import HardwareFit, MemoryPlan, plan, step_arguments, step_settings
 from finetune.plan.step import Batch
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
-from finetune.system.devices import CARDS, GIB, here
+from finetune.system.devices import GIB, GPUS, this_machine
 from finetune.system.errors import PlanError
 from finetune.train import loss
 from finetune.train.run import train
@@ -109,9 +108,9 @@ def write_rows(path: Path, padded: bool) -> str:
 
 def predicted(path: Path, batch: Batch) -> Any:
     recipe = load_recipe(path)
-    arguments = arguments_of(recipe)
-    setting = replace(setting_of(recipe, arguments, None), batch=batch)
-    return Predictor(config_of(recipe.model), here(), arguments).step(setting)
+    arguments = step_arguments(recipe)
+    setting = replace(step_settings(recipe, arguments, None), batch=batch)
+    return Predictor(base_config(recipe.model), this_machine(), arguments).step(setting)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -224,9 +223,9 @@ def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: di
         model={"name_or_path": base, "dtype": "bfloat16"}, **({"quantization": NF4} | sections)
     )
     recipe = load_recipe(path)
-    arguments = arguments_of(recipe)
-    own = Predictor(config_of(recipe.model), CARDS["h100"], arguments)
-    setting = setting_of(recipe, arguments, None)
+    arguments = step_arguments(recipe)
+    own = Predictor(base_config(recipe.model), GPUS["h100"], arguments)
+    setting = step_settings(recipe, arguments, None)
     for checkpointing in (True, False):
         each = replace(setting, checkpointing=checkpointing)
         few, all_of_them = own.step(each), own._run(each, own.config.num_hidden_layers)
@@ -255,18 +254,18 @@ def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind
     expected = work - back + back * (2 * length / (length + 1)) * 3.5 / 3
     expected += (8 * (length - 1) / length - 6) * head
     recipe = load_recipe(path)
-    arguments = arguments_of(recipe)
+    arguments = step_arguments(recipe)
     own, setting = (
-        Predictor(config_of(recipe.model), CARDS["h100"], arguments),
-        setting_of(recipe, arguments, None),
+        Predictor(base_config(recipe.model), GPUS["h100"], arguments),
+        step_settings(recipe, arguments, None),
     )
     once = own.step(setting).flops
     assert once == pytest.approx(2 * length * expected, rel=1e-6)
     again = own.step(replace(setting, checkpointing=True)).flops
     short = load_recipe(path, ["model.dtype=float16"])
     assert (
-        Predictor(config_of(short.model), CARDS["t4"], arguments)
-        .step(setting_of(short, arguments, None))
+        Predictor(base_config(short.model), GPUS["t4"], arguments)
+        .step(step_settings(short, arguments, None))
         .flops
         == once
     )
@@ -296,13 +295,13 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_shipped_config_has_the_parameters_of_its_model(name: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(ModelSection(name_or_path=name)))
+        model = AutoModelForCausalLM.from_config(base_config(ModelSection(name_or_path=name)))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
 def test_every_shipped_recipe_s_base_is_known() -> None:
     names = {load_recipe(path).model.name_or_path for path in (ROOT / "recipes").glob("*.yaml")}
-    assert {name for name in names if not name.startswith("random:")} <= set(_known())
+    assert {name for name in names if not name.startswith("random:")} <= set(_shipped_configs())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,9 +315,9 @@ def spoken(path: Path, *argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[
 
 def need(path: Path, card: str, overrides: list[str]) -> int:
     recipe = load_recipe(path, overrides)
-    arguments = arguments_of(recipe)
-    own = Predictor(config_of(recipe.model), CARDS[card], arguments)
-    return own.need(setting_of(recipe, arguments, rows_of(recipe, lambda line: None))).total
+    arguments = step_arguments(recipe)
+    own = Predictor(base_config(recipe.model), GPUS[card], arguments)
+    return own.required_memory(step_settings(recipe, arguments, row_lengths(recipe, lambda line: None))).total
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Write) -> None:
@@ -327,7 +326,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Writ
         training={"per_device_train_batch_size": 8, "max_length": 1024},
         data={"train": [{"path": "somebody/rows"}]},
     )
-    planned = plan(load_recipe(path), CARDS["l4"])
+    planned = plan(load_recipe(path), GPUS["l4"])
     made, said = as_json(planned), "\n".join(as_text(planned))
     assert (made["fits"], made["card"]["fits"]) == (False, False)
     assert "does not fit l4: " in said
@@ -336,7 +335,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Writ
     assert len(made["advice"]) == 3
     assert made["advice"][0]["change"] == "training.gradient_checkpointing=true"
     for advised in made["advice"]:
-        assert need(path, "l4", advised["change"].split()) == advised["total"] <= CARDS["l4"].memory, advised
+        assert need(path, "l4", advised["change"].split()) == advised["total"] <= GPUS["l4"].memory, advised
     assert {card["name"]: card["fits"] for card in made["cards"]}["h200"]
 
 
@@ -406,14 +405,14 @@ def test_a_card_without_bfloat16_is_told_what_to_write(
     path = write_recipe(
         model={"dtype": "bfloat16"}, quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}
     )
-    planned: list[Plan] = []
+    planned: list[MemoryPlan] = []
     real = plan
 
-    def kept(*args: Any, **kwargs: Any) -> Plan:
+    def kept(*args: Any, **kwargs: Any) -> MemoryPlan:
         planned.append(real(*args, **kwargs))
         return planned[0]
 
-    monkeypatch.setattr(plan_package, "plan", kept)
+    monkeypatch.setattr("finetune.plan.run.plan", kept)
     code, made = spoken(path, "--gpu", "t4", capsys=capsys)
     assert (code, made["fits"]) == (3, False)
     assert made["card"]["refused"].startswith("model.dtype: is bfloat16, but t4 does not compute in bfloat16")
@@ -433,29 +432,33 @@ def test_a_card_without_bfloat16_is_told_what_to_write(
     [
         (
             {"model": {"dtype": "float32"}, "training": {"bf16": True}},
-            CARDS["t4"],
+            GPUS["t4"],
             "training.bf16=false training.fp16=true",
         ),
         (
             {"model": {"attn_implementation": "flash_attention_2", "dtype": "float16"}},
-            CARDS["t4"],
+            GPUS["t4"],
             "model.attn_implementation=null",
         ),
-        ({"model": {"dtype": "float16"}}, here(), "model.dtype=float32"),
-        ({"model": {"attn_implementation": "flex_attention"}}, here(), "model.attn_implementation=null"),
-        ({"model": {"dtype": "bfloat16"}}, CARDS["l4"], ""),
+        ({"model": {"dtype": "float16"}}, this_machine(), "model.dtype=float32"),
+        (
+            {"model": {"attn_implementation": "flex_attention"}},
+            this_machine(),
+            "model.attn_implementation=null",
+        ),
+        ({"model": {"dtype": "bfloat16"}}, GPUS["l4"], ""),
     ],
 )
 def test_what_to_write_so_that_a_device_computes_in_it(
     write_recipe: Write, sections: dict[str, Any], place: Any, written: str
 ) -> None:
     path = write_recipe(**sections)
-    recipe, overrides = lawful(load_recipe(path), place.device)
-    config = config_of(recipe.model)
+    recipe, overrides = supported_variant(load_recipe(path), place.device)
+    config = base_config(recipe.model)
     assert " ".join(overrides) == written
-    assert bool(refusal(load_recipe(path), config, place.device)) is bool(written)
-    assert not refusal(recipe, config, place.device)
-    assert not refusal(load_recipe(path, overrides), config, place.device)
+    assert bool(why_unsupported(load_recipe(path), config, place.device)) is bool(written)
+    assert not why_unsupported(recipe, config, place.device)
+    assert not why_unsupported(load_recipe(path, overrides), config, place.device)
 
 
 @pytest.mark.parametrize(
@@ -472,10 +475,10 @@ def test_layers_by_other_names(
     config.architectures = [name]
     config.save_pretrained(tmp_path / "base")
     recipe = load_recipe(write_recipe(model={"name_or_path": str(tmp_path / "base"), "dtype": "bfloat16"}))
-    arguments = arguments_of(recipe)
+    arguments = step_arguments(recipe)
     own, setting = (
-        Predictor(config_of(recipe.model), CARDS["l4"], arguments),
-        setting_of(recipe, arguments, None),
+        Predictor(base_config(recipe.model), GPUS["l4"], arguments),
+        step_settings(recipe, arguments, None),
     )
     few, whole = own.step(setting), own._run(setting, 5)
     assert (few.peak, few.flops) == (whole.peak, whole.flops)
@@ -512,9 +515,9 @@ def test_the_longest_rows_are_those_that_are_here(
 def test_the_time_of_a_step(write_recipe: Write) -> None:
     """By its work where that is most, else by what asking for its operators takes."""
     recipe = load_recipe(write_recipe(training={"max_steps": 4, "gradient_accumulation_steps": 2}))
-    setting = replace(setting_of(recipe, arguments_of(recipe), None), accumulation=2)
-    fit = Fit(CARDS["a100-40"], Need({"weights": 1}))
-    made = Plan(recipe, setting, None, fit, [], flops=312e12, operators=1000, computes="bf16")
+    setting = replace(step_settings(recipe, step_arguments(recipe), None), accumulation=2)
+    fit = HardwareFit(GPUS["a100-40"], RequiredMemory({"weights": 1}))
+    made = MemoryPlan(recipe, setting, None, fit, [], flops=312e12, operators=1000, computes="bf16")
     assert seconds(made) == pytest.approx((2 / 0.5, 2 / 0.25))
     said = "\n".join(as_text(made))
     assert "a step of 2 batches, 512 tokens, takes 4 s to 8 s (computed: a quarter to a half of" in said
@@ -563,7 +566,9 @@ def test_a_run_that_cannot_fit_does_not_start(
 ) -> None:
     path = write_recipe(training={"per_device_train_batch_size": 4, "max_steps": 1})
     # The token head's tiles alone take half a GiB.
-    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.3 * GIB))
+    monkeypatch.setattr(
+        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB)
+    )
     assert main([str(path)]) == 2
     said = capsys.readouterr().err
     assert "error: this run needs about 0.5 GiB, and this CPU has 0.3 GiB free. Write " in said
@@ -574,7 +579,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 def test_a_small_run_is_passed_by(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.plan.preflight.Predictor", lambda *_: pytest.fail("it was looked at"))
     recipe = load_recipe(write_recipe())
-    check(recipe, arguments_of(recipe), None)
+    check(recipe, step_arguments(recipe), None)
 
 
 def test_what_cannot_be_computed_is_no_reason_not_to_start(
@@ -586,21 +591,25 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
         asked.append(True)
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.3 * GIB))
+    monkeypatch.setattr(
+        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB)
+    )
     monkeypatch.setattr("finetune.plan.preflight.Predictor", breaks)
     recipe = load_recipe(write_recipe())
-    check(recipe, arguments_of(recipe), None)
+    check(recipe, step_arguments(recipe), None)
     assert asked
     streamed = load_recipe(write_recipe(training={"max_length": None}))
-    check(streamed, arguments_of(streamed), None)
+    check(streamed, step_arguments(streamed), None)
 
 
 def test_processes_on_one_machine_share_its_memory(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.plan.preflight.here", lambda free: replace(here(), memory=0.8 * GIB))
+    monkeypatch.setattr(
+        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.8 * GIB)
+    )
     recipe = load_recipe(write_recipe(training={"per_device_train_batch_size": 4}))
-    arguments = arguments_of(recipe)
+    arguments = step_arguments(recipe)
     check(recipe, arguments, None)
     monkeypatch.setattr("finetune.plan.preflight.advice", lambda *_: [("training.max_length=64", 1)])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -645,8 +654,8 @@ def test_a_limit_of_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(devices._limits(tmp_path / "top", tmp_path / "nowhere")) == []
     monkeypatch.setattr(devices, "_limits", lambda: limits)
     if limits:
-        assert devices.machine() == (limits[0][0], limits[0][0] - limits[0][1])
-        assert here(free=True).memory == limits[0][0] - limits[0][1]
+        assert devices.machine_memory() == (limits[0][0], limits[0][0] - limits[0][1])
+        assert this_machine(free=True).memory == limits[0][0] - limits[0][1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -694,7 +703,7 @@ def test_a_peak_on_a_card(
     from finetune.model.load import load_tokenizer
     from finetune.model.locate import locate
 
-    config = config_of(ModelSection(name_or_path=base))
+    config = base_config(ModelSection(name_or_path=base))
     folder = tmp_path / "base"
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -718,8 +727,8 @@ def test_a_peak_on_a_card(
     torch.cuda.reset_peak_memory_stats()
     train(recipe)
     peak = torch.cuda.max_memory_allocated()
-    made = plan(recipe, here())
-    need = made.fit.need
+    made = plan(recipe, this_machine())
+    need = made.fit.required
     assert need is not None
     computed = need.total - need.parts["context"] - need.parts["fragments"]
     print(f"| {torch.cuda.get_device_name()} | {base} | {computed / GIB:.2f} | {peak / GIB:.2f} |")

@@ -115,7 +115,7 @@ def _plan(args: argparse.Namespace) -> int:
         from finetune.recipe.load import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
-        card = configs.card_of(args.gpu) if args.gpu else None
+        card = configs.gpu_named(args.gpu) if args.gpu else None
         made = run.plan(recipe, card, args.gpus, say=_quiet if args.quiet else _say)
         if args.measure:
             made.measured = timing.measure(args.recipe, args.overrides, _quiet if args.quiet else _say)

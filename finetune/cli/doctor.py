@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.system import devices
-from finetune.system.devices import GIB, machine
+from finetune.system.devices import GIB, machine_memory
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 # What a first base model, its cache and a run take.
@@ -188,7 +188,7 @@ def _four_bit() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    total, free = machine()
+    total, free = machine_memory()
     line = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     short = free < 4 * GIB
     yield Finding(

@@ -32,7 +32,7 @@ from finetune.model.provenance import adapter_base, environment_of
 from finetune.recipe.export_formats import GGUF_ALL, SHOWN
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection, ModelSection
-from finetune.system.devices import machine
+from finetune.system.devices import machine_memory
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
 from finetune.system.files import digest, file_of, whole_folder, write_whole
 from finetune.system.terminal import Say
@@ -260,7 +260,7 @@ def _exact(whole: Path, job: Job) -> Job:
     """The model in float32, as llama.cpp computes, which GGUF files are held against; where that fits into memory."""
     size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
     width = 4 if job.dtype == "float32" else 2
-    if width == 4 or size * 4 / width * 1.3 > machine()[1]:
+    if width == 4 or size * 4 / width * 1.3 > machine_memory()[1]:
         return job
     return Job(f"{job.name}, in float32", whole, "float32")
 

@@ -1,6 +1,6 @@
 """What a recipe needs before it is run: memory by part, whether it fits, what to change, time per step.
 
->>> plan(load_recipe("recipes/qlora_ultrachat.yaml"), CARDS["4090"])
+>>> plan(load_recipe("recipes/qlora_ultrachat.yaml"), GPUS["4090"])
 """
 
 from typing import TYPE_CHECKING

@@ -9,36 +9,36 @@ from typing import Any
 import torch
 
 from finetune.model import compatibility
-from finetune.plan.predict import STRIDE, Predictor, Setting, of_length, of_rows
+from finetune.plan.predict import STRIDE, Predictor, StepSettings, with_length, with_rows
 from finetune.plan.step import dtypes
 from finetune.recipe.load import Recipe
 from finetune.system import devices
-from finetune.system.devices import Card
+from finetune.system.devices import Hardware
 from finetune.system.errors import ModelError
 
 # Optimizers that cannot step on weights in parts, beside those in 8 bit (`launch.check_launch`).
 _WHOLE = ("adafactor", "lion", "ademamix", "paged")
 # Overrides, and what they make of a setting.
-_Step = tuple[list[str], Callable[[Setting], Setting]]
+_Step = tuple[list[str], Callable[[StepSettings], StepSettings]]
 _LORA = {"target_modules": "all-linear", "trainable_token_indices": "auto", "r": 16, "lora_alpha": 16}
 _BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def advice(own: Predictor, setting: Setting, card: Card) -> list[tuple[str, int]]:
+def advice(own: Predictor, setting: StepSettings, card: Hardware) -> list[tuple[str, int]]:
     """Up to three changes of which each makes it fit, and the bytes with it; those first that change the result least.
 
     On several cards what each of them holds.
     """
     found: list[tuple[str, int]] = []
     for text, changed in _changes(own, setting, card):
-        if (need := own.need(changed).total) <= card.memory and text not in dict(found):
+        if (need := own.required_memory(changed).total) <= card.memory and text not in dict(found):
             found.append((text, need))
             if len(found) == 3:
                 break
     return found
 
 
-def _changes(own: Predictor, setting: Setting, card: Card) -> Iterator[tuple[str, Setting]]:
+def _changes(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
     steps = list(_steps(own, setting, card))
     if not setting.checkpointing:
         yield _text(steps[0][0]), steps[0][1](setting)
@@ -54,22 +54,22 @@ def _changes(own: Predictor, setting: Setting, card: Card) -> Iterator[tuple[str
         for smaller, its in _smaller(own, now, card):
             yield _text([*done, smaller]), its
     for length in _shorter(setting.batch.length):
-        yield f"training.max_length={length}", of_length(setting, length)
-    if card.cuda and setting.recipe.model.adapter is None:
+        yield f"training.max_length={length}", with_length(setting, length)
+    if card.is_gpu and setting.recipe.model.adapter is None:
         yield from _in_parts(setting, card)
     for length in _shorter(setting.batch.length):
-        smallest = of_length(of_rows(now, 1), length)
+        smallest = with_length(with_rows(now, 1), length)
         yield (
             _text([*done, "training.per_device_train_batch_size=1", f"training.max_length={length}"]),
             smallest,
         )
 
 
-def _steps(own: Predictor, setting: Setting, card: Card) -> Iterator[_Step]:
+def _steps(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[_Step]:
     recipe = setting.recipe
     if not setting.checkpointing:
         yield ["training.gradient_checkpointing=true"], lambda s: replace(s, checkpointing=True)
-    eight = "adamw_8bit" if own.step(setting).paged or not card.cuda else "paged_adamw_8bit"
+    eight = "adamw_8bit" if own.step(setting).paged or not card.is_gpu else "paged_adamw_8bit"
     if "8bit" not in setting.optim and not setting.sharded:  # weights in parts take no such steps
         yield [f"training.optim={eight}"], lambda s: replace(s, optim=eight)
     if recipe.lora is None:
@@ -90,9 +90,9 @@ def _steps(own: Predictor, setting: Setting, card: Card) -> Iterator[_Step]:
         )
 
 
-def _in_parts(setting: Setting, card: Card) -> Iterator[tuple[str, Setting]]:
+def _in_parts(setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
     """On more cards, or on as many in parts."""
-    if (parts := parted(setting, card)) is None:
+    if (parts := with_fsdp(setting, card)) is None:
         return
     for count in (2, 4, 8, 16):
         if count > setting.cards or (count == setting.cards and not setting.sharded):
@@ -100,7 +100,7 @@ def _in_parts(setting: Setting, card: Card) -> Iterator[tuple[str, Setting]]:
             yield _text([head, *(["and", *parts[1]] if parts[1] else [])]), replace(parts[0], cards=count)
 
 
-def parted(setting: Setting, card: Card) -> tuple[Setting, list[str]] | None:
+def with_fsdp(setting: StepSettings, card: Hardware) -> tuple[StepSettings, list[str]] | None:
     """The setting as FSDP takes it, and the overrides that make it so; None where weights cannot be cut."""
     recipe, written = setting.recipe, list[str]()
     if setting.optim.startswith(_WHOLE) or "8bit" in setting.optim or "bnb" in setting.optim:
@@ -116,16 +116,16 @@ def parted(setting: Setting, card: Card) -> tuple[Setting, list[str]] | None:
     return replace(setting, recipe=recipe, sharded=True), written
 
 
-def _storage(recipe: Recipe, card: Card) -> str:
+def _storage(recipe: Recipe, card: Hardware) -> str:
     return str(dtypes(recipe, card.device)[0]).removeprefix("torch.")
 
 
-def _smaller(own: Predictor, setting: Setting, card: Card) -> Iterator[tuple[str, Setting]]:
+def _smaller(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
     """The largest part of the batch that fits, as many more of them a step: the same result."""
     rows = setting.batch.rows
     for part in (n for n in range(2, rows + 1) if rows % n == 0):
-        changed = replace(of_rows(setting, rows // part), accumulation=setting.accumulation * part)
-        if own.need(changed).total <= card.memory:
+        changed = replace(with_rows(setting, rows // part), accumulation=setting.accumulation * part)
+        if own.required_memory(changed).total <= card.memory:
             yield (
                 f"training.per_device_train_batch_size={rows // part} "
                 f"training.gradient_accumulation_steps={setting.accumulation * part}",
@@ -146,7 +146,7 @@ def _text(written: list[str]) -> str:
 # Types
 
 
-def refusal(recipe: Recipe, config: Any, device: devices.Device) -> str:
+def why_unsupported(recipe: Recipe, config: Any, device: devices.Device) -> str:
     """Why the recipe cannot be trained on such a device as it is written; empty where it can."""
     try:
         dtype, _, computes = dtypes(recipe, device)
@@ -159,7 +159,7 @@ def refusal(recipe: Recipe, config: Any, device: devices.Device) -> str:
     return ""
 
 
-def lawful(recipe: Recipe, device: devices.Device) -> tuple[Recipe, list[str]]:
+def supported_variant(recipe: Recipe, device: devices.Device) -> tuple[Recipe, list[str]]:
     """The recipe in types and attention that the device computes in, and the overrides that make it so."""
     model, training, bits = recipe.model, dict(recipe.training), dict(recipe.quantization or {})
     wrong, right = ("float16", "float32") if device.capability is None else ("bfloat16", "float16")

@@ -9,35 +9,35 @@ from typing import Any
 
 from finetune.model.load import load_config
 from finetune.recipe.schema import ModelSection
-from finetune.system.devices import CARDS, Card, of_size
+from finetune.system.devices import GPUS, Hardware, gpu_of_size
 from finetune.system.errors import PlanError
 from finetune.system.terminal import quiet
 
 
-def card_of(name: str) -> Card:
+def gpu_named(name: str) -> Hardware:
     """A card by its name, or one of so many GB.
 
     Raises:
         PlanError: There is none of that name.
     """
-    if name.lower() in CARDS:
-        return CARDS[name.lower()]
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
     try:
         size = float(name.lower().removesuffix("gb"))
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise PlanError(f"--gpu: is {name}; write one of {', '.join(CARDS)}, or a size in GB, such as 24")
-    return of_size(f"{size:g} GB", size)
+        raise PlanError(f"--gpu: is {name}; write one of {', '.join(GPUS)}, or a size in GB, such as 24")
+    return gpu_of_size(f"{size:g} GB", size)
 
 
 @functools.cache
-def _known() -> dict[str, dict[str, Any]]:
+def _shipped_configs() -> dict[str, dict[str, Any]]:
     families = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
     return {name: family["config"] for family in families for name in family["models"]}
 
 
-def config_of(section: ModelSection) -> Any:
+def base_config(section: ModelSection) -> Any:
     """The base's config: shipped numbers of those that are known, else a directory's or the Hub's.
 
     Raises:
@@ -47,8 +47,8 @@ def config_of(section: ModelSection) -> Any:
 
     name = section.name_or_path
     folder = Path(name).expanduser()
-    if name in _known() and section.revision is None and not folder.is_dir():
-        facts = dict(_known()[name])
+    if name in _shipped_configs() and section.revision is None and not folder.is_dir():
+        facts = dict(_shipped_configs()[name])
         return AutoConfig.for_model(facts.pop("model_type"), **facts)
     if (folder / "config.json").is_file():  # its weights may come later
         with quiet():

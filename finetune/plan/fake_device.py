@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from finetune.plan.memory import Tracker
+from finetune.plan.memory import MemoryTracker
 from finetune.train import loss
 
 
 @contextmanager
-def as_on(card: bool, tracker: Tracker) -> Iterator[None]:
+def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
     """What upstream does on a card where it asks for the device.
 
     Fake tensors are on the CPU: torch 2.13 without CUDA ends the process when it takes gradients of fake CUDA tensors.
@@ -42,7 +42,7 @@ def as_on(card: bool, tracker: Tracker) -> Iterator[None]:
     # Our own head's tiles; of its product over the vocabulary the columns are not told apart.
     tiles: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31, "range": few})]
     if not card:
-        with patched(tiles):
+        with patched_attributes(tiles):
             yield
         return
     import bitsandbytes
@@ -90,12 +90,12 @@ def as_on(card: bool, tracker: Tracker) -> Iterator[None]:
             },
         ),
     ]
-    with patched(places):
+    with patched_attributes(places):
         yield
 
 
 @contextmanager
-def patched(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
+def patched_attributes(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
     """Each place has these names in place of its own meanwhile."""
     missing = object()
     before = [(place, name, getattr(place, name, missing)) for place, names in places for name in names]

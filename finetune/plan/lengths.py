@@ -18,14 +18,14 @@ from finetune.system.files import cache_dir
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLengths:
     """Lengths of the prepared rows, and how many tokens of each are trained on; the longest first."""
 
     lengths: Any
     labels: Any
 
     @classmethod
-    def of(cls, dataset: Any) -> Rows:
+    def of(cls, dataset: Any) -> RowLengths:
         """Of a dataset with `input_ids` and `labels`."""
         lengths, labels = [], []
         for table in (
@@ -57,7 +57,7 @@ class Rows:
         return int(np.sort(self.labels)[::-1][:count].sum())
 
 
-def rows_of(recipe: Recipe, say: Callable[[str], None]) -> Rows | None:
+def row_lengths(recipe: Recipe, say: Callable[[str], None]) -> RowLengths | None:
     """The rows that would be trained on; None where they, or the tokenizer, are not on this machine."""
     if not all(_is_file(source) for source in recipe.data.train) or not _has_tokenizer(recipe.model):
         return None
@@ -67,7 +67,7 @@ def rows_of(recipe: Recipe, say: Callable[[str], None]) -> Rows | None:
 
     tokenizer = load_tokenizer(recipe.model)
     data, _ = build(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
-    return Rows.of(data.dataset)
+    return RowLengths.of(data.dataset)
 
 
 def _is_file(source: Any) -> bool:

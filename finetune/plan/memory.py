@@ -24,7 +24,7 @@ _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes alive by part, now and when they were most; and the arithmetic that was done.
 
     A storage counts once, from the operator that made it to its end, which a weak reference tells. It belongs to the

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from finetune.plan.step import Batch, Rehearsed, Taken
+from finetune.plan.step import Batch, FakeModel, StepCost
 from finetune.recipe.load import Recipe
-from finetune.system.devices import GIB, Card
+from finetune.system.devices import GIB, Hardware
 from finetune.system.errors import PlanError
 from finetune.system.terminal import quiet
 
@@ -31,7 +31,7 @@ STRIDE = 64
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSettings:
     """What decides how much memory a step takes, beside the model and the card."""
 
     recipe: Recipe
@@ -44,7 +44,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredMemory:
     """Bytes on one card, part by part, in the order in which they are shown."""
 
     parts: dict[str, int]
@@ -64,7 +64,7 @@ class Predictor:
     tests hold. A model whose layers differ is run whole.
     """
 
-    def __init__(self, config: Any, card: Card, arguments: Any) -> None:
+    def __init__(self, config: Any, card: Hardware, arguments: Any) -> None:
         """For a base's config, a card, and the recipe's `training` as trl takes it.
 
         Raises:
@@ -75,18 +75,18 @@ class Predictor:
                 f"model.name_or_path: is a {config.model_type}, which is no causal language model"
             )
         self.config, self.card, self.arguments = config, card, arguments
-        self._models: dict[tuple[str, int], Rehearsed] = {}
-        self._taken: dict[Any, Taken] = {}
+        self._models: dict[tuple[str, int], FakeModel] = {}
+        self._taken: dict[Any, StepCost] = {}
         self._same: bool | None = None
 
-    def step(self, setting: Setting) -> Taken:
+    def step(self, setting: StepSettings) -> StepCost:
         """A step on one card."""
-        depth, few = int(_text(self.config).num_hidden_layers), len(kinds(self.config)) + 1
+        depth, few = int(_text(self.config).num_hidden_layers), len(layer_types(self.config)) + 1
         if depth <= few + 1 or not self._alike(few):
             return self._run(setting, depth)
-        return _further(self._run(setting, few), self._run(setting, few + 1), depth - few)
+        return _extrapolate(self._run(setting, few), self._run(setting, few + 1), depth - few)
 
-    def need(self, setting: Setting) -> Need:
+    def required_memory(self, setting: StepSettings) -> RequiredMemory:
         """What one card must have for it."""
         taken = self.step(setting)
         if setting.sharded:
@@ -96,7 +96,7 @@ class Predictor:
             parts["copies"] = taken.gradients  # DDP's buckets hold each gradient once more
         return self._beside(parts, taken.paged)
 
-    def _sharded(self, setting: Setting, taken: Taken) -> Need:
+    def _sharded(self, setting: StepSettings, taken: StepCost) -> RequiredMemory:
         """A formula on top of what a step of one card takes: FSDP 2 with each decoder layer, and the rest, as a unit.
 
         Weights, their gradients and what the optimizer keeps are divided by the number of cards. Whole are, in the
@@ -105,7 +105,7 @@ class Predictor:
         """
         count, quantized = setting.cards, setting.recipe.quantization or {}
         whole = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
-        model = self._model(setting.recipe, len(kinds(self.config)) + 1)
+        model = self._model(setting.recipe, len(layer_types(self.config)) + 1)
         computed = 2 if model.computes != "no" else 4
         parts = dict(taken.parts)
         if model.computes == "bf16" and setting.recipe.lora is None and not whole:
@@ -131,33 +131,33 @@ class Predictor:
             parts["gathered"] += layer * 4 // computed  # summed in float32
         return self._beside(parts, 0)
 
-    def _beside(self, parts: dict[str, int], paged: int) -> Need:
+    def _beside(self, parts: dict[str, int], paged: int) -> RequiredMemory:
         steady = ("weights", "adapter", "optimizer")
         moving = sum(size for name, size in parts.items() if name not in steady)
-        if self.card.cuda:
+        if self.card.is_gpu:
             parts |= {"context": _CONTEXT, "fragments": int(moving * _FRAGMENTS)}
         else:
             parts["process"] = _PROCESS
-        return Need({name: size for name, size in parts.items() if size > 0}, paged)
+        return RequiredMemory({name: size for name, size in parts.items() if size > 0}, paged)
 
     def _alike(self, few: int) -> bool:
         """Whether each layer has as many parameters as any other, so that a few speak for all."""
         if self._same is None:
-            sizes = [_parameters(_cut(self.config, depth)) for depth in (few, few + 1)]
+            sizes = [_parameters(_with_layers(self.config, depth)) for depth in (few, few + 1)]
             depth = int(_text(self.config).num_hidden_layers)
             grown = sizes[0] + (sizes[1] - sizes[0]) * (depth - few)
             self._same = grown == _parameters(self.config)
         return self._same
 
-    def _model(self, recipe: Recipe, depth: int) -> Rehearsed:
+    def _model(self, recipe: Recipe, depth: int) -> FakeModel:
         key = (recipe.to_yaml(), depth)
         if key not in self._models:
-            self._models[key] = Rehearsed(
-                recipe, _cut(self.config, depth), self.card.device, self.card.cuda, self.arguments
+            self._models[key] = FakeModel(
+                recipe, _with_layers(self.config, depth), self.card.device, self.card.is_gpu, self.arguments
             )
         return self._models[key]
 
-    def _run(self, setting: Setting, depth: int) -> Taken:
+    def _run(self, setting: StepSettings, depth: int) -> StepCost:
         model = self._model(setting.recipe, depth)
         key = (id(model), setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1)
         if key not in self._taken:
@@ -191,7 +191,7 @@ class Predictor:
         )
 
 
-def of_rows(setting: Setting, rows: int) -> Setting:
+def with_rows(setting: StepSettings, rows: int) -> StepSettings:
     """With a batch of so many rows, trained on as those are."""
     padded = rows > 1 and not setting.batch.packed
     share = setting.batch.trained
@@ -199,7 +199,7 @@ def of_rows(setting: Setting, rows: int) -> Setting:
     return replace(setting, batch=replace(setting.batch, rows=rows, padded=padded, trained=trained))
 
 
-def of_length(setting: Setting, length: int) -> Setting:
+def with_length(setting: StepSettings, length: int) -> StepSettings:
     """With rows of so many tokens."""
     share = setting.batch.trained
     trained = None if share is None else math.ceil(share * length / setting.batch.length)
@@ -210,7 +210,7 @@ def _text(config: Any) -> Any:
     return config.get_text_config()
 
 
-def kinds(config: Any) -> list[str]:
+def layer_types(config: Any) -> list[str]:
     """The kinds of layers that a model has, as its config names them, in the order in which they come."""
     return list(dict.fromkeys(getattr(_text(config), "layer_types", None) or ["all"]))
 
@@ -221,7 +221,7 @@ def _parameters(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _cut(config: Any, depth: int) -> Any:
+def _with_layers(config: Any, depth: int) -> Any:
     """The config with so many layers, of each kind at least one."""
     config = copy.deepcopy(config)
     text = _text(config)
@@ -230,14 +230,14 @@ def _cut(config: Any, depth: int) -> Any:
         return config
     text.num_hidden_layers = depth
     if types := getattr(text, "layer_types", None):
-        text.layer_types = (kinds(config) + [types[0]] * depth)[:depth]
+        text.layer_types = (layer_types(config) + [types[0]] * depth)[:depth]
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == layers and name != "layer_types":
             setattr(text, name, value[:depth])
     return config
 
 
-def _further(one: Taken, two: Taken, layers: int) -> Taken:
+def _extrapolate(one: StepCost, two: StepCost, layers: int) -> StepCost:
     """From a step, and one with a layer more, a step with so many layers more than the first."""
 
     def grow(a: float, b: float) -> int:
@@ -246,7 +246,7 @@ def _further(one: Taken, two: Taken, layers: int) -> Taken:
     def parts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
         return {name: grow(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
 
-    return Taken(
+    return StepCost(
         {phase: parts(one.phases[phase], two.phases[phase]) for phase in one.phases},
         parts(one.kept, two.kept),
         grow(one.paged, two.paged),

@@ -9,13 +9,13 @@ from typing import Any
 
 from finetune.model.flops import EXPERTS, first
 from finetune.plan.advice import advice
-from finetune.plan.configs import config_of
-from finetune.plan.lengths import Rows
-from finetune.plan.predict import Predictor, Setting
-from finetune.plan.run import setting_of
+from finetune.plan.configs import base_config
+from finetune.plan.lengths import RowLengths
+from finetune.plan.predict import Predictor, StepSettings
+from finetune.plan.run import step_settings
 from finetune.recipe.load import Recipe
 from finetune.system import distributed
-from finetune.system.devices import GIB, Card, here
+from finetune.system.devices import GIB, Hardware, this_machine
 from finetune.system.errors import PlanError
 
 # What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
@@ -36,8 +36,8 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     Raises:
         PlanError: With what to change.
     """
-    card = here(free=True)
-    if not card.cuda:  # processes on one machine share its memory
+    card = this_machine(free=True)
+    if not card.is_gpu:  # processes on one machine share its memory
         card = replace(card, memory=card.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         lacks = _lacks(recipe, arguments, dataset, card)
@@ -50,21 +50,21 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     write = " or ".join(found) or "a smaller model.name_or_path"
     raise PlanError(
         f"{each} needs about {total / GIB:.1f} GiB, and {card.name} has {card.memory / GIB:.1f} GiB free"
-        f"{'' if card.cuda or distributed.count() == 1 else ' for it'}. "
+        f"{'' if card.is_gpu or distributed.count() == 1 else ' for it'}. "
         f"Write {write}; finetune plan {Path(recipe.path)} shows what takes it, --force goes on"
     )
 
 
-def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Card) -> tuple[float, list[str]] | None:
+def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Hardware) -> tuple[float, list[str]] | None:
     """The bytes that are needed where they are not there, and what to change; None where they are."""
-    config = config_of(recipe.model)
-    rows = Rows.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
-    setting = setting_of(recipe, arguments, rows)
+    config = base_config(recipe.model)
+    rows = RowLengths.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
+    setting = step_settings(recipe, arguments, rows)
     if _small(config, setting, card):
         return None
     own = Predictor(config, card, arguments)
     setting = replace(setting, cards=distributed.count(), sharded=distributed.sharded())
-    need = own.need(setting)
+    need = own.required_memory(setting)
     # The context is there already.
     total = need.total - need.parts.get("context", 0) - need.parts.get("process", 0)
     if total * _DOUBT <= card.memory:
@@ -72,7 +72,7 @@ def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Card) -> tuple[fl
     return total, [text for text, _ in advice(own, setting, card)]
 
 
-def _small(config: Any, setting: Setting, card: Card) -> bool:
+def _small(config: Any, setting: StepSettings, card: Hardware) -> bool:
     text = config.get_text_config()
     width, depth = text.hidden_size, text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.plan.run import MOST_ROWS, Fit, Plan
+from finetune.plan.run import MOST_ROWS, HardwareFit, MemoryPlan
 from finetune.system.devices import GIB
 
 # The parts in the order in which they are shown, and how each figure was found.
@@ -28,11 +28,11 @@ _SHARE, _SHARE_QUANTIZED = (0.25, 0.5), (0.15, 0.4)
 _ASKED = (5e-6, 25e-6)
 
 
-def seconds(plan: Plan) -> tuple[float, float] | None:
+def seconds(plan: MemoryPlan) -> tuple[float, float] | None:
     """Of a step, from and to; None where the card's speed is not known. A step has a batch for each accumulation."""
     if plan.measured:
         return min(plan.measured), max(plan.measured)
-    speed = plan.fit.card.speed(plan.computes)
+    speed = plan.fit.hardware.tflops(plan.computes)
     if not speed:
         return None
     low, high = _SHARE if plan.recipe.quantization is None else _SHARE_QUANTIZED
@@ -43,14 +43,14 @@ def seconds(plan: Plan) -> tuple[float, float] | None:
     )
 
 
-def _filled(plan: Plan) -> float:
+def _filled(plan: MemoryPlan) -> float:
     """How long a row is on average, as a share of the longest; 1 where that is not known, or where rows are packed."""
     if plan.rows is None or plan.setting.batch.packed:
         return 1.0
     return plan.rows.tokens / plan.rows.count / plan.rows.longest
 
 
-def as_text(plan: Plan) -> list[str]:
+def as_text(plan: MemoryPlan) -> list[str]:
     """The plan in lines."""
     setting, batch, fit = plan.setting, plan.setting.batch, plan.fit
     model = plan.recipe.model.name_or_path
@@ -64,16 +64,18 @@ def as_text(plan: Plan) -> list[str]:
         f"{model}: {kind}, {setting.optim}, {checkpointing} gradient checkpointing",
         f"longest batch: {batch.rows} x {batch.length:,} tokens ({source})",
         "",
-        f"{'GiB on ' + fit.card.name:<52}{'computed':>10}",
+        f"{'GiB on ' + fit.hardware.name:<52}{'computed':>10}",
     ]
-    assert fit.need is not None
+    assert fit.required is not None
     for name, text in _PARTS.items():
-        if name in fit.need.parts:
-            lines.append(f"  {text:<50}{fit.need.parts[name] / GIB:>10.2f}")
-    lines.append(f"  {'at most':<50}{fit.need.total / GIB:>10.2f}")
-    lines.append(f"  {'there':<50}{fit.card.memory / GIB:>10.2f}")
-    if fit.need.paged:
-        paged = f"{fit.need.paged / GIB:.2f} GiB of the optimizer are paged: they leave a card that is full"
+        if name in fit.required.parts:
+            lines.append(f"  {text:<50}{fit.required.parts[name] / GIB:>10.2f}")
+    lines.append(f"  {'at most':<50}{fit.required.total / GIB:>10.2f}")
+    lines.append(f"  {'there':<50}{fit.hardware.memory / GIB:>10.2f}")
+    if fit.required.paged:
+        paged = (
+            f"{fit.required.paged / GIB:.2f} GiB of the optimizer are paged: they leave a card that is full"
+        )
         lines.append(f"  {paged}")
     lines += ["", *_verdict(fit, plan.cards)]
     lines += [_of_several(other) for other in plan.layout]
@@ -97,25 +99,27 @@ def as_text(plan: Plan) -> list[str]:
     return lines
 
 
-def _verdict(fit: Fit, cards: int) -> list[str]:
-    assert fit.need is not None
-    name, lines = fit.card.name if cards == 1 else f"one {fit.card.name} alone", []
+def _verdict(fit: HardwareFit, cards: int) -> list[str]:
+    assert fit.required is not None
+    name, lines = fit.hardware.name if cards == 1 else f"one {fit.hardware.name} alone", []
     if fit.refused:
-        lines.append(f"does not run on {fit.card.name} as it is written: {fit.refused}")
+        lines.append(f"does not run on {fit.hardware.name} as it is written: {fit.refused}")
         lines.append(f"with {' '.join(fit.instead)} (the figures above) it")
     if fit.holds:
         most = f": largest batch {_batch(fit.rows)}" if fit.rows else ""
         most += f", or rows of {fit.length:,} tokens at this batch" if fit.length else ""
         lines.append(f"fits {name}{most}")
     else:
-        lines.append(f"does not fit {name}: {(fit.need.total - fit.card.memory) / GIB:.2f} GiB too much")
+        lines.append(
+            f"does not fit {name}: {(fit.required.total - fit.hardware.memory) / GIB:.2f} GiB too much"
+        )
     return lines if len(lines) == 1 else [lines[0], " ".join(lines[1:])]
 
 
-def _of_several(fit: Fit) -> str:
-    if fit.need is None:
+def _of_several(fit: HardwareFit) -> str:
+    if fit.required is None:
         return f"{fit.how}: no, {fit.refused}"
-    size, verdict = fit.need.total / GIB, "fits" if fit.holds else "does not fit"
+    size, verdict = fit.required.total / GIB, "fits" if fit.holds else "does not fit"
     written = f" with {' '.join(fit.instead)}" if fit.instead else ""
     return f"{fit.how}: {size:.2f} GiB on each card, {verdict}{written} (a formula on top of the parts above)"
 
@@ -124,10 +128,10 @@ def _batch(rows: int) -> str:
     return f"{rows:,}" if rows < MOST_ROWS else f"{rows:,} or more"
 
 
-def _time(plan: Plan) -> list[str]:
+def _time(plan: MemoryPlan) -> list[str]:
     found = seconds(plan)
     if found is None:
-        return [f"time: the speed of {plan.fit.card.name} is not known; --measure takes three steps here"]
+        return [f"time: the speed of {plan.fit.hardware.name} is not known; --measure takes three steps here"]
     low, high = found
     how = "measured here" if plan.measured else "computed: a quarter to a half of the card's matrix speed"
     if not plan.measured and plan.recipe.quantization is not None:
@@ -164,16 +168,16 @@ def _duration(value: float) -> str:
     return f"{value / unit:.1f} {name}" if value < 10 * unit else f"{value / unit:,.0f} {name}"
 
 
-def _row(fit: Fit) -> str:
-    head = f"{fit.card.name:<10}{fit.card.memory / GIB:>8.1f}"
-    if fit.need is None:
+def _row(fit: HardwareFit) -> str:
+    head = f"{fit.hardware.name:<10}{fit.hardware.memory / GIB:>8.1f}"
+    if fit.required is None:
         return f"{head}{'':>8}  no: {fit.refused}"
     mark = "*" if fit.instead else ""
     fits = ("yes" if fit.holds else "no") + mark
-    return f"{head}{fit.need.total / GIB:>8.1f}  {fits:<6}{_batch(fit.rows) if fit.rows else '-':>14}"
+    return f"{head}{fit.required.total / GIB:>8.1f}  {fits:<6}{_batch(fit.rows) if fit.rows else '-':>14}"
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: MemoryPlan) -> dict[str, Any]:
     """The plan as plain data; bytes and seconds."""
     batch, found = plan.setting.batch, seconds(plan)
     return {
@@ -192,11 +196,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _as_json(fit: Fit) -> dict[str, Any]:
-    need = fit.need
+def _as_json(fit: HardwareFit) -> dict[str, Any]:
+    need = fit.required
     return {
-        "name": fit.card.name,
-        "memory": int(fit.card.memory),
+        "name": fit.hardware.name,
+        "memory": int(fit.hardware.memory),
         "fits": fit.fits,
         "refused": fit.refused or None,
         "instead": fit.instead,

@@ -9,13 +9,21 @@ from typing import Any
 
 from trl import SFTConfig
 
-from finetune.plan.advice import advice, lawful, parted, refusal
-from finetune.plan.configs import config_of
-from finetune.plan.lengths import Rows, rows_of
-from finetune.plan.predict import STRIDE, Need, Predictor, Setting, kinds, of_length, of_rows
+from finetune.plan.advice import advice, supported_variant, why_unsupported, with_fsdp
+from finetune.plan.configs import base_config
+from finetune.plan.lengths import RowLengths, row_lengths
+from finetune.plan.predict import (
+    STRIDE,
+    Predictor,
+    RequiredMemory,
+    StepSettings,
+    layer_types,
+    with_length,
+    with_rows,
+)
 from finetune.plan.step import Batch, dtypes
 from finetune.recipe.load import Recipe
-from finetune.system.devices import CARDS, Card, here
+from finetune.system.devices import GPUS, Hardware, this_machine
 from finetune.system.errors import ModelError, PlanError
 from finetune.system.terminal import Say, quiet
 
@@ -51,11 +59,11 @@ _MEMORY = [
 
 
 @dataclass
-class Fit:
+class HardwareFit:
     """A card, what it must have, and what it could hold beside."""
 
-    card: Card
-    need: Need | None
+    hardware: Hardware
+    required: RequiredMemory | None
     refused: str = ""  # why the recipe, as it is written, cannot run on it at all
     instead: list[str] = field(default_factory=list)  # the overrides with which it can, of which `need` is
     rows: int = 0  # the largest batch of the recipe's length
@@ -65,7 +73,7 @@ class Fit:
     @property
     def holds(self) -> bool:
         """Whether its memory does; with `instead`, where the recipe is refused."""
-        return self.need is not None and self.need.total <= self.card.memory
+        return self.required is not None and self.required.total <= self.hardware.memory
 
     @property
     def fits(self) -> bool:
@@ -74,16 +82,16 @@ class Fit:
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """What is known of a recipe before it is run."""
 
     recipe: Recipe
-    setting: Setting
-    rows: Rows | None  # None where the rows are not at hand
-    fit: Fit  # the card that was asked for
-    others: list[Fit]  # each known card
+    setting: StepSettings
+    rows: RowLengths | None  # None where the rows are not at hand
+    fit: HardwareFit  # the card that was asked for
+    others: list[HardwareFit]  # each known card
     advice: list[tuple[str, int]] = field(default_factory=list)  # a change, and the bytes with it
-    layout: list[Fit] = field(default_factory=list)  # of several cards, each way to use them
+    layout: list[HardwareFit] = field(default_factory=list)  # of several cards, each way to use them
     flops: float = 0.0  # of the longest batch
     operators: int = 0  # of any batch
     steps: int | None = None
@@ -97,7 +105,7 @@ class Plan:
         return any(fit.fits for fit in self.layout or [self.fit])
 
 
-def arguments_of(recipe: Recipe) -> SFTConfig:
+def step_arguments(recipe: Recipe) -> SFTConfig:
     """What decides about memory and steps of the recipe's `training`, as trl takes it, without asking for a device."""
     values = {name: recipe.training[name] for name in _MEMORY if name in recipe.training}
     if values.get("padding_free") and not values.get("packing"):
@@ -106,7 +114,7 @@ def arguments_of(recipe: Recipe) -> SFTConfig:
         return SFTConfig(**values, report_to="none", use_cpu=True, bf16=False)
 
 
-def setting_of(recipe: Recipe, arguments: Any, rows: Rows | None) -> Setting:
+def step_settings(recipe: Recipe, arguments: Any, rows: RowLengths | None) -> StepSettings:
     """The recipe's own longest batch and settings."""
     count = int(arguments.per_device_train_batch_size)
     packs = bool(arguments.packing)
@@ -122,7 +130,7 @@ def setting_of(recipe: Recipe, arguments: Any, rows: Rows | None) -> Setting:
     trained = rows.trained(count) if rows is not None and not packs else None
     batch = Batch(count, length, padded=count > 1 and not flat, packed=flat, trained=trained)
     optim = str(getattr(arguments.optim, "value", arguments.optim))
-    return Setting(
+    return StepSettings(
         recipe,
         batch,
         optim,
@@ -133,11 +141,11 @@ def setting_of(recipe: Recipe, arguments: Any, rows: Rows | None) -> Setting:
 
 def plan(
     recipe: Recipe,
-    card: Card | None = None,
+    card: Hardware | None = None,
     cards: int = 1,
     say: Say = lambda line: None,
     use_rows: bool = True,
-) -> Plan:
+) -> MemoryPlan:
     """What the recipe needs on a card, and on each known one.
 
     Args:
@@ -151,32 +159,32 @@ def plan(
         PlanError, ModelError: The card cannot compute as the recipe says, in no other type either, or the base is not
             known.
     """
-    card = card or here()
-    arguments, config = arguments_of(recipe), config_of(recipe.model)
-    rows = rows_of(recipe, say) if use_rows else None
-    written = setting_of(recipe, arguments, rows)
+    card = card or this_machine()
+    arguments, config = step_arguments(recipe), base_config(recipe.model)
+    rows = row_lengths(recipe, say) if use_rows else None
+    written = step_settings(recipe, arguments, rows)
     predictors: dict[Any, Predictor] = {}
 
-    def on(place: Card) -> tuple[Predictor, Setting, Fit]:
+    def on(place: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
         """What answers for a card, the recipe in types that it computes in, and a fit to be filled."""
-        refused, its, instead = refusal(recipe, config, place.device), recipe, list[str]()
+        refused, its, instead = why_unsupported(recipe, config, place.device), recipe, list[str]()
         if refused:
-            its, instead = lawful(recipe, place.device)
-            if refusal(its, config, place.device):
+            its, instead = supported_variant(recipe, place.device)
+            if why_unsupported(its, config, place.device):
                 raise ModelError(refused)
-        kind = (place.cuda, dtypes(its, place.device))
+        kind = (place.is_gpu, dtypes(its, place.device))
         if kind not in predictors:
             predictors[kind] = Predictor(config, place, arguments)
-        return predictors[kind], replace(written, recipe=its), Fit(place, None, refused, instead)
+        return predictors[kind], replace(written, recipe=its), HardwareFit(place, None, refused, instead)
 
     own, setting, fit = on(card)
-    fit.need = own.need(setting)
+    fit.required = own.required_memory(setting)
     if cards == 1:
         fit.rows = _largest_batch(own, setting, card, sure=True)
         fit.length = _longest_row(own, setting, card, config)
     computes = dtypes(setting.recipe, card.device)[2]
     step = own.step(setting)
-    made = Plan(
+    made = MemoryPlan(
         recipe,
         setting,
         rows,
@@ -189,41 +197,41 @@ def plan(
     )
     if cards > 1:
         ddp = replace(setting, cards=cards)
-        made.layout.append(replace(fit, need=own.need(ddp), how="ddp"))
+        made.layout.append(replace(fit, required=own.required_memory(ddp), how="ddp"))
         made.layout.append(_in_parts(own, ddp, replace(fit, how="fsdp")))
     if rows is not None:
         made.steps = _steps(arguments, rows, recipe, cards)
     elif arguments.max_steps > 0:
         made.steps = int(arguments.max_steps)
-    for other in CARDS.values():
+    for other in GPUS.values():
         try:
             its, asked, found = on(other)
             asked = replace(asked, cards=cards)
-            if cards > 1 and (parts := parted(asked, other)):
+            if cards > 1 and (parts := with_fsdp(asked, other)):
                 asked, more = parts
                 found.instead = found.instead + more
-            found.need, found.rows = its.need(asked), _largest_batch(its, asked, other)
+            found.required, found.rows = its.required_memory(asked), _largest_batch(its, asked, other)
         except (ModelError, PlanError) as error:
-            found = Fit(other, None, str(error))
+            found = HardwareFit(other, None, str(error))
         made.others.append(found)
     if not any(each.holds for each in made.layout or [fit]):
         asked, more = replace(setting, cards=cards), list[str]()
-        if cards > 1 and (parts := parted(asked, card)):
+        if cards > 1 and (parts := with_fsdp(asked, card)):
             asked, more = parts
         start = [*fit.instead, *more]
         made.advice = [(" ".join([*start, text]), need) for text, need in advice(own, asked, card)]
     return made
 
 
-def _in_parts(own: Predictor, setting: Setting, fit: Fit) -> Fit:
-    if (parts := parted(setting, fit.card)) is None:
-        return replace(fit, need=None, refused="8-bit weights cannot be cut into parts")
+def _in_parts(own: Predictor, setting: StepSettings, fit: HardwareFit) -> HardwareFit:
+    if (parts := with_fsdp(setting, fit.hardware)) is None:
+        return replace(fit, required=None, refused="8-bit weights cannot be cut into parts")
     asked, more = parts
     refused = fit.refused or ("not launched as it is written" if more else "")
-    return replace(fit, need=own.need(asked), refused=refused, instead=fit.instead + more)
+    return replace(fit, required=own.required_memory(asked), refused=refused, instead=fit.instead + more)
 
 
-def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
+def _steps(arguments: Any, rows: RowLengths, recipe: Recipe, cards: int) -> int:
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     count = rows.count
@@ -235,24 +243,24 @@ def _steps(arguments: Any, rows: Rows, recipe: Recipe, cards: int) -> int:
     return math.ceil(steps * epochs)
 
 
-def _largest_batch(own: Predictor, setting: Setting, card: Card, sure: bool = False) -> int:
+def _largest_batch(own: Predictor, setting: StepSettings, card: Hardware, sure: bool = False) -> int:
     """The largest batch that fits; `MOST_ROWS` stands for any; `sure`: the next one is tried, too."""
 
     def total(rows: int) -> int:
-        return own.need(of_rows(setting, rows)).total
+        return own.required_memory(with_rows(setting, rows)).total
 
     return _edge(total, card.memory, max(2, setting.batch.rows), MOST_ROWS, tries=3 if sure else 0)
 
 
-def _longest_row(own: Predictor, setting: Setting, card: Card, config: Any) -> int:
+def _longest_row(own: Predictor, setting: StepSettings, card: Hardware, config: Any) -> int:
     """The longest rows of the recipe's batch that fit, in steps of 64 tokens, and that the base knows."""
     text = config.get_text_config()
-    if set(kinds(config)) - {"all", "full_attention", "sliding_attention", "chunked_attention"}:
+    if set(layer_types(config)) - {"all", "full_attention", "sliding_attention", "chunked_attention"}:
         return 0  # a state goes from block to block of a row: long ones would be looked at for minutes
     most = int(getattr(text, "max_position_embeddings", 0) or 8192) // STRIDE
 
     def total(strides: int) -> int:
-        return own.need(of_length(setting, strides * STRIDE)).total
+        return own.required_memory(with_length(setting, strides * STRIDE)).total
 
     start = min(most, max(1, setting.batch.length // STRIDE))
     return _edge(total, card.memory, start, most, tries=1) * STRIDE

@@ -18,8 +18,8 @@ from transformers.quantizers import AutoHfQuantizer
 from finetune.model import compatibility, precision
 from finetune.model.precision import mixed_precision_of
 from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices
-from finetune.plan.fake_device import as_on, patched
-from finetune.plan.memory import PAGED, Tracker
+from finetune.plan.fake_device import emulate_device, patched_attributes
+from finetune.plan.memory import PAGED, MemoryTracker
 from finetune.recipe.load import Recipe
 from finetune.system import devices
 from finetune.system.errors import PlanError
@@ -39,7 +39,7 @@ class Batch:
 
 
 @dataclass
-class Taken:
+class StepCost:
     """Bytes of a step, and its work."""
 
     # Of each phase of a step its maximum, part by part: which phase takes most, changes with the number of layers.
@@ -180,7 +180,7 @@ def _fake_parameter(module: Any, parameter: Any, dtype: torch.dtype) -> Any:
     )
 
 
-class Rehearsed:
+class FakeModel:
     """A model that is run on one batch after another, each time as if it were the first."""
 
     def __init__(
@@ -257,15 +257,15 @@ class Rehearsed:
             f"model.name_or_path: is a {self.causal.config.model_type}, whose layers are not found here"
         )
 
-    def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> Taken:
+    def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> StepCost:
         """What a step takes once the optimizer has its state; `accumulates`: with gradients of a batch before."""
         self.checkpoint(checkpointing)
-        tracker = Tracker(self.card, batch.trained)
+        tracker = MemoryTracker(self.card, batch.trained)
         arguments = copy.copy(self.arguments)
         arguments.optim = optim
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = kind([p for p in self.model.parameters() if p.requires_grad], **options)
-        with self.mode, as_on(self.card, tracker), tracker:
+        with self.mode, emulate_device(self.card, tracker), tracker:
             trained = self._weights(tracker)
             uses = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
             tracker.tied = {p.shape for p in trained if uses[id(p)] > 1}
@@ -288,13 +288,13 @@ class Rehearsed:
             tracker.end()
         paged, gradients = kept.pop(PAGED, 0), sum(p.numel() * p.element_size() for p in trained)
         count = sum(p.numel() for p in trained)
-        taken = Taken(tracker.phases, kept, paged, tracker.flops, count, gradients, tracker.operators)
+        taken = StepCost(tracker.phases, kept, paged, tracker.flops, count, gradients, tracker.operators)
         for parameter in trained:
             parameter.grad = None
         del optimizer
         return taken
 
-    def _weights(self, tracker: Tracker) -> list[torch.nn.Parameter]:
+    def _weights(self, tracker: MemoryTracker) -> list[torch.nn.Parameter]:
         """Counts all that the model holds; returns what is trained of it."""
         for name, parameter in self.model.named_parameters():
             frozen_or_whole = self.recipe.lora is None or not (parameter.requires_grad or "lora_" in name)
@@ -312,7 +312,7 @@ class Rehearsed:
             tracker.add(buffer, "weights")
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _first_step(self, optimizer: Any, trained: list[Any], tracker: Tracker) -> None:
+    def _first_step(self, optimizer: Any, trained: list[Any], tracker: MemoryTracker) -> None:
         """Leaves the optimizer with its state."""
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -329,7 +329,7 @@ class Rehearsed:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _pass(self, batch: Batch, tracker: Tracker, trained: list[Any]) -> None:
+    def _pass(self, batch: Batch, tracker: MemoryTracker, trained: list[Any]) -> None:
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.move(p.grad, "gradients")) for p in trained
         ]
@@ -349,13 +349,13 @@ class Rehearsed:
         elif batch.padded:
             inputs["attention_mask"] = torch.empty(shape, dtype=torch.int64)
         try:
-            with autocast, patched(alone):
+            with autocast, patched_attributes(alone):
                 out = self.model(**inputs, fused_lm_head=True, num_items_in_batch=torch.tensor(1))
                 with tracker.within("head"):
                     total = -out.log_probs.sum() / 1.0
                     del out
             tracker.part = "head"
-            with patched(alone):  # for layers that are computed again
+            with patched_attributes(alone):  # for layers that are computed again
                 total.backward()
         finally:
             for hook in hooks:
@@ -363,7 +363,7 @@ class Rehearsed:
             tracker.part = "activations"
 
 
-def _hooks(decoder: Any, first: Any, tracker: Tracker) -> list[Any]:
+def _hooks(decoder: Any, first: Any, tracker: MemoryTracker) -> list[Any]:
     """Tell the tracker which part is at work."""
     before: list[str] = []
 

@@ -36,72 +36,77 @@ def device_of(place: str | None = None) -> Device:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A place to train on.
+class Hardware:
+    """A GPU, or the CPU of this machine, to train on.
 
-    `memory` is in bytes, as torch counts it, the driver's share taken off. Speeds are dense matrix products in TFLOP
-    per second, of 16-bit and of 32-bit numbers; 0 where they are not known.
+    Attributes:
+        name: Its name in `GPUS`, or the driver's name.
+        memory: In bytes, as torch counts it, without the driver's share.
+        device: What it computes in.
+        tflops_16bit: TFLOP/s of dense matrix products of 16-bit numbers; 0 where it is not known.
+        tflops_32bit: The same of 32-bit numbers.
     """
 
     name: str
     memory: float
     device: Device
-    fast: float = 0.0
-    slow: float = 0.0
+    tflops_16bit: float = 0.0
+    tflops_32bit: float = 0.0
 
     @property
-    def cuda(self) -> bool:
-        """Whether it is a CUDA card, and not a CPU."""
+    def is_gpu(self) -> bool:
+        """True for a CUDA GPU, False for a CPU."""
         return self.device.capability is not None
 
-    def speed(self, computes: str) -> float:
-        """TFLOP per second of products in accelerate's word for a type: no, fp16, bf16; 0 where it is not known."""
-        return self.slow if computes == "no" else self.fast
+    def tflops(self, mixed_precision: str) -> float:
+        """TFLOP/s under accelerate's `mixed_precision` ("no", "fp16" or "bf16"); 0 where it is not known."""
+        return self.tflops_32bit if mixed_precision == "no" else self.tflops_16bit
 
 
-def of_size(name: str, gib: float, capability: tuple[int, int] = (8, 0), *speeds: float) -> Card:
-    """A CUDA card of so much memory."""
-    return Card(name, gib * GIB, Device(name, capability >= (8, 0), capability), *speeds)
+def gpu_of_size(name: str, gib: float, capability: tuple[int, int] = (8, 0), *tflops: float) -> Hardware:
+    """A CUDA GPU with `gib` GiB of memory; `tflops` of 16-bit and of 32-bit numbers."""
+    return Hardware(name, gib * GIB, Device(name, capability >= (8, 0), capability), *tflops)
 
 
-# Memory: what torch says is there ("total capacity"). Speeds: NVIDIA's data sheets, without sparsity.
-CARDS = {
-    card.name: card
-    for card in (
-        of_size("t4", 14.56, (7, 5), 65, 8.1),
-        of_size("l4", 22.03, (8, 9), 121, 30.3),
-        of_size("a10", 21.98, (8, 6), 125, 31.2),
-        of_size("4090", 23.64, (8, 9), 165, 82.6),
-        of_size("a100-40", 39.38, (8, 0), 312, 19.5),
-        of_size("a100-80", 79.14, (8, 0), 312, 19.5),
-        of_size("h100", 79.10, (9, 0), 989, 66.9),
-        of_size("h200", 139.72, (9, 0), 989, 66.9),
+# Memory: torch's "total capacity". Speeds: NVIDIA's data sheets, without sparsity.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        gpu_of_size("t4", 14.56, (7, 5), 65, 8.1),
+        gpu_of_size("l4", 22.03, (8, 9), 121, 30.3),
+        gpu_of_size("a10", 21.98, (8, 6), 125, 31.2),
+        gpu_of_size("4090", 23.64, (8, 9), 165, 82.6),
+        gpu_of_size("a100-40", 39.38, (8, 0), 312, 19.5),
+        gpu_of_size("a100-80", 79.14, (8, 0), 312, 19.5),
+        gpu_of_size("h100", 79.10, (9, 0), 989, 66.9),
+        gpu_of_size("h200", 139.72, (9, 0), 989, 66.9),
     )
 }
 
 
-def known(name: str) -> Card | None:
-    """The card of that name, which is the driver's: `NVIDIA A100-SXM4-40GB`; None where it is another one."""
-    # An L40S is no L4, an A100 no A10; an A10G is as good as an A10, and cards in laptops and on PCIe are slower.
+def known_gpu(name: str) -> Hardware | None:
+    """The entry of `GPUS` for a driver's name such as `NVIDIA A100-SXM4-40GB`; None where there is none."""
+    # An L40S is not an L4, nor an A100 an A10. An A10G counts as an A10. GPUs in laptops and on PCIe are slower.
     if re.search(r"laptop|pcie", name, re.IGNORECASE) and not re.search(r"\ba100\b", name, re.IGNORECASE):
         return None
     words = set(re.findall(r"\w+", name.lower().replace("a10g", "a10")))
-    return next((card for card in CARDS.values() if card.name.split("-")[0] in words), None)
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
 
 
-def here(free: bool = False) -> Card:
-    """This machine: its first card, or its CPU with the machine's memory; `free`: what of it is left."""
+def this_machine(free: bool = False) -> Hardware:
+    """The first GPU of this machine, or its CPU; with `free`, `memory` is what is free now."""
     import torch
 
     if not torch.cuda.is_available():
-        return Card("this CPU", machine()[1 if free else 0], Device())
+        return Hardware("this CPU", machine_memory()[1 if free else 0], Device())
     left, whole = torch.cuda.mem_get_info()
     device = device_of()
-    card = known(device.name)
-    return Card(device.name, left if free else whole, device, *((card.fast, card.slow) if card else ()))
+    gpu = known_gpu(device.name)
+    speeds = (gpu.tflops_16bit, gpu.tflops_32bit) if gpu else ()
+    return Hardware(device.name, left if free else whole, device, *speeds)
 
 
-def machine() -> tuple[int, int]:
+def machine_memory() -> tuple[int, int]:
     """Bytes of memory that this process may have, and those that are left of them; a container's limit counts.
 
     What is left is what the kernel can give without swapping. Other systems than Linux do not say it, and all of theirs

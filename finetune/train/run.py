@@ -206,7 +206,7 @@ def train(
 
 def _meter(recipe: Recipe, model: Any, data: Prepared) -> Meter:
     """What measures the run; a card's speed is known of some."""
-    speed = devices.here().speed(mixed_precision_of(recipe)) * 1e12 * distributed.count()
+    speed = devices.this_machine().tflops(mixed_precision_of(recipe)) * 1e12 * distributed.count()
     if not speed:
         return Meter()
     ledger = data.ledger

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from finetune.system.devices import machine, process_peak
+from finetune.system.devices import machine_memory, process_peak
 from finetune.system.errors import RunError
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
@@ -200,7 +200,7 @@ def _there(device: Any) -> int:
     """Bytes that this process has or could have; on a CPU, those of the machine, or of its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return machine()[0]
+    return machine_memory()[0]
 
 
 def _size(count: float) -> str:
