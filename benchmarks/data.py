@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.chat import Chat
-from finetune.data.mixture import build
+from finetune.data.mixture import build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, ModelSection
 
@@ -64,7 +64,7 @@ def ours(path: Path, chat: Chat) -> Any:
     """The prepared rows, with nothing left over from before."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        return build(DataSection.model_validate({"train": [{"path": str(path)}]}), chat, None)[0]
+        return build_datasets(DataSection.model_validate({"train": [{"path": str(path)}]}), chat, None)[0]
 
 
 def theirs(path: Path, tokenizer: Any, template: str, processes: int | None) -> Any:

@@ -73,14 +73,14 @@ def bare(recipe_path: str, output: str, size: int) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from finetune.data.chat import Chat
-    from finetune.data.mixture import build
+    from finetune.data.mixture import build_datasets
     from finetune.model.load import load_tokenizer
     from finetune.recipe.load import load_recipe
     from finetune.train.callbacks.metrics import Record
 
     recipe = load_recipe(recipe_path)
     tokenizer = load_tokenizer(recipe.model)
-    data, _ = build(recipe.data, Chat(tokenizer), 512)
+    data, _ = build_datasets(recipe.data, Chat(tokenizer), 512)
     config = SFTConfig(
         **TRAINING,
         output_dir=output,

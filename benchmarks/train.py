@@ -19,7 +19,7 @@ import torch
 from trl import SFTTrainer
 
 from finetune.data.chat import Chat
-from finetune.data.mixture import build
+from finetune.data.mixture import build_datasets
 from finetune.model.load import load_model, load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.train import run
@@ -37,7 +37,7 @@ def trainer_of(kind: str) -> Any:
         RECIPE, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"]
     )
     chat = Chat(load_tokenizer(recipe.model))
-    data, evaluation = build(recipe.data, chat, recipe.training["max_length"])
+    data, evaluation = build_datasets(recipe.data, chat, recipe.training["max_length"])
     arguments = {
         "args": training_arguments(recipe, streamed=False),
         "train_dataset": data.dataset,

@@ -24,7 +24,7 @@ _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _SECTIONS = {
     "model": schema.ModelSection,
     "data": schema.DataSection,
-    "data.train[], data.eval[]": schema.Source,
+    "data.train[], data.eval[]": schema.DataSource,
     "export": schema.ExportSection,
     "export.imatrix_data": schema.ImatrixDataSection,
     "evaluate": schema.EvaluateSection,

@@ -11,7 +11,7 @@ import yaml
 
 from finetune.recipe.diff import compare
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.upstream import upstream_keys
 from finetune.recipe.yaml_tree import scalar_text
 from finetune.system.errors import RunError
@@ -172,7 +172,7 @@ def test_no_key_changes_in_silence(write_recipe: Write) -> None:
     recipe = load_recipe(write_recipe(quantization=NF4, training={"save_strategy": "epoch"}))
     sections = {"model": ModelSection.model_fields, "data": DataSection.model_fields, **upstream_keys()}
     every = {f"{section}.{name}" for section, keys in sections.items() for name in keys}
-    every |= {f"data.train.0.{name}" for name in Source.model_fields}
+    every |= {f"data.train.0.{name}" for name in DataSource.model_fields}
     every -= {"data.train", "data.eval"}
     refused: dict[str, str] = {}
     named: set[str] = set()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.ledger import Ledger
-from finetune.data.mixture import Prepared, build
+from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import read_rows
 from finetune.model.load import load_tokenizer
-from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.system.errors import DataError, TemplateError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
@@ -50,13 +50,13 @@ def raw(data: bytes, name: str = "rows.jsonl") -> str:
 
 
 def section(path: str = "rows.jsonl", *, source: dict[str, Any] | None = None, **keys: Any) -> DataSection:
-    return DataSection(train=[Source(path=path, **(source or {}))], **keys)
+    return DataSection(train=[DataSource(path=path, **(source or {}))], **keys)
 
 
 def prepare(
     path: str = "rows.jsonl", *, template: str | None = "gemma3", max_length: int | None = None, **keys: Any
 ) -> Prepared:
-    return build(section(path, **keys), chat(template), max_length)[0]
+    return build_datasets(section(path, **keys), chat(template), max_length)[0]
 
 
 def fault(call: Callable[[], object]) -> str:
@@ -365,8 +365,11 @@ def test_bad_raw_rows(row: dict[str, Any]) -> None:
 def test_every_source_must_hold_rows() -> None:
     jsonl({"text": "a"})
     raw(b"\n", "none.jsonl")
-    sources = [Source(path="rows.jsonl"), Source(path="none.jsonl")]
-    assert fault(lambda: build(DataSection(train=sources), chat(), None)) == "none.jsonl: it holds no rows"
+    sources = [DataSource(path="rows.jsonl"), DataSource(path="none.jsonl")]
+    assert (
+        fault(lambda: build_datasets(DataSection(train=sources), chat(), None))
+        == "none.jsonl: it holds no rows"
+    )
 
 
 def test_skip_counts_each_reason() -> None:
@@ -411,8 +414,10 @@ def test_ledger_exactly() -> None:
     jsonl(talk("Hi", "Yo"), talk("Hi", ""), silent, twice, {"messages": None}, talk("Hi", "Yo"))
     raw(json.dumps({"text": "Yo"}).encode(), "more.jsonl")
     own = chat()
-    data = DataSection(train=[Source(path="rows.jsonl"), Source(path="more.jsonl")], on_bad_row="skip")
-    got, evaluation = build(data, own, None)
+    data = DataSection(
+        train=[DataSource(path="rows.jsonl"), DataSource(path="more.jsonl")], on_bad_row="skip"
+    )
+    got, evaluation = build_datasets(data, own, None)
     lengths = [len(own.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts(got)]
     assert texts(got) == [gemma("Hi", "Yo"), gemma("Hi", "Yo", "Hi", "Yo"), "<bos>Yo<eos>"]
     yo = len(own.tokenizer("Yo", add_special_tokens=False)["input_ids"]) + 1
@@ -637,7 +642,7 @@ def test_eval_fraction() -> None:
     jsonl(*(talk(f"q{i}", f"a{i}") for i in range(10)))
 
     def halves(seed: int) -> tuple[list[str], list[str]]:
-        train, held = build(section(eval_fraction=0.3, seed=seed), chat(), None)
+        train, held = build_datasets(section(eval_fraction=0.3, seed=seed), chat(), None)
         assert (train.ledger.read, train.ledger.kept) == (7, 7)
         assert (held.ledger.read, held.ledger.kept) == (3, 3)
         return texts(train), texts(held)
@@ -653,13 +658,13 @@ def test_eval_fraction() -> None:
 def test_eval_fraction_keeps_rows_whole_and_their_account() -> None:
     jsonl(*(talk("Hi", f"one {i}", "Oh", f"two {i}") for i in range(4)))
     room = size(gemma("Hi", "one 0")) + 2
-    train, held = build(section(eval_fraction=0.25, on_overflow="split"), chat(), room)
+    train, held = build_datasets(section(eval_fraction=0.25, on_overflow="split"), chat(), room)
     assert train.dataset is not None
     assert held.dataset is not None
     assert not set(train.dataset["row"]) & set(held.dataset["row"])
     assert (train.ledger.read, train.ledger.kept, train.ledger.split) == (3, 6, 3)
     assert (held.ledger.read, held.ledger.kept, held.ledger.split) == (1, 2, 1)
-    train, held = build(section(eval_fraction=0.25), chat(), room)
+    train, held = build_datasets(section(eval_fraction=0.25), chat(), room)
     assert (train.ledger.cut, held.ledger.cut) == (3, 1)
 
 
@@ -678,12 +683,14 @@ def test_eval_fraction_of_too_little() -> None:
 def test_eval_rows() -> None:
     jsonl(talk("a", "b"))
     jsonl(talk("c", "d"), talk("e"), name="eval.jsonl")
-    train, held = build(section(eval=[Source(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
+    train, held = build_datasets(
+        section(eval=[DataSource(path="eval.jsonl")], on_bad_row="skip"), chat(), None
+    )
     assert (texts(train), texts(held)) == ([gemma("a", "b")], [gemma("c", "d")])
     assert (train.ledger.read, held.ledger.read, held.ledger.bad.total()) == (1, 2, 1)
     jsonl(talk("e"), name="eval.jsonl")
     assert fault(
-        lambda: build(section(eval=[Source(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
+        lambda: build_datasets(section(eval=[DataSource(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
     ) == (
         "data.eval: no row is left to evaluate on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; "
         "1 there is no assistant message"
@@ -876,7 +883,7 @@ def test_real_rows(
         assert (ledger.read, ledger.kept, ledger.turns) == (rows, rows - sum(bad.values()), turns)
         assert (ledger.bad, ledger.dropped, ledger.cut, ledger.split) == (bad, {}, 0, 0)
     if answers:
-        read = [row for _, row in read_rows(Source(path=path)) if isinstance(row, dict)]
+        read = [row for _, row in read_rows(DataSource(path=path)) if isinstance(row, dict)]
         assert trained(got) == [[text + "<end_of_turn>" for text in answers(row)] for row in read]
 
 
@@ -885,7 +892,7 @@ def test_real_tool_calls() -> None:
     path = str(Path(str(REAL)) / "sharegpt_toolcall_demo.json")
     got = prepare(path, template="chatml", deduplicate=False)
     assert (got.ledger.read, got.ledger.kept, got.ledger.bad) == (300, 300, {})
-    read = [row for _, row in read_rows(Source(path=path)) if isinstance(row, dict)]
+    read = [row for _, row in read_rows(DataSource(path=path)) if isinstance(row, dict)]
     calls = [sum(turn["from"] == "function_call" for turn in row["conversations"]) for row in read]
     assert sum(calls) > 100
     assert [sum(t.startswith("<tool_call>\n") for t in row) for row in trained(got, chat("chatml"))] == calls

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune.export.gguf.imatrix.calibration as calibration_room
 from finetune.data.chat import IGNORE, Chat
-from finetune.data.mixture import build
-from finetune.data.samples import LabelledRow
-from finetune.export.gguf.imatrix.calibration import by_language, calibration, collect, samples, sums_of
+from finetune.data.mixture import build_datasets
+from finetune.data.samples import LabelledRow, encoded_sample_rows, rows_by_language
+from finetune.export.gguf.imatrix.calibration import calibration, collect, sums_of
 from finetune.export.gguf.imatrix.files import Importance, check, read, write
 from finetune.export.gguf.quantize import quantise
 from finetune.export.gguf.tensors import names
@@ -545,7 +545,7 @@ def rows_of(run: Path) -> tuple[list[list[int]], list[list[int]]]:
     recipe = load_recipe(run / "recipe.yaml")
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
     return tuple(  # type: ignore[return-value]
-        [list(row["input_ids"]) for row in side.dataset] for side in build(recipe.data, chat, 128)
+        [list(row["input_ids"]) for row in side.dataset] for side in build_datasets(recipe.data, chat, 128)
     )
 
 
@@ -667,10 +667,10 @@ def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> No
 def test_rows_are_told_apart_by_language(run: Path) -> None:
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
     recipe = load_recipe(run / "recipe.yaml")
-    _, evaluation = build(recipe.data, chat, 1024)
+    _, evaluation = build_datasets(recipe.data, chat, 1024)
     assert evaluation.dataset is not None
     rows = [LabelledRow(list(row["input_ids"]), list(row["labels"])) for row in evaluation.dataset]
-    found = by_language(rows, "held out", chat)
+    found = rows_by_language(rows, "held out", chat)
     # The languages are those of `finetune evaluate`.
     for language in ("English", "Japanese"):
         own = [row for row, (_, of) in zip(rows, evaluation.origins, strict=True) if of == language]
@@ -681,8 +681,8 @@ def test_rows_are_told_apart_by_language(run: Path) -> None:
 
 def test_sample_rows_stand_in_for_a_language_that_is_not_there(run: Path) -> None:
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
-    japanese = [row for row in samples(chat) if "の" in chat.tokenizer.decode(row.input_ids)][:3]
-    found = by_language(japanese, "held out", chat, count=5)
+    japanese = [row for row in encoded_sample_rows(chat) if "の" in chat.tokenizer.decode(row.input_ids)][:3]
+    found = rows_by_language(japanese, "held out", chat, count=5)
     assert found["Japanese"] == (japanese, "held out")
     rows, where = found["English"]
     assert (len(rows), where) == (5, "sample rows of this project")

@@ -17,8 +17,8 @@ from finetune.data import cache as data_cache
 from finetune.data.chat import Chat
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
-from finetune.data.mixture import Prepared, build
-from finetune.data.prepare import Fate, prepare
+from finetune.data.mixture import Prepared, build_datasets
+from finetune.data.prepare import RowResult, prepare
 from finetune.data.template import set_system_role
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, ModelSection
@@ -81,7 +81,7 @@ def fault(call: Callable[[], object]) -> str:
 def test_weights_and_samples() -> None:
     a, b, c = numbered("a.jsonl", 10), numbered("b.jsonl", 4), numbered("c.jsonl", 5)
     mixture = section({"path": a, "weight": 0.3}, {"path": b, "weight": 2.5}, {"path": c, "samples": 7})
-    train, _ = build(mixture, chat(), None)
+    train, _ = build_datasets(mixture, chat(), None)
     count = Counter(name.split(":")[0] for name in names(train))
     assert count == {"a.jsonl": 3, "b.jsonl": 10, "c.jsonl": 7}
     of_b, of_c = (Counter(name for name in names(train) if name.startswith(source)) for source in (b, c))
@@ -92,14 +92,14 @@ def test_weights_and_samples() -> None:
     assert ledger.dropped == {"not drawn (weight or samples)": 7}
     assert {name: account["rows"] for name, account in ledger.sources.items()} == count
     # The same rows in the same order each time; another seed draws others.
-    assert names(build(mixture, chat(), None)[0]) == names(train)
-    assert names(build(mixture.model_copy(update={"seed": 1}), chat(), None)[0]) != names(train)
+    assert names(build_datasets(mixture, chat(), None)[0]) == names(train)
+    assert names(build_datasets(mixture.model_copy(update={"seed": 1}), chat(), None)[0]) != names(train)
 
 
 def test_the_draw_is_the_same_everywhere() -> None:
     """The very rows, as any machine must draw them."""
     path = numbered("a.jsonl", 10)
-    assert names(build(section({"path": path, "samples": 3}), chat(), None)[0]) == [
+    assert names(build_datasets(section({"path": path, "samples": 3}), chat(), None)[0]) == [
         "a.jsonl:2",
         "a.jsonl:7",
         "a.jsonl:8",
@@ -108,18 +108,18 @@ def test_the_draw_is_the_same_everywhere() -> None:
 
 def test_samples_of_evaluation_rows() -> None:
     held = {"path": numbered("held.jsonl", 9), "samples": 4}
-    train, evaluation = build(section(numbered("a.jsonl", 3), eval=[held]), chat(), None)
+    train, evaluation = build_datasets(section(numbered("a.jsonl", 3), eval=[held]), chat(), None)
     assert (len(names(train)), len(names(evaluation))) == (3, 4)
 
 
 def test_filter() -> None:
     rows = [talk(str(n), "x") | {"lang": lang} for n, lang in enumerate(["ja", "en", None, "ja", "de"])]
     source = {"path": jsonl("a.jsonl", *rows), "filter": {"lang": ["ja", "de"]}}
-    train, _ = build(section(source), chat(), None)
+    train, _ = build_datasets(section(source), chat(), None)
     assert names(train) == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
     assert train.ledger.dropped == {"left out by filter": 2}
     source["filter"] = {"language": "ja"}
-    assert fault(lambda: build(section(source), chat(), None)).startswith("a.jsonl: filter: ")
+    assert fault(lambda: build_datasets(section(source), chat(), None)).startswith("a.jsonl: filter: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -129,36 +129,36 @@ def test_filter() -> None:
 def test_duplicates() -> None:
     a = jsonl("a.jsonl", talk("a", "b"), talk("a", "b "), talk("a", "c"))
     b = jsonl("b.jsonl", talk("a", "c"), talk("d", "e"))
-    train, _ = build(section(a, b), chat(), None)
+    train, _ = build_datasets(section(a, b), chat(), None)
     # Gemma trims, so the second row is the first to the model.
     assert names(train) == ["a.jsonl:1", "a.jsonl:3", "b.jsonl:2"]
     assert train.ledger.dropped == {"exact duplicates": 2}
-    assert len(names(build(section(a, b, deduplicate=False), chat(), None)[0])) == 5
+    assert len(names(build_datasets(section(a, b, deduplicate=False), chat(), None)[0])) == 5
 
 
 def test_what_is_trained_on_is_part_of_a_row() -> None:
     silent = talk("a", "b", "c", "d")
     silent["messages"][1]["train"] = False
     path = jsonl("a.jsonl", silent, talk("a", "b", "c", "d"))
-    assert len(names(build(section(path), chat(), None)[0])) == 2
+    assert len(names(build_datasets(section(path), chat(), None)[0])) == 2
 
 
 def test_rows_that_are_also_evaluated_on() -> None:
     a, held = numbered("a.jsonl", 4), jsonl("held.jsonl", talk("a.jsonl 2", "answer 2"), talk("other", "row"))
-    train, evaluation = build(section(a, eval=[{"path": held}]), chat(), None)
+    train, evaluation = build_datasets(section(a, eval=[{"path": held}]), chat(), None)
     assert names(train) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
     assert train.ledger.dropped == {"also in the evaluation rows": 1}
     assert len(names(evaluation)) == 2
-    assert fault(lambda: build(section(a, eval=[{"path": held}], deduplicate=False), chat(), None)) == (
-        "a.jsonl:3: this row is also in the evaluation rows; take it out, or write data.deduplicate: true"
-    )
+    assert fault(
+        lambda: build_datasets(section(a, eval=[{"path": held}], deduplicate=False), chat(), None)
+    ) == ("a.jsonl:3: this row is also in the evaluation rows; take it out, or write data.deduplicate: true")
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
 def test_a_row_and_its_copies_are_held_out_together(deduplicate: bool) -> None:
     rows = [talk(str(n % 10), "x") for n in range(40)]
     own = section(jsonl("a.jsonl", *rows), eval_fraction=0.3, deduplicate=deduplicate)
-    train, evaluation = build(own, chat(), None)
+    train, evaluation = build_datasets(own, chat(), None)
     kept, held = set(texts(train, chat())), set(texts(evaluation, chat()))
     assert (len(kept), len(held), kept & held) == (7, 3, set())
     assert train.ledger.read + evaluation.ledger.read == 40
@@ -168,7 +168,7 @@ def test_a_row_and_its_copies_are_held_out_together(deduplicate: bool) -> None:
 def test_the_same_text_with_other_labels_is_a_leak() -> None:
     a = jsonl("a.jsonl", talk("a", "b", "c", "d"), talk("e", "f"))
     held = jsonl("held.jsonl", {"prompt": talk("a", "b", "c")["messages"], "completion": "d"})
-    train, evaluation = build(section(a, eval=[{"path": held}]), chat(), None)
+    train, evaluation = build_datasets(section(a, eval=[{"path": held}]), chat(), None)
     assert (names(train), train.ledger.dropped) == (["a.jsonl:2"], {"also in the evaluation rows": 1})
     assert evaluation.ledger.trained_tokens < 5
 
@@ -176,7 +176,7 @@ def test_the_same_text_with_other_labels_is_a_leak() -> None:
 def test_columns_are_meant_to_be_read() -> None:
     row = {"instruction": "Say hi", "input": "", "output": "Hi", "style": "formal"}
     columns = {"prompt": "[{style}] {instruction}", "completion": "output"}
-    train, _ = build(section({"path": jsonl("a.jsonl", row), "columns": columns}), chat(), None)
+    train, _ = build_datasets(section({"path": jsonl("a.jsonl", row), "columns": columns}), chat(), None)
     assert texts(train, chat())[0].startswith("<bos><start_of_turn>user\n[formal] Say hi<end_of_turn>")
 
 
@@ -196,7 +196,7 @@ def test_an_opening_and_a_closing() -> None:
         ),
         said(("user", "a"), ("assistant", "d"), ("user", "e"), ("user", "f")),
     ]
-    train, _ = build(section(jsonl("a.jsonl", *rows)), chat("chatml"), None)
+    train, _ = build_datasets(section(jsonl("a.jsonl", *rows)), chat("chatml"), None)
     assert train.ledger.mended == {
         "rows without an opening assistant message": 2,
         "rows without what follows the last answer": 2,
@@ -208,7 +208,7 @@ def test_an_opening_and_a_closing() -> None:
         f"<bos>{ask}d{end}",
     ]
     # Where everything is trained on, what follows the last answer is, too.
-    train, _ = build(section("a.jsonl", train_on="all"), chat("chatml"), None)
+    train, _ = build_datasets(section("a.jsonl", train_on="all"), chat("chatml"), None)
     assert train.ledger.mended == {"rows without an opening assistant message": 2}
     assert texts(train, chat("chatml"))[1].endswith("<|im_start|>user\nThanks<|im_end|>\n")
 
@@ -216,8 +216,8 @@ def test_an_opening_and_a_closing() -> None:
 def test_messages_of_one_role() -> None:
     row = said(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d"))
     path = jsonl("a.jsonl", row)
-    assert "roles must alternate" in fault(lambda: build(section(path), chat(), None))
-    train, _ = build(section(path, merge_same_role=True), chat(), None)
+    assert "roles must alternate" in fault(lambda: build_datasets(section(path), chat(), None))
+    train, _ = build_datasets(section(path, merge_same_role=True), chat(), None)
     assert texts(train, chat()) == [
         "<bos><start_of_turn>user\na\n\nb<end_of_turn>\n<start_of_turn>model\nc\n\nd<end_of_turn>\n"
     ]
@@ -225,12 +225,14 @@ def test_messages_of_one_role() -> None:
     # What is not text stays what it is: no text.
     jsonl("b.jsonl", {"messages": [{"role": "user", "content": None}, *said(("user", "b"))["messages"]]})
     assert "its content is NoneType" in fault(
-        lambda: build(section("b.jsonl", merge_same_role=True), chat(), None)
+        lambda: build_datasets(section("b.jsonl", merge_same_role=True), chat(), None)
     )
     # One that is trained on and one that is not stay two.
     row["messages"][2]["train"] = False
     jsonl("a.jsonl", row)
-    assert "roles must alternate" in fault(lambda: build(section(path, merge_same_role=True), chat(), None))
+    assert "roles must alternate" in fault(
+        lambda: build_datasets(section(path, merge_same_role=True), chat(), None)
+    )
 
 
 HIDES = (
@@ -248,7 +250,7 @@ def test_each_exchange_alone_where_earlier_thinking_is_hidden() -> None:
         row["messages"][i]["reasoning_content"] = f"think {i}"
     row["messages"][3]["train"] = False
     path = jsonl("a.jsonl", row)
-    train, _ = build(section(path), Chat(own), None)
+    train, _ = build_datasets(section(path), Chat(own), None)
     assert train.dataset is not None
     labelled = [own.decode([i for i in piece["labels"] if i >= 0]) for piece in train.dataset]
     assert labelled == ["<think>think 1</think>b<|im_end|>", "<think>think 5</think>f<|im_end|>"]
@@ -256,14 +258,14 @@ def test_each_exchange_alone_where_earlier_thinking_is_hidden() -> None:
         assert piece["input_ids"] == own.apply_chat_template(row["messages"][:end], return_dict=False)
     assert (train.ledger.read, train.ledger.kept, train.ledger.split) == (1, 2, 1)
     assert [why.partition(",")[0] for why in train.ledger.mended] == ["rows with a row for each exchange"]
-    last, _ = build(section(path, train_on="last_assistant"), Chat(own), None)
+    last, _ = build_datasets(section(path, train_on="last_assistant"), Chat(own), None)
     assert (last.ledger.kept, last.ledger.mended) == (1, {})
     # One exchange that does not fit is lost, not the others.
     room = len(train.dataset[0]["input_ids"])
-    cut, _ = build(section(path), Chat(own), room)
+    cut, _ = build_datasets(section(path), Chat(own), room)
     assert (cut.ledger.kept, cut.ledger.lost_tokens) == (1, sum(i >= 0 for i in train.dataset[1]["labels"]))
     with pytest.raises(DataError, match=r"leaves out its thinking; data\.train_on: last_assistant"):
-        build(section(path, train_on="all"), Chat(own), None)
+        build_datasets(section(path, train_on="all"), Chat(own), None)
 
 
 CALL = [{"name": "look", "arguments": {"at": "it"}}]
@@ -274,7 +276,7 @@ def test_tools() -> None:
     row = said(("user", "a"), ("assistant", ""), ("tool", "seen"), ("assistant", "b"))
     row["messages"][1]["tool_calls"] = CALL
     path = jsonl("a.jsonl", row | {"tools": json.dumps(TOOLS)})
-    train, _ = build(section(path), chat("chatml"), None)
+    train, _ = build_datasets(section(path), chat("chatml"), None)
     assert train.dataset is not None
     labels = [label for label in train.dataset[0]["labels"] if label >= 0]
     assert chat("chatml").tokenizer.decode(labels) == (
@@ -286,7 +288,7 @@ def test_tools() -> None:
     assert not train.ledger.mended
     # Gemma has no place for them.
     path = jsonl("a.jsonl", talk("a", "b") | {"tools": TOOLS})
-    train, _ = build(section(path), chat(), None)
+    train, _ = build_datasets(section(path), chat(), None)
     assert train.ledger.mended == {"rows whose tools the chat template leaves out": 1}
 
 
@@ -311,7 +313,7 @@ TURN = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\nYo<end_of_tu
 )
 def test_system_roles(template: str, system_role: str, text: str) -> None:
     own = chat(template, system_role)
-    train, _ = build(section(jsonl("a.jsonl", SYSTEM)), own, None)
+    train, _ = build_datasets(section(jsonl("a.jsonl", SYSTEM)), own, None)
     assert texts(train, own) == [text]
     assert own.tokenizer.decode(own.encode(SYSTEM["messages"]).input_ids) == text
     # Without a system message the choice changes nothing.
@@ -349,7 +351,7 @@ def test_a_template_that_begins_with_a_line_break() -> None:
 
 def test_a_system_text_can_be_refused() -> None:
     jsonl("a.jsonl", SYSTEM)
-    assert fault(lambda: build(section("a.jsonl"), chat("gemma3", "error"), None)) == (
+    assert fault(lambda: build_datasets(section("a.jsonl"), chat("gemma3", "error"), None)) == (
         "a.jsonl:1: the chat template refuses it: there is a system message, and model.system_role is error; "
         "mend the row, or write data.on_bad_row: skip"
     )
@@ -380,9 +382,9 @@ def folders() -> list[Path]:
 
 def test_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     path = numbered("a.jsonl", 5)
-    first, _ = build(section(path), chat(), 100)
+    first, _ = build_datasets(section(path), chat(), 100)
     monkeypatch.setattr(data_cache, "prepare", None)  # from now on there is nothing to prepare with
-    again, _ = build(section(path, seed=7, deduplicate=False), chat(), 100)
+    again, _ = build_datasets(section(path, seed=7, deduplicate=False), chat(), 100)
     assert first.dataset is not None
     assert again.dataset is not None
     assert first.dataset.to_list() == again.dataset.to_list()
@@ -395,7 +397,7 @@ def test_whatever_decides_the_tokens_prepares_anew() -> None:
     seen = []
 
     def prepared(max_length: int | None = 100, own: Chat | None = None, **keys: Any) -> None:
-        build(section(a, **keys), own or chat(), max_length)
+        build_datasets(section(a, **keys), own or chat(), max_length)
         seen.append(len(folders()))
 
     prepared()
@@ -421,22 +423,24 @@ def test_a_changed_template_never_meets_old_tokens(workdir: Path) -> None:
             encoding="utf-8",
         )
         own = Chat(load_tokenizer(ModelSection(name_or_path="random:gemma3", chat_template="own.jinja")))
-        assert f"<start_of_turn>{name}\n" in texts(build(section(path), own, None)[0], own)[0]
+        assert f"<start_of_turn>{name}\n" in texts(build_datasets(section(path), own, None)[0], own)[0]
 
 
 def test_a_fault_leaves_nothing_behind() -> None:
     path = jsonl("a.jsonl", talk("a", "b"), {"messages": []})
     for _ in range(2):
-        assert fault(lambda: build(section(path), chat(), None)).startswith("a.jsonl:2: it has no messages")
+        assert fault(lambda: build_datasets(section(path), chat(), None)).startswith(
+            "a.jsonl:2: it has no messages"
+        )
     assert folders() == []
 
 
 def test_a_process_that_died_is_no_hindrance() -> None:
     path = numbered("a.jsonl", 3)
-    build(section(path), chat(), None)
+    build_datasets(section(path), chat(), None)
     [folder] = folders()
     folder.rename(folder.with_suffix(".part"))
-    assert len(names(build(section(path), chat(), None)[0])) == 3
+    assert len(names(build_datasets(section(path), chat(), None)[0])) == 3
     assert folders() == [folder]
 
 
@@ -445,14 +449,14 @@ def test_one_prepares_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> No
     chat()  # made before, not by both at once
     begun: list[str] = []
 
-    def slow(*args: Any) -> Iterator[Fate]:
+    def slow(*args: Any) -> Iterator[RowResult]:
         begun.append(str(args[1].path))
         time.sleep(0.5)
         yield from prepare(*args)
 
     monkeypatch.setattr(data_cache, "prepare", slow)
     with ThreadPoolExecutor(3) as pool:
-        built = list(pool.map(lambda _: names(build(section(path), chat(), None)[0]), range(3)))
+        built = list(pool.map(lambda _: names(build_datasets(section(path), chat(), None)[0]), range(3)))
     assert begun == ["a.jsonl"]
     assert built == [[f"a.jsonl:{n}" for n in range(1, 6)]] * 3
 
@@ -465,8 +469,8 @@ def test_a_stream_has_the_rows_of_its_source() -> None:
     path = jsonl(
         "a.jsonl", *(talk(f"q {n}", f"a {n}") for n in range(30)), talk("q 3", "a 3"), {"messages": []}
     )
-    whole, _ = build(section(path, on_bad_row="skip"), chat(), 100)
-    stream, _ = build(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), 100)
+    whole, _ = build_datasets(section(path, on_bad_row="skip"), chat(), 100)
+    stream, _ = build_datasets(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), 100)
     assert whole.dataset is not None
     assert stream.dataset is not None
     assert stream.ledger == Ledger()
@@ -481,7 +485,7 @@ def test_a_stream_has_the_rows_of_its_source() -> None:
 
 def test_a_stream_counts_what_leaves_it() -> None:
     path = numbered("a.jsonl", 50)
-    stream, _ = build(section({"path": path, "streaming": True}), chat(), None)
+    stream, _ = build_datasets(section({"path": path, "streaming": True}), chat(), None)
     assert stream.dataset is not None
     rows = iter(stream.dataset)
     seen = [next(rows) for _ in range(8)]
@@ -494,7 +498,7 @@ def test_a_share_is_one_of_kept_rows() -> None:
     a = numbered("a.jsonl", 3000)
     rows = [talk(f"c {n}", "x") | {"use": n % 2 == 0} for n in range(3000)]
     sources = [{"path": a, "streaming": True}, {"path": jsonl("c.jsonl", *rows), "filter": {"use": True}}]
-    stream, _ = build(section(*sources), chat(), None)
+    stream, _ = build_datasets(section(*sources), chat(), None)
     assert stream.dataset is not None
     first = [row["row"][0] for row, _ in zip(stream.dataset, range(200), strict=False)]
     assert 70 < first.count("c") < 130
@@ -502,7 +506,7 @@ def test_a_share_is_one_of_kept_rows() -> None:
 
 def test_streams_are_mixed_by_weight() -> None:
     a, b = numbered("a.jsonl", 300), numbered("b.jsonl", 300)
-    stream, _ = build(
+    stream, _ = build_datasets(
         section({"path": a, "streaming": True, "weight": 3}, {"path": b, "samples": 20}), chat(), None
     )
     rows = names(stream)
@@ -513,7 +517,7 @@ def test_streams_are_mixed_by_weight() -> None:
 def test_a_stream_keeps_clear_of_evaluation_rows() -> None:
     a = {"path": numbered("a.jsonl", 4), "streaming": True}
     held = jsonl("held.jsonl", talk("a.jsonl 2", "answer 2"))
-    stream, _ = build(section(a, eval=[{"path": held}]), chat(), None)
+    stream, _ = build_datasets(section(a, eval=[{"path": held}]), chat(), None)
     assert sorted(names(stream)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
     assert stream.ledger.dropped == {"also in the evaluation rows": 1}
 
@@ -521,7 +525,7 @@ def test_a_stream_keeps_clear_of_evaluation_rows() -> None:
 def test_a_stream_without_rows_does_not_start() -> None:
     path = jsonl("a.jsonl", {"messages": []})
     assert fault(
-        lambda: build(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), None)
+        lambda: build_datasets(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), None)
     ) == (
         "no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; 1 it has no messages"
     )
@@ -593,10 +597,10 @@ def test_language(text: str, name: str) -> None:
 
 def test_much_is_lost() -> None:
     path = jsonl("a.jsonl", talk("Hi", "one", "Hi", "two " * 60), talk("Hi", "three"))
-    train, _ = build(section(path), chat(), 40)
+    train, _ = build_datasets(section(path), chat(), 40)
     lost = train.ledger.lost_tokens / (train.ledger.lost_tokens + train.ledger.trained_tokens)
     assert lost > 0.8
     assert f"{lost:.0%} of the tokens to train on are lost to training.max_length" in train.ledger.summary()
-    whole, _ = build(section(path), chat(), None)
+    whole, _ = build_datasets(section(path), chat(), None)
     assert whole.ledger.trained_tokens == train.ledger.trained_tokens + train.ledger.lost_tokens
     assert "lost" not in whole.ledger.summary()

@@ -39,7 +39,7 @@ from finetune.model.locate import locate
 from finetune.model.provenance import hub_id, license_of
 from finetune.model.trainable import known_by
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import HubSection, ModelSection, Source
+from finetune.recipe.schema import DataSource, HubSection, ModelSection
 from finetune.system import errors
 from finetune.system.errors import ModelError, PushError
 from finetune.train.run import train
@@ -975,7 +975,7 @@ def test_rows_that_cannot_be_had_are_told_in_one_line(client: pytest.MonkeyPatch
     with pytest.raises(
         errors.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
     ):
-        next(iter(readers.read_rows(Source(path="owner/rows"))))
+        next(iter(readers.read_rows(DataSource(path="owner/rows"))))
 
 
 def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import (
     DataSection,
+    DataSource,
     EvaluateSection,
     ExportSection,
     HubSection,
     ModelSection,
-    Source,
 )
 from finetune.system.errors import RecipeError
 
@@ -66,7 +66,7 @@ def test_import_needs_no_torch() -> None:
 def test_the_smallest_recipe() -> None:
     recipe = load(BASE)
     assert recipe.model == ModelSection(name_or_path="owner/model")
-    assert recipe.data == DataSection(train=[Source(path="owner/rows")])
+    assert recipe.data == DataSection(train=[DataSource(path="owner/rows")])
     assert recipe.training == {"output_dir": "runs/r", "report_to": "none"}
     assert (recipe.lora, recipe.quantization) == (None, None)
     assert recipe.origins == {"model.name_or_path": "r.yaml:1", "data.train.0.path": "r.yaml:2"}
@@ -643,8 +643,8 @@ def test_anchors_and_merge_keys() -> None:
         "      format: text\n    - <<: *rows\n      split: test\n    - <<: [*rows, {split: a, config: b}]\n"
     )
     recipe = load(text)
-    assert recipe.data.train[1] == Source(path="owner/rows", format="text", split="test")
-    assert recipe.data.train[2] == Source(path="owner/rows", format="text", split="a", config="b")
+    assert recipe.data.train[1] == DataSource(path="owner/rows", format="text", split="test")
+    assert recipe.data.train[2] == DataSource(path="owner/rows", format="text", split="a", config="b")
     assert recipe.origins["data.train.1.path"] == "r.yaml:5"
     assert recipe.origins["data.train.1.split"] == "r.yaml:8"
     assert report(text + "training: {<<: 3}\n") == [
@@ -684,7 +684,9 @@ def test_overrides() -> None:
         "training.lr_scheduler_kwargs.num_cycles=2",
         "data.eval=[{path: owner/other}]",
     )
-    assert recipe.data == DataSection(train=[Source(path="rows.jsonl")], eval=[Source(path="owner/other")])
+    assert recipe.data == DataSection(
+        train=[DataSource(path="rows.jsonl")], eval=[DataSource(path="owner/other")]
+    )
     assert recipe.lora is None
     assert recipe.training == {
         "output_dir": "runs/r",
@@ -921,7 +923,7 @@ values = st.recursive(
 @example(kwargs={"inf": [float("inf"), -float("inf"), 1e300, 5e-324, 10**40, -1]}, name="日本語 : # x")
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
-    model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[Source(path="owner/rows")])
+    model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[DataSource(path="owner/rows")])
     sections = (ExportSection(), EvaluateSection(), HubSection())
     recipe = Recipe(model, data, *sections, training, None, None, {}, Path("x.yaml"))
     again = load(recipe.to_yaml())
@@ -993,7 +995,7 @@ def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
 
 
 def test_sections_have_a_sentence_for_every_key() -> None:
-    for section in (ModelSection, Source, DataSection):
+    for section in (ModelSection, DataSource, DataSection):
         assert all(info.description for info in section.model_fields.values())
 
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetune.data import readers
-from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.readers import fingerprint, is_file, read_rows
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError
 
 REAL = os.environ.get("FINETUNE_REAL_DATA")
@@ -43,7 +43,7 @@ def read(path: str, data: bytes | None = None, piece: int = 1 << 20) -> list[tup
     """Names and rows; what could not be read as `! ` and the reason, what ended the reading as `!! ` and the reason."""
     if data is not None:
         raw(data, path)
-    return told(read_rows(Source(path=path)), piece)
+    return told(read_rows(DataSource(path=path)), piece)
 
 
 def told(source: Iterator[tuple[str, Any]], piece: int) -> list[tuple[str, Any]]:
@@ -279,7 +279,7 @@ def test_a_long_json_needs_little_memory() -> None:
     assert Path("rows.json").stat().st_size > 60_000_000
     tracemalloc.start()
     try:
-        total = sum(len(row["text"]) for _, row in read_rows(Source(path="rows.json")))  # type: ignore[index, call-overload]
+        total = sum(len(row["text"]) for _, row in read_rows(DataSource(path="rows.json")))  # type: ignore[index, call-overload]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -319,7 +319,7 @@ def test_csv_with_long_cells() -> None:
     before = csv.field_size_limit(1000)
     raw(f"text\n{'x' * 200_000}\ny\n".encode(), "rows.csv")
     try:
-        for _, row in read_rows(Source(path="rows.csv")):
+        for _, row in read_rows(DataSource(path="rows.csv")):
             assert row in ({"text": "x" * 200_000}, {"text": "y"})
             assert csv.field_size_limit() == 1000
     finally:
@@ -453,17 +453,20 @@ def test_fingerprint_of_files() -> None:
         Path(folder).mkdir()
         raw(b'{"n": 1}', f"{folder}/1.jsonl")
         raw(b'{"n": 2}', f"{folder}/2.jsonl")
-    first = fingerprint(Source(path="a/*.jsonl"))
+    first = fingerprint(DataSource(path="a/*.jsonl"))
     # Neither the folder nor the pattern counts, nor how the rows are used.
-    assert fingerprint(Source(path="b/[12].jsonl", columns={"text": "n"})) == first
-    assert len({first, fingerprint(Source(path="a/1.jsonl")), fingerprint(Source(path="a/2.jsonl"))}) == 3
+    assert fingerprint(DataSource(path="b/[12].jsonl", columns={"text": "n"})) == first
+    assert (
+        len({first, fingerprint(DataSource(path="a/1.jsonl")), fingerprint(DataSource(path="a/2.jsonl"))})
+        == 3
+    )
     raw(b'{"n": 3}', "b/2.jsonl")
-    assert fingerprint(Source(path="b/*.jsonl")) != first
+    assert fingerprint(DataSource(path="b/*.jsonl")) != first
     Path("a/2.jsonl").rename("a/3.jsonl")
-    assert fingerprint(Source(path="a/*.jsonl")) != first
-    assert fault(lambda: fingerprint(Source(path="c.jsonl"))) == "c.jsonl: there is no such file"
+    assert fingerprint(DataSource(path="a/*.jsonl")) != first
+    assert fault(lambda: fingerprint(DataSource(path="c.jsonl"))) == "c.jsonl: there is no such file"
     Path("c.jsonl").mkdir()
-    assert fault(lambda: fingerprint(Source(path="c.jsonl"))) == (
+    assert fault(lambda: fingerprint(DataSource(path="c.jsonl"))) == (
         "c.jsonl: the file cannot be read: Is a directory"
     )
 
@@ -490,7 +493,7 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
-    source = Source(path="owner/name", streaming=streaming)
+    source = DataSource(path="owner/name", streaming=streaming)
     assert list(read_rows(source)) == [
         # JSON has its nulls from whoever wrote it.
         ("owner/name[train]:0", {"a": {"x": 1, "z": None}}),
@@ -498,7 +501,7 @@ def test_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
     ]
     assert len(fingerprint(source)) == 32
     assert hub == [{"split": "train", "revision": None, "streaming": streaming}]
-    nope = Source(path="owner/name", split="nope", streaming=streaming)
+    nope = DataSource(path="owner/name", split="nope", streaming=streaming)
     assert fault(lambda: list(read_rows(nope))).startswith("owner/name: the Hub dataset cannot be loaded: ")
 
 
@@ -510,18 +513,18 @@ def test_parquet_of_the_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
     Path("owner/name/train.jsonl").unlink()
     said = [{"a": {"x": 1}, "b": None}, {"a": {"y": 2}, "b": "b"}]
     parquet.write_table(pa.Table.from_pylist(said), "owner/name/train.parquet")
-    source = Source(path="owner/name", streaming=streaming)
+    source = DataSource(path="owner/name", streaming=streaming)
     assert [row for _, row in read_rows(source)] == said
 
 
 def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = fingerprint(Source(path="owner/name"))
-    assert fingerprint(Source(path="owner/name", split="train[:1]")) != first
+    first = fingerprint(DataSource(path="owner/name"))
+    assert fingerprint(DataSource(path="owner/name", split="train[:1]")) != first
     readers._load_hub.cache_clear()
-    assert fingerprint(Source(path="owner/name")) == first
+    assert fingerprint(DataSource(path="owner/name")) == first
     raw(b'{"a": {"x": 1}}\n', "owner/name/train.jsonl")
     readers._load_hub.cache_clear()
-    assert fingerprint(Source(path="owner/name")) != first
+    assert fingerprint(DataSource(path="owner/name")) != first
     # A stream is known by its commit.
     got = []
     for commit in ("c0ffee", "c0ffee", "decaf"):
@@ -529,7 +532,7 @@ def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.M
             "datasets.load_dataset_builder", lambda *_, hash=commit, **__: SimpleNamespace(hash=hash)
         )
         readers._load_hub.cache_clear()
-        got.append(fingerprint(Source(path="owner/name", streaming=True)))
+        got.append(fingerprint(DataSource(path="owner/name", streaming=True)))
     assert got[0] == got[1] != got[2]
 
 
@@ -562,14 +565,14 @@ def message(**keys: Any) -> dict[str, Any]:
 
 
 def test_known_format_and_columns() -> None:
-    source = Source(path="x", columns={"messages": "said", "text": "{n}: {said}"})
+    source = DataSource(path="x", columns={"messages": "said", "text": "{n}: {said}"})
     assert map_columns(source, {"said": "a", "n": 1}) == {
         "said": "a",
         "n": 1,
         "messages": "a",
         "text": "1: a",
     }
-    assert known_format(source, {"messages": [], "text": ""}) == "messages"
+    assert detect_format(source, {"messages": [], "text": ""}) == "messages"
     # What `columns` fills in is meant to be read, whatever else is there.
     row = {"instruction": "", "output": "", "text": "", "prompt": "", "completion": "", "messages": []}
     for columns, form in (
@@ -579,7 +582,7 @@ def test_known_format_and_columns() -> None:
         (["output"], "alpaca"),
         (["system"], "messages"),
     ):
-        assert known_format(Source(path="x", columns=dict.fromkeys(columns, "n")), row) == form
+        assert detect_format(DataSource(path="x", columns=dict.fromkeys(columns, "n")), row) == form
 
 
 @pytest.mark.parametrize(
@@ -744,9 +747,9 @@ def test_alpaca_history() -> None:
 )
 def test_filter(source_filter: dict[str, Any], kept: bool) -> None:
     row = {"lang": "en", "score": 1, "good": True, "gone": None, "tags": ["a", "b"], "none": []}
-    assert matches(source_filter, row) is kept
+    assert matches_filter(source_filter, row) is kept
     # A column that is not there is told whatever the others hold.
-    assert fault(lambda: matches(source_filter | {"land": "x"}, row), LabelError) == (
+    assert fault(lambda: matches_filter(source_filter | {"land": "x"}, row), LabelError) == (
         "filter: there is no column 'land'; there are lang, score, good, gone, tags, none"
     )
 
@@ -764,9 +767,9 @@ def real(name: str, form: str) -> tuple[list[dict[str, Any]], list[dict[str, Any
     want = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_PIECE", 1000)
-        got = [row for _, row in read_rows(Source(path=str(path)))]
+        got = [row for _, row in read_rows(DataSource(path=str(path)))]
     assert got == want
-    assert {known_format(Source(path=name), row) for row in want} == {form}
+    assert {detect_format(DataSource(path=name), row) for row in want} == {form}
     return want, [FORMATS[form](row) for row in want]
 
 

@@ -152,7 +152,7 @@ def test_each_way_of_training_learns_and_loads_again(
     Path("held.jsonl").write_text(json.dumps(row) + "\n")
     # Here the same row is wanted on both sides.
     monkeypatch.setattr(
-        "finetune.data.prepare.Fate.digests", property(lambda fate: (os.urandom(16), os.urandom(16)))
+        "finetune.data.prepare.RowResult.digests", property(lambda fate: (os.urandom(16), os.urandom(16)))
     )
     overrides[1] = "data.eval=[{path: held.jsonl}]"
     assert main([str(path), *overrides]) == 0, capsys.readouterr().err

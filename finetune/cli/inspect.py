@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TextIO
 
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.language import language
-from finetune.data.ledger import as_shown, facts, histogram, reasons, tables
-from finetune.data.mixture import Prepared, build
+from finetune.data.ledger import facts, for_page, histogram, reasons, tables
+from finetune.data.mixture import Prepared, build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import Recipe
 from finetune.system.errors import DataError
@@ -99,7 +99,7 @@ def load(recipe: Recipe, say: Say = lambda line: None) -> View:
         ModelError, TemplateError, DataError: From the rooms that raise them.
     """
     tokenizer = load_tokenizer(recipe.model)
-    data = build(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
+    data = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
     return View(recipe, tokenizer, *data)
 
 
@@ -150,7 +150,7 @@ def as_html(view: View, rows: Iterable[Row]) -> str:
         lang = "ja" if language("".join(piece.text for piece in parts)) == "Japanese" else None
         runs = [(trained, list(run)) for trained, run in groupby(parts, attrgetter("trained"))]
         shown.append({"name": row["row"], "counted": _counted(row), "runs": runs, "lang": lang})
-    accounts = [(title, as_shown(account)) for title, account in view.accounts()]
+    accounts = [(title, for_page(account)) for title, account in view.accounts()]
     return render("cli/inspect.html.jinja", name=view.recipe.path.name, rows=shown, accounts=accounts)
 
 

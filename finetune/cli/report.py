@@ -14,7 +14,7 @@ import yaml
 
 from finetune import __version__
 from finetune.data.language import language
-from finetune.data.ledger import as_shown
+from finetune.data.ledger import for_page
 from finetune.evaluate.report import intro, tables
 from finetune.system.charts import Line, chart, number, points
 from finetune.system.errors import RunError
@@ -216,7 +216,7 @@ def _charts(records: list[Record]) -> list[dict[str, Any]]:
 
 def _ledgers(ledgers: Any) -> list[tuple[str, Any]]:
     titles = (("train", "Training rows"), ("eval", "Evaluation rows"))
-    return [(title, as_shown(ledgers[name])) for name, title in titles if ledgers[name]["rows"]["read"]]
+    return [(title, for_page(ledgers[name])) for name, title in titles if ledgers[name]["rows"]["read"]]
 
 
 def _samples(file: Path) -> dict[str, Any] | None:

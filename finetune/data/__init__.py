@@ -10,6 +10,6 @@ from finetune.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from finetune.data.chat import Chat as Chat
-    from finetune.data.mixture import build as build
+    from finetune.data.mixture import build_datasets as build_datasets
 
-__getattr__ = lazy_names(__name__, Chat="chat", build="mixture")
+__getattr__ = lazy_names(__name__, Chat="chat", build_datasets="mixture")

@@ -20,22 +20,22 @@ import numpy as np
 
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import WEIGHTS, prepare
+from finetune.data.prepare import LEDGER_VALUES, prepare
 from finetune.data.readers import fingerprint
-from finetune.recipe.schema import DataSection, Source
+from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
 from finetune.system.files import cache_dir
 from finetune.system.terminal import Say
 
 
-class Part:
+class CachedSource:
     """The prepared rows of one source: tokens on disk, in memory only what a row weighs.
 
     A row is what was read; it has one or, when split, several pieces, which are the trainer's rows.
     """
 
     def __init__(
-        self, section: DataSection, source: Source, chat: Chat, max_length: int | None, say: Say
+        self, section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say
     ) -> None:
         import datasets
 
@@ -54,8 +54,8 @@ class Part:
     @cached_property
     def _columns(self) -> dict[str, Any]:
         table = self.dataset.data
-        columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *WEIGHTS[:-1])}
-        # As arrays, which weigh less than lists of bytes; of each language there is one string.
+        columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *LEDGER_VALUES[:-1])}
+        # As arrays, which take less memory than lists of bytes; of each language there is one string.
         for name in ("text", "digest"):
             columns[name] = np.array(table.column(name).to_pylist(), "V16")
         return columns | {"language": [sys.intern(word) for word in table.column("language").to_pylist()]}
@@ -70,7 +70,7 @@ class Part:
         return [(self.source.path, self._columns["language"][piece]) for piece in pieces]
 
     def digests(self, row: int) -> tuple[bytes, bytes]:
-        """As `Fate.digests`."""
+        """As `RowResult.digests`."""
         first = self._edges[row]
         return self._columns["text"][first].tobytes(), self._columns["digest"][first].tobytes()
 
@@ -87,14 +87,14 @@ class Part:
         pieces = range(self._edges[row], self._edges[row + 1])
         weights = []
         for piece in pieces:
-            *numbers, language = (self._columns[name][piece] for name in WEIGHTS)
+            *numbers, language = (self._columns[name][piece] for name in LEDGER_VALUES)
             weights.append([*map(int, numbers), language])
         cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
         ledger.keep_row(self.source.path, weights, bool(cut), int(lost))
         return pieces
 
 
-def _prepared(section: DataSection, source: Source, chat: Chat, max_length: int | None, say: Say) -> Path:
+def _prepared(section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say) -> Path:
     """The folder that holds the prepared rows of a source; prepared now if it is not there, by one process alone."""
     from filelock import FileLock
 
@@ -122,7 +122,7 @@ def _prepared(section: DataSection, source: Source, chat: Chat, max_length: int 
     return folder
 
 
-def _key(section: DataSection, source: Source, chat: Chat, max_length: int | None) -> str:
+def _key(section: DataSection, source: DataSource, chat: Chat, max_length: int | None) -> str:
     """A hash of everything that decides what the prepared rows of a source are."""
     options = section.model_dump(include={"train_on", "on_overflow", "on_bad_row", "merge_same_role"})
     reading = source.model_dump(include={"path", "format", "columns", "raw", "filter"})
@@ -133,11 +133,11 @@ def _key(section: DataSection, source: Source, chat: Chat, max_length: int | Non
 
 
 def _write(
-    folder: Path, section: DataSection, source: Source, chat: Chat, max_length: int | None, say: Say
+    folder: Path, section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say
 ) -> None:
     import pyarrow as pa
 
-    ints, texts = ("number", "lost", *WEIGHTS[:-1]), ("row", "language")
+    ints, texts = ("number", "lost", *LEDGER_VALUES[:-1]), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
     fields += [("cut", pa.bool_()), ("text", pa.binary(16)), ("digest", pa.binary(16))]
     fields += [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
@@ -161,7 +161,7 @@ def _write(
                 fate.count_into(ledger)
                 digests = fate.digests if fate.pieces else ()
                 for piece in fate.pieces:
-                    *weights, language = fate.weigh(piece)
+                    *weights, language = fate.ledger_values(piece)
                     waiting.append(
                         (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *digests)
                     )

@@ -27,17 +27,17 @@ from transformers.utils import chat_template_utils
 
 from finetune.data.turns import Message as Message
 from finetune.data.turns import (
-    check_shown,
+    authored_texts,
+    check_all_rendered,
     check_unicode,
-    holder,
-    is_plain,
-    outside,
+    is_text_only,
+    message_holding,
     special_spans,
-    strings,
+    texts_in,
     trained_messages,
     turn_end,
     turn_start,
-    untold,
+    without_train_key,
 )
 from finetune.system.errors import LabelError as LabelError
 from finetune.system.errors import TemplateError
@@ -73,7 +73,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RenderedChat:
     """A rendered conversation whose turns are known in characters; its tokens are still to come."""
 
     text: str
@@ -131,11 +131,11 @@ class Chat:
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")
         try:
-            if tools is None and all(map(is_plain, messages)):
+            if tools is None and all(map(is_text_only, messages)):
                 # What apply_chat_template does for plain messages, without copying each at each call (5.23).
                 return str(
                     self._compiled.render(
-                        messages=[untold(m) for m in messages],
+                        messages=[without_train_key(m) for m in messages],
                         tools=None,
                         documents=None,
                         add_generation_prompt=add_generation_prompt,
@@ -144,7 +144,7 @@ class Chat:
                 )
             return str(
                 self.tokenizer.apply_chat_template(
-                    [untold(m) for m in messages],
+                    [without_train_key(m) for m in messages],
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -202,7 +202,7 @@ class Chat:
         messages: Sequence[Message],
         train_on: str = "assistant",
         tools: Sequence[dict[str, Any]] | None = None,
-    ) -> Draft:
+    ) -> RenderedChat:
         """The first half of `encode`, before the text is tokenised.
 
         Raises:
@@ -212,7 +212,7 @@ class Chat:
         render = partial(self.render, tools=tools)
         text = render(messages)
         check_unicode(messages, text)
-        check_shown(messages, text)
+        check_all_rendered(messages, text)
         turns = []
         for i, message in enumerate(messages):
             # With `all`, a turn that says `train: false` must be found too, to be left out.
@@ -220,14 +220,14 @@ class Chat:
                 start = turn_start(render, messages, i, text)
                 end = turn_end(render, self._special.values(), self._endings, messages, i, text, start)
                 turns.append((i, start, end))
-        return Draft(text, messages, train_on, turns, frozenset(trained), tools)
+        return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools)
 
     def tokenize(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, as it stands."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def label(self, draft: Draft, ids: Ids) -> Encoded:
+    def label(self, draft: RenderedChat, ids: Ids) -> Encoded:
         """The second half of `encode`: `ids` are the tokens of the draft's text.
 
         Raises:
@@ -347,13 +347,13 @@ class Chat:
     # -----------------------------------------------------------------------------------------------------------
     # Checks
 
-    def _edges(self, draft: Draft, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
+    def _edges(self, draft: RenderedChat, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
         """First and last character of each special token of the row, which must be the template's own."""
         found = ids[places].tolist()
         distinct = set(found)
         unknown = self.tokenizer.unk_token
         spelt = distinct | ({self.tokenizer.unk_token_id} if unknown and unknown in draft.text else set())
-        self._check_plain(spelt, draft.messages, "\0".join(strings(draft.tools)))
+        self._check_plain(spelt, draft.messages, "\0".join(texts_in(draft.tools)))
         names = [self._special[i] for i in distinct]
         spans = special_spans(names, draft.text)
         if [draft.text[first:end] for first, end in spans] != [self._special[i] for i in found]:
@@ -362,10 +362,12 @@ class Chat:
 
     def _check_plain(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
         """Text is data: what would be read as a special token inside it makes the row a bad one."""
-        whole = "\0".join([text, *(part for message in messages for part in outside(message))])
+        whole = "\0".join([text, *(part for message in messages for part in authored_texts(message))])
         for i in special_ids:
             if self._special[i] in whole:
-                where = holder(messages, self._special[i]) or ("the tools" if messages else "the text")
+                where = message_holding(messages, self._special[i]) or (
+                    "the tools" if messages else "the text"
+                )
                 raise LabelError(
                     f"{where}: its text holds {self._special[i]}, which is a special token of this tokenizer"
                 )

@@ -11,13 +11,13 @@ import re
 from typing import Any
 
 from finetune.data.turns import Message
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError
 
 Row = dict[str, Any]
 
 
-def matches(source_filter: dict[str, Any], row: Row) -> bool:
+def matches_filter(source_filter: dict[str, Any], row: Row) -> bool:
     """Whether each column that is named holds the value given for it or one of those: itself, or in its list.
 
     `true` is not 1, and a number is not its digits: the cells of a CSV are text.
@@ -37,7 +37,7 @@ def matches(source_filter: dict[str, Any], row: Row) -> bool:
     return True
 
 
-def map_columns(source: Source, row: Row) -> Row:
+def map_columns(source: DataSource, row: Row) -> Row:
     """`columns` applied: a column's value, or a format string filled in once over the row."""
     mapped = dict(row)
     for ours, spec in source.columns.items():
@@ -55,7 +55,7 @@ def map_columns(source: Source, row: Row) -> Row:
     return mapped
 
 
-def known_format(source: Source, row: Row) -> str:
+def detect_format(source: DataSource, row: Row) -> str:
     """The format that a row's columns tell of.
 
     Raises:

@@ -199,7 +199,7 @@ def histogram(account: dict[str, Any]) -> Table:
     return [(f"{bin['from']:,}-{bin['to']:,}", bin["rows"], bin["rows"] / most) for bin in bins]
 
 
-def as_shown(account: dict[str, Any]) -> dict[str, Any]:
+def for_page(account: dict[str, Any]) -> dict[str, Any]:
     """All of that as texts, as pages show it."""
     became = [("rows", "what became of them"), *reasons(account)]
     every = [became, *tables(account)] if len(became) > 1 else tables(account)

@@ -14,11 +14,11 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.cache import Part
+from finetune.data.cache import CachedSource
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import Fate, prepare
-from finetune.recipe.schema import DataSection, Source
+from finetune.data.prepare import RowResult, prepare
+from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
 from finetune.system.terminal import Say
 
@@ -48,7 +48,7 @@ class Prepared:
     origins: list[tuple[str, str]] = field(default_factory=list)
 
 
-def build(
+def build_datasets(
     section: DataSection, chat: Chat, max_length: int | None, say: Say = lambda line: None
 ) -> tuple[Prepared, Prepared]:
     """The training and the evaluation rows of a recipe.
@@ -59,11 +59,11 @@ def build(
     Raises:
         DataError: A source or row cannot be used, or nothing is left to train on.
     """
-    evaluated = [Part(section, source, chat, max_length, say) for source in section.eval]
+    evaluated = [CachedSource(section, source, chat, max_length, say) for source in section.eval]
     if any(source.streaming for source in section.train):
         evaluation, texts = _evaluation(section, evaluated, {})
         return _stream(section, chat, max_length, texts), evaluation
-    parts = [Part(section, source, chat, max_length, say) for source in section.train]
+    parts = [CachedSource(section, source, chat, max_length, say) for source in section.train]
     ledger = Ledger()
     for part in parts:
         part.count_into(ledger)
@@ -72,7 +72,7 @@ def build(
     evaluation, texts = _evaluation(section, evaluated, held_out)
     ledger.read -= len(held_out)
 
-    chosen: list[tuple[Part, int]] = []
+    chosen: list[tuple[CachedSource, int]] = []
     for part, own in groupby(rows, key=lambda row: row[0]):
         left = []
         for _, row in own:
@@ -91,19 +91,21 @@ def build(
     return train, evaluation
 
 
-def evaluated(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
+def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
     """The evaluation rows of a recipe, as `build` has them; rows to train on are read only where these are of them.
 
     Raises:
         DataError: A source or row cannot be used.
     """
     if section.eval_fraction is not None:
-        return build(section, chat, max_length)[1]
-    parts = [Part(section, source, chat, max_length, lambda line: None) for source in section.eval]
+        return build_datasets(section, chat, max_length)[1]
+    parts = [CachedSource(section, source, chat, max_length, lambda line: None) for source in section.eval]
     return _evaluation(section, parts, {})[0]
 
 
-def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[tuple[Part, int]]:
+def _distinct(
+    section: DataSection, parts: list[CachedSource], ledger: Ledger
+) -> list[tuple[CachedSource, int]]:
     seen: set[bytes] = set()
     rows = []
     for part in parts:
@@ -117,7 +119,9 @@ def _distinct(section: DataSection, parts: list[Part], ledger: Ledger) -> list[t
     return rows
 
 
-def _held_out(section: DataSection, rows: list[tuple[Part, int]]) -> dict[tuple[Part, int], None]:
+def _held_out(
+    section: DataSection, rows: list[tuple[CachedSource, int]]
+) -> dict[tuple[CachedSource, int], None]:
     """The rows that `eval_fraction` sets aside, in their order."""
     if section.eval_fraction is None or not rows:
         return {}
@@ -132,7 +136,7 @@ def _held_out(section: DataSection, rows: list[tuple[Part, int]]) -> dict[tuple[
 
 
 def _evaluation(
-    section: DataSection, parts: list[Part], held_out: dict[tuple[Part, int], None]
+    section: DataSection, parts: list[CachedSource], held_out: dict[tuple[CachedSource, int], None]
 ) -> tuple[Prepared, set[bytes]]:
     ledger = Ledger()
     for part in parts:
@@ -147,7 +151,7 @@ def _evaluation(
     return evaluation, {part.digests(row)[0] for part, row in rows}
 
 
-def _drawn(section: DataSection, part: Part, rows: list[int], ledger: Ledger) -> list[int]:
+def _drawn(section: DataSection, part: CachedSource, rows: list[int], ledger: Ledger) -> list[int]:
     """The rows of a source as often as `weight` or `samples` say: whole passes, and of the last one a drawn share."""
     source = part.source
     wanted = source.samples or round(len(rows) * (source.weight or 1))
@@ -161,19 +165,19 @@ def _drawn(section: DataSection, part: Part, rows: list[int], ledger: Ledger) ->
     return rows * passes + [rows[i] for i in sorted(rng.sample(range(len(rows)), rest))]
 
 
-def _digest(rows: list[tuple[Part, int]]) -> str:
+def _digest(rows: list[tuple[CachedSource, int]]) -> str:
     every = hashlib.blake2b(digest_size=16)
     for part, row in rows:
         every.update(part.digests(row)[1])
     return every.hexdigest() if rows else ""
 
 
-def _dataset(rows: list[tuple[Part, int]], ledger: Ledger) -> datasets.Dataset | None:
+def _dataset(rows: list[tuple[CachedSource, int]], ledger: Ledger) -> datasets.Dataset | None:
     import datasets
 
     tables: list[Any] = []
     chosen: list[int] = []
-    starts: dict[Part, int] = {}
+    starts: dict[CachedSource, int] = {}
     for part, row in rows:
         if part not in starts:
             starts[part] = sum(map(len, tables))
@@ -210,7 +214,7 @@ def _streamed(
 ) -> Iterator[dict[str, Any]]:
     """The rows of the streams, mixed, each counted as it leaves."""
     rng = random.Random(section.seed)
-    waiting: list[tuple[Source, Fate]] = []
+    waiting: list[tuple[DataSource, RowResult]] = []
     for kept in _kept(section, chat, max_length, evaluated, ledger, rng):
         waiting.append(kept)
         if len(waiting) > _BUFFER:
@@ -220,12 +224,14 @@ def _streamed(
 
 
 def _leaving(
-    waiting: list[tuple[Source, Fate]], rng: random.Random, ledger: Ledger
+    waiting: list[tuple[DataSource, RowResult]], rng: random.Random, ledger: Ledger
 ) -> Iterator[dict[str, Any]]:
     i = rng.randrange(len(waiting))
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
     source, fate = waiting.pop()
-    ledger.keep_row(source.path, [fate.weigh(piece) for piece in fate.pieces], fate.pieces[0].cut, fate.lost)
+    ledger.keep_row(
+        source.path, [fate.ledger_values(piece) for piece in fate.pieces], fate.pieces[0].cut, fate.lost
+    )
     for piece in fate.pieces:
         yield {"row": fate.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
 
@@ -237,7 +243,7 @@ def _kept(
     evaluated: set[bytes],
     ledger: Ledger,
     rng: random.Random,
-) -> Iterator[tuple[Source, Fate]]:
+) -> Iterator[tuple[DataSource, RowResult]]:
     """The rows that are trained on, drawn from the sources by `weight`; what becomes of the others is counted."""
     streams = {i: prepare(section, source, chat, max_length) for i, source in enumerate(section.train)}
     left = [source.samples or math.inf for source in section.train]

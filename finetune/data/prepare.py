@@ -1,4 +1,4 @@
-"""The rows of one source to encoded rows of at most `max_length` tokens; what becomes of each is told as a `Fate`.
+"""The rows of one source to encoded rows of at most `max_length` tokens; what becomes of each is told as a `RowResult`.
 
 Rendering and labels are Python's work and go on while the tokenizer, which needs none, is busy with the rows before.
 """
@@ -17,20 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.chat import IGNORE, Chat, Draft, Encoded, Ids
-from finetune.data.formats import FORMATS, Row, known_format, map_columns, matches
+from finetune.data.chat import IGNORE, Chat, Encoded, Ids, RenderedChat
+from finetune.data.formats import FORMATS, Row, detect_format, map_columns, matches_filter
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
 from finetune.data.readers import read_rows
-from finetune.data.turns import Message, is_plain
-from finetune.recipe.schema import DataSection, Source
+from finetune.data.turns import Message, is_text_only
+from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError, LabelError, TurnRewrittenLater
 
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.
 _CHUNK = 64
 
 # What a piece weighs in the ledger: the arguments of `Ledger.keep` behind the source.
-WEIGHTS = ("length", "trained", "turns", "ends", "characters", "language")
+LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "language")
 
 OPENING = "rows without an opening assistant message"
 CLOSING = "rows without what follows the last answer"
@@ -40,7 +40,7 @@ MERGED = "rows with messages of one role merged"
 
 
 @dataclass(slots=True)
-class Fate:
+class RowResult:
     """What became of one row that was read.
 
     It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given, at the `place` given.
@@ -66,8 +66,8 @@ class Fate:
                 account[reason] += 1
                 ledger.first.setdefault(reason, f"{self.row}{self.place}")
 
-    def weigh(self, piece: Encoded) -> tuple[Any, ...]:
-        """The `WEIGHTS` of one of the pieces."""
+    def ledger_values(self, piece: Encoded) -> tuple[Any, ...]:
+        """The `LEDGER_VALUES` of one of the pieces."""
         ends = sum(int(piece.labels[turn.end - 1] == piece.input_ids[turn.end - 1]) for turn in piece.turns)
         trained, turns = piece.trained_tokens, len(piece.turns)
         return len(piece.input_ids), trained, turns, ends, piece.characters, self.language
@@ -84,7 +84,9 @@ class Fate:
         return text.digest(), row.digest()
 
 
-def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | None) -> Iterator[Fate]:
+def prepare(
+    section: DataSection, source: DataSource, chat: Chat, max_length: int | None
+) -> Iterator[RowResult]:
     """The fate of each row of a source, in its order.
 
     Raises:
@@ -106,25 +108,25 @@ def prepare(section: DataSection, source: Source, chat: Chat, max_length: int | 
 
 
 # A row's fate so far, and what is still to be done with it: nothing when it is decided.
-_Started = tuple[Fate, "list[Draft] | Encoded | Exception | None"]
+_Started = tuple[RowResult, "list[RenderedChat] | Encoded | Exception | None"]
 
 
-def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Started]:
+def _started(section: DataSection, source: DataSource, chat: Chat) -> Iterator[_Started]:
     """Each row rendered; what is wrong with one is kept until its turn comes, so that faults are told in order."""
     form: str | None = source.format
     mapped = False
     for name, row in read_rows(source):
-        fate = Fate(name)
+        fate = RowResult(name)
         try:
             if isinstance(row, LabelError):
                 raise row
-            if source.filter and not matches(source.filter, row):
+            if source.filter and not matches_filter(source.filter, row):
                 fate.dropped = "left out by filter"
                 yield fate, None
                 continue
             row = map_columns(source, row)
             mapped = True
-            form = form or known_format(source, row)
+            form = form or detect_format(source, row)
             yield fate, _start(section, source, form, row, chat, fate)
         except LabelError as error:
             if not mapped and str(error).startswith(("columns: ", "filter: ")):
@@ -138,8 +140,8 @@ def _started(section: DataSection, source: Source, chat: Chat) -> Iterator[_Star
 
 
 def _start(
-    section: DataSection, source: Source, form: str, row: Row, chat: Chat, fate: Fate
-) -> list[Draft] | Encoded:
+    section: DataSection, source: DataSource, form: str, row: Row, chat: Chat, fate: RowResult
+) -> list[RenderedChat] | Encoded:
     if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
         converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
         if not all(isinstance(text, str) for text in converted.values()):
@@ -203,13 +205,13 @@ def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
             yield part
 
 
-def _mended(section: DataSection, messages: list[Message], train_on: str, fate: Fate) -> list[Message]:
+def _mended(section: DataSection, messages: list[Message], train_on: str, fate: RowResult) -> list[Message]:
     """The messages as a chat template can take them and labels can be had from them; counted where it changes them."""
     if section.merge_same_role:
         merged: list[Message] = []
         for message in messages:
             before = merged[-1] if merged else {"role": None}
-            plain = is_plain(before) and is_plain(message) and message["role"] != "tool"
+            plain = is_text_only(before) and is_text_only(message) and message["role"] != "tool"
             plain &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
             if plain and before["role"] == message["role"] and before.get("train") == message.get("train"):
                 merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
@@ -239,12 +241,12 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, fate: 
 
 def _finished(
     section: DataSection,
-    source: Source,
+    source: DataSource,
     chat: Chat,
     max_length: int | None,
     chunk: list[_Started],
     tokenized: Future[list[Ids]],
-) -> Iterator[Fate]:
+) -> Iterator[RowResult]:
     ids = iter(tokenized.result())
     for fate, item in chunk:
         if item is None:
@@ -274,11 +276,11 @@ def _finished(
 
 def _fit(
     section: DataSection,
-    item: Draft | Encoded,
+    item: RenderedChat | Encoded,
     encoded: Encoded,
     chat: Chat,
     max_length: int | None,
-    fate: Fate,
+    fate: RowResult,
 ) -> list[Encoded]:
     """One row as rows of at most `max_length` tokens, by `data.on_overflow`."""
     trained = encoded.trained_tokens
@@ -342,7 +344,7 @@ def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | No
     return [piece for piece in pieces if piece.trained_tokens]
 
 
-def _split_turns(item: Draft, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
+def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
     """The conversation as several, each beginning at a user message with the system text before it.
 
     Each holds as many exchanges as fit; one exchange that alone does not fit is left out, and the row counts as cut.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from finetune.data.formats import Row
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import DataSource
 from finetune.system import hub_errors
 from finetune.system.errors import DataError as DataError
 from finetune.system.errors import LabelError
@@ -40,7 +40,7 @@ def _cut_off(inside: str, line: int, offset: int) -> _CutOff:
     return _CutOff(f"the file ends in the middle of a row{inside}; the row starts at {place}")
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, Row | LabelError]]:
+def read_rows(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
     """Each row with its name; a row that could not be read comes as the `LabelError` that says why.
 
     Raises:
@@ -54,7 +54,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row | LabelError]]:
             yield from _read_file(name)
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: DataSource) -> str:
     """A hash that changes with the rows: names without folders and contents of files; the Hub's commit.
 
     Raises:
@@ -76,7 +76,7 @@ def is_file(path: str) -> bool:
     return bool(re.search(suffixes, path) or glob.has_magic(path) or path[:1] in "/.~" or Path(path).exists())
 
 
-def _files(source: Source) -> list[str]:
+def _files(source: DataSource) -> list[str]:
     path = Path(source.path).expanduser()
     names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     if not names:
@@ -98,7 +98,7 @@ def _readable(name: str) -> Iterator[None]:
 # The Hub
 
 
-def _read_hub(source: Source) -> Iterator[tuple[str, Row]]:
+def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
     rows = _hub(source)[0]
     # What is stored as JSON is there as it was written.
     exact = {column for column, kind in (rows.features or {}).items() if "Json(" in repr(kind)}
@@ -112,7 +112,7 @@ def _read_hub(source: Source) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{source.path}: the Hub dataset cannot be read: {reason}") from error
 
 
-def _hub(source: Source) -> tuple[Any, str]:
+def _hub(source: DataSource) -> tuple[Any, str]:
     """A dataset of the Hub, loaded once, and a hash that its commit decides."""
     return _load_hub(source.path, source.config, source.split, source.revision, source.streaming)
 

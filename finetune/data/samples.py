@@ -1,28 +1,82 @@
-"""The sample rows of the project, and encoded rows with their labels."""
+"""The sample conversations of the project, as a file and as encoded rows; encoded rows by language."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.chat import IGNORE
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.language import language
+
+# The name of the sample rows in reports, where a source's path stands for other rows.
+SAMPLE_ROWS = "sample rows of this project"
 
 
 def sample_rows() -> Path:
-    """The project's sample conversations: beside the package in a checkout, inside it in a wheel."""
+    """The path of the sample conversations: next to the package in a checkout, inside it in a wheel."""
     inside = Path(__file__).parent / "sample" / "chat_sample.jsonl"
     return inside if inside.exists() else Path(__file__).parents[2] / "data" / "chat_sample.jsonl"
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """Token ids, and the same with all that is not predicted masked; both of length T."""
+    """Token ids and labels of a row, both of length T; a label is -100 where the loss does not count the token."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def prompt(self) -> list[int]:
-        """What a model is fed before it answers: what stands before the first predicted token; of plain text half."""
+        """The token ids before the first label; half of the row where its first tokens already have labels."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
         return self.input_ids[: first if first > 1 else max(1, len(self.input_ids) // 2)]
+
+
+def encoded_sample_rows(chat: Chat) -> list[LabelledRow]:
+    """The sample conversations as encoded rows; as plain text where the tokenizer has no chat template.
+
+    Raises:
+        LabelError: The chat template refuses them.
+    """
+    rows = []
+    for line in sample_rows().read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        encoded = (
+            chat.encode(messages)
+            if chat.tokenizer.chat_template is not None
+            else chat.encode_text("", "\n".join(message["content"] for message in messages))
+        )
+        rows.append(LabelledRow(encoded.input_ids.tolist(), encoded.labels.tolist()))
+    return rows
+
+
+def rows_by_language(
+    rows: Sequence[LabelledRow], where: str, chat: Chat, count: int = 16
+) -> dict[str, tuple[list[LabelledRow], str]]:
+    """Rows by language, sorted by its name, each group with the name of where its rows are from.
+
+    English and Japanese are always there: where `rows` has none of one, sample rows take their place.
+
+    Args:
+        rows: Encoded rows.
+        where: The name of where they are from.
+        chat: The tokenizer that encoded them.
+        count: How many sample rows at most take the place of a missing language.
+
+    Raises:
+        LabelError: The chat template refuses the sample rows.
+    """
+
+    def of(row: LabelledRow) -> str:
+        return language(chat.tokenizer.decode(row.input_ids, skip_special_tokens=True))
+
+    groups: dict[str, tuple[list[LabelledRow], str]] = {}
+    for row in rows:
+        groups.setdefault(of(row), ([], where))[0].append(row)
+    if missing := {"English", "Japanese"} - groups.keys():
+        for row in encoded_sample_rows(chat):
+            if (name := of(row)) in missing and len(groups.get(name, ([], ""))[0]) < count:
+                groups.setdefault(name, ([], SAMPLE_ROWS))[0].append(row)
+    return dict(sorted(groups.items()))

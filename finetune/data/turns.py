@@ -34,39 +34,41 @@ class Render(Protocol):
         """The messages as the template writes them."""
 
 
-def is_plain(message: Message) -> bool:
+def is_text_only(message: Message) -> bool:
     """Whether a message is its text alone, without thinking or tool calls."""
     return message.keys() <= {"role", "content", "train"}
 
 
-def strings(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """Each text that a message, or a part of one, holds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, part in value.items():
             yield key
-            yield from strings(part)
+            yield from texts_in(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from strings(part)
+            yield from texts_in(part)
 
 
-def untold(message: Message) -> Message:
+def without_train_key(message: Message) -> Message:
     """The message as the template gets it: what is trained on is none of its business."""
     return {k: v for k, v in message.items() if k != "train"} if "train" in message else message
 
 
-def outside(message: Message) -> Iterable[str]:
-    """The texts of a message that come from outside."""
+def authored_texts(message: Message) -> Iterable[str]:
+    """The texts of a message that come from the row and not from this code."""
     return (
-        [message["content"]] if is_plain(message) else strings([v for k, v in message.items() if k != "role"])
+        [message["content"]]
+        if is_text_only(message)
+        else texts_in([v for k, v in message.items() if k != "role"])
     )
 
 
-def holder(messages: Sequence[Message], text: str) -> str:
+def message_holding(messages: Sequence[Message], text: str) -> str:
     """The first message that holds a text, as it is told to a person; empty where none does."""
-    holds = (i for i, m in enumerate(messages) if any(text in part for part in outside(m)))
+    holds = (i for i, m in enumerate(messages) if any(text in part for part in authored_texts(m)))
     return next((f"message {i + 1}" for i in holds), "")
 
 
@@ -76,7 +78,7 @@ def check_unicode(messages: Sequence[Message], text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        where = holder(messages, half) or "the text"
+        where = message_holding(messages, half) or "the text"
         raise LabelError(f"{where}: its text holds half a character ({half!r}), not Unicode") from error
 
 
@@ -101,7 +103,7 @@ def trained_messages(messages: Sequence[Message], train_on: str) -> list[int]:
     return [i for i in assistant if messages[i].get("train", i in wanted)]
 
 
-def check_shown(messages: Sequence[Message], text: str) -> None:
+def check_all_rendered(messages: Sequence[Message], text: str) -> None:
     """No message may be left out by the template; of assistants' the trained ones, which `turn_end` sees to."""
     for i, message in enumerate(messages):
         content = message["content"].strip()
@@ -109,7 +111,9 @@ def check_shown(messages: Sequence[Message], text: str) -> None:
             continue
         # Tool results may be written as JSON; blanks within a text may be tidied.
         quoted = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-        if _squeezed(content) not in _squeezed(text) and not any(form in text for form in quoted):
+        if _without_whitespace(content) not in _without_whitespace(text) and not any(
+            form in text for form in quoted
+        ):
             raise LabelError(
                 f"message {i + 1}: the chat template leaves out or changes the {message['role']}'s text"
             )
@@ -141,7 +145,7 @@ def turn_end(
     `special` are the tokenizer's special tokens, `endings` those texts that are known to end a turn, longest first.
     """
     message = messages[i]
-    if is_plain(message):
+    if is_text_only(message):
         for written in (message["content"], message["content"].strip()):
             # Mistral's templates write a blank before the text.
             for first in (start, start + 1) if text[start : start + 1] == " " else (start,):
@@ -160,15 +164,15 @@ def turn_end(
     head, tail = _behind(whole, len(there))
     # Blanks before a mark are not trimmed, so what is compared is all but the blanks. A generation prompt may hold the
     # first word already (`<think>`).
-    said = _squeezed(text[start : len(text) - len(tail)])
-    shown = _squeezed(text[len(commonprefix([text, before])) : len(text) - len(tail)])  # noqa: RUF071 - characters
+    said = _without_whitespace(text[start : len(text) - len(tail)])
+    shown = _without_whitespace(text[len(commonprefix([text, before])) : len(text) - len(tail)])  # noqa: RUF071 - characters
     lacking = [kind for mark, kind in kinds.items() if mark not in found]
-    lacking += [kind for kind, part in _spoken(message) if _squeezed(part) not in shown]
+    lacking += [kind for kind, part in _assistant_parts(message) if _without_whitespace(part) not in shown]
     if lacking:
         asked_on = any(m["role"] == "user" for m in messages[i + 1 :])
         told = f"message {i + 1}: the chat template leaves out its {lacking[0]}"
         raise TurnRewrittenLater(told + _LAST_ALONE) if asked_on else LabelError(told)
-    if found != there or _squeezed(head[start:]) != said or not text.endswith(tail):
+    if found != there or _without_whitespace(head[start:]) != said or not text.endswith(tail):
         raise LabelError(
             f"message {i + 1}: the chat template changes the assistant's text, so its tokens cannot be told"
         )
@@ -218,7 +222,7 @@ def special_spans(special: Iterable[str], text: str) -> list[tuple[int, int]]:
     return [m.span() for m in re.finditer("|".join(map(re.escape, names)), text)] if names else []
 
 
-def _spoken(message: Message) -> Iterator[tuple[str, str]]:
+def _assistant_parts(message: Message) -> Iterator[tuple[str, str]]:
     """What each text is that an assistant message says, and the text."""
     yield "text", message["content"]
     yield "thinking", message.get("reasoning_content") or ""
@@ -262,5 +266,5 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
     return marked, kinds
 
 
-def _squeezed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
     return "".join(text.split())

@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.readers import read_rows
 from finetune.data.turns import Message
-from finetune.recipe.schema import DataSection, Source
+from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import EvaluateError, LabelError
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
         DataError: The file cannot be read.
     """
     found: list[Prompt] = []
-    for name, row in read_rows(Source(path=path)):
+    for name, row in read_rows(DataSource(path=path)):
         if limit is not None and len(found) == limit:
             break
         if isinstance(row, LabelError):
@@ -81,15 +81,15 @@ def evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None
     return [items[i] for i in sorted(chosen)]
 
 
-def _conversations(source: Source) -> Iterator[tuple[str, list[Message]]]:
+def _conversations(source: DataSource) -> Iterator[tuple[str, list[Message]]]:
     form: str | None = source.format
     for name, row in read_rows(source):
         # What is wrong with a row was told when it was prepared.
         with contextlib.suppress(LabelError):
-            if isinstance(row, LabelError) or (source.filter and not matches(source.filter, row)):
+            if isinstance(row, LabelError) or (source.filter and not matches_filter(source.filter, row)):
                 continue
             row = map_columns(source, row)
-            form = form or known_format(source, row)
+            form = form or detect_format(source, row)
             converted = {} if source.raw else FORMATS[form](row)
             if "messages" in converted:
                 yield name, converted["messages"]
@@ -137,7 +137,7 @@ def read_reference(path: str) -> dict[str, list[str]]:
         DataError: The file cannot be read.
     """
     found: dict[str, list[str]] = {}
-    for place, row in read_rows(Source(path=path)):
+    for place, row in read_rows(DataSource(path=path)):
         fault = f"evaluate.judge.reference: {place}: "
         if isinstance(row, LabelError):
             raise EvaluateError(f"{fault}{row}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import __version__
 from finetune.data.chat import IGNORE, Chat
-from finetune.data.mixture import evaluated
+from finetune.data.mixture import evaluation_rows
 from finetune.data.samples import LabelledRow
 from finetune.evaluate.answers import Answer, answer
 from finetune.evaluate.language import Verdict, verdict, wilson
@@ -182,7 +182,7 @@ def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
     Raises:
         TemplateError: There are conversations, and no template to render them.
     """
-    evaluation = evaluated(recipe.data, chat, recipe.training.get("max_length", 1024))
+    evaluation = evaluation_rows(recipe.data, chat, recipe.training.get("max_length", 1024))
     if evaluation.dataset is None:
         return [], []
     rows = [

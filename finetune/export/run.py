@@ -17,9 +17,8 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.data.chat import Chat
-from finetune.data.mixture import build
-from finetune.data.samples import LabelledRow
-from finetune.export.gguf.imatrix.calibration import samples
+from finetune.data.mixture import build_datasets
+from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
 from finetune.export.report import as_json, as_markdown
 from finetune.export.transformers import FORMATS as WEIGHTS
 from finetune.export.transformers import write
@@ -204,7 +203,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[LabelledRo
     if recipe_file:
         try:
             recipe = load_recipe(recipe_file)
-            training, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+            training, evaluation = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
             if evaluation.dataset is not None:
                 return _rows(evaluation.dataset), "held-out rows of the run"
             if not any(source.streaming for source in recipe.data.train):
@@ -213,7 +212,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[LabelledRo
             say(
                 f"the run's rows are not here ({str(error).splitlines()[0]}); the project's sample rows are used"
             )
-    return samples(chat)[:_ROWS], "sample rows of this project"
+    return encoded_sample_rows(chat)[:_ROWS], SAMPLE_ROWS
 
 
 def _rows(dataset: Any) -> list[LabelledRow]:

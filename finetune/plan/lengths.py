@@ -62,11 +62,11 @@ def row_lengths(recipe: Recipe, say: Callable[[str], None]) -> RowLengths | None
     if not all(_is_file(source) for source in recipe.data.train) or not _has_tokenizer(recipe.model):
         return None
     from finetune.data.chat import Chat
-    from finetune.data.mixture import build
+    from finetune.data.mixture import build_datasets
     from finetune.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    data, _ = build(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
+    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
     return RowLengths.of(data.dataset)
 
 

@@ -12,7 +12,7 @@ from glob import iglob
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import DataSource
 from finetune.recipe.upstream import FROM_BASE
 from finetune.recipe.yaml_tree import Draft
 
@@ -230,7 +230,7 @@ def check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
             draft.fault(f"training.{name}", f"{there}; add data.eval or data.eval_fraction")
 
     def rows(source: dict[str, Any]) -> dict[str, Any]:
-        return Source.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
+        return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
 
     trained = [rows(source) for source in data.get("train", [])]
     for i, source in enumerate(data.get("eval", [])):

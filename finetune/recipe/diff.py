@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.yaml_tree import scalar_text
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say
@@ -169,7 +169,7 @@ def _sections(text: str) -> Sections:
         sources = sections["data"][name]
         if not isinstance(sources, list):
             raise ValueError(f"data.{name} is no list")
-        sections["data"][name] = [_filled(f"data.{name}", source, Source) for source in sources]
+        sections["data"][name] = [_filled(f"data.{name}", source, DataSource) for source in sources]
     training = sections["training"]
     found = training["accelerator_config"] or {}
     if isinstance(found, dict):  # and not the name of a file

@@ -19,6 +19,7 @@ from finetune.recipe.checks import (
 )
 from finetune.recipe.schema import (
     DataSection,
+    DataSource,
     EvaluateSection,
     ExportSection,
     HubSection,
@@ -27,7 +28,6 @@ from finetune.recipe.schema import (
     LmEvalSection,
     ModelSection,
     PricesSection,
-    Source,
 )
 from finetune.recipe.upstream import (
     Keys,
@@ -113,7 +113,7 @@ def _keys() -> Keys:
     }
     sections = own | upstream_keys()
     inner: dict[str, type[BaseModel]] = {
-        "source": Source,
+        "source": DataSource,
         "fsdp_config": XlaFsdp,
         "judge": JudgeSection,
         "lm_eval": LmEvalSection,

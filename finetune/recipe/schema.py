@@ -32,7 +32,7 @@ class ModelSection(BaseModel):
     """Whether code from the model's repository may run."""
 
 
-class Source(BaseModel):
+class DataSource(BaseModel):
     """One place that rows come from."""
 
     model_config = _SECTION
@@ -66,9 +66,9 @@ class DataSection(BaseModel):
 
     model_config = _SECTION
 
-    train: Annotated[list[Source], Field(min_length=1)]
+    train: Annotated[list[DataSource], Field(min_length=1)]
     """Where the rows to train on come from."""
-    eval: list[Source] = []
+    eval: list[DataSource] = []
     """Where the rows to evaluate on come from."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The share of the training rows that is set aside to evaluate on, when `eval` is absent."""

@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.data.chat import Chat
-from finetune.data.mixture import Prepared, build
+from finetune.data.mixture import Prepared, build_datasets
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
 from finetune.hub.uploads import Uploads
@@ -94,7 +94,7 @@ def train(
     chat = Chat(tokenizer)
     chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
     chats = chats and tokenizer.chat_template is not None
-    data, evaluation = build(recipe.data, chat, recipe.training.get("max_length", 1024), say)
+    data, evaluation = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024), say)
     say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")

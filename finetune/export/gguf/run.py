@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.chat import Chat
-from finetune.data.samples import LabelledRow
+from finetune.data.samples import LabelledRow, rows_by_language
 from finetune.export.gguf import make
-from finetune.export.gguf.imatrix.calibration import by_language
 from finetune.export.gguf.imatrix.files import Importance
 from finetune.export.gguf.ollama.modelfile import write
 from finetune.export.gguf.ollama.system_text import system_of
@@ -123,7 +122,7 @@ def prepare(
     if "ollama" in formats:
         write(model, work, best, tokens.add_bos, system_of(trained))
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
-    parts = {name: (part[:_GROUP], of) for name, (part, of) in by_language(rows, where, chat).items()}
+    parts = {name: (part[:_GROUP], of) for name, (part, of) in rows_by_language(rows, where, chat).items()}
     groups = {name: part for name, (part, _) in parts.items()}
     compared = [*rows, *(row for part in groups.values() for row in part)]
     return Gguf(

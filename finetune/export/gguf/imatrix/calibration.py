@@ -17,15 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.chat import Chat
-from finetune.data.language import language
-from finetune.data.mixture import Prepared, build
+from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import is_file
-from finetune.data.samples import LabelledRow, sample_rows
+from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
 from finetune.export.gguf.imatrix.files import CHUNK, Importance, check, filled
 from finetune.export.gguf.tensors import names
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import DataSection, ModelSection, Source
+from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
 from finetune.system.files import file_of
 from finetune.system.fresh_process import child_environment
@@ -42,7 +41,6 @@ _LONGEST = 1024
 # About as many characters as make a chunk; of Japanese more tokens, and the rest is cut off.
 _PASSAGE = 2000
 _ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
-_SAMPLE = "sample rows of this project"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def calibration(
     compared = {tuple(row.input_ids) for row in apart_from}
     if path is None and all(tuple(ids) in compared for ids in found):
         say("all of the run's rows are compared; the matrix is made from the project's sample rows")
-        found, where = _sampled(chat), _SAMPLE
+        found, where = _sampled(chat), SAMPLE_ROWS
     chosen: list[list[int]] = []
     left = max_tokens
     for ids in found:
@@ -102,16 +100,16 @@ def _rows_of_run(
     if recipe_file := file_of(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)
-            training, _ = build(recipe.data, chat, recipe.training.get("max_length", 1024))
+            training, _ = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
             return _drawn(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             first = str(error).splitlines()[0]
             say(f"the run's rows are not here ({first}); the matrix is made from the project's sample rows")
-    return _sampled(chat), _SAMPLE
+    return _sampled(chat), SAMPLE_ROWS
 
 
 def _sampled(chat: Chat) -> list[list[int]]:
-    sample = [row.input_ids for row in samples(chat)]
+    sample = [row.input_ids for row in encoded_sample_rows(chat)]
     return random.Random(0).sample(sample, len(sample))
 
 
@@ -119,8 +117,8 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
     name = Path(path).expanduser()
     if path.endswith(_ROW_FILES) or not is_file(path):
         # A row with a special token in its text is one the less.
-        section = DataSection(train=[Source(path=path)], on_bad_row="skip")
-        return _drawn(build(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
+        section = DataSection(train=[DataSource(path=path)], on_bad_row="skip")
+        return _drawn(build_datasets(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
     generator, kept = random.Random(0), list[str]()
     try:
         with name.open(encoding="utf-8") as file:
@@ -152,41 +150,6 @@ def _drawn(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
         places = random.Random(0).sample(range(len(data)), min(len(data), wanted))
         return [list(data[place]["input_ids"]) for place in places]
     return [list(row["input_ids"]) for row in islice(iter(data), wanted)]
-
-
-def samples(chat: Chat) -> list[LabelledRow]:
-    """The project's own conversations in a model's tokens; as plain text where it has no template."""
-    found = []
-    for line in sample_rows().read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
-        encoded = (
-            chat.encode(messages)
-            if chat.tokenizer.chat_template is not None
-            else chat.encode_text("", "\n".join(message["content"] for message in messages))
-        )
-        found.append(LabelledRow(encoded.input_ids.tolist(), encoded.labels.tolist()))
-    return found
-
-
-def by_language(
-    rows: Sequence[LabelledRow], where: str, chat: Chat, count: int = 16
-) -> dict[str, tuple[list[LabelledRow], str]]:
-    """Rows by language, as `finetune evaluate` tells them apart, and words that say which they are.
-
-    English and Japanese are always there: where there are no rows of one, `count` sample rows of this project stand in.
-    """
-    groups: dict[str, tuple[list[LabelledRow], str]] = {}
-    for row in rows:
-        groups.setdefault(_language(row, chat), ([], where))[0].append(row)
-    if missing := {"English", "Japanese"} - groups.keys():
-        for row in samples(chat):
-            if (own := _language(row, chat)) in missing and len(groups.get(own, ([], ""))[0]) < count:
-                groups.setdefault(own, ([], _SAMPLE))[0].append(row)
-    return dict(sorted(groups.items()))
-
-
-def _language(row: LabelledRow, chat: Chat) -> str:
-    return language(chat.tokenizer.decode(row.input_ids, skip_special_tokens=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from finetune.data.formats import FORMATS, known_format, map_columns, matches
+from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.readers import read_rows
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError, RecipeError
 from finetune.system.files import file_of
 
@@ -35,16 +35,16 @@ def system_of(model: Path) -> str:
     return texts.pop() if len(texts) == 1 else ""
 
 
-def _texts(source: Source) -> Iterator[str]:
+def _texts(source: DataSource) -> Iterator[str]:
     """The system text of each row, empty where it has none; of rows that can be read."""
     for _, row in islice(read_rows(source), _ROWS):
         if isinstance(row, LabelError):
             continue
         try:
-            if source.filter and not matches(source.filter, row):
+            if source.filter and not matches_filter(source.filter, row):
                 continue
             row = map_columns(source, row)
-            messages = FORMATS[source.format or known_format(source, row)](row).get("messages")
+            messages = FORMATS[source.format or detect_format(source, row)](row).get("messages")
         except LabelError:
             continue
         first = messages[0] if messages and not source.raw else {}
