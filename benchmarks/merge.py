@@ -103,7 +103,7 @@ def work(base: str, run: str, output: str) -> dict[str, Any]:
     from finetune.model import load
 
     assert all((peft, AutoModelForCausalLM, tensor_map, load))
-    plan.plan_apart = plan.plan
+    plan.plan_in_fresh_process = plan.make_plan
     begun = time.perf_counter()
     merge(run, output)
     return {"work": time.perf_counter() - begun}

@@ -75,7 +75,7 @@ def test_the_work_is_what_torch_counts(kind: str, way: str) -> None:
             model, LoraConfig(r=4, target_modules=r".*self_attn.*(proj|proj_with_mqa)", **last)
         )
     rows, length = 2, 5  # within the window
-    work = flops.work_per_token(model, {length: rows})
+    work = flops.flops_per_token(model, {length: rows})
     # Eager attention computes the whole square, of which a row needs what lies before each token.
     square = flops._attention(model.config, {length: rows}) * (2 * length / (length + 1) - 1)
     # Its rotations' angles are a product of matrices too, as torch sees it; nobody learns through them.
@@ -93,14 +93,14 @@ def test_tokens_look_back_as_far_as_their_layer_does() -> None:
 
 def test_only_scored_tokens_cost_the_output_layer() -> None:
     model = tiny("llama")
-    every, few = (flops.work_per_token(model, {8: 1}, share) for share in (1.0, 0.25))
+    every, few = (flops.flops_per_token(model, {8: 1}, share) for share in (1.0, 0.25))
     assert every - few == 0.75 * 6 * SIZE["vocab_size"] * SIZE["hidden_size"]
 
 
 def test_experts_that_cannot_be_told_give_no_figure() -> None:
     model = tiny("mixtral")
     model.config.num_experts_per_tok = 0
-    assert flops.work_per_token(model, {8: 1}) == 0
+    assert flops.flops_per_token(model, {8: 1}) == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer, repetition
 from finetune.evaluate.perplexity import Tally, score, tally
 from finetune.evaluate.prompts import Prompt, evenly, read_prompts, read_reference, reference_answers
-from finetune.model.generate import Generator, Sampling, load
+from finetune.model.generate import Generator, Sampling, load_generator
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.schema import ModelSection
@@ -33,7 +33,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return load("random:gemma3", device="cpu")
+    return load_generator("random:gemma3", device="cpu")
 
 
 def user(text: str) -> tuple[dict[str, str], ...]:
@@ -271,7 +271,7 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
         f"en2.jsonl:{n}" for n in (1, 2, 3)
     ]
     # What the adapter on its base says alone is what is reported.
-    alone = load("run").answer_ids(list(user("0は？")), Sampling(8))
+    alone = load_generator("run").answer_ids(list(user("0は？")), Sampling(8))
     assert report["answers"][0]["models"][1]["tokens"] == len(alone)
     page = (run / "evaluation" / "answers.html").read_text()
     assert page.count("<article>") == 9
@@ -380,7 +380,7 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     assert found[0]["answers"] == found[1]["answers"] == found[2]["answers"]
     # In the template's own words, computed by hand.
     chat = Chat(load_tokenizer(ModelSection(name_or_path="bare", chat_template="chatml")))
-    model, nats = load("bare").model, []
+    model, nats = load_generator("bare").model, []
     for n in range(3):
         row = chat.encode([*user(f"Who is {n}?"), one])
         assert "<|im_start|>assistant" in chat.tokenizer.decode(row.input_ids)
@@ -566,7 +566,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
     said = capfd.readouterr()
     found = json.loads(said.out)["models"][0]["tasks"]
     assert "git" not in said.err  # the folder is no repository
-    generator = load("random:gemma3")
+    generator = load_generator("random:gemma3")
     right, squares = 0, []
     for row in rows:
         ids = generator.prompt_ids(list(user(row["question"])))

@@ -35,7 +35,7 @@ from finetune.export.transformers import write
 from finetune.export.verify import compare, missed
 from finetune.hub.card import export_card
 from finetune.merge import plan
-from finetune.model.generate import Sampling, load
+from finetune.model.generate import Sampling, load_generator
 from finetune.model.load import load_base
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
@@ -68,10 +68,10 @@ def run_here(command: list[str], **_: Any) -> Any:
     return subprocess.CompletedProcess(command, 0, "", "")
 
 
-def plan_here(request: plan.Request) -> plan.Plan:
+def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        return plan.plan(request)
+        return plan.make_plan(request)
 
 
 def processes(run: Callable[..., Any]) -> Any:
@@ -82,8 +82,8 @@ def processes(run: Callable[..., Any]) -> Any:
 def _in_one_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "subprocess", processes(run_here))
-        patch.setattr(finetune.merge, "plan_apart", plan_here)
-        patch.setattr(finetune.export.transformers, "plan_apart", plan_here)
+        patch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
+        patch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
         yield
 
 
@@ -435,7 +435,7 @@ def test_what_is_lost_is_in_the_order_of_the_bits(exported: Path) -> None:
 
 def test_answers_are_those_that_each_prompt_gets_alone(merged: Path, run: Path, exported: Path) -> None:
     rows, _ = held_out(run)
-    generator = load(str(merged))
+    generator = load_generator(str(merged))
     expected = []
     for row in rows:
         ids = torch.tensor([row.prompt])
@@ -553,7 +553,7 @@ def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nea
     # The base as it was trained against is what the adapter has learned on; the float base is a rounding away.
     assert dequantised["kl"] < 1e-6 < 1e-3 < original["kl"]
     rows, _ = held_out(qlora)
-    with_adapter = load(str(qlora)).model
+    with_adapter = load_generator(str(qlora)).model
     assert isinstance(with_adapter, PeftModel)
     before, _ = predictions(with_adapter, rows)
     assert main(["merge", "--quiet", str(qlora), "--output", str(tmp_path / "merged")]) == 0
@@ -574,7 +574,7 @@ def test_models_are_measured_and_planned_in_processes_of_their_own(
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
     monkeypatch.setattr(verify, "subprocess", subprocess)
-    monkeypatch.setattr(finetune.export.transformers, "plan_apart", plan.plan_apart)
+    monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan.plan_in_fresh_process)
     assert export(tmp_path / "llama", tmp_path / "apart", "--format=fp16") == 0
     here, apart = figures(tmp_path / "here"), figures(tmp_path / "apart")
     for item in (*here.values(), *apart.values()):
@@ -1197,7 +1197,7 @@ def test_generate_answers_with_an_exported_folder(exported: Path, kind: str, cap
     arguments = ["generate", str(exported / kind), "--prompt", "Hello", "--max-new-tokens", "8"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
-    generator = load(str(exported / kind))
+    generator = load_generator(str(exported / kind))
     answer = generator.answer_ids([{"role": "user", "content": "Hello"}], Sampling(8))
     assert first == generator.chat.tokenizer.decode(answer, skip_special_tokens=True) + "\n"
     assert generator.stop_ids == (1, 5)
@@ -1205,7 +1205,7 @@ def test_generate_answers_with_an_exported_folder(exported: Path, kind: str, cap
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_folder_is_loaded_as_it_is(exported: Path, kind: str) -> None:
-    model = load(str(exported / kind), dtype="bfloat16").model
+    model = load_generator(str(exported / kind), dtype="bfloat16").model
     assert type(model.model.layers[0].mlp.up_proj).__name__ == (
         "Linear8bitLt" if kind == "int8" else "Linear4bit"
     )

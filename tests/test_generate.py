@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.cli.commands import main
-from finetune.model.generate import Sampling, load
+from finetune.model.generate import Sampling, load_generator
 
 Write = Callable[..., Path]
 ASKED = [{"role": "user", "content": "What is a fox, and where does it live?"}]
@@ -32,7 +32,8 @@ def test_each_way_answers(flags: list[str], capsys: pytest.CaptureFixture[str]) 
 
 def test_spread_over_all_devices_it_says_the_same() -> None:
     one, other = (
-        load("random:gemma3", device=device).answer_ids(ASKED, Sampling(12)) for device in ("cpu", "auto")
+        load_generator("random:gemma3", device=device).answer_ids(ASKED, Sampling(12))
+        for device in ("cpu", "auto")
     )
     assert one == other
 
@@ -46,10 +47,12 @@ def test_compiled_it_says_the_same(architecture: str) -> None:
     """And it is compiled: torch has made graphs of it."""
     from torch._dynamo.utils import counters
 
-    plain = load(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(ASKED, Sampling(16))
+    plain = load_generator(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(
+        ASKED, Sampling(16)
+    )
     torch._dynamo.reset()
     counters.clear()
-    compiled = load(f"random:{architecture}", device="cpu", dtype="float32", compiled=True)
+    compiled = load_generator(f"random:{architecture}", device="cpu", dtype="float32", compiled=True)
     assert compiled.answer_ids(ASKED, Sampling(16)) == plain
     assert counters["stats"]["unique_graphs"] > 0
 

@@ -27,12 +27,12 @@ import finetune.merge.run
 import finetune.model.shards
 from finetune import __version__
 from finetune.cli.commands import main
-from finetune.merge.plan import Plan, Request, plan, plan_apart
+from finetune.merge.plan import MergePlan, MergeRequest, make_plan, plan_in_fresh_process
 from finetune.merge.run import merge
 from finetune.model.load import load_base
 from finetune.model.locate import locate
-from finetune.model.shards import INDEX, fingerprint
-from finetune.system.files import digest
+from finetune.model.shards import fingerprint
+from finetune.system.files import WEIGHTS_INDEX, digest
 from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
@@ -206,15 +206,15 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def plan_here(request: Request) -> Plan:
+def plan_here(request: MergeRequest) -> MergePlan:
     """The plan, without a process of its own, which takes seconds to import what this one has already."""
     with unwarned():
-        return plan(request)
+        return make_plan(request)
 
 
 @pytest.fixture(autouse=True)
 def _small_and_planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune.merge, "plan_apart", plan_here)
+    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
     # Tiny tensors, too, are read and written in several slices.
     monkeypatch.setattr(finetune.shards, "SLICE", 5000)
 
@@ -521,7 +521,7 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Planned in a process of its own, as a user's merge is."""
-    monkeypatch.setattr(finetune.merge, "plan_apart", plan_apart)
+    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_in_fresh_process)
     merged = tmp_path / "merged"
     capfd.readouterr()
     assert main(["merge", str(trained), "--output", str(merged), "--base", "dequantised"]) == 0
@@ -637,7 +637,7 @@ def test_shards_have_an_index_and_load(base_of: Locate, tmp_path: Path) -> None:
     run = make_run(base_of("random:gemma3"), tmp_path / "run", target_modules="all-linear")
     merge(run, tmp_path / "one")
     merge(run, tmp_path / "many", max_shard_size="100KB")
-    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    index = json.loads((tmp_path / "many" / WEIGHTS_INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 5
     assert files == [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
@@ -1065,13 +1065,13 @@ def test_a_folder_that_another_process_writes_is_left_alone(
 ) -> None:
     ready, go = os.pipe(), os.pipe()
 
-    def slow(request: Request) -> Plan:
+    def slow(request: MergeRequest) -> MergePlan:
         os.write(ready[1], b".")
         os.read(go[0], 1)
         return plan_here(request)
 
     def work() -> None:
-        monkeypatch.setattr(finetune.merge, "plan_apart", slow)
+        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", slow)
         merge("run", "merged")
 
     child = in_a_child(work)
@@ -1104,14 +1104,14 @@ def test_killed_at_any_moment_the_output_is_whole_or_absent(
     # Planned once: what is killed is the writing.
     rest = tmp_path / "rest"
     rest.mkdir()
-    request = Request(str(run), ((str(run), 1.0),), str(rest))
+    request = MergeRequest(str(run), ((str(run), 1.0),), str(rest))
     plan = plan_here(request)
 
-    def planned(request: Request) -> Plan:
+    def planned(request: MergeRequest) -> MergePlan:
         shutil.copytree(rest, request.into, dirs_exist_ok=True)
         return plan
 
-    monkeypatch.setattr(finetune.merge, "plan_apart", planned)
+    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", planned)
     begun = time.monotonic()
     child = in_a_child(lambda: merge(run, place / "timed"))
     assert os.waitpid(child, 0)[1] == 0
@@ -1173,11 +1173,11 @@ def test_killed_while_one_output_takes_the_place_of_another_either_is_there_in_t
     assert found == {1: old, 2: None, 3: new}[kill]
     if kill == 2:
         # What was there before is put back even if the merge that finds it fails.
-        monkeypatch.setattr(finetune.merge, "plan_apart", lambda request: json.loads("no plan"))
+        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", lambda request: json.loads("no plan"))
         with pytest.raises(json.JSONDecodeError):
             merge("run", "merged", overwrite=True)
         assert files_in(Path("merged")) == old
-        monkeypatch.setattr(finetune.merge, "plan_apart", plan_here)
+        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
     merge("run", "merged", overwrite=True)
     assert files_in(Path("merged")) == new
     assert sorted(path.name for path in Path().iterdir()) == ["base", "merged", "reference", "run"]
@@ -1192,7 +1192,7 @@ import finetune.merge
 from finetune.assemble import plan
 from finetune.cli import main
 
-finetune.merge.plan_apart = plan
+finetune.merge.plan_in_fresh_process = plan
 warnings.simplefilter("ignore")
 for line in sys.argv[1:]:
     code = main(["merge", *line.split("|")])
@@ -1259,7 +1259,7 @@ def test_a_base_on_the_hub_is_fetched_whole_or_shard_by_shard(base_of: Locate, t
         )
         record = json.loads((tmp_path / f"merged {name}/merge.json").read_text())
         assert (record["base"], record["revision"]) == (f"tiny/{name}", COMMIT)
-    small = ["chat_template.jinja", "config.json", "generation_config.json", INDEX]
+    small = ["chat_template.jinja", "config.json", "generation_config.json", WEIGHTS_INDEX]
     small += ["tokenizer.json", "tokenizer_config.json"]
     assert sorted(hub.fetched("tiny/whole")) == sorted([*small, *shards])
     streamed = hub.fetched("tiny/streamed")

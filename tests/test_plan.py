@@ -16,7 +16,7 @@ from conftest import USER_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.cli.commands import main
-from finetune.model.flops import _attention, work_per_token
+from finetune.model.flops import _attention, flops_per_token
 from finetune.plan.advice import supported_variant, why_unsupported
 from finetune.plan.configs import _shipped_configs, base_config
 from finetune.plan.lengths import row_lengths
@@ -248,7 +248,7 @@ def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind
         lora=None,
         training={"per_device_train_batch_size": 2, "max_length": length, "gradient_checkpointing": False},
     )
-    work = work_per_token(AutoModelForCausalLM.from_config(config), {length: 1})
+    work = flops_per_token(AutoModelForCausalLM.from_config(config), {length: 1})
     back = _attention(config, {length: 1})
     # The kernels' backward pass is two and a half of their forward passes.
     expected = work - back + back * (2 * length / (length + 1)) * 3.5 / 3

@@ -32,7 +32,7 @@ from finetune.hub.card import is_ours
 from finetune.hub.payload import pack
 from finetune.hub.run import push
 from finetune.hub.uploads import Uploads
-from finetune.merge.plan import Request, plan
+from finetune.merge.plan import MergeRequest, make_plan
 from finetune.merge.run import merge
 from finetune.model.load import load_model, load_tokenizer
 from finetune.model.locate import locate
@@ -963,7 +963,7 @@ def test_a_base_that_cannot_be_had_is_told_in_one_line(
     (adapter / "recipe.yaml").write_text(yaml.safe_dump({"model": section}))
     for stream in (False, True):
         with pytest.raises(ModelError) as refused:
-            plan(Request(str(adapter), ((str(adapter), 1.0),), str(tmp_path), stream=stream))
+            make_plan(MergeRequest(str(adapter), ((str(adapter), 1.0),), str(tmp_path), stream=stream))
         assert str(refused.value) == wanted
 
 

@@ -26,7 +26,7 @@ from finetune.cli.commands import main
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.template import load_template
 from finetune.merge import plan
-from finetune.model.compatibility import beside_text, exclude_modules
+from finetune.model.compatibility import exclude_modules, non_text_modules
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.load import Recipe, load_recipe
@@ -52,17 +52,17 @@ def unwarned() -> Iterator[None]:
 def _in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges and exports without processes of their own, which take seconds to import what this one has already."""
 
-    def plan_here(request: plan.Request) -> plan.Plan:
+    def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
         with unwarned():
-            return plan.plan(request)
+            return plan.make_plan(request)
 
     def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         with unwarned():
             exec(command[-1], {})
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(finetune.merge, "plan_apart", plan_here)
-    monkeypatch.setattr(finetune.export.transformers, "plan_apart", plan_here)
+    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
+    monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
     apart = SimpleNamespace(run=run_here, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
     monkeypatch.setattr(finetune.export.verify, "subprocess", apart)
 
@@ -165,7 +165,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    excluded = exclude_modules(beside_text(model), None) or "none"
+    excluded = exclude_modules(non_text_modules(model), None) or "none"
     p = sum(parameter.numel() for parameter in model.parameters())
     q = sum(m.weight.numel() for m in linear.values())
     a = (recipe.lora or {})["r"] * sum(

@@ -93,10 +93,10 @@ def test_a_place_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     for place in ("cpu", "auto", "cuda", "cuda:0", "cuda:1"):
-        compatibility.check_place(place)
+        compatibility.check_device(place)
     for place in ("cuda:2", "tpu", "mps", ""):
         with pytest.raises(ModelError) as error:
-            compatibility.check_place(place)
+            compatibility.check_device(place)
         said = f"--device: is {place}, which there is none of here; write cpu, cuda:0, cuda:1, auto"
         assert str(error.value) == said
     assert devices.device_of("cpu") == CPU
@@ -146,7 +146,7 @@ def test_answers_are_not_computed_in_emulated_bfloat16_but_measured_in_it(
     asked = ["generate", "random:gemma", "--prompt", "x", "--dtype", "bfloat16"]
     assert main(asked) == 2
     assert capsys.readouterr().err == f"error: --dtype: is bfloat16, {NO_BF16} float16 or float32\n"
-    assert generate.load("random:gemma", dtype="bfloat16", as_is=True).model.dtype == torch.bfloat16
+    assert generate.load_generator("random:gemma", dtype="bfloat16", as_is=True).model.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -468,8 +468,8 @@ def test_an_attention_that_is_lawful_is_kept(architecture: str, device: Device) 
     lawful += ["flash_attention_2", "flash_attention_3"] if device is H100 else []
     for attention in lawful:
         compatibility.check_attention(attention, config, device, float32=False)
-        assert compatibility.attention_for(attention, config) == attention
-    assert compatibility.attention_for(None, config) == ("eager" if architecture == "gemma2" else None)
+        assert compatibility.choose_attention(attention, config) == attention
+    assert compatibility.choose_attention(None, config) == ("eager" if architecture == "gemma2" else None)
     compatibility.check_attention(
         "flex_attention", config, CPU, float32=True, training=False
     )  # answers take no gradient
@@ -588,7 +588,7 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     )
     assert main([str(path)]) == 0
     trained = kept[0].model.eval()
-    again = generate.load("run")
+    again = generate.load_generator("run")
     base = load_base(locate(bases(name)), torch.float32)
     with torch.no_grad():
         wanted = trained(IDS).logits
@@ -646,7 +646,7 @@ def test_a_multimodal_gemma_3_learns_text_as_the_text_model_does(
         "are trained; model.vision_tower, model.multi_modal_projector stay as they are: the rows are text"
     )
     assert main(["merge", "multimodal gemma3", "--output", "merged"]) == 0
-    merged, run = generate.load("merged"), generate.load("multimodal gemma3")
+    merged, run = generate.load_generator("merged"), generate.load_generator("multimodal gemma3")
     assert type(merged.model).__name__ == "Gemma3ForConditionalGeneration"
     with torch.no_grad():
         torch.testing.assert_close(merged.model(IDS).logits, run.model(IDS).logits, rtol=0, atol=1e-5)
@@ -665,7 +665,7 @@ def test_what_a_recipe_leaves_out_itself_stays_left_out(
     wanted: str | list[str] | None, left: dict[str, int], bases: Callable[[str], str]
 ) -> None:
     model = load_base(bases("multimodal gemma3"), torch.float32)
-    beside = compatibility.beside_text(model)
+    beside = compatibility.non_text_modules(model)
     assert beside == ["model.vision_tower", "model.multi_modal_projector"]
     # Names that the vision tower has as well.
     options = peft.LoraConfig(
@@ -683,7 +683,7 @@ def test_what_a_recipe_leaves_out_itself_stays_left_out(
 
 @pytest.mark.parametrize("architecture", RANDOM_ARCHITECTURES)
 def test_a_model_of_text_has_nothing_beside_it(architecture: str) -> None:
-    assert compatibility.beside_text(load_base(locate(f"random:{architecture}"), torch.float32)) == []
+    assert compatibility.non_text_modules(load_base(locate(f"random:{architecture}"), torch.float32)) == []
     assert compatibility.exclude_modules([], ["o_proj"]) == ["o_proj"]
 
 

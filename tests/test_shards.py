@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.model import shards
-from finetune.model.shards import INDEX, ShardWriter, read, read_header, read_headers
+from finetune.model.shards import ShardWriter, read_header, read_headers, read_tensor
 from finetune.system.errors import ModelError
+from finetune.system.files import WEIGHTS_INDEX
 
 DTYPES = [
     torch.float64,
@@ -78,9 +79,9 @@ def test_the_library_reads_every_type_that_is_written(tmp_path: Path) -> None:
 def test_every_type_that_the_library_writes_is_read(tmp_path: Path) -> None:
     save_file(numbers(), tmp_path / "model.safetensors")
     descriptor = os.open(tmp_path / "model.safetensors", os.O_RDONLY)
-    found = {name: read(descriptor, stored) for name, stored in read_headers(tmp_path).items()}
+    found = {name: read_tensor(descriptor, stored) for name, stored in read_headers(tmp_path).items()}
     stored = read_headers(tmp_path)["torch.bfloat16"]
-    middle = read(descriptor, stored, 4, 9)
+    middle = read_tensor(descriptor, stored, 4, 9)
     os.close(descriptor)
     assert_same(found, numbers())
     assert bits(middle) == bits(numbers()["torch.bfloat16"].flatten()[4:9])
@@ -103,12 +104,12 @@ def test_tensors_are_spread_over_shards_with_an_index(tmp_path: Path) -> None:
     tensors = {f"layer.{n}": torch.randn(16, 16) for n in range(7)} | {"large": torch.randn(64, 64)}
     write(tmp_path / "out", tensors, max_bytes=2 * 16 * 16 * 4)
     names = [f"model-{n:05}-of-00005.safetensors" for n in range(1, 6)]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*names, INDEX]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*names, WEIGHTS_INDEX]
     spread = [load_file(tmp_path / "out" / name) for name in names]
     # Two of a kilobyte each; what is larger than a shard may be has one for itself.
     assert [len(part) for part in spread] == [2, 2, 2, 1, 1]
     assert_same({name: tensor for part in spread for name, tensor in part.items()}, tensors)
-    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    index = json.loads((tmp_path / "out" / WEIGHTS_INDEX).read_text())
     assert index["metadata"] == {"total_size": 7 * 1024 + 16384}
     assert index["weight_map"] == {n: names[i] for i, part in enumerate(spread) for n in part}
 
@@ -146,10 +147,10 @@ def test_a_tensor_written_in_pieces_is_whole(tmp_path: Path) -> None:
 
 def test_slices_cover_every_row_once_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SLICE", 1000)
-    found = list(shards.slices(23, 100))  # 400 bytes a row
+    found = list(shards.row_ranges(23, 100))  # 400 bytes a row
     assert found == [(start, min(start + 2, 23)) for start in range(0, 23, 2)]
-    assert list(shards.slices(3, 1000)) == [(0, 1), (1, 2), (2, 3)]  # a row is never cut
-    assert list(shards.slices(0, 5)) == []
+    assert list(shards.row_ranges(3, 1000)) == [(0, 1), (1, 2), (2, 3)]  # a row is never cut
+    assert list(shards.row_ranges(0, 5)) == []
 
 
 GOOD = {"a": torch.ones(4, 4), "b": torch.ones(2)}
@@ -204,12 +205,12 @@ def test_missing_shards_and_damaged_indexes_are_named(tmp_path: Path) -> None:
     assert str(error.value) == f"{tmp_path} holds no .safetensors weights"
     save_file(GOOD, tmp_path / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}}
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / WEIGHTS_INDEX).write_text(json.dumps(index))
     with pytest.raises(ModelError) as error:
         read_headers(tmp_path)
     missing = tmp_path / "model-00002-of-00002.safetensors"
-    assert str(error.value) == f"{missing} is missing, though {INDEX} names it"
-    (tmp_path / INDEX).write_text("{")
+    assert str(error.value) == f"{missing} is missing, though {WEIGHTS_INDEX} names it"
+    (tmp_path / WEIGHTS_INDEX).write_text("{")
     with pytest.raises(ModelError, match=r"index\.json is damaged"):
         read_headers(tmp_path)
 
@@ -222,7 +223,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_called_damaged(tmp_path: Path) 
     descriptor = os.open(path, os.O_RDONLY)
     (tmp_path / "out").mkdir()
     writer = ShardWriter(tmp_path / "out", 10**9, 4000)
-    for reads in (lambda: read(descriptor, header["a"]), lambda: writer.copy("a", descriptor, header["a"])):
+    for reads in (
+        lambda: read_tensor(descriptor, header["a"]),
+        lambda: writer.copy("a", descriptor, header["a"]),
+    ):
         with pytest.raises(ModelError) as error:
             reads()
         assert str(error.value) == "model.safetensors is damaged: it ends within a tensor"

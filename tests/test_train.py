@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import finetune.train.run
 from finetune.cli.commands import main
-from finetune.model.generate import load
+from finetune.model.generate import load_generator
 from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import Record
 
@@ -170,7 +170,7 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     """Quantised weights cannot be moved after loading: the device must reach `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    from finetune.model.generate import load
+    from finetune.model.generate import load_generator
 
     class Seen(Exception):
         pass
@@ -178,11 +178,11 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     def from_pretrained(*args: Any, **kwargs: Any) -> None:
         raise Seen(kwargs["device_map"])
 
-    monkeypatch.setattr("finetune.model.compatibility.check_place", lambda place: None)  # as with two cards
+    monkeypatch.setattr("finetune.model.compatibility.check_device", lambda place: None)  # as with two cards
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     for device, where in (("cuda:1", {"": "cuda:1"}), ("cpu", {"": "cpu"})):
         with pytest.raises(Seen) as seen:
-            load("random:gemma", quantize="nf4", device=device)
+            load_generator("random:gemma", quantize="nf4", device=device)
         assert seen.value.args == (where,)
 
 
@@ -393,7 +393,7 @@ def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.Ca
     assert main(["merge", "third", "--output", "merged"]) == 0
     ids = torch.tensor([[2, 5, 9, 30]])
     with torch.no_grad():
-        logits = [load(name).model(ids).logits for name in ("third", "merged")]
+        logits = [load_generator(name).model(ids).logits for name in ("third", "merged")]
     assert torch.allclose(*logits, atol=1e-5)
     # The saved recipe names the adapter and its shape, and can be read again.
     assert main(["check", "run/recipe.yaml"]) == 0

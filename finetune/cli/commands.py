@@ -168,10 +168,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from finetune.model.generate import Sampling, load
+    from finetune.model.generate import Sampling, load_generator
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    generator = load(
+    generator = load_generator(
         args.model,
         adapter=not args.no_adapter,
         dtype=args.dtype,
@@ -330,11 +330,11 @@ def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
 
 def _answer(generator: Any, messages: list[dict[str, str]], sampling: Any) -> str:
     """Prints an answer as it comes; says on standard error where the limit cut it off."""
-    from finetune.model.generate import CUT
+    from finetune.model.generate import CUT_OFF
 
     answer = ""
     for piece in generator.stream(messages, sampling):
-        if piece == CUT:
+        if piece == CUT_OFF:
             print(flush=True)
             _say(f"(did not stop within {sampling.max_new_tokens} tokens)")
             return answer

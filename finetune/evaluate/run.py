@@ -21,11 +21,11 @@ from finetune.evaluate.perplexity import Tally, tally
 from finetune.evaluate.prompts import Prompt, evenly, held_out_prompts, read_prompts, reference_answers
 from finetune.evaluate.report import HELD_OUT, as_html, as_markdown
 from finetune.model.load import load_tokenizer
-from finetune.model.provenance import adapter_base
+from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
 from finetune.system.errors import EvaluateError, TemplateError
-from finetune.system.files import file_of, write_whole
+from finetune.system.files import ADAPTER_CONFIG, file_of, write_whole
 from finetune.system.terminal import Say, bar
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ def _said(model: str, recipe: Recipe) -> Said | None:
 def _base(run: str) -> _Asked:
     """What a run was trained from, to be asked through the run's template."""
     name, folder = f"{run}, its base alone", Path(run)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _Asked(run, adapter=False, title=name)
     if not file_of(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is no run; write the name of a model")
-    section, quantization = adapter_base(folder)
+    section, quantization = adapter_base_sections(folder)
     if template := file_of(folder, "chat_template.jinja"):
         section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
     return _Asked(section.name_or_path, said=(section, quantization), title=name)
@@ -203,12 +203,12 @@ def _measure(
 ) -> Found:
     import torch
 
-    from finetune.model.generate import load
+    from finetune.model.generate import load_generator
 
     name = asked.model
     found = Found(asked.title or name)
     say(f"{name}: loading")
-    generator = load(name, adapter=asked.adapter, said=asked.said)
+    generator = load_generator(name, adapter=asked.adapter, sections=asked.said)
     try:
         rows, origins = held_out(generator.chat)
     except TemplateError as error:

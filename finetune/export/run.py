@@ -27,13 +27,13 @@ from finetune.hub.card import export_card
 from finetune.merge.run import merge
 from finetune.model.load import load_config, load_tokenizer
 from finetune.model.precision import resolve_dtype
-from finetune.model.provenance import adapter_base, environment_of
+from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.recipe.export_formats import GGUF_ALL, SHOWN
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
-from finetune.system.files import digest, file_of, whole_folder, write_whole
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, digest, file_of, whole_folder, write_whole
 from finetune.system.terminal import Say
 
 _ADAPTER = "adapter on its base"
@@ -71,14 +71,14 @@ def export(
         MergeError, ShardError, RunError: As `merge` raises them.
     """
     model, output = Path(model), Path(output)
-    is_run = (model / "adapter_config.json").is_file()
+    is_run = (model / ADAPTER_CONFIG).is_file()
     if not is_run and not (model / "config.json").is_file():
         raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
     options = _options(model)
     formats = list(dict.fromkeys(formats or options.formats))
     kinds = _gguf_types(formats)
     if kinds:
-        _check_gguf(adapter_base(model)[0] if is_run else ModelSection(name_or_path=str(model)))
+        _check_gguf(adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
     for name in gate:
         if name not in LIMITS:
@@ -89,7 +89,7 @@ def export(
         raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
     merged_from = base or options.base
     trained = model if is_run else _run_of(model)
-    trained_as = adapter_base(trained)[1] if trained else None
+    trained_as = adapter_base_sections(trained)[1] if trained else None
 
     with whole_folder(output, overwrite, [model]) as beside:
         work = beside / ".work"
@@ -275,7 +275,7 @@ def _run_of(model: Path) -> Path | None:
     record = _record(model)
     adapters = record.get("adapters") or []
     run = Path(record.get("run", ""))
-    there = run / "adapter_model.safetensors"
+    there = run / ADAPTER_WEIGHTS
     if len(adapters) != 1 or adapters[0]["weight"] != 1 or not there.is_file():
         return None
     return run if digest(there) == adapters[0]["sha256"] else None
@@ -302,10 +302,10 @@ def _bases(trained_as: Any, chosen: str) -> list[str]:
 
 def _dtype(model: Path) -> str:
     """The type that a model is measured in: that of the training, or of its files."""
-    if (model / "adapter_config.json").is_file():
+    if (model / ADAPTER_CONFIG).is_file():
         return str(
             environment_of(model).get("dtype")
-            or str(resolve_dtype(adapter_base(model)[0])).removeprefix("torch.")
+            or str(resolve_dtype(adapter_base_sections(model)[0])).removeprefix("torch.")
         )
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
@@ -314,8 +314,8 @@ def _dtype(model: Path) -> str:
 def _base_name(model: Path) -> str:
     if record := _record(model):
         return str(record["base"])
-    known = file_of(model, "recipe.yaml") or (model / "adapter_config.json").is_file()
-    return adapter_base(model)[0].name_or_path if known else model.name
+    known = file_of(model, "recipe.yaml") or (model / ADAPTER_CONFIG).is_file()
+    return adapter_base_sections(model)[0].name_or_path if known else model.name
 
 
 def _notes(found: list[dict[str, Any]], where: str) -> list[str]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.merge.plan import Request, plan_apart
+from finetune.merge.plan import MergeRequest, plan_in_fresh_process
 from finetune.merge.write import write_weights
 from finetune.model.quantization import INT8, NF4
 
@@ -28,5 +28,5 @@ def write(model: Path, output: Path, kind: str, progress: bool = False) -> None:
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(kind, half)
     kinds: dict[str, dict[str, Any]] = {"int8": INT8, "nf4": NF4 | {"bnb_4bit_compute_dtype": dtype}}
     quantization = kinds.get(kind)
-    plan = plan_apart(Request(str(model), (), str(output), dtype, quantization))
+    plan = plan_in_fresh_process(MergeRequest(str(model), (), str(output), dtype, quantization))
     write_weights(plan, output, _SHARD, quantised=quantization is not None, progress=progress)

@@ -110,7 +110,7 @@ def _look(job: dict[str, Any]) -> dict[str, Any]:
     from finetune.model import generate
 
     began = time.monotonic()
-    generator = generate.load(job["folder"], dtype=job["dtype"], as_is=True)
+    generator = generate.load_generator(job["folder"], dtype=job["dtype"], as_is=True)
     seconds = time.monotonic() - began
     rows = [LabelledRow(**row) for row in job["rows"]]
     reference, keep = (Path(job[name]) if job[name] else None for name in ("reference", "keep"))

@@ -10,13 +10,21 @@ from typing import Any
 
 from finetune.data.readers import is_file
 from finetune.evaluate.report import HELD_OUT, intro, tables
-from finetune.model.provenance import Base, base_of, hub_id, license_of, report_of, run_of, sections_of
-from finetune.system.files import file_of, read_json, read_records
+from finetune.model.provenance import (
+    BaseReference,
+    base_reference,
+    export_report,
+    hub_id,
+    license_of,
+    recipe_sections,
+    source_run,
+)
+from finetune.system.files import ADAPTER_CONFIG, file_of, read_json, read_records
 from finetune.system.pages import render
 
 # Of a page that nobody has changed since: the digest of what stands above it.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
-_TRAINED = ("adapter_config.json", "config.json")
+_TRAINED = (ADAPTER_CONFIG, "config.json")
 # The ledger's names.
 _CODES = {"English": "en", "Japanese": "ja"}
 # vLLM serves adapters up to one of these ranks, and none that change more than their layers.
@@ -24,20 +32,23 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def page(
-    folder: Path, repo: str | None = None, base: Base | None = None, terms: dict[str, str] | None = None
+    folder: Path,
+    repo: str | None = None,
+    base: BaseReference | None = None,
+    terms: dict[str, str] | None = None,
 ) -> str:
     """The page of whatever lies in a folder: a run, a checkpoint, a merged model, a format, a whole export.
 
     Args:
         folder: The folder.
         repo: Its place on the Hub; absent, it is called by its own name.
-        base: As `base_of` finds it.
+        base: As `base_reference` finds it.
         terms: Metadata that says under which terms it stands; absent, as the base's id tells.
 
     Raises:
         RunError: A file of the folder is damaged.
     """
-    report = report_of(folder)
+    report = export_report(folder)
     kinds = [item["name"] for item in report.get("models") or []]
     if (folder / "config.json").is_file() and folder.name in kinds and not (folder / "report.json").is_file():
         return export_card(report, folder.name, folder, repo, base, terms)
@@ -59,11 +70,14 @@ def marked(text: str) -> str:
 
 
 def model_card(
-    folder: Path, repo: str | None = None, base: Base | None = None, terms: dict[str, str] | None = None
+    folder: Path,
+    repo: str | None = None,
+    base: BaseReference | None = None,
+    terms: dict[str, str] | None = None,
 ) -> str:
     """The page of a run, of one of its checkpoints, or of a merged model."""
-    base, run, recipe = base or base_of(folder), run_of(folder), sections_of(folder)
-    adapter, merged = read_json(folder / "adapter_config.json"), read_json(folder / "merge.json")
+    base, run, recipe = base or base_reference(folder), source_run(folder), recipe_sections(folder)
+    adapter, merged = read_json(folder / ADAPTER_CONFIG), read_json(folder / "merge.json")
     several = len(merged.get("adapters") or []) > 1
     relation = "adapter" if adapter else "merge" if several else "finetune"
     evaluation = read_json((run or folder) / "evaluation/report.json")
@@ -89,7 +103,7 @@ def export_card(
     kind: str | None,
     folder: Path | None = None,
     repo: str | None = None,
-    base: Base | None = None,
+    base: BaseReference | None = None,
     terms: dict[str, str] | None = None,
 ) -> str:
     """The page of one exported format, with its own line of the report; without a kind, of a folder of several files.
@@ -99,12 +113,12 @@ def export_card(
         kind: The format.
         folder: Where it lies; absent, it is told by its name alone.
         repo: Its place on the Hub.
-        base: As `base_of` finds it.
+        base: As `base_reference` finds it.
         terms: As `page` takes them.
     """
-    base = base or Base(report.get("base", ""), hub_id(report.get("base", "")))
+    base = base or BaseReference(report.get("base", ""), hub_id(report.get("base", "")))
     place = folder or Path(kind or ".")
-    run, recipe = run_of(place), sections_of(place)
+    run, recipe = source_run(place), recipe_sections(place)
     files, modelfile = _gguf_files(place)
     found = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     name = _name(place, repo) if folder else report["title"]
@@ -163,7 +177,12 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
 
 
 def _use(
-    places: Sequence[Path], target: str, kind: str, base: Base, told: dict[str, Any], adapter: dict[str, Any]
+    places: Sequence[Path],
+    target: str,
+    kind: str,
+    base: BaseReference,
+    told: dict[str, Any],
+    adapter: dict[str, Any],
 ) -> dict[str, Any]:
     """How it is asked: by which programs, and with which text around a message, by the first place that tells."""
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
@@ -231,7 +250,7 @@ def _prompt(folder: Path) -> tuple[str | None, bool]:
 
 
 def _metadata(
-    base: Base, relation: str, library: str, terms: dict[str, str] | None, recipe: dict[str, Any]
+    base: BaseReference, relation: str, library: str, terms: dict[str, str] | None, recipe: dict[str, Any]
 ) -> dict[str, Any]:
     """What stands on top of a page for the Hub to read."""
     terms = license_of(base.hub) if terms is None else terms

@@ -22,15 +22,22 @@ from finetune.recipe.checks import is_repo
 from finetune.recipe.yaml_tree import SECRET, SECRET_NAME
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
-from finetune.system.files import cache_dir, read_json
+from finetune.system.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_WEIGHTS,
+    WEIGHTS_INDEX,
+    cache_dir,
+    read_json,
+)
 from finetune.system.terminal import Say
 
-WHOLE = ("model.safetensors", "model-*-of-*.safetensors")
-_WEIGHTS = (*WHOLE, "adapter_model.safetensors", "*.gguf")
+WHOLE = (MODEL_WEIGHTS, "model-*-of-*.safetensors")
+_WEIGHTS = (*WHOLE, ADAPTER_WEIGHTS, "*.gguf")
 # All that is sent. Checkpoints, optimizer states, pickles and caches are on no list, whatever they are called.
 _LIST = (
     *_WEIGHTS,
-    *("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *(ADAPTER_CONFIG, "config.json", "generation_config.json", WEIGHTS_INDEX),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
@@ -90,7 +97,7 @@ def pack(
             f"{folder} holds nothing to push (an adapter, model.safetensors or GGUF files); "
             "write a finished run, a merged model or an export"
         )
-    base = provenance.base_of(folder, base_model)
+    base = provenance.base_reference(folder, base_model)
     if base.hub is None:
         known = f"is {base.name}, which is on this machine alone" if base.name else "is not known"
         raise PushError(
@@ -98,7 +105,7 @@ def pack(
         )
     if not is_repo(base.hub) and "/" in base.hub:
         raise PushError(f"--base-model is {base.hub!r}; write owner/name")
-    if (run := provenance.run_of(folder)) and run != folder:
+    if (run := provenance.source_run(folder)) and run != folder:
         found |= {name: path for name, path in _listed(run) if name in _OF_THE_RUN and name not in found}
 
     terms = provenance.license_of(base.hub) or (_inherited(base.hub) if ask else {})
@@ -143,17 +150,17 @@ def _formats(folder: Path) -> list[Path]:
 
 
 def _kind(found: dict[str, Path]) -> str:
-    if "adapter_model.safetensors" in found:
+    if ADAPTER_WEIGHTS in found:
         return "Adapter"
     return "GGUF files" if any(name.endswith(".gguf") for name in found) else "Model"
 
 
-def _content(name: str, path: Path, paths: _Paths, base: provenance.Base) -> bytes | Path:
+def _content(name: str, path: Path, paths: _Paths, base: provenance.BaseReference) -> bytes | Path:
     """A file as it is sent: itself, or its text without what is of this machine alone."""
     if path.name in _AS_IT_IS or not path.name.endswith(_TEXT):
         return path
     text = _text(path)
-    if path.name == "adapter_config.json":
+    if path.name == ADAPTER_CONFIG:
         config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     elif name.endswith(".json") and "\\u" in text:  # by which a path may be spelled
@@ -171,7 +178,7 @@ def _text(path: Path) -> str:
 class _Paths:
     """The paths of this machine that a run's files name, and how they read elsewhere."""
 
-    def __init__(self, folder: Path, run: Path | None, base: provenance.Base) -> None:
+    def __init__(self, folder: Path, run: Path | None, base: provenance.BaseReference) -> None:
         self.base = base
         here = {os.path.realpath(path) for path in (folder, run or folder, Path.cwd())}
         here |= {os.path.dirname(path) for path in here} | {str(Path.home()), str(cache_dir())}
@@ -185,7 +192,7 @@ class _Paths:
             if path.suffix == ".json":
                 named |= set(_paths_in(read_json(path)))
             elif path.name == "recipe.yaml":
-                named |= set(_paths_in(provenance.sections_of(path.parent)))
+                named |= set(_paths_in(provenance.recipe_sections(path.parent)))
         self.named = sorted(named, key=len, reverse=True)
 
     def rewritten(self, name: str, text: str) -> str:

@@ -16,6 +16,7 @@ from finetune.model import provenance
 from finetune.recipe.checks import is_repo
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def push(
         RunError: A file of the folder is damaged.
     """
     folder = Path(folder)
-    section = provenance.sections_of(folder).get("hub") or {}
+    section = provenance.recipe_sections(folder).get("hub") or {}
     repo_id = repo_id or section.get("repo_id")
     if not repo_id:
         raise PushError("no repository is named; write --repo-id owner/name, or hub.repo_id in the recipe")
@@ -136,7 +137,7 @@ def _superseded(there: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
     """
     if not any(fnmatchcase(name, weights) for name in files for weights in WHOLE):
         return set()
-    others = (*WHOLE, "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
+    others = (*WHOLE, WEIGHTS_INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
     top = {name for name in there - set(files) if "/" not in name}
     return {name for name in top if any(fnmatchcase(name, other) for other in others)}
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from finetune.model.shards import Stored, finite, read, read_header, slices
+from finetune.model.shards import StoredTensor, all_finite, read_header, read_tensor, row_ranges
 from finetune.system.errors import MergeError
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune.system.terminal import quiet
 
-FILE = "adapter_model.safetensors"
 # Changes that are a product of two matrices.
 PRODUCTS = ("lora", "embedding", "experts")
 
@@ -58,21 +58,21 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
     """
     import peft
 
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise MergeError(f"{folder} holds no adapter (adapter_config.json)")
-    if not (folder / FILE).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists()
         what = (
             "only adapter_model.bin, a pickle, which can run code when it is read"
             if pickled
-            else f"no {FILE}"
+            else f"no {ADAPTER_WEIGHTS}"
         )
-        raise MergeError(f"{folder} holds {what}; an adapter must be saved as {FILE}")
-    stored = read_header(folder / FILE)
+        raise MergeError(f"{folder} holds {what}; an adapter must be saved as {ADAPTER_WEIGHTS}")
+    stored = read_header(folder / ADAPTER_WEIGHTS)
     try:
         options = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MergeError(f"{folder / 'adapter_config.json'} is damaged: {_line(error)}") from error
+        raise MergeError(f"{folder / ADAPTER_CONFIG} is damaged: {_line(error)}") from error
     _refuse(folder, options)
     # What training began with is in the file; here it would only be computed in vain.
     options.init_lora_weights = True
@@ -107,7 +107,9 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
             )
     for key in sorted(taken | expected.keys()):
         if key not in stored:
-            raise MergeError(f"{folder}: {key} is missing from {FILE}; is it of another base, or cut off?")
+            raise MergeError(
+                f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?"
+            )
         if tuple(expected[key].shape) != stored[key].shape:
             raise MergeError(
                 f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
@@ -126,13 +128,13 @@ def _line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _same(folder: Path, stored: dict[str, Stored], target: list[Change], source: list[Change]) -> bool:
+def _same(folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]) -> bool:
     """Whether two tied layers were changed alike. PEFT ties their adapters, but not once it has cast them (0.21)."""
-    descriptor = os.open(folder / FILE, os.O_RDONLY)
+    descriptor = os.open(folder / ADAPTER_WEIGHTS, os.O_RDONLY)
     try:
         ours, theirs = (
             {
-                role: read(descriptor, stored[key])
+                role: read_tensor(descriptor, stored[key])
                 for c in side
                 if c.kind != "base"
                 for role, key in c.keys.items()
@@ -236,7 +238,7 @@ class Adapter:
 
     def __init__(self, folder: Path, weight: float) -> None:
         self.weight = weight
-        self.path = folder / "adapter_model.safetensors"
+        self.path = folder / ADAPTER_WEIGHTS
         self.header = read_header(self.path)
 
     def __enter__(self) -> Adapter:
@@ -247,8 +249,8 @@ class Adapter:
                 raise MergeError(
                     f"{self.path}: {name} is {str(stored.dtype).removeprefix('torch.')}, not a weight"
                 )
-            for start, stop in slices(stored.count):
-                if not finite(read(self.descriptor, stored, start, stop)):
+            for start, stop in row_ranges(stored.count):
+                if not all_finite(read_tensor(self.descriptor, stored, start, stop)):
                     os.close(self.descriptor)
                     raise MergeError(
                         f"{self.path}: {name} holds NaN or infinity; the run that saved it is broken"
@@ -260,10 +262,10 @@ class Adapter:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The numbers `start` to `stop` of a tensor, flat; of the whole, in its shape."""
-        return read(self.descriptor, self.header[name], start, stop)
+        return read_tensor(self.descriptor, self.header[name], start, stop)
 
 
-def check(name: str, changes: Sequence[Change], adapters: Sequence[Adapter]) -> None:
+def check_combination(name: str, changes: Sequence[Change], adapters: Sequence[Adapter]) -> None:
     """Refuses what adapters cannot do to one tensor together.
 
     Raises:
@@ -341,7 +343,7 @@ class Update:
         """DoRA: the updated weight, each of its output rows brought to the learned length."""
         assert self.delta is not None
         self.delta = self.delta.contiguous()  # laid out as the base's: sums over a row depend on it
-        for start, stop in slices(self.shape[0], self.shape[1]):
+        for start, stop in row_ranges(self.shape[0], self.shape[1]):
             self.delta[start:stop] += self._base(start, stop)
         norm = torch.linalg.norm(self.delta.T if change.transposed else self.delta, dim=1)
         magnitude = self.adapters[change.adapter].read(change.keys["magnitude"]).float()

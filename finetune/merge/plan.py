@@ -1,8 +1,7 @@
 """All that a merge or an export is made of: the base found, adapters understood, a plan of every tensor; and the files
 beside the weights, written at once.
 
-transformers, PEFT and what reads recipes weigh more than a merge: `plan_apart` asks them in a process of its own, and
-no room that they need is imported here before that.
+transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process.
 """
 
 from __future__ import annotations
@@ -27,9 +26,10 @@ import torch
 from finetune.merge.adapter import Change, changes_of
 from finetune.model.locate import locate
 from finetune.model.provenance import environment_of
-from finetune.model.shards import INDEX, Stored, fingerprint, parse_header, read_headers
+from finetune.model.shards import StoredTensor, fingerprint, parse_header, read_headers
 from finetune.system import hub_errors
 from finetune.system.errors import MergeError, ModelError
+from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 from finetune.system.fresh_process import child_environment
 from finetune.system.terminal import quiet
 
@@ -48,20 +48,20 @@ _BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preproces
 
 
 if TYPE_CHECKING:
-    from finetune.merge.tensor_map import Fused, Tensor
+    from finetune.merge.tensor_map import FusedTensors, OutputTensor
     from finetune.recipe.schema import ModelSection
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """Everything that a merge or an export needs to know before it reads a weight."""
 
     folder: str | None
     """The base's directory; None where its files are fetched one by one."""
     repo: tuple[str, str | None]
-    stored: dict[str, Stored]
-    tensors: list[Tensor]
-    fused: list[Fused]
+    stored: dict[str, StoredTensor]
+    tensors: list[OutputTensor]
+    fused: list[FusedTensors]
     adapters: list[tuple[str, float]]
     quantization: dict[str, Any] | None
     dtype: str
@@ -70,7 +70,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Request:
+class MergeRequest:
     """What is to be planned: a model (or a run's base and adapters) and the folder for all that is not weights."""
 
     model: str
@@ -82,7 +82,7 @@ class Request:
     stream: bool = False
 
 
-def plan_apart(request: Request) -> Plan:
+def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
     """`plan` in a process of its own, so that transformers and PEFT leave no trace in this one's memory."""
     with tempfile.TemporaryDirectory() as folder:
         ask, answer = Path(folder, "ask"), Path(folder, "answer")
@@ -96,7 +96,7 @@ def plan_apart(request: Request) -> Plan:
         result = pickle.loads(answer.read_bytes())
     if isinstance(result, BaseException):
         raise result
-    assert isinstance(result, Plan)
+    assert isinstance(result, MergePlan)
     return result
 
 
@@ -106,14 +106,14 @@ def _answer(ask: str, answer: str) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     result: Any
     try:
-        result = plan(pickle.loads(Path(ask).read_bytes()))
+        result = make_plan(pickle.loads(Path(ask).read_bytes()))
     except Exception as error:
         result = error.with_traceback(None)
         result.__cause__ = result.__context__ = None
     Path(answer).write_bytes(pickle.dumps(result))
 
 
-def plan(request: Request) -> Plan:
+def make_plan(request: MergeRequest) -> MergePlan:
     """What to write for a model, and in `request.into` its config, tokenizer and whatever else is not weights.
 
     Raises:
@@ -122,13 +122,15 @@ def plan(request: Request) -> Plan:
     """
     from transformers import AutoConfig
 
-    from finetune.merge.tensor_map import Names, quantised_weights, skeleton, tensors_of
-    from finetune.model.provenance import adapter_base
+    from finetune.merge.tensor_map import TensorNames, plan_tensors, quantised_weights, skeleton
+    from finetune.model.provenance import adapter_base_sections
     from finetune.recipe.schema import ModelSection
 
     run = Path(request.model)
     is_run = bool(request.adapters)
-    section, quantization = adapter_base(run) if is_run else (ModelSection(name_or_path=request.model), None)
+    section, quantization = (
+        adapter_base_sections(run) if is_run else (ModelSection(name_or_path=request.model), None)
+    )
     environment = environment_of(run) if is_run else {}
     path = locate(section.name_or_path)
     revision = environment.get("base_commit") or section.revision
@@ -164,7 +166,7 @@ def plan(request: Request) -> Plan:
     with _told(section.name_or_path):
         model, types = skeleton(config, held, section.trust_remote_code)
     out_types = types if written == held else skeleton(config, written, section.trust_remote_code)[1]
-    names = Names(model, stored)
+    names = TensorNames(model, stored)
     changes: dict[str, list[Change]] = defaultdict(list)
     tied = dict(model.all_tied_weights_keys)
     follows: set[str] = set()
@@ -183,14 +185,14 @@ def plan(request: Request) -> Plan:
             raise MergeError(
                 f"{name} is tied to {tied.get(name)}, which only one of the adapters keeps; merge them apart"
             )
-    tensors, fused, untied = tensors_of(
+    tensors, fused, untied = plan_tensors(
         stored, names, changes, follows, tied, types, out_types, quantised, (held, written)
     )
     record: dict[str, Any] = {"base": section.name_or_path, "revision": revision}
     if is_run:
         record["dtype_of_training"] = str(held).removeprefix("torch.")
     _write_rest(request, section, folder or _small_files(path, revision), written, untied)
-    return Plan(
+    return MergePlan(
         folder=str(folder) if folder else None,
         repo=(path, revision),
         stored=stored,
@@ -219,7 +221,7 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
-    patterns += ["model.safetensors", "model-*-of-*.safetensors", INDEX]
+    patterns += [MODEL_WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -227,7 +229,7 @@ def _download(repo: str, revision: str | None) -> Path:
     return folder
 
 
-def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
+def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
     """The tensors of a model on the Hub, without its weights; where in its file each lies is seen once it is here."""
     from huggingface_hub import get_safetensors_metadata, model_info
 
@@ -241,7 +243,7 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
             raise ModelError(_refused(repo, error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{repo} has no safetensors weights to stream: {reason}") from error
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file, entry in sorted(metadata.files_metadata.items()):
         header = {
             n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
@@ -252,7 +254,7 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, Stored]:
 
 
 def _write_rest(
-    request: Request, section: ModelSection, base: Path, written: torch.dtype, untied: bool
+    request: MergeRequest, section: ModelSection, base: Path, written: torch.dtype, untied: bool
 ) -> None:
     """Config, generation config, tokenizer and template, and what else the base has beside its weights."""
     into, run = Path(request.into), Path(request.model)

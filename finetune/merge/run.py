@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import __version__
-from finetune.merge.adapter import FILE as ADAPTER
-from finetune.merge.plan import Request, adapters_of, plan_apart
+from finetune.merge.plan import MergeRequest, adapters_of, plan_in_fresh_process
 from finetune.merge.write import write_weights
 from finetune.system.errors import MergeError
-from finetune.system.files import check_apart, digest, file_of, whole_folder
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_apart, digest, file_of, whole_folder
 from finetune.system.terminal import Say
 
 
@@ -56,7 +55,7 @@ def merge(
         ShardError, ModelError, RunError: A file is damaged, the base is not there, the output is in use.
     """
     run, output = Path(run), Path(output)
-    if not (run / "adapter_config.json").is_file():
+    if not (run / ADAPTER_CONFIG).is_file():
         whole = (run / "config.json").is_file()
         why = (
             "it is a whole model already; finetune export makes other types of it"
@@ -69,13 +68,13 @@ def merge(
     for path, weight in adapters:
         if not math.isfinite(weight):
             raise MergeError(f"--adapter {path}={weight}: write a number")
-        if not (Path(path) / "adapter_config.json").is_file():
+        if not (Path(path) / ADAPTER_CONFIG).is_file():
             raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
     max_bytes = _bytes_of(max_shard_size)
     inputs = [run, *(Path(path) for path, _ in adapters)]
     with whole_folder(output, overwrite, inputs) as beside:
-        request = Request(str(run), adapters_of(run, adapters), str(beside), dtype, stream=stream_base)
-        plan = plan_apart(request)
+        request = MergeRequest(str(run), adapters_of(run, adapters), str(beside), dtype, stream=stream_base)
+        plan = plan_in_fresh_process(request)
         if plan.folder:
             check_apart(output, [Path(plan.folder)])
         if base == "dequantised" and not any(item.quantised for item in plan.tensors):
@@ -85,7 +84,7 @@ def merge(
             "finetune": __version__,
             "run": os.path.abspath(run),
             "adapters": [
-                {"path": path, "weight": weight, "sha256": digest(Path(path) / ADAPTER)}
+                {"path": path, "weight": weight, "sha256": digest(Path(path) / ADAPTER_WEIGHTS)}
                 for path, weight in plan.adapters
             ],
             "base_weights": base,

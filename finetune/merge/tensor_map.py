@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.merge.adapter import Change
-from finetune.model.shards import Stored
+from finetune.model.shards import StoredTensor
 from finetune.system.errors import MergeError
 from finetune.system.terminal import quiet
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Tensor:
+class OutputTensor:
     """A tensor of the checkpoint to write, from the one of the base called `source`."""
 
     name: str
@@ -37,7 +37,7 @@ class Tensor:
 
 
 @dataclass
-class Fused:
+class FusedTensors:
     """Tensors that are stored one by one and are one parameter in memory, of which an adapter changes something."""
 
     sources: dict[str, list[str]]
@@ -72,13 +72,13 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
     return model, types
 
 
-class Names:
+class TensorNames:
     """Names on disk and in memory, by transformers' own rules for this model.
 
     Source: transformers 5.23 `core_model_loading.convert_and_load_state_dict_in_model`, "Rename the key".
     """
 
-    def __init__(self, model: Any, stored: dict[str, Stored]) -> None:
+    def __init__(self, model: Any, stored: dict[str, StoredTensor]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -166,9 +166,9 @@ def quantised_weights(
     }
 
 
-def tensors_of(
-    stored: dict[str, Stored],
-    names: Names,
+def plan_tensors(
+    stored: dict[str, StoredTensor],
+    names: TensorNames,
     changes: dict[str, list[Change]],
     follows: set[str],
     tied: dict[str, str],
@@ -176,9 +176,9 @@ def tensors_of(
     out_types: dict[str, torch.dtype],
     quantised: dict[str, str],
     whole: tuple[torch.dtype, torch.dtype],
-) -> tuple[list[Tensor], list[Fused], bool]:
+) -> tuple[list[OutputTensor], list[FusedTensors], bool]:
     """Every tensor to write, in the order in which the base stores them."""
-    untied: dict[str, Tensor] = {}
+    untied: dict[str, OutputTensor] = {}
     aliases, apart = set(), False
     for name, source in tied.items():
         if not (changes.get(name) or changes.get(source)):
@@ -191,7 +191,7 @@ def tensors_of(
         apart = True
         if name not in names.one and source in names.one:
             aliases.add(name)
-            untied[names.one[source]] = Tensor(
+            untied[names.one[source]] = OutputTensor(
                 names.on_disk(name, source),
                 names.one[source],
                 types[name],
@@ -218,7 +218,7 @@ def tensors_of(
         if disk in in_memory:
             name = in_memory[disk]
             tensors.append(
-                Tensor(
+                OutputTensor(
                     disk, disk, types[name], out_types[name], changes.get(name, []), quantised.get(name, "")
                 )
             )
@@ -233,7 +233,7 @@ def tensors_of(
             # Stored otherwise than held, or not of this model: copied, in the types of all.
             floats = entry.dtype in (torch.float32, torch.float16, torch.bfloat16)
             held, written = whole if floats else (entry.dtype, entry.dtype)
-            tensors.append(Tensor(disk, disk, held, written))
+            tensors.append(OutputTensor(disk, disk, held, written))
     for item in tensors:
         if not stored[item.source].dtype.is_floating_point:
             item.held = item.written = stored[item.source].dtype
@@ -242,15 +242,15 @@ def tensors_of(
 
 def _fuse(
     first: str,
-    names: Names,
+    names: TensorNames,
     changes: dict[str, list[Change]],
     types: dict[str, torch.dtype],
     out_types: dict[str, torch.dtype],
-) -> Fused:
+) -> FusedTensors:
     sources: dict[str, list[str]] = defaultdict(list)
     for pattern, disk in names.many[first]:
         sources[pattern].append(disk)
-    return Fused(
+    return FusedTensors(
         sources=dict(sources),
         stored_as={names.halfway(disk): disk for _, disk in names.many[first]},
         target=first,

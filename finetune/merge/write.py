@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from finetune.merge.adapter import Adapter, Update, check
-from finetune.merge.plan import Plan
-from finetune.merge.tensor_map import Fused, Tensor
+from finetune.merge.adapter import Adapter, Update, check_combination
+from finetune.merge.plan import MergePlan
+from finetune.merge.tensor_map import FusedTensors, OutputTensor
 from finetune.model.quantization import dequantised, quantise
-from finetune.model.shards import ShardWriter, Stored, finite, read, read_header, slices
+from finetune.model.shards import ShardWriter, StoredTensor, all_finite, read_header, read_tensor, row_ranges
 from finetune.system import hub_errors
 from finetune.system.errors import MergeError, ModelError
 from finetune.system.terminal import bar
 
 
 def write_weights(
-    plan: Plan,
+    plan: MergePlan,
     into: Path,
     max_bytes: int,
     dequantise: bool = False,
@@ -52,21 +52,23 @@ def write_weights(
     header = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
     # In the order of the base's files, so that one that was fetched is soon used up.
     place = {name: number for number, name in enumerate(plan.stored)}
-    work: list[tuple[int, Tensor | Fused]] = [(place[item.source], item) for item in plan.tensors]
+    work: list[tuple[int, OutputTensor | FusedTensors]] = [
+        (place[item.source], item) for item in plan.tensors
+    ]
     work += [(max(place[n] for many in group.sources.values() for n in many), group) for group in plan.fused]
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(_Base(plan, into))
         loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
         for tensor in plan.tensors:
-            check(tensor.name, tensor.changes, loaded)
+            check_combination(tensor.name, tensor.changes, loaded)
         for group in plan.fused:
             for name, changes in group.changes.items():
-                check(name, changes, loaded)
+                check_combination(name, changes, loaded)
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
         advance, shown = stack.enter_context(bar("weights", total, progress, "bytes")), 0
         for _, item in sorted(work, key=lambda pair: pair[0]):
-            if isinstance(item, Tensor):
+            if isinstance(item, OutputTensor):
                 _write(plan, item, base, loaded, writer, dequantise, quantised)
                 base.used(item.source)
             else:
@@ -76,7 +78,7 @@ def write_weights(
         writer.close()
 
 
-def _check_room(into: Path, total: int, plan: Plan) -> None:
+def _check_room(into: Path, total: int, plan: MergePlan) -> None:
     free, needed = shutil.disk_usage(into).free, total
     if plan.folder is None:
         per_file = Counter[str]()
@@ -92,8 +94,8 @@ def _check_room(into: Path, total: int, plan: Plan) -> None:
 
 
 def _write(
-    plan: Plan,
-    item: Tensor,
+    plan: MergePlan,
+    item: OutputTensor,
     base: _Base,
     adapters: list[Adapter],
     writer: ShardWriter,
@@ -107,7 +109,7 @@ def _write(
         writer.copy(item.name, descriptor, stored)
         return
     if quantised and item.quantised:
-        whole = read(descriptor, stored).to(item.held).to(item.written)
+        whole = read_tensor(descriptor, stored).to(item.held).to(item.written)
         for end, tensor in quantise(whole, plan.quantization or {}, item.quantised):
             writer.add(item.name.removesuffix("weight") + end, tensor.dtype, tensor.shape, [tensor])
         return
@@ -115,19 +117,19 @@ def _write(
     start_values = None
     if rounded:
         start_values = dequantised(
-            read(descriptor, stored).to(item.held), plan.quantization or {}, item.quantised
+            read_tensor(descriptor, stored).to(item.held), plan.quantization or {}, item.quantised
         )
 
     def held(start: int, stop: int) -> torch.Tensor:
         if start_values is not None:
             return start_values[start:stop].reshape(stop - start, width).clone()
-        part = read(descriptor, stored, start * width, stop * width)
+        part = read_tensor(descriptor, stored, start * width, stop * width)
         return part.view(stop - start, width).to(item.held)
 
     update = Update(item.name, item.changes, stored.shape, adapters, held)
 
     def pieces() -> Iterator[torch.Tensor]:
-        for start, stop in slices(rows, width):
+        for start, stop in row_ranges(rows, width):
             part = update.rows(start, stop)
             yield _written(item.name, part, item.written, bool(item.changes))
 
@@ -137,10 +139,10 @@ def _write(
 
 def _written(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool) -> torch.Tensor:
     """Numbers in the type that they are written in, if they are such."""
-    if changed and not finite(part):
+    if changed and not all_finite(part):
         raise MergeError(f"{name}: is not finite once it is merged; the adapter, or its weight, is broken")
     out = part.to(dtype)
-    if dtype == torch.float16 and part.dtype != torch.float16 and not finite(out):
+    if dtype == torch.float16 and part.dtype != torch.float16 and not all_finite(out):
         raise MergeError(
             f"{name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
         )
@@ -158,19 +160,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_fused(group: Fused, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
+def _write_fused(group: FusedTensors, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
     """Tensors stored one by one that are one parameter in memory: put together, changed, taken apart again."""
     converter = deepcopy(group.converter)
     for pattern, names in group.sources.items():
         for name in names:
             stored, descriptor = base.find(name)
-            converter.add_tensor(group.target, name, pattern, _later(read(descriptor, stored).to(group.held)))
+            converter.add_tensor(
+                group.target, name, pattern, _later(read_tensor(descriptor, stored).to(group.held))
+            )
     merged = {}
     for name, tensor in converter.convert(group.target, config=group.config).items():
         whole = tensor[0] if isinstance(tensor, list) else tensor
         flat = whole.reshape(whole.shape[0], -1)
         update = Update(name, group.changes[name], tuple(whole.shape), adapters, _rows_of(flat))
-        for start, stop in slices(*flat.shape):
+        for start, stop in row_ranges(*flat.shape):
             flat[start:stop] = update.rows(start, stop)
         merged[name] = flat.view(whole.shape)
     back = group.converter.reverse_transform()
@@ -202,9 +206,9 @@ def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 class _Base:
     """The base's files, opened when first needed; one from the Hub is fetched then, and removed when it is used up."""
 
-    def __init__(self, plan: Plan, into: Path) -> None:
+    def __init__(self, plan: MergePlan, into: Path) -> None:
         self.plan, self.into = plan, into
-        self.files: dict[str, tuple[int, dict[str, Stored]]] = {}
+        self.files: dict[str, tuple[int, dict[str, StoredTensor]]] = {}
         self.left = Counter(plan.stored[item.source].file for item in plan.tensors)
         self.left.update(
             plan.stored[n].file for g in plan.fused for names in g.sources.values() for n in names
@@ -220,7 +224,7 @@ class _Base:
         if self.fetched:
             self.fetched.cleanup()
 
-    def find(self, name: str) -> tuple[Stored, int]:
+    def find(self, name: str) -> tuple[StoredTensor, int]:
         """A tensor and the open file that it lies in."""
         file = self.plan.stored[name].file
         if file not in self.files:

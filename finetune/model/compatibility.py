@@ -13,8 +13,8 @@
 | below compute capability 8.0, or computing in float32 | | flash_attention_* |
 | training on a CPU | | flex_attention |
 
-A Gemma in float16 keeps its residual stream in float32 (`widen`). What a model has beside its text (`beside_text`) is
-neither trained nor adapted: rows are text.
+A Gemma in float16 keeps its residual stream in float32 (`keep_residual_in_float32`). Modules that text does not
+pass through (`non_text_modules`) are neither trained nor adapted, because all rows are text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_place(place: str) -> None:
+def check_device(place: str) -> None:
     """Refuses a place for a model that there is none of here.
 
     Raises:
@@ -55,7 +55,7 @@ def check_place(place: str) -> None:
 # Attention
 
 
-def attention_for(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> str | None:
+def choose_attention(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> str | None:
     """The attention to load a model with: the one that is wanted, or one that computes what the model was trained with.
 
     None leaves it to upstream, whose choice is right for all other models. transformers 5.17 gives Gemma 2 sdpa, which
@@ -102,7 +102,7 @@ def check_attention(
     Raises:
         ModelError: With what to write instead.
     """
-    attention_for(wanted, config, key)
+    choose_attention(wanted, config, key)
     flash = wanted is not None and re.fullmatch(r"flash_attention_\d", wanted)
     if flash and (device.capability is None or device.capability < (8, 0)):
         own = f" has {device.capability[0]}.{device.capability[1]}" if device.capability else " is no card"
@@ -131,7 +131,7 @@ def corrections(config: Any) -> dict[str, Any]:
     return {"hidden_act": "gelu_pytorch_tanh"} if legacy else {}
 
 
-def beside_text(model: Any) -> list[str]:
+def non_text_modules(model: Any) -> list[str]:
     """The names of the modules of a causal model that text never passes: vision towers, projectors.
 
     Rows are text, so an adapter there would never get a gradient, nor would the weights themselves: DDP waits for it.
@@ -168,7 +168,9 @@ def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | l
 # What was chosen
 
 
-def told(wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device) -> str | None:
+def describe_choices(
+    wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device
+) -> str | None:
     """One line about what the recipe did not say itself; None where it said all.
 
     Args:
@@ -185,6 +187,6 @@ def told(wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device:
         parts.append("float32 in its residual stream, where float16 overflows")
     if wanted[1] is None:
         attention = model.config._attn_implementation
-        capped = attention == "eager" and attention_for(None, model.config) == "eager"
+        capped = attention == "eager" and choose_attention(None, model.config) == "eager"
         parts.append(f"{attention} attention" + (", as sdpa leaves out its soft-capping" if capped else ""))
     return f"chosen: {'; '.join(parts)}" if parts else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.model.compatibility import beside_text
+from finetune.model.compatibility import non_text_modules
 
 
-def work_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) -> float:
+def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) -> float:
     """Floating point operations that a step needs a token: forward and backward, nothing computed a second time.
 
     Two for each weight that the token is multiplied with, two more for the gradient of what went in, and two for the
@@ -28,7 +28,7 @@ def work_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) 
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    beside = tuple(f".{name}." for name in beside_text(base))
+    beside = tuple(f".{name}." for name in non_text_modules(base))
     head = {id(p) for p in base.get_output_embeddings().parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     config = base.config.get_text_config()
@@ -53,18 +53,18 @@ def work_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) 
 
 
 # How configs call the number of a model's experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def first(config: Any, *names: str) -> int:
+def first_number(config: Any, *names: str) -> int:
     """The first of the numbers that a config has, and is not 0; 0 where it has none."""
     return next((n for name in names if (n := getattr(config, name, None))), 0)
 
 
 def _active(config: Any) -> float:
     """The share of a model's experts that a token meets; 0 where it cannot be told."""
-    several = first(config, *EXPERTS)
-    chosen = first(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+    several = first_number(config, *EXPERT_COUNTS)
+    chosen = first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
     return chosen / several if several else 0.0
 
 

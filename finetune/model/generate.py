@@ -12,11 +12,12 @@ from finetune.data.turns import Message
 from finetune.model import compatibility, precision
 from finetune.model.load import eos_tokens, load_base, load_config, load_tokenizer
 from finetune.model.locate import locate
-from finetune.model.provenance import adapter_base, environment_of
+from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
 from finetune.system.errors import ModelError
+from finetune.system.files import ADAPTER_CONFIG
 from finetune.system.terminal import quiet
 
 
@@ -112,7 +113,7 @@ class Generator:
         return found
 
     def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """The answer's text, piece by piece; `CUT` comes last where the limit cut the answer off."""
+        """The answer's text, piece by piece; `CUT_OFF` comes last where the limit cut the answer off."""
         import threading
 
         from transformers import TextIteratorStreamer
@@ -135,14 +136,14 @@ class Generator:
         if failure:
             raise failure[0]
         if not result or result[-1] not in self.stop_ids:
-            yield CUT
+            yield CUT_OFF
 
 
 # What `stream` yields last where the answer did not end by itself.
-CUT = "\0cut"
+CUT_OFF = "\0cut"
 
 
-def load(
+def load_generator(
     name: str,
     adapter: bool = True,
     dtype: str | None = None,
@@ -151,7 +152,7 @@ def load(
     device: str | None = None,
     compiled: bool = False,
     as_is: bool = False,
-    said: tuple[ModelSection, dict[str, Any] | None] | None = None,
+    sections: tuple[ModelSection, dict[str, Any] | None] | None = None,
 ) -> Generator:
     """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
 
@@ -165,8 +166,8 @@ def load(
         compiled: Whether torch compiles the model for a cache of fixed size: quicker answers after slow first ones.
         as_is: For measuring what another program will compute: a full model takes `dtype` for every value, and the
             device may emulate it.
-        said: Of a model without an adapter, the `model` and `quantization` sections of a recipe: how it is loaded, and
-            the template that it answers through.
+        sections: For a model without an adapter: the `model` and `quantization` sections of the recipe that says how to
+            load it and which chat template to use.
 
     Raises:
         ModelError: There is no such run or model, it cannot be loaded, or this device cannot compute so.
@@ -175,14 +176,14 @@ def load(
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device:
-        compatibility.check_place(device)
+        compatibility.check_device(device)
     spread = place == "auto"
     folder = Path(name)
-    is_adapter = (folder / "adapter_config.json").exists()
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
     if folder.is_dir() and not is_adapter and not (folder / "config.json").exists():
         raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
     section, trained_as = (
-        adapter_base(folder) if is_adapter else said or (ModelSection(name_or_path=name), None)
+        adapter_base_sections(folder) if is_adapter else sections or (ModelSection(name_or_path=name), None)
     )
     where = devices.Device() if as_is else devices.device_of(device)
     wanted = precision.choose_dtype(
@@ -231,7 +232,7 @@ def load(
     if not (spread or quantization or stored_quantised):
         model = model.to(place)
     model.eval()
-    own = folder.is_dir() and (is_adapter or said is None)
+    own = folder.is_dir() and (is_adapter or sections is None)
     chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if own else section))
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(

@@ -107,7 +107,9 @@ def load_base(
         rank = int(os.environ.get("LOCAL_RANK", 0))
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
     base = _config(path, arguments)
-    arguments["attn_implementation"] = compatibility.attention_for(arguments.get("attn_implementation"), base)
+    arguments["attn_implementation"] = compatibility.choose_attention(
+        arguments.get("attn_implementation"), base
+    )
     arguments |= compatibility.corrections(base)
     with _told(path), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(

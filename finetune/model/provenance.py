@@ -13,7 +13,7 @@ import yaml
 from finetune.recipe.checks import ON_THE_HUB, is_local
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError, RunError
-from finetune.system.files import digest, file_of, read_json
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, digest, file_of, read_json
 
 # What an id on the Hub says of the terms. Of others the base's own page is asked, or nothing is said.
 _LICENSES = {
@@ -31,7 +31,7 @@ _LICENSES = {
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseReference:
     """What a model was made from: as the run calls it, its id on the Hub where it has one, its revision there."""
 
     name: str
@@ -39,15 +39,15 @@ class Base:
     revision: str | None = None
 
 
-def base_of(folder: Path, given: str | None = None) -> Base:
+def base_reference(folder: Path, given: str | None = None) -> BaseReference:
     """The base of a run, a merged model or an export; `given` is its Hub id, before all else.
 
     Raises:
         RunError: A file of the folder is damaged.
     """
-    recipe, merged, report = sections_of(folder), read_json(folder / "merge.json"), report_of(folder)
+    recipe, merged, report = recipe_sections(folder), read_json(folder / "merge.json"), export_report(folder)
     model = recipe.get("model") or {}
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / ADAPTER_CONFIG)
     name = str(
         merged.get("base")
         or model.get("name_or_path")
@@ -58,7 +58,7 @@ def base_of(folder: Path, given: str | None = None) -> Base:
     commit = read_json(file_of(folder, "environment.json")).get("base_commit")
     revision = merged.get("revision") or commit or model.get("revision") or adapter.get("revision")
     wanted = given or (recipe.get("hub") or {}).get("base_model") or hub_id(name)
-    return Base(name, wanted, revision if wanted == name else None)
+    return BaseReference(name, wanted, revision if wanted == name else None)
 
 
 def hub_id(name: str) -> str | None:
@@ -73,24 +73,24 @@ def license_of(base: str | None) -> dict[str, str]:
     return {"license": name} if (name := next(found, None)) else {}
 
 
-def run_of(folder: Path) -> Path | None:
+def source_run(folder: Path) -> Path | None:
     """The run whose files tell of a folder: itself, or the one that it was merged or exported from, if still here."""
     if file_of(folder, "ledger.json"):
         return folder
     merged = read_json(folder / "merge.json")
-    run = Path(str(merged.get("run") or report_of(folder).get("model") or "/nowhere"))
+    run = Path(str(merged.get("run") or export_report(folder).get("model") or "/nowhere"))
     if not (run / "ledger.json").is_file():
-        return run_of(run) if (run / "merge.json").is_file() and run != folder else None
-    adapters, there = merged.get("adapters"), run / "adapter_model.safetensors"
+        return source_run(run) if (run / "merge.json").is_file() and run != folder else None
+    adapters, there = merged.get("adapters"), run / ADAPTER_WEIGHTS
     if adapters and not (there.is_file() and digest(there) in [item["sha256"] for item in adapters]):
         return None  # it was trained again since
     return run
 
 
-def sections_of(folder: Path) -> dict[str, Any]:
+def recipe_sections(folder: Path) -> dict[str, Any]:
     """The sections of the recipe that a folder, or the run that it was made from, was trained by."""
     file = file_of(folder, "recipe.yaml")
-    if file is None and (model := report_of(folder).get("model")):
+    if file is None and (model := export_report(folder).get("model")):
         file = file_of(Path(model), "recipe.yaml")
     if file is None:
         return {}
@@ -103,7 +103,7 @@ def sections_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def report_of(folder: Path) -> dict[str, Any]:
+def export_report(folder: Path) -> dict[str, Any]:
     """`report.json` of the export that a folder is, or is a part of."""
     for place in (folder, folder.parent):
         if found := read_json(place / "report.json"):
@@ -133,7 +133,7 @@ def environment_of(run: Path) -> dict[str, Any]:
     return found
 
 
-def adapter_base(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
+def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
     """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
 
     The recipe is not checked again: its data may be elsewhere by now.
@@ -152,7 +152,7 @@ def adapter_base(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
     try:
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} is damaged: {error}") from error
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
     if not name:
-        raise ModelError(f"{folder / 'adapter_config.json'} names no base (base_model_name_or_path)")
+        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base (base_model_name_or_path)")
     return ModelSection(name_or_path=str(name)), None

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from finetune.system.errors import ModelError
+from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 
 # What is in memory of a tensor that is only copied or added to.
 SLICE = 2 * 2**20
 # How much is written before the disk is told to begin.
 _SYNC = 2**28
-INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies: file, type, shape, and its first byte and the one behind its last."""
 
     file: str
@@ -62,7 +62,7 @@ class Stored:
         return (self.end - self.begin) // self.dtype.itemsize
 
 
-def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, Stored]:
+def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, StoredTensor]:
     """The tensors of a file whose data begin at `offset`."""
     found = {}
     for name, entry in header.items():
@@ -71,7 +71,9 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
         if entry["dtype"] not in _DTYPES:
             raise ModelError(f"{file}: {name} is of type {entry['dtype']}, which cannot be read here")
         begin, end = entry["data_offsets"]
-        stored = Stored(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end)
+        stored = StoredTensor(
+            file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end
+        )
         count = 1
         for length in stored.shape:
             count *= length
@@ -81,7 +83,7 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
     return found
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
@@ -107,17 +109,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def files_of(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """The weight files of a checkpoint, by its index where it has one.
 
     Raises:
         ShardError: There are none, or a file of the index is missing.
     """
-    index = folder / INDEX
+    index = folder / WEIGHTS_INDEX
     if not index.exists():
         names = (
-            ["model.safetensors"]
-            if (folder / "model.safetensors").exists()
+            [MODEL_WEIGHTS]
+            if (folder / MODEL_WEIGHTS).exists()
             else sorted(p.name for p in folder.glob("*.safetensors"))
         )
         if not names:
@@ -129,19 +131,21 @@ def files_of(folder: Path) -> list[str]:
         raise ModelError(f"{index} is damaged: {error}") from error
     for name in names:
         if not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing, though {INDEX} names it")
+            raise ModelError(f"{folder / name} is missing, though {WEIGHTS_INDEX} names it")
     return names
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, in the order in which they lie in its files."""
-    found: dict[str, Stored] = {}
-    for name in files_of(folder):
+    found: dict[str, StoredTensor] = {}
+    for name in weight_files(folder):
         found |= dict(sorted(read_header(folder / name).items(), key=lambda item: item[1].begin))
     return found
 
 
-def read(descriptor: int, stored: Stored, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read_tensor(
+    descriptor: int, stored: StoredTensor, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
     """The numbers `start` to `stop` of a tensor, flat; of the whole, in its shape."""
     whole = stop is None
     stop = stored.count if stop is None else stop
@@ -158,7 +162,7 @@ def read(descriptor: int, stored: Stored, start: int = 0, stop: int | None = Non
     return out.view(stored.shape) if whole else out
 
 
-def finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are; a sum tells in a fiftieth of the time, unless it overflows itself."""
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
@@ -234,7 +238,7 @@ class ShardWriter:
             self._write(piece)
         self._enter(name, dtype, shape, begin, size)
 
-    def copy(self, name: str, descriptor: int, stored: Stored) -> None:
+    def copy(self, name: str, descriptor: int, stored: StoredTensor) -> None:
         """A tensor as it lies in a file, byte for byte, without passing through memory where the system can do that."""
         size = stored.end - stored.begin
         if size % 8 or sys.platform != "linux":
@@ -244,7 +248,7 @@ class ShardWriter:
                 stored.dtype,
                 stored.shape,
                 (
-                    read(descriptor, stored, i, min(i + step, stored.count))
+                    read_tensor(descriptor, stored, i, min(i + step, stored.count))
                     for i in range(0, stored.count, step)
                 ),
             )
@@ -268,7 +272,7 @@ class ShardWriter:
             future.result()
         self._syncing.shutdown()
         if len(self.shards) == 1:
-            self._part(0).rename(self.folder / "model.safetensors")
+            self._part(0).rename(self.folder / MODEL_WEIGHTS)
             return
         weight_map: dict[str, str] = {}
         for number, header in enumerate(self.shards):
@@ -276,7 +280,7 @@ class ShardWriter:
             self._part(number).rename(self.folder / name)
             weight_map |= dict.fromkeys(header, name)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (self.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def abort(self) -> None:
         """Lets go of the open file; the folder is the caller's to remove."""
@@ -345,7 +349,7 @@ class ShardWriter:
         self._synced.append(self._syncing.submit(sync))
 
 
-def slices(count: int, width: int = 1, itemsize: int = 4) -> Iterator[tuple[int, int]]:
+def row_ranges(count: int, width: int = 1, itemsize: int = 4) -> Iterator[tuple[int, int]]:
     """`(start, stop)` over `count` rows of `width` numbers, each about `SLICE` bytes."""
     step = max(1, SLICE // max(1, width * itemsize))
     for start in range(0, count, step):

@@ -43,9 +43,9 @@ def adapted(recipe: Recipe, chat: Chat | None, say: Callable[[str], None]) -> An
     if mixed_precision_of(recipe) == "fp16" and model.dtype == torch.float32:
         precision.keep_residual_in_float32(model)  # autocast rounds as the weights would
     choice = (recipe.model.dtype, recipe.model.attn_implementation)
-    if line := compatibility.told(choice, dtype, model, devices.device_of()):
+    if line := compatibility.describe_choices(choice, dtype, model, devices.device_of()):
         say(line)
-    beside = compatibility.beside_text(model)
+    beside = compatibility.non_text_modules(model)
     if recipe.lora is None:
         for name in beside:
             model.get_submodule(name).requires_grad_(False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.model.flops import EXPERTS, first
+from finetune.model.flops import EXPERT_COUNTS, first_number
 from finetune.plan.advice import advice
 from finetune.plan.configs import base_config
 from finetune.plan.lengths import RowLengths
@@ -76,7 +76,7 @@ def _small(config: Any, setting: StepSettings, card: Hardware) -> bool:
     text = config.get_text_config()
     width, depth = text.hidden_size, text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * width
-    experts = first(text, *EXPERTS)
+    experts = first_number(text, *EXPERT_COUNTS)
     wide = inner + experts * (getattr(text, "moe_intermediate_size", None) or inner)
     weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * wide)
     tokens = setting.batch.rows * setting.batch.length

@@ -81,7 +81,7 @@ def build(recipe: Recipe, config: Any, device: devices.Device, mode: FakeTensorM
         ModelError: The device does not compute as the recipe asks.
     """
     dtype, loaded, _ = dtypes(recipe, device)
-    attention = compatibility.attention_for(recipe.model.attn_implementation, config)
+    attention = compatibility.choose_attention(recipe.model.attn_implementation, config)
     if attention is not None and attention not in ("eager", "sdpa"):
         attention = "sdpa"  # what a kernel of its own takes is much the same
     with torch.device("meta"), quiet():
@@ -98,7 +98,7 @@ def build(recipe: Recipe, config: Any, device: devices.Device, mode: FakeTensorM
         quantizer.postprocess_model(model)
     if dtype == torch.float16:
         precision.keep_residual_in_float32(model)
-    beside = compatibility.beside_text(model)
+    beside = compatibility.non_text_modules(model)
     if recipe.lora is None:
         for name in beside:
             model.get_submodule(name).requires_grad_(False)

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.recipe.schema import DataSource
 from finetune.recipe.upstream import FROM_BASE
 from finetune.recipe.yaml_tree import Draft
+from finetune.system.files import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Packages that carry a model of the Hub.
@@ -108,7 +109,7 @@ def adapters_lora(
 ) -> dict[str, Any]:
     """The `lora` section that an adapter was made with; faults where it is none, or the recipe says otherwise."""
     key = "model.adapter"
-    file = Path(folder).expanduser() / "adapter_config.json"
+    file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kind = found["peft_type"]

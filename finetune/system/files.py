@@ -14,6 +14,11 @@ from typing import Any
 
 from finetune.system.errors import RunError
 
+# The files of a model or an adapter, as transformers and PEFT call them.
+MODEL_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 # Raised when what a made directory holds changes, so that an old one is not used again.
 CACHE_VERSION = 1
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import RunError
-from finetune.system.files import write_whole
+from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
 
 # Written last: a `checkpoint-N` without it was not finished, whatever else lies in it.
 MARKER = "complete.json"
 
 
 # What a finished run holds in its root, moved there last.
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 def check_output(output: Path, resume: str | bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.recipe.upstream import FROM_BASE
-from finetune.system.files import write_whole
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_whole
 
 
 def beginning(model: Any) -> dict[str, torch.Tensor] | None:
@@ -45,14 +45,14 @@ def convert(folder: Path, began: dict[str, torch.Tensor]) -> None:
         folder: `adapter_model.safetensors` and `adapter_config.json`, as PEFT saves them.
         began: As `beginning` gives it; A is (rank, in), B is (out, rank).
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_WEIGHTS
     tensors = load_file(file)
     for name, first in began.items():
         now, first = tensors[name], first.to(tensors[name].dtype)
         is_a = name.endswith(("lora_A.weight", "lora_embedding_A"))
         tensors[name] = torch.cat([now, first]) if is_a else torch.cat([now, -first], 1)
     save_file(tensors, file, {"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["init_lora_weights"] = True
     if began:
         config["r"] *= 2
@@ -62,4 +62,4 @@ def convert(folder: Path, began: dict[str, torch.Tensor]) -> None:
         config["alpha_pattern"] = {
             name: alpha * growth for name, alpha in (config.get("alpha_pattern") or {}).items()
         }
-    write_whole(folder / "adapter_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, ensure_ascii=False, indent=2) + "\n")

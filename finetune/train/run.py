@@ -213,7 +213,7 @@ def _meter(recipe: Recipe, model: Any, data: Prepared) -> Meter:
     # Of a stream nothing is counted yet.
     lengths = ledger.lengths or {recipe.training.get("max_length") or 1024: 1}
     scored = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
-    return Meter(flops.work_per_token(model, lengths, scored), speed)
+    return Meter(flops.flops_per_token(model, lengths, scored), speed)
 
 
 def _push(output: Path, say: Say) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from finetune.system import distributed
 from finetune.system.errors import RunError
+from finetune.system.files import ADAPTER_WEIGHTS
 
 WEIGHT = "weight"
 # What the recipe says of a group of weights, and what says which they are; all else in it is the optimizer's memory.
@@ -162,7 +163,7 @@ def _weights(folder: Path) -> dict[str, tuple[list[int], torch.dtype]]:
 
 
 def _models(folder: Path) -> list[Path]:
-    return [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
+    return [*folder.glob("model*.safetensors"), *folder.glob(ADAPTER_WEIGHTS)]
 
 
 def _saved_as(name: str) -> str:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from finetune.export.gguf.metadata import metadata, read_config, rope_factors
 from finetune.export.gguf.quantize import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
 from finetune.export.gguf.tensors import ARCHITECTURES, changed, head_size, names, shapes
-from finetune.model.shards import Stored, read, read_headers
+from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import sync
 from finetune.system.terminal import bar
@@ -51,7 +51,7 @@ class _Item:
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    source: Stored | NDArray[np.float32]
+    source: StoredTensor | NDArray[np.float32]
 
     @property
     def bytes(self) -> int:
@@ -160,7 +160,7 @@ def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_
         GGUFError: One is missing, too many, of another shape or type than the config and llama.cpp want.
     """
     translate = names(config.to_dict())
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for name, place in read_headers(model).items():
         if (short := translate(name)) is None:
             continue
@@ -202,13 +202,15 @@ def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_
     return items
 
 
-def _same(model: Path, one: Stored, other: Stored | None) -> bool:
+def _same(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
     """Whether two tensors are equal, number for number; slice by slice."""
     if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with _opened(model, [one, other]) as files:
         return all(
-            torch.equal(*(read(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other)))
+            torch.equal(
+                *(read_tensor(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other))
+            )
             for start in range(0, one.count, _SLICE)
         )
 
@@ -235,7 +237,7 @@ def _write_tensors(
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     done = 0
-    sources = [item.source for item in items if isinstance(item.source, Stored)]
+    sources = [item.source for item in items if isinstance(item.source, StoredTensor)]
     with _opened(model, sources) as files, ThreadPoolExecutor(threads) as pool:
 
         def slice_of(item: _Item, start: int, stop: int) -> NDArray[np.uint8]:
@@ -278,7 +280,7 @@ def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArra
     width = item.shape[-1]
     if isinstance(item.source, np.ndarray):
         return item.source
-    part = read(files[item.source.file], item.source, start * width, stop * width)
+    part = read_tensor(files[item.source.file], item.source, start * width, stop * width)
     rows: NDArray[np.float32]
     if part.dtype == torch.bfloat16:
         # Threads of its own, as torch would take for it, are not wanted here.
@@ -289,7 +291,7 @@ def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArra
 
 
 @contextlib.contextmanager
-def _opened(model: Path, stored: list[Stored]) -> Iterator[dict[str, int]]:
+def _opened(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, int]]:
     with contextlib.ExitStack() as stack:
         files = {name: os.open(model / name, os.O_RDONLY) for name in sorted({item.file for item in stored})}
         for descriptor in files.values():

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.export.gguf.tensors import names
-from finetune.model.shards import files_of, read_header
+from finetune.model.shards import read_header, weight_files
 from finetune.system.errors import ExportError
 from finetune.system.files import sync
 
@@ -68,7 +68,7 @@ def check(importance: Importance, model: Path, source: str) -> None:
     translate = names(config)
     width = {
         name: stored.shape[1]
-        for file in files_of(model)
+        for file in weight_files(model)
         for on_disk, stored in read_header(model / file).items()
         if len(stored.shape) == 2 and (name := translate(on_disk))
     }
