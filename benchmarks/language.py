@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.evaluate.language import language_of, verdict
+from finetune.evaluate.language import language_of, language_verdict
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -32,7 +32,7 @@ def share(part: int, whole: int) -> str:
 
 def row(name: str, cases: list[dict[str, Any]]) -> str:
     """Precision and recall of `wrong` and of `right`; cases that hold nothing to judge count in neither recall."""
-    found = [verdict(case["prompt"], case["answer"]).right for case in cases]
+    found = [language_verdict(case["prompt"], case["answer"]).right for case in cases]
     cells = []
     for which in (False, True):
         both = sum(
@@ -68,7 +68,7 @@ def main(rounds: int) -> None:
     for _ in range(rounds):
         begun = time.perf_counter()
         for case in timed:
-            verdict(case["prompt"], case["answer"])
+            language_verdict(case["prompt"], case["answer"])
         rates.append(len(timed) / (time.perf_counter() - begun))
     mean = statistics.mean(len(case["answer"]) for case in timed)
     print("| date | answers | mean characters | answers/s | load, s | MiB |")

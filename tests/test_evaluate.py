@@ -19,9 +19,9 @@ from finetune.cli.commands import main
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.samples import LabelledRow
 from finetune.evaluate import report as report_module
-from finetune.evaluate.answers import answer, repetition
-from finetune.evaluate.perplexity import Tally, score, tally
-from finetune.evaluate.prompts import Prompt, evenly, read_prompts, read_reference, reference_answers
+from finetune.evaluate.answers import answer_prompts, repetition
+from finetune.evaluate.perplexity import LossSum, row_losses, score
+from finetune.evaluate.prompts import Prompt, read_prompts, read_reference, reference_answers, spread_evenly
 from finetune.model.generate import Generator, Sampling, load_generator
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
@@ -52,11 +52,11 @@ def test_a_tally_is_what_the_logits_say(generator: Generator) -> None:
     with torch.no_grad():
         logs = [generator.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1) for row in rows]
     wanted = [(0, [(1, 8), (2, 7), (3, 30)]), (1, [(0, 40), (1, 41)])]
-    for part, (i, places) in zip(tally(generator.model, rows), wanted, strict=True):
+    for part, (i, places) in zip(row_losses(generator.model, rows), wanted, strict=True):
         assert part.tokens == len(places)
         assert part.nats == pytest.approx(-sum(float(logs[i][at, token]) for at, token in places), rel=1e-5)
-        assert part.right == sum(int(logs[i][at].argmax()) == token for at, token in places)
-    whole = sum(tally(generator.model, rows), Tally())
+        assert part.correct == sum(int(logs[i][at].argmax()) == token for at, token in places)
+    whole = sum(row_losses(generator.model, rows), LossSum())
     assert whole.perplexity == pytest.approx(score(generator.model, rows).perplexity, rel=1e-6)
 
 
@@ -64,17 +64,17 @@ def test_the_likeliest_token_is_right(generator: Generator) -> None:
     ids = [2, 9, 8]
     with torch.no_grad():
         best = int(generator.model(torch.tensor([ids])).logits[0, -1].argmax())
-    [part] = tally(generator.model, [LabelledRow([*ids, best], [IGNORE] * 3 + [best])])
-    assert (part.right, part.accuracy) == (1, 1.0)
+    [part] = row_losses(generator.model, [LabelledRow([*ids, best], [IGNORE] * 3 + [best])])
+    assert (part.correct, part.accuracy) == (1, 1.0)
     other = (best + 1) % 1024
-    [part] = tally(generator.model, [LabelledRow([*ids, other], [IGNORE] * 3 + [other])])
-    assert (part.right, part.accuracy) == (0, 0.0)
+    [part] = row_losses(generator.model, [LabelledRow([*ids, other], [IGNORE] * 3 + [other])])
+    assert (part.correct, part.accuracy) == (0, 0.0)
 
 
 def test_a_tally_of_nothing_and_of_too_much() -> None:
-    assert math.isnan(Tally().perplexity)
-    assert math.isnan(Tally().accuracy)
-    assert Tally(1, 10_000.0).perplexity == math.inf
+    assert math.isnan(LossSum().perplexity)
+    assert math.isnan(LossSum().accuracy)
+    assert LossSum(1, 10_000.0).perplexity == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_answers_in_a_batch_are_those_given_one_by_one(generator: Generator) -> 
     texts = ["Hi", "What is a fox, and what does it eat in winter?", "日本で一番高い山は？", "Yes", "Why?"]
     prompts = [Prompt(str(i), user(text)) for i, text in enumerate(texts)]
     counted: list[int] = []
-    found = answer(generator, prompts, 12, counted.append)
+    found = answer_prompts(generator, prompts, 12, counted.append)
     assert sum(counted) == len(found) == 5
     assert [a.prompt for a in found] == ["0", "1", "2", "3", "4"]
     for text, one in zip(texts, found, strict=True):
@@ -97,9 +97,9 @@ def test_answers_in_a_batch_are_those_given_one_by_one(generator: Generator) -> 
 
 def test_the_next_question_follows_the_models_own_answer(generator: Generator) -> None:
     prompts = [Prompt("a", user("One?"), ("Two?", "Three?")), Prompt("b", user("Only?"))]
-    found = answer(generator, prompts, 6)
-    assert [(a.prompt, len(a.asked)) for a in found] == [("a", 1), ("a", 3), ("a", 5), ("b", 1)]
-    last = found[2].asked
+    found = answer_prompts(generator, prompts, 6)
+    assert [(a.prompt, len(a.messages)) for a in found] == [("a", 1), ("a", 3), ("a", 5), ("b", 1)]
+    last = found[2].messages
     assert [m["content"] for m in last] == ["One?", found[0].text, "Two?", found[1].text, "Three?"]
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
 
@@ -108,7 +108,7 @@ def test_an_answer_that_ends_says_so(generator: Generator, monkeypatch: pytest.M
     stop = generator.stop_ids[-1]
     said = generator.chat.tokenizer("fine", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(Generator, "answers", lambda self, ids, limit: [[*said, stop], said])
-    ended, cut = answer(generator, [Prompt("0", user("Hello there")), Prompt("1", user("Hi"))], 5)
+    ended, cut = answer_prompts(generator, [Prompt("0", user("Hello there")), Prompt("1", user("Hi"))], 5)
     assert (ended.stopped, ended.text, ended.tokens) == (True, "fine", len(said) + 1)
     assert (cut.stopped, cut.text, cut.tokens) == (False, "fine", len(said))
 
@@ -129,7 +129,7 @@ def test_where_memory_runs_out_fewer_are_answered_at_once(
 
     monkeypatch.setattr(Generator, "answers", answers)
     prompts = [Prompt(str(i), user("Hi " * (i % 4))) for i in range(1, 11)]
-    assert len(answer(generator, prompts, 5)) == 10
+    assert len(answer_prompts(generator, prompts, 5)) == 10
     assert sizes == [10, 5, 2, 2, 2, 2, 2]
     assert lengths[0] == sorted(lengths[0], reverse=True) == [n for some in lengths[2:] for n in some]
     assert lengths[0][0] > lengths[0][-1]
@@ -573,7 +573,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
         nats = []
         for choice in row["choices"]:
             said = generator.chat.tokenizer(choice, add_special_tokens=False)["input_ids"]
-            [part] = tally(generator.model, [LabelledRow([*ids, *said], [IGNORE] * len(ids) + said)])
+            [part] = row_losses(generator.model, [LabelledRow([*ids, *said], [IGNORE] * len(ids) + said)])
             nats.append(part.nats)
         right += int(nats.index(min(nats)) == row["label"])
         likely = torch.tensor(nats).neg().softmax(0)
@@ -642,9 +642,9 @@ def test_of_several_processes_none_evaluates(
 
 def test_a_limit_takes_of_each_source_as_many_as_there_are() -> None:
     items = ["a1", "a2", "a3", "a4", "b1", "c1", "c2"]
-    assert evenly(items, lambda item: item[0], 5) == ["a1", "a2", "b1", "c1", "c2"]
-    assert evenly(items, lambda item: item[0], 2) == ["a1", "b1"]
-    assert evenly(items, lambda item: item[0], None) == items
+    assert spread_evenly(items, lambda item: item[0], 5) == ["a1", "a2", "b1", "c1", "c2"]
+    assert spread_evenly(items, lambda item: item[0], 2) == ["a1", "b1"]
+    assert spread_evenly(items, lambda item: item[0], None) == items
 
 
 def test_a_limit_reaches_every_source(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from conftest import ROOT
 from judge_server import Answer, Request, Server, error, grades, says, serve
 
 from finetune.evaluate import endpoint, judge
-from finetune.evaluate.judge import GRADES, Judge, Pair, Preference, compare, grade_in, question
+from finetune.evaluate.judge import GRADES, Judge, Pair, Preference, compare, grade_in, judge_prompt
 from finetune.system.errors import EvaluateError
 
 KEY = "sk-0123456789abcdef-do-not-tell"
@@ -50,7 +50,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         waited.append(seconds)
         return stop.is_set()
 
-    monkeypatch.setattr(endpoint, "_pause", pause)
+    monkeypatch.setattr(endpoint, "_wait", pause)
     yield waited
     workers_end()
 
@@ -115,7 +115,7 @@ def test_mean_error_and_counts_are_those_computed_by_hand(run: Run) -> None:
     assert found.requests == found.sent.replies == 8
     assert (found.sent.input_tokens, found.sent.output_tokens, found.sent.untold) == (800, 80, 0)
     assert found.sent.cost == pytest.approx(0.004)  # 800 at 2 USD and 80 at 30 USD a million
-    assert found.verdicts[1] == judge.Verdict(
+    assert found.verdicts[1] == judge.PairVerdict(
         id="p1",
         score=0.75,
         grades=("MuchBetterThan", "AboutTheSame"),
@@ -212,7 +212,7 @@ def test_each_pair_is_asked_in_both_orders(run: Run) -> None:
 
 @pytest.mark.parametrize("language", ["en", "ja"])
 def test_a_rubric_names_every_grade_in_order_and_no_author(language: str) -> None:
-    text = question(ASK, "first", "second", language)
+    text = judge_prompt(ASK, "first", "second", language)
     places = [text.index(f"| {grade} |") for grade in GRADES]
     assert places == sorted(places)
     assert text.count('{"grade": "..."}') == 1
@@ -248,8 +248,8 @@ def test_an_answer_stays_in_its_place(run: Run, attack: str) -> None:
 
 def test_the_code_of_the_tags_is_in_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one digit there are sixteen codes, and fifteen of them stand in the texts."""
-    monkeypatch.setattr(judge, "_MARK", 1)
-    text = question([{"role": "user", "content": "0123456"}], "789ab", "df", "en")  # the role holds an e
+    monkeypatch.setattr(judge, "_MARK_LENGTH", 1)
+    text = judge_prompt([{"role": "user", "content": "0123456"}], "789ab", "df", "en")  # the role holds an e
     assert "\n</answer-B c>\n" in text
 
 
@@ -527,7 +527,7 @@ def test_a_fault_of_one_worker_ends_them_all(run: Run) -> None:
 
 def test_a_worker_that_waits_ends_with_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second request is to wait; the third, which comes meanwhile, ends it all."""
-    monkeypatch.setattr(endpoint, "_pause", threading.Event.wait)
+    monkeypatch.setattr(endpoint, "_wait", threading.Event.wait)
     failed = threading.Event()
 
     def reply(request: Request) -> Answer:

@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.evaluate import language
-from finetune.evaluate.language import SHARE, Verdict, language_of, verdict, wanted_language, wilson
+from finetune.evaluate.language import (
+    MIN_SHARE,
+    LanguageVerdict,
+    language_of,
+    language_verdict,
+    wanted_language,
+    wilson_interval,
+)
 
 HERE = Path(__file__).parent
 REAL = os.environ.get("FINETUNE_REAL_DATA")
@@ -35,7 +42,7 @@ LIMIT = "Traduci in inglese: Il gatto dorme sul divano."
 
 def rates(cases: list[dict[str, Any]], which: bool) -> tuple[float, float]:
     """Precision and recall of one verdict."""
-    found = [verdict(case["prompt"], case["answer"]).right for case in cases]
+    found = [language_verdict(case["prompt"], case["answer"]).right for case in cases]
     both = sum(case["right"] is which and right is which for case, right in zip(cases, found, strict=True))
     return both / sum(right is which for right in found), both / sum(case["right"] is which for case in cases)
 
@@ -60,7 +67,7 @@ def real_cases() -> list[dict[str, Any]]:
 def test_real_answers_are_judged_as_a_reader_judged_them() -> None:
     cases = real_cases()
     assert [row for row, case in enumerate(cases) if not case["right"]] == [101, 107, 113]
-    found = [verdict(case["prompt"], case["answer"]) for case in cases]
+    found = [language_verdict(case["prompt"], case["answer"]) for case in cases]
     assert [each.wanted for each in found] == ["ja"] * 120
     assert [
         row
@@ -77,7 +84,7 @@ def test_floors_on_all_cases_and_on_those_written_blind(which: bool) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_each_case(case: dict[str, Any]) -> None:
-    found = verdict(case["prompt"], case["answer"])
+    found = language_verdict(case["prompt"], case["answer"])
     if case["prompt"] == LIMIT:
         assert (found.right, found.wanted) == (False, "it")
     else:
@@ -99,50 +106,57 @@ QUESTION = "富士山について教えてください。"
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("日本で一番高い山です。", Verdict(True, "ja", "ja", "100% of it is ja")),
-        ("It is the highest mountain in Japan.", Verdict(False, "ja", "en", "0% of it is ja")),
-        (" \n", Verdict(False, "ja", None, "the answer is empty")),
-        ("3776", Verdict(None, "ja", None, ALONE)),
-        ("WWE、ROH、Impact、Lucha Undergroundなどです。", Verdict(True, "ja", "ja", "100% of it is ja")),
-        ("標高 3776 m、Mount Fuji", Verdict(True, "ja", "ja", "100% of it is ja")),
-        ("Mount Fuji", Verdict(None, "ja", None, ALONE)),
-        ("tet tete dede wawa tete rere wawa", Verdict(False, "ja", None, "0% of it is ja")),
-        ("ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ", Verdict(False, "ja", None, "0% of it is ja")),
+        ("日本で一番高い山です。", LanguageVerdict(True, "ja", "ja", "100% of it is ja")),
+        ("It is the highest mountain in Japan.", LanguageVerdict(False, "ja", "en", "0% of it is ja")),
+        (" \n", LanguageVerdict(False, "ja", None, "the answer is empty")),
+        ("3776", LanguageVerdict(None, "ja", None, ALONE)),
+        (
+            "WWE、ROH、Impact、Lucha Undergroundなどです。",
+            LanguageVerdict(True, "ja", "ja", "100% of it is ja"),
+        ),
+        ("標高 3776 m、Mount Fuji", LanguageVerdict(True, "ja", "ja", "100% of it is ja")),
+        ("Mount Fuji", LanguageVerdict(None, "ja", None, ALONE)),
+        ("tet tete dede wawa tete rere wawa", LanguageVerdict(False, "ja", None, "0% of it is ja")),
+        ("ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ", LanguageVerdict(False, "ja", None, "0% of it is ja")),
     ],
 )
-def test_a_verdict_says_what_was_wanted_what_was_found_and_why(answer: str, expected: Verdict) -> None:
-    assert verdict(QUESTION, answer) == expected
+def test_a_verdict_says_what_was_wanted_what_was_found_and_why(
+    answer: str, expected: LanguageVerdict
+) -> None:
+    assert language_verdict(QUESTION, answer) == expected
 
 
 @pytest.mark.parametrize(
     "name", ["Ludwig van Beethoven", "Leonardo da Vinci", "Miguel de Cervantes", "Lisboa"]
 )
 def test_a_name_alone_is_of_any_language_in_its_script(name: str) -> None:
-    assert verdict("Who was it?", name).right
-    assert verdict("Wer war es?", name).right
-    assert verdict("誰でしたか。", name).right is None
+    assert language_verdict("Who was it?", name).right
+    assert language_verdict("Wer war es?", name).right
+    assert language_verdict("誰でしたか。", name).right is None
 
 
 def test_a_part_that_tells_nothing_is_in_the_language_of_the_rest() -> None:
     german = "Der Berg ist der höchste des Landes, und im Sommer steigen viele Menschen bis zum Gipfel.\n"
     names = "Tokyo, Osaka, Kyoto"
-    assert verdict("Why is it so?", f"{german}{names}").why == "0% of it is en"
-    assert verdict("Warum ist das so?", f"{german}{names}").why == "100% of it is de"
+    assert language_verdict("Why is it so?", f"{german}{names}").why == "0% of it is en"
+    assert language_verdict("Warum ist das so?", f"{german}{names}").why == "100% of it is de"
 
 
 def test_a_prompt_that_leaves_the_language_open_is_not_judged() -> None:
-    expected = Verdict(None, None, "ja", "the prompt leaves the language open")
-    assert verdict("How do you say thank you in Japanese?", "ありがとうございます") == expected
+    expected = LanguageVerdict(None, None, "ja", "the prompt leaves the language open")
+    assert language_verdict("How do you say thank you in Japanese?", "ありがとうございます") == expected
 
 
 def test_the_threshold_is_a_share_of_the_length_and_kana_count_twice() -> None:
     japanese, english = "あ" * 30 + "。\n", "these are in English\n"  # 60 and 17 letters
-    assert SHARE == 0.75
-    assert verdict(QUESTION, japanese + english) == Verdict(True, "ja", "ja", "78% of it is ja")
+    assert MIN_SHARE == 0.75
+    assert language_verdict(QUESTION, japanese + english) == LanguageVerdict(
+        True, "ja", "ja", "78% of it is ja"
+    )
     assert (
-        verdict(QUESTION, f"{'あ' * 30} these are in English。").why == "78% of it is ja"
+        language_verdict(QUESTION, f"{'あ' * 30} these are in English。").why == "78% of it is ja"
     )  # in one sentence too
-    assert verdict(QUESTION, japanese + english + "and so it is\n") == Verdict(
+    assert language_verdict(QUESTION, japanese + english + "and so it is\n") == LanguageVerdict(
         False, "ja", "ja", "70% of it is ja"
     )
 
@@ -351,7 +365,9 @@ def test_the_language_of_a_text(code: str | None, text: str) -> None:
 )
 def test_a_neighbour_is_another_language(wanted: str, answer: str) -> None:
     neighbours = {"Danish", "Norwegian", "Czech", "Slovak", "Indonesian", "Malay"}
-    said = {each: verdict(f"Answer in {each}: what did you do?", answer).right for each in neighbours}
+    said = {
+        each: language_verdict(f"Answer in {each}: what did you do?", answer).right for each in neighbours
+    }
     assert {each for each, right in said.items() if right} == {wanted}
 
 
@@ -377,7 +393,7 @@ def test_importing_loads_no_model() -> None:
 @given(st.text(), st.text())
 @settings(deadline=None)
 def test_any_text_is_judged(prompt: str, answer: str) -> None:
-    found = verdict(prompt, answer)
+    found = language_verdict(prompt, answer)
     assert found.right is None or found.wanted or not answer.strip()
     if not answer.strip():
         assert found.right is False
@@ -410,7 +426,7 @@ LINES = st.text(st.characters(exclude_characters="`~", exclude_categories=["Cs"]
 def test_fenced_code_changes_no_verdict(sentences: list[str], code: str, fence: str, place: int) -> None:
     answer = "\n".join(sentences)
     sentences.insert(place % (len(sentences) + 1), f"{fence}\n{code}\n{fence[:3]}")
-    assert verdict(QUESTION, "\n".join(sentences)) == verdict(QUESTION, answer)
+    assert language_verdict(QUESTION, "\n".join(sentences)) == language_verdict(QUESTION, answer)
 
 
 @pytest.fixture
@@ -435,8 +451,8 @@ def alarm() -> Iterator[None]:
 def test_a_text_that_repeats_itself_is_read_once(part: str) -> None:
     # Seconds at most; where a pattern tries again from each place, minutes.
     text = part * (100_000 // len(part))
-    verdict(QUESTION, f"{text}x")
-    verdict(f"{text}x", "はい。")
+    language_verdict(QUESTION, f"{text}x")
+    language_verdict(f"{text}x", "はい。")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -456,24 +472,24 @@ def test_a_text_that_repeats_itself_is_read_once(part: str) -> None:
 def test_wilson_is_exact(right: int, count: int, low: Fraction, high: Fraction) -> None:
     for bound in (low, high):
         assert (Fraction(right, count) - bound) ** 2 == 4 * bound * (1 - bound) / count
-    assert wilson(right, count, z=2) == pytest.approx((float(low), float(high)), rel=1e-15)
+    assert wilson_interval(right, count, z=2) == pytest.approx((float(low), float(high)), rel=1e-15)
 
 
 @given(st.integers(1, 10**6).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
 def test_wilson_holds_the_share_and_mirrors(pair: tuple[int, int]) -> None:
     right, count = pair
-    low, high = wilson(right, count)
+    low, high = wilson_interval(right, count)
     assert 0 <= low <= right / count <= high <= 1
-    assert wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-    assert wilson(right, count, z=3)[0] <= low
+    assert wilson_interval(count - right, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    assert wilson_interval(right, count, z=3)[0] <= low
 
 
 def test_wilson_ends_at_the_ends() -> None:
     # In floating point, the formula gives these a little less than nothing and a little more than all.
-    assert (wilson(0, 5)[0], wilson(5, 5)[1]) == (0.0, 1.0)
+    assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 0), (2, 1), (-1, 1)])
 def test_wilson_refuses_what_is_no_share(right: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"^{right} of {count} is no share$"):
-        wilson(right, count)
+        wilson_interval(right, count)

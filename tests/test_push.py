@@ -28,10 +28,10 @@ from transformers.utils import hub as transformers_hub
 
 from finetune.cli.commands import main
 from finetune.data import readers
-from finetune.hub.card import is_ours
-from finetune.hub.payload import pack
+from finetune.hub.card import is_generated
+from finetune.hub.payload import make_payload
 from finetune.hub.run import push
-from finetune.hub.uploads import Uploads
+from finetune.hub.uploads import CheckpointUploads
 from finetune.merge.plan import MergeRequest, make_plan
 from finetune.merge.run import merge
 from finetune.model.load import load_model, load_tokenizer
@@ -275,7 +275,7 @@ def test_only_the_first_process_pushes(trained: Path, hub: Hub) -> None:
     lines: list[str] = []
     section = HubSection(repo_id="you/ranks", every_n_saves=1)
     for first in (False, True):
-        uploads = Uploads(trained, section, lines.append)
+        uploads = CheckpointUploads(trained, section, lines.append)
         uploads.on_save(None, SimpleNamespace(is_world_process_zero=first, global_step=2, max_steps=4), None)
         uploads.finish()
         assert ("you/ranks" in hub.repos) is first
@@ -433,7 +433,7 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
 def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> None:
     shutil.copytree(merged, run / "merged")
     (run / "report.json").write_text("{}")  # of an evaluation that was written there
-    assert "adapter_model.safetensors" in pack(run, "you/run", ask=False).files
+    assert "adapter_model.safetensors" in make_payload(run, "you/run", ask=False).files
 
 
 def test_an_export_of_one_format_is_at_the_top_of_its_repository(
@@ -479,9 +479,9 @@ def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_
     with pytest.raises(
         PushError, match=f"its base is {LOCAL}, which is on this machine alone; write --base-model"
     ):
-        pack(run, "you/run")
-    parcel = pack(run, "you/run", "owner/base")
-    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in parcel.files.items()}
+        make_payload(run, "you/run")
+    payload = make_payload(run, "you/run", "owner/base")
+    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in payload.files.items()}
     config = json.loads(files["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", None)
     sent = yaml.safe_load(files["recipe.yaml"])
@@ -576,7 +576,7 @@ def test_the_page_of_a_run(said: Said) -> None:
     assert f"- 1 x {environment['device']}, float32\n" in text
     # On this machine it is called by its folder.
     assert "\n# run\n" in (run / "README.md").read_text()
-    assert is_ours((run / "README.md").read_text())
+    assert is_generated((run / "README.md").read_text())
 
 
 def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> None:
@@ -625,7 +625,9 @@ def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None
         languages = {name: {"rows": count} for name, count in readers.items()}
         ledger["train"]["languages"] = languages
         (run / "ledger.json").write_text(json.dumps(ledger))
-        return ModelCard(bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()).data.language
+        return ModelCard(
+            bytes(make_payload(run, "you/run", ask=False).files["README.md"]).decode()
+        ).data.language
 
     ledger = json.loads((run / "ledger.json").read_text())
     assert of(English=89, Japanese=10, other=1) == ["en", "ja"]
@@ -641,14 +643,14 @@ def test_four_bits_are_computed_in_the_type_of_the_training(run: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     for dtype, more in (("bfloat16", 'bnb_4bit_compute_dtype="bfloat16", '), ("float16", "")):
         (run / "environment.json").write_text(json.dumps(environment | {"dtype": dtype}))
-        page = bytes(pack(run, "you/run", ask=False).files["README.md"]).decode()
+        page = bytes(make_payload(run, "you/run", ask=False).files["README.md"]).decode()
         config = f'BitsAndBytesConfig({more}bnb_4bit_quant_type="nf4", load_in_4bit=True)'
         assert config in page
         assert "# pip install transformers accelerate peft bitsandbytes\n" in page
 
 
 def test_the_page_of_a_checkpoint_tells_nothing_of_what_came_later(trained: Path) -> None:
-    page = bytes(pack(trained / "checkpoint-2", "you/early").files["README.md"]).decode()
+    page = bytes(make_payload(trained / "checkpoint-2", "you/early").files["README.md"]).decode()
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     [loss] = [r["loss"] for r in records if r["step"] == 2 and "loss" in r]
     assert f"| training, last logged (step 2) | {loss:.4f} |" in page
@@ -672,7 +674,7 @@ def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> 
     repo = hub.repos["you/web"]
     first = repo.files()["README.md"].decode()
     # Paths were taken out of it, and it is still known as finetune's.
-    assert is_ours(first)
+    assert is_generated(first)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 0.125}\n')
     assert "| training, last logged (step 9) | 0.1250 |" in pushed()
@@ -757,14 +759,16 @@ def test_terms_are_known_by_the_bases_id(base: str | None, terms: str | None) ->
 
 def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub: Hub) -> None:
     lines: list[str] = []
-    page = bytes(pack(trained, "you/run", say=lines.append).files["README.md"])
+    page = bytes(make_payload(trained, "you/run", say=lines.append).files["README.md"])
     assert lines == [UNTOLD]
     assert ModelCard(page.decode()).data.license is None
     text = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
     files = hub.repos["tiny/gemma3"].files()
     hub.repos["tiny/gemma3"] = Repo({COMMIT: {**files, "README.md": text}}, {"main": COMMIT})
     lines.clear()
-    data = ModelCard(bytes(pack(trained, "you/run", say=lines.append).files["README.md"]).decode()).data
+    data = ModelCard(
+        bytes(make_payload(trained, "you/run", say=lines.append).files["README.md"]).decode()
+    ).data
     assert (data.license, data.license_name, data.license_link, lines) == ("other", "mine", "LICENSE", [])
 
 

@@ -20,14 +20,14 @@ class Answer:
     """One answer: to what, its text, how many tokens, whether it ended by itself, how much of it it had said before."""
 
     prompt: str
-    asked: tuple[Message, ...]
+    messages: tuple[Message, ...]
     text: str
     tokens: int
     stopped: bool
     repeated: float
 
 
-def answer(
+def answer_prompts(
     generator: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -58,10 +58,10 @@ def answer(
             i: (
                 *messages,
                 {"role": "assistant", "content": found[i][-1].text},
-                {"role": "user", "content": prompts[i].further[turn]},
+                {"role": "user", "content": prompts[i].follow_ups[turn]},
             )
             for i, messages in asked.items()
-            if turn < len(prompts[i].further)
+            if turn < len(prompts[i].follow_ups)
         }
         turn += 1
     return [answer for i in range(len(prompts)) for answer in found[i]]

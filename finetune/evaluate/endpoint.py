@@ -25,11 +25,13 @@ from finetune.system.errors import EvaluateError, RefusedReply
 from finetune.system.files import write_whole
 from finetune.system.terminal import Say
 
-_TRIES = 6  # how often a request is sent that comes to nothing
-_LONGEST = 60.0  # seconds between two of them
-_SECRET = 8  # characters; what local servers are given for a key may be shorter, and a word of any reply
+_MAX_TRIES = 6  # how often a request is sent that comes to nothing
+_MAX_WAIT = 60.0  # seconds between two of them
+_MIN_KEY_LENGTH = (
+    8  # characters; what local servers are given for a key may be shorter, and a word of any reply
+)
 # Waits, but not beyond the event; true if that was set.
-_pause: Callable[[threading.Event, float], bool] = threading.Event.wait
+_wait: Callable[[threading.Event, float], bool] = threading.Event.wait
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._settings = {"temperature": 0, "max_tokens": self.max_tokens}
-        self._said: set[str] = set()
+        self._said_lines: set[str] = set()
         self._lock = threading.Lock()
 
     def client(self) -> httpx2.Client:
@@ -151,7 +153,7 @@ class Endpoint:
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(kept["text"], str):
-                return Reply(kept["text"], kept["cut"] is True, _numbers(kept["tokens"]), cached=True)
+                return Reply(kept["text"], kept["cut"] is True, _token_counts(kept["tokens"]), cached=True)
         reply = self._send(messages, client)
         write_whole(path, json.dumps({"text": reply.text, "cut": reply.cut, "tokens": reply.tokens}))
         return reply
@@ -167,40 +169,40 @@ class Endpoint:
             try:
                 response = client.post(self._url, content=json.dumps(body))
             except httpx2.RequestError as error:
-                fault = self._words(str(error)) or type(error).__name__
+                fault = self._error_text(str(error)) or type(error).__name__
             else:
                 status, text = response.status_code, response.content.decode("utf-8", "replace")
-                if status in (400, 422) and (fewer := _without(settings, text)):
+                if status in (400, 422) and (fewer := _settings_without(settings, text)):
                     settings = fewer
                     continue
-                if status == 200 and (reply := self._read(text)):
+                if status == 200 and (reply := self._parsed(text)):
                     if settings != self._settings:
                         gone = " nor ".join(name for name in self._settings if name not in settings)
-                        self._tell(
+                        self._say_once(
                             f"judge: {self.model} takes no {gone}; it is asked with {', '.join(settings)}"
                         )
                         self._settings = settings
                     return reply
-                fault = f"HTTP {status} {self._words(text)}".rstrip()
+                fault = f"HTTP {status} {self._error_text(text)}".rstrip()
                 if status in (400, 413, 422):
                     raise RefusedReply(f"the endpoint refused it: {fault}")
                 # Some answer 200 with an error of the service behind them.
-                if status != 429 and status < 500 and not (status == 200 and _error_of(text)):
-                    raise EvaluateError(self._hopeless(status, fault))
+                if status != 429 and status < 500 and not (status == 200 and _error_in(text)):
+                    raise EvaluateError(self._permanent_error(status, fault))
                 pause = _retry_after(response.headers.get("Retry-After", ""))
             tries += 1
-            if tries == _TRIES:
+            if tries == _MAX_TRIES:
                 raise EvaluateError(
                     f"evaluate.judge.base_url: {self.base_url} failed {tries} times: {fault}; what was answered "
                     "until now is kept, so run it again later"
                 )
-            self._tell(f"judge: {fault}; it is asked again")
+            self._say_once(f"judge: {fault}; it is asked again")
             if pause is None:
-                pause = random.uniform(0.5, 1) * min(_LONGEST, 2.0**tries)
-            if _pause(self.stop, pause):
+                pause = random.uniform(0.5, 1) * min(_MAX_WAIT, 2.0**tries)
+            if _wait(self.stop, pause):
                 raise EvaluateError("stopped")
 
-    def _read(self, text: str) -> Reply | None:
+    def _parsed(self, text: str) -> Reply | None:
         """A chat completion; None where the text is something else."""
         try:
             body = json.loads(text)
@@ -209,12 +211,14 @@ class Endpoint:
             if not isinstance(content, str):
                 return None
             usage = body.get("usage") or {}
-            tokens = _numbers([usage.get("prompt_tokens"), usage.get("completion_tokens")])
-            return Reply(self._scrub(content), choice.get("finish_reason") == "length", tokens, cached=False)
+            tokens = _token_counts([usage.get("prompt_tokens"), usage.get("completion_tokens")])
+            return Reply(
+                self._without_key(content), choice.get("finish_reason") == "length", tokens, cached=False
+            )
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def _hopeless(self, status: int, fault: str) -> str:
+    def _permanent_error(self, status: int, fault: str) -> str:
         """What a person has to change, in one line."""
         url, model, key = self.base_url, self.model, "the environment variable OPENAI_API_KEY"
         if status == 401:
@@ -232,24 +236,24 @@ class Endpoint:
             )
         return f"evaluate.judge.base_url: {url} gives no chat completion: {fault}"
 
-    def _words(self, text: str) -> str:
+    def _error_text(self, text: str) -> str:
         """What an error says, on one line."""
-        return textwrap.shorten(self._scrub(_error_of(text) or text), 200, placeholder=" ...")
+        return textwrap.shorten(self._without_key(_error_in(text) or text), 200, placeholder=" ...")
 
-    def _scrub(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         """A text without the key, should an endpoint say it back."""
-        return text.replace(self.key, "***") if len(self.key) >= _SECRET else text
+        return text.replace(self.key, "***") if len(self.key) >= _MIN_KEY_LENGTH else text
 
-    def _tell(self, line: str) -> None:
+    def _say_once(self, line: str) -> None:
         """Says a line once."""
         with self._lock:
-            new = line not in self._said
-            self._said.add(line)
+            new = line not in self._said_lines
+            self._said_lines.add(line)
         if new:
             self.say(line)
 
 
-def _without(settings: dict[str, int], refusal: str) -> dict[str, int] | None:
+def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] | None:
     """Settings without the one that a refusal names; newer models call `max_tokens` otherwise."""
     if "temperature" in settings and "temperature" in refusal:
         return {name: value for name, value in settings.items() if name != "temperature"}
@@ -259,7 +263,7 @@ def _without(settings: dict[str, int], refusal: str) -> dict[str, int] | None:
     return None
 
 
-def _error_of(text: str) -> str:
+def _error_in(text: str) -> str:
     """The message of an error in JSON; empty where there is none."""
     try:
         error = json.loads(text)["error"]
@@ -271,15 +275,15 @@ def _error_of(text: str) -> str:
 def _retry_after(value: str) -> float | None:
     """Seconds to wait as the header says, which are a number or a date; None without one that can be read."""
     if re.fullmatch(r"\d+(\.\d+)?", value):
-        return min(float(value), _LONGEST)
+        return min(float(value), _MAX_WAIT)
     try:
         seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return None
-    return min(max(seconds, 0.0), _LONGEST)
+    return min(max(seconds, 0.0), _MAX_WAIT)
 
 
-def _numbers(numbers: Any) -> tuple[int, int] | None:
+def _token_counts(numbers: Any) -> tuple[int, int] | None:
     """Input and output tokens; None where they are not told."""
     given = isinstance(numbers, list) and len(numbers) == 2 and all(isinstance(n, int) for n in numbers)
     return (numbers[0], numbers[1]) if given else None

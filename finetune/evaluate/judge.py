@@ -40,15 +40,15 @@ GRADES = {
     "WorseThan": -1.0,
     "MuchWorseThan": -1.5,
 }
-_TURNED = dict(zip(GRADES, reversed(GRADES), strict=True))
+_MIRRORED = dict(zip(GRADES, reversed(GRADES), strict=True))
 _BY_LOWER_CASE = {grade.lower(): grade for grade in GRADES}
-_LAST = re.compile(
+_GRADE_LINE = re.compile(
     r'(?:\A|\n)[ \t]*(?:\{\s*"grade"\s*:\s*"(?P<json>\w+)"\s*\}|'
     r'(?:(?:grade|判定)\s*[:：]\s*)?"?(?P<plain>\w+)"?)[.。]?\Z',
     re.IGNORECASE,
 )
 # What a judge that named no grade is told.
-_AGAIN = {
+_ASK_AGAIN = {
     "en": "Your reply cannot be read: its last line is $line and not a grade in the form asked for. Judge the same two "
     "answers again, in at most one sentence, and end with the line with the grade: one of the seven names, in place "
     'of the dots in {"grade": "..."}',
@@ -56,9 +56,9 @@ _AGAIN = {
     "同じ二つの回答をもう一度、一文以内で評価し、最後の行に判定を書いてください。"
     '形式は {"grade": "..."} で、「...」には表にある七つの名前のいずれか一つを入れます。',
 }
-_ASKED = 3  # how often a judge is asked for a grade
-_MARK = 16  # hexadecimal digits
-_ENOUGH = 20  # questions without one grade, after which no more are paid for
+_MAX_ASKED = 3  # how often a judge is asked for a grade
+_MARK_LENGTH = 16  # hexadecimal digits
+_GIVE_UP_AFTER = 20  # questions without one grade, after which no more are paid for
 _MUCH_LEFT_OUT = 1 / 5
 _MUCH_BIAS = 1 / 3
 
@@ -101,14 +101,14 @@ class Judge:
 
     def __post_init__(self) -> None:
         check_address(self.base_url, self.key)
-        if self.language not in _AGAIN:
+        if self.language not in _ASK_AGAIN:
             raise EvaluateError(f"evaluate.judge.language: {self.language!r} has no rubric; write en or ja")
         if self.workers < 1 or self.max_tokens < 1 or not self.timeout > 0:
             raise EvaluateError("evaluate.judge: workers, max_tokens and timeout must be more than 0")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairVerdict:
     """What became of one pair; two values are of our answer in the first place, and of the reference's there."""
 
     id: str
@@ -150,7 +150,7 @@ class Preference:
     """All that were sent now, those that came to nothing included."""
     sent: Usage
     cached: Usage
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[PairVerdict, ...]
 
     @property
     def notes(self) -> list[str]:
@@ -203,7 +203,7 @@ def compare(
     places = []
     for pair in pairs:
         orders = (pair.answer, pair.reference), (pair.reference, pair.answer)
-        places.append([question(pair.prompt, *order, judge.language) for order in orders])
+        places.append([judge_prompt(pair.prompt, *order, judge.language) for order in orders])
     cache.mkdir(parents=True, exist_ok=True)
     endpoint = Endpoint(judge.base_url, judge.model, judge.key, judge.timeout, judge.max_tokens, cache, say)
     # Equal questions are asked once.
@@ -218,7 +218,7 @@ def compare(
             f"evaluate.judge.model: {judge.model} judged none of {len(pairs)} pairs: {verdicts[0].fault}"
         )
     grades = [[str(grade) for grade in verdict.grades] for verdict in verdicts if verdict.score is not None]
-    counts = Counter(itertools.chain(*((ours, _TURNED[theirs]) for ours, theirs in grades)))
+    counts = Counter(itertools.chain(*((ours, _MIRRORED[theirs]) for ours, theirs in grades)))
     refused = sum(outcomes[ours].refused or outcomes[theirs].refused for ours, theirs in places)
     replies = [reply for outcome in outcomes.values() for reply in outcome.replies]
     return Preference(
@@ -237,7 +237,7 @@ def compare(
     )
 
 
-def question(prompt: Sequence[Message], first: str, second: str, language: str) -> str:
+def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: str) -> str:
     """What the judge reads: the rubric, and the texts between tags that none of them can close.
 
     The tags carry a code that is made of the texts and stands in none of them.
@@ -245,7 +245,7 @@ def question(prompt: Sequence[Message], first: str, second: str, language: str) 
     rubric = (Path(__file__).parent / "rubrics" / f"{language}.md").read_text(encoding="utf-8")
     turns = [(message["role"], message["content"]) for message in prompt]
     texts = json.dumps([turns, first, second])
-    marks = (hashlib.sha256(f"{n}{texts}".encode()).hexdigest()[:_MARK] for n in itertools.count())
+    marks = (hashlib.sha256(f"{n}{texts}".encode()).hexdigest()[:_MARK_LENGTH] for n in itertools.count())
     mark = next(mark for mark in marks if mark not in texts)
     conversation = "\n".join(f"<{role} {mark}>\n{content}\n</{role} {mark}>" for role, content in turns)
     # Filled in at once: a placeholder inside a text is text.
@@ -257,7 +257,7 @@ def question(prompt: Sequence[Message], first: str, second: str, language: str) 
 def grade_in(reply: str) -> str | None:
     """The grade that a reply ends with; None where its last line is not a grade in the form asked for."""
     plain = re.sub(r"```(?:\w+(?=\n))?|[`*]", "", reply).strip()
-    found = _LAST.search(plain)
+    found = _GRADE_LINE.search(plain)
     return _BY_LOWER_CASE.get((found["json"] or found["plain"]).lower()) if found else None
 
 
@@ -306,8 +306,8 @@ def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool)
                 raise outcome
             outcomes[one] = outcome
             advance(1)
-            if len(outcomes) == _ENOUGH and not any(found.grade for found in outcomes.values()):
-                none = f"{judge.model} answered none of {_ENOUGH} questions with a grade"
+            if len(outcomes) == _GIVE_UP_AFTER and not any(found.grade for found in outcomes.values()):
+                none = f"{judge.model} answered none of {_GIVE_UP_AFTER} questions with a grade"
                 raise EvaluateError(f"evaluate.judge.model: {none}: {outcome.fault}")
 
         try:
@@ -330,7 +330,7 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
     messages = [{"role": "user", "content": text}]
     replies: list[Reply] = []
     line = ""
-    for _ in range(_ASKED):
+    for _ in range(_MAX_ASKED):
         try:
             reply = endpoint.reply(messages, client)
         except RefusedReply as error:
@@ -339,12 +339,12 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
         if grade := grade_in(reply.text):
             return _Outcome(grade, None, False, tuple(replies))
         line = json.dumps(reply.text.strip().rpartition("\n")[2][-200:], ensure_ascii=False)
-        again = string.Template(_AGAIN[language]).substitute(line=line)
+        again = string.Template(_ASK_AGAIN[language]).substitute(line=line)
         # Its end is enough, and a turn must not be empty.
         said = {"role": "assistant", "content": reply.text[-2000:] or "..."}
         messages = [*messages, said, {"role": "user", "content": again}]
     cut = f", cut off at max_tokens ({endpoint.max_tokens})" if replies[-1].cut else ""
-    fault = f"asked {_ASKED} times, the judge named no grade; its last reply ends with {line}{cut}"
+    fault = f"asked {_MAX_ASKED} times, the judge named no grade; its last reply ends with {line}{cut}"
     return _Outcome(None, fault, False, tuple(replies))
 
 
@@ -352,9 +352,11 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
 # The result
 
 
-def _verdict(name: str, ours: _Outcome, theirs: _Outcome) -> Verdict:
+def _verdict(name: str, ours: _Outcome, theirs: _Outcome) -> PairVerdict:
     score = None
     if ours.grade and theirs.grade:
         score = (GRADES[ours.grade] - GRADES[theirs.grade]) / 2
     texts = [outcome.replies[-1].text if outcome.replies else "" for outcome in (ours, theirs)]
-    return Verdict(name, score, (ours.grade, theirs.grade), (texts[0], texts[1]), ours.fault or theirs.fault)
+    return PairVerdict(
+        name, score, (ours.grade, theirs.grade), (texts[0], texts[1]), ours.fault or theirs.fault
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-SHARE = 0.75
+MIN_SHARE = 0.75
 """An answer is right from this share of its length on; a kana or Chinese character is as long as two letters."""
 
 # What is told apart: code, script where it is not Latin (the first word of its characters' names in Unicode), English
@@ -51,7 +51,7 @@ for _key, *_names in map(str.split, _TABLE.split(";")):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LanguageVerdict:
     """Whether an answer is in the wanted language."""
 
     right: bool | None
@@ -62,19 +62,19 @@ class Verdict:
     why: str
 
 
-def verdict(prompt: str, answer: str) -> Verdict:
+def language_verdict(prompt: str, answer: str) -> LanguageVerdict:
     """Whether an answer is in the language that its prompt asks for; an empty one is not."""
     wanted = wanted_language(prompt)
     if not answer.strip():
-        return Verdict(False, wanted, None, "the answer is empty")
+        return LanguageVerdict(False, wanted, None, "the answer is empty")
     lengths = _lengths(answer, wanted)
     found = _most(lengths)
     if wanted is None:
-        return Verdict(None, None, found, "the prompt leaves the language open")
+        return LanguageVerdict(None, None, found, "the prompt leaves the language open")
     if not lengths:
-        return Verdict(None, wanted, None, "nothing to judge: code, formulas, numbers or names alone")
+        return LanguageVerdict(None, wanted, None, "nothing to judge: code, formulas, numbers or names alone")
     share = lengths[wanted] / lengths.total()
-    return Verdict(share >= SHARE, wanted, found, f"{share:.0%} of it is {wanted}")
+    return LanguageVerdict(share >= MIN_SHARE, wanted, found, f"{share:.0%} of it is {wanted}")
 
 
 def language_of(text: str) -> str | None:
@@ -87,7 +87,7 @@ def _most(lengths: Counter[str]) -> str | None:
     return found if found != "und" else None
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The interval that a share lies in; z = 1.96 is for 95 %.
 
     Raises:

@@ -21,15 +21,15 @@ _KEPT_BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class Tally:
+class LossSum:
     """Some predicted tokens: how many, their loss in nats together, how many were the likeliest one."""
 
     tokens: int = 0
     nats: float = 0.0
-    right: int = 0
+    correct: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.tokens + other.tokens, self.nats + other.nats, self.right + other.right)
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(self.tokens + other.tokens, self.nats + other.nats, self.correct + other.correct)
 
     @property
     def perplexity(self) -> float:
@@ -39,14 +39,14 @@ class Tally:
     @property
     def accuracy(self) -> float:
         """The share of tokens that were the likeliest one."""
-        return self.right / self.tokens if self.tokens else math.nan
+        return self.correct / self.tokens if self.tokens else math.nan
 
 
-def tally(model: Any, rows: Sequence[LabelledRow]) -> Iterator[Tally]:
-    """A model's tally of each row, in their order."""
+def row_losses(model: Any, rows: Sequence[LabelledRow]) -> Iterator[LossSum]:
+    """A model's row_losses of each row, in their order."""
     for logs, targets in _predictions(model, rows):
         nats = -logs.gather(1, targets.unsqueeze(1)).double().sum()
-        yield Tally(len(targets), float(nats), int((logs.argmax(-1) == targets).sum()))
+        yield LossSum(len(targets), float(nats), int((logs.argmax(-1) == targets).sum()))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Prompt:
 
     name: str
     messages: tuple[Message, ...]
-    further: tuple[str, ...] = ()
+    follow_ups: tuple[str, ...] = ()
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
@@ -67,10 +67,10 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
         for name, messages in _conversations(source)
         if name in names and (asked := _asked(messages))
     ]
-    return [prompt for _, prompt in evenly(found, lambda one: one[0], limit)]
+    return [prompt for _, prompt in spread_evenly(found, lambda one: one[0], limit)]
 
 
-def evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None) -> list[T]:
+def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None) -> list[T]:
     """At most so many items, of each group as many as there are, in their order."""
     seen: Counter[Hashable] = Counter()
     ranks = []
@@ -119,7 +119,7 @@ def reference_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
         if count > 1:
             raise EvaluateError(f"evaluate.prompts: {count} prompts are named {name}; give each its own id")
     for prompt in prompts:
-        answers, turns = reference.get(prompt.name, []), 1 + len(prompt.further)
+        answers, turns = reference.get(prompt.name, []), 1 + len(prompt.follow_ups)
         if len(answers) != turns:
             raise EvaluateError(
                 f"evaluate.judge.reference: {path} holds {len(answers)} answers to prompt {prompt.name}, which asks "

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.system.pages import render
 
 # Where prompts come from that no file holds.
-HELD_OUT = "the held-out rows"
+HELD_OUT_ROWS = "the held-out rows"
 # Answers that stand in the Markdown; the page has all.
 _SHOWN = 10
 _CUT = 600

@@ -15,11 +15,11 @@ from finetune import __version__
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.mixture import evaluation_rows
 from finetune.data.samples import LabelledRow
-from finetune.evaluate.answers import Answer, answer
-from finetune.evaluate.language import Verdict, verdict, wilson
-from finetune.evaluate.perplexity import Tally, tally
-from finetune.evaluate.prompts import Prompt, evenly, held_out_prompts, read_prompts, reference_answers
-from finetune.evaluate.report import HELD_OUT, as_html, as_markdown
+from finetune.evaluate.answers import Answer, answer_prompts
+from finetune.evaluate.language import LanguageVerdict, language_verdict, wilson_interval
+from finetune.evaluate.perplexity import LossSum, row_losses
+from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
+from finetune.evaluate.report import HELD_OUT_ROWS, as_html, as_markdown
 from finetune.model.load import load_tokenizer
 from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import Recipe, load_recipe
@@ -35,31 +35,31 @@ if TYPE_CHECKING:
 HeldOut = tuple[list[tuple[str, LabelledRow]], list[tuple[str, str]]]
 
 # A recipe's sections on its base.
-Said = tuple[ModelSection, dict[str, Any] | None]
+LoadOptions = tuple[ModelSection, dict[str, Any] | None]
 
 # The word for a run's own base, answering through the run's template.
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Subject:
     """A model to ask, and how it is loaded; `title` is its name in the report where it has another."""
 
     model: str
     adapter: bool = True
-    said: Said | None = None
+    said: LoadOptions | None = None
     title: str = ""
 
 
 @dataclass
-class Found:
+class ModelResult:
     """What was found of one model."""
 
     name: str
     rows: list[LabelledRow] = field(default_factory=list)
-    loss: dict[tuple[str, str], Tally] = field(default_factory=dict)  # by source and language
+    loss: dict[tuple[str, str], LossSum] = field(default_factory=dict)  # by source and language
     answers: list[Answer] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[LanguageVerdict] = field(default_factory=list)
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,11 +94,11 @@ def evaluate(
         )
     loaded = load_recipe(file)
     section = loaded.evaluate
-    models = [_Asked(model, said=_said(model, loaded))]
+    models = [_Subject(model, said=_said(model, loaded))]
     if compare == BASE:
         models.insert(0, _base(model))
     elif compare:
-        models.insert(0, _Asked(compare, said=_said(compare, loaded)))
+        models.insert(0, _Subject(compare, said=_said(compare, loaded)))
     limit = limit or section.limit
     read: dict[str, HeldOut] = {}
 
@@ -155,25 +155,25 @@ def _prompts(
             f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
             "data.eval_fraction"
         )
-    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), HELD_OUT
+    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), HELD_OUT_ROWS
 
 
-def _said(model: str, recipe: Recipe) -> Said | None:
+def _said(model: str, recipe: Recipe) -> LoadOptions | None:
     """How a model is loaded: the recipe's own base as the recipe says, any other one as its folder does."""
     return (recipe.model, recipe.quantization) if model == recipe.model.name_or_path else None
 
 
-def _base(run: str) -> _Asked:
+def _base(run: str) -> _Subject:
     """What a run was trained from, to be asked through the run's template."""
     name, folder = f"{run}, its base alone", Path(run)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _Asked(run, adapter=False, title=name)
+        return _Subject(run, adapter=False, title=name)
     if not file_of(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is no run; write the name of a model")
     section, quantization = adapter_base_sections(folder)
     if template := file_of(folder, "chat_template.jinja"):
         section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
-    return _Asked(section.name_or_path, said=(section, quantization), title=name)
+    return _Subject(section.name_or_path, said=(section, quantization), title=name)
 
 
 def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
@@ -192,7 +192,7 @@ def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
 
 
 def _measure(
-    asked: _Asked,
+    asked: _Subject,
     recipe: Recipe,
     prompts: list[Prompt],
     held_out: Callable[[Chat], HeldOut],
@@ -200,13 +200,13 @@ def _measure(
     limit: int | None,
     say: Say,
     progress: bool,
-) -> Found:
+) -> ModelResult:
     import torch
 
     from finetune.model.generate import load_generator
 
     name = asked.model
-    found = Found(asked.title or name)
+    found = ModelResult(asked.title or name)
     say(f"{name}: loading")
     generator = load_generator(name, adapter=asked.adapter, sections=asked.said)
     try:
@@ -223,16 +223,16 @@ def _measure(
         for (_, row), origin in zip(rows, origins, strict=True)
         if any(label != IGNORE for label in row.labels[1:])
     ]
-    kept = evenly(kept, lambda one: one[1], limit)
+    kept = spread_evenly(kept, lambda one: one[1], limit)
     found.rows = [row for row, _ in kept]
     with bar(f"{name}: rows", len(kept), progress) as done:
-        for (_, origin), part in zip(kept, tally(generator.model, found.rows), strict=True):
-            found.loss[origin] = found.loss.get(origin, Tally()) + part
+        for (_, origin), part in zip(kept, row_losses(generator.model, found.rows), strict=True):
+            found.loss[origin] = found.loss.get(origin, LossSum()) + part
             done(1)
-    turns = sum(1 + len(prompt.further) for prompt in prompts)
+    turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
     with bar(f"{name}: answers", turns, progress) as done:
-        found.answers = answer(generator, prompts, recipe.evaluate.max_new_tokens, done)
-    found.verdicts = [verdict(a.asked[-1]["content"], a.text) for a in found.answers]
+        found.answers = answer_prompts(generator, prompts, recipe.evaluate.max_new_tokens, done)
+    found.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in found.answers]
     if tasks:
         from finetune.evaluate.lm_eval_tasks import scores
 
@@ -249,7 +249,7 @@ def _measure(
 # The report
 
 
-def _report(found: list[Found], recipe: Recipe, source: str, limit: int | None) -> dict[str, Any]:
+def _report(found: list[ModelResult], recipe: Recipe, source: str, limit: int | None) -> dict[str, Any]:
     """Plain data; models in the order in which they are shown."""
     return {
         "finetune": __version__,
@@ -270,7 +270,7 @@ def _report(found: list[Found], recipe: Recipe, source: str, limit: int | None) 
         "answers": [
             {
                 "prompt": answers[0].prompt,
-                "asked": list(answers[0].asked),
+                "asked": list(answers[0].messages),
                 "models": [
                     {
                         "text": a.text,
@@ -286,16 +286,16 @@ def _report(found: list[Found], recipe: Recipe, source: str, limit: int | None) 
     }
 
 
-def _losses(loss: dict[tuple[str, str], Tally]) -> dict[str, Any]:
+def _losses(loss: dict[tuple[str, str], LossSum]) -> dict[str, Any]:
     """Of all rows, and of each source and language where there are several."""
-    groups: dict[str, dict[str, Tally]] = {
-        "all": {"all": sum(loss.values(), Tally())},
+    groups: dict[str, dict[str, LossSum]] = {
+        "all": {"all": sum(loss.values(), LossSum())},
         "source": {},
         "language": {},
     }
     for (source, language), part in loss.items():
         for group, name in (("source", source), ("language", language)):
-            groups[group][name] = groups[group].get(name, Tally()) + part
+            groups[group][name] = groups[group].get(name, LossSum()) + part
     return {
         group: {
             name: {
@@ -311,7 +311,7 @@ def _losses(loss: dict[tuple[str, str], Tally]) -> dict[str, Any]:
     }
 
 
-def _summary(found: Found) -> dict[str, Any]:
+def _summary(found: ModelResult) -> dict[str, Any]:
     """Shares over all answers; the language's over those that hold something to judge."""
     count = len(found.answers)
     if not count:
@@ -332,7 +332,7 @@ def _summary(found: Found) -> dict[str, Any]:
 
 
 def _share(rights: list[bool]) -> dict[str, Any]:
-    low, high = wilson(sum(rights), len(rights)) if rights else (0.0, 1.0)
+    low, high = wilson_interval(sum(rights), len(rights)) if rights else (0.0, 1.0)
     return {"right": sum(rights), "judged": len(rights), "low": low, "high": high}
 
 
@@ -353,7 +353,7 @@ def _judge(settings: JudgeSection) -> Judge:
 
 
 def _judged(
-    judge: Judge, found: list[Found], reference: list[str], cache: Path, say: Say, progress: bool
+    judge: Judge, found: list[ModelResult], reference: list[str], cache: Path, say: Say, progress: bool
 ) -> dict[str, Any]:
     """The judge's preference of the last model's answers to the reference's, or else to the first model's."""
     from finetune.evaluate.judge import Pair, compare
@@ -361,7 +361,7 @@ def _judged(
     ours = found[-1].answers
     theirs = reference or [a.text for a in found[0].answers]
     pairs = [
-        Pair(a.asked, a.text, text, f"{a.prompt}.{i}")
+        Pair(a.messages, a.text, text, f"{a.prompt}.{i}")
         for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
     ]
     preference = compare(pairs, judge, cache, say, progress)

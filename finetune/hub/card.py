@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.readers import is_file
-from finetune.evaluate.report import HELD_OUT, intro, tables
+from finetune.evaluate.report import HELD_OUT_ROWS, intro, tables
 from finetune.model.provenance import (
     BaseReference,
     base_reference,
@@ -24,14 +24,14 @@ from finetune.system.pages import render
 
 # Of a page that nobody has changed since: the digest of what stands above it.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
-_TRAINED = (ADAPTER_CONFIG, "config.json")
+_MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
 # The ledger's names.
-_CODES = {"English": "en", "Japanese": "ja"}
+_LANGUAGE_CODES = {"English": "en", "Japanese": "ja"}
 # vLLM serves adapters up to one of these ranks, and none that change more than their layers.
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def page(
+def folder_card(
     folder: Path,
     repo: str | None = None,
     base: BaseReference | None = None,
@@ -52,18 +52,18 @@ def page(
     kinds = [item["name"] for item in report.get("models") or []]
     if (folder / "config.json").is_file() and folder.name in kinds and not (folder / "report.json").is_file():
         return export_card(report, folder.name, folder, repo, base, terms)
-    if any((folder / name).is_file() for name in _TRAINED):
+    if any((folder / name).is_file() for name in _MODEL_CONFIGS):
         return model_card(folder, repo, base, terms)
     return export_card(report, None, folder, repo, base, terms)
 
 
-def is_ours(text: str) -> bool:
+def is_generated(text: str) -> bool:
     """Whether a page is as it was written here; one that a person has changed is kept."""
     above, _, _ = text.rpartition(_MARK.split("{}")[0])
     return bool(above) and text == above + _MARK.format(_digest(above))
 
 
-def marked(text: str) -> str:
+def mark_generated(text: str) -> str:
     """A page of ours that was changed on its way to the Hub, as one that nobody has changed since."""
     above, _, _ = text.rpartition(_MARK.split("{}")[0])
     return above + _MARK.format(_digest(above))
@@ -82,7 +82,7 @@ def model_card(
     relation = "adapter" if adapter else "merge" if several else "finetune"
     evaluation = read_json((run or folder) / "evaluation/report.json")
     name = _name(folder, repo)
-    values = _told(folder, run, recipe) | {
+    values = _training_values(folder, run, recipe) | {
         "name": name,
         "base": base,
         "method": _method(recipe) if recipe else "",
@@ -92,10 +92,12 @@ def model_card(
         "asked": intro(evaluation) if evaluation else "",
         "picture": bool(run and file_of(run, "loss.png")),
     }
-    values["use"] = _use((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
+    values["use"] = _usage((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
     data = _metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
-    data |= _spoken(values["ledger"]) | _evaluated(name, recipe, evaluation, values["evaluations"])
-    return _card("hub/model_card.md.jinja", data, values)
+    data |= _languages(values["ledger"]) | _evaluation_results(
+        name, recipe, evaluation, values["evaluations"]
+    )
+    return _render_card("hub/model_card.md.jinja", data, values)
 
 
 def export_card(
@@ -128,33 +130,33 @@ def export_card(
     relation = "quantized" if only_files or small else "finetune"
     use = "gguf" if only_files else (kind or folders[0]) if small else "whole"
     target = repo or (kind or name if folder is None else name)
-    values = _told(place, run, recipe) | {
+    values = _training_values(place, run, recipe) | {
         "name": name,
         "kind": kind,
         "base": base,
         "relation": relation,
         "report": report,
         "found": found,
-        "table": _table(place),
+        "table": _export_table(place),
         "folders": folders,
         "picture": bool(run and repo and file_of(run, "loss.png")),
     }
     # A GGUF file holds the template of the model that it was written from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
-    values["use"] = _use(places, target, use, base, values, {}) | {"files": files, "modelfile": modelfile}
+    values["use"] = _usage(places, target, use, base, values, {}) | {"files": files, "modelfile": modelfile}
     data = _metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
-    data |= _spoken(values["ledger"])
+    data |= _languages(values["ledger"])
     perplexity = (found or {}).get("perplexity")
     if perplexity is not None and repo:
-        data |= _results(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
-    return _card("hub/export_card.md.jinja", data, values)
+        data |= _eval_results(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
+    return _render_card("hub/export_card.md.jinja", data, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a page tells
 
 
-def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
+def _training_values(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
     """Of the training: the recipe as it stands, ledger, losses, machine, time, versions; as far as files are here."""
     metrics: list[dict[str, Any]] = []
     if run and (file := file_of(run, "metrics.jsonl")):
@@ -176,7 +178,7 @@ def _told(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, A
     }
 
 
-def _use(
+def _usage(
     places: Sequence[Path],
     target: str,
     kind: str,
@@ -188,7 +190,9 @@ def _use(
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
     more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
     fits = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
-    prompt, system = _prompt(next((p for p in places if (p / "chat_template.jinja").is_file()), places[0]))
+    prompt, system = _example_prompt(
+        next((p for p in places if (p / "chat_template.jinja").is_file()), places[0])
+    )
     bits = told["quantization"]
     # Upstream computes in float32 where nothing is said. Float16 is no example: a Gemma overflows in it elsewhere.
     if bits and bits.get("load_in_4bit") and told["environment"].get("dtype") == "bfloat16":
@@ -199,7 +203,7 @@ def _use(
         "base": base.hub or base.name,
         "revision": base.revision,
         "quantization": bits,
-        "rank": next((n for n in _RANKS if n >= rank), None) if fits else None,
+        "rank": next((n for n in _VLLM_RANKS if n >= rank), None) if fits else None,
         "prompt": prompt,
         "system": system,
         "modelfile": None,
@@ -222,7 +226,7 @@ def _gguf_files(place: Path) -> tuple[list[str], list[str] | None]:
     return named, [p.relative_to(place).as_posix() for p in (modelfile, modelfile.parent / beside)]
 
 
-def _prompt(folder: Path) -> tuple[str | None, bool]:
+def _example_prompt(folder: Path) -> tuple[str | None, bool]:
     """What the model is fed for a system message and a question, and whether its template knows the former."""
     file = folder / "chat_template.jinja"
     if not file.is_file():
@@ -266,25 +270,25 @@ def _metadata(
     return {key: value for key, value in data.items() if value is not None}
 
 
-def _spoken(ledger: dict[str, Any]) -> dict[str, Any]:
+def _languages(ledger: dict[str, Any]) -> dict[str, Any]:
     """The languages of at least a tenth of the training rows, as far as the ledger knows them."""
     languages = (ledger.get("train") or {}).get("languages") or {}
     rows = {name: of["rows"] for name, of in languages.items()}
     codes = [
-        _CODES[name]
+        _LANGUAGE_CODES[name]
         for name in sorted(rows, key=lambda name: -rows[name])
-        if name in _CODES and rows[name] * 10 >= sum(rows.values())
+        if name in _LANGUAGE_CODES and rows[name] * 10 >= sum(rows.values())
     ]
     return {"language": codes} if codes else {}
 
 
-def _evaluated(
+def _evaluation_results(
     name: str, recipe: dict[str, Any], evaluation: dict[str, Any], losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The languages and figures of an evaluation; without one, the last loss on held-out rows."""
     if not evaluation:
         found = [("loss", "loss (nats a token)", losses[-1]["eval_loss"])] if losses else []
-        return _results(name, recipe, found, "held-out rows")
+        return _eval_results(name, recipe, found, "held-out rows")
     model = evaluation["models"][-1]
     figures: list[tuple[str, str, Any]] = []
     if whole := model["loss"]["all"].get("all"):
@@ -298,12 +302,12 @@ def _evaluated(
     found = [figure for figure in figures if figure[2] is not None]
     rows = f"held-out rows (at most {evaluation['limit']})" if evaluation["limit"] else "held-out rows"
     asked = evaluation["prompts"]
-    data = _results(name, recipe, found, rows if asked == HELD_OUT else f"{rows}; prompts: {asked}")
+    data = _eval_results(name, recipe, found, rows if asked == HELD_OUT_ROWS else f"{rows}; prompts: {asked}")
     languages = [code for code in (answers.get("languages") or {}) if re.fullmatch("[a-z]{2,3}", code)]
     return data | ({"language": languages} if languages else {})
 
 
-def _results(
+def _eval_results(
     name: str, recipe: dict[str, Any], figures: list[tuple[str, str, Any]], rows: str
 ) -> dict[str, Any]:
     from huggingface_hub import EvalResult
@@ -333,7 +337,7 @@ def _method(recipe: dict[str, Any]) -> str:
     return "QLoRA (4 bit)" if bits.get("load_in_4bit") else "QLoRA (8 bit)"
 
 
-def _table(folder: Path) -> str:
+def _export_table(folder: Path) -> str:
     """The report of an export as it was written, its title left out."""
     file = next((p for p in (folder / "report.md", folder.parent / "report.md") if p.is_file()), None)
     text = file.read_text(encoding="utf-8") if file else ""
@@ -344,7 +348,7 @@ def _table(folder: Path) -> str:
 # Files
 
 
-def _card(template: str, data: dict[str, Any], values: dict[str, Any]) -> str:
+def _render_card(template: str, data: dict[str, Any], values: dict[str, Any]) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     body = render(template, markup=False, **values)

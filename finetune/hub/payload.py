@@ -32,10 +32,10 @@ from finetune.system.files import (
 )
 from finetune.system.terminal import Say
 
-WHOLE = (MODEL_WEIGHTS, "model-*-of-*.safetensors")
-_WEIGHTS = (*WHOLE, ADAPTER_WEIGHTS, "*.gguf")
+MODEL_FILES = (MODEL_WEIGHTS, "model-*-of-*.safetensors")
+_WEIGHTS = (*MODEL_FILES, ADAPTER_WEIGHTS, "*.gguf")
 # All that is sent. Checkpoints, optimizer states, pickles and caches are on no list, whatever they are called.
-_LIST = (
+_PUSHED = (
     *_WEIGHTS,
     *(ADAPTER_CONFIG, "config.json", "generation_config.json", WEIGHTS_INDEX),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -47,33 +47,33 @@ _LIST = (
     *("merge.json", "report.json", "report.md", "imatrix.dat", "test.log", "Modelfile"),
 )
 # Of the run that a model was merged or exported from: what its page tells of.
-_OF_THE_RUN = ("recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png")
+_RUN_FILES = ("recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png")
 # The model's own words stand in these.
-_ANSWERS = ("evaluation/", "test.log")
-_TEXT = (".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".txt", ".jinja", "Modelfile")
+_ANSWER_FILES = ("evaluation/", "test.log")
+_TEXT_FILES = (".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".txt", ".jinja", "Modelfile")
 # What a vocabulary holds is no path, and it is large.
-_AS_IT_IS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 # In a recipe every value that reads like one is a path.
-_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
 # Of a file that is no text only its head can hold words.
-_HEAD = 2**20
+_SEARCHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Payload:
     """Everything of one commit: what a file in the repository holds, or the file here that it is."""
 
     files: dict[str, bytes | Path]
     title: str
 
 
-def pack(
+def make_payload(
     folder: Path,
     repo_id: str,
     base_model: str | None = None,
     say: Say = lambda line: None,
     ask: bool = True,
-) -> Parcel:
+) -> Payload:
     """What a folder is on the Hub.
 
     Args:
@@ -88,10 +88,10 @@ def pack(
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
-    formats = _formats(folder)
+    formats = _format_folders(folder)
     if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
         folder = formats[0]  # programs look for a model's files at the top of a repository
-    found = dict(_listed(folder))
+    found = dict(_pushed_files(folder))
     if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):
         raise PushError(
             f"{folder} holds nothing to push (an adapter, model.safetensors or GGUF files); "
@@ -106,31 +106,33 @@ def pack(
     if not is_repo(base.hub) and "/" in base.hub:
         raise PushError(f"--base-model is {base.hub!r}; write owner/name")
     if (run := provenance.source_run(folder)) and run != folder:
-        found |= {name: path for name, path in _listed(run) if name in _OF_THE_RUN and name not in found}
+        found |= {name: path for name, path in _pushed_files(run) if name in _RUN_FILES and name not in found}
 
-    terms = provenance.license_of(base.hub) or (_inherited(base.hub) if ask else {})
+    terms = provenance.license_of(base.hub) or (_license_on_hub(base.hub) if ask else {})
     if not terms and ask:
         say(f"license: {base.hub} does not tell under which terms it stands, so the page does not either")
-    paths, readme = _Paths(folder, run, base), found.pop("README.md", None)
-    text = _text(readme) if readme else ""
-    if text and not card.is_ours(text):
+    paths, readme = _LocalPaths(folder, run, base), found.pop("README.md", None)
+    text = _read_text(readme) if readme else ""
+    if text and not card.is_generated(text):
         say(f"{readme} was changed by hand, and is pushed as it is")
         page = paths.rewritten("README.md", text)
     else:
-        page = card.marked(paths.rewritten("README.md", card.page(folder, repo_id, base, terms)))
+        page = card.mark_generated(
+            paths.rewritten("README.md", card.folder_card(folder, repo_id, base, terms))
+        )
     files: dict[str, bytes | Path] = {"README.md": page.encode()}
     for name, path in sorted(found.items()):
-        files[name] = _content(name, path, paths, base)
+        files[name] = _file_content(name, path, paths, base)
     for name, content in files.items():
-        _check(folder, name, content, paths)
+        _refuse_secrets(folder, name, content, paths)
     step = f", {folder.name}" if folder.name.startswith("checkpoint-") else ""
-    return Parcel(files, f"{_kind(found)}{step}")
+    return Payload(files, f"{_commit_title(found)}{step}")
 
 
-def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
+def _pushed_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files of a folder that are on the list, by their name in the repository; of an export its formats too."""
-    for place in (folder, *_formats(folder)):
-        for pattern in _LIST:
+    for place in (folder, *_format_folders(folder)):
+        for pattern in _PUSHED:
             for path in sorted(place.glob(pattern)):
                 if path.is_file() and not (place != folder and path.name == "README.md"):
                     yield path.relative_to(folder).as_posix(), path
@@ -140,7 +142,7 @@ def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.name, path
 
 
-def _formats(folder: Path) -> list[Path]:
+def _format_folders(folder: Path) -> list[Path]:
     """The folders of an export, one for each of its formats; of anything else none."""
     if not (folder / "report.json").is_file():
         return []
@@ -149,17 +151,17 @@ def _formats(folder: Path) -> list[Path]:
     return list(dict.fromkeys(inner))
 
 
-def _kind(found: dict[str, Path]) -> str:
+def _commit_title(found: dict[str, Path]) -> str:
     if ADAPTER_WEIGHTS in found:
         return "Adapter"
     return "GGUF files" if any(name.endswith(".gguf") for name in found) else "Model"
 
 
-def _content(name: str, path: Path, paths: _Paths, base: provenance.BaseReference) -> bytes | Path:
+def _file_content(name: str, path: Path, paths: _LocalPaths, base: provenance.BaseReference) -> bytes | Path:
     """A file as it is sent: itself, or its text without what is of this machine alone."""
-    if path.name in _AS_IT_IS or not path.name.endswith(_TEXT):
+    if path.name in _VOCABULARY_FILES or not path.name.endswith(_TEXT_FILES):
         return path
-    text = _text(path)
+    text = _read_text(path)
     if path.name == ADAPTER_CONFIG:
         config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
@@ -168,14 +170,14 @@ def _content(name: str, path: Path, paths: _Paths, base: provenance.BaseReferenc
     return paths.rewritten(name, text).encode()
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PushError(f"{path} is damaged: {error}") from error
 
 
-class _Paths:
+class _LocalPaths:
     """The paths of this machine that a run's files name, and how they read elsewhere."""
 
     def __init__(self, folder: Path, run: Path | None, base: provenance.BaseReference) -> None:
@@ -186,8 +188,8 @@ class _Paths:
         self.deep = sorted((path for path in here if path.count("/") > 1), key=len, reverse=True)
         self.all = sorted({*self.deep, str(Path.home())} - {"/"}, key=len, reverse=True)
         named: set[str] = set()
-        for _, path in (*_listed(folder), *(_listed(run) if run else ())):
-            if path.name in _AS_IT_IS:
+        for _, path in (*_pushed_files(folder), *(_pushed_files(run) if run else ())):
+            if path.name in _VOCABULARY_FILES:
                 continue
             if path.suffix == ".json":
                 named |= set(_paths_in(read_json(path)))
@@ -201,14 +203,14 @@ class _Paths:
             text = text.replace(self.base.name, self.base.hub)
         for path in self.named:
             if path in text:
-                text = re.sub(rf"{re.escape(path)}(?![\w-])", lambda match: _short(match[0]), text)
+                text = re.sub(rf"{re.escape(path)}(?![\w-])", lambda match: _shortened(match[0]), text)
         if name.endswith("recipe.yaml"):
-            text = _PATH.sub(lambda match: _short(match[0]), text)
+            text = _ABSOLUTE_PATH.sub(lambda match: _shortened(match[0]), text)
         # What a model was asked and answered may well name a path that many machines have.
-        for path in self.deep if name.startswith(_ANSWERS) else self.all:
+        for path in self.deep if name.startswith(_ANSWER_FILES) else self.all:
             if path in text:
                 rest = r"(?![\w.-])(?:/[^\s\"'`,;)<>|]*)?"
-                text = re.sub(rf"(?<![\w.]){re.escape(path)}{rest}", lambda match: _short(match[0]), text)
+                text = re.sub(rf"(?<![\w.]){re.escape(path)}{rest}", lambda match: _shortened(match[0]), text)
         return text
 
     def left(self, data: bytes) -> str | None:
@@ -216,7 +218,7 @@ class _Paths:
         return next((path for path in self.deep if f"{path}/".encode() in data), None)
 
 
-def _short(path: str) -> str:
+def _shortened(path: str) -> str:
     """A path from this directory where it lies within, or its last part."""
     inside = os.path.relpath(path) if os.path.isabs(path) else path
     return Path(path).name if inside.startswith("..") else inside
@@ -235,14 +237,14 @@ def _paths_in(value: Any) -> Iterator[str]:
         yield value
 
 
-def _check(folder: Path, name: str, content: bytes | Path, paths: _Paths) -> None:
+def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _LocalPaths) -> None:
     """Refuses a file with a token in it, or with a path that could not be rewritten."""
     from huggingface_hub import get_token
 
     head = content
     if isinstance(content, Path):
         with content.open("rb") as file:
-            head = file.read(-1 if content.name in _AS_IT_IS else _HEAD)
+            head = file.read(-1 if content.name in _VOCABULARY_FILES else _SEARCHED_BYTES)
     assert isinstance(head, bytes)
     known = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) > 7]
     text = head.decode("utf-8", "replace")
@@ -251,13 +253,13 @@ def _check(folder: Path, name: str, content: bytes | Path, paths: _Paths) -> Non
         raise PushError(
             f"{folder / name} holds a token, and is not pushed; take it out (and make a new one: it was written down)"
         )
-    if isinstance(content, Path) and name not in _AS_IT_IS and (path := paths.left(head)):
+    if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.left(head)):
         raise PushError(
             f"{folder / name} names {path}, a path of this machine, and is not pushed; write it again"
         )
 
 
-def _inherited(base: str) -> dict[str, str]:
+def _license_on_hub(base: str) -> dict[str, str]:
     """The terms that the base's own page on the Hub names."""
     from huggingface_hub import HfApi
 
@@ -270,10 +272,10 @@ def _inherited(base: str) -> dict[str, str]:
     return {key: found[key] for key in ("license", "license_name", "license_link") if found.get(key)}
 
 
-def kept(parcel: Parcel, folder: Path) -> Parcel:
-    """The same parcel with its files linked into a folder, so that it can be sent when the originals are gone."""
+def linked_copy(payload: Payload, folder: Path) -> Payload:
+    """The same payload with its files linked into a folder, so that it can be sent when the originals are gone."""
     files: dict[str, bytes | Path] = {}
-    for name, content in parcel.files.items():
+    for name, content in payload.files.items():
         if isinstance(content, Path):
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -283,4 +285,4 @@ def kept(parcel: Parcel, folder: Path) -> Parcel:
                 shutil.copyfile(content, place)
             content = place
         files[name] = content
-    return replace(parcel, files=files)
+    return replace(payload, files=files)

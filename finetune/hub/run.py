@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.hub import card
-from finetune.hub.payload import WHOLE, Parcel, pack
+from finetune.hub.payload import MODEL_FILES, Payload, make_payload
 from finetune.model import provenance
 from finetune.recipe.checks import is_repo
 from finetune.system import hub_errors
@@ -57,9 +57,9 @@ def push(
     if not is_repo(repo_id):
         raise PushError(f"--repo-id is {repo_id!r}; write owner/name")
     check_access()
-    parcel = pack(folder, repo_id, base_model, say)
+    payload = make_payload(folder, repo_id, base_model, say)
     private = section.get("private", False) if private is None else private
-    return send(parcel, repo_id, private, revision, create_pr, say, progress)
+    return send(payload, repo_id, private, revision, create_pr, say, progress)
 
 
 def check_access() -> None:
@@ -80,7 +80,7 @@ def check_access() -> None:
 
 
 def send(
-    parcel: Parcel,
+    payload: Payload,
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
@@ -88,7 +88,7 @@ def send(
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> str:
-    """The address of the commit that holds a parcel. What the Hub has already is not sent again.
+    """The address of the commit that holds a payload. What the Hub has already is not sent again.
 
     Raises:
         PushError: The Hub does not take it; nothing of it is to be seen there.
@@ -96,7 +96,7 @@ def send(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with hub_errors.quiet(bars=progress), _told(repo_id):
+    with hub_errors.quiet(bars=progress), _one_line_errors(repo_id):
         if not create_pr:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
@@ -108,20 +108,20 @@ def send(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=revision)
         there = {file.rfilename for file in before.siblings or ()}
-        files = dict(parcel.files)
-        if "README.md" in there and _is_somebodys(api, repo_id, before.sha, files["README.md"]):
+        files = dict(payload.files)
+        if "README.md" in there and _edited_on_hub(api, repo_id, before.sha, files["README.md"]):
             del files["README.md"]
             say(
                 f"{repo_id}: its page was changed there, and stays; delete it there to have the one of finetune"
             )
-        gone = sorted(_superseded(there, files))
+        gone = sorted(_replaced_weights(there, files))
         if gone:
             say(f"{repo_id}: removed there, since it is of another model: {', '.join(gone)}")
         done = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items()]
             + [CommitOperationDelete(name) for name in gone],
-            commit_message=parcel.title,
+            commit_message=payload.title,
             revision=revision,
             create_pr=create_pr,
         )
@@ -130,33 +130,33 @@ def send(
     return str(done.pr_url or done.commit_url)
 
 
-def _superseded(there: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
+def _replaced_weights(there: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
     """What a repository holds of another model, which programs would load in place of a whole one that comes now.
 
     transformers takes an adapter before a model, and one file before shards; vLLM goes by an index that is there.
     """
-    if not any(fnmatchcase(name, weights) for name in files for weights in WHOLE):
+    if not any(fnmatchcase(name, weights) for name in files for weights in MODEL_FILES):
         return set()
-    others = (*WHOLE, WEIGHTS_INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+    others = (*MODEL_FILES, WEIGHTS_INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
     top = {name for name in there - set(files) if "/" not in name}
     return {name for name in top if any(fnmatchcase(name, other) for other in others)}
 
 
-def _is_somebodys(api: HfApi, repo_id: str, commit: str | None, ours: bytes | Path) -> bool:
+def _edited_on_hub(api: HfApi, repo_id: str, commit: str | None, ours: bytes | Path) -> bool:
     """Whether a person has written or changed the page on the Hub, and not the one that is to come."""
     assert isinstance(ours, bytes)
-    if not card.is_ours(ours.decode()):
+    if not card.is_generated(ours.decode()):
         return False
     with tempfile.TemporaryDirectory() as place:
         file = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=place)
         text = Path(file).read_text(encoding="utf-8", errors="replace")
     # The Hub's own first page has metadata alone.
     words = re.sub(r"\A---\n.*?^---\s*$", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
-    return bool(words.strip()) and not card.is_ours(text)
+    return bool(words.strip()) and not card.is_generated(text)
 
 
 @contextlib.contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def _one_line_errors(repo_id: str) -> Iterator[None]:
     """A failure in one line that says what to do."""
     try:
         yield

@@ -10,17 +10,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune.hub.payload import Parcel, kept, pack
+from finetune.hub.payload import Payload, linked_copy, make_payload
 from finetune.hub.run import send
 from finetune.recipe.schema import HubSection
 
 
-class Uploads(TrainerCallback):  # type: ignore[misc]
+class CheckpointUploads(TrainerCallback):  # type: ignore[misc]
     """Pushes every so many checkpoints from the first process, one at a time, beside the training."""
 
     def __init__(self, output: Path, section: HubSection, say: Callable[[str], None]) -> None:
         self.output, self.section, self.say = output, section, say
-        self.beside = output / ".pushing"
+        self.staging = output / ".pushing"
         self.saves = 0
         self.thread: threading.Thread | None = None
 
@@ -39,21 +39,21 @@ class Uploads(TrainerCallback):  # type: ignore[misc]
         assert self.section.repo_id
         try:
             # Nothing here may wait for the Hub.
-            shutil.rmtree(self.beside, ignore_errors=True)
+            shutil.rmtree(self.staging, ignore_errors=True)
             folder = self.output / f"checkpoint-{state.global_step}"
-            parcel = kept(pack(folder, self.section.repo_id, ask=False), self.beside)
+            payload = linked_copy(make_payload(folder, self.section.repo_id, ask=False), self.staging)
         except Exception as error:  # whatever it is, it is no reason to end a run
             self.say(f"hub: {step} is not pushed: {next(iter(str(error).splitlines()), repr(error))}")
             return
         self.thread = threading.Thread(
-            target=self._send, args=(parcel, step), name="finetune-push", daemon=True
+            target=self._send, args=(payload, step), name="finetune-push", daemon=True
         )
         self.thread.start()
 
-    def _send(self, parcel: Parcel, step: str) -> None:
+    def _send(self, payload: Payload, step: str) -> None:
         assert self.section.repo_id
         try:
-            self.say(f"hub: {step} pushed: {send(parcel, self.section.repo_id, self.section.private)}")
+            self.say(f"hub: {step} pushed: {send(payload, self.section.repo_id, self.section.private)}")
         except Exception as error:
             self.say(f"hub: {step} is not pushed: {error}")
 
@@ -61,4 +61,4 @@ class Uploads(TrainerCallback):  # type: ignore[misc]
         """Waits for a push that is under way."""
         if self.thread:
             self.thread.join()
-        shutil.rmtree(self.beside, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)

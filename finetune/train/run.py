@@ -20,7 +20,7 @@ from finetune.data.chat import Chat
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
-from finetune.hub.uploads import Uploads
+from finetune.hub.uploads import CheckpointUploads
 from finetune.model import flops
 from finetune.model.load import eos_tokens, load_tokenizer
 from finetune.model.locate import locate
@@ -175,7 +175,7 @@ def train(
     asked = prepare(trainer, start_step)
     progress = Progress(say, silent=bool(recipe.training.get("disable_tqdm")))
     trainer.add_callback(progress)
-    uploads = Uploads(output, recipe.hub, say)
+    uploads = CheckpointUploads(output, recipe.hub, say)
     if recipe.hub.repo_id and recipe.hub.every_n_saves:
         trainer.add_callback(uploads)
 
