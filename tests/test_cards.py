@@ -135,7 +135,7 @@ def test_a_record_says_what_share_of_the_card_it_took(
         "this_machine",
         lambda free=False: devices.Hardware("this CPU", 2**40, devices.Device(), tflops_32bit=0.001),
     )
-    monkeypatch.setattr("finetune.train.callbacks.metrics.millijoules", lambda: next(joules))
+    monkeypatch.setattr("finetune.train.meter.energy_millijoules", lambda: next(joules))
     held: list[Meter] = []
     monkeypatch.setattr("finetune.train.run.Meter", lambda *of: held.append(Meter(*of)) or held[-1])
     path = write_recipe(training={"max_steps": 2, "logging_steps": 1})
@@ -152,11 +152,11 @@ def test_a_record_says_what_share_of_the_card_it_took(
 
 
 def test_energy_is_the_drivers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.millijoules() == 0  # no card, no figure
+    assert devices.energy_millijoules() == 0  # no card, no figure
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_get_pynvml_handler", lambda: "card 0")
     library = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption={"card 0": 7}.__getitem__)
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    assert devices.millijoules() == 7
+    assert devices.energy_millijoules() == 7
     library.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 1 / 0  # a card that counts none
-    assert devices.millijoules() == 0
+    assert devices.energy_millijoules() == 0

@@ -32,7 +32,7 @@ from finetune.merge.run import merge
 from finetune.model.load import load_base
 from finetune.model.locate import locate
 from finetune.model.shards import fingerprint
-from finetune.system.files import WEIGHTS_INDEX, digest
+from finetune.system.files import WEIGHTS_INDEX, sha256
 from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
@@ -544,7 +544,7 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
         "finetune": __version__,
         "run": str(trained),
         "adapters": [
-            {"path": str(trained), "weight": 1.0, "sha256": digest(trained / "adapter_model.safetensors")}
+            {"path": str(trained), "weight": 1.0, "sha256": sha256(trained / "adapter_model.safetensors")}
         ],
         "base_weights": "dequantised",
         "dtype": "float32",

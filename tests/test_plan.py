@@ -650,9 +650,9 @@ def test_a_limit_of_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, text in files.items():
         (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "top" / name).write_text(text)
-    assert list(devices._limits(tmp_path / "top", tmp_path / "own")) == limits
-    assert list(devices._limits(tmp_path / "top", tmp_path / "nowhere")) == []
-    monkeypatch.setattr(devices, "_limits", lambda: limits)
+    assert list(devices._cgroup_limits(tmp_path / "top", tmp_path / "own")) == limits
+    assert list(devices._cgroup_limits(tmp_path / "top", tmp_path / "nowhere")) == []
+    monkeypatch.setattr(devices, "_cgroup_limits", lambda: limits)
     if limits:
         assert devices.machine_memory() == (limits[0][0], limits[0][0] - limits[0][1])
         assert this_machine(free=True).memory == limits[0][0] - limits[0][1]

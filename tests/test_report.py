@@ -21,7 +21,7 @@ from conftest import ROOT
 
 from finetune.cli.commands import main
 from finetune.system import charts
-from finetune.system.terminal import terminal
+from finetune.system.terminal import interactive_console
 
 Copy = Callable[..., Path]
 
@@ -34,16 +34,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     shutil.copy(ROOT / "recipes" / "cpu_smoke.yaml", work)
     often = ["training.eval_strategy=steps", "training.eval_steps=2", "training.logging_steps=1"]
     command = ["train", "cpu_smoke.yaml", "training.max_steps=6", "training.save_steps=2", *often]
-    master, terminal = pty.openpty()
+    master, interactive_console = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", *command, "training.per_device_train_batch_size=2"],
         cwd=work,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
+        stdin=interactive_console,
+        stdout=interactive_console,
+        stderr=interactive_console,
     )
-    os.close(terminal)
+    os.close(interactive_console)
     said = shown_on(master)
     assert process.wait() == 0, said
     return work / "runs" / "cpu_smoke", said
@@ -154,16 +154,16 @@ def test_where_a_bar_is_drawn(
     master, screen = pty.openpty()
     with os.fdopen(master, "rb"), os.fdopen(screen, "w") as file:
         monkeypatch.setattr(sys, "stderr", file)
-        assert (terminal() is not None) is drawn
+        assert (interactive_console() is not None) is drawn
 
 
 def test_the_terminal_comes_back_after_a_fault(write_recipe: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    master, terminal = pty.openpty()
+    master, interactive_console = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     path = write_recipe(training={"learning_rate": 1e30, "max_grad_norm": 1e30, "optim": "sgd"})
     with ThreadPoolExecutor() as threads:
         shown = threads.submit(shown_on, master)
-        with os.fdopen(terminal, "w") as screen:
+        with os.fdopen(interactive_console, "w") as screen:
             monkeypatch.setattr(sys, "stderr", screen)
             assert main(["train", str(path)]) == 2
         said = shown.result()

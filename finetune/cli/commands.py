@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     if not args.traceback:
         _silence()
-    if distributed.count() > 1 and args.verb != "train":
+    if distributed.world_size() > 1 and args.verb != "train":
         # Each would do all of it, into the same files.
         if not distributed.rank():
             _say(
-                f"error: {distributed.count()} processes were launched, and only train shares its work; "
+                f"error: {distributed.world_size()} processes were launched, and only train shares its work; "
                 f"write python -m finetune {shlex.join(arguments)}"
             )
         return 2
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = _faults(error)
         code = 2 if faults else 1
         if args.traceback:
-            distributed.end(traceback.format_exception(error), code)
+            distributed.end_all_ranks(traceback.format_exception(error), code)
             raise
-        if distributed.is_lost(error):
-            faults = [f"{distributed.LOST} ({textwrap.shorten(str(error), 100, placeholder=' ...')})"]
+        if distributed.is_lost_rank(error):
+            faults = [f"{distributed.LOST_RANK} ({textwrap.shorten(str(error), 100, placeholder=' ...')})"]
         faults = faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]
         lines = [f"error: {fault}" for fault in faults]
-        distributed.end(lines, code)
+        distributed.end_all_ranks(lines, code)
         for line in lines:
             _say(line)
         return code

@@ -130,7 +130,7 @@ def _load_hub(
         # A stream has no fingerprint of its own; a builder's hash is the commit of its repository (datasets 5.2).
         return rows, datasets.load_dataset_builder(path, config, revision=revision).hash
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if words := hub_errors.trouble(f"datasets/{path}", error):
+        if words := hub_errors.hub_problem(f"datasets/{path}", error):
             raise DataError(f"{path} {words}") from error
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{path}: the Hub dataset cannot be loaded: {reason}") from error

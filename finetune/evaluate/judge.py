@@ -26,7 +26,7 @@ import httpx2
 from finetune.evaluate.endpoint import Endpoint, Reply, Usage, check_address, usage
 from finetune.system.errors import EvaluateError as EvaluateError  # also by this name
 from finetune.system.errors import RefusedReply
-from finetune.system.terminal import Say, bar
+from finetune.system.terminal import Say, progress_bar
 
 Message = Mapping[str, str]
 
@@ -299,7 +299,7 @@ def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool)
         except BaseException as error:
             done.put((one, error))
 
-    with bar("judge", len(questions), progress) as advance:
+    with progress_bar("judge", len(questions), progress) as advance:
 
         def take(one: str, outcome: _Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):

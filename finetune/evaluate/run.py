@@ -25,8 +25,8 @@ from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
 from finetune.system.errors import EvaluateError, TemplateError
-from finetune.system.files import ADAPTER_CONFIG, file_of, write_whole
-from finetune.system.terminal import Say, bar
+from finetune.system.files import ADAPTER_CONFIG, run_file, write_whole
+from finetune.system.terminal import Say, progress_bar
 
 if TYPE_CHECKING:
     from finetune.evaluate.judge import Judge
@@ -87,7 +87,7 @@ def evaluate(
         EvaluateError: There is no recipe, or it holds nothing out and names no prompts.
         ModelError, RecipeError, DataError, JudgeError: From the rooms that raise them.
     """
-    file = Path(recipe) if recipe else file_of(Path(model), "recipe.yaml")
+    file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
     if file is None:
         raise EvaluateError(
             f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts"
@@ -168,10 +168,10 @@ def _base(run: str) -> _Subject:
     name, folder = f"{run}, its base alone", Path(run)
     if (folder / ADAPTER_CONFIG).is_file():
         return _Subject(run, adapter=False, title=name)
-    if not file_of(folder, "recipe.yaml"):
+    if not run_file(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is no run; write the name of a model")
     section, quantization = adapter_base_sections(folder)
-    if template := file_of(folder, "chat_template.jinja"):
+    if template := run_file(folder, "chat_template.jinja"):
         section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
     return _Subject(section.name_or_path, said=(section, quantization), title=name)
 
@@ -225,12 +225,12 @@ def _measure(
     ]
     kept = spread_evenly(kept, lambda one: one[1], limit)
     found.rows = [row for row, _ in kept]
-    with bar(f"{name}: rows", len(kept), progress) as done:
+    with progress_bar(f"{name}: rows", len(kept), progress) as done:
         for (_, origin), part in zip(kept, row_losses(generator.model, found.rows), strict=True):
             found.loss[origin] = found.loss.get(origin, LossSum()) + part
             done(1)
     turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
-    with bar(f"{name}: answers", turns, progress) as done:
+    with progress_bar(f"{name}: answers", turns, progress) as done:
         found.answers = answer_prompts(generator, prompts, recipe.evaluate.max_new_tokens, done)
     found.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in found.answers]
     if tasks:

@@ -33,7 +33,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, digest, file_of, whole_folder, write_whole
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_file, sha256, whole_folder, write_whole
 from finetune.system.terminal import Say
 
 _ADAPTER = "adapter on its base"
@@ -199,7 +199,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[LabelledRo
     Where the run held none out, rows that it was trained on; where its data are not here, the project's sample rows.
     """
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
-    recipe_file = file_of(model, "recipe.yaml")
+    recipe_file = run_file(model, "recipe.yaml")
     if recipe_file:
         try:
             recipe = load_recipe(recipe_file)
@@ -224,7 +224,7 @@ def _rows(dataset: Any) -> list[LabelledRow]:
 
 def _options(model: Path) -> ExportSection:
     """The `export` section of a run's recipe."""
-    path = file_of(model, "recipe.yaml")
+    path = run_file(model, "recipe.yaml")
     if path is None:
         return ExportSection()
     try:
@@ -278,7 +278,7 @@ def _run_of(model: Path) -> Path | None:
     there = run / ADAPTER_WEIGHTS
     if len(adapters) != 1 or adapters[0]["weight"] != 1 or not there.is_file():
         return None
-    return run if digest(there) == adapters[0]["sha256"] else None
+    return run if sha256(there) == adapters[0]["sha256"] else None
 
 
 def _record(model: Path) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def _dtype(model: Path) -> str:
 def _base_name(model: Path) -> str:
     if record := _record(model):
         return str(record["base"])
-    known = file_of(model, "recipe.yaml") or (model / ADAPTER_CONFIG).is_file()
+    known = run_file(model, "recipe.yaml") or (model / ADAPTER_CONFIG).is_file()
     return adapter_base_sections(model)[0].name_or_path if known else model.name
 
 

@@ -19,7 +19,7 @@ from finetune.model.provenance import (
     recipe_sections,
     source_run,
 )
-from finetune.system.files import ADAPTER_CONFIG, file_of, read_json, read_records
+from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
 # Of a page that nobody has changed since: the digest of what stands above it.
@@ -90,7 +90,7 @@ def model_card(
         "merged": merged,
         "evaluation": [] if not evaluation else tables(evaluation),
         "asked": intro(evaluation) if evaluation else "",
-        "picture": bool(run and file_of(run, "loss.png")),
+        "picture": bool(run and run_file(run, "loss.png")),
     }
     values["use"] = _usage((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
     data = _metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
@@ -139,7 +139,7 @@ def export_card(
         "found": found,
         "table": _export_table(place),
         "folders": folders,
-        "picture": bool(run and repo and file_of(run, "loss.png")),
+        "picture": bool(run and repo and run_file(run, "loss.png")),
     }
     # A GGUF file holds the template of the model that it was written from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
@@ -159,19 +159,19 @@ def export_card(
 def _training_values(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
     """Of the training: the recipe as it stands, ledger, losses, machine, time, versions; as far as files are here."""
     metrics: list[dict[str, Any]] = []
-    if run and (file := file_of(run, "metrics.jsonl")):
+    if run and (file := run_file(run, "metrics.jsonl")):
         metrics = read_records(file)
     step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
     if step:  # what the run became later is not what lies here
         metrics = [m for m in metrics if m["step"] <= int(step[1]) and "train_runtime" not in m]
-    text = (run and file_of(run, "recipe.yaml")) or file_of(folder, "recipe.yaml")
+    text = (run and run_file(run, "recipe.yaml")) or run_file(folder, "recipe.yaml")
     return {
         "checkpoint": int(step[1]) if step else None,
         "sources": [source["path"] for source in (recipe.get("data") or {}).get("train") or []],
         "quantization": recipe.get("quantization"),
         "recipe": text.read_text(encoding="utf-8") if text else "",
-        "ledger": read_json(run and file_of(run, "ledger.json")),
-        "environment": read_json(run and file_of(run, "environment.json")),
+        "ledger": read_json(run and run_file(run, "ledger.json")),
+        "environment": read_json(run and run_file(run, "environment.json")),
         "losses": [m for m in metrics if "loss" in m],
         "evaluations": [m for m in metrics if "eval_loss" in m],
         "finished": next((m for m in metrics if "train_runtime" in m), None),

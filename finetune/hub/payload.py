@@ -263,7 +263,7 @@ def _license_on_hub(base: str) -> dict[str, str]:
     """The terms that the base's own page on the Hub names."""
     from huggingface_hub import HfApi
 
-    with hub_errors.quiet(bars=False):
+    with hub_errors.quiet_hub_client(bars=False):
         try:
             data = HfApi().model_info(base, timeout=10).card_data
         except Exception:  # it may be gated, gone, or its page unreadable: then nothing is said

@@ -96,7 +96,7 @@ def send(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with hub_errors.quiet(bars=progress), _one_line_errors(repo_id):
+    with hub_errors.quiet_hub_client(bars=progress), _one_line_errors(repo_id):
         if not create_pr:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
@@ -165,7 +165,7 @@ def _one_line_errors(repo_id: str) -> Iterator[None]:
     except Exception as error:  # Xet, HTTP, YAML: upstream has no error for all of them
         again = "nothing was committed, and what has arrived is not sent again: push once more"
         # What is wrong with a page, upstream tells itself.
-        if "README.md" not in str(error) and (words := hub_errors.trouble(repo_id, error)):
+        if "README.md" not in str(error) and (words := hub_errors.hub_problem(repo_id, error)):
             raise PushError(f"{repo_id} {words} ({again})") from error
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
         reason = " ".join(f"{error} {cause or ''}".split()) or type(error).__name__

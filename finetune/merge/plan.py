@@ -239,7 +239,7 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
         )  # which says what is wrong; the next one only that there is no file
         metadata = get_safetensors_metadata(repo, revision=revision)
     except Exception as error:
-        if hub_errors.trouble(repo, error):
+        if hub_errors.hub_problem(repo, error):
             raise ModelError(_refused(repo, error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{repo} has no safetensors weights to stream: {reason}") from error
@@ -313,7 +313,7 @@ def _small_files(repo: str, revision: str | None) -> Path:
 
 
 def _refused(repo: str, error: Exception) -> str:
-    words = hub_errors.trouble(repo, error)
+    words = hub_errors.hub_problem(repo, error)
     return f"{repo} {words}" if words else f"{repo} cannot be fetched: {str(error).strip().splitlines()[0]}"
 
 

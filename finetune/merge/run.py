@@ -19,7 +19,7 @@ from finetune import __version__
 from finetune.merge.plan import MergeRequest, adapters_of, plan_in_fresh_process
 from finetune.merge.write import write_weights
 from finetune.system.errors import MergeError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_apart, digest, file_of, whole_folder
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_apart, run_file, sha256, whole_folder
 from finetune.system.terminal import Say
 
 
@@ -84,7 +84,7 @@ def merge(
             "finetune": __version__,
             "run": os.path.abspath(run),
             "adapters": [
-                {"path": path, "weight": weight, "sha256": digest(Path(path) / ADAPTER_WEIGHTS)}
+                {"path": path, "weight": weight, "sha256": sha256(Path(path) / ADAPTER_WEIGHTS)}
                 for path, weight in plan.adapters
             ],
             "base_weights": base,
@@ -93,7 +93,7 @@ def merge(
         (beside / "merge.json").write_text(
             json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
-        if recipe := file_of(run, "recipe.yaml"):
+        if recipe := run_file(run, "recipe.yaml"):
             shutil.copy(recipe, beside / "recipe.yaml")
     if plan.untied:
         say("input and output embeddings were tied, and only one was trained: they are stored apart")

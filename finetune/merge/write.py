@@ -22,7 +22,7 @@ from finetune.model.quantization import dequantised, quantise
 from finetune.model.shards import ShardWriter, StoredTensor, all_finite, read_header, read_tensor, row_ranges
 from finetune.system import hub_errors
 from finetune.system.errors import MergeError, ModelError
-from finetune.system.terminal import bar
+from finetune.system.terminal import progress_bar
 
 
 def write_weights(
@@ -66,7 +66,7 @@ def write_weights(
                 check_combination(name, changes, loaded)
         writer = ShardWriter(into, max_bytes, header)
         stack.callback(writer.abort)
-        advance, shown = stack.enter_context(bar("weights", total, progress, "bytes")), 0
+        advance, shown = stack.enter_context(progress_bar("weights", total, progress, "bytes")), 0
         for _, item in sorted(work, key=lambda pair: pair[0]):
             if isinstance(item, OutputTensor):
                 _write(plan, item, base, loaded, writer, dequantise, quantised)
@@ -254,7 +254,7 @@ class _Base:
         try:
             return Path(hf_hub_download(repo, file, revision=revision, local_dir=self.fetched.name))
         except OSError as error:
-            if words := hub_errors.trouble(repo, error):
+            if words := hub_errors.hub_problem(repo, error):
                 raise ModelError(f"{repo} {words}") from error
             raise ModelError(
                 f"{repo}: {file} cannot be fetched: {str(error).strip().splitlines()[0]}"

@@ -152,7 +152,7 @@ def _told(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if words := hub_errors.trouble(name, error):
+        if words := hub_errors.hub_problem(name, error):
             raise ModelError(f"model.name_or_path: {name} {words}") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else repr(error)

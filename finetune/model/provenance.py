@@ -13,7 +13,7 @@ import yaml
 from finetune.recipe.checks import ON_THE_HUB, is_local
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError, RunError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, digest, file_of, read_json
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, run_file, sha256
 
 # What an id on the Hub says of the terms. Of others the base's own page is asked, or nothing is said.
 _LICENSES = {
@@ -55,7 +55,7 @@ def base_reference(folder: Path, given: str | None = None) -> BaseReference:
         or adapter.get("base_model_name_or_path")
         or ""
     )
-    commit = read_json(file_of(folder, "environment.json")).get("base_commit")
+    commit = read_json(run_file(folder, "environment.json")).get("base_commit")
     revision = merged.get("revision") or commit or model.get("revision") or adapter.get("revision")
     wanted = given or (recipe.get("hub") or {}).get("base_model") or hub_id(name)
     return BaseReference(name, wanted, revision if wanted == name else None)
@@ -75,23 +75,23 @@ def license_of(base: str | None) -> dict[str, str]:
 
 def source_run(folder: Path) -> Path | None:
     """The run whose files tell of a folder: itself, or the one that it was merged or exported from, if still here."""
-    if file_of(folder, "ledger.json"):
+    if run_file(folder, "ledger.json"):
         return folder
     merged = read_json(folder / "merge.json")
     run = Path(str(merged.get("run") or export_report(folder).get("model") or "/nowhere"))
     if not (run / "ledger.json").is_file():
         return source_run(run) if (run / "merge.json").is_file() and run != folder else None
     adapters, there = merged.get("adapters"), run / ADAPTER_WEIGHTS
-    if adapters and not (there.is_file() and digest(there) in [item["sha256"] for item in adapters]):
+    if adapters and not (there.is_file() and sha256(there) in [item["sha256"] for item in adapters]):
         return None  # it was trained again since
     return run
 
 
 def recipe_sections(folder: Path) -> dict[str, Any]:
     """The sections of the recipe that a folder, or the run that it was made from, was trained by."""
-    file = file_of(folder, "recipe.yaml")
+    file = run_file(folder, "recipe.yaml")
     if file is None and (model := export_report(folder).get("model")):
-        file = file_of(Path(model), "recipe.yaml")
+        file = run_file(Path(model), "recipe.yaml")
     if file is None:
         return {}
     try:
@@ -121,7 +121,7 @@ def environment_of(run: Path) -> dict[str, Any]:
     Raises:
         RunError: It cannot be read.
     """
-    file = file_of(run, "environment.json")
+    file = run_file(run, "environment.json")
     if file is None:
         return {}
     try:
@@ -141,7 +141,7 @@ def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | 
     Raises:
         ModelError: Neither can be read.
     """
-    if path := file_of(folder, "recipe.yaml"):
+    if path := run_file(folder, "recipe.yaml"):
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
             return ModelSection(**saved["model"]), saved.get("quantization")

@@ -61,7 +61,7 @@ def adapted(recipe: Recipe, chat: Chat | None, say: Callable[[str], None]) -> An
         del options["trainable_token_indices"]
         # Sharded loading gives the other ranks empty weights.
         main = distributed.rank() == 0
-        unlearned = distributed.from_first(
+        unlearned = distributed.broadcast_from_first(
             unlearned_tokens(model, chat.turn_token_ids) if chat and main else []
         )
         if chat and unlearned:

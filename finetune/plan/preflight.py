@@ -46,11 +46,11 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     if lacks is None:
         return
     total, found = lacks
-    each = "each process of this run" if distributed.count() > 1 else "this run"
+    each = "each process of this run" if distributed.world_size() > 1 else "this run"
     write = " or ".join(found) or "a smaller model.name_or_path"
     raise PlanError(
         f"{each} needs about {total / GIB:.1f} GiB, and {card.name} has {card.memory / GIB:.1f} GiB free"
-        f"{'' if card.is_gpu or distributed.count() == 1 else ' for it'}. "
+        f"{'' if card.is_gpu or distributed.world_size() == 1 else ' for it'}. "
         f"Write {write}; finetune plan {Path(recipe.path)} shows what takes it, --force goes on"
     )
 
@@ -63,7 +63,7 @@ def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Hardware) -> tupl
     if _small(config, setting, card):
         return None
     own = Predictor(config, card, arguments)
-    setting = replace(setting, cards=distributed.count(), sharded=distributed.sharded())
+    setting = replace(setting, cards=distributed.world_size(), sharded=distributed.uses_fsdp())
     need = own.required_memory(setting)
     # The context is there already.
     total = need.total - need.parts.get("context", 0) - need.parts.get("process", 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.recipe.schema import DataSource
 from finetune.recipe.upstream import FROM_BASE
-from finetune.recipe.yaml_tree import Draft
+from finetune.recipe.yaml_tree import RecipeTree
 from finetune.system.files import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -25,22 +25,20 @@ _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 
 
-def check_model(draft: Draft, model: dict[str, Any]) -> None:
+def check_model(tree: RecipeTree, model: dict[str, Any]) -> None:
     """Faults for a base model or a chat template that is not there, as far as this machine can tell."""
     name = model.get("name_or_path")
     if name is not None and (problem := _model_problem(name)):
-        draft.fault("model.name_or_path", f"is {draft.shown('model.name_or_path')}{problem}")
+        tree.fault("model.name_or_path", f"is {tree.shown('model.name_or_path')}{problem}")
     if name and is_local(name) and model.get("revision") is not None:
-        draft.fault("model.revision", "is given, but the model is not from the Hub; remove it")
+        tree.fault("model.revision", "is given, but the model is not from the Hub; remove it")
     template = model.get("chat_template")
     if template is None or (template.endswith(".jinja") and os.path.isfile(os.path.expanduser(template))):
         return
     shipped = sorted(path.stem for path in _CHAT_TEMPLATES.glob("*.jinja"))
     if template not in shipped:
-        there = f"is {draft.shown('model.chat_template')}, and there is no such template"
-        draft.fault(
-            "model.chat_template", f"{there}; write {', '.join(shipped)} or the path of a .jinja file"
-        )
+        there = f"is {tree.shown('model.chat_template')}, and there is no such template"
+        tree.fault("model.chat_template", f"{there}; write {', '.join(shipped)} or the path of a .jinja file")
 
 
 def _model_problem(name: str) -> str:
@@ -70,42 +68,42 @@ def _model_problem(name: str) -> str:
     return "" if _HUB_ID.fullmatch(name) else "; write a Hub id (owner/name), a directory or a .gguf file"
 
 
-def check_source(draft: Draft, key: str, source: dict[str, Any]) -> None:
+def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
     """Faults for rows that are not there, as far as this machine can tell."""
     name = source.get("path")
     if source.get("raw") is True and source.get("format") != "prompt_completion":
-        draft.fault(f"{key}.raw", "is true; write format: prompt_completion, the only one that can be raw")
+        tree.fault(f"{key}.raw", "is true; write format: prompt_completion, the only one that can be raw")
     if source.get("weight") is not None and source.get("samples") is not None:
-        draft.fault(f"{key}.samples", "is given, and so is weight; keep one")
+        tree.fault(f"{key}.samples", "is given, and so is weight; keep one")
     if key.startswith("data.eval"):
         for training_only in ("weight", "streaming"):
             if source.get(training_only):
-                draft.fault(f"{key}.{training_only}", "is for rows to train on; remove it")
-    if not isinstance(name, str) or f"{key}.path" in draft.broken:
+                tree.fault(f"{key}.{training_only}", "is for rows to train on; remove it")
+    if not isinstance(name, str) or f"{key}.path" in tree.broken:
         return
-    path, shown = os.path.expanduser(name), f"is {draft.shown(f'{key}.path')}"
+    path, shown = os.path.expanduser(name), f"is {tree.shown(f'{key}.path')}"
     pattern, exists = any(c in name for c in "*?["), os.path.exists(path)
     if os.path.isdir(path):
-        draft.fault(f"{key}.path", f"{shown}, a directory; write a glob: {name.rstrip('/')}/*.jsonl")
+        tree.fault(f"{key}.path", f"{shown}, a directory; write a glob: {name.rstrip('/')}/*.jsonl")
     elif pattern or exists or name.startswith(_LOCAL) or _DATA_FILE.search(name):
         files = [path] if exists else sorted(iglob(path, recursive=True)) if pattern else []
         strange = [file for file in files if not _DATA_FILE.search(file)]
         if not files:
             there = f"{shown}, and there is no such file"
-            draft.fault(f"{key}.path", f"{there}; write a path from this directory")
+            tree.fault(f"{key}.path", f"{there}; write a path from this directory")
         elif strange:
             there = shown if exists else f"{shown}, which matches {strange[0]}"
             kinds = ".json, .jsonl, .parquet or .csv, with or without .gz after it"
-            draft.fault(f"{key}.path", f"{there}; write files that end in {kinds}")
+            tree.fault(f"{key}.path", f"{there}; write files that end in {kinds}")
         for other, absent in (("config", None), ("revision", None), ("split", "train")):
             if source.get(other) not in (None, absent):
-                draft.fault(f"{key}.{other}", "is given, but a file has none; remove it")
+                tree.fault(f"{key}.{other}", "is given, but a file has none; remove it")
     elif not _HUB_ID.fullmatch(name):
-        draft.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
+        tree.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
 
 
 def adapters_lora(
-    draft: Draft, folder: str, given: dict[str, Any], known: Mapping[str, Any]
+    tree: RecipeTree, folder: str, given: dict[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `lora` section that an adapter was made with; faults where it is none, or the recipe says otherwise."""
     key = "model.adapter"
@@ -114,16 +112,16 @@ def adapters_lora(
         found = json.loads(file.read_text(encoding="utf-8"))
         kind = found["peft_type"]
     except OSError:
-        draft.fault(
+        tree.fault(
             key,
-            f"is {draft.shown(key)}, where no adapter_config.json is; write a run, or a PEFT adapter's folder",
+            f"is {tree.shown(key)}, where no adapter_config.json is; write a run, or a PEFT adapter's folder",
         )
         return {}
     except (ValueError, KeyError, TypeError):
-        draft.fault(key, f"is {draft.shown(key)}, whose adapter_config.json is damaged; write another")
+        tree.fault(key, f"is {tree.shown(key)}, whose adapter_config.json is damaged; write another")
         return {}
     if kind != "LORA":
-        draft.fault(key, f"is {draft.shown(key)}, a {kind} adapter; write a LoRA adapter")
+        tree.fault(key, f"is {tree.shown(key)}, a {kind} adapter; write a LoRA adapter")
     own = {name: value for name, value in found.items() if name in known and value not in (None, {}, [])}
     for name, value in given.items():
         if json.dumps(value, sort_keys=True) != json.dumps(own.get(name), sort_keys=True) and value not in (
@@ -131,8 +129,8 @@ def adapters_lora(
             {},
             [],
         ):
-            draft.fault(
-                f"lora.{name}", f"is {draft.shown(f'lora.{name}')}, but {key} has {own.get(name)}; remove it"
+            tree.fault(
+                f"lora.{name}", f"is {tree.shown(f'lora.{name}')}, but {key} has {own.get(name)}; remove it"
             )
     return own
 
@@ -147,25 +145,25 @@ def is_repo(name: str) -> bool:
     return "/" in name and _HUB_ID.fullmatch(name) is not None
 
 
-def check_hub(draft: Draft, hub: dict[str, Any], model: dict[str, Any]) -> None:
+def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> None:
     """Faults for names that the Hub has not, and for a base that strangers could not find."""
     for name in ("repo_id", "base_model"):
         if (value := hub.get(name)) is not None and not is_repo(value):
-            draft.fault(f"hub.{name}", f"is {draft.shown(f'hub.{name}')}; write owner/name")
+            tree.fault(f"hub.{name}", f"is {tree.shown(f'hub.{name}')}; write owner/name")
     if hub.get("every_n_saves") and hub.get("repo_id") is None:
-        draft.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
+        tree.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
     base = model.get("name_or_path")
-    if base is None or "model.name_or_path" in draft.broken:
+    if base is None or "model.name_or_path" in tree.broken:
         return
     if is_repo(hub.get("base_model") or "") and not is_local(base):
-        draft.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
+        tree.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
     if hub.get("repo_id") and not hub.get("base_model") and is_local(base) and base not in ON_THE_HUB:
-        draft.fault(
+        tree.fault(
             "hub.repo_id", f"is given, but {base} is on this machine alone; add base_model: its id on the Hub"
         )
 
 
-def check_evaluate(draft: Draft, evaluate: dict[str, Any]) -> None:
+def check_evaluate(tree: RecipeTree, evaluate: dict[str, Any]) -> None:
     """Faults for files that are not there."""
     judge = evaluate.get("judge") or {}
     for key, name in (
@@ -173,62 +171,60 @@ def check_evaluate(draft: Draft, evaluate: dict[str, Any]) -> None:
         ("evaluate.judge.reference", judge.get("reference")),
     ):
         if name is not None and not os.path.isfile(os.path.expanduser(name)):
-            draft.fault(
-                key, f"is {draft.shown(key)}, and there is no such file; write the path of a .jsonl file"
+            tree.fault(
+                key, f"is {tree.shown(key)}, and there is no such file; write the path of a .jsonl file"
             )
 
 
-def check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
+def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
     """Faults for values that are right alone and wrong together."""
     model, data, training = sections["model"], sections["data"], sections["training"]
     if training.get("bf16") and training.get("fp16"):
-        draft.fault("training.fp16", "is true, and so is bf16; keep one")
+        tree.fault("training.fp16", "is true, and so is bf16; keep one")
     for name, contrary in (("bf16", "float16"), ("fp16", "bfloat16")):
         if training.get(name) and model.get("dtype") == contrary:
-            draft.fault(f"training.{name}", f"is true, but model.dtype is {contrary}; remove one of the two")
+            tree.fault(f"training.{name}", f"is true, but model.dtype is {contrary}; remove one of the two")
     if training.get("packing") and training.get("max_length", 0) is None:
-        draft.fault("training.max_length", "is null, but packing needs a length; write a number")
+        tree.fault("training.max_length", "is null, but packing needs a length; write a number")
     if training.get("packing") and training.get("packing_strategy") == "wrapped":
-        draft.fault(
+        tree.fault(
             "training.packing_strategy",
             "is wrapped, which cuts rows and lets them read one another; write bfd",
         )
     # trl 1.16 decides by `packing` alone how batches of both kinds of rows are put together.
     if training.get("eval_packing") and not training.get("packing"):
-        draft.fault(
+        tree.fault(
             "training.eval_packing",
             "is true without packing, so rows would read one another; add packing: true",
         )
     for name in ("checkpointing", "checkpointing_kwargs"):
         if training.get(f"gradient_{name}") is not None and training.get(f"activation_{name}") is not None:
-            draft.fault(
-                f"training.gradient_{name}", f"is read by nothing beside activation_{name}; remove it"
-            )
+            tree.fault(f"training.gradient_{name}", f"is read by nothing beside activation_{name}; remove it")
 
-    _check_tpu(draft, training)
+    _check_tpu(tree, training)
     if any(source.get("streaming") for source in data.get("train", [])):
         where = "with a source that is streamed"
         if training.get("max_steps", -1) <= 0:
-            draft.fault(
+            tree.fault(
                 "training.max_steps", f"is not given, {where}, whose rows nobody has counted; write a number"
             )
         if data.get("eval_fraction") is not None:
-            draft.fault("data.eval_fraction", f"is given, {where}; write data.eval")
+            tree.fault("data.eval_fraction", f"is given, {where}; write data.eval")
         for name in ("packing", "train_sampling_strategy", "shuffle_dataset", "dataloader_num_workers"):
             if training.get(name):
-                draft.fault(
+                tree.fault(
                     f"training.{name}",
-                    f"is {draft.shown(f'training.{name}')}, {where}; remove one of the two",
+                    f"is {tree.shown(f'training.{name}')}, {where}; remove one of the two",
                 )
     if data.get("eval") and data.get("eval_fraction") is not None:
-        draft.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
+        tree.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
     # As written: values that are wrong have had their fault.
-    written = [draft.at("data").child(name) for name in ("eval", "eval_fraction")]
+    written = [tree.at("data").child(name) for name in ("eval", "eval_fraction")]
     evaluated = any(node and node.value for node in written)
     for name, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
         if not evaluated and training.get(name, off) != off:
-            there = f"is {draft.shown(f'training.{name}')}, with nothing to evaluate on"
-            draft.fault(f"training.{name}", f"{there}; add data.eval or data.eval_fraction")
+            there = f"is {tree.shown(f'training.{name}')}, with nothing to evaluate on"
+            tree.fault(f"training.{name}", f"{there}; add data.eval or data.eval_fraction")
 
     def rows(source: dict[str, Any]) -> dict[str, Any]:
         return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
@@ -237,44 +233,44 @@ def check_rules(draft: Draft, sections: dict[str, dict[str, Any]]) -> None:
     for i, source in enumerate(data.get("eval", [])):
         if rows(source) in trained:
             message = "would be evaluated on rows it trains on; write other rows, or data.eval_fraction"
-            draft.fault(f"data.eval.{i}.path", message)
+            tree.fault(f"data.eval.{i}.path", message)
 
-    lora = draft.root.child("lora") or model.get("adapter")
-    if draft.root.child("quantization") and not lora:
+    lora = tree.root.child("lora") or model.get("adapter")
+    if tree.root.child("quantization") and not lora:
         message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
-        draft.fault("quantization", message)
+        tree.fault("quantization", message)
     init = sections["lora"].get("init_lora_weights")
     if isinstance(init, str) and init.startswith(FROM_BASE):
         # Taken out of 4-bit weights, they are rounded again, and no file holds what is left.
-        if draft.root.child("quantization"):
-            draft.fault(
+        if tree.root.child("quantization"):
+            tree.fault(
                 "lora.init_lora_weights",
                 f"is {init}, which quantised weights cannot give; remove one of the two",
             )
         if training.get("save_only_model") and training.get("load_best_model_at_end"):
-            draft.fault(
+            tree.fault(
                 "training.save_only_model",
                 f"is true, but the best weights of {init} are in what it leaves out; remove it",
             )
 
 
-def _check_tpu(draft: Draft, training: dict[str, Any]) -> None:
+def _check_tpu(tree: RecipeTree, training: dict[str, Any]) -> None:
     """Faults for what cannot go with sharding over the chips of a TPU, which one process drives."""
     key, sharding = "training.fsdp_config", training.get("fsdp_config")
     if sharding is None:
         return
     if not (sharding.get("xla") and sharding.get("xla_fsdp_v2")):
-        draft.fault(
+        tree.fault(
             key,
-            f"is {draft.shown(key)}; write {{xla: true, xla_fsdp_v2: true}} on a TPU; on GPUs remove it, and choose "
+            f"is {tree.shown(key)}; write {{xla: true, xla_fsdp_v2: true}} on a TPU; on GPUs remove it, and choose "
             "FSDP in the file given to `accelerate launch --config_file`",
         )
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if training.get(name):
-            draft.fault(
+            tree.fault(
                 f"training.{name}", f"is true, with {key}; write xla_fsdp_grad_ckpt: true there instead"
             )
-    if draft.root.child("quantization"):
-        draft.fault(
+    if tree.root.child("quantization"):
+        tree.fault(
             "quantization", f"is given, with {key}, but bitsandbytes knows no TPU; remove one of the two"
         )

@@ -37,7 +37,7 @@ from finetune.recipe.upstream import (
     unknown_key,
     upstream_keys,
 )
-from finetune.recipe.yaml_tree import Draft, Node, override, quoted, read_file, scalar_text
+from finetune.recipe.yaml_tree import Node, RecipeTree, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 
 # Those of the sections that are our own.
@@ -137,43 +137,43 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with all faults, one line each: `FILE:LINE: section.key: what is there; what to write`.
     """
     path = Path(path)
-    draft = Draft(Node({}, str(path)))
-    root = read_file(path, draft)
+    tree = RecipeTree(Node({}, str(path)))
+    root = read_file(path, tree)
     if root is None:
-        raise RecipeError(draft.report())
-    draft.root = root
+        raise RecipeError(tree.report())
+    tree.root = root
     for text in overrides:
-        override(draft, text)
+        override(tree, text)
     # A section that is null is a section taken away.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
     keys = _keys()
     for name in root.value:
         if name not in keys[""]:
-            unknown_key(draft, name, "", keys)
+            unknown_key(tree, name, "", keys)
     for section, required in (("model", "name_or_path"), ("data", "train")):
         node = root.child(section)
         if node is None or (isinstance(node.value, dict) and required not in node.value):
-            draft.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
-    sections = {section: check_section(draft, section, keys) for section in keys[""]}
-    check_model(draft, sections["model"])
+            tree.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
+    sections = {section: check_section(tree, section, keys) for section in keys[""]}
+    check_model(tree, sections["model"])
     for key in ("data.train", "data.eval"):
-        sources = draft.at(key).plain()
+        sources = tree.at(key).plain()
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             if isinstance(source, dict):
-                check_source(draft, f"{key}.{i}", source)
-    check_evaluate(draft, sections["evaluate"])
-    check_hub(draft, sections["hub"], sections["model"])
-    check_rules(draft, sections)
+                check_source(tree, f"{key}.{i}", source)
+    check_evaluate(tree, sections["evaluate"])
+    check_hub(tree, sections["hub"], sections["model"])
+    check_rules(tree, sections)
     if "quantization" in root.value:
-        check_quantization(draft, sections["quantization"])
-    if draft.faults:
-        raise RecipeError(draft.report())
+        check_quantization(tree, sections["quantization"])
+    if tree.faults:
+        raise RecipeError(tree.report())
 
     if adapter := sections["model"].get("adapter"):
-        sections["lora"] = adapters_lora(draft, adapter, sections["lora"], keys["lora"])
-        if draft.faults:
-            raise RecipeError(draft.report())
+        sections["lora"] = adapters_lora(tree, adapter, sections["lora"], keys["lora"])
+        if tree.faults:
+            raise RecipeError(tree.report())
     lora: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
     lora = sections["lora"] if adapter else lora | sections["lora"]
     if lora.get("trainable_token_indices") == "none":

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.yaml_tree import NUMBER, Draft
+from finetune.recipe.yaml_tree import NUMBER, RecipeTree
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under
 # "source" the keys of one entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps
@@ -210,19 +210,19 @@ def _narrowed(hint: Any, choices: Any) -> Any:
     return Union[tuple(m for m in members if m not in loose)]  # noqa: UP007 (not a fixed list)
 
 
-def check_section(draft: Draft, section: str, keys: Keys) -> dict[str, Any]:
+def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
     """The keys of a section that are known and whose values are of the right type; faults for all others."""
-    node = draft.root.child(section)
-    if node is None or section in draft.broken:
+    node = tree.root.child(section)
+    if node is None or section in tree.broken:
         return {}
     if not isinstance(node.value, dict):
-        draft.fault(section, f"is {node.shown()}; write a map of keys")
+        tree.fault(section, f"is {node.shown()}; write a map of keys")
         return {}
     hints, valid = keys[section], {}
     for name, child in node.value.items():
         key = f"{section}.{name}"
         if name not in hints:
-            unknown_key(draft, key, section, keys)
+            unknown_key(tree, key, section, keys)
             continue
         value = child.plain()
         kinds = (hints[name], *typing.get_args(hints[name]))
@@ -233,32 +233,32 @@ def check_section(draft: Draft, section: str, keys: Keys) -> dict[str, Any]:
             # As JSON, because strict JSON has the types of YAML: enums are text, tuples are lists.
             checked = TypeAdapter(hints[name], config=_STRICT).validate_json(json.dumps(value))
         except ValidationError as error:
-            _explain(draft, key, error.errors(include_url=False), keys)
+            _explain(tree, key, error.errors(include_url=False), keys)
         else:
-            if key not in draft.broken:
+            if key not in tree.broken:
                 valid[name] = checked if isinstance(checked, float) else value
     # Without a value of the wrong type upstream would see its own default, and complain about that.
     if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
-        _ask_upstream(draft, section, valid)
+        _ask_upstream(tree, section, valid)
     return valid
 
 
-def unknown_key(draft: Draft, key: str, section: str, keys: Keys) -> None:
+def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
     """A fault for a key that its section does not have, with the one that was meant."""
     name, known = key.rpartition(".")[2], keys[section]
     elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
     near = difflib.get_close_matches(name, known, n=1)
     owner = {"training": "trl.SFTConfig", "lora": "peft.LoraConfig"}.get(section)
     if name in INSTEAD[section]:
-        draft.fault(key, f"is not a recipe's key; {INSTEAD[section][name]}")
+        tree.fault(key, f"is not a recipe's key; {INSTEAD[section][name]}")
     elif elsewhere:
-        draft.fault(key, f"is unknown; write {' or '.join(elsewhere)}")
+        tree.fault(key, f"is unknown; write {' or '.join(elsewhere)}")
     elif near:
-        draft.fault(key, f"is unknown; write {near[0]}")
+        tree.fault(key, f"is unknown; write {near[0]}")
     elif owner:
-        draft.fault(key, f"is unknown; write a parameter of {owner}")
+        tree.fault(key, f"is unknown; write a parameter of {owner}")
     else:
-        draft.fault(key, f"is unknown; write one of {', '.join(known)}")
+        tree.fault(key, f"is unknown; write one of {', '.join(known)}")
 
 
 _EXPECTED = {
@@ -280,11 +280,11 @@ _PATTERNS = {
 }
 
 
-def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> None:
+def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys) -> None:
     """Pydantic's errors about one key as faults, each at the deepest place in the tree that it is about."""
     expected: dict[str, list[str]] = {}
     for error in errors:
-        place, node = key, draft.at(key)
+        place, node = key, tree.at(key)
         # Between the steps into the value, `loc` has the members of unions, which are no places.
         for step in map(str, error["loc"]):
             if node.child(step):
@@ -292,12 +292,12 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
         words = expected.setdefault(place, [])
         kind = error["type"]
         if kind == "missing":
-            draft.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
+            tree.fault(place, f"has no {error['loc'][-1]}; write {error['loc'][-1]}: ...")
         elif kind == "extra_forbidden":
             within = place.split(".")[-2]
-            unknown_key(draft, place, within if within in keys else "source", keys)
+            unknown_key(tree, place, within if within in keys else "source", keys)
         elif kind == "unexpected_keyword_argument":
-            draft.fault(place, "is unknown; write a parameter that peft documents")
+            tree.fault(place, "is unknown; write a parameter that peft documents")
         else:
             message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             choices = re.findall(r"'[^']*'", message)
@@ -308,11 +308,11 @@ def _explain(draft: Draft, key: str, errors: list[ErrorDetails], keys: Keys) -> 
             words.append(_EXPECTED.get(kind, re.sub("^(greater|less) ", r"a number \1 ", message)))
     for place, words in expected.items():
         deeper = any(other.startswith(f"{place}.") for other in expected)
-        if words and not deeper and place not in draft.broken:
-            draft.fault(place, f"is {draft.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
+        if words and not deeper and place not in tree.broken:
+            tree.fault(place, f"is {tree.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
 
 
-def _ask_upstream(draft: Draft, section: str, given: dict[str, Any]) -> None:
+def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None:
     """Faults for what the upstream configuration itself refuses or says it would ignore."""
     from peft import LoraConfig
     from trl import SFTConfig
@@ -340,26 +340,26 @@ def _ask_upstream(draft: Draft, section: str, given: dict[str, Any]) -> None:
             named = [name for name in left if re.search(rf"\b{name}\b", text)]
             named = named or [name for name in left if text in complaints({name: left[name]})]
             key = f"{section}.{min(named, key=text.find)}" if named else section
-            there = f"is {draft.shown(key)}" if named else "is refused"
-            draft.fault(key, f"{there}; {config.__name__} says: {text}")
+            there = f"is {tree.shown(key)}" if named else "is refused"
+            tree.fault(key, f"{there}; {config.__name__} says: {text}")
             # What has been blamed is taken out, to see whether there is anything else.
             left = {name: value for name, value in left.items() if name not in (named or left)}
         if not left:
             break  # what it still says is about this machine, not about these values
 
 
-def check_quantization(draft: Draft, bits: dict[str, Any]) -> None:
+def check_quantization(tree: RecipeTree, bits: dict[str, Any]) -> None:
     """Faults for quantization that would quietly be another one, or of which a part would be read by nothing."""
     four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
     if bool(four) == bool(eight):
         have = "has both load_in_4bit and" if four else "has neither load_in_4bit nor"
-        draft.fault("quantization", f"{have} load_in_8bit; write one of them, with true")
+        tree.fault("quantization", f"{have} load_in_8bit; write one of them, with true")
         return
-    if four and "bnb_4bit_quant_type" not in draft.at("quantization").value:
+    if four and "bnb_4bit_quant_type" not in tree.at("quantization").value:
         message = "is true, and upstream's bnb_4bit_quant_type would be fp4; write bnb_4bit_quant_type: nf4"
-        draft.fault("quantization.load_in_4bit", message)
+        tree.fault("quantization.load_in_4bit", message)
     for name in bits:
         if name.startswith("bnb_4bit_") and not four:
-            draft.fault(f"quantization.{name}", "is read by nothing without load_in_4bit: true; remove it")
+            tree.fault(f"quantization.{name}", "is read by nothing without load_in_4bit: true; remove it")
         if name in ("llm_int8_threshold", "llm_int8_has_fp16_weight") and not eight:
-            draft.fault(f"quantization.{name}", "is read by nothing without load_in_8bit: true; remove it")
+            tree.fault(f"quantization.{name}", "is read by nothing without load_in_8bit: true; remove it")

@@ -68,7 +68,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass
-class Draft:
+class RecipeTree:
     """A recipe while it is read and checked: its tree, and the faults so far as `(origin, message)`."""
 
     root: Node
@@ -168,53 +168,53 @@ class _BadYaml(ValueError):
         self.line = line
 
 
-def read_file(path: Path, draft: Draft, chain: tuple[Path, ...] = (), origin: str = "") -> Node | None:
+def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin: str = "") -> Node | None:
     """The tree of a file, laid over that of the file it extends; None (and a fault) where one can't be read.
 
     Args:
         path: the file.
-        draft: takes the faults.
+        tree: takes the faults.
         chain: the files that led here by `extends`, resolved.
         origin: the line that says `extends`.
     """
     where, who = (origin, f"extends: {path} ") if origin else (str(path), "")
     try:
-        node = _parse(path.read_text(encoding="utf-8-sig"), str(path), "", draft)
+        node = _parse(path.read_text(encoding="utf-8-sig"), str(path), "", tree)
     except _BadYaml as error:
-        draft.faults.append((f"{path}:{error.line}", f"is not YAML: {error}"))
+        tree.faults.append((f"{path}:{error.line}", f"is not YAML: {error}"))
         return None
     except UnicodeDecodeError as error:
-        draft.faults.append((where, f"{who}is not UTF-8 (byte {error.start}); save it as UTF-8"))
+        tree.faults.append((where, f"{who}is not UTF-8 (byte {error.start}); save it as UTF-8"))
         return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        draft.faults.append((where, f"{who}can't be read ({reason}); write the path of a recipe"))
+        tree.faults.append((where, f"{who}can't be read ({reason}); write the path of a recipe"))
         return None
     if not node or not isinstance(node.value, dict):
         there = node.shown() if node else "empty"
-        draft.faults.append((where, f"{who}is {there}; write at least the sections model and data"))
+        tree.faults.append((where, f"{who}is {there}; write at least the sections model and data"))
         return None
 
     extends = node.value.pop("extends", Node(None, str(path)))
     if extends.value is None:
-        return None if "extends" in draft.broken else node
+        return None if "extends" in tree.broken else node
     if not isinstance(extends.value, str):
-        draft.faults.append((extends.origin, f"extends: is {extends.shown()}; write the path of one recipe"))
+        tree.faults.append((extends.origin, f"extends: is {extends.shown()}; write the path of one recipe"))
         return None
     parent = Path(os.path.normpath(path.parent / extends.value))
     chain = (*chain, path.resolve())
     if parent.resolve() in chain:
-        draft.faults.append((extends.origin, f"extends: {parent} leads back to itself; remove one extends"))
+        tree.faults.append((extends.origin, f"extends: {parent} leads back to itself; remove one extends"))
         return None
-    base = read_file(parent, draft, chain, extends.origin)
+    base = read_file(parent, tree, chain, extends.origin)
     return base and _merged(base, node)
 
 
-def _parse(text: str, file: str, key: str, draft: Draft) -> Node | None:
+def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
     """The tree of a text, None when it is empty; `key` is where it belongs in the recipe."""
     try:
         root = yaml.compose(text, Loader=_Loader)
-        return _convert(root, file, file, key, draft) if root else None
+        return _convert(root, file, file, key, tree) if root else None
     except RecursionError:
         raise _BadYaml("nested too deeply", 1) from None
     except yaml.reader.ReaderError as error:
@@ -236,7 +236,7 @@ def _merged(base: Node, node: Node) -> Node:
 
 
 def _convert(
-    node: yaml.Node, file: str, origin: str, key: str, draft: Draft, above: tuple[yaml.Node, ...] = ()
+    node: yaml.Node, file: str, origin: str, key: str, tree: RecipeTree, above: tuple[yaml.Node, ...] = ()
 ) -> Node:
     """What PyYAML composed as a tree of ours; `above` are the nodes around it."""
 
@@ -244,14 +244,14 @@ def _convert(
         return file if file == COMMAND_LINE else f"{file}:{mark.line + 1}"
 
     def convert(child: yaml.Node, name: str | int, mark: yaml.Mark) -> Node:
-        return _convert(child, file, place(mark), f"{key}.{name}".lstrip("."), draft, (*above, node))
+        return _convert(child, file, place(mark), f"{key}.{name}".lstrip("."), tree, (*above, node))
 
     if any(node is ancestor for ancestor in above):
-        return draft.unreadable(key, origin, "contains itself; write the value out")
+        return tree.unreadable(key, origin, "contains itself; write the value out")
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node, origin, key, draft)
+        return _scalar(node, origin, key, tree)
     if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
-        return draft.unreadable(key, origin, f"has the tag {node.tag.replace(_TAG, '!!')}; remove the tag")
+        return tree.unreadable(key, origin, f"has the tag {node.tag.replace(_TAG, '!!')}; remove the tag")
     if isinstance(node, yaml.SequenceNode):
         return Node([convert(item, i, item.start_mark) for i, item in enumerate(node.value)], origin)
 
@@ -260,7 +260,7 @@ def _convert(
     seen: dict[str, int] = {}
 
     def fault(mark: yaml.Mark, message: str) -> None:
-        draft.faults.append((place(mark), f"{key}: {message}" if key else message))
+        tree.faults.append((place(mark), f"{key}: {message}" if key else message))
 
     for key_node, value_node in node.value:
         mark, name = key_node.start_mark, key_node.value
@@ -275,14 +275,14 @@ def _convert(
             continue
         for merged in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
             if isinstance(merged, yaml.MappingNode):
-                extra = _convert(merged, file, origin, key, draft, (*above, node))
+                extra = _convert(merged, file, origin, key, tree, (*above, node))
                 inherited = (extra.value or {}) | inherited
             else:
                 fault(mark, "<< merges something else than a map; write a map")
     return Node(inherited | own, origin)
 
 
-def _scalar(node: yaml.ScalarNode, origin: str, key: str, draft: Draft) -> Node:
+def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> Node:
     """A scalar with the environment read into it, and a fault for a secret that is written out."""
     text, kind = str(node.value), node.tag.removeprefix(_TAG)
     variables: list[str] = []
@@ -307,34 +307,34 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, draft: Draft) -> Node:
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         problems.append("has a character that no text may have (NUL or half a surrogate pair); remove it")
     for problem in problems:
-        draft.unreadable(key, origin, problem)
+        tree.unreadable(key, origin, problem)
     if problems:
         return Node(None, origin)
     try:
         value = _PLAIN[kind][1](text)
     except (KeyError, ValueError):
         there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
-        return draft.unreadable(key, origin, f"{there}; write text or a number")
+        return tree.unreadable(key, origin, f"{there}; write text or a number")
 
     named = SECRET_NAME.search(key.rpartition(".")[2])
     if SECRET.search(node.value) or (named and not variables and isinstance(value, str) and value):
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
-        draft.faults.append((origin, f"{key}: a secret is written out; {instead}"))
+        tree.faults.append((origin, f"{key}: a secret is written out; {instead}"))
         template = "(secret)"
     elif variables and (named or SECRET.search(text) or any(map(SECRET_NAME.search, variables))):
         template = node.value
     else:
         return Node(value, origin)
     if text:
-        draft.secrets[text] = template
+        tree.secrets[text] = template
     return Node(value, origin, template)
 
 
-def override(draft: Draft, text: str) -> None:
+def override(tree: RecipeTree, text: str) -> None:
     """Lays `section.key=value`, the value in YAML, over the tree."""
 
     def fault(message: str) -> None:
-        draft.faults.append((COMMAND_LINE, message))
+        tree.faults.append((COMMAND_LINE, message))
 
     key, equals, value = text.partition("=")
     names = key.split(".")
@@ -343,10 +343,10 @@ def override(draft: Draft, text: str) -> None:
     if names[0] == "extends":
         return fault("extends: can't be overridden; write it into a recipe")
     try:
-        node = _parse(value, COMMAND_LINE, key, draft) or Node(None, COMMAND_LINE)
+        node = _parse(value, COMMAND_LINE, key, tree) or Node(None, COMMAND_LINE)
     except _BadYaml as error:
         return fault(f"{key}: the value is not YAML: {error}; quote it")
-    here = draft.root
+    here = tree.root
     for depth, name in enumerate(names):
         if here.value is None:
             here.value = {}

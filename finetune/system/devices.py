@@ -116,12 +116,12 @@ def machine_memory() -> tuple[int, int]:
 
     told = psutil.virtual_memory()
     whole, left = told.total, told.available if sys.platform == "linux" else told.total
-    for limit, used in _limits():
+    for limit, used in _cgroup_limits():
         whole, left = min(whole, limit), min(left, max(0, limit - used))
     return whole, left
 
 
-def _limits(
+def _cgroup_limits(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[int, int]]:
     """Of each control group with a limit that this process is in: the limit, and what is used beside cached files."""
@@ -152,13 +152,13 @@ def _limits(
 _CACHED = ("active_file", "inactive_file", "slab_reclaimable")
 
 
-def process_peak() -> int:
+def process_peak_memory() -> int:
     """The most bytes of memory that this process has had since it began."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def millijoules() -> int:
+def energy_millijoules() -> int:
     """What this process's card has taken since its driver was loaded; 0 where nobody counts it."""
     import torch
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from finetune.system.errors import RunError
 
-FILE = "the file given to accelerate launch"
-LOST = (
+LAUNCHER_FILE = "the file given to accelerate launch"
+LOST_RANK = (
     "another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; go on with "
     "training.resume_from_checkpoint=true"
 )
@@ -44,7 +44,7 @@ def check_launcher() -> None:
         RanksError: With what to write instead.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise RunError(f"{FILE}: DeepSpeed is not used here; take accelerate_configs/fsdp.yaml")
+        raise RunError(f"{LAUNCHER_FILE}: DeepSpeed is not used here; take accelerate_configs/fsdp.yaml")
 
 
 def rank() -> int:
@@ -52,19 +52,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes the run has."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def sharded() -> bool:
+def uses_fsdp() -> bool:
     """Whether each rank is to hold a part of the weights (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """What the first rank holds, on every rank; plain data."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     from torch.distributed import broadcast_object_list
 
@@ -79,11 +79,11 @@ def check_same(facts: dict[str, Any]) -> None:
     Raises:
         RanksError: On every rank, with the first difference.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     import torch.distributed as dist
 
-    of_all: list[Any] = [None] * count()
+    of_all: list[Any] = [None] * world_size()
     dist.all_gather_object(of_all, (socket.gethostname(), facts))
     host, first = of_all[0]
     for other, (place, found) in enumerate(of_all):
@@ -95,9 +95,9 @@ def check_same(facts: dict[str, Any]) -> None:
                 )
 
 
-def most(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of the numbers that the ranks hold; every rank must ask at once."""
-    if count() == 1:
+    if world_size() == 1:
         return number
     import torch
     import torch.distributed as dist
@@ -117,16 +117,16 @@ def check_shared(path: Path) -> None:
     deadline = time.monotonic() + _SILENCE
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    if blind := most(0 if path.exists() else rank()):
+    if blind := max_over_ranks(0 if path.exists() else rank()):
         raise RunError(
             f"training.output_dir: rank {blind} does not see {path}, which rank 0 has written; all machines need one "
             "shared filesystem there"
         )
 
 
-def leave() -> None:
+def leave_group() -> None:
     """Parts with the other processes, when all are through."""
-    if count() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         dist.barrier()
@@ -138,7 +138,7 @@ def leave() -> None:
 # Faults
 
 
-def watch() -> None:
+def watch_other_ranks() -> None:
     """Ends this process soon after another one has left a fault in the store, or when the store has gone."""
     if _has_store():
         threading.Thread(target=_watch, name="finetune-ranks", daemon=True).start()
@@ -155,14 +155,14 @@ def _watch() -> None:
         except Exception:  # torch has several for it
             store = None
             if time.monotonic() - heard > _SILENCE and not _left.is_set():
-                _say([f"error: {LOST} (the launcher of the first machine does not answer)"])
+                _say([f"error: {LOST_RANK} (the launcher of the first machine does not answer)"])
                 os._exit(1)
         time.sleep(0.5)
 
 
-def end(lines: Sequence[str], code: int) -> None:
+def end_all_ranks(lines: Sequence[str], code: int) -> None:
     """Says a fault once, whichever ranks have met it, and ends this process; where it is the only one, does nothing."""
-    if count() == 1:
+    if world_size() == 1:
         return
     mine = True
     with contextlib.suppress(Exception):  # better said twice than not at all
@@ -191,10 +191,10 @@ def _say(lines: Sequence[str]) -> None:
         print(where + line, file=sys.stderr, flush=True)
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether an error says no more than that another rank has gone."""
     text = str(error)
-    return count() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _GONE)
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _GONE)
 
 
 # What gloo and NCCL say of it.
@@ -209,7 +209,7 @@ _GONE = (
 
 
 def _has_store() -> bool:
-    return count() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return world_size() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store() -> Any:

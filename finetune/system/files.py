@@ -86,7 +86,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def file_of(run: Path, name: str) -> Path | None:
+def run_file(run: Path, name: str) -> Path | None:
     """A file of a run, for one of its checkpoints too; None where it has none."""
     folders = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
@@ -154,7 +154,7 @@ def check_apart(output: Path, inputs: Sequence[Path]) -> None:
             raise RunError(f"--output: {output} holds {path}, which is read; write another path")
 
 
-def digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

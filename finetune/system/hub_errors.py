@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 
-def trouble(repo: str, error: BaseException) -> str | None:
+def hub_problem(repo: str, error: BaseException) -> str | None:
     """What follows a repository's name in a line that tells of a failure; None where the Hub has no part in it.
 
     Upstream's libraries raise errors of their own from those of the Hub's client, which are looked for beneath them.
@@ -87,7 +87,7 @@ def _beneath(error: BaseException) -> Iterator[BaseException]:
 
 
 @contextlib.contextmanager
-def quiet(bars: bool) -> Iterator[None]:
+def quiet_hub_client(bars: bool) -> Iterator[None]:
     """Keeps the client's notes, of retries above all, from the screen, and its bars unless they are wanted."""
     from huggingface_hub import utils
 

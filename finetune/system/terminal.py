@@ -12,7 +12,7 @@ from typing import Any
 Say = Callable[[str], None]
 
 
-def terminal() -> Any:
+def interactive_console() -> Any:
     """The terminal that standard error is, as rich's console; None where it is none, or one that draws nothing.
 
     FORCE_COLOR, which notebooks and CI set to have colours, makes rich take a file or a pipe for a terminal. The
@@ -28,7 +28,7 @@ def terminal() -> Any:
 
 
 @contextmanager
-def bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callable[[int], None]]:
     """What to call with how many more are done; `unit` is "bytes" where sizes are counted."""
     from rich.progress import (
         BarColumn,
@@ -39,7 +39,7 @@ def bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callabl
         TimeRemainingColumn,
     )
 
-    console = terminal() if shown and total else None
+    console = interactive_console() if shown and total else None
     if console is None:
         yield lambda count: None
         return

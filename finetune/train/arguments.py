@@ -23,7 +23,7 @@ def check_launch(recipe: Recipe) -> None:
     Raises:
         LaunchError, ModelError: With the key to change, in one of the two.
     """
-    file, training, bits = distributed.FILE, recipe.training, recipe.quantization or {}
+    file, training, bits = distributed.LAUNCHER_FILE, recipe.training, recipe.quantization or {}
     check_precision(training, bits, resolve_dtype(recipe.model), devices.device_of())
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in (
         "no",
@@ -35,11 +35,11 @@ def check_launch(recipe: Recipe) -> None:
         raise RunError(
             f"training.optim: is {optim}, whose state cannot be saved; write adamw_torch_fused, or adamw_8bit"
         )
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         for key, why in _ALONE.items():
             if training.get(key):
                 raise RunError(
-                    f"training.{key}: is true, but there are {distributed.count()} processes, {why}; remove it"
+                    f"training.{key}: is true, but there are {distributed.world_size()} processes, {why}; remove it"
                 )
     for size in ("TP", "CP", "SP"):
         if int(os.environ.get(f"PARALLELISM_CONFIG_{size}_SIZE", 1)) > 1:
@@ -47,7 +47,7 @@ def check_launch(recipe: Recipe) -> None:
                 f"{file}: parallelism_config_{size.lower()}_size is above 1, and nothing is spread that way here; "
                 "remove it, and take accelerate_configs/fsdp.yaml"
             )
-    if not distributed.sharded():
+    if not distributed.uses_fsdp():
         return
     if os.environ.get("FSDP_VERSION") != "2":
         raise RunError(f"{file}: fsdp_config.fsdp_version is not 2; write 2")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.system.devices import millijoules, process_peak
+from finetune.system.devices import energy_millijoules, process_peak_memory
 
 
 class Meter:
@@ -19,7 +19,7 @@ class Meter:
     def __init__(self, work: float = 0.0, speed: float = 0.0) -> None:
         self.work, self.speed = work, speed
         self.mark = (0.0, 0.0)
-        self.counter = millijoules()
+        self.counter = energy_millijoules()
 
     def rest(self, tokens: float) -> None:
         """What came before is not training time: a start, an evaluation."""
@@ -38,10 +38,10 @@ class Meter:
 
     def spent(self) -> int:
         """Millijoules that this process's card took since the last time."""
-        before, self.counter = self.counter, millijoules()
+        before, self.counter = self.counter, energy_millijoules()
         return self.counter - before
 
 
 def _peak() -> float:
     """Bytes: of the current card, of the process where there is none."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak_memory()

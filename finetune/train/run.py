@@ -79,7 +79,7 @@ def train(
     check_trackers(trackers)
     if main and recipe.hub.repo_id:
         check_access()  # not after hours
-    distributed.watch()  # before the processes wait for each other
+    distributed.watch_other_ranks()  # before the processes wait for each other
     locate(
         recipe.model.name_or_path
     )  # transformers 5.23 lets only the first of joined processes save a model
@@ -87,7 +87,7 @@ def train(
     config = training_arguments(recipe, streamed)  # which joins them
     if main:
         checkpoint.check_output(output, resume)
-    if distributed.count() == 1 and (gpus := torch.cuda.device_count()) > 1:
+    if distributed.world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
         say(f"one of {gpus} GPUs is used; for all, see accelerate_configs/ddp.yaml and fsdp.yaml")
 
     tokenizer = load_tokenizer(recipe.model)
@@ -98,7 +98,7 @@ def train(
     say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
-    start = distributed.from_first(_start(recipe, output, data, say) if main else None)
+    start = distributed.broadcast_from_first(_start(recipe, output, data, say) if main else None)
     distributed.check_same(
         {
             "the recipe": recipe.to_yaml(),
@@ -144,7 +144,7 @@ def train(
     trainer.rows = [] if streamed else data.dataset
     trainer.meter = _meter(recipe, model, data)
     trainer.recipe = recipe.to_yaml()
-    trainer.marks = {"processes": distributed.count(), "rows": data.digest}
+    trainer.marks = {"processes": distributed.world_size(), "rows": data.digest}
     if not streamed:
         check_rows(trainer.train_dataset, data, "train")
     if evaluation.dataset is not None:
@@ -183,7 +183,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         step = trainer.state.global_step
         if stopped and step < trainer.state.max_steps:
-            distributed.leave()
+            distributed.leave_group()
             raise Stopped(
                 stopped[0],
                 f"stopped at step {step} of {trainer.state.max_steps}; {output / f'checkpoint-{step}'} is saved. "
@@ -196,7 +196,7 @@ def train(
             say(f"data: {data.ledger.summary()}")
         _finish(trainer, recipe, output)
         finish(trainer, output, asked)
-    distributed.leave()
+    distributed.leave_group()
     say(f"saved: {output}")
     if main and recipe.hub.repo_id:
         uploads.finish()
@@ -206,7 +206,7 @@ def train(
 
 def _meter(recipe: Recipe, model: Any, data: Prepared) -> Meter:
     """What measures the run; a card's speed is known of some."""
-    speed = devices.this_machine().tflops(mixed_precision_of(recipe)) * 1e12 * distributed.count()
+    speed = devices.this_machine().tflops(mixed_precision_of(recipe)) * 1e12 * distributed.world_size()
     if not speed:
         return Meter()
     ledger = data.ledger
@@ -226,10 +226,12 @@ def _push(output: Path, say: Say) -> None:
 def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | None:
     """The checkpoint to go on from, which must belong to this recipe and these rows."""
     start = checkpoint.to_resume(output, recipe.training.get("resume_from_checkpoint") or False, say)
-    if start is not None and (saved := files.file_of(start, "recipe.yaml")):
+    if start is not None and (saved := files.run_file(start, "recipe.yaml")):
         marks = checkpoint.marks(start)
         same_rows = marks.get("rows") == data.digest
-        diff.compare(saved, recipe, say, same_rows, (int(marks.get("processes", 1)), distributed.count()))
+        diff.compare(
+            saved, recipe, say, same_rows, (int(marks.get("processes", 1)), distributed.world_size())
+        )
     return start
 
 
@@ -243,7 +245,7 @@ def environment(model: Any) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
         "device": device,
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.system(),

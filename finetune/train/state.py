@@ -116,7 +116,7 @@ def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[
     parameters = trained(model)
     rank = distributed.rank()
     # The first rank has written the model's files; another machine may not see them yet.
-    there = distributed.from_first(_weights(folder) if not rank else None)
+    there = distributed.broadcast_from_first(_weights(folder) if not rank else None)
     tensors: dict[str, torch.Tensor] = {}
     pieces: dict[str, Any] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -146,7 +146,7 @@ def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, logged: dict[
     ]
     metadata = {"pieces": pieces, "values": values, "groups": groups, "logged": logged}
     text = {name: json.dumps(value) for name, value in metadata.items()}
-    save_file(tensors, _file(folder, rank, distributed.count()), text)
+    save_file(tensors, _file(folder, rank, distributed.world_size()), text)
     if rank == 0:
         torch.save(scheduler.state_dict(), folder / "scheduler.pt")
 
@@ -294,10 +294,14 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
                 continue
             value = stored.own(whole_key, distributed.rank())
             assert value is not None
-            if value.dim() and isinstance(parameter, DTensor) and len(stored.files) != distributed.count():
+            if (
+                value.dim()
+                and isinstance(parameter, DTensor)
+                and len(stored.files) != distributed.world_size()
+            ):
                 raise RunError(
                     f"{folder}: the optimizer's {key} was cut for {len(stored.files)} processes and there are "
-                    f"{distributed.count()}; start as many"
+                    f"{distributed.world_size()}; start as many"
                 )
             found[key] = value
         for metadata in stored.metadata:
@@ -310,13 +314,13 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _load_scheduler(folder, scheduler, inner)
     of_all: list[dict[str, Any]] = [metadata["logged"] for metadata in stored.metadata]
-    if len(of_all) == distributed.count():
+    if len(of_all) == distributed.world_size():
         return of_all[distributed.rank()]
     means = {key: sum(logged[key] for logged in of_all) / len(of_all) for key in ("loss", "total")}
     # What is added up over the ranks: each takes its part, the first what is over.
     sums = {key: sum(round(logged.get(key, 0)) for logged in of_all) for key in ("trained", "energy")}
     parts = {
-        key: n // distributed.count() + n % distributed.count() * (not distributed.rank())
+        key: n // distributed.world_size() + n % distributed.world_size() * (not distributed.rank())
         for key, n in sums.items()
     }
     return of_all[0] | means | parts

@@ -360,7 +360,7 @@ def saving(folder: Path) -> Iterator[None]:
         yield
     # torch and safetensors tell a full disk by their own errors.
     except (OSError, RuntimeError, SafetensorError) as error:
-        if distributed.is_lost(error) or isinstance(error, torch.OutOfMemoryError):
+        if distributed.is_lost_rank(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         if not distributed.rank():
             shutil.rmtree(folder, ignore_errors=True)

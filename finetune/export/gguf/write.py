@@ -33,7 +33,7 @@ from finetune.export.gguf.tensors import ARCHITECTURES, changed, head_size, name
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import sync
-from finetune.system.terminal import bar
+from finetune.system.terminal import progress_bar
 
 __all__ = ["TYPES", "write"]
 
@@ -119,7 +119,7 @@ def write(
         )
     beside = file.with_name(f".{file.name}.partial")
     try:
-        with beside.open("wb") as out, bar(f"{kind}: weights", total, progress, "bytes") as advance:
+        with beside.open("wb") as out, progress_bar(f"{kind}: weights", total, progress, "bytes") as advance:
             out.write(header)
             advance(len(header))
             before = 0

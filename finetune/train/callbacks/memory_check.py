@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from finetune.system.devices import machine_memory, process_peak
+from finetune.system.devices import machine_memory, process_peak_memory
 from finetune.system.errors import RunError
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
@@ -111,7 +111,7 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
                 SFTTrainer.training_step(trainer, model, batch, items)
         if cuda:
             return before, torch.cuda.max_memory_allocated(device)
-        return before, process_peak()
+        return before, process_peak_memory()
 
     def _extrapolated(self, rows: list[dict[str, Any]]) -> int:
         """About the bytes that a batch needs which did not fit; 0 where not even a part of it fits.

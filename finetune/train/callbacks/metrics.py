@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from finetune.system import files
 from finetune.system.charts import points, smoothed
-from finetune.system.terminal import terminal
+from finetune.system.terminal import interactive_console
 from finetune.train import checkpoint
 
 
@@ -63,7 +63,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        if console := terminal():
+        if console := interactive_console():
             note = TextColumn("{task.fields[note]}")
             left = (TimeRemainingColumn(), TextColumn("left"))
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)

@@ -34,7 +34,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     def on_signal(signum: int, frame: Any) -> None:
         nonlocal at
         # A launcher hands its signal on, and more than once.
-        hasty = signum == signal.SIGINT and (distributed.count() == 1 or time.monotonic() - at > 3)
+        hasty = signum == signal.SIGINT and (distributed.world_size() == 1 or time.monotonic() - at > 3)
         if stopped and hasty:
             raise KeyboardInterrupt
         at = at or time.monotonic()
@@ -44,7 +44,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         due = False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            signum = distributed.most(stopped[0] if stopped else 0)
+            signum = distributed.max_over_ranks(stopped[0] if stopped else 0)
             stopped[:] = [signum] if signum else []
             # The last step ends the run anyway.
             if stopped and state.global_step < state.max_steps:

@@ -26,9 +26,9 @@ from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
-from finetune.system.files import file_of
+from finetune.system.files import run_file
 from finetune.system.fresh_process import child_environment
-from finetune.system.terminal import bar
+from finetune.system.terminal import progress_bar
 
 # Of a batch, padding and all: enough to keep a processor busy, and its activations are small beside a model.
 _BATCH_TOKENS = 1024
@@ -97,7 +97,7 @@ def calibration(
 def _rows_of_run(
     model: Path, chat: Chat, rows: int, spare: int, say: Callable[[str], None]
 ) -> tuple[list[list[int]], str]:
-    if recipe_file := file_of(model, "recipe.yaml"):
+    if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)
             training, _ = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
@@ -190,7 +190,7 @@ def collect(
     total = sum(map(len, rows))
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as said,
-        bar("importance matrix", total, progress) as done,
+        progress_bar("importance matrix", total, progress) as done,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as child,
     ):
         try:

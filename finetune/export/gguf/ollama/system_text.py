@@ -11,7 +11,7 @@ from finetune.data.readers import read_rows
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError, RecipeError
-from finetune.system.files import file_of
+from finetune.system.files import run_file
 
 # Rows that are looked at, of each source.
 _ROWS = 1000
@@ -25,7 +25,7 @@ def system_of(model: Path) -> str:
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
     """
-    file = file_of(model, "recipe.yaml")
+    file = run_file(model, "recipe.yaml")
     if file is None:
         return ""
     try:
