@@ -6,13 +6,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -28,11 +27,10 @@ import finetune.export.transformers
 import finetune.merge.run
 from finetune.cli.commands import main
 from finetune.data.template import load_template
-from finetune.export import verify
 from finetune.export.report import as_markdown
 from finetune.export.run import held_out
 from finetune.export.transformers import write
-from finetune.export.verify import compare, missed
+from finetune.export.verify import LIMITS, compare, missed
 from finetune.hub.card import export_card
 from finetune.merge import plan
 from finetune.model.generate import Sampling, load_generator
@@ -40,6 +38,7 @@ from finetune.model.load import load_base
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection
+from finetune.system import fresh_process
 from finetune.system.errors import ModelError, RecipeError
 from finetune.system.terminal import quiet
 
@@ -60,12 +59,12 @@ IDS = "conversations give other token ids than in training; its tokenizer or cha
 # Two runs, each exported once
 
 
-def run_here(command: list[str], **_: Any) -> Any:
-    """What a process of its own would run, without the seconds that its imports take."""
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        exec(command[-1], {})
-    return subprocess.CompletedProcess(command, 0, "", "")
+START = fresh_process._start
+
+
+def measures(name: str) -> Callable[[Any], bool]:
+    """True for the argument of the process that measures this model."""
+    return lambda argument: argument.get("job", {}).get("name") == name
 
 
 def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
@@ -74,15 +73,11 @@ def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
         return plan.make_plan(request)
 
 
-def processes(run: Callable[..., Any]) -> Any:
-    return SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _in_one_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "subprocess", processes(run_here))
-        patch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
+        patch.setattr(fresh_process, "_start", in_process.start)
+        patch.setattr(finetune.merge.run, "plan_in_fresh_process", plan_here)
         patch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
         yield
 
@@ -573,7 +568,7 @@ def test_models_are_measured_and_planned_in_processes_of_their_own(
     """Of all tests here the one that starts them; what they find is what is found in this one."""
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
-    monkeypatch.setattr(verify, "subprocess", subprocess)
+    monkeypatch.setattr(fresh_process, "_start", START)
     monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan.plan_in_fresh_process)
     assert export(tmp_path / "llama", tmp_path / "apart", "--format=fp16") == 0
     here, apart = figures(tmp_path / "here"), figures(tmp_path / "apart")
@@ -731,12 +726,8 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(tmp_path: Path, ca
 def test_a_process_that_dies_is_told(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
-    def dying(command: list[str], **options: Any) -> Any:
-        if "int8.ask" in command[-1]:
-            return subprocess.CompletedProcess(command, 1, "", "Traceback\nMemoryError: 9 GB\n")
-        return run_here(command, **options)
-
-    monkeypatch.setattr(verify, "subprocess", processes(dying))
+    dying = in_process.dies(1, "Traceback\nMemoryError: 9 GB\n", measures("int8"))
+    monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(merged, tmp_path / "out", "--format=int8", "--format=bf16") == 3
     why = "its process ended with code 1: MemoryError: 9 GB"
     captured = capsys.readouterr()
@@ -752,15 +743,8 @@ def test_a_merge_that_dies_over_its_answers_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
     """Its predictions are kept by then, and the formats are compared with them."""
-
-    def dying(command: list[str], **options: Any) -> Any:
-        done = run_here(command, **options)
-        if "merged, original base.answer" in command[-1]:
-            Path(re.search(r"'([^']+\.answer\.json)'", command[-1])[1]).unlink()
-            return subprocess.CompletedProcess(command, -9, "", "")
-        return done
-
-    monkeypatch.setattr(verify, "subprocess", processes(dying))
+    dying = in_process.dies(-9, "", measures("merged, original base"), late=True)
+    monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
     why = "its process ended with code -9: it was killed, most likely for want of memory"
     assert gates(capsys) == [f"gate: merged, original base: cannot be used: {why}"]
@@ -769,12 +753,8 @@ def test_a_merge_that_dies_over_its_answers_is_told(
 def test_an_adapter_that_cannot_be_measured_is_what_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
-    def dying(command: list[str], **options: Any) -> Any:
-        if "adapter on its base.ask" in command[-1]:
-            return subprocess.CompletedProcess(command, -9, "", "")
-        return run_here(command, **options)
-
-    monkeypatch.setattr(verify, "subprocess", processes(dying))
+    dying = in_process.dies(-9, "", measures("adapter on its base"))
+    monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
     why = "its process ended with code -9: it was killed, most likely for want of memory"
     assert gates(capsys) == [f"gate: adapter on its base: cannot be used: {why}"]
@@ -783,10 +763,10 @@ def test_an_adapter_that_cannot_be_measured_is_what_is_told(
 def test_nothing_is_left_of_an_export_that_is_stopped(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
-    def stop(command: list[str], **_: Any) -> Any:
+    def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "subprocess", processes(stop))
+    monkeypatch.setattr(fresh_process, "_start", stop)
     assert export(merged, tmp_path / "out", "--format=bf16") == 130
     assert refused(tmp_path / "out", capsys) == "stopped"
 
@@ -822,9 +802,9 @@ def test_each_limit_is_kept_at_its_value_and_missed_beyond_it(limit: tuple[str, 
 
 @pytest.mark.parametrize("key", ["kl", "kl_p99", "top1", "perplexity_ratio"])
 def test_a_figure_that_is_not_finite_keeps_no_limit(key: str) -> None:
-    limit = next(name for name, (figure, _) in verify.LIMITS.items() if figure == key)
+    limit = next(name for name, (figure, _) in LIMITS.items() if figure == key)
     lines = missed(FOUND | {key: math.nan}, {limit: KEPT[limit]})
-    assert lines[-1].startswith(f"nf4: {verify.LIMITS[limit][1]} is nan, and {limit} is ")
+    assert lines[-1].startswith(f"nf4: {LIMITS[limit][1]} is nan, and {limit} is ")
 
 
 @pytest.mark.parametrize("key", ["loss", "kl"])

@@ -18,7 +18,8 @@ import finetune.export.gguf.write
 import finetune.export.run
 from finetune.cli.commands import main
 from finetune.export.gguf.imatrix import files
-from finetune.export.gguf.make import Measured, calibration_of, faults, make, tokens_of
+from finetune.export.gguf.llama_cpp.measure import Measurement
+from finetune.export.gguf.make import calibration_of, faults, make, tokens_of
 from finetune.export.gguf.ollama.system_text import system_of
 from finetune.export.gguf.tensors import names
 from finetune.model.locate import locate
@@ -134,8 +135,8 @@ def test_a_file_that_is_not_rightly_written_is_told(
         vocabulary["tokenizer.chat_template"] = vocabulary["tokenizer.chat_template"].replace("model", "bot")
         return vocabulary, limits
 
-    monkeypatch.setattr(finetune.gguf.make, "read", shifted)
-    monkeypatch.setattr(finetune.gguf.write, "changed", lambda name, rows, config: rows)
+    monkeypatch.setattr(finetune.export.gguf.make, "read", shifted)
+    monkeypatch.setattr(finetune.export.gguf.write, "changed", lambda name, rows, config: rows)
     assert export(exported.parent / "tiny", tmp_path / "out", "gguf:F32") == 3
     said = capsys.readouterr().err
     assert "gate: gguf:F32: does not compute what the model computes: it predicts the same token in" in said
@@ -253,9 +254,9 @@ def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
             "error": f"{file}: llama.cpp does not take it: why",
         }
 
-    monkeypatch.setattr(finetune.gguf.make, "measure", measure)
+    monkeypatch.setattr(finetune.export.gguf.make, "measure", measure)
     model = Path(locate("random:gemma3"))
-    on = Measured([], {}, "merged", None)
+    on = Measurement([], against="merged")
     folders = [tmp_path / "gguf", tmp_path / "work"]
     for folder in folders:
         folder.mkdir()
@@ -283,9 +284,9 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
     config = json.loads((tmp_path / "tiny/config.json").read_text())
     (tmp_path / "tiny/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     asked: list[tuple[str, bool]] = []
-    ons: list[Measured] = []
+    ons: list[Measurement] = []
 
-    def measure(job: Any, rows: Any, work: Path, groups: Any = None) -> Options:
+    def measure(job: Any, rows: Any, groups: Any = None) -> Options:
         asked.append((job.name, bool(groups)))
         found = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": 1}
         if job.dtype == "float32":
@@ -294,11 +295,11 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
         return found | numbers | {"answers": [], "conversations": []}
 
     def make(*given: Any) -> tuple[list[Options], list[str]]:
-        ons.extend(one for one in given if isinstance(one, Measured))
+        ons.extend(one for one in given if isinstance(one, Measurement))
         return [], []
 
     monkeypatch.setattr("finetune.export.run.measure", measure)
-    monkeypatch.setattr(finetune.gguf.make, "make", make)
+    monkeypatch.setattr(finetune.export.gguf.make, "make", make)
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
     assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
@@ -337,7 +338,7 @@ def test_the_system_text_of_all_conversations_is_in_the_modelfile(
         write(model, output, *given)
         written.append((output / "Modelfile").read_text())
 
-    monkeypatch.setattr(finetune.gguf.ollama, "write", kept)
+    monkeypatch.setattr(finetune.export.gguf.run, "write", kept)
     shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
     source = rows_file(tmp_path / "rows.jsonl", "Be brief.", "Be brief.")
     model = with_rows(tmp_path / "tiny", source, formats=["ollama"])

@@ -6,9 +6,9 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -22,11 +22,20 @@ from finetune.evaluate.perplexity import score
 from finetune.export import verify
 from finetune.export.gguf.llama_cpp import library, server
 from finetune.export.gguf.llama_cpp.library import Llama
-from finetune.export.gguf.llama_cpp.measure import QUESTION, Text, _crash, _Model, _parts, measure, subprocess
+from finetune.export.gguf.llama_cpp.measure import (
+    QUESTION,
+    Measurement,
+    Text,
+    _crash_reason,
+    _Model,
+    _parts,
+    measure,
+)
 from finetune.export.gguf.llama_cpp.server import Server
 from finetune.export.report import as_json, as_markdown
 from finetune.model.load import load_base
 from finetune.model.locate import locate
+from finetune.system import fresh_process
 from finetune.system.errors import LlamaCppError
 
 
@@ -123,19 +132,10 @@ def found(
     tokenizer: Any,
     rows: list[LabelledRow],
     kept: Path,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    return measure(
-        file,
-        "tiny.F32",
-        rows,
-        tmp_path_factory.mktemp("work"),
-        texts_of(tokenizer),
-        conversations_of(tokenizer),
-        prompts_of(tokenizer),
-        "merged",
-        kept,
-    )
+    texts, conversations, prompts = texts_of(tokenizer), conversations_of(tokenizer), prompts_of(tokenizer)
+    on = Measurement(rows, {}, texts, conversations, prompts, against="merged", reference=kept)
+    return measure(file, "tiny.F32", on)
 
 
 def test_a_right_file_predicts_as_transformers_does(
@@ -216,29 +216,18 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures in this process, which has done the imports."""
-
-    def run(command: list[str], **options: Any) -> Any:
-        exec(command[-1], {})
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(fresh_process, "_start", in_process.start)
 
 
 def wrong(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, folder: Path, **how: Any
 ) -> dict[str, Any]:
     file = write_gguf(model, tokenizer, folder / "wrong.gguf", **how)
-    given = measure(
-        file,
-        "wrong",
-        rows[:2],
-        folder,
-        texts_of(tokenizer),
-        conversations_of(tokenizer)[:2],
-        prompts_of(tokenizer)[:2],
-        "merged",
-        kept,
+    conversations, prompts = conversations_of(tokenizer)[:2], prompts_of(tokenizer)[:2]
+    on = Measurement(
+        rows[:2], {}, texts_of(tokenizer), conversations, prompts, against="merged", reference=kept
     )
+    given = measure(file, "wrong", on)
     assert "error" not in given, given
     return given
 
@@ -321,7 +310,7 @@ def test_a_file_without_template_is_measured_on_plain_text(
     """The beginnings of the rows are answered, and conversations are texts."""
     file = write_gguf(model, tokenizer, tmp_path / "plain.gguf", template=None)
     plain = [Text(text, tokenizer(text)["input_ids"]) for text in TEXTS]
-    given = measure(file, "plain", rows[:3], tmp_path, conversations=plain, keep=tmp_path / "kept.bin")
+    given = measure(file, "plain", Measurement(rows[:3], conversations=plain, keep=tmp_path / "kept.bin"))
     assert given["conversations"] == [item.ids for item in plain]
     assert all(likeliest(model, row.prompt, ids) for row, ids in zip(rows[:3], given["answers"], strict=True))
     assert given["question"]["prompt"] == QUESTION
@@ -440,7 +429,7 @@ def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.Mo
 def test_a_damaged_file_is_a_line(file: Path, rows: list[LabelledRow], tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(file.read_bytes()[:-5000])
-    given = measure(short, "short", rows[:1], tmp_path)
+    given = measure(short, "short", Measurement(rows[:1]))
     assert given["bytes"] == short.stat().st_size
     assert given["error"] == (
         f"{short}: llama.cpp does not take it: llama_model_load: error loading model: tensor "
@@ -457,7 +446,7 @@ def test_a_template_that_cannot_be_read_is_a_line(
     model: Any, tokenizer: Any, rows: list[LabelledRow], tmp_path: Path
 ) -> None:
     file = write_gguf(model, tokenizer, tmp_path / "bad.gguf", template="{%- for message in messages -%}")
-    given = measure(file, "bad", rows[:1], tmp_path)
+    given = measure(file, "bad", Measurement(rows[:1]))
     assert given["error"].startswith(f"{file}: llama.cpp's server does not start with it: ")
     assert "template" in given["error"]
     assert "\n" not in given["error"]
@@ -468,7 +457,7 @@ def test_another_vocabulary_is_a_line(file: Path, rows: list[LabelledRow], tmp_p
     reference = tmp_path / "other.bin"
     np.zeros((4, 500), np.float32).tofile(reference)
     reference.with_suffix(".json").write_text("[4, 500]", encoding="utf-8")
-    given = measure(file, "tiny", rows[:1], tmp_path, reference=reference)
+    given = measure(file, "tiny", Measurement(rows[:1], reference=reference))
     assert given["error"] == "ValueError: vocabularies of 500 and 512 cannot be compared"
 
 
@@ -492,9 +481,7 @@ def test_a_crash_is_a_line(
     (fake / "__init__.py").write_text("")
     (fake / "xllamacpp.py").write_text(f"import os, signal, sys\n{ending}\n")
     monkeypatch.setenv("PYTHONPATH", str(fake.parent), prepend=os.pathsep)
-    # An answer that an earlier process left is not taken for this one's.
-    (tmp_path / "tiny.gguf.answer.json").write_text('{"loss": 1.0}', encoding="utf-8")
-    said = measure(file, "tiny", [], tmp_path)["error"]
+    said = measure(file, "tiny", Measurement([]))["error"]
     expected = 'running a GGUF file needs xllamacpp (no libgomp); write pip install "finetune[gguf]"'
     assert said == (line or expected)
 
@@ -527,9 +514,9 @@ def test_a_context_that_did_not_become_what_was_asked_for_is_refused(
 
 def test_signals_have_names() -> None:
     killed = "llama.cpp's process was killed, most likely for want of memory"
-    assert _crash(-signal.SIGKILL, "a") == killed
-    assert _crash(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
-    assert _crash(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
+    assert _crash_reason(-signal.SIGKILL, "a") == killed
+    assert _crash_reason(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
+    assert _crash_reason(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -574,9 +561,8 @@ def test_the_real_model_is_the_one_that_transformers_reads(
     texts = [Text(text, real(text)["input_ids"]) for text in REAL_TEXTS]
     texts += [Text(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS]
     score(load_base(folder, torch.float32).eval(), rows, keep=tmp_path / "reference.bin")
-    given = measure(
-        file, "Q4_K_M", rows, tmp_path, texts, conversations=plain, reference=tmp_path / "reference.bin"
-    )
+    on = Measurement(rows, texts=texts, conversations=plain, reference=tmp_path / "reference.bin")
+    given = measure(file, "Q4_K_M", on)
     assert given["same_texts"]["differences"] == []
     assert given["conversations"] == [item.ids for item in plain]
     assert given["compared"] == given["tokens"] == sum(len(row.input_ids) - 8 for row in rows)

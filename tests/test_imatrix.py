@@ -5,12 +5,11 @@ import json
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import finetune.export.gguf.imatrix.calibration as calibration_room
+import finetune.export.gguf.imatrix.calibration
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.mixture import build_datasets
 from finetune.data.samples import LabelledRow, encoded_sample_rows, rows_by_language
@@ -32,6 +31,7 @@ from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
+from finetune.system import fresh_process
 from finetune.system.errors import DataError, ExportError
 from finetune.system.terminal import quiet
 
@@ -137,7 +137,7 @@ def test_padding_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.get_decoder()), "forward", forward)
     same(summed(model, ROWS), each)
     assert lengths == [(5, 50)]
-    monkeypatch.setattr(calibration_room, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "_BATCH_TOKENS", 40)
     lengths.clear()
     same(summed(model, ROWS), each)
     assert lengths == [(2, 3), (2, 17), (1, 37), (1, 50)] or lengths == [(2, 3), (1, 17), (1, 37), (1, 50)]
@@ -189,7 +189,7 @@ def test_a_hook_on_another_module_shows_in_the_sums(
 ) -> None:
     model = tiny("gemma")
     theirs = by_hand(model, ROWS)
-    monkeypatch.setattr(calibration_room, "names", swapped(*pair))
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "names", swapped(*pair))
     with pytest.raises(AssertionError):
         same(summed(model, ROWS), theirs)
 
@@ -199,7 +199,7 @@ def test_a_hook_on_a_module_of_another_width_is_refused(
 ) -> None:
     model = tiny("gemma")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(calibration_room, "names", swapped("gate_proj", "down_proj"))
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "names", swapped("gate_proj", "down_proj"))
     found = Importance(summed(model, ROWS), {})
     with pytest.raises(
         ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
@@ -241,7 +241,7 @@ def test_another_family_is_refused_by_name() -> None:
 
 def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     model = Path(locate("random:gemma3"))
-    found = collect(model, ROWS, "float32", tmp_path, "five rows")
+    found = collect(model, ROWS, "float32", "five rows")
     loaded = load_base(str(model), torch.float32).eval()
     config = json.loads((model / "config.json").read_text())
     ours = sums_of(loaded, config, ROWS, lambda count: None)
@@ -253,40 +253,23 @@ def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     assert (found.datasets, found.chunks) == (("five rows",), 1)
 
 
-def here(monkeypatch: pytest.MonkeyPatch, script: Path, lines: str) -> None:
-    """What stands in for Python in the process of its own."""
-    script.write_text(f"#!/bin/sh\n{lines}\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(calibration_room.sys, "executable", str(script))
-
-
 def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here(monkeypatch, tmp_path / "python", "echo 3\necho first >&2\necho last words >&2\nexit 3")
+    monkeypatch.setattr(fresh_process, "_start", in_process.dies(3, "first\nlast words\n"))
     message = r"^M: no importance matrix: its process ended with code 3: last words$"
     with pytest.raises(ExportError, match=message):
-        collect(Path("M"), ROWS, "float32", tmp_path, "rows")
-    here(monkeypatch, tmp_path / "python", "kill -9 $$")
+        collect(Path("M"), ROWS, "float32", "rows")
+    monkeypatch.setattr(fresh_process, "_start", in_process.dies(-9, "last words"))
     with pytest.raises(ExportError, match=r"code -9: it was killed, most likely for want of memory$"):
-        collect(Path("M"), ROWS, "float32", tmp_path, "rows")
+        collect(Path("M"), ROWS, "float32", "rows")
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "model"
     shutil.copytree(locate("random:llama"), model)
     (model / "model.safetensors").write_bytes(b"no weights")
-
-    plain = subprocess.Popen
-
-    def popen(command: list[str], **options: Any) -> Any:
-        """What the process would do, done here."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calibration_room.sys, "stdout", sys.stdout)
-            exec(command[-1], {})
-        return plain(["true"], **options)
-
-    monkeypatch.setattr(calibration_room.subprocess, "Popen", popen)
+    monkeypatch.setattr(fresh_process, "_start", in_process.start)
     with pytest.raises(ExportError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
-        collect(model, ROWS, "float32", tmp_path, "rows")
+        collect(model, ROWS, "float32", "rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -709,7 +692,7 @@ def gemma(monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
 def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> None:
     rows, where = calibration(gemma, rows=14)
-    found = collect(gemma, rows[:7], "float32", tmp_path, where)
+    found = collect(gemma, rows[:7], "float32", where)
     assert len(found.sums) == 18 * 7
     write(found, tmp_path)
     mine = read(tmp_path / "imatrix.dat").matrix

@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import in_process
 import pytest
 import torch
 from conftest import ROOT
@@ -19,7 +18,6 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune.export.transformers
-import finetune.export.verify
 import finetune.merge.run
 import finetune.train.run
 from finetune.cli.commands import main
@@ -31,6 +29,7 @@ from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import ModelSection
+from finetune.system import fresh_process
 from finetune.system.terminal import quiet
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -56,15 +55,9 @@ def _in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with unwarned():
             return plan.make_plan(request)
 
-    def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        with unwarned():
-            exec(command[-1], {})
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
+    monkeypatch.setattr(finetune.merge.run, "plan_in_fresh_process", plan_here)
     monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
-    apart = SimpleNamespace(run=run_here, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE)
-    monkeypatch.setattr(finetune.export.verify, "subprocess", apart)
+    monkeypatch.setattr(fresh_process, "_start", in_process.start)
 
 
 def talk(*texts: str, system: str | None = None) -> list[dict[str, str]]:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -339,16 +338,9 @@ def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(
 
 
 def test_an_export_is_measured_as_another_program_will_compute_it(tmp_path: Path) -> None:
-    found = verify._look(
-        {
-            "folder": loud("gemma3", tmp_path / "loud"),
-            "dtype": "float16",
-            "reference": None,
-            "keep": None,
-            "groups": {},
-        }
-        | {"rows": [asdict(LabelledRow(IDS[0].tolist(), IDS[0].tolist()))]}
-    )
+    job = verify.Job("loud", Path(loud("gemma3", tmp_path / "loud")), "float16")
+    row = LabelledRow(IDS[0].tolist(), IDS[0].tolist())
+    found = verify._load_and_measure(verify._Task(job, [row], {}))
     assert found["activations"]["overflow"].startswith("model.layers.")
 
 

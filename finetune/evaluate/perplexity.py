@@ -126,7 +126,7 @@ def score(
 
 def score_groups(
     model: Any,
-    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+    groups: Mapping[str, Sequence[LabelledRow]],
     reference: Path | None = None,
     keep: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -134,7 +134,7 @@ def score_groups(
 
     Args:
         model: As `score` takes it.
-        groups: By name, rows as plain data.
+        groups: Rows, by name.
         reference: The file of another model's predictions on other rows; compared is where it kept these, too.
         keep: The file of this model's.
     """
@@ -144,7 +144,7 @@ def score_groups(
             path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep)
         )
         known = theirs if theirs and theirs.exists() else None
-        result = score(model, [LabelledRow(**row) for row in rows], known, ours)
+        result = score(model, rows, known, ours)
         found[name] = {"perplexity": result.perplexity, **asdict(result)}
     return found
 

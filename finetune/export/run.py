@@ -132,7 +132,7 @@ def export(
             if job.against and "error" in found[job.against]:
                 job = replace(job, reference=None)
             now = found[job.name] = measure(
-                job, rows, work, gguf.groups if gguf and job.name == exact.name else None
+                job, rows, gguf.groups if gguf and job.name == exact.name else None
             )
             if "error" in now:
                 now["error"] = now["error"].replace(str(beside), str(output))
@@ -151,7 +151,7 @@ def export(
                     f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}"
                 )
                 exact = jobs[at]
-                measure(replace(exact, reference=None), rows, work, gguf.groups)
+                measure(replace(exact, reference=None), rows, gguf.groups)
             kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
             reference = None if "error" in found[exact.name] else kept
             part = "gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama"

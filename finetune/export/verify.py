@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.samples import LabelledRow, sample_rows
 from finetune.evaluate.perplexity import score, score_groups
-from finetune.system.fresh_process import child_environment
+from finetune.system import fresh_process
+from finetune.system.errors import FinetuneError, first_line
 
 # An answer that has not ended by then is taken for one that does not end.
 _ANSWER_TOKENS = 64
@@ -42,7 +39,7 @@ LIMITS = {
 class Job:
     """One model to measure.
 
-    `reference` and `keep` are files of predictions, `against` names in the report the model whose they are.
+    `reference` and `keep` are files of predictions; `against` is the report's name for the model that made `reference`.
     """
 
     name: str
@@ -53,81 +50,55 @@ class Job:
     keep: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What the fresh process gets."""
+
+    job: Job
+    rows: list[LabelledRow]
+    groups: dict[str, list[LabelledRow]]
+
+
 def measure(
-    job: Job, rows: list[LabelledRow], work: Path, groups: Mapping[str, Sequence[LabelledRow]] | None = None
+    job: Job, rows: list[LabelledRow], groups: dict[str, list[LabelledRow]] | None = None
 ) -> dict[str, Any]:
-    """What is found of a model in a fresh process; `error` where it cannot be loaded or run.
+    """Loads a model in a fresh process and measures it; `error` in the result where it cannot be loaded or run.
 
     Args:
         job: The model.
-        rows: What it predicts; the beginnings of the first ten are answered.
-        work: A folder for what passes between the processes.
-        groups: More rows, by a name: `groups` tells what is found on each.
+        rows: The rows that it predicts; it also answers the prompts of the first ten.
+        groups: More rows, by name; the result's `groups` holds the figures of each.
     """
-    ask, answer = work / f"{job.name}.ask.json", work / f"{job.name}.answer.json"
-    paths = {
-        name: str(path) if path else None for name, path in (("reference", job.reference), ("keep", job.keep))
-    }
-    content: dict[str, Any] = paths | {
-        "folder": str(job.folder),
-        "dtype": job.dtype,
-        "rows": [asdict(row) for row in rows],
-    }
-    content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
-    ask.write_text(json.dumps(content), encoding="utf-8")
-    environment = child_environment()
-    code = f"from finetune.export.verify import _measure; _measure({str(ask)!r}, {str(answer)!r})"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
     size = sum(path.stat().st_size for path in job.folder.glob("*.safetensors"))
     found: dict[str, Any] = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": size}
-    if not answer.exists():
-        last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
-        why = "it was killed, most likely for want of memory" if done.returncode == -9 else last
-        return found | {"error": f"its process ended with code {done.returncode}: {why}"}
-    found.update(json.loads(answer.read_text(encoding="utf-8")))
-    return found
-
-
-def _measure(ask: str, answer: str) -> None:
-    """In the fresh process: load, score, answer."""
-    import logging
-
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    job = json.loads(Path(ask).read_text(encoding="utf-8"))
-    found: dict[str, Any]
     try:
-        found = _look(job)
-    except (Exception, SystemExit) as error:
-        found = {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
-    Path(answer).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+        return found | fresh_process.call(_load_and_measure, _Task(job, rows, groups or {}))
+    except fresh_process.ProcessFailed as error:
+        return found | {"error": str(error)}
+    except (FinetuneError, OSError) as error:
+        return found | {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def _look(job: dict[str, Any]) -> dict[str, Any]:
+def _load_and_measure(task: _Task) -> dict[str, Any]:
+    """Loads a model in this process; returns its figures."""
     from finetune.model import generate
 
-    began = time.monotonic()
-    generator = generate.load_generator(job["folder"], dtype=job["dtype"], as_is=True)
-    seconds = time.monotonic() - began
-    rows = [LabelledRow(**row) for row in job["rows"]]
-    reference, keep = (Path(job[name]) if job[name] else None for name in ("reference", "keep"))
-    overflow = _watch(generator.model) if job["dtype"] == "float16" else {}
-    result = score(generator.model, rows, reference, keep)
-    by_group = score_groups(generator.model, job["groups"], reference, keep)
-    answers = generator.answers([row.prompt for row in rows[:_PROMPTS]], _ANSWER_TOKENS)
-    found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity} | asdict(
-        result
-    )
-    found["groups"] = by_group
-    found["answers"] = answers
-    found["stopped"] = sum(bool(ids) and ids[-1] in generator.stop_ids for ids in answers)
-    found["conversations"] = _token_ids(generator)
-    if overflow:
-        found["activations"] = overflow
-    return found
+    job = task.job
+    started = time.monotonic()
+    generator = generate.load_generator(str(job.folder), dtype=job.dtype, as_is=True)
+    seconds = time.monotonic() - started
+    activations = _watch_activations(generator.model) if job.dtype == "float16" else {}
+    result = score(generator.model, task.rows, job.reference, job.keep)
+    by_group = score_groups(generator.model, task.groups, job.reference, job.keep)
+    answers = generator.answers([row.prompt for row in task.rows[:_PROMPTS]], _ANSWER_TOKENS)
+    found = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity} | asdict(result)
+    found |= {
+        "groups": by_group,
+        "answers": answers,
+        "stopped": sum(bool(ids) and ids[-1] in generator.stop_ids for ids in answers),
+        "conversations": _token_ids(generator),
+    }
+    return found | ({"activations": activations} if activations else {})
 
 
 def _token_ids(generator: Any) -> list[list[int]]:
@@ -145,7 +116,7 @@ def _token_ids(generator: Any) -> list[list[int]]:
     return found
 
 
-def _watch(model: Any) -> dict[str, Any]:
+def _watch_activations(model: Any) -> dict[str, Any]:
     """Watches what every module gives, for values that float16 cannot hold."""
     import torch
 

@@ -88,7 +88,8 @@ def call(
         raise OSError(*answer["os_error"])
     if "error" in answer:
         name, arguments = answer["error"]
-        raise getattr(errors, name)(*arguments)
+        # The cause holds what the process wrote to standard error.
+        raise getattr(errors, name)(*arguments) from ProcessFailed(name, code, stderr)
     raise ProcessFailed(answer["failed"], code, stderr)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.data.samples import LabelledRow, sample_rows
 from finetune.export.gguf.imatrix import files as matrices
 from finetune.export.gguf.imatrix.calibration import calibration, collect
-from finetune.export.gguf.llama_cpp.measure import Text, measure
+from finetune.export.gguf.llama_cpp.measure import Measurement, Text, measure
 from finetune.export.gguf.quantize import Matrix
 from finetune.export.gguf.tokenizer.source import Limit, load
 from finetune.export.gguf.tokenizer.vocabulary import expected, probes, read
@@ -28,20 +28,6 @@ _BROKEN = 0.2
 # Nats of the log-probability that differs most. F32 weights give transformers' float32 numbers but for the order of
 # sums and llama.cpp's table for GELU: Gemma 3 270M's differ by 0.05 at most, of 262,144 tokens at 1,059 places.
 _SAME = 0.2
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a file is measured on, and held against.
-
-    `groups` are rows by language; `against` is the name of the model whose predictions are in the file `reference`,
-    which is None where that model could not be measured.
-    """
-
-    rows: Sequence[LabelledRow]
-    groups: Mapping[str, Sequence[LabelledRow]]
-    against: str
-    reference: Path | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ def make(
     folder: Path,
     kinds: Sequence[str],
     name: str,
-    on: Measured,
+    on: Measurement,
     options: ExportSection,
     calibrated: matrices.Importance | Calibration | None,
     work: Path,
@@ -129,7 +115,7 @@ def make(
         folder: Where the files go.
         kinds: Of `kinds.GGUF_TYPES`.
         name: What the files are called.
-        on: What they are measured on.
+        on: What they are measured on, but for texts, which are added.
         options: Whether each file is tried with a matrix, without, or both.
         calibrated: As `calibration_of` gives it.
         work: A folder for what passes between processes, and for files that are not kept.
@@ -148,9 +134,10 @@ def make(
         if not any(limit.concerns(text) for limit in limits)
     ]
     conversations, prompts = _conversations(model)
+    on = replace(on, texts=told, conversations=conversations, prompts=prompts)
     importance = None
     if calibrated:
-        importance = _importance(model, calibrated, work, say, progress)
+        importance = _importance(model, calibrated, say, progress)
         matrices.write(importance, folder)
         of = ", ".join(importance.datasets)
         notes.append(f"\nImportance matrix: of {max(importance.counts.values()):,} tokens ({of}).")
@@ -165,19 +152,7 @@ def make(
             say(f"{title}: writing")
             write(model, file, kind, matrix, progress, vocabulary)
             say(f"{title}: measuring")
-            now = measure(
-                file,
-                title,
-                on.rows,
-                work,
-                told,
-                conversations,
-                prompts,
-                on.against,
-                on.reference,
-                None,
-                on.groups,
-            )
+            now = measure(file, title, on)
             now |= {"kind": kind, "file": file.name, "matrix": matrix is not None, "kept": False}
             if "error" in now:
                 now["error"] = now["error"].replace(str(file), file.name)
@@ -225,7 +200,6 @@ def faults(found: Mapping[str, Any]) -> list[str]:
 def _importance(
     model: Path,
     calibrated: matrices.Importance | Calibration,
-    work: Path,
     say: Callable[[str], None],
     progress: bool,
 ) -> matrices.Importance:
@@ -235,7 +209,7 @@ def _importance(
     say(f"importance matrix: of {sum(map(len, rows)):,} tokens, {where}")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return collect(model, rows, dtype, work, where, progress)
+    return collect(model, rows, dtype, where, progress)
 
 
 def _variants(

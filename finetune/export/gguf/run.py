@@ -13,6 +13,7 @@ from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, rows_by_language
 from finetune.export.gguf import make
 from finetune.export.gguf.imatrix.files import Importance
+from finetune.export.gguf.llama_cpp.measure import Measurement
 from finetune.export.gguf.ollama.modelfile import write
 from finetune.export.gguf.ollama.system_text import system_of
 from finetune.model.load import load_tokenizer
@@ -69,7 +70,7 @@ class Gguf:
         """
         into = folder / place
         into.mkdir()
-        on = make.Measured(self.rows, self.groups, against, reference)
+        on = Measurement(list(self.rows), self.groups, against=against, reference=reference)
         found, notes = make.make(
             self.model,
             self.tokens,

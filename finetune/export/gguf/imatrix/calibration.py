@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,17 @@ from finetune.export.gguf.tensors import names
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
-from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
+from finetune.system import fresh_process
+from finetune.system.errors import (
+    DataError,
+    ExportError,
+    FinetuneError,
+    LabelError,
+    RecipeError,
+    TemplateError,
+    first_line,
+)
 from finetune.system.files import run_file
-from finetune.system.fresh_process import child_environment
 from finetune.system.terminal import progress_bar
 
 # Of a batch, padding and all: enough to keep a processor busy, and its activations are small beside a model.
@@ -156,91 +162,66 @@ def _drawn(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
 # Collecting
 
 
-def collect(
-    model: Path,
-    rows: Sequence[Sequence[int]],
-    dtype: str,
-    work: Path,
-    source: str,
-    progress: bool = False,
-) -> Importance:
-    """The matrix of the model in a folder, from token ids, in a process of its own.
+@dataclass(frozen=True)
+class _Task:
+    """What the fresh process gets; it writes the sums to `sums`, as numpy's npz."""
 
-    Every weight of a layer is in it. The output layer is not, as in llama.cpp's tool without `--process-output`, so
-    that no token is scored.
+    model: Path
+    rows: list[list[int]]
+    dtype: str
+    sums: Path
+
+
+def collect(
+    model: Path, rows: Sequence[Sequence[int]], dtype: str, source: str, progress: bool = False
+) -> Importance:
+    """The importance matrix of the model in a folder, collected from token ids in a fresh process.
+
+    It covers every weight of a layer, and not the output layer, as llama.cpp's tool without `--process-output`: so no
+    logits are computed.
 
     Args:
         model: A folder with a whole model.
         rows: Token ids; each row is read alone.
-        dtype: What the model computes in.
-        work: A folder for what passes between the processes.
+        dtype: The type that the model computes in.
         source: What the rows are, for the file.
-        progress: Whether a terminal shows a bar.
+        progress: Shows a bar on a terminal.
 
     Raises:
-        ImatrixError: The model cannot be loaded or run, or its activations are not finite.
+        ExportError: The model cannot be loaded or run, or its activations are not finite.
     """
-    ask, answer = work / "imatrix.ask.json", work / "imatrix.answer.npz"
-    content = {"folder": str(model), "rows": [list(row) for row in rows], "dtype": dtype}
-    ask.write_text(json.dumps(content), encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    environment = child_environment()
-    code = f"from finetune.export.gguf.imatrix.calibration import _collect; _collect({str(ask)!r}, {str(answer)!r})"
-    command = [sys.executable, "-W", "ignore", "-c", code]
     total = sum(map(len, rows))
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
-        progress_bar("importance matrix", total, progress) as done,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+        tempfile.TemporaryDirectory() as folder,
+        progress_bar("importance matrix", total, progress) as advance,
     ):
+        task = _Task(model, [list(row) for row in rows], dtype, Path(folder, "sums.npz"))
         try:
-            for line in child.stdout or ():
-                done(int(line) if line.strip().isdigit() else 0)
-            code_of_end = child.wait()
-        finally:
-            child.kill()
-        said.seek(0)
-        last = next(iter(said.read().strip().splitlines()[-1:]), "")
-    if not answer.exists():
-        why = "it was killed, most likely for want of memory" if code_of_end == -9 else last
-        raise ExportError(f"{model}: no importance matrix: its process ended with code {code_of_end}: {why}")
-    with np.load(answer, allow_pickle=False) as found:
-        if "error" in found:
-            raise ExportError(f"{model}: no importance matrix: {found['error']}")
-        sums = {name: found[name] for name in found.files}
+            fresh_process.call(
+                _collect, task, on_line=lambda line: advance(int(line) if line.isdigit() else 0)
+            )
+        except fresh_process.ProcessFailed as error:
+            raise ExportError(f"{model}: no importance matrix: {error}") from error
+        except (FinetuneError, OSError) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ExportError(f"{model}: no importance matrix: {why}") from error
+        with np.load(task.sums, allow_pickle=False) as arrays:
+            sums = {name: arrays[name] for name in arrays.files}
     importance = Importance(filled(sums, str(model)), dict.fromkeys(sums, total), (source,))
     check(importance, model, "the matrix that was just collected")
     return importance
 
 
-def _collect(ask: str, answer: str) -> None:
-    """In the fresh process: load, run, and tell on standard output how many tokens are done."""
-    import logging
-
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    job = json.loads(Path(ask).read_text(encoding="utf-8"))
-    # Upstream's prints are not what is read there.
-    said, sys.stdout = sys.stdout, sys.stderr
-    found: dict[str, Any]
-    try:
-        found = _look(job, lambda count: print(count, file=said, flush=True))
-    except (Exception, SystemExit) as error:
-        found = {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
-    beside = f"{answer}.part.npz"
-    np.savez(beside, **found)
-    os.replace(beside, answer)
-
-
-def _look(job: dict[str, Any], done: Callable[[int], None]) -> dict[str, NDArray[np.float64]]:
+def _collect(task: _Task) -> None:
     import torch
 
     from finetune.model.load import load_base
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    config = json.loads(Path(job["folder"], "config.json").read_text(encoding="utf-8"))
-    model = load_base(job["folder"], getattr(torch, job["dtype"])).to(place).eval()
-    return sums_of(model, config, job["rows"], done)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = json.loads((task.model / "config.json").read_text(encoding="utf-8"))
+    model = load_base(str(task.model), getattr(torch, task.dtype)).to(device).eval()
+    sums = sums_of(model, config, task.rows, lambda count: fresh_process.report(str(count)))
+    np.savez(task.sums, **sums)  # type: ignore[arg-type]
 
 
 def sums_of(

@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +24,8 @@ from finetune.data.turns import Message
 from finetune.evaluate.perplexity import score, score_groups
 from finetune.export.gguf.llama_cpp.library import Llama
 from finetune.export.gguf.llama_cpp.server import NO_SERVER, Server
-from finetune.system.errors import LlamaCppError
-from finetune.system.fresh_process import child_environment
+from finetune.system import fresh_process
+from finetune.system.errors import FinetuneError, LlamaCppError, first_line
 
 # As in `verify.py`: an answer that has not ended by then is taken for one that does not end.
 _ANSWER_TOKENS = 64
@@ -55,87 +53,81 @@ class Text:
     messages: list[Message] | None = None
 
 
-def measure(
-    file: Path,
-    name: str,
-    rows: Sequence[LabelledRow],
-    work: Path,
-    texts: Sequence[Text] = (),
-    conversations: Sequence[Text] = (),
-    prompts: Sequence[Text] = (),
-    against: str | None = None,
-    reference: Path | None = None,
-    keep: Path | None = None,
-    groups: Mapping[str, Sequence[LabelledRow]] | None = None,
-) -> dict[str, Any]:
-    """What llama.cpp makes of a file, in a fresh process; `error` where it cannot be loaded or run.
+@dataclass(frozen=True)
+class Measurement:
+    """What GGUF files of one model are measured on, and the predictions that they are compared with."""
 
-    Beside what `verify.measure` gives: `largest`, the largest difference of a log-probability from the reference's;
-    `same_texts` and `same_prompts` with `count`, `equal` and the first `differences`; `question`; `prompt_speed` and
-    `speed` in tokens per second.
+    rows: list[LabelledRow]
+    """Rows that a file predicts; it also answers the prompts of the first ten."""
+    groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
+    """More rows, by name; the result's `groups` holds the figures of each."""
+    texts: list[Text] = field(default_factory=list)
+    """Texts whose token ids are compared."""
+    conversations: list[Text] = field(default_factory=list)
+    """Texts whose token ids are returned, for `verify.compare`; those without messages are plain texts."""
+    prompts: list[Text] = field(default_factory=list)
+    """Conversations up to an answer; the file's own chat template must write them alike."""
+    against: str | None = None
+    """The report's name for the model that made `reference`."""
+    reference: Path | None = None
+    """A file of that model's predictions on the same rows; None where there are none."""
+    keep: Path | None = None
+    """Where to keep the file's own predictions."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the fresh process gets."""
+
+    file: Path
+    measurement: Measurement
+
+
+def measure(file: Path, name: str, measurement: Measurement) -> dict[str, Any]:
+    """Runs a GGUF file in llama.cpp, in a fresh process; `error` in the result where it cannot be loaded or run.
+
+    The result has the keys of `verify.measure` and: `largest`, the largest difference of a log-probability from the
+    reference's; `same_texts` and `same_prompts` with `count`, `equal` and the first `differences`; `question`;
+    `prompt_speed` and `speed` in tokens per second.
 
     Args:
         file: A GGUF file.
-        name: What it is called in the report.
-        rows: What it predicts; the beginnings of the first ten are answered.
-        work: A folder for what passes between the processes.
-        texts: Whose token ids are compared.
-        conversations: Whose ids are given back, for `verify.compare`; those without messages are plain texts.
-        prompts: Conversations up to an answer; compared is how the file's template writes them.
-        against: The name of the model whose predictions are the reference.
-        reference: Predictions that a model kept before, on the same rows.
-        keep: Where to keep this file's predictions.
-        groups: More rows, by a name; `groups` tells what is found on each.
+        name: The report's name for it.
+        measurement: What it is measured on.
     """
-    # No suffix: the name may hold dots, as `gemma-2b.Q4_K_M` does.
-    ask, answer = work / f"{name}.gguf.ask.json", work / f"{name}.gguf.answer.json"
-    answer.unlink(missing_ok=True)
-    content: dict[str, Any] = {
-        "file": str(file),
-        "reference": str(reference) if reference else None,
-        "keep": str(keep) if keep else None,
-    }
-    lists: dict[str, Sequence[Any]] = {
-        "rows": rows,
-        "texts": texts,
-        "conversations": conversations,
-        "prompts": prompts,
-    }
-    content |= {key: [asdict(item) for item in items] for key, items in lists.items()}
-    content["groups"] = {name: [asdict(row) for row in part] for name, part in (groups or {}).items()}
-    ask.write_text(json.dumps(content), encoding="utf-8")
-    environment = child_environment()
-    environment["GGML_NO_BACKTRACE"] = "1"  # of an assertion; it would start a debugger
-    code = f"from finetune.export.gguf.llama_cpp.measure import _measure; _measure({str(ask)!r}, {str(answer)!r})"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"
-    )
-    found: dict[str, Any] = {"name": name, "against": against, "dtype": "gguf", "bytes": 0}
-    if file.is_file():
-        found["bytes"] = file.stat().st_size
-    if not answer.exists():
-        return found | {"error": _crash(done.returncode, done.stderr)}
-    found.update(json.loads(answer.read_text(encoding="utf-8")))
-    if str(found.get("error", "")).endswith(NO_SERVER):
-        found["error"] += f": {_complaint(done.stderr)}"
-    return found
+    size = file.stat().st_size if file.is_file() else 0
+    found: dict[str, Any] = {"name": name, "against": measurement.against, "dtype": "gguf", "bytes": size}
+    # After a failed assertion ggml would start a debugger for a backtrace.
+    environment = {"GGML_NO_BACKTRACE": "1"}
+    try:
+        return found | fresh_process.call(
+            _load_and_measure, _Task(file, measurement), environment=environment
+        )
+    except fresh_process.ProcessFailed as error:
+        return found | {"error": _crash_reason(error.code, error.stderr) if error.code else str(error)}
+    except LlamaCppError as error:
+        reason = str(error)
+        if reason.endswith(NO_SERVER) and isinstance(error.__cause__, fresh_process.ProcessFailed):
+            reason += f": {_first_logged_error(error.__cause__.stderr)}"
+        return found | {"error": reason}
+    except (FinetuneError, OSError) as error:
+        return found | {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def _crash(code: int, said: str) -> str:
-    """Why there is no answer, in a line."""
+def _crash_reason(code: int, stderr: str) -> str:
+    """One line on why llama.cpp's process ended without a result."""
     if code == -signal.SIGKILL:
         return "llama.cpp's process was killed, most likely for want of memory"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     why = next((line for line in lines if "GGML_ASSERT" in line), lines[-1] if lines else "it said nothing")
     if code < 0:
         return f"llama.cpp crashed ({signal.Signals(-code).name}): {why}"
     return f"llama.cpp's process ended with code {code}: {why}"
 
 
-def _complaint(said: str) -> str:
+def _first_logged_error(stderr: str) -> str:
     """The first error in the log of llama.cpp's server, without its time."""
-    first = next((line for line in said.splitlines() if " E " in line), said)
+    first = next((line for line in stderr.splitlines() if " E " in line), stderr)
     return first.partition(" E ")[2].strip() or "it does not say why"
 
 
@@ -143,68 +135,48 @@ def _complaint(said: str) -> str:
 # In the fresh process
 
 
-def _measure(ask: str, answer: str) -> None:
-    job = json.loads(Path(ask).read_text(encoding="utf-8"))
-    found: dict[str, Any]
-    try:
-        found = _look(job)
-    except LlamaCppError as error:
-        found = {"error": str(error)}
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"}
-    Path(answer).write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-
-
-def _look(job: dict[str, Any]) -> dict[str, Any]:
-    file = Path(job["file"])
-    rows = [LabelledRow(**row) for row in job["rows"]]
-    texts, conversations, prompts = (
-        [Text(**item) for item in job[key]] for key in ("texts", "conversations", "prompts")
-    )
-    reference, keep = (Path(job[key]) if job[key] else None for key in ("reference", "keep"))
-
-    began = time.monotonic()
-    every = [*rows, *(LabelledRow(**row) for group in job["groups"].values() for row in group)]
+def _load_and_measure(task: _Task) -> dict[str, Any]:
+    file, on = task.file, task.measurement
+    started = time.monotonic()
+    every = [*on.rows, *(row for rows in on.groups.values() for row in rows)]
     with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:
-        seconds = time.monotonic() - began
-        ids = [llama.tokenise(item.text, item.special) for item in texts]
-        model = _Model(llama, reference)
-        result = score(model, list(_parts(rows, llama.step)), reference, keep)
-        others = {
-            name: [asdict(part) for part in _parts([LabelledRow(**row) for row in group], llama.step)]
-            for name, group in job["groups"].items()
-        }
+        seconds = time.monotonic() - started
+        ids = [llama.tokenise(item.text, item.special) for item in on.texts]
+        model = _Model(llama, on.reference)
+        result = score(model, list(_parts(on.rows, llama.step)), on.reference, on.keep)
+        groups = {name: list(_parts(rows, llama.step)) for name, rows in on.groups.items()}
         llama.forget()
-        by_group = score_groups(_Model(llama, None), others, reference, keep)
-        trained = llama.trained_context
+        by_group = score_groups(_Model(llama, None), groups, on.reference, on.keep)
+        trained_context = llama.trained_context
     found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity}
     found |= asdict(result)
     found["largest"] = model.largest
     found["groups"] = by_group
-    found["same_texts"] = _same(texts, ids, [item.text for item in texts])
+    found["same_texts"] = _compared(on.texts, ids, [item.text for item in on.texts])
 
-    begun = [row.prompt for row in rows[:_PROMPTS]]
-    long = _long(rows, trained)
-    # Another template than the trained one may write more.
-    room = 2 * max(len(ids) for ids in [*begun, *(item.ids for item in prompts), long]) + 512
-    with Server(file, room) as server:
-        found["conversations"] = [server.tokenise(_rendered(server, item)) for item in conversations]
-        if prompts:
-            shown = [_rendered(server, item) for item in prompts]
-            found["same_prompts"] = _same(prompts, [server.tokenise(text) for text in shown], shown)
-        answers = [server.answer(prompt, _ANSWER_TOKENS) for prompt in begun]
+    row_prompts = [row.prompt for row in on.rows[:_PROMPTS]]
+    long_prompt = _long_prompt(on.rows, trained_context)
+    # A file's template may write more than the trained one.
+    longest = max(len(ids) for ids in [*row_prompts, *(item.ids for item in on.prompts), long_prompt])
+    with Server(file, 2 * longest + 512) as server:
+        found["conversations"] = [server.tokenise(_rendered(server, item)) for item in on.conversations]
+        if on.prompts:
+            rendered = [_rendered(server, item) for item in on.prompts]
+            ids = [server.tokenise(text) for text in rendered]
+            found["same_prompts"] = _compared(on.prompts, ids, rendered)
+        answers = [server.answer(prompt, _ANSWER_TOKENS) for prompt in row_prompts]
         found["answers"] = [answer["ids"] for answer in answers]
         found["stopped"] = sum(answer["ended"] for answer in answers)
-        plain = not any(item.messages for item in [*conversations, *prompts])
-        asked = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
-        answer = server.answer(asked, _QUESTION_TOKENS)
+        plain = not any(item.messages for item in [*on.conversations, *on.prompts])
+        prompt = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
+        answer = server.answer(prompt, _QUESTION_TOKENS)
         found["question"] = {
-            "prompt": asked,
+            "prompt": prompt,
             "ids": answer["ids"],
             "answer": answer["text"],
             "ended": answer["ended"],
         }
-        timed = server.answer(long, _SPEED[1], on=True)
+        timed = server.answer(long_prompt, _SPEED[1], ignore_end=True)
         found |= {key: round(timed[key], 2) for key in ("prompt_speed", "speed")}
     return found
 
@@ -213,7 +185,7 @@ def _rendered(server: Server, item: Text) -> str:
     return server.render(item.messages) if item.messages else item.text
 
 
-def _same(texts: Sequence[Text], ids: Sequence[list[int]], shown: Sequence[str]) -> dict[str, Any]:
+def _compared(texts: Sequence[Text], ids: Sequence[list[int]], shown: Sequence[str]) -> dict[str, Any]:
     """How many texts have the trained ids, and the first that have not, from the first other id on."""
     differences = []
     for item, ours, text in zip(texts, ids, shown, strict=True):
@@ -231,7 +203,7 @@ def _same(texts: Sequence[Text], ids: Sequence[list[int]], shown: Sequence[str])
     return {"count": len(texts), "equal": len(texts) - len(differences), "differences": differences[:_SHOWN]}
 
 
-def _long(rows: Sequence[LabelledRow], most: int) -> list[int]:
+def _long_prompt(rows: Sequence[LabelledRow], most: int) -> list[int]:
     """A prompt to take the speed on: the rows' tokens one behind the other, no more than the model was made for."""
     ids = [token for row in rows for token in row.input_ids]
     wanted = max(1, min(_SPEED[0], most - _SPEED[1]))

@@ -84,13 +84,13 @@ class Server:
         request = {"content": rendered, "add_special": True, "parse_special": True}
         return list(self._ask("/tokenize", request)["tokens"])
 
-    def answer(self, prompt: str | Sequence[int], limit: int, on: bool = False) -> dict[str, Any]:
+    def answer(self, prompt: str | Sequence[int], limit: int, ignore_end: bool = False) -> dict[str, Any]:
         """The greedy answer to a rendered prompt, or to token ids.
 
         Args:
             prompt: The prompt; a text is tokenised as `tokenise` does.
             limit: How many tokens at most.
-            on: Whether it goes on behind a token that ends it.
+            ignore_end: Goes on after a token that ends an answer.
 
         Returns:
             `ids` with the token that ended it, `text`, `ended` (by itself), tokens per second of the prompt
@@ -104,7 +104,7 @@ class Server:
             "repeat_penalty": 1,
             "cache_prompt": False,
             "return_tokens": True,
-            "ignore_eos": on,
+            "ignore_eos": ignore_end,
         }
         said = self._ask("/completion", request)
         times = said["timings"]
