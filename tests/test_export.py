@@ -746,7 +746,7 @@ def test_a_merge_that_dies_over_its_answers_is_told(
     dying = in_process.dies(-9, "", measures("merged, original base"), late=True)
     monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
-    why = "its process ended with code -9: it was killed, most likely for want of memory"
+    why = "its process ended with code -9: it was killed, most likely because memory ran out"
     assert gates(capsys) == [f"gate: merged, original base: cannot be used: {why}"]
 
 
@@ -756,7 +756,7 @@ def test_an_adapter_that_cannot_be_measured_is_what_is_told(
     dying = in_process.dies(-9, "", measures("adapter on its base"))
     monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
-    why = "its process ended with code -9: it was killed, most likely for want of memory"
+    why = "its process ended with code -9: it was killed, most likely because memory ran out"
     assert gates(capsys) == [f"gate: adapter on its base: cannot be used: {why}"]
 
 

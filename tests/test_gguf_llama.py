@@ -513,7 +513,7 @@ def test_a_context_that_did_not_become_what_was_asked_for_is_refused(
 
 
 def test_signals_have_names() -> None:
-    killed = "llama.cpp's process was killed, most likely for want of memory"
+    killed = "llama.cpp's process was killed, most likely because memory ran out"
     assert _crash_reason(-signal.SIGKILL, "a") == killed
     assert _crash_reason(-signal.SIGILL, "") == "llama.cpp crashed (SIGILL): it said nothing"
     assert _crash_reason(3, "a\nlast\n") == "llama.cpp's process ended with code 3: last"

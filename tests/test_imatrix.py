@@ -259,7 +259,7 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ExportError, match=message):
         collect(Path("M"), ROWS, "float32", "rows")
     monkeypatch.setattr(fresh_process, "_start", in_process.dies(-9, "last words"))
-    with pytest.raises(ExportError, match=r"code -9: it was killed, most likely for want of memory$"):
+    with pytest.raises(ExportError, match=r"code -9: it was killed, most likely because memory ran out$"):
         collect(Path("M"), ROWS, "float32", "rows")
 
 

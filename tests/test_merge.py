@@ -911,7 +911,7 @@ def test_a_weight_that_no_number_can_carry_is_told_by_the_tensor(
 def test_an_output_that_is_read_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "merge.json").write_text("{}")
     line = refused(capsys, "run", "--output", "run", "--overwrite")
-    assert line == "--output: run holds run, which is read; write another path"
+    assert line == "--output: run contains run, which is read; write another path"
 
 
 def test_a_further_adapter_of_another_base_is_refused(

@@ -439,7 +439,7 @@ def test_a_process_that_died_is_no_hindrance() -> None:
     path = numbered("a.jsonl", 3)
     build_datasets(section(path), chat(), None)
     [folder] = folders()
-    folder.rename(folder.with_suffix(".part"))
+    folder.rename(folder.with_name(f".{folder.name}.part"))
     assert len(names(build_datasets(section(path), chat(), None)[0])) == 3
     assert folders() == [folder]
 

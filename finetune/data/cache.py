@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 import time
 from functools import cached_property
@@ -24,7 +22,7 @@ from finetune.data.prepare import LEDGER_VALUES, prepare
 from finetune.data.readers import fingerprint
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
-from finetune.system.files import cache_dir
+from finetune.system.files import cache_dir, made_once
 from finetune.system.terminal import Say
 
 
@@ -96,30 +94,13 @@ class CachedSource:
 
 def _prepared(section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say) -> Path:
     """The folder that holds the prepared rows of a source; prepared now if it is not there, by one process alone."""
-    from filelock import FileLock
-
-    root = cache_dir() / "data"
-    folder = root / _key(section, source, chat, max_length)
-    if (folder / "account.json").exists():
-        return folder
+    name = f"data/{_key(section, source, chat, max_length)}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        # The lock goes with the process that holds it, whatever becomes of that.
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "account.json").exists():
-                beside = folder.with_suffix(".part")
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
-                try:
-                    _write(beside, section, source, chat, max_length, say)
-                    beside.replace(folder)
-                finally:
-                    shutil.rmtree(beside, ignore_errors=True)
+        return made_once(name, lambda folder: _write(folder, section, source, chat, max_length, say))
     except OSError as error:
         raise DataError(
-            f"{folder}: the prepared rows cannot be written: {error.strerror or error}"
+            f"{cache_dir() / name}: the prepared rows cannot be written: {error.strerror or error}"
         ) from error
-    return folder
 
 
 def _key(section: DataSection, source: DataSource, chat: Chat, max_length: int | None) -> str:
@@ -155,28 +136,25 @@ def _write(
             rows.clear()
 
     begun = told = time.monotonic()
-    with open(folder / "rows.arrow", "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            for number, fate in enumerate(prepare(section, source, chat, max_length)):
-                fate.count_into(ledger)
-                digests = fate.digests if fate.pieces else ()
-                for piece in fate.pieces:
-                    *weights, language = fate.ledger_values(piece)
-                    waiting.append(
-                        (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *digests)
-                    )
-                    ids.append(piece.input_ids)
-                    labels.append(piece.labels)
-                if len(waiting) >= 256:
-                    flush(writer)
-                if time.monotonic() - told > 10:
-                    told = time.monotonic()
-                    rate = ledger.read / (told - begun)
-                    say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
-            if waiting:
+    with open(folder / "rows.arrow", "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for number, fate in enumerate(prepare(section, source, chat, max_length)):
+            fate.count_into(ledger)
+            digests = fate.digests if fate.pieces else ()
+            for piece in fate.pieces:
+                *weights, language = fate.ledger_values(piece)
+                waiting.append(
+                    (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *digests)
+                )
+                ids.append(piece.input_ids)
+                labels.append(piece.labels)
+            if len(waiting) >= 256:
                 flush(writer)
-        file.flush()
-        os.fsync(file.fileno())
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                rate = ledger.read / (told - begun)
+                say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
+        if waiting:
+            flush(writer)
     account = {
         name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad", "first")
     }

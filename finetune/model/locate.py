@@ -17,8 +17,11 @@ from typing import Any
 from finetune.data.samples import sample_rows
 from finetune.model.tiny import RANDOM_ARCHITECTURES, make_random
 from finetune.system.errors import ModelError
-from finetune.system.files import CACHE_VERSION, made_once
+from finetune.system.files import made_once, sha256
 from finetune.system.terminal import quiet
+
+# Raised when what a made directory holds changes, so that an old one is not used again.
+_CACHE_VERSION = 1
 
 
 def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) -> str:
@@ -33,11 +36,11 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
             known = ", ".join(f"random:{name}" for name in RANDOM_ARCHITECTURES)
             raise ModelError(f"model.name_or_path: is {name_or_path}; write one of {known}")
         sample = sample_rows().read_bytes()
-        name = f"random-{rest}-{_digest(sample)}"
+        name = f"random-{rest}-{hashlib.sha256(sample).hexdigest()[:16]}-v{_CACHE_VERSION}"
         return str(made_once(name, lambda into: make_random(rest, into)))
     if kind == "package":
         package = _import_gguf_package(rest)
-        name = f"{Path(package.MODEL_NAME).stem}-{package.EXPECTED_SHA256[:16]}"
+        name = f"{Path(package.MODEL_NAME).stem}-{package.EXPECTED_SHA256[:16]}-v{_CACHE_VERSION}"
 
         def convert_package(into: Path) -> None:
             say(f"{rest}: converting {package.MODEL_NAME} to safetensors, once (about a minute)")
@@ -47,14 +50,13 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
         return str(made_once(name, convert_package))
     path = Path(name_or_path).expanduser()
     if name_or_path.endswith(".gguf"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{path.stem}-{sha256(path)[:16]}-v{_CACHE_VERSION}"
 
         def convert_file(into: Path) -> None:
             say(f"{path}: converting to safetensors, once (about a minute)")
             _convert_gguf(path, into)
 
-        return str(made_once(f"{path.stem}-{digest[:16]}", convert_file))
+        return str(made_once(name, convert_file))
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -68,10 +70,6 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
             )
         return str(path)
     return name_or_path
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data + str(CACHE_VERSION).encode()).hexdigest()[:16]
 
 
 def _import_gguf_package(module: str) -> Any:

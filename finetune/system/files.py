@@ -1,14 +1,13 @@
-"""Files and folders that are complete wherever they exist; the cache directory."""
+"""Files and folders that exist only when they are complete, reading them back, and the cache directory."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,166 +18,124 @@ MODEL_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# Raised when what a made directory holds changes, so that an old one is not used again.
-CACHE_VERSION = 1
+# Each output of merge and of export has one of these; only such a folder may be replaced.
+_OUTPUT_RECORDS = ("merge.json", "report.json")
 
 
-def cache_dir() -> Path:
-    """The folder for converted bases: `$XDG_CACHE_HOME/finetune`, by default `~/.cache/finetune`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
 
 
-def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached directory `name`; made beside and renamed, so it is whole wherever it exists; others wait for it."""
-    from filelock import FileLock
-
-    target = cache_dir() / f"{name}-v{CACHE_VERSION}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-            try:
-                made = beside / "model"
-                made.mkdir()
-                make(made)
-                made.rename(target)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-    return target
-
-
-# What says of a folder that merge or export wrote it, and so may replace it.
-RECORDS = ("merge.json", "report.json")
-
-
-def sync_files(folder: Path) -> None:
-    """Waits until all that this process sees in a folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path next to `path` to write to; on leaving the file is synced and renamed to `path`, on an error removed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all: beside, synced, renamed."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
-    sync(path.parent)
+    """Writes a text file so that `path` is complete or does not exist, even after a power failure."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that grows by a JSON line at a time; a last one that was cut off is left out.
-
-    Raises:
-        RunError: Another line is damaged.
-    """
-    if not path.is_file():
-        return []
-    found: list[dict[str, Any]] = []
-    # Other marks of a line's end may stand in a text.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(f"{path}:{number} is damaged; remove the line") from error
-    return found
-
-
-def run_file(run: Path, name: str) -> Path | None:
-    """A file of a run, for one of its checkpoints too; None where it has none."""
-    folders = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-@contextlib.contextmanager
+@contextmanager
 def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when all is written and on the disk, and is gone if that fails.
+    """A folder to fill; on leaving it is synced and renamed to `output`, on an error removed.
 
-    What a killed process left is removed by the next one; two at once are told apart by a lock.
+    What a killed process left behind is removed by the next one. A lock keeps two processes apart.
+
+    Args:
+        output: The folder to make.
+        overwrite: Whether an earlier output of merge or export may be replaced.
+        inputs: The folders that are read, none of which `output` may be or contain.
 
     Raises:
-        RunError: `output` exists and may not be replaced, is or holds one of `inputs`, or another process is at it.
+        RunError: `output` exists and may not be replaced, contains one of `inputs`, or is being written by another
+            process.
     """
     from filelock import FileLock, Timeout
 
     check_free(output, overwrite)
     check_apart(output, inputs)
     output = Path(os.path.realpath(output))
-    made = [parent for parent in output.parents if not parent.exists()]
+    new_parents = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
+    partial, replaced = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     lock = FileLock(output.with_name(f".{output.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(f"--output: {output} is being written by another process") from None
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)  # a process was killed between the two renames below
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            # A process was killed between the two renames below.
+            replaced.rename(output)
             check_free(output, overwrite)
-        shutil.rmtree(old, ignore_errors=True)
-        beside.mkdir()
-        yield beside
-        for path in beside.rglob("*"):
-            if path.is_file():
-                sync(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        sync_files(partial)
         check_free(output, overwrite)
         if output.exists():
-            output.rename(old)
-        beside.rename(output)
+            output.rename(replaced)
+        partial.rename(output)
         sync(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        Path(lock.lock_file).unlink(
-            missing_ok=True
-        )  # before it is released: nobody holds a lock without a name
+        shutil.rmtree(partial, ignore_errors=True)
+        # Before the lock is released: afterwards the file may already be another process's lock.
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        for parent in made:
-            with contextlib.suppress(OSError):  # it is not empty, and so not only ours
+        for parent in new_parents:
+            with suppress(OSError):  # it is not empty
                 parent.rmdir()
 
 
-def check_apart(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuses an output that would replace what it is made from.
-
-    Raises:
-        RunError: It is an input, or a folder above one.
-    """
-    place = Path(os.path.realpath(output))
-    for path in inputs:
-        if Path(os.path.realpath(path)).is_relative_to(place):
-            raise RunError(f"--output: {output} holds {path}, which is read; write another path")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuses an output that is there already.
+    """Refuses an output folder that exists and may not be replaced.
 
     Raises:
-        RunError: It exists and may not be replaced, or is no folder.
+        RunError: It is a file, is not empty and `overwrite` is false, or neither merge nor export wrote it.
     """
     if output.exists() and not output.is_dir():
         raise RunError(f"--output: {output} is a file; write the path of a new folder")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise RunError(f"--output: {output} exists; write another path, or add --overwrite to replace it")
-        if not any((output / name).exists() for name in RECORDS):
+        if not any((output / name).exists() for name in _OUTPUT_RECORDS):
             raise RunError(
                 f"--output: {output} was not written by merge or export, and is not replaced; write another path"
             )
 
 
+def check_apart(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuses an output folder that would replace what it is made from.
+
+    Raises:
+        RunError: It is one of `inputs` or a folder above one.
+    """
+    place = Path(os.path.realpath(output))
+    for path in inputs:
+        if Path(os.path.realpath(path)).is_relative_to(place):
+            raise RunError(f"--output: {output} contains {path}, which is read; write another path")
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until everything in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Waits until a file or a folder's list of names is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -186,12 +143,93 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def cache_dir() -> Path:
+    """The folder of converted bases and prepared rows: `$XDG_CACHE_HOME/finetune`, by default `~/.cache/finetune`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, made by the first process that needs it, while others wait.
+
+    Args:
+        name: Its path in `cache_dir()`; must change whenever what `make` writes changes.
+        make: Fills the folder that it is given. Temporary files may go next to it: they are removed afterwards.
+    """
+    from filelock import FileLock
+
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The lock ends with the process that holds it, however that ends.
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            work = target.with_name(f".{target.name}.part")
+            # A killed process may have left it.
+            shutil.rmtree(work, ignore_errors=True)
+            folder = work / "folder"
+            try:
+                folder.mkdir(parents=True)
+                make(folder)
+                sync_files(folder)
+                folder.rename(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
 def read_json(file: Path | None) -> dict[str, Any]:
-    """A file of JSON; empty where there is none."""
+    """The object in a JSON file; an empty one where there is no file.
+
+    Raises:
+        RunError: The file is not JSON, or holds something else than an object.
+    """
     if file is None or not file.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}") from error
-    return found
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged: it holds no JSON object")
+    return content
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file that is appended to; none where there is no file.
+
+    A last line without a line break was cut off while it was written, and is left out.
+
+    Raises:
+        RunError: Another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    records: list[dict[str, Any]] = []
+    # Not `splitlines`, which also splits at characters that may stand in a text.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number} is damaged; remove the line") from error
+    return records
+
+
+def run_file(folder: Path, name: str) -> Path | None:
+    """A file of a run, looked for above the folder too where that is a checkpoint; None where there is none."""
+    folders = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    return next((place / name for place in folders if (place / name).is_file()), None)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

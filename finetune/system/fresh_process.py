@@ -1,8 +1,9 @@
 """Functions called in a fresh Python process, which leaves nothing in this one's memory.
 
-    >>> found = call(measure_folder, Job(folder="exports/bf16", dtype="bfloat16"))
+    >>> result = call(measure_folder, Job(folder="exports/bf16", dtype="bfloat16"))
 
-Argument and result pass as JSON, by the function's type hints: dataclasses, lists, dicts, numbers and texts.
+Argument and result pass as JSON, by the function's type hints: dataclasses, lists, dicts, numbers and texts. A
+`TypedDict` must be that of `typing_extensions` (pydantic, before Python 3.12).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_type_hints
 
+from pydantic import TypeAdapter
+
 from finetune.system import errors
+from finetune.system.files import write_whole
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -27,9 +31,13 @@ _parent: IO[str] | None = None
 
 
 class ProcessFailed(Exception):
-    """The function raised an error that is not the user's, or its process ended before it returned.
+    """The function raised an error that the user cannot mend, or its process ended before it returned.
 
-    `str()` is one line that says why; `code` is the process's exit code, minus the number of a signal that ended it.
+    Attributes:
+        code: The process's exit code, or minus the number of the signal that ended it.
+        stderr: What it wrote to standard error, where that was kept.
+
+    `str()` is one line that says why.
     """
 
     def __init__(self, why: str, code: int, stderr: str) -> None:
@@ -55,18 +63,18 @@ def call(
 
     Raises:
         FinetuneError, OSError: As the function raised it.
-        ProcessFailed: The function raised anything else, or its process was ended.
+        ProcessFailed: The function raised anything else, or its process ended without an answer.
     """
-    hints = get_type_hints(function)
-    taken = next(hint for name, hint in hints.items() if name != "return")
+    argument_type, result_type = _types(function)
     with (
         tempfile.TemporaryDirectory() as folder,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr_file,
     ):
-        asked, answered = Path(folder, "argument.json"), Path(folder, "result.json")
-        asked.write_text(_encoded(taken, argument), encoding="utf-8")
-        names = (function.__module__, function.__qualname__, str(asked), str(answered))
-        process = _start(names, child_environment() | dict(environment or {}), said if keep_stderr else None)
+        argument_file, answer_file = Path(folder, "argument.json"), Path(folder, "answer.json")
+        argument_file.write_text(_encoded(argument_type, argument), encoding="utf-8")
+        names = (function.__module__, function.__qualname__, str(argument_file), str(answer_file))
+        variables = child_environment() | dict(environment or {})
+        process = _start(names, variables, stderr_file if keep_stderr else None)
         try:
             for line in process.stdout or ():
                 on_line(line.rstrip("\n"))
@@ -76,21 +84,20 @@ def call(
             process.wait()
             if process.stdout:
                 process.stdout.close()
-        said.seek(0)
-        stderr = said.read()
-        if not answered.exists():
+        stderr_file.seek(0)
+        stderr = stderr_file.read()
+        if not answer_file.exists():
             raise ProcessFailed(_why(code, stderr), code, stderr)
-        answer = json.loads(answered.read_text(encoding="utf-8"))
-    if "value" in answer:
-        value: Result = _adapter(hints["return"]).validate_python(answer["value"])
+        answered = json.loads(answer_file.read_text(encoding="utf-8"))
+    if "value" in answered:
+        value: Result = result_type.validate_python(answered["value"])
         return value
-    if "os_error" in answer:
-        raise OSError(*answer["os_error"])
-    if "error" in answer:
-        name, arguments = answer["error"]
+    if "os_error" in answered:
+        raise OSError(*answered["os_error"])
+    if "error" in answered:
         # The cause holds what the process wrote to standard error.
-        raise getattr(errors, name)(*arguments) from ProcessFailed(name, code, stderr)
-    raise ProcessFailed(answer["failed"], code, stderr)
+        raise _rebuilt(*answered["error"]) from ProcessFailed(answered["error"][0], code, stderr)
+    raise ProcessFailed(answered["failed"], code, stderr)
 
 
 def report(line: str) -> None:
@@ -99,22 +106,20 @@ def report(line: str) -> None:
         print(line, file=_parent, flush=True)
 
 
-def _start(
-    names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None
-) -> subprocess.Popen[str]:
-    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
-    command = [sys.executable, "-W", "ignore", "-c", code, *names]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+def child_environment() -> dict[str, str]:
+    """The environment of a fresh process, which finds this package even where it is not installed."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def answer(module: str, name: str, asked: str, answered: str) -> None:
-    """In the fresh process: calls the function and writes what it returned or raised.
+def answer(module: str, name: str, argument_file: str, answer_file: str) -> None:
+    """In the fresh process: calls a function and writes what it returned or raised.
 
     Args:
         module: The function's module.
         name: The function's name in it.
-        asked: The file with the argument.
-        answered: The file for the result.
+        argument_file: The path of the argument, in JSON.
+        answer_file: The path to write the answer to, in JSON.
     """
     global _parent
     logging.basicConfig(level=logging.ERROR)
@@ -123,44 +128,57 @@ def answer(module: str, name: str, asked: str, answered: str) -> None:
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
     function = getattr(importlib.import_module(module), name)
-    hints = get_type_hints(function)
-    taken = next(hint for key, hint in hints.items() if key != "return")
-    found: dict[str, Any]
+    argument_type, result_type = _types(function)
     try:
-        argument = _adapter(taken).validate_python(json.loads(Path(asked).read_text(encoding="utf-8")))
-        text = f'{{"value": {_encoded(hints["return"], function(argument))}}}'
+        argument = argument_type.validate_json(Path(argument_file).read_bytes())
+        text = f'{{"value": {_encoded(result_type, function(argument))}}}'
     except (Exception, SystemExit) as error:
-        if isinstance(error, errors.FinetuneError):
-            faults = getattr(error, "faults", None)
-            found = {"error": (type(error).__name__, [faults] if faults else [str(error)])}
-        elif isinstance(error, OSError) and error.errno is not None:
-            found = {"os_error": (error.errno, error.strerror, str(error.filename or "") or None)}
-        else:
-            found = {"failed": f"{type(error).__name__}: {errors.first_line(error)}"}
-        text = json.dumps(found)
-    beside = Path(f"{answered}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(answered)
+        text = json.dumps(_described(error))
+    write_whole(Path(answer_file), text)
+
+
+def _start(
+    names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None
+) -> subprocess.Popen[str]:
+    """The process that runs `answer(*names)`; tests replace this function to fork one that has done the imports."""
+    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
+    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def _types(function: Callable[[Any], Any]) -> tuple[TypeAdapter[Any], TypeAdapter[Any]]:
+    """Adapters for a function's one argument and for its result."""
+    hints = get_type_hints(function)
+    argument_type = next(hint for name, hint in hints.items() if name != "return")
+    return TypeAdapter(argument_type), TypeAdapter(hints["return"])
+
+
+def _encoded(adapter: TypeAdapter[Any], value: Any) -> str:
+    # Not `dump_json`, which writes null for a number that is not finite.
+    return json.dumps(adapter.dump_python(value, mode="json"), ensure_ascii=False)
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """An error as JSON, from which `call` raises it again."""
+    if isinstance(error, errors.FinetuneError):
+        return {"error": (type(error).__name__, error.args, vars(error))}
+    if isinstance(error, OSError) and error.errno is not None:
+        return {"os_error": (error.errno, error.strerror, str(error.filename or "") or None)}
+    return {"failed": f"{type(error).__name__}: {errors.first_line(error)}"}
+
+
+def _rebuilt(name: str, arguments: list[Any], fields: dict[str, Any]) -> errors.FinetuneError:
+    """The error of ours that `_described` wrote."""
+    kind: type[errors.FinetuneError] = getattr(errors, name)
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    )
+    return error
 
 
 def _why(code: int, stderr: str) -> str:
     """One line about a process that ended without an answer."""
     last = next(iter(stderr.strip().splitlines()[-1:]), "it wrote nothing to standard error")
-    reason = "it was killed, most likely for want of memory" if code == -9 else last
+    reason = "it was killed, most likely because memory ran out" if code == -9 else last
     return f"its process ended with code {code}: {reason}"
-
-
-def _adapter(hint: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(hint)
-
-
-def _encoded(hint: Any, value: Any) -> str:
-    return json.dumps(_adapter(hint).dump_python(value, mode="json"), ensure_ascii=False)
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of the fresh process, which finds this package even where it is not installed."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

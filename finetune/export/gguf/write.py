@@ -32,7 +32,7 @@ from finetune.export.gguf.quantize import PLAIN, TYPES, Matrix, library, quantis
 from finetune.export.gguf.tensors import ARCHITECTURES, changed, head_size, names, shapes
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
-from finetune.system.files import sync
+from finetune.system.files import whole_file
 from finetune.system.terminal import progress_bar
 
 __all__ = ["TYPES", "write"]
@@ -117,20 +117,18 @@ def write(
         raise ExportError(
             f"{file.parent} has {free / 2**30:,.1f} GiB free, and {total / 2**30:,.1f} GiB are needed; make room"
         )
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        with beside.open("wb") as out, progress_bar(f"{kind}: weights", total, progress, "bytes") as advance:
-            out.write(header)
-            advance(len(header))
-            before = 0
-            for done in _write_tensors(out, model, items, config, imatrix or {}):
-                advance(done - before)
-                before = done
-        sync(beside)
-        beside.rename(file)
-        sync(file.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    title = f"{kind}: weights"
+    with (
+        whole_file(file) as part,
+        part.open("wb") as out,
+        progress_bar(title, total, progress, "bytes") as advance,
+    ):
+        out.write(header)
+        advance(len(header))
+        before = 0
+        for done in _write_tensors(out, model, items, config, imatrix or {}):
+            advance(done - before)
+            before = done
 
 
 def check(model: Path, vocabulary: dict[str, Any]) -> None:

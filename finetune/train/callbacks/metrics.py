@@ -133,6 +133,5 @@ def draw_losses(metrics: Path, into: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if logged or evaluated:
         axes.legend(fontsize=11, frameon=False)
-    beside = into.with_name(f".{into.name}.tmp")
-    figure.savefig(beside, format="png")
-    beside.replace(into)
+    with files.whole_file(into) as part:
+        figure.savefig(part, format="png")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from finetune.export.gguf.tensors import names
 from finetune.model.shards import read_header, weight_files
 from finetune.system.errors import ExportError
-from finetune.system.files import sync
+from finetune.system.files import whole_file
 
 Matrix = dict[str, NDArray[np.float32]]
 """llama.cpp's name of a weight to the mean square of its input, by column."""
@@ -103,13 +103,8 @@ def filled(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArr
 def write(importance: Importance, folder: Path) -> None:
     """`imatrix.gguf` and `imatrix.dat` in a folder; each appears under its name when it is whole."""
     for name, put in (("imatrix.gguf", _write_gguf), ("imatrix.dat", _write_dat)):
-        beside = folder / f".{name}.part"
-        try:
-            put(importance, beside)
-            sync(beside)
-            beside.rename(folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(folder / name) as part:
+            put(importance, part)
 
 
 def read(file: Path) -> Importance:

@@ -117,7 +117,7 @@ def measure(file: Path, name: str, measurement: Measurement) -> dict[str, Any]:
 def _crash_reason(code: int, stderr: str) -> str:
     """One line on why llama.cpp's process ended without a result."""
     if code == -signal.SIGKILL:
-        return "llama.cpp's process was killed, most likely for want of memory"
+        return "llama.cpp's process was killed, most likely because memory ran out"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     why = next((line for line in lines if "GGML_ASSERT" in line), lines[-1] if lines else "it said nothing")
     if code < 0:

@@ -1,0 +1,365 @@
+"""What every package uses: errors, fresh processes, complete files and folders, sizes and durations."""
+
+import json
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune.system import errors, files, fresh_process, numbers
+from finetune.system.errors import (
+    FinetuneError,
+    LabelError,
+    MergeError,
+    ModelError,
+    RecipeError,
+    RunError,
+    first_line,
+    reworded,
+)
+from finetune.system.files import (
+    made_once,
+    read_json,
+    read_records,
+    run_file,
+    sha256,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
+from finetune.system.fresh_process import ProcessFailed, call
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("first\nsecond"), "first"),
+        (ValueError("\n  \n  indented \nrest"), "indented"),
+        (KeyError("name"), "'name'"),
+        (MemoryError(), "MemoryError()"),
+        (ValueError("\n"), "ValueError('\\n')"),
+    ],
+)
+def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+def test_an_upstream_error_becomes_one_of_ours() -> None:
+    rewording = reworded(MergeError, "adapter", KeyError, ValueError)
+    with pytest.raises(MergeError, match=r"^adapter: no such layer$") as raised, rewording:
+        raise ValueError("no such layer\nTraceback and more")
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("error", [ModelError("of ours"), TypeError("another type")])
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, reworded(MergeError, "adapter", ValueError):
+        raise error
+    assert raised.value is error
+
+
+def test_every_error_of_ours_can_be_told_from_a_defect() -> None:
+    own = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(own) > 10
+    assert all(issubclass(kind, FinetuneError) for kind in own)
+    assert all(kind.__name__ in str(errors.__doc__) for kind in own)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fresh processes: `work` runs in a new Python, which imports this file
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, and how often."""
+
+    what: str
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of it."""
+
+    process: int
+    texts: list[str]
+    loss: float
+    modules: list[str]
+
+
+def work(job: Job) -> Answer:
+    if job.what == "label":
+        raise LabelError("row 3: é is not text")
+    if job.what == "recipe":
+        raise RecipeError(["r.yaml:1: a", "r.yaml:2: b"])
+    if job.what == "missing":
+        Path("/no/such/file").read_text(encoding="utf-8")
+    if job.what == "defect":
+        raise KeyError("name")
+    if job.what == "kill":
+        print("before it was killed", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.what == "exit":
+        print("first\nlast words", file=sys.stderr, flush=True)
+        os._exit(3)
+    print("an upstream library prints this")
+    for i in range(job.times):
+        fresh_process.report(f"step {i}")
+    texts = [os.environ.get("FINETUNE_TEST_WORD", ""), "日本"]
+    return Answer(os.getpid(), texts, float("inf"), sorted({"torch", "transformers"} & set(sys.modules)))
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new process finds this file."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_function_runs_in_a_fresh_process() -> None:
+    lines: list[str] = []
+    answer = call(work, Job("work", 3), lines.append, {"FINETUNE_TEST_WORD": "told"})
+    assert lines == ["step 0", "step 1", "step 2"]
+    assert answer == Answer(answer.process, ["told", "日本"], float("inf"), [])
+    assert answer.process != os.getpid()
+    fresh_process.report("nobody listens here")
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("what", "kind", "text"),
+    [
+        ("label", LabelError, "row 3: é is not text"),
+        ("recipe", RecipeError, "r.yaml:1: a\nr.yaml:2: b"),
+        ("missing", FileNotFoundError, "[Errno 2] No such file or directory: '/no/such/file'"),
+        ("defect", ProcessFailed, "KeyError: 'name'"),
+        (
+            "kill",
+            ProcessFailed,
+            "its process ended with code -9: it was killed, most likely because memory ran out",
+        ),
+        ("exit", ProcessFailed, "its process ended with code 3: last words"),
+    ],
+)
+def test_an_error_is_raised_again(what: str, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as raised:
+        call(work, Job(what))
+    assert (type(raised.value), str(raised.value)) == (kind, text)
+    if isinstance(raised.value, RecipeError):
+        assert raised.value.faults == ("r.yaml:1: a", "r.yaml:2: b")
+    if what in ("kill", "exit"):
+        assert isinstance(raised.value, ProcessFailed)
+        assert raised.value.stderr == {"kill": "before it was killed\n", "exit": "first\nlast words\n"}[what]
+        assert raised.value.code == {"kill": -9, "exit": 3}[what]
+
+
+@pytest.mark.usefixtures("importable")
+def test_standard_error_may_reach_the_user(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ProcessFailed, match=r"code 3: it wrote nothing to standard error$") as raised:
+        call(work, Job("exit"), keep_stderr=False)
+    assert raised.value.stderr == ""
+    assert capfd.readouterr().err == "first\nlast words\n"
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_error_while_listening_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[fresh_process.subprocess.Popen[str]] = []
+    begin = fresh_process._start
+
+    def start(*args: object) -> object:
+        started.append(begin(*args))  # type: ignore[arg-type]
+        return started[-1]
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fresh_process, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        call(work, Job("work", 100_000), stop)
+    assert started[0].poll() is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_half(path: Path) -> None:
+    path.write_text("half", encoding="utf-8")
+    raise ModelError("no room")
+
+
+def test_a_file_is_complete_or_what_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    write_whole(file, "日本\n")
+    assert file.read_text(encoding="utf-8") == "日本\n"
+    with pytest.raises(ModelError), whole_file(file) as part:
+        write_half(part)
+    assert file.read_text(encoding="utf-8") == "日本\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_complete_or_what_it_was(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "merged"
+    with pytest.raises(ModelError), whole_folder(output, False) as folder:
+        write_half(folder / "merge.json")
+    assert list(tmp_path.iterdir()) == []  # nor the folder that was made above it
+    for text in ("1", "2"):
+        with whole_folder(output, True, [tmp_path / "run"]) as folder:
+            assert not any(folder.iterdir())
+            (folder / "merge.json").write_text(text, encoding="utf-8")
+            assert (output / "merge.json").exists() == (text == "2")
+        assert (output / "merge.json").read_text(encoding="utf-8") == text
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_folder_that_is_not_replaced(tmp_path: Path) -> None:
+    def fault(output: Path, overwrite: bool = True, inputs: tuple[Path, ...] = ()) -> str:
+        with pytest.raises(RunError) as raised, whole_folder(output, overwrite, inputs):
+            pytest.fail("it was given a folder")
+        return str(raised.value).replace(str(tmp_path), "T")
+
+    file, run, merged = tmp_path / "file", tmp_path / "run", tmp_path / "merged"
+    write_whole(file, "x")
+    for folder, name in ((run, "recipe.yaml"), (merged, "merge.json")):
+        folder.mkdir()
+        write_whole(folder / name, "")
+    assert fault(file) == "--output: T/file is a file; write the path of a new folder"
+    assert (
+        fault(merged, False)
+        == "--output: T/merged exists; write another path, or add --overwrite to replace it"
+    )
+    assert fault(run).startswith("--output: T/run was not written by merge or export, and is not replaced;")
+    inside = (merged / "checkpoint-2",)
+    assert fault(merged, inputs=inside) == (
+        "--output: T/merged contains T/merged/checkpoint-2, which is read; write another path"
+    )
+    with whole_folder(merged, True):
+        assert fault(merged) == "--output: T/merged is being written by another process"
+    assert (file.read_text(encoding="utf-8"), (run / "recipe.yaml").exists()) == ("x", True)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "finetune"
+
+
+def test_a_cached_folder_is_made_once(cache: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("weights", encoding="utf-8")
+        (folder.parent / "download").write_text("temporary", encoding="utf-8")
+        made.append(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: made_once("bases/model-v1", make), range(4)))
+    assert found == [cache / "bases/model-v1"] * 4
+    assert len(made) == 1
+    names = sorted(path.relative_to(cache).as_posix() for path in (cache / "bases").rglob("*"))
+    assert [name for name in names if not name.endswith(".lock")] == [
+        "bases/model-v1",
+        "bases/model-v1/model.safetensors",
+    ]
+
+
+def test_a_cached_folder_that_failed_is_made_anew(cache: Path) -> None:
+    killed = cache / ".model-v1.part" / "folder"
+    killed.mkdir(parents=True)
+    (killed / "half").write_text("", encoding="utf-8")
+    with pytest.raises(ModelError, match="no room"):
+        made_once("model-v1", lambda folder: write_half(folder / "half"))
+    assert not (cache / "model-v1").exists()
+    assert list(made_once("model-v1", lambda folder: None).iterdir()) == []
+    assert not (cache / ".model-v1.part").exists()
+
+
+def test_reading_json(tmp_path: Path) -> None:
+    assert read_json(None) == read_json(tmp_path / "none.json") == {}
+    for name, content, why in (
+        ("cut.json", '{"a": ', r"^.*cut.json is damaged: Expecting value"),
+        ("list.json", "[1]", r"^.*list.json is damaged: it holds no JSON object$"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(RunError, match=why):
+            read_json(tmp_path / name)
+    write_whole(tmp_path / "a.json", '{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_reading_records(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_records(file) == []
+    records = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2}]
+    file.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) + '{"step": 3', "utf-8"
+    )
+    assert read_records(file) == records
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n', encoding="utf-8")
+    with pytest.raises(RunError, match=r"metrics.jsonl:2 is damaged; remove the line$"):
+        read_records(file)
+
+
+def test_a_file_of_a_run_or_of_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    write_whole(tmp_path / "recipe.yaml", "")
+    assert (
+        run_file(tmp_path, "recipe.yaml") == run_file(checkpoint, "recipe.yaml") == tmp_path / "recipe.yaml"
+    )
+    write_whole(checkpoint / "recipe.yaml", "")
+    assert run_file(checkpoint, "recipe.yaml") == checkpoint / "recipe.yaml"
+    assert run_file(tmp_path, "ledger.json") is None
+    (tmp_path / "exports").mkdir()
+    assert run_file(tmp_path / "exports", "recipe.yaml") is None
+
+
+def test_the_hash_of_a_file(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", "abc")
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.cache_dir().name == "finetune"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (numbers.memory(350 * 2**20), "350 MiB"),
+        (numbers.memory(1), "1 MiB"),
+        (numbers.memory(12.34 * numbers.GIB), "12.3 GiB"),
+        (numbers.memory(2000 * numbers.GIB), "2,000.0 GiB"),
+        (numbers.file_size(536_300_000), "536.3 MB"),
+        (numbers.file_size(1_074_000_000), "1.07 GB"),
+        (numbers.duration(0.352), "0.35 s"),
+        (numbers.duration(42.4), "42 s"),
+        (numbers.duration(119), "119 s"),
+        (numbers.duration(210), "3.5 min"),
+        (numbers.duration(3600), "60 min"),
+        (numbers.duration(12 * 3600), "12 h"),
+        (numbers.duration(6 * 86400), "6.0 days"),
+        (numbers.duration(1500 * 86400), "1,500 days"),
+        (numbers.clock(59.6), "1:00"),
+        (numbers.clock(185), "3:05"),
+        (numbers.clock(3753), "1:02:33"),
+    ],
+)
+def test_sizes_and_durations(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_a_markdown_table() -> None:
+    assert numbers.markdown_table([["format", "KL"], ["a|b", 0.5]]) == [
+        "| format | KL |",
+        "|---|---|",
+        "| a\\|b | 0.5 |",
+    ]
