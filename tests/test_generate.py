@@ -90,7 +90,10 @@ def test_a_sampling_that_there_is_none_of(
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["random:gemma3", "--device", "tpu"], "--device: is tpu, which there is none of here; write cpu, "),
+        (
+            ["random:gemma3", "--device", "tpu"],
+            "--device: is tpu, which this machine does not have; write cpu, ",
+        ),
         (
             ["random:gema"],
             "model.name_or_path: is random:gema; write one of random:gemma, random:gemma2, random:gemma3, ",
@@ -118,6 +121,6 @@ def test_what_a_run_says_and_this_device_has_not_is_told_of_the_run(
     capsys.readouterr()
     assert main(["generate", "run", "--prompt", "Hi", "--device", "cpu"]) == 2
     [said] = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: run: model.attn_implementation: is flash_attention_2, which needs a card")
+    assert said.startswith("error: run: model.attn_implementation: is flash_attention_2, which needs a GPU")
     arguments = ["generate", "run", "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "1"]
     assert main([*arguments, "--attn", "sdpa"]) == 0

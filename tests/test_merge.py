@@ -216,7 +216,7 @@ def plan_here(request: MergeRequest) -> MergePlan:
 def _small_and_planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
     # Tiny tensors, too, are read and written in several slices.
-    monkeypatch.setattr(finetune.shards, "SLICE", 5000)
+    monkeypatch.setattr(finetune.model.shards, "SLICE", 5000)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -461,7 +461,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
         found["quantised"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
         finish(trainer, recipe, output)
 
-    monkeypatch.setattr(finetune.train, "_finish", look)
+    monkeypatch.setattr(finetune.train.run, "_finish", look)
     return found
 
 

@@ -1,20 +1,23 @@
-"""Which dtype, attention and adapter targets are lawful for a model on a device; what is chosen where none is given.
+"""Checks that a device and an attention fit a model; which of its modules an adapter may change.
 
-| facts | `model.dtype` auto | refused |
+`model.dtype: auto` (`precision.choose_dtype`):
+
+| device | dtype | refused |
 |---|---|---|
-| no CUDA card | float32 | |
-| a card that computes in bfloat16 | bfloat16 | float16 autocast over bfloat16 weights |
-| a card that does not (T4, V100) | float16 | bfloat16, as weights, in autocast or between 4-bit layers |
+| CPU | float32 | |
+| GPU with bfloat16 | bfloat16 | float16 autocast over bfloat16 weights |
+| GPU without it (T4, V100) | float16 | bfloat16 as weights, in autocast or between 4-bit layers |
 
-| facts | `model.attn_implementation` absent | refused |
-|---|---|---|
-| soft-capped attention scores (Gemma 2) | eager | sdpa |
-| any other model | upstream's choice, sdpa where it can | |
-| below compute capability 8.0, or computing in float32 | | flash_attention_* |
-| training on a CPU | | flex_attention |
+`model.attn_implementation`: absent, transformers chooses: eager for Gemma 2, sdpa where a model supports it.
 
-A Gemma in float16 keeps its residual stream in float32 (`keep_residual_in_float32`). Modules that text does not
-pass through (`non_text_modules`) are neither trained nor adapted, because all rows are text.
+| facts | refused |
+|---|---|
+| soft-capped attention scores (Gemma 2) | sdpa |
+| compute capability below 8.0, or computing in float32 | flash_attention_* |
+| training on a CPU | flex_attention |
+
+A Gemma in float16 keeps its residual stream in float32 (`precision.keep_residual_in_float32`). Modules that text does
+not pass through (`non_text_modules`) are neither trained nor adapted, because all rows are text.
 """
 
 from __future__ import annotations
@@ -31,54 +34,57 @@ if TYPE_CHECKING:
 
 
 def check_device(place: str) -> None:
-    """Refuses a place for a model that there is none of here.
+    """Refuses a device that this machine does not have.
+
+    Args:
+        place: `cpu`, `auto`, or a device as torch writes it, such as `cuda:1`.
 
     Raises:
-        ModelError: With those that there are.
+        ModelError: There is no such device; the message lists those that there are.
     """
     import torch
 
     accelerator = torch.accelerator.current_accelerator()
     kind = accelerator.type if accelerator else "cpu"
-    cards = torch.accelerator.device_count() if accelerator else 0
-    there = ["cpu", *(f"{kind}:{i}" for i in range(cards)), "auto"]
-    # Without a number it is the first, or the current one.
-    if place not in (*there, kind):
-        raise ModelError(f"--device: is {place}, which there is none of here; write {', '.join(there)}")
+    count = torch.accelerator.device_count() if accelerator else 0
+    available = ["cpu", *(f"{kind}:{i}" for i in range(count)), "auto"]
+    # Without a number it is the current one.
+    if place not in (*available, kind):
+        raise ModelError(
+            f"--device: is {place}, which this machine does not have; write {', '.join(available)}"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# dtype
+def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> None:
+    """Refuses an attention that transformers does not have, or that leaves out a part of the model.
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-def choose_attention(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> str | None:
-    """The attention to load a model with: the one that is wanted, or one that computes what the model was trained with.
-
-    None leaves it to upstream, whose choice is right for all other models. transformers 5.17 gives Gemma 2 sdpa, which
-    leaves out the soft-capping of its attention scores, and says nothing; 5.23 takes eager by itself.
+    Args:
+        wanted: The name; None leaves the choice to transformers.
+        config: The model's config.
+        key: The key or flag that holds the name, for the message.
 
     Raises:
-        ModelError: It leaves out a part of the model, or there is none of that name.
+        ModelError: There is no attention of that name, or it is sdpa and the model soft-caps its attention scores.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    text = config.get_text_config()
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    if wanted is None:
-        return "eager" if capped else None
-    there = ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
-    if wanted not in there and "/" not in wanted:  # the name of a kernel on the Hub has one
-        raise ModelError(f"{key}: is {wanted}, which there is none of; write one of {', '.join(there)}")
-    if capped and wanted == "sdpa":
-        family = {"gemma2": "Gemma 2"}.get(text.model_type, text.model_type)
+    known = ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    # The name of a kernel on the Hub has a slash.
+    if wanted is not None and wanted not in known and "/" not in wanted:
+        raise ModelError(
+            f"{key}: is {wanted}, which transformers does not have; write one of {', '.join(known)}"
+        )
+    if wanted == "sdpa" and _soft_capped(config):
+        model_type = config.get_text_config().model_type
+        family = {"gemma2": "Gemma 2"}.get(model_type, model_type)
         raise ModelError(
             f"{key}: is sdpa, which leaves out {family}'s soft-capping; write eager or flex_attention"
         )
-    return wanted
+
+
+def _soft_capped(config: Any) -> bool:
+    """True if the model soft-caps its attention scores."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def check_attention(
@@ -89,70 +95,58 @@ def check_attention(
     training: bool = True,
     key: str = "model.attn_implementation",
 ) -> None:
-    """Refuses an attention that computes another model than this one, or that cannot be run here.
+    """Refuses an attention that `check_attention_name` refuses, or that this device cannot run.
 
     Args:
-        wanted: Its name.
-        config: The model's.
-        device: Where it is to run.
-        float32: Whether it is given float32, by weights and autocast.
-        training: Whether gradients are taken.
-        key: Where the name was written.
+        wanted: The name; None leaves the choice to transformers.
+        config: The model's config.
+        device: The device that is to run it.
+        float32: True if its inputs are float32, by the weights' type and autocast.
+        training: True if gradients are taken.
+        key: The key or flag that holds the name, for the message.
 
     Raises:
         ModelError: With what to write instead.
     """
-    choose_attention(wanted, config, key)
+    check_attention_name(wanted, config, key)
     flash = wanted is not None and re.fullmatch(r"flash_attention_\d", wanted)
     if flash and (device.capability is None or device.capability < (8, 0)):
-        own = f" has {device.capability[0]}.{device.capability[1]}" if device.capability else " is no card"
+        has = ".".join(map(str, device.capability)) if device.capability else "none"
         raise ModelError(
-            f"{key}: is {wanted}, which needs a card of compute capability 8.0, and {device.name}{own}; remove it"
+            f"{key}: is {wanted}, which needs a GPU of compute capability 8.0, and {device.name} has {has}; remove it"
         )
     if flash and float32:
         raise ModelError(
-            f"{key}: is {wanted}, which computes in bfloat16 and float16 alone, and here it is float32; remove it"
+            f"{key}: is {wanted}, which computes only in bfloat16 and float16, and here it is float32; remove it"
         )
     if wanted == "flex_attention" and training and device.capability is None:
         raise ModelError(f"{key}: is {wanted}, which has no backward pass on a CPU; remove it")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configs and adapters
-
-
-def corrections(config: Any) -> dict[str, Any]:
-    """What `from_pretrained` must be told so that a model computes what it was trained with.
-
-    Gemma 1's first configs say `hidden_act: gelu` and mean its tanh approximation. transformers 5.23 reads them so;
-    5.17 computes the exact one.
-    """
-    legacy = config.model_type == "gemma" and config.hidden_act == "gelu"
-    return {"hidden_act": "gelu_pytorch_tanh"} if legacy else {}
-
-
 def non_text_modules(model: Any) -> list[str]:
-    """The names of the modules of a causal model that text never passes: vision towers, projectors.
+    """The names of a causal model's modules that text does not pass through: vision towers, projectors.
 
-    Rows are text, so an adapter there would never get a gradient, nor would the weights themselves: DDP waits for it.
+    An adapter there would never get a gradient, nor would the weights themselves, and DDP would wait for it.
     """
     if model.config.get_text_config() is model.config:
         return []
     names = {id(module): name for name, module in model.named_modules()}
     path = names[id(model.get_decoder())].split(".")
     found = []
-    for depth, own in enumerate(path):
+    for depth, on_the_path in enumerate(path):
         parent = ".".join(path[:depth])
         for name, child in model.get_submodule(parent).named_children():
-            if name != own and child is not model.get_output_embeddings():
+            if name != on_the_path and child is not model.get_output_embeddings():
                 found.append(f"{parent}.{name}".lstrip("."))
     return found
 
 
 def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | list[str] | None:
-    """`peft.LoraConfig.exclude_modules` that leaves out all beneath `names` beside what is wanted anyway.
+    """The `peft.LoraConfig.exclude_modules` that excludes all modules below `names`, and those in `wanted`.
 
-    PEFT takes one regular expression over whole names, or a list of names' ends.
+    Args:
+        names: Full names of modules, as `non_text_modules` returns them.
+        wanted: The recipe's `lora.exclude_modules`: a regular expression over full names, or a list of names' ends.
     """
     if not names:
         return wanted
@@ -164,29 +158,25 @@ def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | l
     return "|".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What was chosen
-
-
 def describe_choices(
     wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device
 ) -> str | None:
-    """One line about what the recipe did not say itself; None where it said all.
+    """One line with the dtype and attention that the recipe left open; None if it left neither open.
 
     Args:
         wanted: `model.dtype` and `model.attn_implementation` as the recipe has them.
-        dtype: What is computed in.
-        model: As it was loaded.
-        device: Where.
+        dtype: The type that the run computes in.
+        model: The loaded model.
+        device: The device that it is on.
     """
     parts = []
     if wanted[0] == "auto":
-        said = f"{str(dtype).removeprefix('torch.')} on {device.name}"
-        parts.append(said if device.bf16 else f"{said}, which does not compute in bfloat16")
+        choice = f"{str(dtype).removeprefix('torch.')} on {device.name}"
+        parts.append(choice if device.bf16 else f"{choice}, which does not compute in bfloat16")
     if str(dtype) == "torch.float16" and model.config.get_text_config().model_type in _WIDE:
         parts.append("float32 in its residual stream, where float16 overflows")
     if wanted[1] is None:
         attention = model.config._attn_implementation
-        capped = attention == "eager" and choose_attention(None, model.config) == "eager"
+        capped = attention == "eager" and _soft_capped(model.config)
         parts.append(f"{attention} attention" + (", as sdpa leaves out its soft-capping" if capped else ""))
     return f"chosen: {'; '.join(parts)}" if parts else None

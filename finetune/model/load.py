@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat import Chat
 from finetune.data.template import load_template, set_system_role
-from finetune.model import compatibility, precision
+from finetune.model import precision
 from finetune.model.locate import locate
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
@@ -106,11 +106,6 @@ def load_base(
         # Quantised weights cannot be moved later: each rank loads onto its own card.
         rank = int(os.environ.get("LOCAL_RANK", 0))
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
-    base = _config(path, arguments)
-    arguments["attn_implementation"] = compatibility.choose_attention(
-        arguments.get("attn_implementation"), base
-    )
-    arguments |= compatibility.corrections(base)
     with _told(path), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments

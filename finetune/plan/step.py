@@ -81,7 +81,8 @@ def build(recipe: Recipe, config: Any, device: devices.Device, mode: FakeTensorM
         ModelError: The device does not compute as the recipe asks.
     """
     dtype, loaded, _ = dtypes(recipe, device)
-    attention = compatibility.choose_attention(recipe.model.attn_implementation, config)
+    attention = recipe.model.attn_implementation
+    compatibility.check_attention_name(attention, config)
     if attention is not None and attention not in ("eager", "sdpa"):
         attention = "sdpa"  # what a kernel of its own takes is much the same
     with torch.device("meta"), quiet():
