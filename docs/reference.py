@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune.cli.arguments import parser
+from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
 from finetune.recipe.upstream import INSTEAD, QUANTIZATION, XlaFsdp
 
@@ -43,11 +43,10 @@ _RECIPE = """# The keys of a recipe
 - `${NAME}` reads the environment, `$${NAME}` is that text itself.
 - A key that is not here is an error.
 """
-_CLI = """# The command line
+_CLI = f"""# The command line
 
-`finetune VERB`, or `python -m finetune VERB`; `finetune RECIPE` trains. Standard output has what was asked for,
-standard error all else. Exit codes: 0; 1 our own fault; 2 yours, a line a fault; 3 a gate missed, or a
-recipe that does not fit; 130 and 143 after a signal, with everything saved.
+`finetune VERB`, or `python -m finetune VERB`; `finetune RECIPE` trains. The result goes to standard output, everything
+else to standard error. {EXIT_CODES}
 """
 _UPSTREAM = """## training, lora, quantization
 
@@ -174,7 +173,7 @@ def cli() -> str:
         ]
         lines += ["| | |", "|---|---|", *_flags(sorted(own, key=lambda a: bool(a.option_strings))), ""]
     lines += [
-        "Every verb also takes `--quiet` (errors only) and `--traceback` (Python's, and upstream's warnings)."
+        "Every verb also takes `--quiet` (errors only) and `--traceback` (Python's, and the warnings of libraries)."
     ]
     return "\n".join(lines) + "\n"
 

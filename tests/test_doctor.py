@@ -44,7 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def lines(look: Iterator[doctor.Finding]) -> list[str]:
+def lines(look: Iterator[doctor.CheckResult]) -> list[str]:
     return [" ".join(doctor.as_text(finding).split()) for finding in look]
 
 
@@ -90,24 +90,24 @@ def test_releases_are_held_against_those_of_the_metadata(monkeypatch: pytest.Mon
     ) in lines(doctor._extras())
 
 
-def test_a_card_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-1)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert lines(doctor._cards()) == [
+    assert lines(doctor._gpus()) == [
         f"wrong gpu GPU 0: Tesla T4 is here, and torch {torch.__version__} is built for CPUs; "
         "install torch for CUDA (pytorch.org)"
     ]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "built for CUDA 13.0, cannot use it; update the driver" in lines(doctor._cards())[0]
+    assert "built for CUDA 13.0, cannot use it; update the driver" in lines(doctor._gpus())[0]
     tool.unlink()
-    assert lines(doctor._cards()) == ["note gpu none; training runs on the CPU, in float32, for small models"]
+    assert lines(doctor._gpus()) == ["note gpu none; training runs on the CPU, in float32, for small models"]
 
 
-def test_cards_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The facts are made up, as of a machine with a T4 that somebody uses and an L4."""
     facts = {"cuda:0": ("Tesla T4", False, (7, 5)), "cuda:1": ("NVIDIA L4", True, (8, 9))}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -118,15 +118,15 @@ def test_cards_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor, "_driver", lambda: ", driver 580.1")
     monkeypatch.setattr(devices, "device_of", lambda place=None: devices.Device(*facts[place or "cuda:1"]))
-    assert lines(doctor._cards()) == [
-        "note gpu 0 Tesla T4, 16.0 GiB, 8.0 free, compute capability 7.5, CUDA 13.0, driver 580.1; "
+    assert lines(doctor._gpus()) == [
+        "note gpu 0 Tesla T4, 16.0 GiB, 8.0 GiB free, compute capability 7.5, CUDA 13.0, driver 580.1; "
         "another program holds memory on it",
         "note gpu 0 bf16 does not compute in bfloat16; model.dtype: auto takes float16",
-        "ok gpu 1 NVIDIA L4, 23.0 GiB, 22.0 free, compute capability 8.9, CUDA 13.0, driver 580.1",
+        "ok gpu 1 NVIDIA L4, 23.0 GiB, 22.0 GiB free, compute capability 8.9, CUDA 13.0, driver 580.1",
         "ok gpu 1 bf16 computes in bfloat16",
     ]
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    [flash] = lines(doctor._flash())
+    [flash] = lines(doctor._flash_attention())
     assert flash.endswith("pip install flash-attn, and model.attn_implementation: flash_attention_2")
 
 
@@ -140,15 +140,15 @@ def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {line.split()[0] for line in lines(doctor._disk())} == {"wrong"}
     memory = SimpleNamespace(total=16 * gib, available=3 * gib)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert lines(doctor._memory())[0].startswith("note memory 3.0 GiB free of 16.0; close other programs")
+    assert lines(doctor._memory())[0].startswith("note memory 3.0 GiB free of 16.0 GiB; close other programs")
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What breaks while it is looked at is a finding, too; the rest is still looked at."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(doctor, "_packages", lambda: iter([doctor.Finding("torch", "ok", "1")]))
+    monkeypatch.setattr(doctor, "_packages", lambda: iter([doctor.CheckResult("torch", "ok", "1")]))
 
-    def _four_bit() -> Iterator[doctor.Finding]:
+    def _four_bit() -> Iterator[doctor.CheckResult]:
         raise RuntimeError("no kernel\nfor this")
 
     assert main(["doctor", "--json"]) == 0

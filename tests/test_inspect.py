@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.cli.commands import main
-from finetune.cli.inspect import View, as_text, pieces
+from finetune.cli.inspect import InspectedData, as_text, pieces
 from finetune.data.chat import IGNORE
 from finetune.data.ledger import Ledger
 from finetune.data.mixture import Prepared
@@ -162,7 +162,7 @@ def test_tokens(recipe: str, capsys: Capture) -> None:
         ("rows.jsonl:2", None),
         ("2", None),
         (":2", None),
-        ("9", "no training row is called so; write one such as rows.jsonl:1 or rows.jsonl:2"),
+        ("9", "no training row has this name; write one such as rows.jsonl:1 or rows.jsonl:2"),
     ],
 )
 def test_row(row: str, said: str | None, recipe: str, capsys: Capture) -> None:
@@ -177,7 +177,7 @@ def test_a_row_of_several_names(recipe: str, capsys: Capture) -> None:
     both = "data.train=[{path: rows.jsonl}, {path: more.jsonl, weight: 2}]"
     assert main(["inspect", recipe, both, "data.deduplicate=false", "--row", "2"]) == 2
     assert capsys.readouterr().err == (
-        "error: --row 2: the names of several rows end so; write one such as more.jsonl:2 or rows.jsonl:2\n"
+        "error: --row 2: several rows have names that end so; write one such as more.jsonl:2 or rows.jsonl:2\n"
     )
     assert main(["inspect", recipe, both, "data.deduplicate=false", "--row", "more.jsonl:2"]) == 0
     # Used twice, it is shown twice.
@@ -255,7 +255,7 @@ class Out(io.StringIO):
         return self._terminal
 
 
-def a_view(dataset: Any = ()) -> View:
+def inspected(dataset: Any = ()) -> InspectedData:
     train, evaluation = Ledger(read=2_000, repeated=3, cut=4, split=5, lost_tokens=500), Ledger()
     train.mended["two messages of one role merged"] = 7
     train.dropped["exact duplicates"] = 1_000
@@ -264,7 +264,7 @@ def a_view(dataset: Any = ()) -> View:
         train.keep("data/a.jsonl", length, length // 2, 1, ends, language="Japanese", characters=2 * length)
     train.keep("日本語.jsonl", 20, 8, language="English", characters=90)
     recipe: Any = SimpleNamespace(path=Path("r.yaml"))
-    return View(recipe, tokenizers()[0], Prepared(dataset, train), Prepared(None, evaluation))
+    return InspectedData(recipe, tokenizers()[0], Prepared(dataset, train), Prepared(None, evaluation))
 
 
 ROW = {
@@ -286,13 +286,13 @@ ROW = {
 )
 def test_marks(out: Out, no_color: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
-    lines = list(as_text(a_view(), [ROW], out))
+    lines = list(as_text(inspected(), [ROW], out))
     assert lines[1:3] == ["\n== a:1: 6 tokens, 3 trained on (50%)", shown]
     assert ("#" * 40 in "\n".join(lines)) == (out.encoding == "ascii")
 
 
 def test_ledger() -> None:
-    assert "\n".join(as_text(a_view(), [], Out("utf-8", False))) == LEDGER
+    assert "\n".join(as_text(inspected(), [], Out("utf-8", False))) == LEDGER
 
 
 LEDGER = """
@@ -342,12 +342,12 @@ tokens in a row  rows
 def test_streamed_rows_are_taken_only_as_they_are_shown(recipe: str, capsys: Capture) -> None:
     command = ["inspect", recipe, "data.train=[{path: rows.jsonl, streaming: true}]", "training.max_steps=1"]
     assert main([*command, "--row", "2"]) == 2
-    said = "error: --row 2: streamed rows are not looked up; --rows N shows the first N\n"
+    said = "error: --row 2: streamed rows have no index; write --rows N, which shows the first N\n"
     assert capsys.readouterr().err == said
     assert main([*command, "--rows", "2"]) == 0
     shown = capsys.readouterr().out
     assert len(set(re.findall(r"^== (rows.jsonl:\d): ", shown, re.M))) == 2
-    assert "\n== training rows, so far (they are streamed)\n" in shown
+    assert "\n== training rows, so far (streamed)\n" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -426,9 +426,9 @@ byId("tokens").click();
 said.id = getComputedStyle(document.querySelector("pre span"), "::before").content;
 byId("tokens").click();
 said.noid = getComputedStyle(document.querySelector("pre span"), "::before").content;
-set("filter", "jsonl:2"); said.found = [seen(), byId("found").textContent]; set("filter", ""); said.all = seen();
-document.querySelector("pre span").click(); said.told = byId("told").textContent;
-document.querySelector("mark span:last-child").click(); said.toldTrained = byId("told").textContent;
+set("filter", "jsonl:2"); said.found = [seen(), byId("matching").textContent]; set("filter", ""); said.all = seen();
+document.querySelector("pre span").click(); said.told = byId("status").textContent;
+document.querySelector("mark span:last-child").click(); said.toldTrained = byId("status").textContent;
 said.underlined = getComputedStyle(document.querySelector("pre mark")).textDecorationLine;
 said.requests = performance.getEntriesByType("resource").length;
 document.body.dataset.said = JSON.stringify(said);

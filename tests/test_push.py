@@ -724,7 +724,7 @@ def test_a_damaged_file_is_named(
     assert main(["push", str(run), "--repo-id", "you/damaged", "--quiet"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {run / name}")
-    assert "fault of ours" not in line
+    assert "a bug in finetune" not in line
 
 
 def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:

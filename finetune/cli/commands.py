@@ -1,4 +1,4 @@
-"""argv to a verb. Nothing heavy is imported before a verb needs it."""
+"""Runs the verb that the command line names. Each verb imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -13,71 +13,103 @@ import sys
 import textwrap
 import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import parser
+from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
-from finetune.system.errors import FinetuneError, RecipeError
+from finetune.system.errors import FinetuneError, RecipeError, RunError
+from finetune.system.terminal import Say, silence_upstream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code is 0, 1 (our own fault), 2 (the user's), 3 (a gate), 130 or 143 (a signal)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] not in _VERBS and arguments[0].endswith((".yaml", ".yml")):
-        arguments.insert(0, "train")
-    reader = parser()
-    args, rest = reader.parse_known_args(arguments)
-    # An override may stand behind an option as well.
-    if any(word.startswith("-") or "=" not in word or "overrides" not in args for word in rest):
-        reader.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
+    """Runs one command and returns its exit code, see `ExitCode`.
+
+    Args:
+        argv: The words after `finetune`; by default those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in _VERBS and words[0].endswith((".yaml", ".yml")):
+        words.insert(0, "train")
+    args = _parse(words)
     if not args.traceback:
-        _silence()
+        silence_upstream()
     if distributed.world_size() > 1 and args.verb != "train":
-        # Each would do all of it, into the same files.
+        # Every process would do all of the work and write the same files.
         if not distributed.rank():
             _say(
                 f"error: {distributed.world_size()} processes were launched, and only train shares its work; "
-                f"write python -m finetune {shlex.join(arguments)}"
+                f"write python -m finetune {shlex.join(words)}"
             )
-        return 2
+        return ExitCode.USER_ERROR
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return int(_VERBS[args.verb](args) or 0)
+        return int(_VERBS[args.verb](args) or ExitCode.OK)
     except KeyboardInterrupt as stop:
         if not distributed.rank():
             _say(str(stop) or "stopped")
-        return int(getattr(stop, "exit_code", 130))
+        return int(getattr(stop, "exit_code", ExitCode.INTERRUPTED))
     except BrokenPipeError:
-        # Whoever read the answers has read enough.
+        # The reader of a pipe, such as head, has closed it. At exit Python flushes standard output once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return ExitCode.OK
     except Exception as error:
-        faults = _faults(error)
-        code = 2 if faults else 1
+        lines = _user_lines(error)
+        code = ExitCode.USER_ERROR if lines else ExitCode.INTERNAL_ERROR
         if args.traceback:
             distributed.end_all_ranks(traceback.format_exception(error), code)
             raise
         if distributed.is_lost_rank(error):
-            faults = [f"{distributed.LOST_RANK} ({textwrap.shorten(str(error), 100, placeholder=' ...')})"]
-        faults = faults or [f"{type(error).__name__}: {error} (a fault of ours; --traceback shows where)"]
-        lines = [f"error: {fault}" for fault in faults]
+            lines = [f"{distributed.LOST_RANK} ({textwrap.shorten(str(error), 100, placeholder=' ...')})"]
+        lines = lines or [f"{type(error).__name__}: {error} (a bug in finetune; --traceback shows where)"]
+        lines = [f"error: {line}" for line in lines]
         distributed.end_all_ranks(lines, code)
         for line in lines:
             _say(line)
         return code
 
 
-def _terminated(signum: int, frame: Any) -> None:
-    """What is half written is removed, as at Ctrl-C; training puts its own in place of this."""
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The parsed command line; a recipe's overrides may stand behind options, too."""
+    command_line = parser()
+    args, rest = command_line.parse_known_args(words)
+    if any(word.startswith("-") or "=" not in word or "overrides" not in args for word in rest):
+        command_line.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _on_sigterm(signum: int, frame: Any) -> None:
+    """Ends a verb as Ctrl-C does, so that unfinished output is removed; `train` installs a handler of its own."""
     stop = KeyboardInterrupt("terminated")
     stop.exit_code = 128 + signum  # type: ignore[attr-defined]
     raise stop
+
+
+def _user_lines(error: Exception) -> list[str]:
+    """The lines to print for an error that the user can mend; empty for a bug in finetune."""
+    if isinstance(error, FinetuneError):
+        return list(error.faults) if isinstance(error, RecipeError) else [str(error)]
+    if isinstance(error, OSError):
+        return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
+    return []
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_unless_quiet(args: argparse.Namespace) -> Say:
+    """Prints lines to standard error; nothing with --quiet, and on other ranks than the first."""
+    return (lambda line: None) if args.quiet or distributed.rank() else _say
+
+
+def _check_file(flag: str, file: Path) -> None:
+    if file.is_dir() or not file.parent.is_dir():
+        raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -89,13 +121,13 @@ def _train(args: argparse.Namespace) -> None:
     from finetune.train.checkpoint import check_output
 
     distributed.check_launcher()
-    # transformers 5.23 greets for wandb when it is imported.
+    # wandb, which transformers 5.23 imports, prints to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         recipe = load_recipe(args.recipe, args.overrides)
     training = recipe.training
-    # Said at once, not after the seconds that torch and trl take to load.
+    # Checked before torch and trl are imported, which takes seconds.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
-    say = _quiet if args.quiet or distributed.rank() else _say
+    say = _say_unless_quiet(args)
     say(f"recipe: {recipe.path}")
     from finetune.train.run import train
 
@@ -107,30 +139,28 @@ def _train(args: argparse.Namespace) -> None:
         train(recipe, say, preflight.check)
 
 
-def _plan(args: argparse.Namespace) -> int:
-    # Standard output is the plan's alone.
-    with contextlib.redirect_stdout(sys.stderr):
+def _plan(args: argparse.Namespace) -> ExitCode:
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the plan alone
         from finetune.plan import configs, run, timing
         from finetune.plan.report import as_json, as_text
         from finetune.recipe.load import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
-        card = configs.gpu_named(args.gpu) if args.gpu else None
-        made = run.plan(recipe, card, args.gpus, say=_quiet if args.quiet else _say)
+        hardware = configs.gpu_named(args.gpu) if args.gpu else None
+        plan = run.plan(recipe, hardware, args.gpus, say=_say_unless_quiet(args))
         if args.measure:
-            made.measured = timing.measure(args.recipe, args.overrides, _quiet if args.quiet else _say)
+            plan.measured = timing.measure(args.recipe, args.overrides, _say_unless_quiet(args))
     if args.json:
-        print(json.dumps(as_json(made), ensure_ascii=False, indent=1))
+        print(json.dumps(as_json(plan), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(as_text(made)))
-    return 0 if made.fits else 3
+        print("\n".join(as_text(plan)))
+    return ExitCode.OK if plan.fits else ExitCode.MISSED
 
 
 def _check(args: argparse.Namespace) -> None:
     from finetune.recipe.load import load_recipe
 
-    # Standard output is ours alone: trackers greet on it when they are imported.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):  # trackers print when they are imported
         recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
         print(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
@@ -142,27 +172,25 @@ def _check(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from finetune.cli import inspect
     from finetune.recipe.load import load_recipe
-    from finetune.system.errors import RunError
     from finetune.system.files import write_whole
 
-    if args.html and (args.html.is_dir() or not args.html.parent.is_dir()):
-        raise RunError(f"--html {args.html}: write the path of a file in a folder that exists")
+    if args.html:
+        _check_file("--html", args.html)
     with contextlib.redirect_stdout(sys.stderr):
-        view = inspect.load(load_recipe(args.recipe, args.overrides), _quiet if args.quiet else _say)
+        data = inspect.load(load_recipe(args.recipe, args.overrides), _say_unless_quiet(args))
     count = args.rows
     if count is None and not args.json:
         count = 50 if args.html else 3
-    rows = view.rows(count, args.row)
+    rows = data.rows(count, args.row)
     if args.html:
-        write_whole(args.html, inspect.as_html(view, rows))
-        if not args.quiet:
-            _say(f"written: {args.html}")
+        write_whole(args.html, inspect.as_html(data, rows))
+        _say_unless_quiet(args)(f"written: {args.html}")
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What this terminal's encoding lacks is written out, too.
+        # Characters that the terminal's encoding lacks are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
-    text = inspect.as_text(view, rows, sys.stdout, args.tokens)
-    for line in inspect.as_json(view, rows) if args.json else text:
+    text = inspect.as_text(data, rows, sys.stdout, args.tokens)
+    for line in inspect.as_json(data, rows) if args.json else text:
         print(line)
     sys.stdout.flush()
 
@@ -186,7 +214,7 @@ def _generate(args: argparse.Namespace) -> None:
     elif sys.stdin.isatty():
         _chat(generator, system, sampling)
     else:
-        for line in _lines():
+        for line in filter(None, map(str.strip, sys.stdin)):
             print(f"> {line}")
             _answer(generator, [*system, {"role": "user", "content": line}], sampling)
             print(flush=True)
@@ -204,12 +232,12 @@ def _merge(args: argparse.Namespace) -> None:
         max_shard_size=args.max_shard_size,
         stream_base=args.stream_base,
         overwrite=args.overwrite,
-        say=_quiet if args.quiet else _say,
+        say=_say_unless_quiet(args),
         progress=not args.quiet,
     )
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> ExitCode:
     from finetune.export.run import export, shortfalls
 
     output = export(
@@ -219,19 +247,18 @@ def _export(args: argparse.Namespace) -> int:
         args.base,
         dict(args.gate),
         overwrite=args.overwrite,
-        say=_quiet if args.quiet else _say,
+        say=_say_unless_quiet(args),
         progress=not args.quiet,
     )
     print((output / "report.md").read_text(encoding="utf-8"), end="")
     missed = shortfalls(output)
     for line in missed:
         _say(f"gate: {line}")
-    return 3 if missed else 0
+    return ExitCode.MISSED if missed else ExitCode.OK
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    # Standard output is the report's alone.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report alone
         from finetune.evaluate.report import as_markdown
         from finetune.evaluate.run import evaluate
 
@@ -242,7 +269,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.recipe,
             args.compare,
             args.limit,
-            say=_quiet if args.quiet else _say,
+            say=_say_unless_quiet(args),
             progress=not args.quiet,
         )
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
@@ -250,29 +277,27 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from finetune.cli.report import as_html
-    from finetune.system.errors import RunError
     from finetune.system.files import write_whole
 
     file = args.output or args.run / "report.html"
-    if args.output and (file.is_dir() or not file.parent.is_dir()):
-        raise RunError(f"--output {file}: write the path of a file in a folder that exists")
+    if args.output:
+        _check_file("--output", file)
     write_whole(file, as_html(args.run))
-    if not args.quiet:
-        _say(f"written: {file}")
+    _say_unless_quiet(args)(f"written: {file}")
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> ExitCode:
     from finetune.cli import doctor
 
-    findings, out = [], sys.stdout
+    results, out = [], sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        for finding in doctor.examine():
-            findings.append(finding)
-            if not args.json and (not args.quiet or finding.state == doctor.WRONG):
-                print(doctor.as_text(finding), file=out, flush=True)
+        for result in doctor.run_checks():
+            results.append(result)
+            if not args.json and (not args.quiet or result.state == doctor.WRONG):
+                print(doctor.as_text(result), file=out, flush=True)
     if args.json:
-        print(doctor.as_json(findings))
-    return 2 if any(finding.state == doctor.WRONG for finding in findings) else 0
+        print(doctor.as_json(results))
+    return ExitCode.USER_ERROR if any(result.state == doctor.WRONG for result in results) else ExitCode.OK
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -286,7 +311,7 @@ def _push(args: argparse.Namespace) -> None:
             args.revision,
             args.create_pr,
             args.base_model,
-            say=_quiet if args.quiet else _say,
+            say=_say_unless_quiet(args),
             progress=not args.quiet and sys.stderr.isatty(),
         )
     )
@@ -307,14 +332,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 }
 
 
-def _lines() -> Iterator[str]:
-    for line in sys.stdin:
-        if text := line.strip():
-            yield text
-
-
 def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
-    """A conversation on the terminal, with its history, until an empty line or the end of input."""
+    """Chats on the terminal, with the history as context, until an empty line or the end of input."""
     _say("an empty line ends the chat")
     messages = list(system)
     while True:
@@ -329,7 +348,7 @@ def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
 
 
 def _answer(generator: Any, messages: list[dict[str, str]], sampling: Any) -> str:
-    """Prints an answer as it comes; says on standard error where the limit cut it off."""
+    """Prints an answer as it is generated and returns it; says on standard error if it reached the token limit."""
     from finetune.model.generate import CUT_OFF
 
     answer = ""
@@ -342,37 +361,3 @@ def _answer(generator: Any, messages: list[dict[str, str]], sampling: Any) -> st
         print(piece, end="", flush=True)
     print(flush=True)
     return answer
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a person sees
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _quiet(line: str) -> None:
-    pass
-
-
-def _silence() -> None:
-    """Upstream's warnings and loading notes, about which a user can do nothing, stay off the screen."""
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its notes on each retry
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("WANDB_QUIET", "true")  # where its run is, but no table of it
-    import logging
-
-    logging.basicConfig(level=logging.ERROR)
-
-
-def _faults(error: Exception) -> list[str]:
-    """The lines to show for an error that the user can mend; none for an error of ours."""
-    if isinstance(error, FinetuneError):
-        return list(error.faults) if isinstance(error, RecipeError) else [str(error)]
-    if isinstance(error, OSError):
-        return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
-    return []

@@ -1,4 +1,4 @@
-"""This machine as a list: what is right, what could be better, what must be mended, each with what to do."""
+"""Checks of this machine: versions, GPUs, memory, disk and the Hub, each with its state and what to do."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from finetune.system import devices
-from finetune.system.devices import GIB, machine_memory
+from finetune.system.devices import machine_memory
+from finetune.system.errors import first_line
+from finetune.system.numbers import GIB, memory
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
-# What a first base model, its cache and a run take.
+# Disk room for a base model, its cache and a first run.
 _ROOM = 20 * GIB
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, how it is (ok, note, wrong), what was found, and what to do where that helps."""
+class CheckResult:
+    """One line of the report, and one object of its JSON form.
+
+    Attributes:
+        name: What was checked.
+        state: "ok", "note" or "wrong".
+        found: What was found.
+        do: What to do about it; empty where nothing helps or is needed.
+    """
 
     name: str
     state: str
@@ -33,121 +44,112 @@ class Finding:
     do: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """Everything that a run will need of this machine, one thing after the other; slow ones (the Hub) last."""
-    for look in (_python, _packages, _extras, _cards, _flash, _four_bit, _memory, _disk, _hub):
+def run_checks() -> Iterator[CheckResult]:
+    """The results of all checks, one after another, the slow one (the Hub) last; a check that fails is "wrong"."""
+    for check in (_python, _packages, _extras, _gpus, _flash_attention, _four_bit, _memory, _disk, _hub):
         try:
-            yield from look()
-        except Exception as error:  # what breaks while it is looked at is what is wrong
-            line = next(iter(str(error).strip().splitlines()), "")
-            yield Finding(look.__name__.strip("_"), WRONG, f"{type(error).__name__}: {line}")
-
-
-def as_text(finding: Finding) -> str:
-    """A finding as a line."""
-    do = f"; {finding.do}" if finding.do else ""
-    return f"{finding.state:<5}  {finding.name:<13}  {finding.found}{do}"
-
-
-def as_json(findings: list[Finding]) -> str:
-    """All findings as a JSON list."""
-    return json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=1)
-
-
-def _python() -> Iterator[Finding]:
-    version, good = platform.python_version(), sys.version_info >= (3, 11)
-    yield Finding(
-        "python", OK if good else WRONG, version, "" if good else "make an environment with 3.11 or newer"
-    )
-
-
-def _packages() -> Iterator[Finding]:
-    """The releases that are here against those that the project was tested with, which its metadata names."""
-    from packaging.requirements import Requirement
-
-    for text in importlib.metadata.requires("finetune") or []:
-        wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        plain = f"{wanted.name}{wanted.specifier}"
-        try:
-            here = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(wanted.name, WRONG, "is not installed", f'run pip install "{plain}"')
-            continue
-        if wanted.specifier.contains(here, prereleases=True):
-            yield Finding(wanted.name, OK, here)
-        else:
-            yield Finding(
-                wanted.name, WRONG, f"{here} is not {wanted.specifier}", f'run pip install "{plain}"'
+            yield from check()
+        except Exception as error:
+            yield CheckResult(
+                check.__name__.strip("_"), WRONG, f"{type(error).__name__}: {first_line(error)}"
             )
 
 
-def _extras() -> Iterator[Finding]:
-    from packaging.requirements import Requirement
+def as_text(result: CheckResult) -> str:
+    """A result as a line."""
+    do = f"; {result.do}" if result.do else ""
+    return f"{result.state:<5}  {result.name:<13}  {result.found}{do}"
 
-    missing: dict[str, list[str]] = {}
-    metadata = importlib.metadata.metadata("finetune")
-    for extra in metadata.get_all("Provides-Extra") or []:
+
+def as_json(results: list[CheckResult]) -> str:
+    """All results as a JSON list."""
+    return json.dumps([asdict(result) for result in results], ensure_ascii=False, indent=1)
+
+
+def _python() -> Iterator[CheckResult]:
+    good = sys.version_info >= (3, 11)
+    do = "" if good else "make an environment with 3.11 or newer"
+    yield CheckResult("python", OK if good else WRONG, platform.python_version(), do)
+
+
+def _installed(wanted: Requirement) -> tuple[str, bool]:
+    """The installed version of a package, empty where there is none, and whether it meets the requirement."""
+    try:
+        version = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return "", False
+    return version, wanted.specifier.contains(version, prereleases=True)
+
+
+def _requirements(extra: str = "") -> list[Requirement]:
+    """The packages that finetune's metadata requires; with `extra`, those that it adds."""
+    required = [Requirement(text) for text in importlib.metadata.requires("finetune") or []]
+    basic = [r for r in required if not r.marker or r.marker.evaluate({"extra": ""})]
+    if not extra:
+        return basic
+    return [r for r in required if r not in basic and r.marker and r.marker.evaluate({"extra": extra})]
+
+
+def _packages() -> Iterator[CheckResult]:
+    for wanted in _requirements():
+        version, good = _installed(wanted)
+        do = "" if good else f'run pip install "{wanted.name}{wanted.specifier}"'
+        found = version if good else f"{version} is not {wanted.specifier}" if version else "is not installed"
+        yield CheckResult(wanted.name, OK if good else WRONG, found, do)
+
+
+def _extras() -> Iterator[CheckResult]:
+    for extra in importlib.metadata.metadata("finetune").get_all("Provides-Extra") or []:
         if extra == "dev":
             continue
-        missing[extra] = []
-        for text in importlib.metadata.requires("finetune") or []:
-            wanted = Requirement(text)
-            if not wanted.marker or wanted.marker.evaluate({"extra": ""}):
-                continue
-            if wanted.marker.evaluate({"extra": extra}):
-                try:
-                    here = importlib.metadata.version(wanted.name)
-                    good = wanted.specifier.contains(here, prereleases=True)
-                except importlib.metadata.PackageNotFoundError:
-                    good = False
-                missing[extra] += [] if good else [wanted.name]
-    for extra, names in missing.items():
-        if names:
+        if missing := [wanted.name for wanted in _requirements(extra) if not _installed(wanted)[1]]:
             do = f"for it run pip install 'finetune[{extra}]'"
-            yield Finding(f"[{extra}]", NOTE, f"{', '.join(names)} not installed, or of another release", do)
+            yield CheckResult(
+                f"[{extra}]", NOTE, f"{', '.join(missing)} not installed, or of another release", do
+            )
         else:
-            yield Finding(f"[{extra}]", OK, "installed")
+            yield CheckResult(f"[{extra}]", OK, "installed")
 
 
-def _cards() -> Iterator[Finding]:
+def _gpus() -> Iterator[CheckResult]:
     import torch
 
     if not torch.cuda.is_available():
-        tool = shutil.which("nvidia-smi")
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False) if tool else None
-        if listed and listed.returncode == 0 and listed.stdout.strip():
-            name = listed.stdout.split("(")[0].strip()
-            build = torch.version.cuda
-            why = f"and torch {torch.__version__}, built for CUDA {build}, cannot use it"
-            do = "update the driver, or install a torch for its CUDA (pytorch.org)"
-            if build is None:
-                why, do = (
-                    f"and torch {torch.__version__} is built for CPUs",
-                    "install torch for CUDA (pytorch.org)",
-                )
-            yield Finding("gpu", WRONG, f"{name} is here, {why}", do)
-        else:
-            yield Finding("gpu", NOTE, "none; training runs on the CPU, in float32, for small models")
+        yield _no_gpu()
         return
     for i in range(torch.cuda.device_count()):
         device = devices.device_of(f"cuda:{i}")
         free, total = torch.cuda.mem_get_info(i)
-        size = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free"
         capability = ".".join(map(str, device.capability or ()))
-        line = f"{device.name}, {size}, compute capability {capability}, CUDA {torch.version.cuda}{_driver()}"
+        line = f"{device.name}, {memory(total)}, {memory(free)} free, compute capability {capability}"
+        line += f", CUDA {torch.version.cuda}{_driver()}"
         busy = free < 0.9 * total
-        yield Finding(
-            f"gpu {i}", NOTE if busy else OK, line, "another program holds memory on it" if busy else ""
-        )
-        yield (
-            Finding(f"gpu {i} bf16", OK, "computes in bfloat16")
-            if device.bf16
-            else Finding(
-                f"gpu {i} bf16", NOTE, "does not compute in bfloat16", "model.dtype: auto takes float16"
-            )
-        )
+        do = "another program holds memory on it" if busy else ""
+        yield CheckResult(f"gpu {i}", NOTE if busy else OK, line, do)
+        if device.bf16:
+            yield CheckResult(f"gpu {i} bf16", OK, "computes in bfloat16")
+        else:
+            do = "model.dtype: auto takes float16"
+            yield CheckResult(f"gpu {i} bf16", NOTE, "does not compute in bfloat16", do)
+
+
+def _no_gpu() -> CheckResult:
+    """The result where torch sees no GPU: `nvidia-smi` tells whether there is one that it cannot use."""
+    import torch
+
+    tool = shutil.which("nvidia-smi")
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False) if tool else None
+    if not listed or listed.returncode or not listed.stdout.strip():
+        return CheckResult("gpu", NOTE, "none; training runs on the CPU, in float32, for small models")
+    name = listed.stdout.split("(")[0].strip()
+    found, do = (
+        f"{name} is here, and torch {torch.__version__} is built for CPUs",
+        "install torch for CUDA (pytorch.org)",
+    )
+    if torch.version.cuda is not None:
+        found = f"{name} is here, and torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use it"
+        do = "update the driver, or install a torch for its CUDA (pytorch.org)"
+    return CheckResult("gpu", WRONG, found, do)
 
 
 def _driver() -> str:
@@ -156,56 +158,46 @@ def _driver() -> str:
     return next((f", driver {word}" for word in words if word[0].isdigit() and "." in word), "")
 
 
-def _flash() -> Iterator[Finding]:
+def _flash_attention() -> Iterator[CheckResult]:
     import torch
 
     device = devices.device_of()
     if device.capability is None:
         return
     if importlib.util.find_spec("flash_attn"):
-        yield Finding("flash-attn", OK, importlib.metadata.version("flash_attn"))
+        yield CheckResult("flash-attn", OK, importlib.metadata.version("flash_attn"))
     elif device.capability >= (8, 0):
         do = "for long rows pip install flash-attn, and model.attn_implementation: flash_attention_2"
-        yield Finding("flash-attn", NOTE, f"not installed; torch {torch.__version__}'s own is used", do)
+        yield CheckResult("flash-attn", NOTE, f"not installed; torch {torch.__version__}'s own is used", do)
 
 
-def _four_bit() -> Iterator[Finding]:
-    """A weight taken to 4 bit and back where models will be."""
-    import bitsandbytes.functional as four_bit
+def _four_bit() -> Iterator[CheckResult]:
+    """Quantises a small weight to NF4 and back where models will be loaded."""
+    import bitsandbytes.functional as bnb
     import torch
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.linspace(-1, 1, 4096, device=place).view(64, 64)
-    quantised, state = four_bit.quantize_4bit(weight, quant_type="nf4")
-    lost = float((four_bit.dequantize_4bit(quantised, state) - weight).abs().mean())
-    good = lost < 0.06
-    yield Finding(
-        "4 bit",
-        OK if good else WRONG,
-        f"bitsandbytes' nf4 on the {place} {'works' if good else f'is off by {lost:.2g} on average'}",
-        "" if good else "install another release of bitsandbytes",
-    )
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+    error = float((bnb.dequantize_4bit(packed, state) - weight).abs().mean())
+    if error < 0.06:
+        yield CheckResult("4 bit", OK, f"bitsandbytes' nf4 on the {place} works")
+    else:
+        found = f"bitsandbytes' nf4 on the {place} is off by {error:.2g} on average"
+        yield CheckResult("4 bit", WRONG, found, "install another release of bitsandbytes")
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     total, free = machine_memory()
-    line = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
     short = free < 4 * GIB
-    yield Finding(
-        "memory",
-        NOTE if short else OK,
-        line,
-        "close other programs; a base model needs its size" if short else "",
-    )
-    yield Finding("cores", OK, f"{os.cpu_count()}{_threads()}")
-
-
-def _threads() -> str:
+    do = "close other programs; a base model needs its size" if short else ""
+    yield CheckResult("memory", NOTE if short else OK, f"{memory(free)} free of {memory(total)}", do)
     threads = os.environ.get("OMP_NUM_THREADS")
-    return f", of which torch uses {threads} (OMP_NUM_THREADS)" if threads else ""
+    limited = f", of which torch uses {threads} (OMP_NUM_THREADS)" if threads else ""
+    yield CheckResult("cores", OK, f"{os.cpu_count()}{limited}")
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Iterator[CheckResult]:
     from huggingface_hub import constants
 
     places = {
@@ -214,41 +206,41 @@ def _disk() -> Iterator[Finding]:
         "disk: temp": Path(tempfile.gettempdir()),
     }
     for name, folder in places.items():
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        free = shutil.disk_usage(there).free
-        line = f"{free / GIB:.1f} GiB free in {folder}"
-        if not os.access(there, os.W_OK):
-            yield Finding(name, WRONG, f"{folder} cannot be written to", "change its owner, or HF_HOME")
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(existing).free
+        line = f"{memory(free)} free in {folder}"
+        if not os.access(existing, os.W_OK):
+            yield CheckResult(name, WRONG, f"{folder} cannot be written to", "change its owner, or HF_HOME")
         elif free < _ROOM and name != "disk: temp":
             do = "HF_HOME names another place" if name == "disk: models" else "make room for checkpoints"
-            yield Finding(name, NOTE, line, do)
+            yield CheckResult(name, NOTE, line, do)
         else:
-            yield Finding(name, OK, line)
+            yield CheckResult(name, OK, line)
 
 
-def _hub() -> Iterator[Finding]:
+def _hub() -> Iterator[CheckResult]:
     import huggingface_hub
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("hub", NOTE, "HF_HUB_OFFLINE is set", "unset it to fetch models and to push")
+        yield CheckResult("hub", NOTE, "HF_HUB_OFFLINE is set", "unset it to fetch models and to push")
         return
     token = huggingface_hub.get_token()
     answer = _status(constants.ENDPOINT, token)
     if isinstance(answer, str):
         do = "for models and rows of the Hub look at the network, a proxy (HTTPS_PROXY), or HF_ENDPOINT"
-        yield Finding("hub", NOTE, f"{constants.ENDPOINT} cannot be reached: {answer}", do)
+        yield CheckResult("hub", NOTE, f"{constants.ENDPOINT} cannot be reached: {answer}", do)
     elif not token:
         do = "for gated models, Gemma's too, and to push: hf auth login"
-        yield Finding("hub", NOTE, f"{constants.ENDPOINT} is reached; not logged in", do)
+        yield CheckResult("hub", NOTE, f"{constants.ENDPOINT} is reached; not logged in", do)
     elif answer[0] in (401, 403):
-        yield Finding("hub", WRONG, "the token is refused: expired or revoked", "run hf auth login")
+        yield CheckResult("hub", WRONG, "the token is refused: expired or revoked", "run hf auth login")
     else:
-        yield Finding("hub", OK, f"{constants.ENDPOINT} is reached; logged in as {answer[1]}")
+        yield CheckResult("hub", OK, f"{constants.ENDPOINT} is reached; logged in as {answer[1]}")
 
 
 def _status(endpoint: str, token: str | None) -> tuple[int, str] | str:
-    """Who the Hub says we are, with its status; why not, in words."""
+    """The HTTP status of the Hub's `whoami` and the user's name; one line that says why where it does not answer."""
     import httpx2
 
     headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -256,4 +248,4 @@ def _status(endpoint: str, token: str | None) -> tuple[int, str] | str:
         reply = httpx2.get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=5, follow_redirects=True)
         return reply.status_code, str(reply.json().get("name", "")) if reply.is_success else ""
     except (httpx2.HTTPError, ValueError) as error:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return first_line(error)

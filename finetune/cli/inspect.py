@@ -1,4 +1,4 @@
-"""What of the data is trained on, for a person to see: rows with their trained tokens marked, and the ledger."""
+"""Shows the prepared rows of a recipe with their trained tokens marked, and the ledger: as text, JSON or HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Table = list[tuple[Any, ...]]
 
 
 class Piece(NamedTuple):
-    """Whole characters and the tokens that spell them: as a rule one token, for a rare character several."""
+    """Whole characters and the ids of their tokens: most often one token, for a rare character several."""
 
     ids: list[int]
     text: str
@@ -35,14 +35,18 @@ class Piece(NamedTuple):
 
 
 def pieces(tokenizer: Any, row: Row) -> Iterator[Piece]:
-    """A row's text from its first to its last token; half a character stands only where the row itself was cut so."""
+    """Splits a row's text into pieces of whole characters, each with its tokens and whether they are trained on.
+
+    Together they are the whole text. Only where the row itself was cut inside a character does a piece hold half of it.
+    """
     ids, labels = row["input_ids"], row["labels"]
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # Each piece is decoded behind the one before it: by itself it may lose a leading space.
+    # Each piece is decoded together with the one before it, because alone it may lose a leading space.
     before = begin = 0
     for end in range(1, len(ids) + 1):
         text = decode(ids[before:end])
-        # Half a character, or one that the data hold? It has four bytes at most: the next three tokens tell.
+        # U+FFFD stands for half a character, or is in the data. A character has four bytes at most, so if this is half
+        # of one, the text changes with one of the next three tokens.
         after = [n for n in (1, 2, 3) if end + n <= len(ids)] if text.endswith("\ufffd") else []
         if any(decode(ids[before : end + n]) != text + decode(ids[end : end + n]) for n in after):
             continue
@@ -51,8 +55,8 @@ def pieces(tokenizer: Any, row: Row) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True)
-class View:
-    """A recipe's rows, encoded as training would take them."""
+class InspectedData:
+    """The rows of a recipe, rendered and labelled as training uses them, with their ledgers."""
 
     recipe: Recipe
     tokenizer: Any
@@ -61,68 +65,83 @@ class View:
 
     @property
     def streamed(self) -> bool:
-        """Whether rows and their account come only while one goes through them."""
+        """True if the rows are read, and counted in the ledger, only while they are iterated over."""
         return not hasattr(self.train.dataset, "__len__")
 
     def rows(self, count: int | None = None, name: str | None = None) -> Iterator[Row]:
-        """The first `count` training rows (None: all) in training's order, or those called `name` or ending so.
+        """Training rows in the order of training.
+
+        Args:
+            count: The first so many; None: all.
+            name: Instead the row with this name, or with the only name that ends with it.
 
         Raises:
-            DataError: `name` fits no row, or rows of several names.
+            DataError: No row has such a name, or rows of several names do; or the rows are streamed.
         """
         dataset: Any = self.train.dataset
         if name is None:
             return islice(dataset, count)
         if self.streamed:
-            raise DataError(f"--row {name}: streamed rows are not looked up; --rows N shows the first N")
+            raise DataError(
+                f"--row {name}: streamed rows have no index; write --rows N, which shows the first N"
+            )
         names = list(dataset["row"])
         end = re.compile(rf"(?<!\d){re.escape(name)}\]?$")
         found = {name} & set(names) or {there for there in names if end.search(there)}
         if len(found) != 1:
-            why = "the names of several rows end so" if found else "no training row is called so"
+            why = "several rows have names that end so" if found else "no training row has this name"
             examples = sorted(found)[:2] or list(dict.fromkeys(names))[:2]
             raise DataError(f"--row {name}: {why}; write one such as {' or '.join(map(visible, examples))}")
         return (dataset[i] for i, there in enumerate(names) if there in found)
 
-    def accounts(self) -> Iterator[tuple[str, Row]]:
-        """The ledgers that have rows, each with a title; to be asked for once the rows have gone by."""
-        so_far = ", so far (they are streamed)" if self.streamed else ""
+    def ledgers(self) -> Iterator[tuple[str, Row]]:
+        """The ledgers that have rows, each with a title; to be called after the rows were iterated over."""
+        so_far = ", so far (streamed)" if self.streamed else ""
         yield f"training rows{so_far}", self.train.ledger.as_dict()
         if self.evaluation.ledger.read:
             yield "evaluation rows", self.evaluation.ledger.as_dict()
 
 
-def load(recipe: Recipe, say: Say = lambda line: None) -> View:
-    """The view of a recipe's data; needs its tokenizer and rows, and no weights.
+def load(recipe: Recipe, say: Say = lambda line: None) -> InspectedData:
+    """Prepares a recipe's rows, for which its tokenizer is needed, and no weights.
 
     Raises:
-        ModelError, TemplateError, DataError: From the rooms that raise them.
+        ModelError: The tokenizer cannot be loaded.
+        TemplateError: The chat template cannot be read or used.
+        DataError: A source cannot be read.
     """
     tokenizer = load_tokenizer(recipe.model)
-    data = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
-    return View(recipe, tokenizer, *data)
+    prepared = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
+    return InspectedData(recipe, tokenizer, *prepared)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The three ways of showing it
+# Text, JSON, HTML
 
 
-def as_json(view: View, rows: Iterable[Row]) -> Iterator[str]:
-    """A row a line, `{"row", "input_ids", "labels"}`; at last `{"ledger": {"train", "eval"}}`."""
+def as_json(data: InspectedData, rows: Iterable[Row]) -> Iterator[str]:
+    """One JSON line per row, `{"row", "input_ids", "labels"}`, then `{"ledger": {"train", "eval"}}`."""
     for row in rows:
         yield json.dumps({name: row[name] for name in ("row", "input_ids", "labels")})
-    ledgers = {"train": view.train.ledger.as_dict(), "eval": view.evaluation.ledger.as_dict()}
+    ledgers = {"train": data.train.ledger.as_dict(), "eval": data.evaluation.ledger.as_dict()}
     yield json.dumps({"ledger": ledgers})
 
 
-def as_text(view: View, rows: Iterable[Row], out: TextIO, tokens: bool = False) -> Iterator[str]:
-    """Rows and ledger as lines to print on `out`: trained text in colour on a terminal, in brackets elsewhere."""
-    mark, bar = _pen(out)
+def as_text(data: InspectedData, rows: Iterable[Row], out: TextIO, tokens: bool = False) -> Iterator[str]:
+    """Rows and ledgers as lines to print on `out`: trained text in colour on a terminal, in brackets elsewhere.
+
+    Args:
+        data: The prepared rows.
+        rows: Those to show.
+        out: Where the lines will be printed.
+        tokens: Prints one token per line, with its ids.
+    """
+    mark, bar = _marker_and_bar(out)
     for i, row in enumerate(rows):
         if i == 0:
             yield f"{'*' if tokens else mark('like this')}: trained on"
-        yield f"\n== {visible(row['row'])}: {_counted(row)}"
-        parts = pieces(view.tokenizer, row)
+        yield f"\n== {visible(row['row'])}: {_token_counts(row)}"
+        parts = pieces(data.tokenizer, row)
         if tokens:
             for ids, text, trained in parts:
                 yield f"{' '.join(map(str, ids)):>8} {'*' if trained else ' '} {text!r}"
@@ -132,48 +151,48 @@ def as_text(view: View, rows: Iterable[Row], out: TextIO, tokens: bool = False) 
             text = visible("".join(piece.text for piece in run))
             line += mark(text) if trained else text
         yield line.removesuffix("\n")
-    for title, account in view.accounts():
-        lengths = [(what, n, bar * max(n > 0, round(40 * share))) for what, n, share in histogram(account)]
+    for title, ledger in data.ledgers():
+        lengths = [(what, n, bar * max(n > 0, round(40 * share))) for what, n, share in histogram(ledger)]
         yield f"\n== {title}"
-        yield from _lines([*facts(account), *reasons(account)])
-        for table in (*tables(account), [("tokens in a row", "rows", ""), *lengths]):
+        yield from _lines([*facts(ledger), *reasons(ledger)])
+        for table in (*tables(ledger), [("tokens in a row", "rows", ""), *lengths]):
             yield ""
             yield from _lines(table)
 
 
-def as_html(view: View, rows: Iterable[Row]) -> str:
-    """Rows and ledger as one page that needs nothing else and runs nothing of the data's."""
+def as_html(data: InspectedData, rows: Iterable[Row]) -> str:
+    """Rows and ledgers as one self-contained HTML page, in which text of the rows is never markup."""
     shown = []
     for row in rows:
-        parts = list(pieces(view.tokenizer, row))
-        # Fonts draw many characters otherwise for Japanese than for Chinese.
+        parts = list(pieces(data.tokenizer, row))
+        # Fonts draw many characters differently for Japanese and for Chinese.
         lang = "ja" if language("".join(piece.text for piece in parts)) == "Japanese" else None
         runs = [(trained, list(run)) for trained, run in groupby(parts, attrgetter("trained"))]
-        shown.append({"name": row["row"], "counted": _counted(row), "runs": runs, "lang": lang})
-    accounts = [(title, for_page(account)) for title, account in view.accounts()]
-    return render("cli/inspect.html.jinja", name=view.recipe.path.name, rows=shown, accounts=accounts)
+        shown.append({"name": row["row"], "counted": _token_counts(row), "runs": runs, "lang": lang})
+    ledgers = [(title, for_page(ledger)) for title, ledger in data.ledgers()]
+    return render("cli/inspect.html.jinja", name=data.recipe.path.name, rows=shown, ledgers=ledgers)
 
 
-def _counted(row: Row) -> str:
+def _token_counts(row: Row) -> str:
     count, trained = len(row["input_ids"]), sum(label != IGNORE for label in row["labels"])
     return f"{count:,} tokens, {trained:,} trained on ({trained / max(1, count):.0%})"
 
 
-def _pen(out: TextIO) -> tuple[Callable[[str], str], str]:
-    """How trained text is marked on `out`, and what bars are drawn with."""
+def _marker_and_bar(out: TextIO) -> tuple[Callable[[str], str], str]:
+    """A function that marks trained text, and the character of a histogram's bars, as `out` can show them."""
     left, right, bar = "⟦", "⟧", "▇"
     try:
         f"{left}{right}{bar}".encode(out.encoding or "ascii")
     except UnicodeEncodeError:
         left, right, bar = "[[", "]]", "#"
     if out.isatty() and not os.environ.get("NO_COLOR"):
-        # Line by line, as pagers want it.
+        # Each line for itself: a pager resets colours at the end of a line.
         return lambda text: re.sub(r"[^\n]+", "\x1b[1;32m\\g<0>\x1b[0m", text), bar
     return lambda text: f"{left}{text}{right}", bar
 
 
 def _lines(table: Table) -> list[str]:
-    """Columns of numbers to the right, the last one, a name of any width, to the left."""
+    """Lines of aligned columns: numbers to the right, the last column, a name, to the left."""
     cells = [tuple(map(cell, row)) for row in table]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
     return ["  ".join((*map(str.rjust, row, widths), row[-1])).rstrip() for row in cells]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter
 
 from finetune.system import errors
 from finetune.system.files import write_whole
+from finetune.system.terminal import silence_upstream
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -122,9 +122,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
         answer_file: The path to write the answer to, in JSON.
     """
     global _parent
-    logging.basicConfig(level=logging.ERROR)
-    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
+    silence_upstream()
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
     function = getattr(importlib.import_module(module), name)

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 Say = Callable[[str], None]
+
+
+def silence_upstream() -> None:
+    """Hides the warnings, log lines and bars of libraries in this process and those that it starts.
+
+    To be called before they are imported, for they read the variables then. A variable that the user has set stays.
+    """
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR)
+    for variable, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "true"),
+        ("WANDB_QUIET", "true"),
+    ):
+        os.environ.setdefault(variable, value)
 
 
 def interactive_console() -> Any:
