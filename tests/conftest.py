@@ -1,6 +1,7 @@
-"""What all tests share: no network, one cache of tiny models, one thread, recipes on disk."""
+"""What all tests share: no network, one cache of tiny models, one thread, forked processes, recipes on disk."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,64 @@ os.environ |= {
 # Tiny models: a second thread costs more than it gives.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import forks
 import pytest
 import yaml
+
+from finetune.system import fresh_process
 
 ROOT = Path(__file__).parents[1]
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")
 
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist's workers use the server of the process that started them.
+    if sys.platform == "linux" and not hasattr(config, "workerinput"):
+        server = forks.start_server()
+
+        def stop() -> None:
+            server.communicate()
+
+        config.add_cleanup(stop)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, which xdist's workers share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _one_cache(shared: Path) -> Iterator[None]:
     """Tiny models are made anew for each session: a cached one could be older than the code."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked() -> Iterator[Callable[..., Any]]:
+    """`fresh_process.call` forks its processes, which saves the seconds that their imports take."""
+    cold = fresh_process._start
+
+    def start(names: tuple[str, ...], environment: dict[str, str], stderr: Any) -> forks.Popen:
+        code = f"import sys; from {fresh_process.__name__} import answer; answer(*sys.argv[1:])"
+        command = [sys.executable, "-W", "ignore", "-c", code, *names]
+        return forks.Popen(command, env=environment, stdout=forks.PIPE, stderr=stderr, text=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh_process, "_start", start)
+        yield cold
+
+
+@pytest.fixture
+def cold(_forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh processes start as users' do: by importing all that they need."""
+    monkeypatch.setattr(fresh_process, "_start", _forked)
 
 
 @pytest.fixture

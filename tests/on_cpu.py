@@ -3,6 +3,7 @@
 accelerate launch --config_file accelerate_configs/fsdp.yaml --num_processes 2 tests/on_cpu.py RECIPE
 """
 
+import os
 import sys
 from typing import Any
 
@@ -25,5 +26,7 @@ state.AcceleratorState.__init__ = _on_cpu_too
 
 if __name__ == "__main__":
     from finetune.cli.commands import main
+    from finetune.system import distributed
 
+    distributed._SILENCE = float(os.environ.get("FINETUNE_TEST_SILENCE", distributed._SILENCE))
     sys.exit(main())

@@ -1,16 +1,17 @@
 """Commands in processes of their own, on one rank or several, as `accelerate launch` would start them."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import forks
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,58 +20,39 @@ ROOT = Path(__file__).parents[1]
 class Command:
     """One command, a process for each rank."""
 
-    server: "Processes"
-    pids: list[int]
+    ranks: list[forks.Popen]
     outs: list[Path]
     store: Any
-    codes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.ranks]
 
     def poll(self) -> dict[int, int]:
         """The exit codes of the ranks that have ended."""
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.codes and (code := self.server.ask({"poll": pid})) is not None:
-                self.codes[rank] = code
-        return self.codes
+        codes = {rank: process.poll() for rank, process in enumerate(self.ranks)}
+        return {rank: code for rank, code in codes.items() if code is not None}
 
     def wait(self, seconds: float = 120) -> list[int]:
         deadline = time.monotonic() + seconds
-        while len(self.poll()) < len(self.pids):
-            assert time.monotonic() < deadline, f"still running: {self.said()}"
-            time.sleep(0.02)
-        return [self.codes[rank] for rank in range(len(self.pids))]
+        try:
+            return [process.wait(deadline - time.monotonic()) for process in self.ranks]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running: {self.said()}") from None
 
     def said(self) -> str:
         return "".join(out.read_text() if out.exists() else "" for out in self.outs)
 
     def kill(self, number: int) -> None:
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.poll():
-                os.kill(pid, number)
+        for process in self.ranks:
+            process.send_signal(number)
 
 
 class Processes:
-    """Starts commands; the process that forks them lives as long as this."""
+    """Starts commands."""
 
     def __init__(self) -> None:
-        env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(ROOT / "tests" / "forks.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        assert self.process.stdout
-        while (line := self.process.stdout.readline()) != "ready\n":
-            assert line, "it did not start"
         self.count = 0
-
-    def ask(self, job: dict[str, Any]) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
     def start(
         self,
@@ -99,11 +81,15 @@ class Processes:
             envs = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         envs = [rank_env | more for rank_env, more in zip_longest(envs, env, fillvalue={})]
         outs = [cwd / f"out-{self.count}-{rank}.txt" for rank in range(ranks)]
-        pids = [
-            self.ask({"argv": argv, "cwd": str(cwd), "env": env, "out": str(out)})
-            for env, out in zip(envs, outs, strict=True)
-        ]
-        return Command(self, pids, outs, store)
+        processes = []
+        for rank_env, out in zip(envs, outs, strict=True):
+            command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "on_cpu.py"), *argv]
+            place = rank_env.get("FINETUNE_TEST_CWD", cwd)
+            with out.open("ab") as file:
+                processes.append(
+                    forks.Popen(command, cwd=place, env=os.environ | rank_env, stdout=file, stderr=file)
+                )
+        return Command(processes, outs, store)
 
     def run(self, *argv: str, code: int = 0, **kwargs: Any) -> str:
         """Runs a command to its end on all ranks; what it said."""
@@ -111,10 +97,6 @@ class Processes:
         codes = command.wait()
         assert set(codes) == {code}, (codes, command.said())
         return command.said()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def environment(config: str, ranks: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ RESUME = "training.resume_from_checkpoint=true"
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    started = Processes()
-    yield started
-    started.close()
+def processes() -> Processes:
+    return Processes()
 
 
 def rows(count: int) -> None:
