@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     # xdist's workers use the server of the process that started them.
     if sys.platform == "linux" and not hasattr(config, "workerinput"):

@@ -34,8 +34,20 @@ PIPE = subprocess.PIPE
 NAME = "FINETUNE_TEST_FORKS"
 # What the commands of tests import from upstream, and what transformers imports late.
 HEAVY = (
-    *("torch", "bitsandbytes", "peft", "datasets", "wandb", "gguf", "matplotlib.pyplot", "trl.trainer.sft_trainer"),
-    *(f"transformers.models.{name}" for name in ("auto", "gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")),
+    *(
+        "torch",
+        "bitsandbytes",
+        "peft",
+        "datasets",
+        "wandb",
+        "gguf",
+        "matplotlib.pyplot",
+        "trl.trainer.sft_trainer",
+    ),
+    *(
+        f"transformers.models.{name}"
+        for name in ("auto", "gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
+    ),
     *("transformers.trainer", "transformers.generation", "transformers.integrations.bitsandbytes"),
 )
 # Upstream reads these when it is imported.
@@ -137,7 +149,10 @@ def start_server() -> subprocess.Popen[bytes]:
     os.environ[f"{NAME}_ENVIRONMENT"] = json.dumps(read_at_import(os.environ))
     environment = os.environ | SILENT | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, __file__, os.environ[NAME]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        [sys.executable, __file__, os.environ[NAME]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
     )
     assert process.stdout
     assert process.stdout.readline() == b"ready\n"
@@ -239,7 +254,13 @@ def become(cwd: str, environment: dict[str, str], streams: list[int]) -> None:
     for stream in streams:
         os.close(stream)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, buffering=1 if number == 2 or os.isatty(number) else -1, errors=errors, closefd=False)
+        open(
+            number,
+            mode,
+            buffering=1 if number == 2 or os.isatty(number) else -1,
+            errors=errors,
+            closefd=False,
+        )
         for number, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace"))
     )
     os.chdir(cwd)

@@ -140,9 +140,9 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(
 def test_a_rank_that_tells_a_fault_is_not_interrupted() -> None:
     """Others end when they have seen it, whereupon a launcher terminates who is still there."""
     code = (
-        "import signal; from finetune import cli, ranks\n"
-        "signal.signal(signal.SIGTERM, cli._terminated)\n"
-        "ranks.end(['error: it does not fit'], 2)"
+        "import signal; from finetune.cli import commands; from finetune.system import distributed\n"
+        "signal.signal(signal.SIGTERM, commands._terminated)\n"
+        "distributed.end_all_ranks(['error: it does not fit'], 2)"
     )
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as rank:

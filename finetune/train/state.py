@@ -96,7 +96,7 @@ def _is_first_copy(tensor: torch.Tensor, main: bool) -> bool:
 
 
 def _file(folder: Path, rank: int, ranks: int) -> Path:
-    return folder / f"state-{rank + 1:05}-of-{distributed:05}.safetensors"
+    return folder / f"state-{rank + 1:05}-of-{ranks:05}.safetensors"
 
 
 def _files(folder: Path) -> list[Path]:
