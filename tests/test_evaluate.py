@@ -193,7 +193,7 @@ def test_a_row_that_asks_nothing_is_named(tmp_path: Path, row: Any) -> None:
     with pytest.raises(EvaluateError) as error:
         read_prompts(path)
     assert str(error.value) == (
-        f"evaluate.prompts: {path}:2: it asks nothing; write prompt (text), turns (a list of texts) or messages"
+        f"evaluate.prompts: {path}:2: it has no prompt; write prompt (text), turns (a list of texts) or messages"
     )
 
 
@@ -255,7 +255,7 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report == json.loads((run / "evaluation" / "report.json").read_text())
     assert out.err.splitlines() == ["run: loading", "run: loading", "written: run/evaluation"]
     before, after = report["models"]
-    assert [before["name"], after["name"]] == ["run, its base alone", "run"]
+    assert [before["name"], after["name"]] == ["base of run", "run"]
     for model in (before, after):
         loss = model["loss"]
         assert loss["source"].keys() == {"ja.jsonl", "en2.jsonl"}
@@ -318,7 +318,7 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
         ),
         (
             ["random:gemma3", "--compare", "base", "--recipe", "recipe.yaml"],
-            "--compare base: random:gemma3 is no run; write the name of a model",
+            "--compare base: random:gemma3 is not a run; write the name of a model",
         ),
         (
             ["random:gemma3", "--recipe", "recipe.yaml"],
@@ -375,7 +375,7 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
         report = json.loads(capsys.readouterr().out)
         assert report["same_tokens"] is True
         found.append(report["models"][0])
-    assert [one["name"] for one in found] == ["bare", "run, its base alone", "bare"]
+    assert [one["name"] for one in found] == ["bare", "base of run", "bare"]
     assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
     assert found[0]["answers"] == found[1]["answers"] == found[2]["answers"]
     # In the template's own words, computed by hand.
@@ -395,7 +395,7 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
 def test_models_to_which_rows_are_other_tokens_are_not_compared_by_them(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = "The rows are other tokens to each model, so perplexity and accuracy cannot be compared."
+    said = "The models split the rows into different tokens, so perplexity and accuracy cannot be compared."
     for other, same in (("random:gemma3", True), ("random:llama", False)):
         capsys.readouterr()
         assert main(["evaluate", str(run), "--compare", other, "--limit", "2"]) == 0
@@ -443,7 +443,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         lengths = [[len(m["text"]) for m in item["models"]] for item in report["answers"]]
         scores = [(ours > theirs) - (ours < theirs) for theirs, ours in lengths]
         assert report["judge"]["mean"] == pytest.approx(sum(scores) / 3)
-        assert report["judge"]["against"] == "run, its base alone"
+        assert report["judge"]["against"] == "base of run"
         assert len(server.requests) == 6
         assert {request.headers["authorization"] for request in server.requests} == {
             "Bearer sk-secret-of-a-test"
@@ -487,7 +487,7 @@ def test_what_was_answered_is_kept_where_the_judge_fails(
         Path("judged.yaml").write_text(saved.replace("evaluate:\n", f"evaluate:\n  prompts: {path}\n{judge}"))
         capsys.readouterr()
         assert main(["evaluate", "run", "--recipe", "judged.yaml", "--compare", "base"]) == 2
-    assert "wants a key (HTTP 401)" in capsys.readouterr().err
+    assert "needs a key (HTTP 401)" in capsys.readouterr().err
     report = json.loads((run / "evaluation" / "report.json").read_text())
     assert len(report["answers"]) == 1
     assert "judge" not in report

@@ -158,8 +158,8 @@ def test_a_judge_that_goes_by_the_place_prefers_nothing_and_is_told(run: Run) ->
         found = run(server, pairs(3))
     assert (found.mean, found.standard_error, found.disagreements, found.first_place) == (0.0, 0.0, 3, 1.0)
     bias = (
-        "position bias: in 3 of 3 pairs the judge prefers another answer once they are exchanged; the first place is "
-        "worth 1.00"
+        "position bias: in 3 of 3 pairs the judge changes its preference when the answers are exchanged; the "
+        "first position is worth 1.00"
     )
     assert found.notes == [bias]
     assert bias in found.summary()
@@ -330,11 +330,11 @@ def test_a_pair_without_a_grade_is_left_out_and_told(run: Run) -> None:
     )
     assert sum(few.grades.values()) == 8
     assert few.notes == []  # a fifth is not more than a fifth
-    assert many.notes == ["1 of 4 pairs are left out, so the mean is not that of all prompts"]
+    assert many.notes == ["1 of 4 pairs are left out, so the mean is not over all prompts"]
     assert many.requests == 0
     assert many.summary() == (
         "+1.00 ± 0.00 over 3 pairs; 1 left out (1 malformed, 0 refused); 0 replies for 0 tokens in and 0 out, "
-        "10 from the cache; 1 of 4 pairs are left out, so the mean is not that of all prompts"
+        "10 from the cache; 1 of 4 pairs are left out, so the mean is not over all prompts"
     )
 
 
@@ -351,9 +351,7 @@ def test_a_judge_that_judges_nothing_is_an_error(run: Run) -> None:
 def test_a_judge_that_never_judges_is_not_paid_to_the_end(run: Run) -> None:
     with serve(lambda request: says("Both are nice.")) as server, pytest.raises(EvaluateError) as caught:
         run(server, pairs(100))
-    assert str(caught.value).startswith(
-        "evaluate.judge.model: m answered none of 20 questions with a grade: "
-    )
+    assert str(caught.value).startswith("evaluate.judge.model: m answered none of 20 prompts with a grade: ")
     assert 60 <= len(server.requests) < 200
 
 
@@ -376,7 +374,7 @@ def test_what_passes_is_asked_again(run: Run, waits: list[float], fault: Answer,
     with serve(then(fault, fault)) as server:
         found = run(server, pairs(2), lines.append, workers=1)
     assert (found.mean, found.requests, found.sent.replies) == (1.0, 12, 4)
-    assert lines == [f"judge: {said}; it is asked again"]
+    assert lines == [f"judge: {said}; the request is sent again"]
     if fault.headers:
         assert waits == [0.0] * 8
     else:
@@ -412,8 +410,8 @@ def test_an_endpoint_that_stays_away_ends_it_and_what_was_answered_is_kept(
         with pytest.raises(EvaluateError) as caught:
             run(server, pairs(2), workers=1)
         assert str(caught.value) == (
-            f"evaluate.judge.base_url: {server.url} failed 6 times: HTTP 502 bad gateway; what was answered until now "
-            "is kept, so run it again later"
+            f"evaluate.judge.base_url: {server.url} failed 6 times: HTTP 502 bad gateway; the replies so far "
+            "are kept, so run it again later"
         )
         assert [low <= wait <= 2 * low for low, wait in zip((1, 2, 4, 8, 16), waits, strict=True)] == [
             True
@@ -430,7 +428,7 @@ def test_nobody_there_is_an_error_of_one_line(run: Run) -> None:
         run(Server(good, gone), [ONE])
     line = str(caught.value)
     assert line.startswith(f"evaluate.judge.base_url: {gone} failed 6 times: [Errno ")
-    assert line.endswith("] Connection refused; what was answered until now is kept, so run it again later")
+    assert line.endswith("] Connection refused; the replies so far are kept, so run it again later")
 
 
 @pytest.mark.parametrize(
@@ -463,7 +461,7 @@ def test_retry_after_may_be_a_date() -> None:
     [
         (
             error(401, f"Incorrect API key provided: {KEY}"),
-            "evaluate.judge.base_url: {url} does not take this key (HTTP 401); put one that it gave out into the "
+            "evaluate.judge.base_url: {url} does not accept this key (HTTP 401); put one from its provider into the "
             "environment variable OPENAI_API_KEY",
         ),
         (
@@ -511,7 +509,7 @@ def test_what_does_not_pass_ends_it_at_the_first_request(run: Run, answer: Answe
 def test_a_wanted_key_is_told_from_a_wrong_one(run: Run) -> None:
     with serve(lambda request: error(401)) as server, pytest.raises(EvaluateError) as caught:
         run(server, [ONE], key="")
-    assert "wants a key (HTTP 401)" in str(caught.value)
+    assert "needs a key (HTTP 401)" in str(caught.value)
     assert "authorization" not in server.requests[0].headers
 
 
@@ -562,16 +560,16 @@ def without(*names: str) -> Callable[[Request], Answer]:
 @pytest.mark.parametrize(
     ("refused", "sent", "line"),
     [
-        (["temperature"], {"max_tokens": 9}, "takes no temperature; it is asked with max_tokens"),
+        (["temperature"], {"max_tokens": 9}, "does not take temperature; requests are sent with max_tokens"),
         (
             ["max_tokens"],
             {"temperature": 0, "max_completion_tokens": 9},
-            "takes no max_tokens; it is asked with temperature, max_completion_tokens",
+            "does not take max_tokens; requests are sent with temperature, max_completion_tokens",
         ),
         (
             ["max_tokens", "temperature"],
             {"max_completion_tokens": 9},
-            "takes no temperature nor max_tokens; it is asked with max_completion_tokens",
+            "does not take temperature or max_tokens; requests are sent with max_completion_tokens",
         ),
     ],
 )
@@ -606,7 +604,7 @@ def test_a_question_that_is_refused_is_left_out(run: Run) -> None:
     assert found.verdicts[0].replies == ("", "")
     assert len(server.requests) == 2 * 2 + 4
     assert "max_tokens" in server.requests[-1].body
-    assert found.notes == ["1 of 3 pairs are left out, so the mean is not that of all prompts"]
+    assert found.notes == ["1 of 3 pairs are left out, so the mean is not over all prompts"]
 
 
 def test_tokens_that_are_not_told_are_not_guessed(run: Run) -> None:
@@ -616,7 +614,7 @@ def test_tokens_that_are_not_told_are_not_guessed(run: Run) -> None:
     with serve(reply) as server:
         found = run(server, [ONE], prices=(1.0, 1.0))
     assert found.sent == endpoint.Usage(2, 100, 10, untold=1, cost=None)
-    assert "100 tokens in and 10 out (without 1 replies that do not tell)" in found.summary()
+    assert "100 tokens in and 10 out (without 1 replies that do not say)" in found.summary()
 
 
 # What is kept

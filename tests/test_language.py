@@ -491,5 +491,5 @@ def test_wilson_ends_at_the_ends() -> None:
 
 @pytest.mark.parametrize(("right", "count"), [(0, 0), (2, 1), (-1, 1)])
 def test_wilson_refuses_what_is_no_share(right: int, count: int) -> None:
-    with pytest.raises(ValueError, match=f"^{right} of {count} is no share$"):
+    with pytest.raises(ValueError, match=f"^{right} of {count} is not a share$"):
         wilson_interval(right, count)

@@ -1,80 +1,94 @@
-"""Greedy answers to many prompts at once: the longest first, padded on the left, as many as memory holds."""
+"""Greedy answers to many prompts in batches: the longest prompts first, padded on the left."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finetune.data.turns import Message
 from finetune.evaluate.prompts import Prompt
 
-# Prompts that are answered together; halved where memory runs out.
-_BATCH = 16
+if TYPE_CHECKING:
+    from finetune.model.generate import Generator
+
+# The largest batch; it is halved when memory runs out.
+_BATCH_SIZE = 16
 _NGRAM = 4
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: to what, its text, how many tokens, whether it ended by itself, how much of it it had said before."""
+    """One answer of a model.
+
+    Attributes:
+        prompt: The prompt's name.
+        messages: The conversation before the answer.
+        text: The answer.
+        tokens: Its length in tokens, its stop token included.
+        stopped: A stop token ended it; otherwise `max_new_tokens` cut it off.
+        repetition: As `repetition` returns it.
+    """
 
     prompt: str
     messages: tuple[Message, ...]
     text: str
     tokens: int
     stopped: bool
-    repeated: float
+    repetition: float
 
 
 def answer_prompts(
-    generator: Any,
+    generator: Generator,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    done: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """The answers to all prompts, in their order; after each one what the user goes on to ask.
+    """The answers to all prompts and their follow-up questions, in the order of the prompts.
 
     Args:
-        generator: A `finetune.generate.Generator`.
+        generator: The model that answers.
         prompts: Each with one turn or several.
         max_new_tokens: Where an answer is cut off.
-        done: Called with how many answers have come.
+        advance: Called with the number of new answers.
 
     Raises:
         LabelError: The chat template refuses a conversation.
     """
-    found: dict[int, list[Answer]] = defaultdict(list)
-    asked = {i: prompt.messages for i, prompt in enumerate(prompts)}
+    answers: dict[int, list[Answer]] = defaultdict(list)
+    conversations = {i: prompt.messages for i, prompt in enumerate(prompts)}
     turn = 0
-    while asked:
-        ids = {i: generator.prompt_ids(list(messages)) for i, messages in asked.items()}
-        for i, tokens in _in_batches(generator, ids, max_new_tokens, done):
+    while conversations:
+        ids = {i: generator.prompt_ids(list(messages)) for i, messages in conversations.items()}
+        for i, tokens in _in_batches(generator, ids, max_new_tokens, advance):
             stopped = bool(tokens) and tokens[-1] in generator.stop_ids
-            said = tokens[:-1] if stopped else tokens
-            text = generator.chat.tokenizer.decode(said, skip_special_tokens=True).strip()
-            found[i].append(Answer(prompts[i].name, asked[i], text, len(tokens), stopped, repetition(said)))
-        asked = {
+            content = tokens[:-1] if stopped else tokens
+            text = generator.chat.tokenizer.decode(content, skip_special_tokens=True).strip()
+            answers[i].append(
+                Answer(prompts[i].name, conversations[i], text, len(tokens), stopped, repetition(content))
+            )
+        conversations = {
             i: (
                 *messages,
-                {"role": "assistant", "content": found[i][-1].text},
+                {"role": "assistant", "content": answers[i][-1].text},
                 {"role": "user", "content": prompts[i].follow_ups[turn]},
             )
-            for i, messages in asked.items()
+            for i, messages in conversations.items()
             if turn < len(prompts[i].follow_ups)
         }
         turn += 1
-    return [answer for i in range(len(prompts)) for answer in found[i]]
+    return [answer for i in range(len(prompts)) for answer in answers[i]]
 
 
 def _in_batches(
-    generator: Any, ids: dict[int, list[int]], max_new_tokens: int, done: Callable[[int], None]
+    generator: Generator, ids: dict[int, list[int]], max_new_tokens: int, advance: Callable[[int], None]
 ) -> list[tuple[int, list[int]]]:
     import torch
 
-    # The longest first: if memory does not hold them, that shows at once.
+    # The longest first, so that too little memory shows at once.
     waiting = sorted(ids, key=lambda i: -len(ids[i]))
-    size, found = _BATCH, []
+    size, answered = _BATCH_SIZE, []
     while waiting:
         batch = waiting[:size]
         try:
@@ -85,16 +99,19 @@ def _in_batches(
             size = max(1, len(batch) // 2)
             torch.cuda.empty_cache()
             continue
-        found += list(zip(batch, answers, strict=True))
+        answered += list(zip(batch, answers, strict=True))
         waiting = waiting[len(batch) :]
-        done(len(batch))
-    return found
+        advance(len(batch))
+    return answered
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of a text's runs of four tokens that stand in it before, 0 to 1.
+    """The share of a text's 4-grams that occur earlier in it, from 0 to 1.
+
+    Args:
+        tokens: The token ids of the text.
 
     Source: Welleck et al., Neural Text Generation with Unlikelihood Training (2020), section 4, seq-rep-4.
     """
-    runs = [tuple(tokens[i : i + _NGRAM]) for i in range(len(tokens) - _NGRAM + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    ngrams = [tuple(tokens[i : i + _NGRAM]) for i in range(len(tokens) - _NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

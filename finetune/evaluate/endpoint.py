@@ -1,6 +1,6 @@
-"""An OpenAI-compatible chat endpoint, asked with patience, and every reply of it kept on disk.
+"""Requests to an OpenAI-compatible chat endpoint: repeated when they fail, and every reply kept on disk.
 
-A reply is kept under all that decides it, so what was interrupted goes on, and nothing is paid for twice.
+A reply is kept under a hash of the request, so an interrupted evaluation resumes and no reply is paid for twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 
 import httpx2
 
@@ -25,65 +24,79 @@ from finetune.system.errors import EvaluateError, RefusedReply
 from finetune.system.files import write_whole
 from finetune.system.terminal import Say
 
-_MAX_TRIES = 6  # how often a request is sent that comes to nothing
-_MAX_WAIT = 60.0  # seconds between two of them
-_MIN_KEY_LENGTH = (
-    8  # characters; what local servers are given for a key may be shorter, and a word of any reply
-)
-# Waits, but not beyond the event; true if that was set.
+# How often a request is sent before it fails, and the most seconds between two attempts.
+_MAX_TRIES = 6
+_MAX_WAIT = 60.0
+# Shorter keys are not removed from replies: local servers take any word as a key, such as "no".
+_MIN_KEY_LENGTH = 8
+# Waits for that many seconds, or until the event is set; true if it was set.
 _wait: Callable[[threading.Event, float], bool] = threading.Event.wait
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What some replies took; `cost` in USD, None where the prices or the tokens of a reply are not known."""
+    """The tokens and the cost of some replies.
+
+    Attributes:
+        replies: How many there are.
+        input_tokens: Their input tokens.
+        output_tokens: Their output tokens.
+        untold: Replies without token counts; they are in neither sum.
+        cost: In USD; None where the prices or the tokens of a reply are not known.
+    """
 
     replies: int
     input_tokens: int
     output_tokens: int
     untold: int
-    """Replies whose tokens the endpoint does not tell; they are in neither sum."""
     cost: float | None
 
     def __str__(self) -> str:
         if self.cost is not None:
             return f"{self.cost:.2f} USD"
-        untold = f" (without {self.untold:,} replies that do not tell)" if self.untold else ""
+        untold = f" (without {self.untold:,} replies that do not say)" if self.untold else ""
         return f"{self.input_tokens:,} tokens in and {self.output_tokens:,} out{untold}"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said."""
+    """A reply of the model.
+
+    Attributes:
+        text: Its text.
+        cut: `max_tokens` ended it.
+        tokens: Its input and output tokens; None where the endpoint does not say.
+        cached: It was on disk already.
+    """
 
     text: str
     cut: bool
-    """Whether `max_tokens` ended it."""
     tokens: tuple[int, int] | None
-    """Of input and output, where the endpoint tells."""
     cached: bool
 
 
 def usage(replies: Sequence[Reply], prices: tuple[float, float] | None) -> Usage:
-    """What replies took, at prices in USD for a million input and a million output tokens."""
-    told = [reply.tokens for reply in replies if reply.tokens]
-    given, made = (sum(tokens[i] for tokens in told) for i in (0, 1))
-    untold = len(replies) - len(told)
-    cost = None if prices is None or untold else (given * prices[0] + made * prices[1]) / 1e6
-    return Usage(len(replies), given, made, untold, cost)
+    """The tokens and the cost of replies, at prices in USD for a million input and a million output tokens."""
+    counts = [reply.tokens for reply in replies if reply.tokens]
+    input_tokens, output_tokens = (sum(tokens[i] for tokens in counts) for i in (0, 1))
+    untold = len(replies) - len(counts)
+    cost = None if prices is None or untold else (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+    return Usage(len(replies), input_tokens, output_tokens, untold, cost)
 
 
 def check_address(base_url: str, key: str) -> None:
-    """Refuses what no request can be sent with.
+    """Refuses an address and a key that no request can be sent with.
 
     Raises:
-        JudgeError: The address is none, or holds what may be a secret; the key cannot stand in a header.
+        EvaluateError: The address is not the start of an API or holds what may be a secret, or the key cannot be in a
+            header.
     """
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         url = httpx2.URL("")
-    if url.userinfo or url.query or url.fragment:  # not shown
+    # The message does not show it, as it may hold a secret.
+    if url.userinfo or url.query or url.fragment:
         raise EvaluateError(
             "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put "
             "a key into the environment variable OPENAI_API_KEY"
@@ -105,16 +118,18 @@ def check_address(base_url: str, key: str) -> None:
 
 @dataclass
 class Endpoint:
-    """One model at one address, and what was learned of both on the way; threads share it.
+    """One model at one address, and the settings that it takes; threads share it.
 
     Attributes:
-        key: Sent to `base_url` and nowhere else; empty for an endpoint that wants none.
-        timeout: Seconds in which nothing comes.
-        max_tokens: Of one reply.
-        cache: A folder that is there.
-        say: Takes a line on whatever has to be waited for or left out.
-        stop: Set once nothing more shall be sent.
-        requests: Sent so far, those that came to nothing included.
+        base_url: The start of the API, such as http://localhost:8000/v1.
+        model: The model's name there.
+        key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
+        timeout: Seconds without a byte after which a request fails.
+        max_tokens: The longest reply.
+        cache: An existing folder for the replies.
+        say: Called with a line when a request is repeated or a setting is left out.
+        stop: Set once no more requests may be sent.
+        requests: How many were sent, failed ones included.
     """
 
     base_url: str
@@ -134,22 +149,22 @@ class Endpoint:
         self._lock = threading.Lock()
 
     def client(self) -> httpx2.Client:
-        """A connection of one thread's own; it follows no redirection, which would take the key elsewhere."""
+        """An HTTP client for one thread; it follows no redirects, which would send the key elsewhere."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         return httpx2.Client(headers=headers, timeout=self.timeout)
 
     def reply(self, messages: list[dict[str, str]], client: httpx2.Client) -> Reply:
-        """What the model says to messages: from the cache, or asked for and put there.
+        """The model's reply to messages, from the cache or by a request.
 
         Raises:
-            RefusedError: The endpoint refuses these messages.
-            JudgeError: It cannot be reached, or refuses everything.
+            RefusedReply: The endpoint refuses these messages.
+            EvaluateError: It cannot be reached, or refuses every request.
         """
-        # Not the settings as they were sent: which of them the endpoint takes is known only once it was asked.
-        decides = [self._url, self.model, 0, self.max_tokens, messages]
-        path = self.cache / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.json"
+        # The settings as the recipe has them: which of them the endpoint takes is known only after a request.
+        request = [self._url, self.model, 0, self.max_tokens, messages]
+        path = self.cache / f"{hashlib.sha256(json.dumps(request).encode()).hexdigest()}.json"
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(kept["text"], str):
@@ -177,41 +192,41 @@ class Endpoint:
                     continue
                 if status == 200 and (reply := self._parsed(text)):
                     if settings != self._settings:
-                        gone = " nor ".join(name for name in self._settings if name not in settings)
+                        gone = " or ".join(name for name in self._settings if name not in settings)
                         self._say_once(
-                            f"judge: {self.model} takes no {gone}; it is asked with {', '.join(settings)}"
+                            f"judge: {self.model} does not take {gone}; requests are sent with {', '.join(settings)}"
                         )
                         self._settings = settings
                     return reply
                 fault = f"HTTP {status} {self._error_text(text)}".rstrip()
                 if status in (400, 413, 422):
                     raise RefusedReply(f"the endpoint refused it: {fault}")
-                # Some answer 200 with an error of the service behind them.
+                # Some endpoints answer 200 with an error of the service behind them.
                 if status != 429 and status < 500 and not (status == 200 and _error_in(text)):
                     raise EvaluateError(self._permanent_error(status, fault))
                 pause = _retry_after(response.headers.get("Retry-After", ""))
             tries += 1
             if tries == _MAX_TRIES:
                 raise EvaluateError(
-                    f"evaluate.judge.base_url: {self.base_url} failed {tries} times: {fault}; what was answered "
-                    "until now is kept, so run it again later"
+                    f"evaluate.judge.base_url: {self.base_url} failed {tries} times: {fault}; the replies so far "
+                    "are kept, so run it again later"
                 )
-            self._say_once(f"judge: {fault}; it is asked again")
+            self._say_once(f"judge: {fault}; the request is sent again")
             if pause is None:
                 pause = random.uniform(0.5, 1) * min(_MAX_WAIT, 2.0**tries)
             if _wait(self.stop, pause):
                 raise EvaluateError("stopped")
 
     def _parsed(self, text: str) -> Reply | None:
-        """A chat completion; None where the text is something else."""
+        """The reply in a chat completion; None where the text is something else."""
         try:
             body = json.loads(text)
             choice = body["choices"][0]
             content = choice["message"]["content"] or ""
             if not isinstance(content, str):
                 return None
-            usage = body.get("usage") or {}
-            tokens = _token_counts([usage.get("prompt_tokens"), usage.get("completion_tokens")])
+            counts = body.get("usage") or {}
+            tokens = _token_counts([counts.get("prompt_tokens"), counts.get("completion_tokens")])
             return Reply(
                 self._without_key(content), choice.get("finish_reason") == "length", tokens, cached=False
             )
@@ -219,11 +234,11 @@ class Endpoint:
             return None
 
     def _permanent_error(self, status: int, fault: str) -> str:
-        """What a person has to change, in one line."""
+        """The message of an error that repeating the request cannot mend: what to change."""
         url, model, key = self.base_url, self.model, "the environment variable OPENAI_API_KEY"
         if status == 401:
-            what = "does not take this key" if self.key else "wants a key"
-            return f"evaluate.judge.base_url: {url} {what} (HTTP 401); put one that it gave out into {key}"
+            what = "does not accept this key" if self.key else "needs a key"
+            return f"evaluate.judge.base_url: {url} {what} (HTTP 401); put one from its provider into {key}"
         if status == 403:
             return (
                 f"evaluate.judge.model: {url} does not let you use {model} (HTTP 403); choose another, or put "
@@ -237,11 +252,11 @@ class Endpoint:
         return f"evaluate.judge.base_url: {url} gives no chat completion: {fault}"
 
     def _error_text(self, text: str) -> str:
-        """What an error says, on one line."""
+        """An error's text on one line of at most 200 characters."""
         return textwrap.shorten(self._without_key(_error_in(text) or text), 200, placeholder=" ...")
 
     def _without_key(self, text: str) -> str:
-        """A text without the key, should an endpoint say it back."""
+        """A text with the key masked, in case the endpoint repeats it."""
         return text.replace(self.key, "***") if len(self.key) >= _MIN_KEY_LENGTH else text
 
     def _say_once(self, line: str) -> None:
@@ -254,7 +269,7 @@ class Endpoint:
 
 
 def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] | None:
-    """Settings without the one that a refusal names; newer models call `max_tokens` otherwise."""
+    """Settings that avoid the one that a refusal names; newer models call `max_tokens` `max_completion_tokens`."""
     if "temperature" in settings and "temperature" in refusal:
         return {name: value for name, value in settings.items() if name != "temperature"}
     if "max_tokens" in settings and "max_tokens" in refusal:
@@ -264,7 +279,7 @@ def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] 
 
 
 def _error_in(text: str) -> str:
-    """The message of an error in JSON; empty where there is none."""
+    """The message of an error in a JSON body; empty where there is none."""
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
@@ -273,7 +288,7 @@ def _error_in(text: str) -> str:
 
 
 def _retry_after(value: str) -> float | None:
-    """Seconds to wait as the header says, which are a number or a date; None without one that can be read."""
+    """The seconds of a Retry-After header, a number or a date; None where it cannot be read."""
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return min(float(value), _MAX_WAIT)
     try:
@@ -283,7 +298,8 @@ def _retry_after(value: str) -> float | None:
     return min(max(seconds, 0.0), _MAX_WAIT)
 
 
-def _token_counts(numbers: Any) -> tuple[int, int] | None:
-    """Input and output tokens; None where they are not told."""
-    given = isinstance(numbers, list) and len(numbers) == 2 and all(isinstance(n, int) for n in numbers)
-    return (numbers[0], numbers[1]) if given else None
+def _token_counts(counts: object) -> tuple[int, int] | None:
+    """Input and output tokens; None where the endpoint does not say."""
+    if isinstance(counts, list) and len(counts) == 2 and all(isinstance(n, int) for n in counts):
+        return counts[0], counts[1]
+    return None

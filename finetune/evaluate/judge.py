@@ -1,7 +1,7 @@
-"""Preference of a model's answers over a reference's, by a judge model behind an OpenAI-compatible chat endpoint.
+"""How much a judge model, behind an OpenAI-compatible chat endpoint, prefers a model's answers to a reference's.
 
-A judge likes the answer that it reads first, or last; so it is asked about every pair twice, with the answers
-exchanged, and what is left of that liking is told.
+Judges tend to prefer the answer that they read first, or last. So the judge compares every pair twice, with the answers
+exchanged, and the position bias that remains is reported.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from typing import Any
 import httpx2
 
 from finetune.evaluate.endpoint import Endpoint, Reply, Usage, check_address, usage
-from finetune.system.errors import EvaluateError as EvaluateError  # also by this name
-from finetune.system.errors import RefusedReply
+from finetune.system.errors import EvaluateError, RefusedReply
 from finetune.system.terminal import Say, progress_bar
 
 Message = Mapping[str, str]
 
-# Source: the grades and what they count, as on the model card of google/gemma-2-2b-jpn-it.
+# The grades and their scores. Source: the model card of google/gemma-2-2b-jpn-it.
 GRADES = {
     "MuchBetterThan": 1.5,
     "BetterThan": 1.0,
@@ -40,14 +39,16 @@ GRADES = {
     "WorseThan": -1.0,
     "MuchWorseThan": -1.5,
 }
+# The same grade with the answers exchanged.
 _MIRRORED = dict(zip(GRADES, reversed(GRADES), strict=True))
 _BY_LOWER_CASE = {grade.lower(): grade for grade in GRADES}
+# The last line of a reply that names a grade.
 _GRADE_LINE = re.compile(
     r'(?:\A|\n)[ \t]*(?:\{\s*"grade"\s*:\s*"(?P<json>\w+)"\s*\}|'
     r'(?:(?:grade|判定)\s*[:：]\s*)?"?(?P<plain>\w+)"?)[.。]?\Z',
     re.IGNORECASE,
 )
-# What a judge that named no grade is told.
+# The next message to a judge whose reply named no grade.
 _ASK_AGAIN = {
     "en": "Your reply cannot be read: its last line is $line and not a grade in the form asked for. Judge the same two "
     "answers again, in at most one sentence, and end with the line with the grade: one of the seven names, in place "
@@ -56,16 +57,20 @@ _ASK_AGAIN = {
     "同じ二つの回答をもう一度、一文以内で評価し、最後の行に判定を書いてください。"
     '形式は {"grade": "..."} で、「...」には表にある七つの名前のいずれか一つを入れます。',
 }
-_MAX_ASKED = 3  # how often a judge is asked for a grade
-_MARK_LENGTH = 16  # hexadecimal digits
-_GIVE_UP_AFTER = 20  # questions without one grade, after which no more are paid for
+# How often the judge is asked about one pair in one order before the pair is left out.
+_MAX_ASKED = 3
+# The hexadecimal digits of the code in the prompt's tags.
+_MARK_LENGTH = 16
+# Without a single grade after this many prompts, the comparison stops, so that no more are paid for.
+_GIVE_UP_AFTER = 20
+# Above these shares, `Preference.notes` mentions the pairs that are left out, and position bias.
 _MUCH_LEFT_OUT = 1 / 5
 _MUCH_BIAS = 1 / 3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A conversation up to an answer, our answer and the reference's."""
+    """A conversation before an answer, the answer of the model that is judged, and the reference's."""
 
     prompt: Sequence[Message]
     answer: str
@@ -75,19 +80,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who judges, and how it is asked.
+    """A judge model and how it is asked.
 
     Attributes:
-        base_url: Where the API begins: what stands before `/chat/completions`.
-        language: `en` or `ja`: the rubric.
-        key: Sent to `base_url` and nowhere else; empty for an endpoint that wants none.
-        timeout: Seconds in which nothing comes.
-        workers: Requests at a time.
-        max_tokens: Of one reply; a model that thinks first needs room for it.
+        base_url: The start of the API: the address before `/chat/completions`.
+        model: The model's name there.
+        language: The language of the rubric, `en` or `ja`.
+        key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
+        timeout: Seconds without a byte after which a request fails.
+        workers: Concurrent requests.
+        max_tokens: The longest reply; a model that thinks first needs room for that.
         prices: USD for a million input and a million output tokens.
 
     Raises:
-        EvaluateError: One of them cannot be used.
+        EvaluateError: One of these values cannot be used.
     """
 
     base_url: str
@@ -109,66 +115,79 @@ class Judge:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What became of one pair; two values are of our answer in the first place, and of the reference's there."""
+    """The result of one pair; of two values, the first is with the model's answer in first place.
+
+    Attributes:
+        id: The pair's name.
+        score: From 1.5 (the model's answer is much better) to -1.5; None where the pair is left out.
+        grades: The judge's grades of the answer in first place.
+        replies: The judge's last replies.
+        fault: Why the pair is left out.
+    """
 
     id: str
     score: float | None
     grades: tuple[str | None, str | None]
-    """Of the answer in the first place beside the other, as the judge gave them."""
     replies: tuple[str, str]
-    """The judge's last words."""
     fault: str | None
-    """Why the pair is left out."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Our answers beside the reference's: from 1.5 (much better) to -1.5 (much worse).
+    """The result over all pairs.
 
-    grades of A, ours first   of A, the reference first   turned          score of the pair
-    BetterThan (1.0)          WorseThan (-1.0)            BetterThan      1.0
-    BetterThan (1.0)          AboutTheSame (0.0)          AboutTheSame    0.5
-    BetterThan (1.0)          BetterThan (1.0)            WorseThan       0.0     the two orders disagree
+    The score of a pair is the mean over both orders:
+
+    grade, model's first   grade, reference first   mirrored        score
+    BetterThan (1.0)       WorseThan (-1.0)         BetterThan      1.0
+    BetterThan (1.0)       AboutTheSame (0.0)       AboutTheSame    0.5
+    BetterThan (1.0)       BetterThan (1.0)         WorseThan       0.0     the two orders disagree
+
+    Attributes:
+        mean: The mean score, from 1.5 (the model's answers are much better) to -1.5 (much worse).
+        standard_error: The standard error of the mean over pairs; None for a single pair.
+        pairs: How many pairs have a score.
+        grades: How often the model's answers got each grade, two for each pair.
+        disagreements: Pairs whose two orders prefer different answers: the judge went by position.
+        first_place: What the first position is worth: the mean grade of the answers that stand there.
+        malformed: Pairs left out because the judge named no grade.
+        refused: Pairs left out because the endpoint refused them, such as one that is too long.
+        requests: Requests sent by this call, failed ones included.
+        sent: Tokens and cost of the replies to these requests.
+        cached: Tokens and cost of the replies that were on disk.
+        verdicts: The result of each pair.
     """
 
     mean: float
     standard_error: float | None
-    """Of the mean, over pairs; None for a single one."""
     pairs: int
-    """Those with a score."""
     grades: dict[str, int]
-    """How often our answer was given each grade; two for each pair."""
     disagreements: int
-    """Pairs in which the two orders prefer different answers: the judge went by the place."""
     first_place: float
-    """What it is worth to stand first: the mean of a grade, less the pair's score."""
     malformed: int
-    """Pairs left out because the judge named no grade, however often it was asked."""
     refused: int
-    """Pairs left out because the endpoint did not take them, such as one that is too long."""
     requests: int
-    """All that were sent now, those that came to nothing included."""
     sent: Usage
     cached: Usage
     verdicts: tuple[PairVerdict, ...]
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the mean must know."""
+        """Warnings to a reader of the mean: many pairs left out, position bias."""
         notes = []
         left_out, every = self.malformed + self.refused, len(self.verdicts)
         if left_out > _MUCH_LEFT_OUT * every:
-            notes.append(f"{left_out} of {every} pairs are left out, so the mean is not that of all prompts")
+            notes.append(f"{left_out} of {every} pairs are left out, so the mean is not over all prompts")
         if self.disagreements > _MUCH_BIAS * self.pairs:
             place = "first" if self.first_place > 0 else "second"
             notes.append(
-                f"position bias: in {self.disagreements} of {self.pairs} pairs the judge prefers another answer once "
-                f"they are exchanged; the {place} place is worth {abs(self.first_place):.2f}"
+                f"position bias: in {self.disagreements} of {self.pairs} pairs the judge changes its preference when "
+                f"the answers are exchanged; the {place} position is worth {abs(self.first_place):.2f}"
             )
         return notes
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it."""
+        """The fields and the notes, as JSON holds them."""
         return asdict(self) | {"notes": self.notes}
 
     def summary(self) -> str:
@@ -185,32 +204,32 @@ class Preference:
 def compare(
     pairs: Sequence[Pair], judge: Judge, cache: Path, say: Say = lambda line: None, progress: bool = False
 ) -> Preference:
-    """How much a judge prefers our answers; the mean and its standard error are over pairs.
+    """The judge's preference over all pairs.
 
     Args:
-        pairs: What was answered.
-        judge: Who judges.
-        cache: A folder for the judge's replies, made if it is not there.
-        say: Takes what a person should know on the way, a line each.
-        progress: Whether a terminal shows a bar.
+        pairs: The answers to compare.
+        judge: The judge model.
+        cache: A folder for the judge's replies; it is created if it does not exist.
+        say: Called with a line when a request is repeated or a setting is left out.
+        progress: Shows a progress bar on a terminal.
 
     Raises:
-        EvaluateError: The judge cannot be reached or does not take the key, or no pair could be judged. What was
-            answered until then is in the cache.
+        EvaluateError: The judge cannot be reached or does not accept the key, or no pair could be judged. The replies
+            until then are in the cache.
     """
     if not pairs:
         raise EvaluateError("evaluate.prompts: there are no answers to compare")
-    places = []
+    prompts = []
     for pair in pairs:
         orders = (pair.answer, pair.reference), (pair.reference, pair.answer)
-        places.append([judge_prompt(pair.prompt, *order, judge.language) for order in orders])
+        prompts.append([judge_prompt(pair.prompt, *order, judge.language) for order in orders])
     cache.mkdir(parents=True, exist_ok=True)
     endpoint = Endpoint(judge.base_url, judge.model, judge.key, judge.timeout, judge.max_tokens, cache, say)
-    # Equal questions are asked once.
-    outcomes = _ask(list(dict.fromkeys(itertools.chain(*places))), judge, endpoint, progress)
+    # Equal prompts are sent once.
+    outcomes = _ask_all(list(dict.fromkeys(itertools.chain(*prompts))), judge, endpoint, progress)
     verdicts = tuple(
-        _verdict(pair.id, outcomes[ours], outcomes[theirs])
-        for pair, (ours, theirs) in zip(pairs, places, strict=True)
+        _verdict(pair.id, outcomes[answer_first], outcomes[reference_first])
+        for pair, (answer_first, reference_first) in zip(pairs, prompts, strict=True)
     )
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     if not scores:
@@ -218,15 +237,15 @@ def compare(
             f"evaluate.judge.model: {judge.model} judged none of {len(pairs)} pairs: {verdicts[0].fault}"
         )
     grades = [[str(grade) for grade in verdict.grades] for verdict in verdicts if verdict.score is not None]
-    counts = Counter(itertools.chain(*((ours, _MIRRORED[theirs]) for ours, theirs in grades)))
-    refused = sum(outcomes[ours].refused or outcomes[theirs].refused for ours, theirs in places)
+    counts = Counter(itertools.chain(*((first, _MIRRORED[second]) for first, second in grades)))
+    refused = sum(any(outcomes[prompt].refused for prompt in orders) for orders in prompts)
     replies = [reply for outcome in outcomes.values() for reply in outcome.replies]
     return Preference(
         mean=statistics.fmean(scores),
         standard_error=statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None,
         pairs=len(scores),
         grades={grade: counts[grade] for grade in GRADES},
-        disagreements=sum(GRADES[ours] * GRADES[theirs] > 0 for ours, theirs in grades),
+        disagreements=sum(GRADES[first] * GRADES[second] > 0 for first, second in grades),
         first_place=statistics.fmean(GRADES[grade] for grade in itertools.chain(*grades)),
         malformed=len(pairs) - len(scores) - refused,
         refused=refused,
@@ -238,9 +257,15 @@ def compare(
 
 
 def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: str) -> str:
-    """What the judge reads: the rubric, and the texts between tags that none of them can close.
+    """The judge's prompt: the rubric, then the conversation and both answers between tags that no text can close.
 
-    The tags carry a code that is made of the texts and stands in none of them.
+    The tags hold a code, a hash of the texts that occurs in none of them.
+
+    Args:
+        prompt: The conversation before the answers.
+        first: The answer in first place.
+        second: The other answer.
+        language: The language of the rubric, `en` or `ja`.
     """
     rubric = (Path(__file__).parent / "rubrics" / f"{language}.md").read_text(encoding="utf-8")
     turns = [(message["role"], message["content"]) for message in prompt]
@@ -248,26 +273,26 @@ def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: s
     marks = (hashlib.sha256(f"{n}{texts}".encode()).hexdigest()[:_MARK_LENGTH] for n in itertools.count())
     mark = next(mark for mark in marks if mark not in texts)
     conversation = "\n".join(f"<{role} {mark}>\n{content}\n</{role} {mark}>" for role, content in turns)
-    # Filled in at once: a placeholder inside a text is text.
+    # One substitution for all values: a placeholder inside a text stays text.
     return string.Template(rubric).substitute(
         mark=mark, conversation=conversation, first=first, second=second
     )
 
 
 def grade_in(reply: str) -> str | None:
-    """The grade that a reply ends with; None where its last line is not a grade in the form asked for."""
+    """The grade in the last line of a reply; None where that line is not a grade in the required form."""
     plain = re.sub(r"```(?:\w+(?=\n))?|[`*]", "", reply).strip()
-    found = _GRADE_LINE.search(plain)
-    return _BY_LOWER_CASE.get((found["json"] or found["plain"]).lower()) if found else None
+    match = _GRADE_LINE.search(plain)
+    return _BY_LOWER_CASE.get((match["json"] or match["plain"]).lower()) if match else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Asking
+# Requests
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of a question: a grade, or why there is none."""
+    """The result of one prompt: a grade, or why there is none."""
 
     grade: str | None
     fault: str | None
@@ -275,46 +300,48 @@ class _Outcome:
     replies: tuple[Reply, ...]
 
 
-def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool) -> dict[str, _Outcome]:
-    """What came of each question.
+def _ask_all(prompts: list[str], judge: Judge, endpoint: Endpoint, progress: bool) -> dict[str, _Outcome]:
+    """The outcome of each prompt.
 
-    Until a request has been sent they are asked singly: what is wrong with the endpoint is met once, and what it
-    does not take is known to all that follow. Threads do the rest. They are daemons, so that Ctrl-C waits for no
-    reply; one that comes while the process still lives is kept.
+    Prompts are sent one at a time until a request was needed: an error of the endpoint then shows once, and the threads
+    that send the rest know which settings it takes. They are daemons, so that Ctrl-C waits for no reply; a reply that
+    still comes before the process ends is kept.
     """
-    waiting = deque(questions)
+    waiting = deque(prompts)
     outcomes: dict[str, _Outcome] = {}
     done: queue.SimpleQueue[tuple[str, _Outcome | BaseException]] = queue.SimpleQueue()
 
     def work() -> None:
-        one = ""
+        prompt = ""
         try:
             with endpoint.client() as client:
                 while not endpoint.stop.is_set():
                     try:
-                        one = waiting.popleft()
+                        prompt = waiting.popleft()
                     except IndexError:  # other threads have the rest
                         return
-                    done.put((one, _judge(one, judge.language, endpoint, client)))
+                    done.put((prompt, _ask_for_grade(prompt, judge.language, endpoint, client)))
         except BaseException as error:
-            done.put((one, error))
+            done.put((prompt, error))
 
-    with progress_bar("judge", len(questions), progress) as advance:
+    with progress_bar("judge", len(prompts), progress) as advance:
 
-        def take(one: str, outcome: _Outcome | BaseException) -> None:
+        def take(prompt: str, outcome: _Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
                 raise outcome
-            outcomes[one] = outcome
+            outcomes[prompt] = outcome
             advance(1)
-            if len(outcomes) == _GIVE_UP_AFTER and not any(found.grade for found in outcomes.values()):
-                none = f"{judge.model} answered none of {_GIVE_UP_AFTER} questions with a grade"
-                raise EvaluateError(f"evaluate.judge.model: {none}: {outcome.fault}")
+            if len(outcomes) == _GIVE_UP_AFTER and not any(each.grade for each in outcomes.values()):
+                raise EvaluateError(
+                    f"evaluate.judge.model: {judge.model} answered none of {_GIVE_UP_AFTER} prompts with a grade: "
+                    f"{outcome.fault}"
+                )
 
         try:
             with endpoint.client() as client:
                 while waiting and not endpoint.requests:
-                    one = waiting.popleft()
-                    take(one, _judge(one, judge.language, endpoint, client))
+                    prompt = waiting.popleft()
+                    take(prompt, _ask_for_grade(prompt, judge.language, endpoint, client))
             left = len(waiting)
             for number in range(min(left, judge.workers)):
                 threading.Thread(target=work, name=f"judge-{number}", daemon=True).start()
@@ -325,9 +352,9 @@ def _ask(questions: list[str], judge: Judge, endpoint: Endpoint, progress: bool)
     return outcomes
 
 
-def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) -> _Outcome:
-    """Asks until the judge names a grade; what it said before is said back to it, with what was wrong."""
-    messages = [{"role": "user", "content": text}]
+def _ask_for_grade(prompt: str, language: str, endpoint: Endpoint, client: httpx2.Client) -> _Outcome:
+    """Asks until the judge names a grade; each further request holds its last reply and what is wrong with it."""
+    messages = [{"role": "user", "content": prompt}]
     replies: list[Reply] = []
     line = ""
     for _ in range(_MAX_ASKED):
@@ -340,9 +367,9 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
             return _Outcome(grade, None, False, tuple(replies))
         line = json.dumps(reply.text.strip().rpartition("\n")[2][-200:], ensure_ascii=False)
         again = string.Template(_ASK_AGAIN[language]).substitute(line=line)
-        # Its end is enough, and a turn must not be empty.
-        said = {"role": "assistant", "content": reply.text[-2000:] or "..."}
-        messages = [*messages, said, {"role": "user", "content": again}]
+        # The end of the reply is enough; an endpoint may refuse an empty message.
+        answered = {"role": "assistant", "content": reply.text[-2000:] or "..."}
+        messages = [*messages, answered, {"role": "user", "content": again}]
     cut = f", cut off at max_tokens ({endpoint.max_tokens})" if replies[-1].cut else ""
     fault = f"asked {_MAX_ASKED} times, the judge named no grade; its last reply ends with {line}{cut}"
     return _Outcome(None, fault, False, tuple(replies))
@@ -352,11 +379,10 @@ def _judge(text: str, language: str, endpoint: Endpoint, client: httpx2.Client) 
 # The result
 
 
-def _verdict(name: str, ours: _Outcome, theirs: _Outcome) -> PairVerdict:
-    score = None
-    if ours.grade and theirs.grade:
-        score = (GRADES[ours.grade] - GRADES[theirs.grade]) / 2
-    texts = [outcome.replies[-1].text if outcome.replies else "" for outcome in (ours, theirs)]
-    return PairVerdict(
-        name, score, (ours.grade, theirs.grade), (texts[0], texts[1]), ours.fault or theirs.fault
-    )
+def _verdict(name: str, answer_first: _Outcome, reference_first: _Outcome) -> PairVerdict:
+    """The result of a pair, from the outcomes of its two orders."""
+    orders = (answer_first, reference_first)
+    grades = (answer_first.grade, reference_first.grade)
+    score = (GRADES[grades[0]] - GRADES[grades[1]]) / 2 if grades[0] and grades[1] else None
+    first, second = (outcome.replies[-1].text if outcome.replies else "" for outcome in orders)
+    return PairVerdict(name, score, grades, (first, second), answer_first.fault or reference_first.fault)

@@ -1,7 +1,7 @@
-"""Whether an answer is in the language that its prompt asks for.
+"""Checks that an answer is in the language that its prompt asks for.
 
-Scripts decide first, characters decide between Japanese and Chinese, and py3langid between languages of one script:
-from 20 letters on it is right as often as lingua, thirty times as quick, and 5 MB with its model where that has 96.
+The script decides first, then single characters between Japanese and Chinese, and py3langid between languages of one
+script: from 20 letters on it is right as often as lingua, thirty times as fast, and 5 MB with its model in place of 96.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+# The share of an answer's length that must be in the wanted language; a kana or Chinese character counts as 2 letters.
 MIN_SHARE = 0.75
-"""An answer is right from this share of its length on; a kana or Chinese character is as long as two letters."""
 
-# What is told apart: code, script where it is not Latin (the first word of its characters' names in Unicode), English
-# names, Japanese names, some Chinese ones.
+# The languages: ISO 639-1 code, script where it is not Latin (the first word of its characters' names in Unicode), then
+# English names, Japanese names and some Chinese ones.
 _TABLE = """
 af Afrikaans アフリカーンス語; ar/ARABIC Arabic アラビア語; be/CYRILLIC Belarusian ベラルーシ語;
 bg/CYRILLIC Bulgarian ブルガリア語; bn/BENGALI Bengali ベンガル語; ca Catalan カタルーニャ語 カタロニア語;
@@ -45,25 +45,30 @@ zh/CJK Chinese Mandarin Cantonese 中国語 中文 汉语 北京語 広東語 �
 _NAMES: dict[str, str] = {}
 _SCRIPTS: dict[str, list[str]] = {}
 for _key, *_names in map(str.split, _TABLE.split(";")):
-    _code, _, _of = _key.partition("/")
-    _SCRIPTS.setdefault(_of or "LATIN", []).append(_code)
+    _code, _, _script_name = _key.partition("/")
+    _SCRIPTS.setdefault(_script_name or "LATIN", []).append(_code)
     _NAMES |= {name.lower(): _code for name in _names}
 
 
 @dataclass(frozen=True)
 class LanguageVerdict:
-    """Whether an answer is in the wanted language."""
+    """The languages of a prompt and its answer, as ISO 639-1 codes.
+
+    Attributes:
+        right: The answer is in the wanted language; None where it holds nothing to judge or any language is right.
+        wanted: The language that the prompt asks for; None where it leaves the language open.
+        found: The language of most of the answer; None where it cannot be told.
+        why: The reason, in words.
+    """
 
     right: bool | None
-    """None: nothing to judge, or the prompt leaves the language open."""
     wanted: str | None
     found: str | None
-    """The language of most of the answer; None where it cannot be told."""
     why: str
 
 
 def language_verdict(prompt: str, answer: str) -> LanguageVerdict:
-    """Whether an answer is in the language that its prompt asks for; an empty one is not."""
+    """Compares the language of an answer with the one that its prompt asks for; an empty answer is wrong."""
     wanted = wanted_language(prompt)
     if not answer.strip():
         return LanguageVerdict(False, wanted, None, "the answer is empty")
@@ -78,7 +83,7 @@ def language_verdict(prompt: str, answer: str) -> LanguageVerdict:
 
 
 def language_of(text: str) -> str | None:
-    """ISO 639-1 code of the language of most of a text; None where nothing is left to judge, or nothing tells."""
+    """ISO 639-1 code of the language of most of a text; None where it holds nothing to judge or cannot be told."""
     return _most(_lengths(text, None))
 
 
@@ -88,48 +93,53 @@ def _most(lengths: Counter[str]) -> str | None:
 
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval that a share lies in; z = 1.96 is for 95 %.
+    """The Wilson score interval of a share: its lower and its upper bound.
+
+    Args:
+        right: How many of `count` are right.
+        count: How many there are.
+        z: The quantile of the normal distribution; 1.96 for 95%.
 
     Raises:
-        ValueError: More are right than there are, or there are none.
+        ValueError: `right` is not between 0 and `count`, or `count` is 0.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
     """
     if not 0 <= right <= count or not count:
-        raise ValueError(f"{right} of {count} is no share")
+        raise ValueError(f"{right} of {count} is not a share")
     share, square = right / count, z * z
     middle = share + square / (2 * count)
     half = z * (share * (1 - share) / count + square / (4 * count * count)) ** 0.5
     whole = 1 + square / count
-    # At both ends the bound is the end itself, but for rounding.
+    # At 0 and 1 the formula gives the bound itself, but for rounding.
     return (middle - half) / whole if right else 0.0, (middle + half) / whole if right < count else 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a prompt asks for
+# The language that a prompt asks for
 
 
 def wanted_language(prompt: str) -> str | None:
-    """ISO 639-1 code of the language that an answer is wanted in; None where the prompt leaves it open.
+    """ISO 639-1 code of the language that an answer should be in; None where the prompt leaves it open.
 
-    That is the language that it names in asking for a translation or an answer, or else the one that it asks in.
+    It is the language that the prompt names when it asks for a translation or an answer, or else the prompt's own.
     """
-    said = _NOT.sub(" ", _QUOTED.sub("", _LEFT_OUT.sub(" ", unicodedata.normalize("NFKC", prompt))))
-    if len(said) > 2 * _READ:
-        said = f"{said[:_READ]}\n{said[-_READ:]}"
-    found = [match for rule in _REQUESTS for match in rule.finditer(said)]
-    requests = [match for match in found if not _ABOUT.search(match.groupdict().get("about") or "")]
-    # What stands behind a colon is to be worked on.
-    end = said.find(":", min((match.end() for match in requests), default=0))
+    text = _NOT.sub(" ", _QUOTED.sub("", _LEFT_OUT.sub(" ", unicodedata.normalize("NFKC", prompt))))
+    if len(text) > 2 * _READ:
+        text = f"{text[:_READ]}\n{text[-_READ:]}"
+    matches = [match for rule in _REQUESTS for match in rule.finditer(text)]
+    requests = [match for match in matches if not _ABOUT.search(match.groupdict().get("about") or "")]
+    # Behind the colon of a request stands the text to work on.
+    end = text.find(":", min((match.end() for match in requests), default=0))
     named = {_NAMES[match["to"].lower()] for match in requests if end < 0 or match.start() < end}
     if len(named) == 1:
         return named.pop()
-    if named or any(rule.search(said) for rule in _OPEN):
+    if named or any(rule.search(text) for rule in _OPEN):
         return None
     parts = [(part, code) for part in re.split(r"\n+|(?<=[:：])", prompt) if (code := language_of(part))]
     if len({code for _, code in parts}) < 2:
         return language_of(prompt)
-    # The text to work on stands behind what is asked, or before it.
+    # The request stands before the text to work on, or behind it.
     return next((code for part, code in (parts[0], parts[-1]) if _ASKING.search(part.strip())), parts[0][1])
 
 
@@ -144,7 +154,7 @@ _PARTS = {
     "IN": r"\b(?:in|into|using)\s+(?:(?!the\b|an?\b)[\w-]+\s+){0,2}?<EN>",  # simple English, Brazilian Portuguese
     "END": r"(?=\s*(?:[^\w\s]|$|(?:<JOIN>)\b))",  # not "in English literature"
     "JOIN": "and|but|with|about|for|to|please|on|that|which|what|why|how|only|language|text|so|as|if",
-    # An order to the reader, not what somebody does.
+    # The start of an imperative.
     "ORDER": r"(?:^|[.!?:;,\n]\s*|\b(?:please|(?:can|could|would|will) you|must|should|you to|and|then|now)\s+)"
     r"(?:please\s+)?",
     "SAY": "answer|reply|respond|(?:re)?write|summari[sz]e|compose|draft|continue|(?:para|re)?phrase|output|speak|say|"
@@ -162,6 +172,7 @@ _PARTS = {
     "JAS": "|".join(name for name in _NAMES if not name.isascii() and len(name) > 1),
     "SHORT": "".join(name for name in _NAMES if not name.isascii() and len(name) == 1),
 }
+# Prompts that name the language of the answer.
 _REQUESTS = _rules(
     r"\btranslat(?:e|ion)\b[^?!\n]*?\b(?:in)?to\s+(?:(?!the\b|an?\b)[\w-]+\s+)?<EN>",
     r"\b(?:in)?to (?:<ENS>)(?:,| and| or) <EN>",
@@ -183,12 +194,13 @@ _REQUESTS = _rules(
     "<JA>の(?:メール|手紙|文章|作文|詩|記事|スピーチ|要約|エッセイ|自己紹介文?)を[^。?!\n]{0,10}?<ASK>",
     "(?:用|[译譯][成为為])(?:[简簡繁][体體])?<JA>(?![^。?!,\n]{0,4}的)",
 )
+# Words by which a request asks about a language and not for an answer in it.
 [_ABOUT] = _rules(
     r"\b(?:<PIECES>|verbs?|nouns?|adjectives?|grammar|particles?|tenses?|plurals?|articles?|kanji|characters?|alphabet|"
     r"letters?|pronunciation|pronouns?|how|why|who|differences?|mean\w*|used?|written|called|vocabulary)\b|"
     "使わ|使う|呼ば|言わ|言う|いう|何と|なん|どう|意味|書かれ|話され|違い|発音"
 )
-# An answer in the language asked about is as good as one about it.
+# Questions about a language: an answer in it is as good as one about it.
 _OPEN = _rules(
     r"\bhow (?:do|does|would|can|should|to)\b[^.?!\n]*\b(?:say|write|spell|pronounce|express|translate)\b[^.?!\n]*<IN>",
     r"\bwhat(?:'s| is| are)\b[^.?!\n]*\b(?:translation|<PIECES>)\b[^.?!\n]*\b(?:in|for)\b[^.?!\n]*<EN>",
@@ -199,17 +211,20 @@ _OPEN = _rules(
     "<JA>の(?:例文|単語|挨拶|あいさつ|ことわざ|表現|フレーズ|慣用句|早口言葉|数字|名前)[^。?!\n]*<ASK>",
     r"\b(?:another|a different|a foreign) language|(?:別|他|ほか)の言語|ローマ字|ピンイン|romaji|pinyin|transliterat",
 )
+# Negations, which name a language that is not wanted.
 [_NOT] = _rules(
     r"\b(?:do not|don't|never|not|without)\b.*?(?=\bbut\b|[.,;!?\n]|$)|\w{2,8}(?:(?:では|じゃ)なくて?|以外)"
 )
+# Questions and requests, in contrast to a text to work on.
 [_ASKING] = _rules(
     r"(?:ください|下さい|なさい|教えて|せよ|して|ですか|ますか|とは|は|か)[。？！?!:：]*$|[?？:：]$|^(?:<SAY>|<TELL>|please|can|could|what"
     r"|why|how|who|when|where|which|is|are|do|does|correct|read|based|proofread|classify|extract|find|identify|analy|complete)"
 )
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a text is in
+# The language of a text
 
+# Parts of a text that are in no language.
 _LEFT_OUT = re.compile(
     r"(?:^|\n)[ \t]*(?P<fence>```|~~~)[\s\S]*?(?:\n[ \t]*(?P=fence)[^\n]*|\Z)|`[^`\n]+`"  # code
     r"|\$\$[\s\S]{1,999}?\$\$|\\[\[(][\s\S]{1,999}?\\[\])]|\\begin\{(\w+)\*?\}[\s\S]{,999}?\\end\{\2\*?\}"  # formulas
@@ -226,33 +241,36 @@ _QUOTED = re.compile(
     r"\([^()\n]*\)|「[^「」\n]*」|『[^『』\n]*』|“[^“”\n]*”|\"[^\"\n]*\"|《[^《》\n]*》|【[^【】\n]*】|\[[^\[\]\n]*\]"
 )
 _SENTENCE = re.compile(r"(?<=[。!?])|(?<=[.])\s")
-_JOINED = re.compile(r"[a-zA-Z0-9)」\"](?:[はがをにでとのもや]|から|など|って|です|だ|という)")  # Webで
-_PARTICLES = {"da", "de", "del", "della", "der", "di", "do", "du", "la", "le", "of", "van", "von"}  # of names
+# A Latin word with a Japanese particle behind it, such as Webで.
+_JOINED = re.compile(r"[a-zA-Z0-9)」\"](?:[はがをにでとのもや]|から|など|って|です|だ|という)")
+# Words in names that are not capitalised.
+_PARTICLES = {"da", "de", "del", "della", "der", "di", "do", "du", "la", "le", "of", "van", "von"}
 
 
 def _lengths(text: str, wanted: str | None) -> Counter[str]:
-    """How much of a text is in each language, or in none that is known (und)."""
+    """The length of the parts of a text in each language; parts in an unknown one count as `und`."""
     for strict in (True, False):
         runs = list(_runs(text, strict))
         if (wanted and wanted not in _SCRIPTS["LATIN"]) or len({script for script, _ in runs}) > 1:
             runs = [(script, run) for script, run in runs if script != "LATIN" or not _is_name(run)]
-        if runs:  # otherwise there are only names, and what is said of them in brackets tells
+        # Without runs there are only names; what stands beside them in brackets decides in the second round.
+        if runs:
             break
     lengths: Counter[str] = Counter()
     kana = bool(_KANA.search(text))
     for script in dict.fromkeys(script for script, _ in runs):
         own = [run for other, run in runs if other == script]
         if script == "CJK":
-            found = [(_japanese_or_chinese(run, kana, wanted), run) for run in own]
+            parts = [(_japanese_or_chinese(run, kana, wanted), run) for run in own]
         else:
-            found = _identified(own, _SCRIPTS.get(script, ["und"]), wanted)
-        for code, run in found:
+            parts = _identified(own, _SCRIPTS.get(script, ["und"]), wanted)
+        for code, run in parts:
             lengths[code] += _length(run)
     return lengths
 
 
 def _runs(text: str, strict: bool) -> Iterator[tuple[str, str]]:
-    """The parts of a text that are in one script each; if strict, without single and quoted words of other scripts."""
+    """The parts of a text by script; `strict` leaves out single and quoted words in another script."""
     for line in _LEFT_OUT.sub(" ", unicodedata.normalize("NFKC", text)).splitlines():
         if _CODE_LINE.fullmatch(line.strip()):
             continue
@@ -262,19 +280,19 @@ def _runs(text: str, strict: bool) -> Iterator[tuple[str, str]]:
 
 
 def _is_long(script: str, run: str) -> bool:
-    """Whether this is more than a name or a word or two."""
+    """True for more than a name or a few words."""
     return len(run.split()) > 3 and not _is_name(run) if script == "LATIN" else _length(run) > 12
 
 
 def _is_name(run: str) -> bool:
-    """Whether all words are capitalised, and no sentence."""
+    """True for at most four words, all capitalised, that do not end a sentence."""
     words = [word for word in re.findall(r"[^\W\d_]+", run) if word not in _PARTICLES]
     capitals = all(word[0].isupper() or len(word) == 1 for word in words)
     return capitals and len(words) <= 4 and not re.search(r"[.!?]\s*$", run)
 
 
 def _without_quotes(line: str) -> str:
-    """A line without what is quoted in another script, where there is a sentence around it."""
+    """A line without quotations in another script, unless they are most of it."""
     around = _QUOTED.sub(" ", line)
     script, long = _main_script(around), 4 * _length(around)
 
@@ -292,21 +310,21 @@ def _main_script(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str]]:
-    """The longest parts of one script each; what is no letter stays with what stands before it."""
-    begun, script = 0, ""
+    """The script and the text of each longest part in one script; other characters stay with the part before them."""
+    start, script = 0, ""
     for i, char in enumerate(text):
         now = _script(char) or script
         if script and now != script:
-            yield script, text[begun:i]
-            begun = i
+            yield script, text[start:i]
+            start = i
         script = now
     if script:
-        yield script, text[begun:]
+        yield script, text[start:]
 
 
 @cache
 def _script(char: str) -> str:
-    """The script of a letter, CJK of kana as of Chinese characters; of all else nothing."""
+    """The script of a letter, CJK for both kana and Chinese characters; empty for any other character."""
     if not char.isalpha() and unicodedata.category(char) not in ("Mc", "Mn"):
         return ""
     word = re.split("[ -]", unicodedata.name(char, ""))[0]
@@ -314,23 +332,26 @@ def _script(char: str) -> str:
 
 
 def _length(text: str) -> int:
-    """Letters; those as wide as two count as two."""
+    """The number of letters; wide ones count twice."""
     return sum(2 if script in ("CJK", "HANGUL") else 1 for script in map(_script, text) if script)
 
 
 _KANA = re.compile("[ぁ-ヺ]")
 _HAN = re.compile("[々㐀-鿿\U00020000-\U0003ffff]")
-_GRAMMAR = set("是的了也我你他她它很不們们這这")  # of Chinese
-_BLOCK = 80  # letters: where py3langid errs no more
-_READ = 1000  # it need not read more
+# Chinese function words.
+_GRAMMAR = set("是的了也我你他她它很不們们這这")
+# From this many letters on, py3langid made no more errors when it was measured.
+_BLOCK = 80
+# The most characters that are read of a text.
+_READ = 1000
 
 
 @cache
 def _misfit(char: str) -> tuple[float, int, int]:
-    """How little a character fits Japanese, Chinese in simplified forms, and Chinese in traditional forms.
+    """How badly a character fits Japanese, simplified Chinese and traditional Chinese, from 0 to 1.
 
-    The standard character set of each tells what it is written with. JIS X 0208 has old forms too, in its second level
-    (from 0xD0 on in EUC), where the Japanese of today seldom goes.
+    A character fits if the standard character set has it. The second level of JIS X 0208 (from 0xD0 on in EUC) holds
+    old forms, which are rare in modern Japanese.
     """
     simplified, traditional, odd = (len(char.encode(c, "ignore")) != 2 for c in ("gb2312", "big5", "sjis"))
     if odd:
@@ -339,19 +360,19 @@ def _misfit(char: str) -> tuple[float, int, int]:
     return 0.25 if old else 0.0, simplified, traditional
 
 
-def _japanese_or_chinese(run: str, beside_kana: bool, wanted: str | None) -> str:
-    """ja or zh; where nothing tells, ja beside kana, or else what is wanted."""
+def _japanese_or_chinese(run: str, next_to_kana: bool, wanted: str | None) -> str:
+    """ja or zh; where the characters do not decide, ja next to kana, or else the wanted one."""
     kana, han = len(_KANA.findall(run)), _HAN.findall(run)
     japanese, *chinese = map(sum, zip((0.0, 0, 0), *map(_misfit, han), strict=True))
     if kana + min(chinese) > 2 * japanese:
         return "ja"
     if japanese >= 1 or (japanese and len(han) > 8):  # a few old forms alone may be a Japanese name
         return "zh"
-    if beside_kana:
+    if next_to_kana:
         return "ja"
     if "是" in han or len(_GRAMMAR.intersection(han)) > 1:
         return "zh"
-    # No sentence of Japanese is that long without kana.
+    # A Japanese sentence of ten characters has kana.
     return wanted if wanted in ("ja", "zh") else "ja" if len(han) < 10 else "zh"
 
 
@@ -365,7 +386,7 @@ def _identifier() -> Any:
 
 
 def _identified(runs: list[str], codes: list[str], wanted: str | None) -> list[tuple[str, str]]:
-    """Blocks of these runs, each with its language; where it alone does not tell, that of the whole."""
+    """The runs joined into blocks, each with its language; a block that does not decide gets that of all runs."""
     if len(codes) == 1:
         return [(codes[0], run) for run in runs]
     blocks: list[list[str]] = [[]]
@@ -373,23 +394,23 @@ def _identified(runs: list[str], codes: list[str], wanted: str | None) -> list[t
         if sum(map(len, blocks[-1])) >= _BLOCK:
             blocks.append([])
         blocks[-1].append(run.strip())
-    usual, _ = _surest(runs, codes, wanted)
-    found = []
+    overall, _ = _most_likely(runs, codes, wanted)
+    identified = []
     for block in blocks:
-        code, sure = _surest(block, codes, wanted)
-        found.append((code if sure else usual, " ".join(block)))
-    return found
+        code, sure = _most_likely(block, codes, wanted)
+        identified.append((code if sure else overall, " ".join(block)))
+    return identified
 
 
-def _surest(runs: list[str], codes: list[str], wanted: str | None) -> tuple[str, bool]:
-    """The language of these runs, and whether that is sure: the wanted one unless another is far more likely."""
-    likely = {code: float(p) for code, p in _identifier().rank(" ".join(runs)[:_READ]) if code in codes}
-    if wanted is None and "en" in likely:
-        likely["en"] *= 4  # the likeliest of all, as long as nothing else is known
-    best = max(likely, key=lambda code: likely[code])
-    # A name is hardly a word of its language.
-    sure = likely[best] >= (0.9 if all(map(_is_name, runs)) else 0.5)
-    if wanted is None or wanted not in likely:
-        return best if likely[best] >= 0.4 else "und", sure
-    near = likely[wanted] > likely[best] / 5
+def _most_likely(runs: list[str], codes: list[str], wanted: str | None) -> tuple[str, bool]:
+    """The language of the runs, the wanted one unless another is far more likely; and true if that is certain."""
+    probability = {code: float(p) for code, p in _identifier().rank(" ".join(runs)[:_READ]) if code in codes}
+    if wanted is None and "en" in probability:
+        probability["en"] *= 4  # the most common language where nothing else is known
+    best = max(probability, key=lambda code: probability[code])
+    # A name says little about the language around it.
+    sure = probability[best] >= (0.9 if all(map(_is_name, runs)) else 0.5)
+    if wanted is None or wanted not in probability:
+        return best if probability[best] >= 0.4 else "und", sure
+    near = probability[wanted] > probability[best] / 5
     return (wanted, near) if near or not sure else (best, True)

@@ -1,4 +1,4 @@
-"""Tasks of the Language Model Evaluation Harness, asked through the model's own chat template."""
+"""Tasks of the Language Model Evaluation Harness, run through the model's own chat template."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from finetune.system.errors import EvaluateError
 from finetune.system.terminal import quiet
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
-def known(tasks: Sequence[str]) -> tuple[Any, list[str]]:
-    """The harness's own list of tasks, and the names that these have there; what is not there is told before it costs.
+    from finetune.model.generate import Generator
+
+
+class Tasks(NamedTuple):
+    """Tasks that the harness has, and the manager that loads them."""
+
+    manager: TaskManager
+    names: list[str]
+
+
+def find_tasks(tasks: Sequence[str]) -> Tasks:
+    """The tasks, found in the harness before a model is loaded.
 
     Args:
-        tasks: Names of its tasks, or `.yaml` files of own ones.
+        tasks: Names of the harness's tasks, or paths of `.yaml` files that define a task.
 
     Raises:
-        EvaluateError: It is not installed, or has no such task.
+        EvaluateError: The harness is not installed or has no such task, or a file defines none.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -30,7 +42,7 @@ def known(tasks: Sequence[str]) -> tuple[Any, list[str]]:
             f"evaluate.lm_eval: {error.name} is not installed; run pip install 'finetune[lm-eval]'"
         ) from error
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    names = [_name(Path(task)) if Path(task) in files else task for task in tasks]
+    names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with quiet():
         manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
@@ -38,36 +50,35 @@ def known(tasks: Sequence[str]) -> tuple[Any, list[str]]:
             raise EvaluateError(
                 f"evaluate.lm_eval.tasks: there is no task {missing[0]}; `lm-eval ls tasks` lists them"
             )
-    return manager, names
+    return Tasks(manager, names)
 
 
-def scores(generator: Any, tasks: tuple[Any, list[str]], limit: int | None = None) -> dict[str, float]:
-    """What the harness measures of a model, by task and metric.
+def run_tasks(generator: Generator, tasks: Tasks, limit: int | None = None) -> dict[str, float]:
+    """The harness's results for a model, by `task, metric`.
 
     Args:
-        generator: A `finetune.generate.Generator`.
-        tasks: As `known` gives them.
-        limit: How many questions of each task at most.
+        generator: The model.
+        tasks: As `find_tasks` returns them.
+        limit: The most questions of each task.
     """
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # Of the folder at hand: git complains where it is no repository.
+    # It would run git in the current folder, which complains where that is not a repository.
     evaluator.get_git_commit_hash = lambda: None
-    manager, names = tasks
     tokenizer = generator.chat.tokenizer
     with quiet():
-        found = simple_evaluate(
+        output = simple_evaluate(
             model=HFLM(pretrained=generator.model, tokenizer=tokenizer, batch_size=1),
-            tasks=names,
+            tasks=tasks.names,
             limit=limit,
             apply_chat_template=tokenizer.chat_template is not None,
-            task_manager=manager,
+            task_manager=tasks.manager,
             bootstrap_iters=0,
             log_samples=False,
         )
-    # Only the first of several processes gets them.
-    results: dict[str, dict[str, Any]] = found["results"] if found else {}
+    # Only the first of several processes gets results.
+    results: dict[str, dict[str, Any]] = output["results"] if output else {}
     return {
         f"{task}, {metric.removesuffix(',none').replace(',', ' ')}": float(value)
         for task, metrics in results.items()
@@ -76,15 +87,14 @@ def scores(generator: Any, tasks: tuple[Any, list[str]], limit: int | None = Non
     }
 
 
-def _name(file: Path) -> str:
+def _task_name(file: Path) -> str:
+    """The name of the task that a file defines."""
     try:
         return str(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["task"])
     except OSError as error:
         raise EvaluateError(f"evaluate.lm_eval.tasks: {file}: {error.strerror}") from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = (
-            textwrap.shorten(str(error), 100, placeholder=" ...")
-            if isinstance(error, yaml.YAMLError)
-            else "no task: NAME"
-        )
-        raise EvaluateError(f"evaluate.lm_eval.tasks: {file} is no task: {reason}") from error
+        reason = "it has no `task: NAME`"
+        if isinstance(error, yaml.YAMLError):
+            reason = textwrap.shorten(str(error), 100, placeholder=" ...")
+        raise EvaluateError(f"evaluate.lm_eval.tasks: {file} does not define a task: {reason}") from error

@@ -1,4 +1,4 @@
-"""Perplexity on rows, and the distance of one model's predictions from another's on the same tokens."""
+"""Perplexity on rows, and the KL divergence of one model's predictions from another's on the same tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from finetune.data.chat import IGNORE
 from finetune.data.samples import LabelledRow
 
-# What the kept predictions of a reference may take on the disk; of a vocabulary of 262,144 it is 2,048 tokens.
+# The most bytes of predictions that are kept for a reference: 2,048 tokens of a vocabulary of 262,144.
 _KEPT_BYTES = 2**31
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Some predicted tokens: how many, their loss in nats together, how many were the likeliest one."""
+    """The loss summed over some predicted tokens, in nats, and how many of them the model predicted correctly."""
 
     tokens: int = 0
     nats: float = 0.0
@@ -33,35 +33,41 @@ class LossSum:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean loss; not a number of no tokens."""
+        """e to the mean loss; NaN without tokens."""
         return _exp(self.nats / self.tokens) if self.tokens else math.nan
 
     @property
     def accuracy(self) -> float:
-        """The share of tokens that were the likeliest one."""
+        """The share of tokens that were the most likely one; NaN without tokens."""
         return self.correct / self.tokens if self.tokens else math.nan
 
 
 def row_losses(model: Any, rows: Sequence[LabelledRow]) -> Iterator[LossSum]:
-    """A model's row_losses of each row, in their order."""
-    for logs, targets in _predictions(model, rows):
-        nats = -logs.gather(1, targets.unsqueeze(1)).double().sum()
-        yield LossSum(len(targets), float(nats), int((logs.argmax(-1) == targets).sum()))
+    """The loss of each row, in order."""
+    for log_probs, targets in _predictions(model, rows):
+        nats = -log_probs.gather(1, targets.unsqueeze(1)).double().sum()
+        yield LossSum(len(targets), float(nats), int((log_probs.argmax(-1) == targets).sum()))
 
 
 @dataclass(frozen=True)
 class Score:
-    """A model on some rows; the distances are from the reference's predictions of the first `compared` tokens."""
+    """A model's loss and its distance from a reference; the distance is None where there is no reference.
+
+    Attributes:
+        tokens: How many tokens were predicted.
+        loss: Mean cross-entropy, in nats a token; NaN where a prediction is not finite.
+        compared: How many tokens were compared with the reference.
+        kl: Mean of KL(reference || this), in nats a token; NaN where a prediction is not finite.
+        kl_p99: Its 99th percentile.
+        top1: The share of tokens for which both hold the same token most likely.
+    """
 
     tokens: int
     loss: float
-    """Mean over all predicted tokens, in nats; not a number where any prediction is not finite."""
     compared: int = 0
     kl: float | None = None
-    """Mean of KL(reference || this), in nats a token."""
     kl_p99: float | None = None
     top1: float | None = None
-    """The share of tokens on which both predict the same."""
 
     @property
     def perplexity(self) -> float:
@@ -72,43 +78,44 @@ class Score:
 def score(
     model: Any, rows: Sequence[LabelledRow], reference: Path | None = None, keep: Path | None = None
 ) -> Score:
-    """A model's loss on rows, one row at a time, and its distance from a reference.
+    """A model's loss on rows, computed one row at a time, and its distance from a reference.
 
     Args:
         model: A causal language model, on its device.
         rows: Each must have a token to predict.
-        reference: Predictions that a model kept before, on the same rows.
-        keep: Where to keep this model's predictions: float32 log-probabilities (N, V), and their shape beside them.
+        reference: The file of predictions that `keep` wrote for another model, on the same rows.
+        keep: Writes this model's predictions there: float32 log-probabilities (N, V); their shape goes into a JSON file
+            next to it. N is limited by what 2 GiB hold.
+
+    Raises:
+        ValueError: The reference has another vocabulary.
 
     Source: KL divergence as in llama.cpp's `perplexity --kl-divergence`: of each token's whole distribution.
     """
-    theirs = _open(reference) if reference else None
+    reference_NV = _open(reference) if reference else None
     room, kept = 0, None
     total, count = 0.0, 0
     divergences: list[torch.Tensor] = []
     agreed = 0
-    for logs, targets in _predictions(model, rows):
-        total -= float(logs.gather(1, targets.unsqueeze(1)).double().sum())
+    for log_probs, targets in _predictions(model, rows):
+        total -= float(log_probs.gather(1, targets.unsqueeze(1)).double().sum())
         if keep and kept is None:
             wanted = sum(sum(label != IGNORE for label in r.labels[1:]) for r in rows)
-            room = max(1, min(wanted, _KEPT_BYTES // (4 * logs.shape[1])))
-            kept = np.memmap(keep, np.float32, "w+", shape=(room, logs.shape[1]))
-            keep.with_suffix(".json").write_text(json.dumps([room, logs.shape[1]]), encoding="utf-8")
+            room = max(1, min(wanted, _KEPT_BYTES // (4 * log_probs.shape[1])))
+            kept = np.memmap(keep, np.float32, "w+", shape=(room, log_probs.shape[1]))
+            keep.with_suffix(".json").write_text(json.dumps([room, log_probs.shape[1]]), encoding="utf-8")
         if kept is not None and count < room:
-            part = logs[: room - count]
+            part = log_probs[: room - count]
             kept[count : count + len(part)] = part.numpy()
-        if theirs is not None and count < len(theirs):
-            if theirs.shape[1] != logs.shape[1]:
+        if reference_NV is not None and count < len(reference_NV):
+            if reference_NV.shape[1] != log_probs.shape[1]:
                 raise ValueError(
-                    f"vocabularies of {theirs.shape[1]:,} and {logs.shape[1]:,} cannot be compared"
+                    f"vocabularies of {reference_NV.shape[1]:,} and {log_probs.shape[1]:,} cannot be compared"
                 )
-            before = torch.from_numpy(theirs[count : count + len(logs)])
-            ours = logs[: len(before)]
-            likely = before.exp()
-            # What the reference holds for impossible adds nothing.
-            terms = (likely * (before - ours)).masked_fill_(likely == 0, 0.0)
-            divergences.append(terms.sum(dim=-1, dtype=torch.float64))
-            agreed += int((before.argmax(-1) == ours.argmax(-1)).sum())
+            expected = torch.from_numpy(reference_NV[count : count + len(log_probs)])
+            found = log_probs[: len(expected)]
+            divergences.append(_kl(expected, found))
+            agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
         count += len(targets)
     if not divergences:
         return Score(count, total / count)
@@ -124,33 +131,42 @@ def score(
     )
 
 
+def _kl(expected_NV: torch.Tensor, found_NV: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) of each of N tokens, from log-probabilities."""
+    probs = expected_NV.exp()
+    # A token that the reference holds impossible adds nothing, where 0 * inf would be NaN.
+    terms = (probs * (expected_NV - found_NV)).masked_fill_(probs == 0, 0.0)
+    return terms.sum(dim=-1, dtype=torch.float64)
+
+
 def score_groups(
     model: Any,
     groups: Mapping[str, Sequence[LabelledRow]],
     reference: Path | None = None,
     keep: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """A model's score on each of several lists of rows, as plain data; predictions lie beside the given files.
+    """The fields of a model's `Score`, and its perplexity, on each of several groups of rows.
 
     Args:
-        model: As `score` takes it.
+        model: As for `score`.
         groups: Rows, by name.
-        reference: The file of another model's predictions on other rows; compared is where it kept these, too.
-        keep: The file of this model's.
+        reference: The file of another model's predictions on other rows; those on a group are read from the file next
+            to it that has the group's name, where there is one.
+        keep: The file of this model's predictions, in the same way.
     """
-    found = {}
+    scores = {}
     for name, rows in groups.items():
-        theirs, ours = (
+        before, after = (
             path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep)
         )
-        known = theirs if theirs and theirs.exists() else None
-        result = score(model, rows, known, ours)
-        found[name] = {"perplexity": result.perplexity, **asdict(result)}
-    return found
+        existing = before if before and before.exists() else None
+        result = score(model, rows, existing, after)
+        scores[name] = {"perplexity": result.perplexity, **asdict(result)}
+    return scores
 
 
 def _predictions(model: Any, rows: Sequence[LabelledRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each row, log-probabilities (N, V) at its predicted tokens, float32 in memory, and these tokens (N)."""
+    """For each row: log-probabilities (N, V) of its N predicted tokens, float32 on the CPU, and these tokens (N)."""
     only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
     for row in rows:
         ids = torch.tensor([row.input_ids], device=model.device)
@@ -160,8 +176,8 @@ def _predictions(model: Any, rows: Sequence[LabelledRow]) -> Iterator[tuple[torc
             options = {"logits_to_keep": index} if only_some else {}
             logits = model(input_ids=ids, use_cache=False, **options).logits[0]
             logits = (logits if only_some else logits[index]).float()
-            logs = torch.log_softmax(logits, dim=-1).cpu()
-        yield logs, torch.tensor([row.labels[i + 1] for i in places])
+            log_probs = torch.log_softmax(logits, dim=-1).cpu()
+        yield log_probs, torch.tensor([row.labels[i + 1] for i in places])
 
 
 def _exp(loss: float) -> float:

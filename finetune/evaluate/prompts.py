@@ -1,4 +1,4 @@
-"""What a model is asked: conversations from a file, or those of the rows that a run held out."""
+"""Prompts and reference answers: from JSONL files, or from the rows that a run held out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for an answer, and what the user goes on to ask after each one."""
+    """A conversation that waits for an answer; `follow_ups` are the user's questions after each answer."""
 
     name: str
     messages: tuple[Message, ...]
@@ -27,51 +27,65 @@ class Prompt:
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a JSONL file: of each row `prompt` (text), `turns` (the user's texts) or `messages`.
+    """The prompts of a JSONL file, whose rows hold `prompt` (text), `turns` (the user's texts) or `messages`.
 
     Raises:
-        EvaluateError: A row has none of them.
+        EvaluateError: A row has none of them, or there are no rows.
         DataError: The file cannot be read.
     """
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for name, row in read_rows(DataSource(path=path)):
-        if limit is not None and len(found) == limit:
+        if limit is not None and len(prompts) == limit:
             break
         if isinstance(row, LabelError):
             raise EvaluateError(f"evaluate.prompts: {name}: {row}")
-        found.append(_prompt(name, row))
-    if not found:
+        prompts.append(_prompt(name, row))
+    if not prompts:
         raise EvaluateError(f"evaluate.prompts: {path} holds no prompt")
-    return found
+    return prompts
 
 
 def _prompt(name: str, row: dict[str, Any]) -> Prompt:
-    name = str(next((row[key] for key in ("id", "question_id") if key in row), name))
+    name = _row_id(row, name)
     turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else [])
     if isinstance(turns, list) and turns and all(isinstance(text, str) and text for text in turns):
         return Prompt(name, ({"role": "user", "content": turns[0]},), tuple(turns[1:]))
     with contextlib.suppress(LabelError):
-        messages = _asked(FORMATS["messages"](row)["messages"])
+        messages = _before_last_answer(FORMATS["messages"](row)["messages"])
         if messages:
             return Prompt(name, messages)
     raise EvaluateError(
-        f"evaluate.prompts: {name}: it asks nothing; write prompt (text), turns (a list of texts) or messages"
+        f"evaluate.prompts: {name}: it has no prompt; write prompt (text), turns (a list of texts) or messages"
     )
 
 
+def _row_id(row: dict[str, Any], default: str) -> str:
+    """The row's `id` or `question_id`, by which prompts and reference answers are matched."""
+    return str(next((row[key] for key in ("id", "question_id") if key in row), default))
+
+
 def held_out_prompts(section: DataSection, names: set[str], limit: int | None = None) -> list[Prompt]:
-    """What was asked in those rows of the sources that bear one of these names; rows without turns ask nothing."""
-    found = [
+    """The conversations of held-out rows without their last answer; rows without turns are left out.
+
+    Args:
+        section: The recipe's `data` section.
+        names: The names of the held-out rows.
+        limit: The most prompts; as many of each source as of the others.
+
+    Raises:
+        DataError: A source cannot be read.
+    """
+    prompts = [
         (number, Prompt(name.rpartition("/")[2], asked))
         for number, source in enumerate(section.eval or section.train)
         for name, messages in _conversations(source)
-        if name in names and (asked := _asked(messages))
+        if name in names and (asked := _before_last_answer(messages))
     ]
-    return [prompt for _, prompt in spread_evenly(found, lambda one: one[0], limit)]
+    return [prompt for _, prompt in spread_evenly(prompts, lambda numbered: numbered[0], limit)]
 
 
 def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None) -> list[T]:
-    """At most so many items, of each group as many as there are, in their order."""
+    """At most `limit` items in their order, as many of each group as of the others where it has that many."""
     seen: Counter[Hashable] = Counter()
     ranks = []
     for item in items:
@@ -84,7 +98,7 @@ def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int
 def _conversations(source: DataSource) -> Iterator[tuple[str, list[Message]]]:
     form: str | None = source.format
     for name, row in read_rows(source):
-        # What is wrong with a row was told when it was prepared.
+        # A faulty row was reported when the rows were prepared.
         with contextlib.suppress(LabelError):
             if isinstance(row, LabelError) or (source.filter and not matches_filter(source.filter, row)):
                 continue
@@ -95,8 +109,8 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, list[Message]]]:
                 yield name, converted["messages"]
 
 
-def _asked(messages: list[Message]) -> tuple[Message, ...]:
-    """A conversation up to what its last answer answers."""
+def _before_last_answer(messages: list[Message]) -> tuple[Message, ...]:
+    """The messages that the last answer of a conversation answers; empty where they do not end with a user's text."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     last = len(plain)
     if plain[-1]["role"] != "user":
@@ -107,10 +121,14 @@ def _asked(messages: list[Message]) -> tuple[Message, ...]:
 
 
 def reference_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
-    """A reference's answers to these prompts, one a turn, in their order; `path` as `read_reference` takes it.
+    """The reference answers to the prompts, one for each turn, in the order of the prompts.
+
+    Args:
+        path: A JSONL file, as `read_reference` reads it.
+        prompts: The prompts.
 
     Raises:
-        EvaluateError: It lacks an answer, or two prompts have one name.
+        EvaluateError: The file lacks an answer, or two prompts have the same name.
         DataError: The file cannot be read.
     """
     reference = read_reference(path)
@@ -130,10 +148,12 @@ def reference_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def read_reference(path: str) -> dict[str, list[str]]:
-    """The answers of a JSONL file by the name of their prompt: `id` or `question_id`, and `answer` or `answers`.
+    """The answers of a JSONL file by the name of their prompt.
+
+    Each row holds `id` or `question_id`, and `answer` (text) or `answers` (a list, one for each turn).
 
     Raises:
-        EvaluateError: A row lacks one of them, or answers what another one does.
+        EvaluateError: A row has no answer, or two rows answer the same prompt.
         DataError: The file cannot be read.
     """
     found: dict[str, list[str]] = {}
@@ -141,7 +161,7 @@ def read_reference(path: str) -> dict[str, list[str]]:
         fault = f"evaluate.judge.reference: {place}: "
         if isinstance(row, LabelError):
             raise EvaluateError(f"{fault}{row}")
-        name = str(next((row[key] for key in ("id", "question_id") if key in row), place))
+        name = _row_id(row, place)
         answers = row.get("answers") or [row.get("answer")]
         if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
             raise EvaluateError(

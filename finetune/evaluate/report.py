@@ -1,44 +1,148 @@
-"""An evaluation as tables, and its answers side by side."""
+"""The evaluation's report: what `report.json` holds, as Markdown tables and as a page with answers side by side."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from finetune.data.turns import Message
+from finetune.system.numbers import markdown_table
 from finetune.system.pages import render
 
-# Where prompts come from that no file holds.
+# What `prompts` says in the report where no file of prompts was given.
 HELD_OUT_ROWS = "the held-out rows"
-# Answers that stand in the Markdown; the page has all.
-_SHOWN = 10
-_CUT = 600
+# How many answers the Markdown shows, and how many characters of each; the page shows everything.
+_SHOWN_ANSWERS = 10
+_SHOWN_CHARACTERS = 600
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as tables, and the first answers side by side."""
+class LossPart(TypedDict):
+    """The loss on one group of rows; `perplexity` is None where it is infinite, which JSON cannot hold."""
+
+    tokens: int
+    perplexity: float | None
+    accuracy: float
+
+
+class LanguageShare(TypedDict):
+    """How many answers are in the wanted language, and the 95% interval of that share."""
+
+    right: int
+    judged: int
+    low: float
+    high: float
+
+
+class AnswerSummary(TypedDict, total=False):
+    """Figures over all answers of a model; empty where nothing was asked."""
+
+    count: int
+    language: LanguageShare
+    languages: dict[str, LanguageShare]
+    stopped: float
+    repetition: float
+    tokens: float
+
+
+class ModelReport(TypedDict):
+    """The figures of one model; `loss` by kind of group (all, source, language), then by the group's name."""
+
+    name: str
+    loss: dict[str, dict[str, LossPart]]
+    answers: AnswerSummary
+    tasks: dict[str, float]
+
+
+class LanguageReport(TypedDict):
+    """The fields of a `LanguageVerdict`."""
+
+    right: bool | None
+    wanted: str | None
+    found: str | None
+    why: str
+
+
+class ModelAnswer(TypedDict):
+    """One model's answer to one prompt."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    language: LanguageReport
+
+
+class AnswerReport(TypedDict):
+    """One prompt and the answer of each model, in the order of the models."""
+
+    prompt: str
+    asked: list[Message]
+    models: list[ModelAnswer]
+
+
+class JudgeReport(TypedDict):
+    """The fields of a `Preference`, the judge's name, what it was compared with, and what the requests cost."""
+
+    mean: float
+    standard_error: float | None
+    pairs: int
+    grades: dict[str, int]
+    disagreements: int
+    first_place: float
+    malformed: int
+    refused: int
+    requests: int
+    sent: dict[str, Any]
+    cached: dict[str, Any]
+    verdicts: list[dict[str, Any]]
+    notes: list[str]
+    model: str
+    cost: str
+    against: str
+
+
+class EvaluationReport(TypedDict):
+    """`report.json` of an evaluation; the model that was asked about is the last of `models`."""
+
+    finetune: str
+    recipe: str
+    prompts: str
+    max_new_tokens: int
+    limit: int | None
+    same_tokens: bool
+    models: list[ModelReport]
+    answers: list[AnswerReport]
+    judge: NotRequired[JudgeReport]
+
+
+def as_markdown(report: EvaluationReport) -> str:
+    """The report as Markdown: its tables and the first answers side by side."""
     lines = [f"# Evaluation of {report['models'][-1]['name']}", "", intro(report), ""]
     for title, rows in tables(report):
-        lines += [f"## {title}", "", *_table(rows), ""]
+        lines += [f"## {title}", "", *markdown_table(rows), ""]
     lines += ["## Side by side", ""]
     names = [model["name"] for model in report["models"]]
-    for item in report["answers"][:_SHOWN]:
-        lines += [f"### {_plain(item['prompt'])}", "", *_quoted(item["asked"][-1]["content"]), ""]
+    for item in report["answers"][:_SHOWN_ANSWERS]:
+        lines += [f"### {_escaped(item['prompt'])}", "", *_quoted(item["asked"][-1]["content"]), ""]
         for name, model in zip(names, item["models"], strict=True):
-            lines += [f"**{name}** ({_told(model)})", "", *_quoted(model["text"]), ""]
-    if len(report["answers"]) > _SHOWN:
+            lines += [f"**{name}** ({_describe(model)})", "", *_quoted(model["text"]), ""]
+    if len(report["answers"]) > _SHOWN_ANSWERS:
         lines += [f"All {len(report['answers'])} are in `answers.html`.", ""]
     return "\n".join(lines)
 
 
-def as_html(report: dict[str, Any]) -> str:
-    """One page that needs nothing else: the tables, and all answers side by side."""
+def as_html(report: EvaluationReport) -> str:
+    """The report as one HTML page without other files: its tables and all answers side by side."""
     return render(
-        "evaluate/answers.html.jinja", report=report, intro=intro(report), tables=tables(report), told=_told
+        "evaluate/answers.html.jinja",
+        report=report,
+        intro=intro(report),
+        tables=tables(report),
+        describe=_describe,
     )
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """Each table's title and its rows, the head first; tables of nothing are left out."""
+def tables(report: EvaluationReport) -> list[tuple[str, list[list[str]]]]:
+    """Each table's title and its rows, of which the first is the header; empty tables are left out."""
     models = report["models"]
     every = [
         ("On held-out rows", _loss_rows(models)),
@@ -49,72 +153,68 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return [(title, rows) for title, rows in every if len(rows) > 1]
 
 
-def intro(report: dict[str, Any]) -> str:
-    """What was asked, in a sentence."""
+def intro(report: EvaluationReport) -> str:
+    """One or two sentences: how many prompts from where, the limits, and whether perplexities can be compared."""
     count, limit = len(report["answers"]), report["limit"]
-    first = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} questions from {report['prompts']}"
-    told = f"{first}; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
-    other = " The rows are other tokens to each model, so perplexity and accuracy cannot be compared."
-    return told if report["same_tokens"] else told + other
+    text = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} prompts from {report['prompts']}"
+    text += f"; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
+    if not report["same_tokens"]:
+        text += (
+            " The models split the rows into different tokens, so perplexity and accuracy cannot be compared."
+        )
+    return text
 
 
-def _loss_rows(models: list[dict[str, Any]]) -> list[list[str]]:
-    """Perplexity and accuracy of each group of rows, a pair of columns a model."""
+def _loss_rows(models: list[ModelReport]) -> list[list[str]]:
+    """Tokens, perplexity and accuracy of each group of rows, three columns a model."""
     rows = [["rows", *(head for m in models for head in (f"{m['name']}: tokens", "perplexity", "accuracy"))]]
     groups = dict.fromkeys(
-        (group, name) for m in models for group, parts in m["loss"].items() for name in parts
+        (kind, name) for m in models for kind, parts in m["loss"].items() for name in parts
     )
-    alone = {group for group in ("source", "language") if sum(g == group for g, _ in groups) < 2}
-    for group, name in groups:
-        if group not in alone:
-            cells = [m["loss"].get(group, {}).get(name) for m in models]
-            rows.append(
-                [name if group == "all" else f"{group} {name}", *(text for c in cells for text in _loss(c))]
-            )
+    # One source, or one language, is all rows again.
+    single = {kind for kind in ("source", "language") if sum(k == kind for k, _ in groups) < 2}
+    for kind, name in groups:
+        if kind not in single:
+            parts = [m["loss"].get(kind, {}).get(name) for m in models]
+            title = name if kind == "all" else f"{kind} {name}"
+            rows.append([title, *(text for part in parts for text in _loss_cells(part))])
     return rows
 
 
-def _loss(part: dict[str, Any] | None) -> list[str]:
+def _loss_cells(part: LossPart | None) -> list[str]:
     if part is None:
         return ["", "", ""]
     perplexity = "not finite" if part["perplexity"] is None else f"{part['perplexity']:.4g}"
     return [f"{part['tokens']:,}", perplexity, f"{part['accuracy']:.1%}"]
 
 
-def _answer_rows(models: list[dict[str, Any]]) -> list[list[str]]:
-    answered = [m for m in models if m["answers"]]
-    rows = [["", *(m["name"] for m in answered)]]
-    if not answered:
+def _answer_rows(models: list[ModelReport]) -> list[list[str]]:
+    summaries = [m["answers"] for m in models if m["answers"]]
+    rows = [["", *(m["name"] for m in models if m["answers"])]]
+    if not summaries:
         return rows
-    rows.append(["in the language of the prompt", *(_share(m["answers"]["language"]) for m in answered)])
-    languages = dict.fromkeys(name for m in answered for name in m["answers"]["languages"])
+    rows.append(["in the language of the prompt", *(_share(s["language"]) for s in summaries)])
+    languages = dict.fromkeys(name for s in summaries for name in s["languages"])
     if len(languages) > 1:
         for name in languages:
-            shares = [m["answers"]["languages"].get(name) for m in answered]
-            rows.append(
-                [f"asked for in {name or '?'}", *(_share(share) if share else "" for share in shares)]
-            )
-    rows.append(["end by themselves", *(_ended(m["answers"]) for m in answered)])
-    rows.append(["said before (runs of 4 tokens)", *(f"{m['answers']['repetition']:.1%}" for m in answered)])
-    rows.append(["tokens, mean", *(f"{m['answers']['tokens']:.1f}" for m in answered)])
+            shares = [s["languages"].get(name) for s in summaries]
+            rows.append([f"prompts for {name or '?'}", *(_share(share) if share else "" for share in shares)])
+    ended = [(s["stopped"], s["count"]) for s in summaries]
+    rows.append(["ended by a stop token", *(f"{p:.1%} ({round(p * n)} of {n})" for p, n in ended)])
+    rows.append(["repeated 4-grams", *(f"{s['repetition']:.1%}" for s in summaries)])
+    rows.append(["tokens, mean", *(f"{s['tokens']:.1f}" for s in summaries)])
     return rows
 
 
-def _ended(answers: dict[str, Any]) -> str:
-    count = answers["count"]
-    return f"{answers['stopped']:.1%} ({round(answers['stopped'] * count)} of {count})"
-
-
-def _share(share: dict[str, Any]) -> str:
+def _share(share: LanguageShare) -> str:
     if not share["judged"]:
         return "none to judge"
     part = share["right"] / share["judged"]
-    return (
-        f"{part:.1%} ({share['right']} of {share['judged']}; 95%: {share['low']:.1%} to {share['high']:.1%})"
-    )
+    interval = f"95%: {share['low']:.1%} to {share['high']:.1%}"
+    return f"{part:.1%} ({share['right']} of {share['judged']}; {interval})"
 
 
-def _judge_rows(judge: dict[str, Any] | None) -> list[list[str]]:
+def _judge_rows(judge: JudgeReport | None) -> list[list[str]]:
     if judge is None:
         return []
     error = "" if judge["standard_error"] is None else f" ± {judge['standard_error']:.2f}"
@@ -123,13 +223,13 @@ def _judge_rows(judge: dict[str, Any] | None) -> list[list[str]]:
         ["from -1.5 (much worse) to 1.5 (much better)", f"{judge['mean']:+.2f}{error}"],
         ["pairs", f"{judge['pairs']:,}"],
         ["left out", f"{judge['malformed']:,} malformed, {judge['refused']:,} refused"],
-        ["the two orders disagree", f"{judge['disagreements']:,}"],
-        ["asked now", judge["cost"]],
+        ["pairs whose two orders disagree", f"{judge['disagreements']:,}"],
+        ["cost of new requests", judge["cost"]],
     ]
     return rows + [["note", note] for note in judge["notes"]]
 
 
-def _task_rows(models: list[dict[str, Any]]) -> list[list[str]]:
+def _task_rows(models: list[ModelReport]) -> list[list[str]]:
     rows = [["task", *(m["name"] for m in models)]]
     names = dict.fromkeys(name for m in models for name in m["tasks"])
     return rows + [
@@ -137,35 +237,27 @@ def _task_rows(models: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _told(model: dict[str, Any]) -> str:
-    """What is known of an answer, in words."""
-    language = model["language"]
+def _describe(answer: ModelAnswer) -> str:
+    """An answer's length, how it ended and its language: `31 tokens, ended, in ja`."""
+    language = answer["language"]
     found, wanted = language["found"], language["wanted"]
     wrong = f"not all in {wanted}" if found == wanted else f"in {found or '?'} and not in {wanted}"
     right = {True: f"in {found}", None: "no language to judge"}.get(language["right"], wrong)
-    return f"{model['tokens']} tokens, {'ended' if model['stopped'] else 'cut off'}, {right}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+    return f"{answer['tokens']} tokens, {'ended' if answer['stopped'] else 'cut off'}, {right}"
 
 
 def _quoted(text: str) -> list[str]:
-    """A text as a quotation in which nothing is Markdown but line breaks; cut where it is long."""
-    shown = text if len(text) <= _CUT else f"{text[:_CUT]} ..."
-    return [f"> {_plain(line)}  " if line.strip() else ">" for line in shown.splitlines()] or [">"]
+    """A text as a Markdown quotation in which nothing but its line breaks is Markdown; long texts are cut."""
+    shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
+    return [f"> {_escaped(line)}  " if line.strip() else ">" for line in shown.splitlines()] or [">"]
 
 
-def _plain(line: str) -> str:
+def _escaped(line: str) -> str:
     """A line that Markdown shows as it is: no emphasis, tag, character reference, list, heading or code."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)
-    escaped = re.sub(r"^(\s*)([-+=]|\d+(?=[.)]))", _begun, escaped)
-    # Four spaces would begin code.
+    # What would begin a list or underline a heading. The backslash goes behind the number of a list, not before it.
+    escaped = re.sub(
+        r"^(\s*)(?:([-+=])|(\d+)(?=[.)]))", lambda m: f"{m[1]}{m[3] or ''}\\{m[2] or ''}", escaped
+    )
+    # Four spaces would begin a block of code.
     return re.sub(r"^\s+", lambda spaces: "\u00a0" * len(spaces[0].expandtabs(4)), escaped)
-
-
-def _begun(start: re.Match[str]) -> str:
-    """What would begin a list, or end a heading, with a backslash where one helps: a number's stands behind it."""
-    return f"{start[1]}{start[2]}\\" if start[2].isdecimal() else f"{start[1]}\\{start[2]}"

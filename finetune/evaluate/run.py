@@ -1,4 +1,4 @@
-"""How good a model is: its loss on rows that were held out, and its answers, beside another model's."""
+"""Evaluates models: loss on held-out rows, answers and their language, lm-eval's tasks, a judge's preference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from finetune import __version__
 from finetune.data.chat import IGNORE, Chat
@@ -19,7 +19,17 @@ from finetune.evaluate.answers import Answer, answer_prompts
 from finetune.evaluate.language import LanguageVerdict, language_verdict, wilson_interval
 from finetune.evaluate.perplexity import LossSum, row_losses
 from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
-from finetune.evaluate.report import HELD_OUT_ROWS, as_html, as_markdown
+from finetune.evaluate.report import (
+    HELD_OUT_ROWS,
+    AnswerSummary,
+    EvaluationReport,
+    JudgeReport,
+    LanguageReport,
+    LanguageShare,
+    LossPart,
+    as_html,
+    as_markdown,
+)
 from finetune.model.load import load_tokenizer
 from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import Recipe, load_recipe
@@ -30,37 +40,44 @@ from finetune.system.terminal import Say, progress_bar
 
 if TYPE_CHECKING:
     from finetune.evaluate.judge import Judge
+    from finetune.evaluate.lm_eval_tasks import Tasks
 
-# Rows by name, and each one's source and language.
-HeldOut = tuple[list[tuple[str, LabelledRow]], list[tuple[str, str]]]
-
-# A recipe's sections on its base.
+# The `model` and `quantization` sections by which a model without an adapter is loaded.
 LoadOptions = tuple[ModelSection, dict[str, Any] | None]
-
-# The word for a run's own base, answering through the run's template.
+# A row's source and its language.
+Origin = tuple[str, str]
+# What `compare` is for the run's own base, which answers through the run's chat template.
 BASE = "base"
+
+
+class HeldOutRow(NamedTuple):
+    """A row that the recipe evaluates on, in a model's tokens."""
+
+    name: str
+    row: LabelledRow
+    origin: Origin
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to ask, and how it is loaded; `title` is its name in the report where it has another."""
+    """A model to evaluate and how it is loaded; `title` is its name in the report where that differs from `model`."""
 
     model: str
     adapter: bool = True
-    said: LoadOptions | None = None
+    sections: LoadOptions | None = None
     title: str = ""
 
 
 @dataclass
 class ModelResult:
-    """What was found of one model."""
+    """The results of one model; `loss` is by source and language."""
 
     name: str
     rows: list[LabelledRow] = field(default_factory=list)
-    loss: dict[tuple[str, str], LossSum] = field(default_factory=dict)  # by source and language
+    loss: dict[Origin, LossSum] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     verdicts: list[LanguageVerdict] = field(default_factory=list)
-    tasks: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -71,21 +88,25 @@ def evaluate(
     limit: int | None = None,
     say: Say = lambda line: None,
     progress: bool = False,
-) -> dict[str, Any]:
-    """What is known of a model after it was asked; also as `report.json`, `report.md` and `answers.html` in `output`.
+) -> EvaluationReport:
+    """The evaluation's report; it is also written to `output` as `report.json`, `report.md` and `answers.html`.
 
     Args:
         model: A run, a directory of weights, or a base model's name.
-        output: A folder; what an earlier evaluation left there is replaced, the judge's replies are used again.
-        recipe: Whose held-out rows and `evaluate` section to use; absent, the run's own.
-        compare: Another model, which is shown first; `base` is the run's base.
-        limit: How many rows and prompts at most, before the recipe's.
-        say: Gets a line for each step.
-        progress: Whether a terminal shows bars.
+        output: A folder. An earlier report in it is replaced; the judge's replies there are used again.
+        recipe: The recipe with the held-out rows and the `evaluate` section; absent, the run's own.
+        compare: Another model, shown first in the report; `base` is the run's base.
+        limit: The most rows and the most prompts; it comes before the recipe's `evaluate.limit`.
+        say: Called with a line for each step.
+        progress: Shows progress bars on a terminal.
 
     Raises:
-        EvaluateError: There is no recipe, or it holds nothing out and names no prompts.
-        ModelError, RecipeError, DataError, JudgeError: From the rooms that raise them.
+        EvaluateError: There is no recipe, it holds out no rows and names no prompts, or the judge or lm-eval cannot
+            be used.
+        ModelError: A model cannot be found or loaded.
+        RecipeError: The recipe has faults.
+        DataError: Rows or prompts cannot be read.
+        LabelError, TemplateError: A chat template refuses a conversation.
     """
     file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
     if file is None:
@@ -93,22 +114,11 @@ def evaluate(
             f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts"
         )
     loaded = load_recipe(file)
-    section = loaded.evaluate
-    models = [_Subject(model, said=_said(model, loaded))]
-    if compare == BASE:
-        models.insert(0, _base(model))
-    elif compare:
-        models.insert(0, _Subject(compare, said=_said(compare, loaded)))
-    limit = limit or section.limit
-    read: dict[str, HeldOut] = {}
-
-    def held_out(chat: Chat) -> HeldOut:
-        # A run and its base share tokenizer and template, and so the rows.
-        if chat.fingerprint not in read:
-            read[chat.fingerprint] = _held_out(loaded, chat)
-        return read[chat.fingerprint]
-
-    # What is wrong with the judge or the tasks is told before a model has answered for hours.
+    section, limit = loaded.evaluate, limit or loaded.evaluate.limit
+    subjects = [_subject(model, loaded)]
+    if compare:
+        subjects.insert(0, _base_of(model) if compare == BASE else _subject(compare, loaded))
+    # Faults of the judge and of the tasks show before a model has answered for hours.
     settings = section.judge
     if settings and not (settings.reference or compare):
         raise EvaluateError(
@@ -117,100 +127,112 @@ def evaluate(
     judge = _judge(settings) if settings else None
     tasks = None
     if section.lm_eval:
-        from finetune.evaluate.lm_eval_tasks import known
+        from finetune.evaluate.lm_eval_tasks import find_tasks
 
-        tasks = known(section.lm_eval.tasks)
-    asked, source = _prompts(model, loaded, held_out, limit)
-    reference = reference_answers(settings.reference, asked) if settings and settings.reference else []
-    found = [_measure(one, loaded, asked, held_out, tasks, limit, say, progress) for one in models]
-    report = _report(found, loaded, source, limit)
+        tasks = find_tasks(section.lm_eval.tasks)
+    rows_by_template: dict[str, list[HeldOutRow]] = {}
+
+    def held_out(chat: Chat) -> list[HeldOutRow]:
+        # A run and its base share the tokenizer and the chat template, and so the rows.
+        if chat.fingerprint not in rows_by_template:
+            rows_by_template[chat.fingerprint] = _held_out(loaded, chat)
+        return rows_by_template[chat.fingerprint]
+
+    prompts, source = _prompts(subjects[-1], loaded, held_out, limit)
+    reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
+    results = [
+        _evaluate_model(subject, loaded, prompts, held_out, tasks, limit, say, progress)
+        for subject in subjects
+    ]
+    report = _report(results, loaded, source, limit)
     output.mkdir(parents=True, exist_ok=True)
     _write(report, output)
     if settings and judge:
-        # The rest is there already, should the judge fail.
-        report["judge"] = _judged(judge, found, reference, output / "judge", say, progress)
-        report["judge"]["against"] = settings.reference or found[0].name
+        # The report is written again: what is there already stays if the judge fails.
+        preference = _preference(judge, results, reference, output / "judge", say, progress)
+        report["judge"] = cast(JudgeReport, preference | {"against": settings.reference or results[0].name})
         _write(report, output)
     say(f"written: {output}")
     return report
 
 
-def _write(report: dict[str, Any], output: Path) -> None:
+def _write(report: EvaluationReport, output: Path) -> None:
     write_whole(output / "report.md", as_markdown(report))
     write_whole(output / "answers.html", as_html(report))
     write_whole(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
 
 
+def _subject(model: str, recipe: Recipe) -> _Subject:
+    """A model as it is loaded: the recipe's base by the recipe's sections, any other one as its folder says."""
+    own = model == recipe.model.name_or_path
+    return _Subject(model, sections=(recipe.model, recipe.quantization) if own else None)
+
+
+def _base_of(run: str) -> _Subject:
+    """The base that a run was trained from, with the run's chat template."""
+    title, folder = f"base of {run}", Path(run)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _Subject(run, adapter=False, title=title)
+    if not run_file(folder, "recipe.yaml"):
+        raise EvaluateError(f"--compare {BASE}: {run} is not a run; write the name of a model")
+    section, quantization = adapter_base_sections(folder)
+    if template := run_file(folder, "chat_template.jinja"):
+        section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
+    return _Subject(section.name_or_path, sections=(section, quantization), title=title)
+
+
 def _prompts(
-    model: str, recipe: Recipe, held_out: Callable[[Chat], HeldOut], limit: int | None
+    subject: _Subject, recipe: Recipe, held_out: Callable[[Chat], list[HeldOutRow]], limit: int | None
 ) -> tuple[list[Prompt], str]:
-    """What is asked, and words that say where it comes from."""
+    """The prompts, and the name of where they are from."""
     if path := recipe.evaluate.prompts:
         return read_prompts(path, limit), Path(path).name
-    section, _ = _said(model, recipe) or (ModelSection(name_or_path=model), None)
-    chat = Chat(load_tokenizer(section))
-    rows = held_out(chat)[0]
-    if not rows:
+    section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
+    names = {row.name for row in held_out(Chat(load_tokenizer(section)))}
+    if not names:
         raise EvaluateError(
             f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
             "data.eval_fraction"
         )
-    return held_out_prompts(recipe.data, {name for name, _ in rows}, limit), HELD_OUT_ROWS
+    return held_out_prompts(recipe.data, names, limit), HELD_OUT_ROWS
 
 
-def _said(model: str, recipe: Recipe) -> LoadOptions | None:
-    """How a model is loaded: the recipe's own base as the recipe says, any other one as its folder does."""
-    return (recipe.model, recipe.quantization) if model == recipe.model.name_or_path else None
-
-
-def _base(run: str) -> _Subject:
-    """What a run was trained from, to be asked through the run's template."""
-    name, folder = f"{run}, its base alone", Path(run)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return _Subject(run, adapter=False, title=name)
-    if not run_file(folder, "recipe.yaml"):
-        raise EvaluateError(f"--compare {BASE}: {run} is no run; write the name of a model")
-    section, quantization = adapter_base_sections(folder)
-    if template := run_file(folder, "chat_template.jinja"):
-        section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
-    return _Subject(section.name_or_path, said=(section, quantization), title=name)
-
-
-def _held_out(recipe: Recipe, chat: Chat) -> HeldOut:
-    """The rows that the recipe evaluates on, by name, in a model's own tokens; and each one's source and language.
+def _held_out(recipe: Recipe, chat: Chat) -> list[HeldOutRow]:
+    """The rows that the recipe evaluates on.
 
     Raises:
         TemplateError: There are conversations, and no template to render them.
     """
     evaluation = evaluation_rows(recipe.data, chat, recipe.training.get("max_length", 1024))
     if evaluation.dataset is None:
-        return [], []
-    rows = [
-        (row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"]))) for row in evaluation.dataset
+        return []
+    return [
+        HeldOutRow(row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"])), origin)
+        for row, origin in zip(evaluation.dataset, evaluation.origins, strict=True)
     ]
-    return rows, evaluation.origins
 
 
-def _measure(
-    asked: _Subject,
+def _evaluate_model(
+    subject: _Subject,
     recipe: Recipe,
     prompts: list[Prompt],
-    held_out: Callable[[Chat], HeldOut],
-    tasks: tuple[Any, list[str]] | None,
+    held_out: Callable[[Chat], list[HeldOutRow]],
+    tasks: Tasks | None,
     limit: int | None,
     say: Say,
     progress: bool,
 ) -> ModelResult:
+    """Loads one model, evaluates it and frees its memory, so that two models are never held at once."""
     import torch
 
     from finetune.model.generate import load_generator
 
-    name = asked.model
-    found = ModelResult(asked.title or name)
+    name = subject.model
+    result = ModelResult(subject.title or name)
     say(f"{name}: loading")
-    generator = load_generator(name, adapter=asked.adapter, sections=asked.said)
+    generator = load_generator(name, adapter=subject.adapter, sections=subject.sections)
     try:
-        rows, origins = held_out(generator.chat)
+        rows = held_out(generator.chat)
     except TemplateError as error:
         if generator.chat.tokenizer.chat_template is not None:
             raise
@@ -218,54 +240,49 @@ def _measure(
             f"{name} has no chat template; write --recipe with one whose model.name_or_path is {name}, and whose "
             "model.chat_template names it"
         ) from error
-    kept = [
-        (row, origin)
-        for (_, row), origin in zip(rows, origins, strict=True)
-        if any(label != IGNORE for label in row.labels[1:])
-    ]
-    kept = spread_evenly(kept, lambda one: one[1], limit)
-    found.rows = [row for row, _ in kept]
-    with progress_bar(f"{name}: rows", len(kept), progress) as done:
-        for (_, origin), part in zip(kept, row_losses(generator.model, found.rows), strict=True):
-            found.loss[origin] = found.loss.get(origin, LossSum()) + part
-            done(1)
+    labelled = [row for row in rows if any(label != IGNORE for label in row.row.labels[1:])]
+    chosen = spread_evenly(labelled, lambda row: row.origin, limit)
+    result.rows = [row.row for row in chosen]
+    with progress_bar(f"{name}: rows", len(chosen), progress) as advance:
+        for row, loss in zip(chosen, row_losses(generator.model, result.rows), strict=True):
+            result.loss[row.origin] = result.loss.get(row.origin, LossSum()) + loss
+            advance(1)
     turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
-    with progress_bar(f"{name}: answers", turns, progress) as done:
-        found.answers = answer_prompts(generator, prompts, recipe.evaluate.max_new_tokens, done)
-    found.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in found.answers]
+    with progress_bar(f"{name}: answers", turns, progress) as advance:
+        result.answers = answer_prompts(generator, prompts, recipe.evaluate.max_new_tokens, advance)
+    result.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in result.answers]
     if tasks:
-        from finetune.evaluate.lm_eval_tasks import scores
+        from finetune.evaluate.lm_eval_tasks import run_tasks
 
-        say(f"{name}: {', '.join(tasks[1])}")
-        found.tasks = scores(generator, tasks, limit)
-    # Two models are never held at once.
+        say(f"{name}: {', '.join(tasks.names)}")
+        result.tasks = run_tasks(generator, tasks, limit)
     del generator
     gc.collect()
     torch.cuda.empty_cache()
-    return found
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def _report(found: list[ModelResult], recipe: Recipe, source: str, limit: int | None) -> dict[str, Any]:
-    """Plain data; models in the order in which they are shown."""
+def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int | None) -> EvaluationReport:
+    """The report without the judge; models in the order in which they are shown."""
     return {
         "finetune": __version__,
         "recipe": str(recipe.path),
         "prompts": source,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "limit": limit,
-        "same_tokens": all(one.rows == found[0].rows for one in found),
+        "same_tokens": all(result.rows == results[0].rows for result in results),
         "models": [
             {
-                "name": one.name,
-                "loss": _losses(one.loss),
-                "answers": _summary(one),
-                "tasks": one.tasks,
+                "name": result.name,
+                "loss": _loss_groups(result.loss),
+                "answers": _summary(result),
+                "tasks": result.tasks,
             }
-            for one in found
+            for result in results
         ],
         "answers": [
             {
@@ -273,34 +290,33 @@ def _report(found: list[ModelResult], recipe: Recipe, source: str, limit: int | 
                 "asked": list(answers[0].messages),
                 "models": [
                     {
-                        "text": a.text,
-                        "tokens": a.tokens,
-                        "stopped": a.stopped,
-                        "language": asdict(one.verdicts[i]),
+                        "text": answer.text,
+                        "tokens": answer.tokens,
+                        "stopped": answer.stopped,
+                        "language": cast(LanguageReport, asdict(result.verdicts[i])),
                     }
-                    for a, one in zip(answers, found, strict=True)
+                    for answer, result in zip(answers, results, strict=True)
                 ],
             }
-            for i, answers in enumerate(zip(*(one.answers for one in found), strict=True))
+            for i, answers in enumerate(zip(*(result.answers for result in results), strict=True))
         ],
     }
 
 
-def _losses(loss: dict[tuple[str, str], LossSum]) -> dict[str, Any]:
-    """Of all rows, and of each source and language where there are several."""
+def _loss_groups(loss: dict[Origin, LossSum]) -> dict[str, dict[str, LossPart]]:
+    """The loss on all rows, on each source's and on each language's."""
     groups: dict[str, dict[str, LossSum]] = {
         "all": {"all": sum(loss.values(), LossSum())},
         "source": {},
         "language": {},
     }
-    for (source, language), part in loss.items():
-        for group, name in (("source", source), ("language", language)):
+    for origin, part in loss.items():
+        for group, name in zip(("source", "language"), origin, strict=True):
             groups[group][name] = groups[group].get(name, LossSum()) + part
     return {
         group: {
             name: {
                 "tokens": part.tokens,
-                # JSON knows no infinity.
                 "perplexity": part.perplexity if math.isfinite(part.perplexity) else None,
                 "accuracy": part.accuracy,
             }
@@ -311,33 +327,32 @@ def _losses(loss: dict[tuple[str, str], LossSum]) -> dict[str, Any]:
     }
 
 
-def _summary(found: ModelResult) -> dict[str, Any]:
-    """Shares over all answers; the language's over those that hold something to judge."""
-    count = len(found.answers)
+def _summary(result: ModelResult) -> AnswerSummary:
+    """Means over all answers; language shares are over the answers whose language can be judged."""
+    count = len(result.answers)
     if not count:
         return {}
     by_language: dict[str, list[bool]] = {}
-    for one in found.verdicts:
-        if one.right is not None:
-            by_language.setdefault(one.wanted or "", []).append(one.right)
-    every = [right for rights in by_language.values() for right in rights]
+    for verdict in result.verdicts:
+        if verdict.right is not None:
+            by_language.setdefault(verdict.wanted or "", []).append(verdict.right)
     return {
         "count": count,
-        "language": _share(every),
+        "language": _share([right for rights in by_language.values() for right in rights]),
         "languages": {name: _share(rights) for name, rights in by_language.items()},
-        "stopped": sum(a.stopped for a in found.answers) / count,
-        "repetition": sum(a.repeated for a in found.answers) / count,
-        "tokens": sum(a.tokens for a in found.answers) / count,
+        "stopped": sum(a.stopped for a in result.answers) / count,
+        "repetition": sum(a.repetition for a in result.answers) / count,
+        "tokens": sum(a.tokens for a in result.answers) / count,
     }
 
 
-def _share(rights: list[bool]) -> dict[str, Any]:
+def _share(rights: list[bool]) -> LanguageShare:
     low, high = wilson_interval(sum(rights), len(rights)) if rights else (0.0, 1.0)
     return {"right": sum(rights), "judged": len(rights), "low": low, "high": high}
 
 
 def _judge(settings: JudgeSection) -> Judge:
-    """Who judges; what no request can be sent with is refused here."""
+    """The judge of the recipe; settings that no request can be sent with are refused here."""
     from finetune.evaluate.judge import Judge
 
     prices = settings.prices
@@ -352,17 +367,16 @@ def _judge(settings: JudgeSection) -> Judge:
     )
 
 
-def _judged(
-    judge: Judge, found: list[ModelResult], reference: list[str], cache: Path, say: Say, progress: bool
+def _preference(
+    judge: Judge, results: list[ModelResult], reference: list[str], cache: Path, say: Say, progress: bool
 ) -> dict[str, Any]:
-    """The judge's preference of the last model's answers to the reference's, or else to the first model's."""
+    """The judge's preference for the last model's answers over the reference's, or else over the first model's."""
     from finetune.evaluate.judge import Pair, compare
 
-    ours = found[-1].answers
-    theirs = reference or [a.text for a in found[0].answers]
+    others = reference or [answer.text for answer in results[0].answers]
     pairs = [
-        Pair(a.messages, a.text, text, f"{a.prompt}.{i}")
-        for i, (a, text) in enumerate(zip(ours, theirs, strict=True))
+        Pair(answer.messages, answer.text, other, f"{answer.prompt}.{i}")
+        for i, (answer, other) in enumerate(zip(results[-1].answers, others, strict=True))
     ]
     preference = compare(pairs, judge, cache, say, progress)
     say(f"{judge.model}: {preference.summary()}")

@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from finetune.data.readers import is_file
-from finetune.evaluate.report import HELD_OUT_ROWS, intro, tables
+from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport, intro, tables
 from finetune.model.provenance import (
     BaseReference,
     base_reference,
@@ -80,15 +80,15 @@ def model_card(
     adapter, merged = read_json(folder / ADAPTER_CONFIG), read_json(folder / "merge.json")
     several = len(merged.get("adapters") or []) > 1
     relation = "adapter" if adapter else "merge" if several else "finetune"
-    evaluation = read_json((run or folder) / "evaluation/report.json")
+    evaluation = cast(EvaluationReport | None, read_json((run or folder) / "evaluation/report.json") or None)
     name = _name(folder, repo)
-    values = _training_values(folder, run, recipe) | {
+    values: dict[str, Any] = _training_values(folder, run, recipe) | {
         "name": name,
         "base": base,
         "method": _method(recipe) if recipe else "",
         "relation": relation,
         "merged": merged,
-        "evaluation": [] if not evaluation else tables(evaluation),
+        "evaluation": tables(evaluation) if evaluation else [],
         "asked": intro(evaluation) if evaluation else "",
         "picture": bool(run and run_file(run, "loss.png")),
     }
@@ -283,7 +283,7 @@ def _languages(ledger: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation_results(
-    name: str, recipe: dict[str, Any], evaluation: dict[str, Any], losses: list[dict[str, Any]]
+    name: str, recipe: dict[str, Any], evaluation: EvaluationReport | None, losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The languages and figures of an evaluation; without one, the last loss on held-out rows."""
     if not evaluation:
