@@ -11,7 +11,8 @@ from pathlib import Path
 
 from finetune.plan.run import HardwareFit, MemoryPlan, plan
 from finetune.recipe.load import load_recipe
-from finetune.system.devices import GIB, GPUS
+from finetune.system.devices import GPUS
+from finetune.system.numbers import GIB
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "recipes" / "README.md"

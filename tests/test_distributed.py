@@ -271,7 +271,7 @@ def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes,
     assert codes[1 - rank] == 1
     (line,) = told(command.said())
     assert (
-        "error: another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; go on "
+        "error: another process of this run has ended (killed, or out of memory?). Its checkpoints are kept; resume "
         "with training.resume_from_checkpoint=true (" in line
     )
 

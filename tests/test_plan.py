@@ -28,8 +28,9 @@ from finetune.plan.step import Batch
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
-from finetune.system.devices import GIB, GPUS, this_machine
+from finetune.system.devices import GPUS, this_machine
 from finetune.system.errors import PlanError
+from finetune.system.numbers import GIB
 from finetune.train import loss
 from finetune.train.run import train
 from finetune.train.trainer import SFTTrainer, Trainer

@@ -835,11 +835,11 @@ LOGGED_OUT = (
     "({url}/settings/tokens)"
 )
 EXPIRED = (
-    "is refused: the token is not valid, or no longer; make one on {url}/settings/tokens and run hf auth login "
+    "is refused: the token is not valid or has expired; make one on {url}/settings/tokens and run hf auth login "
     "(or set HF_TOKEN)"
 )
 UNREACHED = (
-    "cannot be reached: http://127.0.0.1:9 does not answer; look at the network (a proxy: HTTPS_PROXY; another Hub: "
+    "cannot be reached: http://127.0.0.1:9 does not answer; check the network (a proxy: HTTPS_PROXY; another Hub: "
     "HF_ENDPOINT)"
 )
 # What is so, the words behind `finetune push RUN`, the line.
@@ -849,13 +849,13 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "somebody else's": (
         {},
         "--repo-id other/x",
-        "other/x is not for this token (You don't have the rights to create a model under other); look at its owner's "
-        f"name, or make one that may write there on {{url}}/settings/tokens {AGAIN}",
+        "other/x is not allowed for this token (You don't have the rights to create a model under other); check the "
+        f"owner's name, or make a token that may write there on {{url}}/settings/tokens {AGAIN}",
     ),
     "no such repository": (
         {},
         "--repo-id other/x --create-pr",
-        f"other/x is not on {{url}}, or is private; look at the name, and whether this account may see it {AGAIN}",
+        f"other/x is not on {{url}}, or is private; check the name, and whether this account may see it {AGAIN}",
     ),
     "public already": (
         {},
@@ -872,7 +872,7 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "a Hub that is down": (
         {"fault": 503},
         "--repo-id you/x",
-        f"you/x cannot be had: the Hub answers with 503; try again later {AGAIN}",
+        f"you/x is not available: the Hub answers with 503; try again later {AGAIN}",
     ),
     "no owner": ({}, "--repo-id x", "--repo-id is 'x'; write owner/name"),
 }
@@ -923,12 +923,12 @@ PULLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "missing": (
         {},
         "tiny/none",
-        "is not on {url}, or is private; look at the name, and whether this account may see it",
+        "is not on {url}, or is private; check the name, and whether this account may see it",
     ),
     "missing, no token": (
         {"token": None},
         "tiny/none",
-        "is not on {url}, or is private; look at the name, and log in if it is yours (hf auth login, or HF_TOKEN)",
+        "is not on {url}, or is private; check the name, and log in if it is yours (hf auth login, or HF_TOKEN)",
     ),
     "no such revision": (
         {"revision": "v9"},
@@ -940,7 +940,7 @@ PULLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "offline": (
         {"offline": True},
         "tiny/gemma3",
-        "is not in this machine's cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it, or run hf download "
+        "is not in this machine's cache, and HF_HUB_OFFLINE is set; unset it, or run hf download "
         "tiny/gemma3 where there is a network",
     ),
 }

@@ -13,8 +13,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from finetune.plan.step import Batch, FakeModel, StepCost
 from finetune.recipe.load import Recipe
-from finetune.system.devices import GIB, Hardware
+from finetune.system.devices import Hardware
 from finetune.system.errors import PlanError
+from finetune.system.numbers import GIB
 from finetune.system.terminal import quiet
 
 # It logs the stack of what a fake operator refuses; we say it in a line.

@@ -15,8 +15,9 @@ from finetune.plan.predict import Predictor, StepSettings
 from finetune.plan.run import step_settings
 from finetune.recipe.load import Recipe
 from finetune.system import distributed
-from finetune.system.devices import GIB, Hardware, this_machine
+from finetune.system.devices import Hardware, this_machine
 from finetune.system.errors import PlanError
+from finetune.system.numbers import GIB
 
 # What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
 _DOUBT = 0.9

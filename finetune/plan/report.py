@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune.plan.run import MOST_ROWS, HardwareFit, MemoryPlan
-from finetune.system.devices import GIB
+from finetune.system.numbers import GIB
 
 # The parts in the order in which they are shown, and how each figure was found.
 _PARTS = {

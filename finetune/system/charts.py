@@ -1,4 +1,4 @@
-"""What a run logged, as curves: points, a smooth line through them, and a drawing for a page."""
+"""Line charts of what a run logged: points, smoothing, thinning, and an SVG drawing."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any
 
 Points = list[tuple[float, float]]
 
-# A page of a million records still opens: more of them than pixels are drawn by their extremes.
+# More points than pixels are drawn by their extremes, so that a page of a million records still opens.
 _MOST = 800
-# Of a drawing, in its own units; a letter is 12 high.
+# Margins, in the units of the drawing's size; a letter is 12 high.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 10, 26
 
 
 def points(records: Iterable[dict[str, Any]], key: str) -> Points:
-    """Step and value of the records that have a finite one."""
+    """`(step, value)` of the records whose `key` is a finite number."""
     return [(r["step"], r[key]) for r in records if r.get(key) is not None and math.isfinite(r[key])]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours, a tenth of all.
+    """The moving average over a tenth of all values; fewer than five stay as they are.
 
-    At the beginning, where a loss falls steeply, with as many on either side, which bends no slope; at the end with
-    those before. Fewer than five values stay as they are.
+    At the beginning, where a loss falls steeply, the window shrinks but stays centred, which keeps the slope. At the
+    end it only loses what is missing.
     """
-    reach = max(1, len(values) // 20) if len(values) >= 5 else 0
+    half_width = max(1, len(values) // 20) if len(values) >= 5 else 0
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    found = []
+    means = []
     for i in range(len(values)):
-        near = min(reach, i)
-        first, last = i - near, min(i + near, len(values) - 1)
-        found.append((sums[last + 1] - sums[first]) / (last - first + 1))
-    return found
+        width = min(half_width, i)
+        first, last = i - width, min(i + width, len(values) - 1)
+        means.append((sums[last + 1] - sums[first]) / (last - first + 1))
+    return means
 
 
 def thinned(line: Points, most: int = _MOST) -> Points:
-    """At most so many of the points: both ends, and the lowest and highest of each stretch between."""
+    """At most `most` of the points: both ends, and the lowest and highest of each stretch between."""
     if len(line) <= most:
         return line
     first, *between, last = line
@@ -53,7 +53,7 @@ def thinned(line: Points, most: int = _MOST) -> Points:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` to `high`, which is greater; at most `about` + 1 of them."""
+    """At most `about` + 1 round numbers from `low` to the greater `high`."""
     rough = (high - low) / about
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(n for n in (1, 2, 5, 10) if n * unit >= rough * 0.999)
@@ -61,13 +61,13 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A value as a person reads it, four digits of it."""
+    """A value with four digits, or whole with thousands separators from 1000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line to draw: `smooth` has the values faint and their mean strong, `dots` a dot at each value."""
+    """A line to draw; `smooth` draws the values faint and their moving average strong, `dots` a dot at each value."""
 
     name: str
     points: Points
@@ -76,16 +76,16 @@ class Line:
 
 
 def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240)) -> dict[str, Any] | None:
-    """A drawing as its Jinja macro takes it: places on an area of `size`; None where there is nothing to draw."""
+    """A chart's coordinates on an area of `size`, for the Jinja macro that draws it; None without any point."""
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     last = max(1.0, *(line.points[-1][0] for line in lines))
-    every = [value for line in lines for _, value in line.points]
-    low, high = min(every), max(every)
-    # A line that never moves lies in the middle.
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    low, high = (low if low == 0 else low - room), high + room
+    values = [value for line in lines for _, value in line.points]
+    low, high = min(values), max(values)
+    # A constant line lies in the middle.
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    low, high = (low if low == 0 else low - margin), high + margin
     width, height = size
 
     def x(step: float) -> float:
@@ -95,10 +95,10 @@ def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240))
         return round(_TOP + (high - value) / (high - low) * (height - _TOP - _BOTTOM), 1)
 
     def path(line: Points) -> str:
-        # The empty stroke at the end shows a single point.
+        # The empty stroke at the end makes a single point visible.
         return "M" + "L".join(f"{x(step)} {y(value)}" for step, value in line) + "h0"
 
-    drawn, told = [], dict[float, list[str]]()
+    drawn, texts_at = [], dict[float, list[str]]()
     for line in lines:
         strong = line.points
         if line.smooth:
@@ -108,7 +108,7 @@ def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240))
         shown = thinned(line.points)
         for step, value in shown:
             mean = f", smoothed {number(means_at[step])}" if line.smooth else ""
-            told.setdefault(step, []).append(f"{line.name} {number(value)}{mean}")
+            texts_at.setdefault(step, []).append(f"{line.name} {number(value)}{mean}")
         drawn.append(
             {
                 "name": line.name,
@@ -119,7 +119,7 @@ def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240))
         )
     across = [t for t in ticks(0, last, 10 if width > 600 else 6) if t == int(t)]
     up = ticks(low, high, 8 if height > 300 else 6)
-    readings = [(x(step), f"step {step:,.0f}: {'; '.join(told[step])}") for step in sorted(told)]
+    readings = [(x(step), f"step {step:,.0f}: {'; '.join(texts_at[step])}") for step in sorted(texts_at)]
     return {
         "title": title,
         "size": size,
@@ -133,7 +133,7 @@ def chart(title: str, lines: Sequence[Line], size: tuple[int, int] = (480, 240))
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Ticks with as many decimals as tell them apart."""
+    """Labels of ticks, with enough decimals to tell them apart."""
     step = values[1] - values[0] if len(values) > 1 else abs(values[0]) or 1.0
     if max(map(abs, values)) < 0.001:
         return [f"{value:.2g}" if value else "0" for value in values]

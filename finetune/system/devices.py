@@ -1,4 +1,4 @@
-"""Cards by their memory and speed; what of its speed a model takes, and what energy."""
+"""GPUs by memory and speed; this machine's device, memory and energy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-GIB = 2**30
+from finetune.system.numbers import GIB
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the rules ask of a device; `capability` is CUDA's, None where there is no such card."""
+    """A device's name, whether it computes in bfloat16, and its CUDA capability (None for a CPU)."""
 
     name: str = "this CPU"
     bf16: bool = True
@@ -23,14 +23,14 @@ class Device:
 
 
 def device_of(place: str | None = None) -> Device:
-    """The facts of a place such as `cpu` or `cuda:1`; absent, or auto: of the current card, or of the CPU."""
+    """The device of a place such as `cpu` or `cuda:1`; for None and `auto` the current GPU, or the CPU."""
     import torch
 
     place = "cuda" if place in (None, "auto") else place
     if not torch.cuda.is_available() or not place.startswith("cuda"):
         return Device()
     with torch.cuda.device(torch.device(place)):
-        # By default torch counts a card that only emulates it.
+        # By default torch counts a GPU that only emulates it.
         own = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device(torch.cuda.get_device_name(), own, torch.cuda.get_device_capability())
 
@@ -107,24 +107,23 @@ def this_machine(free: bool = False) -> Hardware:
 
 
 def machine_memory() -> tuple[int, int]:
-    """Bytes of memory that this process may have, and those that are left of them; a container's limit counts.
+    """The memory that this process may use and what is free of it, in bytes; a container's limit counts.
 
-    What is left is what the kernel can give without swapping. Other systems than Linux do not say it, and all of theirs
-    is taken to be left.
+    Free is what the kernel can give without swapping; where it does not say (not Linux), all of it.
     """
     import psutil
 
-    told = psutil.virtual_memory()
-    whole, left = told.total, told.available if sys.platform == "linux" else told.total
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available if sys.platform == "linux" else memory.total
     for limit, used in _cgroup_limits():
-        whole, left = min(whole, limit), min(left, max(0, limit - used))
-    return whole, left
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
 
 
 def _cgroup_limits(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[int, int]]:
-    """Of each control group with a limit that this process is in: the limit, and what is used beside cached files."""
+    """Limit and use, without cached files, of each control group with a memory limit that this process is in."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # another system
@@ -138,28 +137,28 @@ def _cgroup_limits(
         else:
             continue
         place = top / path.strip("/")
-        # A container may see its own group as the top, and not by the name that it has outside.
+        # Inside a container its own group may be the top, under another name than outside.
         for folder in (place, *place.parents[: len(place.parts) - len(top.parts)]):
             with contextlib.suppress(OSError, ValueError):
-                most = int((folder / limit).read_text())  # "max" is none
+                most = int((folder / limit).read_text())  # "max" where there is no limit
                 words = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 stat = {name: int(value) for name, value in words}
                 cached = [stat.get(f"total_{name}", stat.get(name, 0)) for name in _CACHED]
                 yield most, int((folder / used).read_text()) - sum(cached)
 
 
-# Of `memory.stat`, what the kernel takes back first.
+# The parts of `memory.stat` that the kernel takes back first.
 _CACHED = ("active_file", "inactive_file", "slab_reclaimable")
 
 
 def process_peak_memory() -> int:
-    """The most bytes of memory that this process has had since it began."""
+    """The peak memory of this process since it began, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def energy_millijoules() -> int:
-    """What this process's card has taken since its driver was loaded; 0 where nobody counts it."""
+    """The energy that this process's GPU has used since its driver was loaded; 0 where that is not known."""
     import torch
 
     if not torch.cuda.is_available():
@@ -167,12 +166,8 @@ def energy_millijoules() -> int:
     try:
         import pynvml
 
-        # The driver counts cards in another way than CUDA, whose count an environment variable may change.
+        # The driver numbers GPUs in another way than CUDA, whose numbers depend on an environment variable.
         handle = torch.cuda._get_pynvml_handler()
         return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-    except Exception:  # no such library, or an old card: only a figure is lost
+    except Exception:  # no such library, or an old GPU: only a figure is lost
         return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a step computes

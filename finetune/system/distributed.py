@@ -1,7 +1,7 @@
-"""Several processes as one run: one of them speaks, none goes another way, and a fault of one ends all.
+"""A run on several ranks: what they must agree on, and how an error on one rank ends all of them.
 
-A rank that waits for the others inside a collective hears nothing, no signal either. So a fault is left in the
-launcher's store, where a thread of each rank looks for it. Where the store has gone, so has the first machine.
+A rank that waits inside a collective handles no signal. So a rank that fails leaves its error in the launcher's store
+(`TCPStore`), where a thread of each rank polls for it. If the store does not answer, the first machine is gone.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from finetune.system.errors import RunError
 
 LAUNCHER_FILE = "the file given to accelerate launch"
 LOST_RANK = (
-    "another process of this run has ended (killed, or out of memory?). Whole checkpoints are kept; go on with "
+    "another process of this run has ended (killed, or out of memory?). Its checkpoints are kept; resume with "
     "training.resume_from_checkpoint=true"
 )
-# A launcher that may start its processes again keeps its store.
+# The store outlives a restart of the ranks (`--max_restarts`), so the key names the restart.
 _FAULT = f"finetune/fault/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-# A rank's own words wait so long for the first rank's, which most often are the same.
-_PATIENCE = 2.0
-# And it stays until the others, which look twice a second, have seen the fault: the launcher goes with it.
-_FAREWELL = 1.5
-# A network may be gone, and a file on another machine unseen, for so long.
+# Seconds that other ranks wait with their error for rank 0's, which is most often the same.
+_WAIT_FOR_RANK_0 = 2.0
+# Seconds until the rank that reported ends, and the launcher with it: the others poll twice a second.
+_WAIT_FOR_OTHERS = 1.5
+# Seconds that the store may not answer, or a file may not be seen on another machine.
 _SILENCE = 30.0
 _left = threading.Event()
 
 
 def check_launcher() -> None:
-    """Refuses what no recipe can be trained with; transformers would refuse the recipe for it.
+    """Refuses DeepSpeed, for which transformers would blame the recipe.
 
     Raises:
-        RanksError: With what to write instead.
+        RunError: The launcher's file chooses DeepSpeed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise RunError(f"{LAUNCHER_FILE}: DeepSpeed is not used here; take accelerate_configs/fsdp.yaml")
+        raise RunError(f"{LAUNCHER_FILE}: DeepSpeed is not used here; use accelerate_configs/fsdp.yaml")
 
 
 def rank() -> int:
-    """The place of this process among those of the run."""
+    """The rank of this process; 0 where it is the only one."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def uses_fsdp() -> bool:
-    """Whether each rank is to hold a part of the weights (FSDP)."""
+    """True where the launcher chose FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """What the first rank holds, on every rank; plain data."""
+    """Rank 0's value, on every rank; a value that can be pickled. A collective: every rank must call it."""
     if world_size() == 1:
         return value
     from torch.distributed import broadcast_object_list
@@ -74,29 +74,32 @@ def broadcast_from_first(value: Any) -> Any:
 
 
 def check_same(facts: dict[str, Any]) -> None:
-    """Refuses a run whose ranks differ in any of `facts` (what it is called to what it is).
+    """Refuses a run whose ranks differ in any of `facts`. A collective: every rank must call it.
+
+    Args:
+        facts: A name for the message to a value that can be pickled and compared.
 
     Raises:
-        RanksError: On every rank, with the first difference.
+        RunError: Two ranks differ; on every rank, with the first difference.
     """
     if world_size() == 1:
         return
     import torch.distributed as dist
 
-    of_all: list[Any] = [None] * world_size()
-    dist.all_gather_object(of_all, (socket.gethostname(), facts))
-    host, first = of_all[0]
-    for other, (place, found) in enumerate(of_all):
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), facts))
+    first_host, first = gathered[0]
+    for other, (host, found) in enumerate(gathered):
         for name, value in first.items():
             if found[name] != value:
                 raise RunError(
-                    f"{name} of rank {other} ({place}) is not that of rank 0 ({host}); start all machines with the "
-                    "same recipe, files and packages"
+                    f"{name} of rank {other} ({host}) is not that of rank 0 ({first_host}); start all machines with "
+                    "the same recipe, files and packages"
                 )
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of the numbers that the ranks hold; every rank must ask at once."""
+    """The largest of the ranks' numbers. A collective: every rank must call it."""
     if world_size() == 1:
         return number
     import torch
@@ -109,10 +112,10 @@ def max_over_ranks(number: int) -> int:
 
 
 def check_shared(path: Path) -> None:
-    """Waits until every rank sees a file that the first has written, as long as a network filesystem may take.
+    """Waits until every rank sees a file that rank 0 has written, which takes a while on a network filesystem.
 
     Raises:
-        RanksError: One does not.
+        RunError: A rank does not see it.
     """
     deadline = time.monotonic() + _SILENCE
     while not path.exists() and time.monotonic() < deadline:
@@ -125,7 +128,7 @@ def check_shared(path: Path) -> None:
 
 
 def leave_group() -> None:
-    """Parts with the other processes, when all are through."""
+    """Leaves the process group once all ranks have finished."""
     if world_size() > 1:
         import torch.distributed as dist
 
@@ -139,66 +142,73 @@ def leave_group() -> None:
 
 
 def watch_other_ranks() -> None:
-    """Ends this process soon after another one has left a fault in the store, or when the store has gone."""
+    """Starts a thread that ends this process when another rank has failed or the launcher's store is gone."""
     if _has_store():
         threading.Thread(target=_watch, name="finetune-ranks", daemon=True).start()
 
 
 def _watch() -> None:
-    store, heard = None, time.monotonic()
+    store, last_answer = None, time.monotonic()
     while not _left.is_set():
         try:
             store = store or _store()
             if store.check([_FAULT]) and not _left.is_set():
                 os._exit(json.loads(store.get(_FAULT))["code"])
-            heard = time.monotonic()
-        except Exception:  # torch has several for it
+            last_answer = time.monotonic()
+        except Exception:  # torch raises several types
             store = None
-            if time.monotonic() - heard > _SILENCE and not _left.is_set():
-                _say([f"error: {LOST_RANK} (the launcher of the first machine does not answer)"])
+            if time.monotonic() - last_answer > _SILENCE and not _left.is_set():
+                _print([f"error: {LOST_RANK} (the launcher of the first machine does not answer)"])
                 os._exit(1)
         time.sleep(0.5)
 
 
 def end_all_ranks(lines: Sequence[str], code: int) -> None:
-    """Says a fault once, whichever ranks have met it, and ends this process; where it is the only one, does nothing."""
+    """Prints an error on one rank, however many have met it, and ends this process; does nothing on one process.
+
+    Args:
+        lines: The error.
+        code: The exit code of all ranks.
+    """
     if world_size() == 1:
         return
-    mine = True
-    with contextlib.suppress(Exception):  # better said twice than not at all
+    reporting = True
+    with contextlib.suppress(Exception):  # printed twice is better than not at all
         if _has_store():
             store = _store()
-            deadline = time.monotonic() + (_PATIENCE if rank() else 0)
+            deadline = time.monotonic() + (_WAIT_FOR_RANK_0 if rank() else 0)
             while time.monotonic() < deadline and not store.check([_FAULT]):
                 time.sleep(0.1)
-            # Whoever is first is heard: what the others say is the same, or follows from it.
+            # The first rank reports: the others' errors are the same, or follow from it.
             text = json.dumps({"rank": rank(), "code": code})
             _left.set()
-            mine = store.compare_set(_FAULT, "", text).decode() == text
-    if mine:
-        # The launcher ends this process as soon as another one has gone, which is no news.
-        with contextlib.suppress(ValueError):  # another thread than the main one
+            reporting = store.compare_set(_FAULT, "", text).decode() == text
+    if reporting:
+        # The launcher sends SIGTERM as soon as another rank has ended.
+        with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _say(lines)
-        time.sleep(_FAREWELL)
+        _print(lines)
+        time.sleep(_WAIT_FOR_OTHERS)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print(lines: Sequence[str]) -> None:
     where = f"rank {rank()} ({socket.gethostname()}): " if rank() else ""
     for line in lines:
         print(where + line, file=sys.stderr, flush=True)
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank has gone."""
+    """True for an error that only says that another rank has ended."""
     text = str(error)
-    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _GONE)
+    return (
+        world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _LOST_MESSAGES)
+    )
 
 
-# What gloo and NCCL say of it.
-_GONE = (
+# Of gloo and NCCL.
+_LOST_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -213,7 +223,7 @@ def _has_store() -> bool:
 
 
 def _store() -> Any:
-    """A connection of its own to the launcher's store."""
+    """A new connection to the launcher's store."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,21 +1,7 @@
-"""Every error that a user can mend. `str(error)` is one line: where, what was there, what to write instead.
+"""One tree of errors that the user can mend; the command line prints their lines and exits with 2.
 
-FinetuneError                   all of them; the command line shows its line and exits with 2
-    RecipeError                 a recipe's values; `faults` has a line for each
-    DataError                   a source of rows that cannot be read
-    LabelError                  one row that cannot be rendered or labelled
-        TurnRewrittenLater      a later turn changes how an earlier one is rendered
-    TemplateError               a chat template
-    ModelError                  a base model, its weights, its tokenizer, or an adapter that does not fit it
-    MergeError                  a merge
-    RunError                    a run, its checkpoints, and what its launcher set
-    EvaluateError               an evaluation or its judge
-        RefusedReply            a reply that the judge's service refused to give
-    ExportError                 an export
-        LlamaCppError           llama.cpp cannot load or run a file
-        OllamaError             a chat template that has no form in Ollama's syntax
-    PushError                   a push to the Hub
-    PlanError                   a plan that cannot be made
+Any other exception is a defect of this package. `str(error)` is one line, of a `RecipeError` one for each fault: where,
+what was there, what to write instead.
 """
 
 from __future__ import annotations
@@ -25,15 +11,15 @@ from contextlib import contextmanager
 
 
 class FinetuneError(ValueError):
-    """What a user can mend, in one line that says how."""
+    """An error that the user can mend; `str()` says how in one line."""
 
 
 class RecipeError(FinetuneError):
-    """The faults of a recipe, each one line."""
+    """A recipe is not valid; `faults` has a line for each thing to mend."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
-        self.faults = tuple(faults)
+        self.faults = list(faults)
 
 
 class DataError(FinetuneError):

@@ -169,9 +169,7 @@ def _rebuilt(name: str, arguments: list[Any], fields: dict[str, Any]) -> errors.
     """The error of ours that `_described` wrote."""
     kind: type[errors.FinetuneError] = getattr(errors, name)
     error = kind.__new__(kind, *arguments)
-    vars(error).update(
-        {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    )
+    vars(error).update(fields)
     return error
 
 

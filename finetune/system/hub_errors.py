@@ -1,23 +1,31 @@
-"""What went wrong with the Hub, as words that say what to do; upstream's notes on it kept from the screen."""
+"""Errors of the Hub in words that say what to do, and its client kept quiet."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def hub_problem(repo: str, error: BaseException) -> str | None:
-    """What follows a repository's name in a line that tells of a failure; None where the Hub has no part in it.
+    """What is wrong with a repository, to be put after its name; None for an error that is not the Hub's.
 
-    Upstream's libraries raise errors of their own from those of the Hub's client, which are looked for beneath them.
+    Libraries raise their own errors from those of the Hub's client, so the whole chain is searched.
+
+    Args:
+        repo: The repository, `owner/name`, of a dataset `datasets/owner/name`.
+        error: Any error.
 
     Source: huggingface_hub 2.4 `utils/_http.py`, `hf_raise_for_status`; `errors.py`.
     """
     import httpx2
     from huggingface_hub import constants, errors
 
-    chain = list(_beneath(error))
+    chain = list(_chain(error))
     for one in chain:
         if isinstance(one, errors.GatedRepoError):
             return (
@@ -29,55 +37,54 @@ def hub_problem(repo: str, error: BaseException) -> str | None:
         if isinstance(one, errors.RemoteEntryNotFoundError):
             return f"has no {str(one.response.url.path).rpartition('/')[2]}"
         if isinstance(one, errors.HfHubHTTPError):
-            return _answered(one)
+            return _http_problem(one)
     if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain) or (
         constants.is_offline_mode() and any(isinstance(one, errors.LocalEntryNotFoundError) for one in chain)
     ):
         return (
-            "is not in this machine's cache, and HF_HUB_OFFLINE keeps from asking the Hub; unset it, or run "
+            "is not in this machine's cache, and HF_HUB_OFFLINE is set; unset it, or run "
             f"hf download {repo.replace('datasets/', '--repo-type dataset ')} where there is a network"
         )
     for one in chain:
         if isinstance(one, httpx2.TransportError | errors.LocalEntryNotFoundError | ConnectionError):
             return (
-                f"cannot be reached: {constants.ENDPOINT} does not answer; look at the network (a proxy: HTTPS_PROXY; "
+                f"cannot be reached: {constants.ENDPOINT} does not answer; check the network (a proxy: HTTPS_PROXY; "
                 "another Hub: HF_ENDPOINT)"
             )
     return None
 
 
-def _answered(error: BaseException) -> str:
-    """What a status means where the Hub names no reason that has an error of its own."""
+def _http_problem(error: HfHubHTTPError) -> str:
+    """What an HTTP status means where the Hub's client has no error for the reason."""
     from huggingface_hub import constants, errors, get_token
 
-    assert isinstance(error, errors.HfHubHTTPError)
-    status, said = error.response.status_code, (error.server_message or "").strip()
-    known = get_token() is not None
-    if status == 401 and known:
+    status, message = error.response.status_code, (error.server_message or "").strip()
+    logged_in = get_token() is not None
+    if status == 401 and logged_in:
         return (
-            "is refused: the token is not valid, or no longer; make one on "
+            "is refused: the token is not valid or has expired; make one on "
             f"{constants.ENDPOINT}/settings/tokens and run hf auth login (or set HF_TOKEN)"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
         return (
-            f"is not on {constants.ENDPOINT}, or is private; look at the name"
-            + ("" if known else ", and log in if it is yours (hf auth login, or HF_TOKEN)")
-            + (", and whether this account may see it" if known else "")
+            f"is not on {constants.ENDPOINT}, or is private; check the name"
+            + ("" if logged_in else ", and log in if it is yours (hf auth login, or HF_TOKEN)")
+            + (", and whether this account may see it" if logged_in else "")
         )
     if status == 403:
         return (
-            f"is not for this token ({said or 'forbidden'}); look at its owner's name, or make one that may write "
-            f"there on {constants.ENDPOINT}/settings/tokens"
+            f"is not allowed for this token ({message or 'forbidden'}); check the owner's name, or make a token that "
+            f"may write there on {constants.ENDPOINT}/settings/tokens"
         )
     if status == 429:
-        return "is asked for too often; wait some minutes and try again"
+        return "is rate-limited by the Hub; wait some minutes and try again"
     if status >= 500:
-        return f"cannot be had: the Hub answers with {status}; try again later"
-    return f"is refused by the Hub ({status}): {said.splitlines()[0] if said else 'it does not say why'}"
+        return f"is not available: the Hub answers with {status}; try again later"
+    return f"is refused by the Hub ({status}): {message.splitlines()[0] if message else 'it gives no reason'}"
 
 
-def _beneath(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was raised from."""
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and all those that it was raised from."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -88,7 +95,7 @@ def _beneath(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def quiet_hub_client(bars: bool) -> Iterator[None]:
-    """Keeps the client's notes, of retries above all, from the screen, and its bars unless they are wanted."""
+    """Hides the log lines of the Hub's client, of retries above all, and without `bars` its progress bars too."""
     from huggingface_hub import utils
 
     level, shown = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that `finetune --help` loads no torch."""
+"""Public names of a package that are imported at their first use, so that `finetune --help` loads no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy_names(package: str, **modules: str) -> Callable[[str], Any]:
-    """A module-level `__getattr__` (PEP 562) for `package`.
+    """The `__getattr__` of a package (PEP 562).
 
     Args:
         package: The package's `__name__`.
-        **modules: The module of each public name, relative to the package.
+        **modules: Each public name and the module in the package that defines it.
     """
 
     def __getattr__(name: str) -> Any:

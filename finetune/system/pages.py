@@ -1,4 +1,4 @@
-"""Pages of one file each, which need nothing else and run nothing of what they show."""
+"""HTML pages and model cards from Jinja templates; untrusted text is shown and never interpreted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-# What steers a terminal, what breaks lines or turns the direction of writing, and what nobody sees. Joiners stay: emoji
-# and several scripts are written with them.
+# Control characters, line separators, marks of writing direction, and characters without a shape. Joiners stay: emoji
+# and several scripts need them.
 _UNSEEN = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
     r"\U000e0000-\U000e007f]"
@@ -15,24 +15,24 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """The text with its control and unseen characters written out, as in Python: `\\x1b`, `\\u202e`."""
+    """The text with control and invisible characters as Python escapes: `\\x1b`, `\\u202e`."""
     return _UNSEEN.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def cell(value: Any) -> str:
-    """A text or a number as it stands in a table."""
+    """A text or a number for a table cell."""
     if isinstance(value, str):
         return visible(value)
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
 def render(template: str, markup: bool = True, **values: Any) -> str:
-    """A page from a Jinja file of ours; whatever stands in a value is text there, never markup.
+    """A page from one of our Jinja templates.
 
     Args:
-        template: The file's name.
-        markup: Whether it is HTML. In Markdown a value stands as it is, for there is no way to write it as text.
-        values: What it shows.
+        template: Its path in this package, such as `cli/report.html.jinja`.
+        markup: True for HTML, in which values are escaped; False for Markdown, which has no general escape.
+        **values: The template's variables.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -1,8 +1,7 @@
-"""A progress bar, on a terminal; nothing elsewhere."""
+"""Progress bars on a terminal, and upstream's own bars and log lines kept quiet."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Takes one line of the log.
 Say = Callable[[str], None]
 
 
@@ -32,10 +32,10 @@ def silence_upstream() -> None:
 
 
 def interactive_console() -> Any:
-    """The terminal that standard error is, as rich's console; None where it is none, or one that draws nothing.
+    """Standard error as a rich `Console`; None where it is no terminal that can redraw a line.
 
-    FORCE_COLOR, which notebooks and CI set to have colours, makes rich take a file or a pipe for a terminal. The
-    commands of a notebook's cell have a terminal, but its page keeps all that was ever drawn there.
+    `FORCE_COLOR`, which notebooks and CI set, makes rich take a file or a pipe for a terminal. A command in a cell of a
+    notebook has a terminal, but the cell keeps every line that was ever drawn.
 
     Source: rich 15.0 `console.py`, `Console.is_terminal`; ipykernel 7.4 `zmqshell.py`, `init_environment`.
     """
@@ -48,7 +48,14 @@ def interactive_console() -> Any:
 
 @contextmanager
 def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """What to call with how many more are done; `unit` is "bytes" where sizes are counted."""
+    """A progress bar on a terminal, nothing elsewhere; yields a function that takes how many more are done.
+
+    Args:
+        title: The text before the bar.
+        total: How many there are.
+        shown: False hides it.
+        unit: "bytes" shows sizes and speed.
+    """
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -71,9 +78,9 @@ def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterato
         yield lambda count: progress.advance(task, count)
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' own loading bars and notes from the screen; its errors still come."""
+    """Hides transformers' loading bars and log lines, except errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
