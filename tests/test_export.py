@@ -29,8 +29,8 @@ from finetune.cli.commands import main
 from finetune.data.template import load_template
 from finetune.export.report import as_markdown
 from finetune.export.run import held_out
-from finetune.export.transformers import write
-from finetune.export.verify import LIMITS, compare, missed
+from finetune.export.transformers import write_format
+from finetune.export.verify import LIMITS, add_comparison, missed_limits
 from finetune.hub.card import export_card
 from finetune.merge import plan
 from finetune.model.generate import Sampling, load_generator
@@ -293,7 +293,7 @@ def test_quantised_tensors_are_those_that_transformers_saves(
     name: str, kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "ours").mkdir()
-    write(bases(name), tmp_path / "ours", kind)
+    write_format(bases(name), tmp_path / "ours", kind)
     with quiet():
         upstreams(bases(name), kind).save_pretrained(tmp_path / "theirs")
     ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
@@ -314,7 +314,7 @@ def test_a_layer_that_is_stored_turned_answers_as_upstreams(
     kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """GPT-2's layers; that what upstream saves of them cannot always be loaded again is no reason not to compare."""
-    write(bases("gpt2"), tmp_path, kind)
+    write_format(bases("gpt2"), tmp_path, kind)
     ours, theirs = plain(tmp_path), upstreams(bases("gpt2"), kind)
     assert type(ours.transformer.h[0].mlp.c_fc).__name__ in ("Linear8bitLt", "Linear4bit")
     ids = torch.arange(3, 40)[None]
@@ -325,7 +325,7 @@ def test_a_layer_that_is_stored_turned_answers_as_upstreams(
 def test_a_float16_model_is_quantised_in_float16(merged: Path, tmp_path: Path) -> None:
     for name, kind in (("half", "fp16"), ("small", "nf4")):
         (tmp_path / name).mkdir()
-        write(merged if name == "half" else tmp_path / "half", tmp_path / name, kind)
+        write_format(merged if name == "half" else tmp_path / "half", tmp_path / name, kind)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["dtype"] == config["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
     assert tensors_of(tmp_path / "small")["model.embed_tokens.weight"].dtype == torch.float16
@@ -524,7 +524,7 @@ def test_a_model_is_nothing_apart_from_itself(merged: Path, tmp_path: Path) -> N
     """The bfloat16 export of a bfloat16 model is the same model: the comparison itself adds nothing."""
     half = tmp_path / "half"
     half.mkdir()
-    write(merged, half, "bf16")
+    write_format(merged, half, "bf16")
     assert export(half, tmp_path / "out", "--format=bf16") == 0
     whole, found = report(tmp_path / "out")["models"]
     assert (whole["name"], whole["against"], found["against"]) == ("as trained", None, "as trained")
@@ -796,41 +796,41 @@ KEPT = {"max_kl": 0.25, "max_kl_p99": 1.5, "min_top1": 0.75, "max_perplexity_rat
 
 @pytest.mark.parametrize(("limit", "line"), MISSES.items(), ids=[name for name, _ in MISSES])
 def test_each_limit_is_kept_at_its_value_and_missed_beyond_it(limit: tuple[str, float], line: str) -> None:
-    assert missed(FOUND, {limit[0]: limit[1]}) == [line]
-    assert missed(FOUND, {limit[0]: KEPT[limit[0]]}) == []
+    assert missed_limits(FOUND, {limit[0]: limit[1]}) == [line]
+    assert missed_limits(FOUND, {limit[0]: KEPT[limit[0]]}) == []
 
 
 @pytest.mark.parametrize("key", ["kl", "kl_p99", "top1", "perplexity_ratio"])
 def test_a_figure_that_is_not_finite_keeps_no_limit(key: str) -> None:
     limit = next(name for name, (figure, _) in LIMITS.items() if figure == key)
-    lines = missed(FOUND | {key: math.nan}, {limit: KEPT[limit]})
+    lines = missed_limits(FOUND | {key: math.nan}, {limit: KEPT[limit]})
     assert lines[-1].startswith(f"nf4: {LIMITS[limit][1]} is nan, and {limit} is ")
 
 
 @pytest.mark.parametrize("key", ["loss", "kl"])
 def test_predictions_that_are_not_finite_are_told(key: str) -> None:
-    assert missed(FOUND | {key: math.nan}, {}) == ["nf4: its predictions are not finite"]
+    assert missed_limits(FOUND | {key: math.nan}, {}) == ["nf4: its predictions are not finite"]
 
 
 def test_a_limit_on_what_was_not_measured_is_missed() -> None:
     line = "nf4: mean KL could not be measured, and max_kl is 1"
-    assert missed(FOUND | {"kl": None}, {"max_kl": 1.0}) == [line]
+    assert missed_limits(FOUND | {"kl": None}, {"max_kl": 1.0}) == [line]
 
 
 def test_only_what_must_be_the_same_is_held_to_it() -> None:
     line = (
         "nf4: does not predict as its adapter does: mean KL is 0.25, and rounding alone gives less than 0.02"
     )
-    assert missed(FOUND, {}, same=True) == [line]
-    assert missed(FOUND, {}) == missed(FOUND | {"kl": 0.02}, {}, same=True) == []
+    assert missed_limits(FOUND, {}, same=True) == [line]
+    assert missed_limits(FOUND, {}) == missed_limits(FOUND | {"kl": 0.02}, {}, same=True) == []
 
 
 def test_a_comparison_counts_answers_and_conversations_that_are_equal() -> None:
     reference = {"perplexity": 4.0, "answers": [[1, 2], [3], []], "conversations": [[1], [2]]}
     found = {"perplexity": 6.0, "answers": [[1, 2], [4], []], "conversations": [[1], [2, 3]]}
-    compare(found, reference, reference)
+    add_comparison(found, reference, reference)
     assert (found["perplexity_ratio"], found["answers_equal"], found["conversations_equal"]) == (1.5, 2, 1)
-    assert missed(FOUND | {"conversations": [[1], [2]], "conversations_equal": 1}, {}) == [
+    assert missed_limits(FOUND | {"conversations": [[1], [2]], "conversations_equal": 1}, {}) == [
         f"nf4: 1 of 2 {IDS}"
     ]
 

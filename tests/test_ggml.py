@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 from gguf import GGMLQuantizationType as Kind
 
 from finetune.export.gguf import quantize
-from finetune.export.gguf.quantize import TYPES, library, quantise, row_bytes, types
+from finetune.export.gguf.quantize import TYPES, ggml_library, quantize_rows, row_bytes, tensor_types
 from finetune.system.errors import ExportError
 
 ROOT = Path(__file__).parents[1]
@@ -127,23 +127,25 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
 @pytest.mark.parametrize(("model", "kind"), [(model, kind) for model in CHOSEN for kind in QUANTISED])
 def test_each_tensor_gets_the_type_that_llama_cpp_gives_it(model: str, kind: str) -> None:
     found, architecture, groups, chosen = CHOSEN[model]
-    assert summary(types(found, kind, architecture, groups, matrix=False)) == chosen[kind]
+    assert summary(tensor_types(found, kind, architecture, groups, matrix=False)) == chosen[kind]
     # A matrix changes one rule alone.
     changed = tuple(part.split(" Q5")[0] for part in chosen[kind]) if kind == "IQ4_NL" else chosen[kind]
-    assert summary(types(found, kind, architecture, groups, matrix=True)) == changed
+    assert summary(tensor_types(found, kind, architecture, groups, matrix=True)) == changed
 
 
 def test_small_values_of_a_70b_model_get_more_bits() -> None:
     found = shapes(80)
     wanted = {("llama", 8): "Q5_K", ("llama", 1): "Q3_K", ("qwen2", 1): "Q5_K", ("qwen3", 8): "Q4_K"}
     for (architecture, groups), kind in wanted.items():
-        chosen = types(found, "Q2_K", architecture, groups, matrix=False)
+        chosen = tensor_types(found, "Q2_K", architecture, groups, matrix=False)
         assert {chosen[f"blk.{layer}.attn_v.weight"].name for layer in range(80)} == {kind}
 
 
 def test_plain_files_keep_norms_and_biases_in_float32() -> None:
     for kind in ("F32", "F16", "BF16"):
-        found = types(shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}, kind, "llama", 1, matrix=False)
+        found = tensor_types(
+            shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}, kind, "llama", 1, matrix=False
+        )
         for name, given in found.items():
             assert given == (Kind.F32 if "norm" in name or "bias" in name else TYPES[kind][1])
 
@@ -159,7 +161,7 @@ def rows(count: int = 6, columns: int = 512) -> Any:
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q5_1"])
 def test_simple_types_are_those_of_gguf(kind: str) -> None:
     pytest.importorskip("xllamacpp")
-    assert np.array_equal(quantise(Kind[kind], rows()), quants.quantize(rows(), Kind[kind]))
+    assert np.array_equal(quantize_rows(Kind[kind], rows()), quants.quantize(rows(), Kind[kind]))
 
 
 # How far the numbers of a normal distribution are off, on average, at most.
@@ -178,12 +180,14 @@ ERROR = {
 @pytest.mark.parametrize("kind", ERROR)
 def test_numbers_come_back(kind: str) -> None:
     pytest.importorskip("xllamacpp")
-    found = quantise(Kind[kind], rows())
+    found = quantize_rows(Kind[kind], rows())
     assert found.shape == (6, row_bytes(Kind[kind], 512))
     back = quants.dequantize(found, Kind[kind])
     assert ERROR[kind] / 4 < np.sqrt(np.mean((back - rows()) ** 2)) < ERROR[kind]
     # Each row stands for itself: slices may be quantised apart.
-    assert np.array_equal(np.concatenate([quantise(Kind[kind], rows()[i : i + 1]) for i in range(6)]), found)
+    assert np.array_equal(
+        np.concatenate([quantize_rows(Kind[kind], rows()[i : i + 1]) for i in range(6)]), found
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K"])
@@ -192,7 +196,8 @@ def test_columns_that_count_more_are_nearer(kind: str) -> None:
     weights = np.where(np.arange(512) % 8 == 0, 100, 0.01).astype(np.float32)
     off = [
         np.mean(
-            (quants.dequantize(quantise(Kind[kind], rows(64), given), Kind[kind]) - rows(64))[:, ::8] ** 2
+            (quants.dequantize(quantize_rows(Kind[kind], rows(64), given), Kind[kind]) - rows(64))[:, ::8]
+            ** 2
         )
         for given in (None, weights)
     ]
@@ -205,17 +210,17 @@ def test_16_bit_is_rounded_to_the_nearest_even() -> None:
     numbers = np.concatenate([rows(), rows() * 1e-6, np.float32(1) + rows() * 2**-8])
     for kind, dtype in ((Kind.F16, torch.float16), (Kind.BF16, torch.bfloat16)):
         expected = torch.from_numpy(numbers).to(dtype).view(torch.uint8).numpy()
-        assert np.array_equal(quantise(kind, numbers), expected)
+        assert np.array_equal(quantize_rows(kind, numbers), expected)
 
 
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(
         ExportError, match=r"^65,520 does not fit float16 \(65,504 at most\); write BF16 or Q8_0$"
     ):
-        quantise(Kind.F16, np.full((1, 32), 65520, np.float32))
+        quantize_rows(Kind.F16, np.full((1, 32), 65520, np.float32))
     pytest.importorskip("xllamacpp")
     with pytest.raises(ExportError, match=r"^cannot be quantised to Q8_0; its largest value is 1"):
-        quantise(Kind.Q8_0, np.full((1, 32), 1e9, np.float32))
+        quantize_rows(Kind.Q8_0, np.full((1, 32), 1e9, np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,22 +240,22 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
         return spec
 
     monkeypatch.setattr(quantize.importlib.util, "find_spec", find)
-    library.cache_clear()
+    ggml_library.cache_clear()
     yield found
-    library.cache_clear()
+    ggml_library.cache_clear()
 
 
 def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r'^GGUF needs llama.cpp; write: pip install "finetune\[gguf\]"$'):
-        library()
+        ggml_library()
     packages["xllamacpp"] = tmp_path
     with pytest.raises(
         ExportError, match=r"^GGUF: xllamacpp cannot be used: it holds no shared library; install another"
     ):
-        library()
+        ggml_library()
     (tmp_path / "xllamacpp.abi3.so").write_bytes(b"no library")
     with pytest.raises(ExportError, match=r"xllamacpp.abi3.so cannot be loaded"):
-        library()
+        ggml_library()
     compiled = tmp_path / "libggml-base.so"
     (tmp_path / "xllamacpp.abi3.so").unlink()
     (tmp_path / "a.c").write_text("int nothing;")
@@ -259,7 +264,7 @@ def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path)
     ).returncode:
         pytest.skip("no C compiler")
     with pytest.raises(ExportError, match="xllamacpp cannot be used: it has no ggml_quantize_chunk"):
-        library()
+        ggml_library()
 
 
 FAKE = """
@@ -293,7 +298,7 @@ def test_a_library_that_does_otherwise_is_not_used(
     with pytest.raises(
         ExportError, match=f"^GGUF: llama_cpp cannot be used: {message}; install another release"
     ):
-        library()
+        ggml_library()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import finetune.export.run
 from finetune.cli.commands import main
 from finetune.export.gguf.imatrix import files
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.make import calibration_of, faults, make, tokens_of
-from finetune.export.gguf.ollama.system_text import system_of
-from finetune.export.gguf.tensors import names
+from finetune.export.gguf.make import calibration_of, gguf_faults, make_files, tokens_of
+from finetune.export.gguf.ollama.system_text import common_system_text
+from finetune.export.gguf.tensors import gguf_names
 from finetune.model.locate import locate
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
 
@@ -69,17 +69,17 @@ def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
     log = (exported / "gguf/test.log").read_text()
     assert log.count("What is a Large Language Model?") == 2
     assert log.startswith("== tiny-Q3_K_M.gguf\n")
-    matrix = files.read(exported / "gguf/imatrix.gguf")
+    matrix = files.read_imatrix(exported / "gguf/imatrix.gguf")
     assert set(matrix.counts.values()) == {sum(map(len, _rows(exported)))}
 
 
 def _rows(exported: Path) -> list[list[int]]:
     """The rows that the matrix must be of: the project's own but those that are compared."""
-    from finetune.export.gguf.imatrix.calibration import calibration
+    from finetune.export.gguf.imatrix.calibration import calibration_rows
     from finetune.export.run import held_out
 
     model = exported.parent / "tiny"
-    return calibration(model, apart_from=held_out(model)[0])[0]
+    return calibration_rows(model, apart_from=held_out(model)[0])[0]
 
 
 def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_file_that_is_not_rightly_written_is_told(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Norms without their one, a shifted special token, another template: each shows by itself."""
-    read = finetune.export.gguf.tokenizer.vocabulary.read
+    read = finetune.export.gguf.tokenizer.vocabulary.read_tokenizer
 
     def shifted(model: Path) -> Any:
         vocabulary, limits = read(model)
@@ -135,8 +135,8 @@ def test_a_file_that_is_not_rightly_written_is_told(
         vocabulary["tokenizer.chat_template"] = vocabulary["tokenizer.chat_template"].replace("model", "bot")
         return vocabulary, limits
 
-    monkeypatch.setattr(finetune.export.gguf.make, "read", shifted)
-    monkeypatch.setattr(finetune.export.gguf.write, "changed", lambda name, rows, config: rows)
+    monkeypatch.setattr(finetune.export.gguf.make, "read_tokenizer", shifted)
+    monkeypatch.setattr(finetune.export.gguf.write, "converted_values", lambda name, rows, config: rows)
     assert export(exported.parent / "tiny", tmp_path / "out", "gguf:F32") == 3
     said = capsys.readouterr().err
     assert "gate: gguf:F32: does not compute what the model computes: it predicts the same token in" in said
@@ -154,8 +154,8 @@ def test_a_matrix_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert export(tmp_path / "tiny", tmp_path / "out") == 0
     assert [name for name in report(tmp_path / "out") if name.startswith("gguf:")] == ["gguf:Q2_K"]
-    again = files.read(tmp_path / "out/gguf/imatrix.gguf")
-    first = files.read(given)
+    again = files.read_imatrix(tmp_path / "out/gguf/imatrix.gguf")
+    first = files.read_imatrix(given)
     assert again.sums.keys() == first.sums.keys()
     assert all((again.matrix[name] == first.matrix[name]).all() for name in again.sums)
     given.with_name("cut.dat").write_bytes(given.read_bytes()[:-100])
@@ -214,7 +214,7 @@ def test_what_no_matrix_can_be_made_of_is_refused_before_hours_are_spent(
 ) -> None:
     shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
     other = files.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": 1})
-    files.write(other, tmp_path)
+    files.write_imatrix(other, tmp_path)
     (tmp_path / "imatrix.dat").rename(tmp_path / "other.dat")
     section = {"formats": ["gguf:Q2_K"], "imatrix_data": {"path": str(tmp_path / name)}}
     (tmp_path / "tiny/recipe.yaml").write_text(yaml.safe_dump({"export": section}))
@@ -227,7 +227,7 @@ def test_what_no_matrix_can_be_made_of_is_refused_before_hours_are_spent(
 
 def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -> None:
     model = locate("random:gemma3")
-    called = names(json.loads((Path(model) / "config.json").read_text()))
+    called = gguf_names(json.loads((Path(model) / "config.json").read_text()))
     weights = load_file(Path(model) / "model.safetensors").items()
     sums = {
         str(called(name)): np.ones(weight.shape[1])
@@ -235,7 +235,7 @@ def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -
         if weight.ndim == 2 and str(called(name)).startswith("blk.")
     }
     given = files.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
-    files.write(given, tmp_path)
+    files.write_imatrix(given, tmp_path)
     options = ExportSection(imatrix_data=ImatrixDataSection(path=str(tmp_path / "imatrix.gguf")))
     found = calibration_of(Path(model), ["Q2_K"], [], options, Path(model), print)
     assert isinstance(found, files.Importance)
@@ -260,7 +260,7 @@ def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
     folders = [tmp_path / "gguf", tmp_path / "work"]
     for folder in folders:
         folder.mkdir()
-    found, _ = make(
+    found, _ = make_files(
         model,
         tokens_of(model),
         folders[0],
@@ -299,7 +299,7 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
         return [], []
 
     monkeypatch.setattr("finetune.export.run.measure", measure)
-    monkeypatch.setattr(finetune.export.gguf.make, "make", make)
+    monkeypatch.setattr(finetune.export.gguf.make, "make_files", make)
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
     assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
@@ -338,7 +338,7 @@ def test_the_system_text_of_all_conversations_is_in_the_modelfile(
         write(model, output, *given)
         written.append((output / "Modelfile").read_text())
 
-    monkeypatch.setattr(finetune.export.gguf.run, "write", kept)
+    monkeypatch.setattr(finetune.export.gguf.run, "write_modelfile", kept)
     shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
     source = rows_file(tmp_path / "rows.jsonl", "Be brief.", "Be brief.")
     model = with_rows(tmp_path / "tiny", source, formats=["ollama"])
@@ -350,25 +350,25 @@ def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path)
     model = tmp_path / "tiny"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    assert system_of(model) == ""
+    assert common_system_text(model) == ""
     one, other, bare = (
         rows_file(tmp_path / f"{i}.jsonl", *systems)
         for i, systems in enumerate([("Be brief.", "Be brief."), ("Be kind.",), ("Be brief.", None)])
     )
-    assert system_of(with_rows(model, one)) == "Be brief."
-    assert system_of(with_rows(model, one, other)) == ""
-    assert system_of(with_rows(model, bare)) == ""
+    assert common_system_text(with_rows(model, one)) == "Be brief."
+    assert common_system_text(with_rows(model, one, other)) == ""
+    assert common_system_text(with_rows(model, bare)) == ""
     alpaca = tmp_path / "alpaca.jsonl"
     row = {"instruction": "Hi", "output": "Hello", "system": "Be brief."}
     rows = (row, row | {"instruction": None}, row | {"system": "x"})
     alpaca.write_text("\n".join(map(json.dumps, rows)))
     assert (
-        system_of(with_rows(model, one, {"path": str(alpaca), "filter": {"system": "Be brief."}}))
+        common_system_text(with_rows(model, one, {"path": str(alpaca), "filter": {"system": "Be brief."}}))
         == "Be brief."
     )
-    assert system_of(with_rows(model, one, {"path": str(alpaca)})) == ""
+    assert common_system_text(with_rows(model, one, {"path": str(alpaca)})) == ""
     (tmp_path / "0.jsonl").unlink()
-    assert system_of(model) == ""
+    assert common_system_text(model) == ""
 
 
 def test_a_package_that_is_missing(
@@ -402,11 +402,11 @@ def test_files_of_a_checkpoint_are_called_by_its_run(tmp_path: Path) -> None:
 def test_what_counts_as_broken() -> None:
     whole = {"count": 3, "equal": 3, "differences": []}
     found: Options = {"name": "x", "kind": "Q2_K", "top1": 0.5, "largest": 9.0, "same_texts": whole}
-    assert faults(found) == []
-    assert "the file is broken" in faults(found | {"top1": 0.1})[0]
-    assert "does not compute" in faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.3})[0]
-    assert faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.1}) == []
+    assert gguf_faults(found) == []
+    assert "the file is broken" in gguf_faults(found | {"top1": 0.1})[0]
+    assert "does not compute" in gguf_faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.3})[0]
+    assert gguf_faults(found | {"kind": "F32", "top1": 1.0, "largest": 0.1}) == []
     other = {"count": 3, "equal": 2, "differences": [{"text": "あ"}]}
-    assert faults(found | {"same_prompts": other}) == [
+    assert gguf_faults(found | {"same_prompts": other}) == [
         'x: 1 of 3 prompts are rendered unlike the trained tokenizer\'s, the first is "あ"'
     ]

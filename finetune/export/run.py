@@ -21,8 +21,8 @@ from finetune.data.mixture import build_datasets
 from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
 from finetune.export.report import as_json, as_markdown
 from finetune.export.transformers import FORMATS as WEIGHTS
-from finetune.export.transformers import write
-from finetune.export.verify import LIMITS, Job, compare, measure, missed
+from finetune.export.transformers import write_format
+from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
 from finetune.hub.card import export_card
 from finetune.merge.run import merge
 from finetune.model.load import load_config, load_tokenizer
@@ -111,14 +111,16 @@ def export(
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
         gguf = None
         if kinds:  # what cannot be written is told before hours are spent
-            from finetune.export.gguf.run import prepare
+            from finetune.export.gguf.run import prepare_gguf
 
             name = _name(trained or model)
-            gguf = prepare(whole, trained or model, formats, kinds, name, rows, where, options, work, say)
+            gguf = prepare_gguf(
+                whole, trained or model, formats, kinds, name, rows, where, options, work, say
+            )
         for kind in (kind for kind in formats if kind in WEIGHTS):
             say(f"{kind}: writing")
             (beside / kind).mkdir()
-            write(whole, beside / kind, kind, progress)
+            write_format(whole, beside / kind, kind, progress)
             jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
 
         exact = _exact(whole, jobs[at]) if gguf else jobs[at]
@@ -137,13 +139,13 @@ def export(
             if "error" in now:
                 now["error"] = now["error"].replace(str(beside), str(output))
             if job.against:
-                compare(now, found[job.against], found[jobs[0].name])
+                add_comparison(now, found[job.against], found[jobs[0].name])
             # The other way to merge is shown beside the one that was chosen; limits are for what is kept.
             if job.name in (jobs[0].name, jobs[at].name, *formats):
                 limits = gate if job.against else {}
-                lines += missed(now, limits, same=job.against == _ADAPTER and not trained_as)
+                lines += missed_limits(now, limits, same=job.against == _ADAPTER and not trained_as)
         if gguf:
-            from finetune.export.gguf.make import faults
+            from finetune.export.gguf.make import gguf_faults
 
             if "error" in found[exact.name] and exact is not jobs[at]:
                 # In float32 it is twice as large, most likely too large; of the languages nothing is kept yet.
@@ -157,10 +159,10 @@ def export(
             part = "gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama"
             files, notes = gguf.write(beside, part, exact.name, reference, work, say, progress)
             for now in files:
-                compare(now, found[exact.name], found[jobs[0].name])
+                add_comparison(now, found[exact.name], found[jobs[0].name])
                 found[now["name"]] = now
                 if now["kept"]:
-                    lines += [*missed(now, gate), *faults(now)]
+                    lines += [*missed_limits(now, gate), *gguf_faults(now)]
         for one in found.values():
             if "answers" in one:
                 one["answered"] = len(one["answers"])
@@ -250,9 +252,9 @@ def _check_gguf(section: ModelSection) -> None:
     for package in ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
             raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
-    from finetune.export.gguf.tensors import family
+    from finetune.export.gguf.tensors import checked_model_type
 
-    family({"model_type": load_config(section).get_text_config().model_type})
+    checked_model_type({"model_type": load_config(section).get_text_config().model_type})
 
 
 def _exact(whole: Path, job: Job) -> Job:

@@ -14,7 +14,7 @@ FORMATS = ("bf16", "fp16", "int8", "nf4")
 _SHARD = 5_000_000_000
 
 
-def write(model: Path, output: Path, kind: str, progress: bool = False) -> None:
+def write_format(model: Path, output: Path, kind: str, progress: bool = False) -> None:
     """The model in `model` as one of `FORMATS`, in the empty folder `output`; one tensor is in memory at a time.
 
     What int8 and nf4 leave as it is (embeddings, norms, the output layer) stays in 16 bit, as bitsandbytes computes.

@@ -25,7 +25,7 @@ _PROMPTS = 10
 _CONVERSATIONS = 10
 # Nats a token. Above it, a model that was merged without rounding its base does not answer as its adapter does: the
 # rounding of bfloat16 alone gives less than a tenth of this.
-_SAME = 0.02
+_MAX_MERGE_KL = 0.02
 
 LIMITS = {
     "max_kl": ("kl", "mean KL"),
@@ -146,7 +146,7 @@ def _watch_activations(model: Any) -> dict[str, Any]:
 # The report
 
 
-def compare(found: dict[str, Any], reference: dict[str, Any], tokens: dict[str, Any]) -> None:
+def add_comparison(found: dict[str, Any], reference: dict[str, Any], tokens: dict[str, Any]) -> None:
     """Puts into `found` what only shows beside another model.
 
     Args:
@@ -167,7 +167,7 @@ def _equal(ours: list[list[int]], theirs: list[list[int]]) -> int:
     return sum(a == b for a, b in zip(ours, theirs, strict=True))
 
 
-def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) -> list[str]:
+def missed_limits(found: dict[str, Any], gate: dict[str, float], same: bool = False) -> list[str]:
     """What a model falls short of, a line each.
 
     Args:
@@ -189,10 +189,10 @@ def missed(found: dict[str, Any], gate: dict[str, float], same: bool = False) ->
             f"{name}: {other} of {len(found['conversations'])} conversations give other token ids than in training; "
             "its tokenizer or chat template was changed"
         )
-    if same and (found.get("kl") or 0.0) > _SAME:
+    if same and (found.get("kl") or 0.0) > _MAX_MERGE_KL:
         lines.append(
             f"{name}: does not predict as its adapter does: mean KL is {found['kl']:.3g}, and rounding alone gives "
-            f"less than {_SAME}"
+            f"less than {_MAX_MERGE_KL}"
         )
     for limit, value in gate.items():
         key, word = LIMITS[limit]

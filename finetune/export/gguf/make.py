@@ -12,22 +12,22 @@ from typing import Any
 
 from finetune.data.samples import LabelledRow, sample_rows
 from finetune.export.gguf.imatrix import files as matrices
-from finetune.export.gguf.imatrix.calibration import calibration, collect
-from finetune.export.gguf.llama_cpp.measure import Measurement, Text, measure
-from finetune.export.gguf.quantize import Matrix
-from finetune.export.gguf.tokenizer.source import Limit, load
-from finetune.export.gguf.tokenizer.vocabulary import expected, probes, read
-from finetune.export.gguf.write import check, write
+from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance
+from finetune.export.gguf.llama_cpp.measure import Measurement, TokenizedText, measure
+from finetune.export.gguf.quantize import ImportanceMatrix
+from finetune.export.gguf.tokenizer.source import Difference, trained_tokenizer
+from finetune.export.gguf.tokenizer.vocabulary import expected_ids, probe_texts, read_tokenizer
+from finetune.export.gguf.write import check_writable, write_gguf
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
 
 # Types whose rounding no importance of columns changes.
-_PLAIN = ("F32", "F16", "BF16", "Q8_0")
+_WITHOUT_MATRIX = ("F32", "F16", "BF16", "Q8_0")
 _CONVERSATIONS = 10
 # A file that agrees on fewer tokens than this was not written rightly: 2 bits of a small model agree on about half.
-_BROKEN = 0.2
+_MIN_TOP1 = 0.2
 # Nats of the log-probability that differs most. F32 weights give transformers' float32 numbers but for the order of
 # sums and llama.cpp's table for GELU: Gemma 3 270M's differ by 0.05 at most, of 262,144 tokens at 1,059 places.
-_SAME = 0.2
+_MAX_DIFFERENCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tokens:
     """A model's tokenizer as GGUF metadata, and what llama.cpp does otherwise with it."""
 
     vocabulary: dict[str, Any]
-    limits: Sequence[Limit]
+    limits: Sequence[Difference]
 
     @property
     def add_bos(self) -> bool:
@@ -57,8 +57,8 @@ def tokens_of(model: Path) -> Tokens:
     Raises:
         GGUFError, VocabularyError, ShardError: It cannot.
     """
-    found = Tokens(*read(model))
-    check(model, found.vocabulary)
+    found = Tokens(*read_tokenizer(model))
+    check_writable(model, found.vocabulary)
     return found
 
 
@@ -83,18 +83,18 @@ def calibration_of(
     Raises:
         ImatrixError, DataError: There is no such matrix, or none of this model; no rows, or they cannot be read.
     """
-    if options.imatrix == "never" or set(kinds) <= set(_PLAIN):
+    if options.imatrix == "never" or set(kinds) <= set(_WITHOUT_MATRIX):
         return None
     data = options.imatrix_data or ImatrixDataSection()
     if data.path and data.path.endswith((".gguf", ".dat")):
-        given = matrices.read(Path(data.path).expanduser())
-        matrices.check(given, model, data.path)
+        given = matrices.read_imatrix(Path(data.path).expanduser())
+        matrices.check_fits(given, model, data.path)
         # Where the text lay on the machine that made it is nobody else's matter.
         return replace(given, datasets=tuple(re.split(r"[/\\\\]", name)[-1] for name in given.datasets))
-    return Calibration(*calibration(trained, data.path, data.rows, data.max_tokens, compared, say))
+    return Calibration(*calibration_rows(trained, data.path, data.rows, data.max_tokens, compared, say))
 
 
-def make(
+def make_files(
     model: Path,
     tokens: Tokens,
     folder: Path,
@@ -129,8 +129,8 @@ def make(
     vocabulary, limits = tokens.vocabulary, tokens.limits
     notes = [f"\nllama.cpp is not quite the trained tokenizer: {limit.what}." for limit in limits]
     told = [
-        Text(text, ids)
-        for text, ids in expected(model, vocabulary, probes())
+        TokenizedText(text, ids)
+        for text, ids in expected_ids(model, vocabulary, probe_texts())
         if not any(limit.concerns(text) for limit in limits)
     ]
     conversations, prompts = _conversations(model)
@@ -138,7 +138,7 @@ def make(
     importance = None
     if calibrated:
         importance = _importance(model, calibrated, say, progress)
-        matrices.write(importance, folder)
+        matrices.write_imatrix(importance, folder)
         of = ", ".join(importance.datasets)
         notes.append(f"\nImportance matrix: of {max(importance.counts.values()):,} tokens ({of}).")
     found: list[dict[str, Any]] = []
@@ -150,7 +150,7 @@ def make(
             )
             file = (work if tried else folder) / f"{name}-{kind}.gguf"
             say(f"{title}: writing")
-            write(model, file, kind, matrix, progress, vocabulary)
+            write_gguf(model, file, kind, matrix, progress, vocabulary)
             say(f"{title}: measuring")
             now = measure(file, title, on)
             now |= {"kind": kind, "file": file.name, "matrix": matrix is not None, "kept": False}
@@ -165,11 +165,11 @@ def make(
         file.replace(folder / file.name)
         found += [one for one, _ in tried]
     kept = [one for one in found if one["kept"]]
-    (folder / "test.log").write_text("\n".join(_asked(one) for one in kept), encoding="utf-8")
+    (folder / "test.log").write_text("\n".join(_log_entry(one) for one in kept), encoding="utf-8")
     return found, notes
 
 
-def faults(found: Mapping[str, Any]) -> list[str]:
+def gguf_faults(found: Mapping[str, Any]) -> list[str]:
     """What shows that a file was not written rightly, a line each; none where all is well."""
     name, lines = found["name"], []
     if "error" in found:
@@ -187,12 +187,12 @@ def faults(found: Mapping[str, Any]) -> list[str]:
             )
     top1, largest = found.get("top1"), found.get("largest")
     # Two tokens that are nearly as likely may change places; a number that is off shows more.
-    if found["kind"] == "F32" and top1 is not None and not (largest or 0) <= _SAME:
+    if found["kind"] == "F32" and top1 is not None and not (largest or 0) <= _MAX_DIFFERENCE:
         lines.append(
             f"{name}: does not compute what the model computes: it predicts the same token in {top1:.2%}, and a "
             f"log-probability is off by {largest:.2g}"
         )
-    elif top1 is not None and top1 < _BROKEN:
+    elif top1 is not None and top1 < _MIN_TOP1:
         lines.append(f"{name}: predicts the same token in {top1:.1%} only; the file is broken, or of no use")
     return lines
 
@@ -209,13 +209,13 @@ def _importance(
     say(f"importance matrix: of {sum(map(len, rows)):,} tokens, {where}")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return collect(model, rows, dtype, where, progress)
+    return collect_importance(model, rows, dtype, where, progress)
 
 
 def _variants(
     kind: str, importance: matrices.Importance | None, options: ExportSection
-) -> list[Matrix | None]:
-    if importance is None or kind in _PLAIN:
+) -> list[ImportanceMatrix | None]:
+    if importance is None or kind in _WITHOUT_MATRIX:
         return [None]
     return [importance.matrix] if options.imatrix == "always" else [importance.matrix, None]
 
@@ -226,25 +226,25 @@ def _loss(found: Mapping[str, Any]) -> float:
     return math.inf if kl is None or math.isnan(kl) else float(kl)
 
 
-def _conversations(model: Path) -> tuple[list[Text], list[Text]]:
+def _conversations(model: Path) -> tuple[list[TokenizedText], list[TokenizedText]]:
     """Ten of the project's own conversations, and what stands before their last answers, as the model was trained."""
-    tokenizer = load(model)
-    whole: list[Text] = []
-    begun: list[Text] = []
+    tokenizer = trained_tokenizer(model)
+    whole: list[TokenizedText] = []
+    begun: list[TokenizedText] = []
     for line in sample_rows().read_text(encoding="utf-8").splitlines()[:_CONVERSATIONS]:
         messages = json.loads(line)["messages"]
         if tokenizer.chat_template is None:
             text = "\n".join(message["content"] for message in messages)
-            whole.append(Text(text, list(tokenizer(text)["input_ids"])))
+            whole.append(TokenizedText(text, list(tokenizer(text)["input_ids"])))
             continue
         for part, into, asks in ((messages, whole, False), (messages[:-1], begun, True)):
             text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=asks)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            into.append(Text(text, list(ids), messages=part))
+            into.append(TokenizedText(text, list(ids), messages=part))
     return whole, begun
 
 
-def _asked(found: Mapping[str, Any]) -> str:
+def _log_entry(found: Mapping[str, Any]) -> str:
     """What a file answered, for `test.log`."""
     head = f"== {found['file']}"
     if "error" in found:

@@ -14,14 +14,18 @@ import numpy as np
 from gguf import Keys, RopeScalingType
 from numpy.typing import NDArray
 
-from finetune.export.gguf.tensors import ARCHITECTURES, family, head_size
+from finetune.export.gguf.tensors import ARCHITECTURES, checked_model_type, head_dim
 from finetune.system.errors import ExportError
 
 # Where a file says nothing, llama.cpp lets each second or sixth layer see all that came before.
-_FULL_LAYER = {"gemma2": 2, "gemma3_text": 6}
+_FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3_text": 6}
 # Models of 27B, known to llama.cpp by their layers, scale scores by the width that a head would have of hidden_size.
-_LARGE = {"gemma2": 46, "gemma3_text": 62}
-_GATE = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+_ACTIVATION = {
+    "gemma": "gelu_pytorch_tanh",
+    "gemma2": "gelu_pytorch_tanh",
+    "gemma3_text": "gelu_pytorch_tanh",
+}
 
 
 def read_config(model: Path) -> Any:
@@ -39,7 +43,7 @@ def read_config(model: Path) -> Any:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("no map of keys")
-        family(raw)
+        checked_model_type(raw)
         with quiet():
             whole = AutoConfig.from_pretrained(model)
         config = whole.get_text_config()
@@ -56,21 +60,21 @@ def read_config(model: Path) -> Any:
         raise ExportError(
             f"{file}: the weights are quantised (quantization_config); write a merged model in 16 bit"
         )
-    family({"model_type": config.model_type})
+    checked_model_type({"model_type": config.model_type})
     return config
 
 
-def metadata(config: Any) -> dict[str, Any]:
+def model_metadata(config: Any) -> dict[str, Any]:
     """What a GGUF file says of a model, its tokenizer apart: keys to plain values.
 
     Raises:
         GGUFError: llama.cpp would compute something else than transformers does.
     """
     kind = config.model_type
-    _check(config)
-    size = head_size(config)
+    _check_computable(config)
+    size = head_dim(config)
     found = {
-        Keys.LLM.CONTEXT_LENGTH: _context(config),
+        Keys.LLM.CONTEXT_LENGTH: _context_length(config),
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
         Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
         Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size,
@@ -82,16 +86,16 @@ def metadata(config: Any) -> dict[str, Any]:
         Keys.Attention.LAYERNORM_RMS_EPS: float(config.rms_norm_eps),
         Keys.Rope.DIMENSION_COUNT: size,
     }
-    found |= _rope(config)
+    found |= _rope_metadata(config)
     if kind == "gemma2":
         found[Keys.LLM.ATTN_LOGIT_SOFTCAPPING] = float(config.attn_logit_softcapping)
     if kind in ("gemma2", "gemma3_text") and config.final_logit_softcapping:
         found[Keys.LLM.FINAL_LOGIT_SOFTCAPPING] = float(config.final_logit_softcapping)
-    if kind in _FULL_LAYER and "sliding_attention" in config.layer_types:
+    if kind in _FULL_ATTENTION_EVERY and "sliding_attention" in config.layer_types:
         found[Keys.Attention.SLIDING_WINDOW] = config.sliding_window
-    if kind in _FULL_LAYER:
+    if kind in _FULL_ATTENTION_EVERY:
         slides = [layer == "sliding_attention" for layer in config.layer_types]
-        usual = [(number + 1) % _FULL_LAYER[kind] != 0 for number in range(len(slides))]
+        usual = [(number + 1) % _FULL_ATTENTION_EVERY[kind] != 0 for number in range(len(slides))]
         # Programs that know no other pattern must not be given the usual one in words.
         if slides != usual and (kind == "gemma2" or any(slides)):
             found[Keys.Attention.SLIDING_WINDOW_PATTERN] = slides
@@ -101,26 +105,26 @@ def metadata(config: Any) -> dict[str, Any]:
 
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
     """By what llama.cpp divides each rotation of a llama3 model, float32 [half a head]; None for other models."""
-    if _rope_of(config)["rope_type"] != "llama3":
+    if _full_attention_rope(config)["rope_type"] != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config)[0].double().numpy()
-    size = head_size(config)
-    plain = 1 / (_rope_of(config)["rope_theta"] ** (np.arange(0, size, 2) / size))
+    size = head_dim(config)
+    plain = 1 / (_full_attention_rope(config)["rope_theta"] ** (np.arange(0, size, 2) / size))
     factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
     return factors
 
 
-def _rope_of(config: Any) -> dict[str, Any]:
+def _full_attention_rope(config: Any) -> dict[str, Any]:
     """The rotation of the layers that see all."""
     rope: dict[str, Any] = config.rope_parameters
     full: dict[str, Any] = rope.get("full_attention", rope)
     return full
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    rope, kind = _rope_of(config), config.model_type
+def _rope_metadata(config: Any) -> dict[str, Any]:
+    rope, kind = _full_attention_rope(config), config.model_type
     how = rope["rope_type"]
     known = {"default", "linear"}
     known |= set() if kind.startswith("gemma") else {"yarn"}
@@ -162,27 +166,27 @@ def _magnitude(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _context(config: Any) -> int:
+def _context_length(config: Any) -> int:
     """As many tokens as llama.cpp computes rightly: it knows no sliding window in Llama's and Qwen's families."""
     length: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
-    if config.model_type in _FULL_LAYER or not window:
+    if config.model_type in _FULL_ATTENTION_EVERY or not window:
         return length
     if config.model_type != "mistral" and layers and "sliding_attention" not in layers:
         return length
     return min(length, int(window))
 
 
-def _check(config: Any) -> None:
+def _check_computable(config: Any) -> None:
     """Refuses what is not computed by llama.cpp, or otherwise."""
-    kind, size = config.model_type, head_size(config)
+    kind, size = config.model_type, head_dim(config)
 
     def value(key: str) -> Any:
         return getattr(config, key, None)
 
     key = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
-    gate = _GATE.get(kind, "silu")
+    gate = _ACTIVATION.get(kind, "silu")
     if value(key) != gate:
         _refuse(config, key, value(key), f"only {gate} is computed")
     if value("use_bidirectional_attention") or value("is_causal") is False:
@@ -200,8 +204,8 @@ def _check(config: Any) -> None:
         _refuse(config, name, None, "scores are always capped")
     if kind == "gemma3_text" and config.attn_logit_softcapping:
         _refuse(config, "attn_logit_softcapping", config.attn_logit_softcapping, "scores are never capped")
-    if kind in _FULL_LAYER:
-        large = config.num_hidden_layers == _LARGE[kind]
+    if kind in _FULL_ATTENTION_EVERY:
+        large = config.num_hidden_layers == _LAYERS_OF_27B[kind]
         scale = config.hidden_size // config.num_attention_heads if large else size
         if config.query_pre_attn_scalar != scale:
             _refuse(

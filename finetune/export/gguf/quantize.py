@@ -21,34 +21,34 @@ from numpy.typing import NDArray
 
 from finetune.system.errors import ExportError
 
-Kind = GGMLQuantizationType
-Matrix = dict[str, NDArray[np.float32]]
+GGMLType = GGMLQuantizationType
+ImportanceMatrix = dict[str, NDArray[np.float32]]
 
 # What users write: how llama.cpp numbers such a file, and the type that a tensor has where no rule says otherwise.
 TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
-    "F32": (LlamaFileType.ALL_F32, Kind.F32),
-    "F16": (LlamaFileType.MOSTLY_F16, Kind.F16),
-    "BF16": (LlamaFileType.MOSTLY_BF16, Kind.BF16),
-    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, Kind.Q8_0),
-    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, Kind.Q6_K),
-    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, Kind.Q5_K),
-    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, Kind.Q4_K),
-    "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, Kind.IQ4_NL),
-    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, Kind.Q3_K),
-    "IQ3_S": (LlamaFileType.MOSTLY_IQ3_S, Kind.IQ3_S),
-    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, Kind.Q2_K),
+    "F32": (LlamaFileType.ALL_F32, GGMLType.F32),
+    "F16": (LlamaFileType.MOSTLY_F16, GGMLType.F16),
+    "BF16": (LlamaFileType.MOSTLY_BF16, GGMLType.BF16),
+    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, GGMLType.Q8_0),
+    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, GGMLType.Q6_K),
+    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, GGMLType.Q5_K),
+    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, GGMLType.Q4_K),
+    "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, GGMLType.IQ4_NL),
+    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, GGMLType.Q3_K),
+    "IQ3_S": (LlamaFileType.MOSTLY_IQ3_S, GGMLType.IQ3_S),
+    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, GGMLType.Q2_K),
 }
-PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
+UNQUANTIZED = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 # Where a row's length is no multiple of 256.
 _FALLBACK = {
-    Kind.IQ3_S: Kind.IQ4_NL,
-    Kind.Q2_K: Kind.Q4_0,
-    Kind.Q3_K: Kind.Q4_0,
-    Kind.Q4_K: Kind.Q5_0,
-    Kind.Q5_K: Kind.Q5_1,
-    Kind.Q6_K: Kind.Q8_0,
+    GGMLType.IQ3_S: GGMLType.IQ4_NL,
+    GGMLType.Q2_K: GGMLType.Q4_0,
+    GGMLType.Q3_K: GGMLType.Q4_0,
+    GGMLType.Q4_K: GGMLType.Q5_0,
+    GGMLType.Q5_K: GGMLType.Q5_1,
+    GGMLType.Q6_K: GGMLType.Q8_0,
 }
-_USED = sorted({kind for _, kind in TYPES.values()} - set(PLAIN) | set(_FALLBACK.values()))
+_USED_TYPES = sorted({kind for _, kind in TYPES.values()} - set(UNQUANTIZED) | set(_FALLBACK.values()))
 _PACKAGES = ("xllamacpp", "llama_cpp")
 _SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_validate_row_data")
 
@@ -57,7 +57,7 @@ _SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_vali
 # Which tensor gets which type
 
 
-def types(
+def tensor_types(
     shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, groups: int, matrix: bool
 ) -> dict[str, GGMLQuantizationType]:
     """The type of each tensor in a file, by llama.cpp's rules.
@@ -79,47 +79,49 @@ def types(
     for name, shape in shapes.items():
         plain = TYPES[kind][1]
         if len(shape) < 2:
-            found[name] = Kind.F32
-        elif plain in PLAIN:
+            found[name] = GGMLType.F32
+        elif plain in UNQUANTIZED:
             found[name] = plain
         else:
-            chosen = _chosen(name, shape[-1], kind, layers, groups, tied, matrix)
-            if large and ".attn_v." in name and chosen in (Kind.Q3_K, Kind.Q4_K):
-                chosen = Kind.Q5_K
-            found[name] = _that_fits(chosen, shape[-1])
+            chosen = _type_by_rule(name, shape[-1], kind, layers, groups, tied, matrix)
+            if large and ".attn_v." in name and chosen in (GGMLType.Q3_K, GGMLType.Q4_K):
+                chosen = GGMLType.Q5_K
+            found[name] = _type_that_fits(chosen, shape[-1])
     return found
 
 
-def _chosen(
+def _type_by_rule(
     name: str, columns: int, kind: str, layers: int, groups: int, tied: bool, matrix: bool
 ) -> GGMLQuantizationType:
     part, layer, plain = name.split(".")[-2], _layer(name), TYPES[kind][1]
     if part == "output" or (part == "token_embd" and tied):
-        return Kind.Q8_0 if plain == Kind.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else Kind.Q6_K
+        return (
+            GGMLType.Q8_0 if plain == GGMLType.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else GGMLType.Q6_K
+        )
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     if part in ("attn_v", "ffn_down") and kind in ("Q4_K_M", "Q5_K_M") and more:
-        return Kind.Q6_K
+        return GGMLType.Q6_K
     if part == "attn_v":
         if kind == "Q3_K_M":
-            return Kind.Q5_K if layer < 2 else Kind.Q4_K
-        few = {"Q2_K": Kind.Q3_K}
-        many = {"Q2_K": Kind.Q4_K, "IQ3_S": Kind.Q4_K, "IQ4_NL": Kind.Q5_K}
+            return GGMLType.Q5_K if layer < 2 else GGMLType.Q4_K
+        few = {"Q2_K": GGMLType.Q3_K}
+        many = {"Q2_K": GGMLType.Q4_K, "IQ3_S": GGMLType.Q4_K, "IQ4_NL": GGMLType.Q5_K}
         return (many if groups >= 4 else few).get(kind, plain)
     if part == "ffn_down":
         if kind == "Q3_K_M":
-            return Kind.Q5_K if layer < layers // 16 else Kind.Q4_K
+            return GGMLType.Q5_K if layer < layers // 16 else GGMLType.Q4_K
         if kind == "IQ4_NL" and not matrix and layer < layers // 8:
-            return Kind.Q5_K
-        return Kind.Q3_K if kind == "Q2_K" else plain
+            return GGMLType.Q5_K
+        return GGMLType.Q3_K if kind == "Q2_K" else plain
     if part == "attn_output":
-        return {"Q2_K": Kind.Q3_K, "Q3_K_M": Kind.Q4_K}.get(kind, plain)
+        return {"Q2_K": GGMLType.Q3_K, "Q3_K_M": GGMLType.Q4_K}.get(kind, plain)
     return plain
 
 
-def _that_fits(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+def _type_that_fits(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
     if columns % GGML_QUANT_SIZES[kind][0]:
-        kind = _FALLBACK.get(kind, Kind.F16)
-    return Kind.F16 if columns % GGML_QUANT_SIZES[kind][0] else kind
+        kind = _FALLBACK.get(kind, GGMLType.F16)
+    return GGMLType.F16 if columns % GGML_QUANT_SIZES[kind][0] else kind
 
 
 def _layer(name: str) -> int:
@@ -137,7 +139,7 @@ def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
 # Numbers
 
 
-def quantise(
+def quantize_rows(
     kind: GGMLQuantizationType, rows: NDArray[np.float32], weights: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
     """Rows in a type of llama.cpp: uint8 [n, bytes of a row]. Other threads run meanwhile.
@@ -153,9 +155,9 @@ def quantise(
     count, columns = rows.shape
     out = np.empty((count, row_bytes(kind, columns)), dtype=np.uint8)
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    if kind == Kind.F32:
+    if kind == GGMLType.F32:
         return rows.view(np.uint8)
-    if kind == Kind.F16:
+    if kind == GGMLType.F16:
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
         if not np.isfinite(half).all():
@@ -163,14 +165,14 @@ def quantise(
                 f"{np.abs(rows).max():,.0f} does not fit float16 (65,504 at most); write BF16 or Q8_0"
             )
         return half.view(np.uint8)
-    if kind == Kind.BF16:
+    if kind == GGMLType.BF16:
         bits = rows.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8)
     # The library ends the process where these do not hold.
     assert columns % GGML_QUANT_SIZES[kind][0] == 0, (kind, columns)
     assert weights is None or weights.shape == (columns,), (weights, columns)
     lent = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
-    ggml = library()
+    ggml = ggml_library()
     written = ggml.ggml_quantize_chunk(
         int(kind),
         rows.ctypes.data,
@@ -188,7 +190,7 @@ def quantise(
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def ggml_library() -> ctypes.CDLL:
     """The first library found that quantises as expected.
 
     Raises:
@@ -200,13 +202,13 @@ def library() -> ctypes.CDLL:
         if found is None or not found.submodule_search_locations:
             continue
         reason = "it holds no shared library"
-        for path in _files(Path(next(iter(found.submodule_search_locations)))):
+        for path in _shared_libraries(Path(next(iter(found.submodule_search_locations)))):
             try:
                 loaded = ctypes.CDLL(str(path))
             except OSError as error:
                 reason = f"{path.name} cannot be loaded ({error})"
                 continue
-            if not (reason := _lacks(loaded)):
+            if not (reason := _why_unusable(loaded)):
                 return loaded
         reasons.append(f"{package} cannot be used: {reason}")
     if reasons:
@@ -214,12 +216,12 @@ def library() -> ctypes.CDLL:
     raise ExportError('GGUF needs llama.cpp; write: pip install "finetune[gguf]"')
 
 
-def _files(folder: Path) -> list[Path]:
+def _shared_libraries(folder: Path) -> list[Path]:
     found = [path for end in ("so", "dylib", "dll", "pyd") for path in sorted(folder.rglob(f"*.{end}"))]
     return [path for path in found if re.match(r"xllamacpp|(lib)?ggml-base\.", path.name)]
 
 
-def _lacks(ggml: ctypes.CDLL) -> str:
+def _why_unusable(ggml: ctypes.CDLL) -> str:
     """Why a library cannot be used; empty where it quantises as expected."""
     for symbol in _SYMBOLS:
         if not hasattr(ggml, symbol):
@@ -233,7 +235,7 @@ def _lacks(ggml: ctypes.CDLL) -> str:
     ggml.ggml_type_name.argtypes = [ctypes.c_int]
     ggml.ggml_validate_row_data.restype = ctypes.c_bool
     ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
-    for kind in _USED:
+    for kind in _USED_TYPES:
         named = ggml.ggml_type_name(int(kind)) or b""
         if named.decode().lower() != kind.name.lower() or ggml.ggml_row_size(int(kind), 256) != row_bytes(
             kind, 256
@@ -249,5 +251,5 @@ def _lacks(ggml: ctypes.CDLL) -> str:
         ],
         1,
     )
-    ggml.ggml_quantize_chunk(int(Kind.Q8_0), numbers.ctypes.data, out.ctypes.data, 0, 2, 32, None)
+    ggml.ggml_quantize_chunk(int(GGMLType.Q8_0), numbers.ctypes.data, out.ctypes.data, 0, 2, 32, None)
     return "" if np.array_equal(out, expected) else "its ggml_quantize_chunk does not what was expected"

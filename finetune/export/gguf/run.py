@@ -14,8 +14,8 @@ from finetune.data.samples import LabelledRow, rows_by_language
 from finetune.export.gguf import make
 from finetune.export.gguf.imatrix.files import Importance
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.ollama.modelfile import write
-from finetune.export.gguf.ollama.system_text import system_of
+from finetune.export.gguf.ollama.modelfile import write_modelfile
+from finetune.export.gguf.ollama.system_text import common_system_text
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.terminal import Say
@@ -25,7 +25,7 @@ _GROUP = 8
 
 
 @dataclass(frozen=True)
-class Gguf:
+class GgufExport:
     """What is to be written of a whole model, and what it is measured on.
 
     `groups` are rows by language, `told` words that say how many and which they are; `modelfile` is a Modelfile for
@@ -71,7 +71,7 @@ class Gguf:
         into = folder / place
         into.mkdir()
         on = Measurement(list(self.rows), self.groups, against=against, reference=reference)
-        found, notes = make.make(
+        found, notes = make.make_files(
             self.model,
             self.tokens,
             into,
@@ -89,7 +89,7 @@ class Gguf:
         return found, [self.told, *notes]
 
 
-def prepare(
+def prepare_gguf(
     model: Path,
     trained: Path,
     formats: Sequence[str],
@@ -100,7 +100,7 @@ def prepare(
     options: ExportSection,
     work: Path,
     say: Say,
-) -> Gguf:
+) -> GgufExport:
     """All that can be refused before a weight is read.
 
     Args:
@@ -121,12 +121,12 @@ def prepare(
     tokens = make.tokens_of(model)
     best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
     if "ollama" in formats:
-        write(model, work, best, tokens.add_bos, system_of(trained))
+        write_modelfile(model, work, best, tokens.add_bos, common_system_text(trained))
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
     parts = {name: (part[:_GROUP], of) for name, (part, of) in rows_by_language(rows, where, chat).items()}
     groups = {name: part for name, (part, _) in parts.items()}
     compared = [*rows, *(row for part in groups.values() for row in part)]
-    return Gguf(
+    return GgufExport(
         model,
         kinds,
         name,

@@ -48,7 +48,7 @@ _BESIDE = re.compile(
 )
 
 
-def family(config: dict[str, Any]) -> str:
+def checked_model_type(config: dict[str, Any]) -> str:
     """The model_type of the text model that a config.json describes, one of `ARCHITECTURES`.
 
     Raises:
@@ -62,13 +62,13 @@ def family(config: dict[str, Any]) -> str:
     return str(kind)
 
 
-def names(config: dict[str, Any]) -> Callable[[str], str | None]:
+def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
     """What turns the name of a tensor, on disk or in memory, into llama.cpp's; None is no tensor of the text model.
 
     Raises:
         GGUFError: The family of the config, or, when it is called, the tensor is unknown.
     """
-    kind = family(config)
+    kind = checked_model_type(config)
     inner = _INNER | (_FOUR_NORMS if kind.startswith(("gemma2", "gemma3")) else {})
 
     def translate(name: str) -> str | None:
@@ -87,7 +87,7 @@ def names(config: dict[str, Any]) -> Callable[[str], str | None]:
     return translate
 
 
-def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """The tensors that llama.cpp wants of a text model, under its names, with the shapes that the config gives them.
 
     In llama.cpp's own order. `rope_freqs.weight` is not among them: it is in no checkpoint.
@@ -96,7 +96,7 @@ def shapes(config: Any) -> dict[str, tuple[int, ...]]:
         config: The text model's, as transformers reads it.
     """
     kind, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
-    size = head_size(config)
+    size = head_dim(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     linear = {
         "attn_q": (queries, hidden),
@@ -134,12 +134,12 @@ def shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def head_size(config: Any) -> int:
+def head_dim(config: Any) -> int:
     """How many numbers an attention head has."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def changed(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
+def converted_values(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
     """Numbers as llama.cpp wants them: Gemma's norms count from 1, and Llama's rotated pairs lie side by side.
 
     transformers rotates the number i of a head with i + half of the head, llama.cpp's `llama` 2i with 2i + 1.
@@ -154,5 +154,5 @@ def changed(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.flo
         return rows + np.float32(1)
     if ARCHITECTURES[kind] == "llama" and name.split(".")[-2] in ("attn_q", "attn_k"):
         rest = rows.shape[1:]
-        return rows.reshape(-1, 2, head_size(config) // 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
+        return rows.reshape(-1, 2, head_dim(config) // 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
     return rows

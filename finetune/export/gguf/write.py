@@ -27,15 +27,27 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
-from finetune.export.gguf.metadata import metadata, read_config, rope_factors
-from finetune.export.gguf.quantize import PLAIN, TYPES, Matrix, library, quantise, row_bytes, types
-from finetune.export.gguf.tensors import ARCHITECTURES, changed, head_size, names, shapes
+from finetune.export.gguf.metadata import model_metadata, read_config, rope_factors
+from finetune.export.gguf.quantize import (
+    TYPES,
+    UNQUANTIZED,
+    ImportanceMatrix,
+    ggml_library,
+    quantize_rows,
+    row_bytes,
+    tensor_types,
+)
+from finetune.export.gguf.tensors import (
+    ARCHITECTURES,
+    converted_values,
+    expected_shapes,
+    gguf_names,
+    head_dim,
+)
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
 from finetune.system.terminal import progress_bar
-
-__all__ = ["TYPES", "write"]
 
 # llama.cpp (October 2026) changes how tokens are read by these words in a model's name.
 _MISREAD = re.compile("phi-?3|modern-bert", re.IGNORECASE)
@@ -45,7 +57,7 @@ _SLICE = 2**20
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Tensor:
     """A tensor of the file: where its numbers lie, or they themselves, and the type that they get."""
 
     name: str
@@ -61,11 +73,11 @@ class _Item:
         return rows * row_bytes(self.kind, self.shape[-1])
 
 
-def write(
+def write_gguf(
     model: Path,
     file: Path,
     kind: str,
-    imatrix: Matrix | None = None,
+    imatrix: ImportanceMatrix | None = None,
     progress: bool = False,
     vocabulary: dict[str, Any] | None = None,
 ) -> None:
@@ -99,18 +111,18 @@ def write(
         Keys.General.FILE_TYPE: int(TYPES[kind][0]),
         Keys.General.QUANTIZATION_VERSION: int(GGML_QUANT_VERSION),
     }
-    said |= metadata(config)
-    items = _plan(model, config, kind, imatrix)
+    said |= model_metadata(config)
+    items = _planned_tensors(model, config, kind, imatrix)
     if vocabulary is None:
-        from finetune.export.gguf.tokenizer.vocabulary import vocabulary as read_vocabulary
+        from finetune.export.gguf.tokenizer.vocabulary import tokenizer_metadata as read_vocabulary
 
         vocabulary = read_vocabulary(model)
     _check_size(model, config, vocabulary)
     said |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
     if imatrix:
         said["quantize.imatrix.entries_count"] = len(imatrix)
-    if any(item.kind not in PLAIN for item in items):
-        library()
+    if any(item.kind not in UNQUANTIZED for item in items):
+        ggml_library()
     header = _header(said, items)
     total = len(header) + sum(_padded(item.bytes) for item in items)
     if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
@@ -131,15 +143,15 @@ def write(
             before = done
 
 
-def check(model: Path, vocabulary: dict[str, Any]) -> None:
+def check_writable(model: Path, vocabulary: dict[str, Any]) -> None:
     """Refuses a model that no file can be written of; no number of its weights is read.
 
     Raises:
         GGUFError, ShardError: As `write`.
     """
     config = read_config(model)
-    metadata(config)
-    _plan(model, config, "F32", None)
+    model_metadata(config)
+    _planned_tensors(model, config, "F32", None)
     _check_size(model, config, vocabulary)
 
 
@@ -151,13 +163,13 @@ def _check_size(model: Path, config: Any, vocabulary: dict[str, Any]) -> None:
         )
 
 
-def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_Item]:
+def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMatrix | None) -> list[_Tensor]:
     """The tensors of the file, each with its place, in llama.cpp's order.
 
     Raises:
         GGUFError: One is missing, too many, of another shape or type than the config and llama.cpp want.
     """
-    translate = names(config.to_dict())
+    translate = gguf_names(config.to_dict())
     stored: dict[str, StoredTensor] = {}
     for name, place in read_headers(model).items():
         if (short := translate(name)) is None:
@@ -167,10 +179,10 @@ def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_
         if place.dtype not in _FLOATS:
             raise ExportError(f"GGUF: {name} is of type {place.dtype}; write a merged model of floats")
         stored[short] = place
-    wanted = shapes(config)
+    wanted = expected_shapes(config)
     if config.tie_word_embeddings:
         del wanted["output.weight"]
-        if (again := stored.pop("output.weight", None)) and not _same(
+        if (again := stored.pop("output.weight", None)) and not _tensors_equal(
             model, again, stored.get("token_embd.weight")
         ):
             raise ExportError(
@@ -192,19 +204,19 @@ def _plan(model: Path, config: Any, kind: str, imatrix: Matrix | None) -> list[_
     if factors is not None:
         wanted["rope_freqs.weight"] = factors.shape
     groups = config.num_attention_heads // config.num_key_value_heads
-    kinds = types(wanted, kind, ARCHITECTURES[config.model_type], groups, imatrix is not None)
+    kinds = tensor_types(wanted, kind, ARCHITECTURES[config.model_type], groups, imatrix is not None)
     _check_matrix(imatrix or {}, wanted, imatrix is not None)
-    items = [_Item(name, wanted[name], kinds[name], stored[name]) for name in wanted if name in stored]
+    items = [_Tensor(name, wanted[name], kinds[name], stored[name]) for name in wanted if name in stored]
     if factors is not None:
-        items.append(_Item("rope_freqs.weight", factors.shape, Kind.F32, factors))
+        items.append(_Tensor("rope_freqs.weight", factors.shape, Kind.F32, factors))
     return items
 
 
-def _same(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
+def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
     """Whether two tensors are equal, number for number; slice by slice."""
     if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    with _opened(model, [one, other]) as files:
+    with _open_files(model, [one, other]) as files:
         return all(
             torch.equal(
                 *(read_tensor(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other))
@@ -213,7 +225,7 @@ def _same(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
         )
 
 
-def _check_matrix(imatrix: Matrix, wanted: Mapping[str, tuple[int, ...]], given: bool) -> None:
+def _check_matrix(imatrix: ImportanceMatrix, wanted: Mapping[str, tuple[int, ...]], given: bool) -> None:
     for name, weights in imatrix.items():
         if name not in wanted or weights.shape != wanted[name][-1:]:
             raise ExportError(f"GGUF: the importance matrix is of another model: {name} {weights.shape}")
@@ -229,22 +241,22 @@ def _check_matrix(imatrix: Matrix, wanted: Mapping[str, tuple[int, ...]], given:
 
 
 def _write_tensors(
-    out: IO[bytes], model: Path, items: list[_Item], config: Any, imatrix: Matrix
+    out: IO[bytes], model: Path, items: list[_Tensor], config: Any, imatrix: ImportanceMatrix
 ) -> Iterator[int]:
     """Writes them; gives how many bytes have been written after each slice."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     done = 0
     sources = [item.source for item in items if isinstance(item.source, StoredTensor)]
-    with _opened(model, sources) as files, ThreadPoolExecutor(threads) as pool:
+    with _open_files(model, sources) as files, ThreadPoolExecutor(threads) as pool:
 
-        def slice_of(item: _Item, start: int, stop: int) -> NDArray[np.uint8]:
-            rows = _floats(item, files, start, stop)
+        def slice_of(item: _Tensor, start: int, stop: int) -> NDArray[np.uint8]:
+            rows = _float32_rows(item, files, start, stop)
             if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
                 raise ExportError(f"GGUF: {item.name} holds numbers that are not finite")
-            rows = changed(item.name, rows, config)
+            rows = converted_values(item.name, rows, config)
             try:
-                return quantise(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
+                return quantize_rows(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
             except ValueError as error:
                 raise type(error)(f"{item.name}: {error}") from error
 
@@ -258,7 +270,7 @@ def _write_tensors(
                 # Rows in whole heads, as Llama's are put in another order within one.
                 rows = item.shape[0] if len(item.shape) > 1 else 1
                 step = max(1, _SLICE // item.shape[-1])
-                step = -(-step // head_size(config)) * head_size(config) if len(item.shape) > 1 else 1
+                step = -(-step // head_dim(config)) * head_dim(config) if len(item.shape) > 1 else 1
                 for start in range(0, rows, step):
                     waiting.append(pool.submit(slice_of, item, start, min(start + step, rows)))
                     finish(threads + 1)
@@ -273,7 +285,7 @@ def _write_tensors(
     yield done
 
 
-def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArray[np.float32]:
+def _float32_rows(item: _Tensor, files: dict[str, int], start: int, stop: int) -> NDArray[np.float32]:
     """The rows `start` to `stop` of a tensor in float32; a bias or norm has one, and is flat."""
     width = item.shape[-1]
     if isinstance(item.source, np.ndarray):
@@ -289,7 +301,7 @@ def _floats(item: _Item, files: dict[str, int], start: int, stop: int) -> NDArra
 
 
 @contextlib.contextmanager
-def _opened(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, int]]:
+def _open_files(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, int]]:
     with contextlib.ExitStack() as stack:
         files = {name: os.open(model / name, os.O_RDONLY) for name in sorted({item.file for item in stored})}
         for descriptor in files.values():
@@ -301,22 +313,22 @@ def _opened(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, int]]
 # The header
 
 
-def _header(said: Mapping[str, Any], items: list[_Item]) -> bytes:
+def _header(said: Mapping[str, Any], items: list[_Tensor]) -> bytes:
     parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(said))]
     for key, value in said.items():
-        kind, data = _packed(value)
-        parts += [_text(key), struct.pack("<I", kind), data]
+        kind, data = _pack(value)
+        parts += [_pack_string(key), struct.pack("<I", kind), data]
     offset = 0
     for item in items:
         lengths = item.shape[::-1]
-        parts.append(_text(item.name) + struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths))
+        parts.append(_pack_string(item.name) + struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths))
         parts.append(struct.pack("<IQ", item.kind, offset))
         offset += _padded(item.bytes)
     header = b"".join(parts)
     return header.ljust(_padded(len(header)), b"\0")
 
 
-def _packed(value: Any) -> tuple[Value, bytes]:
+def _pack(value: Any) -> tuple[Value, bytes]:
     """A plain value as a file holds it: a whole number is uint32, in an array int32, as llama.cpp reads them."""
     if isinstance(value, bool):
         return Value.BOOL, struct.pack("<?", value)
@@ -325,10 +337,10 @@ def _packed(value: Any) -> tuple[Value, bytes]:
     if isinstance(value, float):
         return Value.FLOAT32, struct.pack("<f", value)
     if isinstance(value, str | bytes):
-        return Value.STRING, _text(value)
+        return Value.STRING, _pack_string(value)
     first = value[0]
     if isinstance(first, str | bytes):
-        kind, data = Value.STRING, b"".join(map(_text, value))
+        kind, data = Value.STRING, b"".join(map(_pack_string, value))
     else:
         kind, dtype = (
             (Value.BOOL, "<u1")
@@ -341,7 +353,7 @@ def _packed(value: Any) -> tuple[Value, bytes]:
     return Value.ARRAY, struct.pack("<IQ", kind, len(value)) + data
 
 
-def _text(text: str | bytes) -> bytes:
+def _pack_string(text: str | bytes) -> bytes:
     data = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(data)) + data
 

@@ -18,8 +18,8 @@ from finetune.data.chat import Chat
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import is_file
 from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
-from finetune.export.gguf.imatrix.files import CHUNK, Importance, check, filled
-from finetune.export.gguf.tensors import names
+from finetune.export.gguf.imatrix.files import CHUNK, Importance, check_fits, without_zeros
+from finetune.export.gguf.tensors import gguf_names
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
@@ -53,7 +53,7 @@ _ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 # Rows
 
 
-def calibration(
+def calibration_rows(
     model: Path,
     path: str | None = None,
     rows: int = ROWS,
@@ -86,7 +86,7 @@ def calibration(
     compared = {tuple(row.input_ids) for row in apart_from}
     if path is None and all(tuple(ids) in compared for ids in found):
         say("all of the run's rows are compared; the matrix is made from the project's sample rows")
-        found, where = _sampled(chat), SAMPLE_ROWS
+        found, where = _shuffled_sample_rows(chat), SAMPLE_ROWS
     chosen: list[list[int]] = []
     left = max_tokens
     for ids in found:
@@ -107,14 +107,14 @@ def _rows_of_run(
         try:
             recipe = load_recipe(recipe_file)
             training, _ = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
-            return _drawn(training, rows, spare), "training rows of the run"
+            return _sampled_rows(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             first = str(error).splitlines()[0]
             say(f"the run's rows are not here ({first}); the matrix is made from the project's sample rows")
-    return _sampled(chat), SAMPLE_ROWS
+    return _shuffled_sample_rows(chat), SAMPLE_ROWS
 
 
-def _sampled(chat: Chat) -> list[list[int]]:
+def _shuffled_sample_rows(chat: Chat) -> list[list[int]]:
     sample = [row.input_ids for row in encoded_sample_rows(chat)]
     return random.Random(0).sample(sample, len(sample))
 
@@ -124,7 +124,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
     if path.endswith(_ROW_FILES) or not is_file(path):
         # A row with a special token in its text is one the less.
         section = DataSection(train=[DataSource(path=path)], on_bad_row="skip")
-        return _drawn(build_datasets(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
+        return _sampled_rows(build_datasets(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
     generator, kept = random.Random(0), list[str]()
     try:
         with name.open(encoding="utf-8") as file:
@@ -146,7 +146,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
     return ids, f"passages of {name.name}"
 
 
-def _drawn(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
+def _sampled_rows(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
     """A seeded sample, with some more than are wanted; the first rows of a stream, which are mixed already."""
     import datasets
 
@@ -172,7 +172,7 @@ class _Task:
     sums: Path
 
 
-def collect(
+def collect_importance(
     model: Path, rows: Sequence[Sequence[int]], dtype: str, source: str, progress: bool = False
 ) -> Importance:
     """The importance matrix of the model in a folder, collected from token ids in a fresh process.
@@ -207,8 +207,8 @@ def collect(
             raise ExportError(f"{model}: no importance matrix: {why}") from error
         with np.load(task.sums, allow_pickle=False) as arrays:
             sums = {name: arrays[name] for name in arrays.files}
-    importance = Importance(filled(sums, str(model)), dict.fromkeys(sums, total), (source,))
-    check(importance, model, "the matrix that was just collected")
+    importance = Importance(without_zeros(sums, str(model)), dict.fromkeys(sums, total), (source,))
+    check_fits(importance, model, "the matrix that was just collected")
     return importance
 
 
@@ -220,11 +220,11 @@ def _collect(task: _Task) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = json.loads((task.model / "config.json").read_text(encoding="utf-8"))
     model = load_base(str(task.model), getattr(torch, task.dtype)).to(device).eval()
-    sums = sums_of(model, config, task.rows, lambda count: fresh_process.report(str(count)))
+    sums = squared_input_sums(model, config, task.rows, lambda count: fresh_process.report(str(count)))
     np.savez(task.sums, **sums)  # type: ignore[arg-type]
 
 
-def sums_of(
+def squared_input_sums(
     model: Any, config: dict[str, Any], rows: Sequence[Sequence[int]], done: Callable[[int], None]
 ) -> dict[str, NDArray[np.float64]]:
     """Squared inputs by column, summed over the rows, of every weight of a layer that a model holds.
@@ -235,7 +235,7 @@ def sums_of(
     """
     import torch
 
-    translate = names(config)
+    translate = gguf_names(config)
     decoder = model.get_decoder()
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}

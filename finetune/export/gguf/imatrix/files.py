@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.export.gguf.tensors import names
+from finetune.export.gguf.tensors import gguf_names
 from finetune.model.shards import read_header, weight_files
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
@@ -56,7 +56,7 @@ class Importance:
         return -(-max(self.counts.values()) // self.chunk_size)
 
 
-def check(importance: Importance, model: Path, source: str) -> None:
+def check_fits(importance: Importance, model: Path, source: str) -> None:
     """Makes sure that a matrix is of the model in a folder.
 
     Raises:
@@ -65,7 +65,7 @@ def check(importance: Importance, model: Path, source: str) -> None:
         ShardError: The model's files cannot be read.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    translate = names(config)
+    translate = gguf_names(config)
     width = {
         name: stored.shape[1]
         for file in weight_files(model)
@@ -85,7 +85,7 @@ def check(importance: Importance, model: Path, source: str) -> None:
         raise ExportError(f"{source}: {model} has no {other[0]}; use a matrix of this very model")
 
 
-def filled(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
+def without_zeros(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
     """No sum is 0; see `Importance`."""
     found = {}
     for name, own in sums.items():
@@ -100,14 +100,14 @@ def filled(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArr
 # Files
 
 
-def write(importance: Importance, folder: Path) -> None:
+def write_imatrix(importance: Importance, folder: Path) -> None:
     """`imatrix.gguf` and `imatrix.dat` in a folder; each appears under its name when it is whole."""
     for name, put in (("imatrix.gguf", _write_gguf), ("imatrix.dat", _write_dat)):
         with whole_file(folder / name) as part:
             put(importance, part)
 
 
-def read(file: Path) -> Importance:
+def read_imatrix(file: Path) -> Importance:
     """A matrix in either format, llama.cpp's or ours; which one it is, its first bytes tell.
 
     A `.dat` does not say how many tokens a chunk of its has; 512 are taken, as llama.cpp does, and the means do not
@@ -129,7 +129,7 @@ def read(file: Path) -> Importance:
             )
         if found.counts[name] < 1:
             raise ExportError(f"{file}: {name} was given no token; collect the matrix from more text")
-    return Importance(filled(found.sums, str(file)), found.counts, found.datasets, found.chunk_size)
+    return Importance(without_zeros(found.sums, str(file)), found.counts, found.datasets, found.chunk_size)
 
 
 def _write_gguf(importance: Importance, file: Path) -> None:
@@ -198,12 +198,12 @@ def _write_dat(importance: Importance, file: Path) -> None:
         for name, own in sorted(importance.sums.items()):
             count = importance.counts[name]
             chunks = -(-count // importance.chunk_size)
-            out.write(_text(name) + struct.pack("<ii", chunks, len(own)))
+            out.write(_pack_string(name) + struct.pack("<ii", chunks, len(own)))
             out.write((own / count * chunks).astype("<f4").tobytes())
-        out.write(struct.pack("<i", importance.chunks) + _text(", ".join(importance.datasets)))
+        out.write(struct.pack("<i", importance.chunks) + _pack_string(", ".join(importance.datasets)))
 
 
-def _text(text: str) -> bytes:
+def _pack_string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<i", len(data)) + data
 

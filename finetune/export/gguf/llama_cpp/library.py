@@ -25,12 +25,12 @@ from finetune.system.errors import LlamaCppError
 Logits = NDArray[np.float32]
 
 # Logits that llama.cpp holds at once, in numbers: 64 MB.
-_OUTPUTS = 2**24
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_CONTEXT = "llama_context_params is laid out otherwise"
+_MOST_LOGITS = 2**24
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_CONTEXT_CHANGED = "llama_context_params is laid out otherwise"
 
 
-class _Options(ctypes.Structure):
+class _ParameterStruct(ctypes.Structure):
     """A parameter struct of llama.cpp that is larger than any of its releases has.
 
     Such structs are passed in memory, so that what is behind the fields that a release knows is never looked at.
@@ -53,19 +53,19 @@ class _Batch(ctypes.Structure):
     )
 
 
-_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _P, _I, _B = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
 # Result and arguments, as in llama.h of July 2025 to October 2026.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "llama_log_set": (None, (_LOG, _P)),
+    "llama_log_set": (None, (_LOG_CALLBACK, _P)),
     "llama_backend_init": (None, ()),
-    "llama_model_default_params": (_Options, ()),
-    "llama_context_default_params": (_Options, ()),
-    "llama_model_load_from_file": (_P, (ctypes.c_char_p, _Options)),
+    "llama_model_default_params": (_ParameterStruct, ()),
+    "llama_context_default_params": (_ParameterStruct, ()),
+    "llama_model_load_from_file": (_P, (ctypes.c_char_p, _ParameterStruct)),
     "llama_model_free": (None, (_P,)),
     "llama_model_get_vocab": (_P, (_P,)),
     "llama_model_n_ctx_train": (_I, (_P,)),
-    "llama_init_from_model": (_P, (_P, _Options)),
+    "llama_init_from_model": (_P, (_P, _ParameterStruct)),
     "llama_free": (None, (_P,)),
     "llama_set_n_threads": (None, (_P, _I, _I)),
     "llama_n_ctx": (ctypes.c_uint32, (_P,)),
@@ -91,23 +91,23 @@ class _Log:
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.cache: str | None = None  # the type of attention's keys
-        self.callback = _LOG(self._hear)
+        self.callback = _LOG_CALLBACK(self._on_message)
 
-    def why(self) -> str:
+    def first_error(self) -> str:
         """The first error; those that follow only say that something failed."""
         return self.errors[0] if self.errors else "it does not say why"
 
-    def _hear(self, level: int, text: bytes | None, _: int | None) -> None:
+    def _on_message(self, level: int, text: bytes | None, _: int | None) -> None:
         if text and (cache := re.search(rb"\bK \((\w+)\)", text)):
             self.cache = cache[1].decode()
-        if level == _ERROR and text and text.strip():
+        if level == _ERROR_LEVEL and text and text.strip():
             self.errors.append(text.decode("utf-8", "replace").strip())
 
 
 _log = _Log()
 
 
-def module() -> ModuleType:
+def import_xllamacpp() -> ModuleType:
     """xllamacpp.
 
     Raises:
@@ -121,27 +121,27 @@ def module() -> ModuleType:
         ) from None
 
 
-def library() -> ctypes.CDLL:
+def llama_library() -> ctypes.CDLL:
     """llama.cpp's shared library, its functions declared.
 
     Raises:
         LlamaError: xllamacpp is not installed, or its library is otherwise than is known.
     """
-    found = ctypes.CDLL(str(module().__file__))
+    found = ctypes.CDLL(str(import_xllamacpp().__file__))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(found, name, None)
         if function is None:
-            raise unknown(f"library has no {name}")
+            raise unknown_release(f"library has no {name}")
         function.restype, function.argtypes = result, arguments
     return found
 
 
-def unknown(what: str) -> LlamaCppError:
+def unknown_release(what: str) -> LlamaCppError:
     """The error of an xllamacpp that is otherwise than is known."""
     return LlamaCppError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
 
 
-def _places(words: Sequence[int]) -> tuple[int, int, int]:
+def _context_fields(words: Sequence[int]) -> tuple[int, int, int]:
     """Where `llama_context_params` has flash_attn_type, type_k and type_v, found by the defaults around them.
 
     Fields come and go in it, but not between these (August 2025 to October 2026):
@@ -162,10 +162,10 @@ def _places(words: Sequence[int]) -> tuple[int, int, int]:
             if len(places) == 1:
                 end = places[0] + len(known)
                 return places[0] + 3, end - 2, end - 1
-    raise unknown(_CONTEXT)
+    raise unknown_release(_CONTEXT_CHANGED)
 
 
-def cores() -> int:
+def cpu_count() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -185,7 +185,7 @@ class Llama:
     """
 
     def __init__(self, file: Path, context: int = 512) -> None:
-        self._library = library()
+        self._library = llama_library()
         self._library.llama_log_set(_log.callback, None)
         _log.errors.clear()
         self._library.llama_backend_init()
@@ -196,13 +196,13 @@ class Llama:
         options = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(os.fsencode(file), options)
         if not self._model:
-            raise LlamaCppError(f"{file}: llama.cpp does not take it: {_log.why()}")
+            raise LlamaCppError(f"{file}: llama.cpp does not take it: {_log.first_error()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
         # How far the model was made to look back.
         self.trained_context: int = self._library.llama_model_n_ctx_train(self._model)
         # How many positions are computed, and their logits held, at once.
-        self.step = max(16, min(512, _OUTPUTS // self.size))
+        self.step = max(16, min(512, _MOST_LOGITS // self.size))
 
     def __enter__(self) -> Llama:
         return self
@@ -216,7 +216,7 @@ class Llama:
             self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
 
-    def tokenise(self, text: str, special: bool, begin: bool = True) -> list[int]:
+    def tokenize(self, text: str, special: bool, begin: bool = True) -> list[int]:
         """Token ids of a text.
 
         Args:
@@ -233,12 +233,12 @@ class Llama:
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """The logits (V) at each position of a row, one after the other."""
-        self.forget()
+        self.reset()
         yield from self.feed(ids, [True] * len(ids))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begins a row anew."""
-        self._open()
+        self._make_context()
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         self._past = 0
 
@@ -248,7 +248,7 @@ class Llama:
         Raises:
             LlamaError: A token that the vocabulary has not, more than the context holds, or a failure in llama.cpp.
         """
-        self._open()
+        self._make_context()
         if self._past + len(ids) > self._wanted:
             raise LlamaCppError(f"{self._past + len(ids)} tokens do not fit a context of {self._wanted}")
         if wrong := [token for token in ids if not 0 <= token < self.size]:
@@ -263,14 +263,14 @@ class Llama:
                 batch.logits[i] = wanted[start + i]
             _log.errors.clear()
             if code := self._library.llama_decode(self._context, batch):
-                raise LlamaCppError(f"llama.cpp cannot run the model (code {code}): {_log.why()}")
+                raise LlamaCppError(f"llama.cpp cannot run the model (code {code}): {_log.first_error()}")
             self._past += len(part)
             for i in range(len(part)):
                 if wanted[start + i]:
                     place = self._library.llama_get_logits_ith(self._context, i)
                     yield np.ctypeslib.as_array(place, (self.size,)).copy()
 
-    def _open(self) -> None:
+    def _make_context(self) -> None:
         """Makes the context, once."""
         if self._context:
             return
@@ -278,21 +278,23 @@ class Llama:
         _log.cache = None
         options = self._library.llama_context_default_params()
         words = ctypes.cast(ctypes.byref(options), ctypes.POINTER(ctypes.c_uint32))
-        flash, keys, values = _places(words[:128])
+        flash, keys, values = _context_fields(words[:128])
         # A context smaller than a batch would make the batch smaller.
         words[0], words[1], words[2] = max(self._wanted, self.step), self.step, self.step
         words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
-            raise LlamaCppError(f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.why()}")
+            raise LlamaCppError(
+                f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.first_error()}"
+            )
         self._context = context
         made = [
             int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
         ]
         if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
-            raise unknown(f"{_CONTEXT}: asked for it made {made}, cache {_log.cache}")
-        self._library.llama_set_n_threads(context, cores(), cores())
+            raise unknown_release(f"{_CONTEXT_CHANGED}: asked for it made {made}, cache {_log.cache}")
+        self._library.llama_set_n_threads(context, cpu_count(), cpu_count())
         batch = self._library.llama_batch_init(self.step, 0, 1)
         if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
-            raise unknown("llama_batch is laid out otherwise")
+            raise unknown_release("llama_batch is laid out otherwise")
         self._batch = batch

@@ -39,7 +39,7 @@ _SHOWN, _AROUND = 5, 8
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenizedText:
     """A text and its ids by the trained tokenizer; what llama.cpp makes of it is compared with them.
 
     `special` tells whether names of control tokens in it stand for them. `messages` are there where the text is a
@@ -61,11 +61,11 @@ class Measurement:
     """Rows that a file predicts; it also answers the prompts of the first ten."""
     groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
     """More rows, by name; the result's `groups` holds the figures of each."""
-    texts: list[Text] = field(default_factory=list)
+    texts: list[TokenizedText] = field(default_factory=list)
     """Texts whose token ids are compared."""
-    conversations: list[Text] = field(default_factory=list)
+    conversations: list[TokenizedText] = field(default_factory=list)
     """Texts whose token ids are returned, for `verify.compare`; those without messages are plain texts."""
-    prompts: list[Text] = field(default_factory=list)
+    prompts: list[TokenizedText] = field(default_factory=list)
     """Conversations up to an answer; the file's own chat template must write them alike."""
     against: str | None = None
     """The report's name for the model that made `reference`."""
@@ -141,12 +141,12 @@ def _load_and_measure(task: _Task) -> dict[str, Any]:
     every = [*on.rows, *(row for rows in on.groups.values() for row in rows)]
     with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:
         seconds = time.monotonic() - started
-        ids = [llama.tokenise(item.text, item.special) for item in on.texts]
-        model = _Model(llama, on.reference)
-        result = score(model, list(_parts(on.rows, llama.step)), on.reference, on.keep)
-        groups = {name: list(_parts(rows, llama.step)) for name, rows in on.groups.items()}
-        llama.forget()
-        by_group = score_groups(_Model(llama, None), groups, on.reference, on.keep)
+        ids = [llama.tokenize(item.text, item.special) for item in on.texts]
+        model = _LlamaModel(llama, on.reference)
+        result = score(model, list(_split_rows(on.rows, llama.step)), on.reference, on.keep)
+        groups = {name: list(_split_rows(rows, llama.step)) for name, rows in on.groups.items()}
+        llama.reset()
+        by_group = score_groups(_LlamaModel(llama, None), groups, on.reference, on.keep)
         trained_context = llama.trained_context
     found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity}
     found |= asdict(result)
@@ -159,10 +159,10 @@ def _load_and_measure(task: _Task) -> dict[str, Any]:
     # A file's template may write more than the trained one.
     longest = max(len(ids) for ids in [*row_prompts, *(item.ids for item in on.prompts), long_prompt])
     with Server(file, 2 * longest + 512) as server:
-        found["conversations"] = [server.tokenise(_rendered(server, item)) for item in on.conversations]
+        found["conversations"] = [server.tokenize(_rendered(server, item)) for item in on.conversations]
         if on.prompts:
             rendered = [_rendered(server, item) for item in on.prompts]
-            ids = [server.tokenise(text) for text in rendered]
+            ids = [server.tokenize(text) for text in rendered]
             found["same_prompts"] = _compared(on.prompts, ids, rendered)
         answers = [server.answer(prompt, _ANSWER_TOKENS) for prompt in row_prompts]
         found["answers"] = [answer["ids"] for answer in answers]
@@ -181,11 +181,13 @@ def _load_and_measure(task: _Task) -> dict[str, Any]:
     return found
 
 
-def _rendered(server: Server, item: Text) -> str:
+def _rendered(server: Server, item: TokenizedText) -> str:
     return server.render(item.messages) if item.messages else item.text
 
 
-def _compared(texts: Sequence[Text], ids: Sequence[list[int]], shown: Sequence[str]) -> dict[str, Any]:
+def _compared(
+    texts: Sequence[TokenizedText], ids: Sequence[list[int]], shown: Sequence[str]
+) -> dict[str, Any]:
     """How many texts have the trained ids, and the first that have not, from the first other id on."""
     differences = []
     for item, ours, text in zip(texts, ids, shown, strict=True):
@@ -210,7 +212,7 @@ def _long_prompt(rows: Sequence[LabelledRow], most: int) -> list[int]:
     return (ids * math.ceil(wanted / max(1, len(ids))))[:wanted]
 
 
-def _parts(rows: Sequence[LabelledRow], most: int) -> Iterator[LabelledRow]:
+def _split_rows(rows: Sequence[LabelledRow], most: int) -> Iterator[LabelledRow]:
     """Rows with the same predicted tokens in the same order, of which none predicts more than `most`.
 
     So no more logits are held at once, however long a row is:
@@ -226,7 +228,7 @@ def _parts(rows: Sequence[LabelledRow], most: int) -> Iterator[LabelledRow]:
             yield LabelledRow(row.input_ids[: part[-1] + 1], labels)
 
 
-class _Model:
+class _LlamaModel:
     """A file in llama.cpp as `score` takes a model: what a row shares with the one before it is not computed anew.
 
     `largest` is the largest difference of a log-probability from the reference's, so far.
@@ -252,7 +254,7 @@ class _Model:
         ids = input_ids[0, : places[-1] + 1].tolist()
         known = len(self._fed)
         if ids[:known] != self._fed or places[0] < known:
-            self._llama.forget()
+            self._llama.reset()
             known = 0
         kept = set(places)
         wanted = [i in kept for i in range(known, len(ids))]

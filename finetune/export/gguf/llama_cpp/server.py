@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from finetune.data.turns import Message
-from finetune.export.gguf.llama_cpp.library import cores, module, unknown
+from finetune.export.gguf.llama_cpp.library import cpu_count, import_xllamacpp, unknown_release
 from finetune.system.errors import LlamaCppError
 
 # What `Server` says of a file for which llama.cpp says the rest on stderr.
@@ -31,7 +31,7 @@ class Server:
     """
 
     def __init__(self, file: Path, context: int) -> None:
-        package = module()
+        package = import_xllamacpp()
         options = package.CommonParams()
         self._key = secrets.token_hex()
         settings = {
@@ -47,12 +47,12 @@ class Server:
             "prefill_assistant": False,
         }
         options.model.path = str(file)
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = cores()
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = cpu_count()
         try:
             for name, value in settings.items():
                 setattr(options, name, value)
         except (AttributeError, TypeError):
-            raise unknown(f"server has no setting {name}") from None
+            raise unknown_release(f"server has no setting {name}") from None
         try:
             self._server = package.Server(options)
         except RuntimeError:
@@ -77,12 +77,12 @@ class Server:
         """
         ends = bool(messages) and messages[-1]["role"] == "assistant"
         request = {"messages": list(messages), "add_generation_prompt": not ends}
-        return str(self._ask("/apply-template", request)["prompt"])
+        return str(self._post("/apply-template", request)["prompt"])
 
-    def tokenise(self, rendered: str) -> list[int]:
+    def tokenize(self, rendered: str) -> list[int]:
         """The token ids with which llama.cpp begins an answer to a rendered prompt."""
         request = {"content": rendered, "add_special": True, "parse_special": True}
-        return list(self._ask("/tokenize", request)["tokens"])
+        return list(self._post("/tokenize", request)["tokens"])
 
     def answer(self, prompt: str | Sequence[int], limit: int, ignore_end: bool = False) -> dict[str, Any]:
         """The greedy answer to a rendered prompt, or to token ids.
@@ -106,7 +106,7 @@ class Server:
             "return_tokens": True,
             "ignore_eos": ignore_end,
         }
-        said = self._ask("/completion", request)
+        said = self._post("/completion", request)
         times = said["timings"]
         return {
             "ids": said["tokens"],
@@ -116,7 +116,7 @@ class Server:
             "speed": times["predicted_per_second"],
         }
 
-    def _ask(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         address = self._server.listening_address + path
         body = json.dumps(request).encode()

@@ -73,7 +73,7 @@ class Scheme:
     """On which side the user's text is trimmed that shares its turn with the system text."""
 
 
-def learn(render: Render, bos: str = "", added: bool = False) -> Scheme:
+def learn_scheme(render: Render, bos: str = "", added: bool = False) -> Scheme:
     """The scheme of a chat template; it gives the same text for every conversation that was tried.
 
     Args:
@@ -96,7 +96,7 @@ def learn(render: Render, bos: str = "", added: bool = False) -> Scheme:
         return text[len(bos) :]
 
     try:
-        scheme = _pieces(whole)
+        scheme = _scheme_of_turns(whole)
     except OllamaError:
         raise
     except Exception as error:
@@ -104,19 +104,19 @@ def learn(render: Render, bos: str = "", added: bool = False) -> Scheme:
     tried = _conversations("user", "assistant", "user", "assistant", "user")
     if scheme.place != "refused":
         tried += _conversations("system", "user", "assistant", "user") + _conversations("system", "user")
-        tried.append([_said("system", ""), _said("user", "Hi")])
+        tried.append([_message("system", ""), _message("user", "Hi")])
     if scheme.place == "anywhere":
         tried += _conversations("user", "assistant", "system", "user")
     for messages in tried:
         try:
             trained = whole(messages)
         except Exception as error:
-            raise OllamaError(f"the chat template fails on {_shape(messages)}: {error}") from error
-        _same(apply(scheme, messages), trained, messages)
+            raise OllamaError(f"the chat template fails on {_roles_of(messages)}: {error}") from error
+        _check_equal(render_scheme(scheme, messages), trained, messages)
     return scheme
 
 
-def apply(scheme: Scheme, messages: Sequence[Message]) -> str:
+def render_scheme(scheme: Scheme, messages: Sequence[Message]) -> str:
     """The text that `go_template` of this scheme renders; consecutive messages differ in role."""
     given = [message["content"] for message in messages if message["role"] == "system"]
     system = "\n\n".join(given)
@@ -158,16 +158,21 @@ def go_template(scheme: Scheme, system: str = "") -> str:
     """
     if system and scheme.place == "anywhere":
         scheme = replace(scheme, place="front")
-    bare, place = _say(scheme.bare), scheme.place
+    bare, place = _write_action(scheme.bare), scheme.place
     # What stands before the system text beyond what stands there anyway.
     extends = place == "front" and scheme.start.startswith(scheme.bare)
     start = scheme.start.removeprefix(scheme.bare) if extends else scheme.start
     skips = "system" in scheme.trims and not scheme.blank_counts
     trims = scheme.trims or scheme.beside != "none"
     lines = [
-        *(_definitions() if trims else []),
+        *(_trim_definitions() if trims else []),
         *(
-            [_taking("system", "{{ else if . }}" + _say(start) + _TRIM_RIGHT + _say(scheme.after))]
+            [
+                _trim_definition(
+                    "system",
+                    "{{ else if . }}" + _write_action(start) + _TRIM_RIGHT + _write_action(scheme.after),
+                )
+            ]
             if skips
             else []
         ),
@@ -179,17 +184,27 @@ def go_template(scheme: Scheme, system: str = "") -> str:
             '{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = true }}{{ end }}{{ end }}',
         ]
     if system:
-        lines.append("{{ if not $system }}{{ $system = true }}{{ $text = " + literal(system) + " }}{{ end }}")
+        lines.append(
+            "{{ if not $system }}{{ $system = true }}{{ $text = " + go_string(system) + " }}{{ end }}"
+        )
     if not scheme.blank_counts:
         lines.append('{{ $system = ne $text "" }}')
     if skips:
         given = '{{ template "system" $text }}'
     else:
-        given = _say(start) + _show("$text", "system" in scheme.trims) + _say(scheme.after)
+        given = (
+            _write_action(start)
+            + _value_action("$text", "system" in scheme.trims)
+            + _write_action(scheme.after)
+        )
 
-    turn = _say(scheme.later) + _show(".Content", "system" in scheme.trims) + _say(scheme.after)
-    lead = _say(scheme.start.removesuffix(scheme.later))
-    question = _show(".Content", "user" in scheme.trims)
+    turn = (
+        _write_action(scheme.later)
+        + _value_action(".Content", "system" in scheme.trims)
+        + _write_action(scheme.after)
+    )
+    lead = _write_action(scheme.start.removesuffix(scheme.later))
+    question = _value_action(".Content", "user" in scheme.trims)
     if place == "front" and extends:
         lines += [bare, "{{ if $system }}" + given + "{{ end }}"]
     elif place == "front":
@@ -198,32 +213,32 @@ def go_template(scheme: Scheme, system: str = "") -> str:
         first = '{{ if eq (index .Messages 0).Role "system" }}'
         lines.append(first + lead + "{{ else }}" + bare + "{{ end }}")
     elif place == "refused":
-        lines += ["{{ if .System }}{{ template " + literal(_NO_SYSTEM) + " . }}{{ end }}", bare]
+        lines += ["{{ if .System }}{{ template " + go_string(_NO_SYSTEM) + " . }}{{ end }}", bare]
     else:
         lines.append(bare)
     if place == "inside":
-        shared = _show(".Content", scheme.beside == "both", scheme.beside == "right")
+        shared = _value_action(".Content", scheme.beside == "both", scheme.beside == "right")
         question = (
             "{{ if $system }}{{ $system = false }}" + given + shared + "{{ else }}" + question + "{{ end }}"
         )
     lines += [
         "{{ range $i, $_ := .Messages }}",
-        '{{ if eq .Role "user" }}' + _say(scheme.user[0]) + question + _say(scheme.user[1]),
+        '{{ if eq .Role "user" }}' + _write_action(scheme.user[0]) + question + _write_action(scheme.user[1]),
         '{{ else if eq .Role "assistant" }}'
-        + _say(scheme.answer[0])
-        + _show(".Content", "assistant" in scheme.trims)
+        + _write_action(scheme.answer[0])
+        + _value_action(".Content", "assistant" in scheme.trims)
         + "{{ if eq (len (slice $.Messages $i)) 1 }}{{ $ask = false }}{{ else }}"
-        + _say(scheme.answer[1])
+        + _write_action(scheme.answer[1])
         + "{{ end }}",
         '{{ else if eq .Role "system" }}' + (turn if place == "anywhere" else ""),
-        "{{ else }}{{ template " + literal(_NO_ROLE) + " . }}{{ end }}",
+        "{{ else }}{{ template " + go_string(_NO_ROLE) + " . }}{{ end }}",
         "{{ end }}",
-        "{{ if $ask }}" + _say(scheme.prompt) + "{{ end }}",
+        "{{ if $ask }}" + _write_action(scheme.prompt) + "{{ end }}",
     ]
     return "\n".join(line.replace("{{", "{{-", 1) for line in lines if line)
 
 
-def literal(text: str) -> str:
+def go_string(text: str) -> str:
     """A Go string literal of printable characters alone; others do not outlive Ollama's reading of a Modelfile."""
     named = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
@@ -237,11 +252,11 @@ def literal(text: str) -> str:
     return '"' + "".join(map(sign, text)) + '"'
 
 
-def _say(text: str) -> str:
-    return "{{ " + literal(text) + " }}" if text else ""
+def _write_action(text: str) -> str:
+    return "{{ " + go_string(text) + " }}" if text else ""
 
 
-def _show(value: str, trimmed: bool, right: bool = False) -> str:
+def _value_action(value: str, trimmed: bool, right: bool = False) -> str:
     if trimmed or right:
         return '{{ template "' + ("trim" if trimmed else "trim_right") + f'" {value} }}}}'
     return f"{{{{ {value} }}}}"
@@ -250,29 +265,29 @@ def _show(value: str, trimmed: bool, right: bool = False) -> str:
 _TRIM_RIGHT = '{{ template "trim_right" . }}'
 
 
-def _definitions() -> list[str]:
+def _trim_definitions() -> list[str]:
     """Templates that write a text without the blanks behind it, and without those around it."""
     return [
-        _taking("trim_right", "{{ else }}{{ . }}", right=True),
-        _taking("trim", "{{ else }}" + _TRIM_RIGHT),
+        _trim_definition("trim_right", "{{ else }}{{ . }}", right=True),
+        _trim_definition("trim", "{{ else }}" + _TRIM_RIGHT),
     ]
 
 
-def _taking(name: str, rest: str, right: bool = False) -> str:
+def _trim_definition(name: str, rest: str, right: bool = False) -> str:
     """A template that takes a blank off the front or end of its text and calls itself, until there is none.
 
     Go slices bytes, so blanks are looked for by the length of their UTF-8, in which no character is the end of another.
     There is no subtraction: the place n bytes before the end of a text is the length of it without its first n bytes.
     """
-    text = "{{ define " + literal(name) + " }}"
+    text = "{{ define " + go_string(name) + " }}"
     for n in (1, 2, 3):
         end = f"(len (slice . {n}))"
         piece, other = (f"slice . {end}", f"slice . 0 {end}") if right else (f"slice . 0 {n}", f"slice . {n}")
-        blanks = " ".join(literal(c) for c in BLANKS if len(c.encode()) == n)
+        blanks = " ".join(go_string(c) for c in BLANKS if len(c.encode()) == n)
         text += (
             "{{ " + ("" if n == 1 else "else ") + f"if and (ge (len .) {n}) (eq ({piece}) {blanks})" + " }}"
         )
-        text += "{{ template " + literal(name) + f" ({other})" + " }}"
+        text += "{{ template " + go_string(name) + f" ({other})" + " }}"
     return text + rest + "{{ end }}{{ end }}"
 
 
@@ -280,7 +295,7 @@ def _taking(name: str, rest: str, right: bool = False) -> str:
 # From what Jinja renders to the pieces
 
 
-def _said(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
@@ -288,34 +303,34 @@ def _conversations(*roles: str) -> list[list[Message]]:
     """Conversations of these roles: plain; with line breaks and signs that mean something to Go; with blanks around."""
     plain = {"system": "Be brief.", "user": "Hello there", "assistant": "Good day"}
     odd = 'a {{ .System }} b\n\n"""\tc\\n `d` <e> & \'é\' 日本語。\u200b\r\n'
-    found = [[_said(role, f"{plain[role]} {i}") for i, role in enumerate(roles)]]
-    found.append([_said(role, f"{odd}{plain[role]}{i}{odd}.") for i, role in enumerate(roles)])
+    found = [[_message(role, f"{plain[role]} {i}") for i, role in enumerate(roles)]]
+    found.append([_message(role, f"{odd}{plain[role]}{i}{odd}.") for i, role in enumerate(roles)])
     # Blanks around one text at a time, and around all.
     for chosen in (*range(len(roles)), None):
         padded = [
             f"{BLANKS}{text}{BLANKS}" if chosen in (i, None) else text
             for i, text in enumerate(plain[role] for role in roles)
         ]
-        found.append([_said(role, text) for role, text in zip(roles, padded, strict=True)])
+        found.append([_message(role, text) for role, text in zip(roles, padded, strict=True)])
     return found
 
 
-def _shape(messages: Sequence[Message]) -> str:
+def _roles_of(messages: Sequence[Message]) -> str:
     return f"a conversation of {', '.join(message['role'] for message in messages)}"
 
 
-def _same(ours: str, trained: str, messages: Sequence[Message]) -> None:
+def _check_equal(ours: str, trained: str, messages: Sequence[Message]) -> None:
     if ours == trained:
         return
     at = next((i for i, (a, b) in enumerate(zip(ours, trained, strict=False)) if a != b), len(trained))
     at = min(at, len(ours), len(trained))
     raise OllamaError(
-        f"the chat template writes {_shape(messages)} in a way that cannot be put in Go's syntax: after "
+        f"the chat template writes {_roles_of(messages)} in a way that cannot be put in Go's syntax: after "
         f"{trained[max(0, at - 30) : at]!r} comes {trained[at : at + 30]!r}, expected {ours[at : at + 30]!r}"
     )
 
 
-def _cut(text: str, *texts: str) -> list[str]:
+def _split_at(text: str, *texts: str) -> list[str]:
     """What stands before, between and behind texts that each occur once, in this order."""
     places = re.fullmatch("(.*)" + "".join(f"{re.escape(part)}(.*)" for part in texts), text, re.DOTALL)
     if places is None or any(text.count(part) != 1 for part in texts):
@@ -323,59 +338,59 @@ def _cut(text: str, *texts: str) -> list[str]:
     return list(places.groups())
 
 
-def _less(text: str, known: str, what: str, behind: bool = False) -> str:
+def _without(text: str, known: str, what: str, behind: bool = False) -> str:
     """The text without what it is known to begin with, or to end with."""
     if not (text.endswith(known) if behind else text.startswith(known)):
         raise OllamaError(f"the chat template writes {what}: {text!r} where {known!r} was expected")
     return text.removesuffix(known) if behind else text.removeprefix(known)
 
 
-def _pieces(whole: Render) -> Scheme:
-    user, answer, again = _said("user", _USER), _said("assistant", _ANSWER), _said("user", _AGAIN)
-    _, user_after = _cut(whole([user], False), _USER)
-    first, asked = _cut(whole([user], True), _USER)
-    *_, answer_after = _cut(whole([user, answer], False), _USER, _ANSWER)
-    _, answered, between, _ = _cut(whole([user, answer, again], True), _USER, _ANSWER, _AGAIN)
-    padded = [_said("user", _PADDED), _said("assistant", _PADDED.replace("Yes", "No")), again]
+def _scheme_of_turns(whole: Render) -> Scheme:
+    user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _AGAIN)
+    _, user_after = _split_at(whole([user], False), _USER)
+    first, asked = _split_at(whole([user], True), _USER)
+    *_, answer_after = _split_at(whole([user, answer], False), _USER, _ANSWER)
+    _, answered, between, _ = _split_at(whole([user, answer, again], True), _USER, _ANSWER, _AGAIN)
+    padded = [_message("user", _PADDED), _message("assistant", _PADDED.replace("Yes", "No")), again]
     blanks = whole(padded, True)
-    prompt = _less(asked, user_after, "the end of a question otherwise before an answer")
-    answer_before = _less(answered, user_after, "the end of a question otherwise before an answer")
-    user_before = _less(between, answer_after, "the end of an answer otherwise before a question")
-    bare = _less(first, user_before, "the first user turn otherwise than later ones", behind=True)
+    prompt = _without(asked, user_after, "the end of a question otherwise before an answer")
+    answer_before = _without(answered, user_after, "the end of a question otherwise before an answer")
+    user_before = _without(between, answer_after, "the end of an answer otherwise before a question")
+    bare = _without(first, user_before, "the first user turn otherwise than later ones", behind=True)
     trims = frozenset(m["role"] for m in padded if m["content"] not in blanks)
     scheme = Scheme((user_before, user_after), (answer_before, answer_after), prompt, bare, trims)
-    return _with_system(scheme, whole)
+    return _with_system_text(scheme, whole)
 
 
-def _with_system(scheme: Scheme, whole: Render) -> Scheme:
+def _with_system_text(scheme: Scheme, whole: Render) -> Scheme:
     """The scheme and where the system text goes."""
-    user, answer = _said("user", _USER), _said("assistant", _ANSWER)
-    system, again = _said("system", _SYSTEM), _said("user", _AGAIN)
+    user, answer = _message("user", _USER), _message("assistant", _ANSWER)
+    system, again = _message("system", _SYSTEM), _message("user", _AGAIN)
     try:
         text = whole([system, user], True)
     except OllamaError:
         raise
     except Exception:  # the template refuses it, or breaks
         return scheme
-    start, after, _ = _cut(text, _SYSTEM, _USER)
-    trimmed = _PADDED not in whole([_said("system", _PADDED), user], True)
+    start, after, _ = _split_at(text, _SYSTEM, _USER)
+    trimmed = _PADDED not in whole([_message("system", _PADDED), user], True)
     scheme = replace(
         scheme,
         trims=scheme.trims | {"system"} if trimmed else scheme.trims,
-        blank_counts=whole([_said("system", ""), user], True) == text.replace(_SYSTEM, ""),
+        blank_counts=whole([_message("system", ""), user], True) == text.replace(_SYSTEM, ""),
         after=after,
     )
     before = scheme.user[0]
     if not after.endswith(before) and start.startswith(scheme.bare + before):
-        shared = whole([system, _said("user", _PADDED)], True)
+        shared = whole([system, _message("user", _PADDED)], True)
         beside: Side = "none" if _PADDED in shared else "right" if _PADDED.rstrip() in shared else "both"
         return replace(scheme, place="inside", start=start[len(scheme.bare + before) :], beside=beside)
-    after = _less(after, before, "no user turn behind the system text", behind=True)
+    after = _without(after, before, "no user turn behind the system text", behind=True)
     scheme = replace(scheme, place="front", start=start, after=after)
     if not (scheme.blank_counts or start.startswith(scheme.bare)):
         raise OllamaError("the chat template has a system text of its own in place of an empty one")
     try:
-        *_, middle, behind, _ = _cut(
+        *_, middle, behind, _ = _split_at(
             whole([user, answer, system, again], True), _USER, _ANSWER, _SYSTEM, _AGAIN
         )
     except Exception:  # refused there, or left out: `.System` has all system texts

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.turns import special_spans
-from finetune.export.gguf.ollama.go_template import Scheme, go_template, learn
+from finetune.export.gguf.ollama.go_template import Scheme, go_template, learn_scheme
 from finetune.system.errors import OllamaError
 from finetune.system.terminal import quiet
-
-__all__ = ["OllamaError", "modelfile", "write"]
 
 # Ollama reserves the memory of the whole context when it loads a model, and without a number takes 4,096 or what fits
 # the card. The full context of a recent model (131,072 for Gemma 3) takes more memory than the model itself; whoever
 # has it sets num_ctx.
-_MOST_CONTEXT = 8192
+_MAX_CONTEXT = 8192
 
 
-def write(model: Path, output: Path, file: str, add_bos: bool, system: str = "") -> None:
+def write_modelfile(model: Path, output: Path, file: str, add_bos: bool, system: str = "") -> None:
     """`Modelfile` in the folder `output`, for the GGUF file of that name in the same folder.
 
     Args:
@@ -45,18 +43,18 @@ def write(model: Path, output: Path, file: str, add_bos: bool, system: str = "")
 
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(model)
-    text = modelfile(
+    text = modelfile_text(
         tokenizer,
         file,
         add_bos,
         system,
-        _read(model / "config.json"),
-        _read(model / "generation_config.json"),
+        _read_json(model / "config.json"),
+        _read_json(model / "generation_config.json"),
     )
     (output / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
 
 
-def modelfile(
+def modelfile_text(
     tokenizer: Any,
     file: str,
     add_bos: bool,
@@ -82,26 +80,26 @@ def modelfile(
         )
         return made
 
-    scheme = learn(render, tokenizer.bos_token or "", add_bos)
-    if _tells_the_date(render):
+    scheme = learn_scheme(render, tokenizer.bos_token or "", add_bos)
+    if _writes_the_date(render):
         raise OllamaError(
             "the chat template writes the day's date, which in a Modelfile would stay that of today; train with a "
             "template without one (model.chat_template)"
         )
     if system and scheme.place == "refused":
         raise OllamaError("there is a system text, and the chat template takes no system message")
-    held = not system or _holds(system)
+    held = not system or _survives_quotes(system)
     lines = [
         f"FROM ./{file}",
         f"TEMPLATE {_quoted(go_template(scheme, '' if held else system))}",
         *([f"SYSTEM {_quoted(system)}"] if system and held else []),
         *(f"PARAMETER stop {_quoted(stop)}" for stop in _stops(tokenizer, scheme, generation or {})),
-        *(f"PARAMETER {name} {value}" for name, value in _numbers(config or {}, generation or {}).items()),
+        *(f"PARAMETER {name} {value}" for name, value in _parameters(config or {}, generation or {}).items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _tells_the_date(render: Callable[..., str]) -> bool:
+def _writes_the_date(render: Callable[..., str]) -> bool:
     """Whether the template asks transformers for the date: without the function for that it fails, or writes less."""
     hello = [{"role": "user", "content": "Hi"}]
     try:
@@ -110,18 +108,18 @@ def _tells_the_date(render: Callable[..., str]) -> bool:
         return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
-def _holds(text: str) -> bool:
+def _survives_quotes(text: str) -> bool:
     """Whether a text in three quotes comes out of Ollama's reader as it went in."""
     return '"""' not in text and all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
 def _quoted(text: str) -> str:
-    if not _holds(text):
+    if not _survives_quotes(text):
         raise OllamaError(
             f"{text!r} cannot stand in a Modelfile, which has no way to write all of its characters"
         )
@@ -138,7 +136,7 @@ def _stops(tokenizer: Any, scheme: Scheme, generation: dict[str, Any]) -> list[s
     return list(dict.fromkeys(stop for stop in (*stops, tokenizer.eos_token) if stop))
 
 
-def _numbers(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, float]:
+def _parameters(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, float]:
     """Parameters of Ollama: the context, and how transformers would sample.
 
     With `do_sample`, what is not written is what transformers takes, where Ollama would take 0.8, 40 and 0.9. Without
@@ -149,7 +147,7 @@ def _numbers(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, fl
     found: dict[str, float] = {}
     longest = (config.get("text_config") or config).get("max_position_embeddings")
     if longest:
-        found["num_ctx"] = min(longest, _MOST_CONTEXT)
+        found["num_ctx"] = min(longest, _MAX_CONTEXT)
     if generation.get("do_sample"):
         found |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
     for name in ("temperature", "top_k", "top_p", "min_p"):

@@ -17,7 +17,7 @@ from finetune.system.files import run_file
 _ROWS = 1000
 
 
-def system_of(model: Path) -> str:
+def common_system_text(model: Path) -> str:
     """What a run's training conversations all have as their system message, as far as their first rows tell.
 
     Empty where some have another or none, and where the run's rows are not here.

@@ -17,10 +17,10 @@ from tokenizers import Regex
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Split
 
-from finetune.export.gguf.tokenizer.source import Limit, Source, holds, told
+from finetune.export.gguf.tokenizer.source import Difference, TokenizerFiles, contains_any, shown_steps
 
 SPACE = "▁"
-BYTES = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
+BYTE_TOKENS = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _SPLIT_SPACES = {
@@ -41,7 +41,7 @@ _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = "ByteLevel"  # its own regex
 # How a text is split before merges, and the names that llama.cpp has for it: where the vocabulary goes before the
 # merges (`ignore_merges`), and where it does not. An empty name: llama.cpp has none.
-_PRE: dict[tuple[str, ...], tuple[str, str]] = {
+_PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, str]] = {
     (rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}",): ("llama-bpe", "smaug-bpe"),
     (rf"{_SHORT}|{_WORDS}|\p{{N}}|{_SIGNS}|{_BLANKS}",): ("", "qwen2"),
     (
@@ -56,24 +56,28 @@ _PRE: dict[tuple[str, ...], tuple[str, str]] = {
     (_GPT2,): ("", "gpt-2"),
 }
 # llama.cpp spells two of them otherwise, with which capitals end at Z and marks are no letters.
-_THEIRS = (
+_CASED_IN_LLAMA_CPP = (
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+%s|"
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*%s"
 )
 
 
-def byte_fallback(source: Source, rows: int) -> dict[str, Any]:
+def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
     """The metadata of a BPE that writes what it does not know as bytes (Gemma, Llama 2), with a score for each row.
 
     Raises:
         VocabularyError: llama.cpp could not read it, or would change texts otherwise.
     """
-    if missing := [token for token in BYTES if token not in source.ids]:
+    if missing := [token for token in BYTE_TOKENS if token not in source.ids]:
         raise source.refuse(
             f"byte tokens are missing ({', '.join(missing[:3])}...), without which llama.cpp fails"
         )
     key = "tokenizer.ggml."
-    metadata = {key + "model": "llama", key + "pre": "default", key + "add_space_prefix": _prefix(source)}
+    metadata = {
+        key + "model": "llama",
+        key + "pre": "default",
+        key + "add_space_prefix": _adds_space_prefix(source),
+    }
     # A token's first merge counts; what no merge makes comes behind all of them.
     scores = [-float(len(source.merges) + i) for i in range(rows)]
     ranks: dict[str, int] = {}
@@ -85,13 +89,13 @@ def byte_fallback(source: Source, rows: int) -> dict[str, Any]:
     spelt = [token for token, item in source.added.items() if SPACE in token and not item.special]
     if spelt:
         source.found.append(
-            Limit(f"a text that holds {spelt[0]!r} is read as if it held spaces", holds(*spelt))
+            Difference(f"a text that holds {spelt[0]!r} is read as if it held spaces", contains_any(*spelt))
         )
-    _same_merges(source, ranks)
+    _check_merges(source, ranks)
     return metadata | {key + "scores": scores}
 
 
-def _prefix(source: Source) -> bool:
+def _adds_space_prefix(source: TokenizerFiles) -> bool:
     """Whether llama.cpp is to write a space before a text and behind each special token."""
     steps = [*source.parts("normalizer"), *source.parts("pre_tokenizer")]
     steps = [step for step in steps if step != _SPLIT_SPACES]  # of which there are none left
@@ -108,7 +112,7 @@ def _prefix(source: Source) -> bool:
             )
     if scheme is None:
         raise source.refuse(
-            f"its normalizer and pre_tokenizer are {told(steps)}; llama.cpp knows spaces written as {SPACE}, "
+            f"its normalizer and pre_tokenizer are {shown_steps(steps)}; llama.cpp knows spaces written as {SPACE}, "
             "with one before the text (Prepend, or Metaspace) or not"
         )
     if scheme == "never":
@@ -116,7 +120,7 @@ def _prefix(source: Source) -> bool:
     if not spaces:
         for token in [token for token, item in source.added.items() if item.normalized]:
             source.found.append(
-                Limit(f"{token} is looked for once a space was put before the text", holds(token))
+                Difference(f"{token} is looked for once a space was put before the text", contains_any(token))
             )
         return True
     # Metaspace writes none before a space, and `first` none behind a special token.
@@ -124,10 +128,14 @@ def _prefix(source: Source) -> bool:
         names = tuple(source.added)
         again = [token + space for token in names for space in (" ", SPACE)]
         source.found.append(
-            Limit("a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE)))
+            Difference(
+                "a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE))
+            )
         )
         special = names if scheme == "first" else again
-        source.found.append(Limit("a text behind a special token begins with a space more", holds(*special)))
+        source.found.append(
+            Difference("a text behind a special token begins with a space more", contains_any(*special))
+        )
         return True
     edges = "|".join(re.escape(token) for token in sorted(source.added, key=len, reverse=True))
     pieces = list(enumerate(re.split(edges, source.opening)))
@@ -135,14 +143,14 @@ def _prefix(source: Source) -> bool:
         (scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece
     }
     source.found.append(
-        Limit("a text alone begins with as many spaces as it has, as texts in a conversation do")
+        Difference("a text alone begins with as many spaces as it has, as texts in a conversation do")
         if wanted == {False}
-        else Limit("texts between special tokens begin with a space, be there one or not")
+        else Difference("texts between special tokens begin with a space, be there one or not")
     )
     return wanted != {False}
 
 
-def _same_merges(source: Source, ranks: dict[str, int]) -> None:
+def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
     """Looks for neighbours that the scores would join otherwise than the merges."""
     pairs, last = set(source.merges), ""
     mixed = []
@@ -155,7 +163,7 @@ def _same_merges(source: Source, ranks: dict[str, int]) -> None:
         last = token
     if mixed:
         source.found.append(
-            Limit(
+            Difference(
                 f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
             )
         )
@@ -171,11 +179,13 @@ def _same_merges(source: Source, ranks: dict[str, int]) -> None:
     if more:
         left, right = min(more)
         source.found.append(
-            Limit(f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}")
+            Difference(
+                f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}"
+            )
         )
 
 
-def byte_level(source: Source) -> dict[str, Any]:
+def byte_level(source: TokenizerFiles) -> dict[str, Any]:
     """The metadata of a BPE on bytes (GPT-2, Llama 3, Qwen).
 
     Raises:
@@ -186,28 +196,28 @@ def byte_level(source: Source) -> dict[str, Any]:
     if missing and source.tokenizer.backend_tokenizer.model.unk_token:
         splits = ByteLevel(add_prefix_space=False, use_regex=False)
         source.found.append(
-            Limit(
+            Difference(
                 f"{len(missing)} bytes have no token, and llama.cpp drops them",
                 lambda text: not set(missing).isdisjoint(splits.pre_tokenize_str(text)[0][0] if text else ""),
             )
         )
     changes = source.parts("normalizer")
     if changes not in ([], [{"type": "NFC"}]):
-        raise source.refuse(f"its normalizer is {told(changes)}, which llama.cpp lacks")
+        raise source.refuse(f"its normalizer is {shown_steps(changes)}, which llama.cpp lacks")
     if changes:
         source.found.append(
-            Limit(
+            Difference(
                 "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
             )
         )
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre(source),
+        "tokenizer.ggml.pre": _pre_tokenizer_name(source),
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in source.merges],
     }
 
 
-def _pre(source: Source) -> str:
+def _pre_tokenizer_name(source: TokenizerFiles) -> str:
     """llama.cpp's name for the way in which texts are split."""
     steps = source.parts("pre_tokenizer")
     how: list[str] = []
@@ -223,35 +233,37 @@ def _pre(source: Source) -> str:
             how += [_GPT2] if step["use_regex"] else []
         else:
             how.append("")
-    names = _PRE.get(tuple(how))
+    names = _PRE_TOKENIZERS.get(tuple(how))
     if names is None or [i for i, step in enumerate(steps, 1) if step["type"] == "ByteLevel"] != [len(steps)]:
         raise source.refuse(
-            f"its pre_tokenizer is {told(steps)}; llama.cpp's that are known here are "
-            f"{', '.join(sorted(name for both in _PRE.values() for name in both if name))}"
+            f"its pre_tokenizer is {shown_steps(steps)}; llama.cpp's that are known here are "
+            f"{', '.join(sorted(name for both in _PRE_TOKENIZERS.values() for name in both if name))}"
         )
     whole = bool(source.tokenizer.backend_tokenizer.model.ignore_merges)
     name = names[not whole]
     if not name:
         name = names[whole]
-        found = _unmerged(source)
+        found = _tokens_without_merges(source)
         if found:
             source.found.append(
-                Limit(f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not")
+                Difference(
+                    f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not"
+                )
             )
     theirs = (
         how[0]
-        .replace(_CASED % ("", ""), _THEIRS % ("", ""))
-        .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _THEIRS % (_SHORT + "?", _SHORT + "?"))
+        .replace(_CASED % ("", ""), _CASED_IN_LLAMA_CPP % ("", ""))
+        .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _CASED_IN_LLAMA_CPP % (_SHORT + "?", _SHORT + "?"))
     )
     if theirs != how[0]:
         ours, others = (Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], theirs))
         source.found.append(
-            Limit(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: ours(t) != others(t))
+            Difference(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: ours(t) != others(t))
         )
     return name
 
 
-def _unmerged(source: Source) -> list[str]:
+def _tokens_without_merges(source: TokenizerFiles) -> list[str]:
     """The tokens that merges do not make of their own text."""
     model = BPE(vocab=source.ids, merges=source.merges)
     return [token for token in source.ids if token not in source.added and len(model.tokenize(token)) > 1]

@@ -13,7 +13,7 @@ from finetune.system.terminal import quiet
 
 
 @dataclass(frozen=True)
-class Limit:
+class Difference:
     """Something that llama.cpp does otherwise than the trained tokenizer, whatever the file says."""
 
     what: str
@@ -21,7 +21,7 @@ class Limit:
 
 
 @dataclass
-class Source:
+class TokenizerFiles:
     """A tokenizer as it was trained with, and what has been found of it."""
 
     file: Path
@@ -29,7 +29,7 @@ class Source:
     merges: list[tuple[str, str]]
     ids: dict[str, int]
     added: dict[str, Any]  # text to tokenizers' AddedToken
-    found: list[Limit] = field(default_factory=list)
+    found: list[Difference] = field(default_factory=list)
     opening: str = ""  # how a conversation begins
 
     def parts(self, name: str) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Source:
         return ExportError(f"{self.file}: {what}")
 
 
-def load(model: Path) -> Any:
+def trained_tokenizer(model: Path) -> Any:
     """The tokenizer as it trains: transformers 5 takes a file's tokens, and may split texts by rules of its own."""
     from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def load(model: Path) -> Any:
         raise ExportError(f"{model}: its tokenizer cannot be loaded: {error}".splitlines()[0]) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_unique_json(file: Path) -> dict[str, Any]:
     """A JSON object whose keys are each there once."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return whole
 
 
-def checked(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The tokens and merges of a tokenizer.json that fit together."""
-    whole = read_json(file)
+    whole = read_unique_json(file)
     model, added = whole.get("model"), whole.get("added_tokens") or []
     kind = model.get("type") if isinstance(model, dict) else None
     if kind != "BPE" or not isinstance(model, dict):
@@ -118,12 +118,12 @@ def checked(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def holds(*tokens: str) -> Callable[[str], bool]:
+def contains_any(*tokens: str) -> Callable[[str], bool]:
     """Whether a text holds one of these."""
     return lambda text: any(token in text for token in tokens)
 
 
-def told(steps: list[dict[str, Any]]) -> str:
+def shown_steps(steps: list[dict[str, Any]]) -> str:
     """Steps of a tokenizer.json on one line."""
     shown = json.dumps(steps, ensure_ascii=False) if steps else "absent"
     return shown if len(shown) < 400 else shown[:400] + "..."

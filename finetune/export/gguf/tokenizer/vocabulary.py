@@ -14,11 +14,19 @@ from typing import Any
 
 from finetune.data.chat import Chat
 from finetune.data.samples import sample_rows
-from finetune.export.gguf.tokenizer.merges import BYTES, SPACE, byte_fallback, byte_level
-from finetune.export.gguf.tokenizer.source import Limit, Source, checked, holds, load, read_json, told
+from finetune.export.gguf.tokenizer.merges import BYTE_TOKENS, SPACE, byte_fallback, byte_level
+from finetune.export.gguf.tokenizer.source import (
+    Difference,
+    TokenizerFiles,
+    contains_any,
+    read_bpe,
+    read_unique_json,
+    shown_steps,
+    trained_tokenizer,
+)
 from finetune.system.errors import ExportError, LabelError, TemplateError
 
-_TALK = (
+_SHORT_CONVERSATION = (
     {"role": "user", "content": "Hello there"},
     {"role": "assistant", "content": "Good day"},
     {"role": "user", "content": "Hello again"},
@@ -41,7 +49,7 @@ _CONTROL_BY_NAME = (
 )
 
 
-def vocabulary(model: Path) -> dict[str, Any]:
+def tokenizer_metadata(model: Path) -> dict[str, Any]:
     """The GGUF metadata of a model's tokenizer: text, flags, ids (uint32) and lists, by their keys.
 
     Lists are of strings (tokens, merges), floats (scores: float32) and ints (token_type, eos_token_ids: int32).
@@ -52,10 +60,10 @@ def vocabulary(model: Path) -> dict[str, Any]:
     Raises:
         VocabularyError: A part is missing or damaged, or llama.cpp has nothing like it.
     """
-    return read(model)[0]
+    return read_tokenizer(model)[0]
 
 
-def probes() -> list[str]:
+def probe_texts() -> list[str]:
     """200 texts on which two tokenizers that are not the same differ."""
     own = Path(__file__).with_name("texts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = sample_rows().read_text(encoding="utf-8").splitlines()[: 200 - len(own)]
@@ -63,7 +71,7 @@ def probes() -> list[str]:
     return [*(json.loads(text) for text in own), *talks]
 
 
-def expected(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
     """For each text, what to give llama.cpp (special tokens added and parsed), and the trained tokenizer's ids of that.
 
     With a chat template a text stands behind BOS, as it does in a conversation; without one it is a text alone.
@@ -76,7 +84,7 @@ def expected(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> lis
     Raises:
         VocabularyError: The tokenizer cannot be loaded.
     """
-    tokenizer = load(model)
+    tokenizer = trained_tokenizer(model)
     if tokenizer.chat_template is None:
         return [(text, tokenizer(text)["input_ids"]) for text in texts]
     bos = tokenizer.bos_token if metadata["tokenizer.ggml.add_bos_token"] else ""
@@ -92,24 +100,24 @@ def expected(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> lis
     ]
 
 
-def read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
+def read_tokenizer(model: Path) -> tuple[dict[str, Any], list[Difference]]:
     """`vocabulary`, and what llama.cpp does otherwise with it than the trained tokenizer; often nothing.
 
     Raises:
         VocabularyError: As `vocabulary`.
     """
     file = model / "tokenizer.json"
-    vocab, merges = checked(file)
-    tokenizer = load(model)
+    vocab, merges = read_bpe(file)
+    tokenizer = trained_tokenizer(model)
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    source = Source(file, tokenizer, merges, dict(tokenizer.get_vocab()), added)
+    source = TokenizerFiles(file, tokenizer, merges, dict(tokenizer.get_vocab()), added)
     if any(source.ids.get(token) != i for token, i in vocab.items()):
         raise source.refuse(
             f"{type(tokenizer).__name__} gives its tokens other ids than the file; save it anew"
         )
-    _check_model(source)
-    metadata, used = _special(source, model)
-    rows = _rows(source, model, used)
+    _check_bpe_model(source)
+    metadata, used = _special_tokens(source, model)
+    rows = _embedding_rows(source, model, used)
     for key in ("unknown", "padding"):
         if metadata.get(f"tokenizer.ggml.{key}_token_id", 0) >= rows:
             del metadata[f"tokenizer.ggml.{key}_token_id"]
@@ -117,14 +125,16 @@ def read(model: Path) -> tuple[dict[str, Any], list[Limit]]:
     types = [UNUSED] * rows
     unknown = tokenizer.unk_token
     for token, i in source.ids.items():
-        types[i] = CONTROL if i in used else UNKNOWN if token == unknown else _type(source, token, by_bytes)
+        types[i] = (
+            CONTROL if i in used else UNKNOWN if token == unknown else _token_type(source, token, by_bytes)
+        )
     metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
-    metadata |= {"tokenizer.ggml.tokens": _texts(source, types), "tokenizer.ggml.token_type": types}
-    _named(source, used)
+    metadata |= {"tokenizer.ggml.tokens": _token_texts(source, types), "tokenizer.ggml.token_type": types}
+    _special_by_name(source, used)
     return metadata, source.found
 
 
-def _check_model(source: Source) -> None:
+def _check_bpe_model(source: TokenizerFiles) -> None:
     model = source.tokenizer.backend_tokenizer.model
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if value := getattr(model, name):
@@ -133,15 +143,16 @@ def _check_model(source: Source) -> None:
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(item, name)]
         if flags:
             source.found.append(
-                Limit(
-                    f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are", holds(token)
+                Difference(
+                    f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are",
+                    contains_any(token),
                 )
             )
 
 
-def _rows(source: Source, model: Path, used: set[int]) -> int:
+def _embedding_rows(source: TokenizerFiles, model: Path, used: set[int]) -> int:
     """The rows of the embedding. Tokens beyond it that nothing uses are left out: no model could read them."""
-    config = read_json(model / "config.json")
+    config = read_unique_json(model / "config.json")
     rows = (config.get("text_config") or config).get("vocab_size")
     if not isinstance(rows, int):
         raise ExportError(f"{model / 'config.json'}: it has no vocab_size")
@@ -155,34 +166,38 @@ def _rows(source: Source, model: Path, used: set[int]) -> int:
         del source.ids[token], source.added[token]
     if beyond:
         names = ", ".join(sorted(beyond))
-        source.found.append(Limit(f"left out, as the embedding has no row for it: {names}", holds(*beyond)))
+        source.found.append(
+            Difference(f"left out, as the embedding has no row for it: {names}", contains_any(*beyond))
+        )
     return rows
 
 
-def _special(source: Source, model: Path) -> tuple[dict[str, Any], set[int]]:
+def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any], set[int]]:
     """The ids, flags and template, and the ids of all tokens that they name."""
     tokenizer, key = source.tokenizer, "tokenizer.ggml."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise source.refuse("it has no eos_token, and llama.cpp would take some token for it")
-    before, after = _adds(source)
+    before, after = _added_around(source)
     for name, added, wanted in (("bos", before, bos), ("eos", after, eos)):
         if added not in ([], [wanted]):
             raise source.refuse(
                 f"its post_processor adds {added} where llama.cpp adds {name}_token alone ({wanted})"
             )
     metadata: dict[str, Any] = {key + "add_bos_token": bool(before), key + "add_eos_token": bool(after)}
-    stops = _stops(model)
+    stops = _stop_ids(model)
     turn = None
     if tokenizer.chat_template is not None:
-        turn = _conversation(source)
-        metadata |= _template(source)
+        turn = _end_of_turn(source)
+        metadata |= _chat_templates(source)
         # llama.cpp adds them to conversations too, which are trained as the template writes them.
         metadata[key + "add_bos_token"] = bool(before) and source.opening.startswith(tokenizer.bos_token)
         metadata[key + "add_eos_token"] = False
         if bool(before) != metadata[key + "add_bos_token"] or after:
             source.found.append(
-                Limit("a text alone gets no BOS or EOS, so that conversations are what the template writes")
+                Difference(
+                    "a text alone gets no BOS or EOS, so that conversations are what the template writes"
+                )
             )
     others = [i for i in dict.fromkeys([turn, *stops]) if i not in (None, eos)]
     # Without a BOS of its own, llama.cpp would name one by a number that means nothing here.
@@ -201,18 +216,20 @@ def _special(source: Source, model: Path) -> tuple[dict[str, Any], set[int]]:
     late = [names[i] for i in others[2:] if names[i] not in _STOPS_BY_NAME.split()]
     if late:
         source.found.append(
-            Limit(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
+            Difference(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
         )
     return metadata, used
 
 
-def _adds(source: Source) -> tuple[list[int], list[int]]:
+def _added_around(source: TokenizerFiles) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and behind a text."""
     steps = [step for step in source.parts("post_processor") if step["type"] != "ByteLevel"]
     if not steps:
         return [], []
     if len(steps) > 1 or steps[0]["type"] != "TemplateProcessing":
-        raise source.refuse(f"its post_processor is {told(steps)}; llama.cpp knows TemplateProcessing alone")
+        raise source.refuse(
+            f"its post_processor is {shown_steps(steps)}; llama.cpp knows TemplateProcessing alone"
+        )
     around: tuple[list[int], list[int]] = ([], [])
     behind = False
     for piece in steps[0]["single"]:
@@ -223,35 +240,35 @@ def _adds(source: Source) -> tuple[list[int], list[int]]:
     return around
 
 
-def _stops(model: Path) -> list[int]:
+def _stop_ids(model: Path) -> list[int]:
     """The ids that end an answer: of generation_config.json, or config.json where there is none."""
     file = model / "generation_config.json"
-    stops = read_json(file if file.is_file() else model / "config.json").get("eos_token_id")
+    stops = read_unique_json(file if file.is_file() else model / "config.json").get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if not all(isinstance(i, int) for i in stops):
         raise ExportError(f"{file}: eos_token_id {stops} are no ids")
     return stops
 
 
-def _conversation(source: Source) -> int | None:
+def _end_of_turn(source: TokenizerFiles) -> int | None:
     """The token that ends a turn; `source.opening` becomes a short conversation as the template writes it."""
     chat = Chat(source.tokenizer)
     try:
-        source.opening = chat.render(_TALK, add_generation_prompt=True)
+        source.opening = chat.render(_SHORT_CONVERSATION, add_generation_prompt=True)
         turn = source.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
     except (LabelError, TemplateError) as error:
         if not source.opening:
             raise source.refuse(str(error)) from error
         # What could not be trained on may still have been: a token that is not special, or that is BOS as well.
-        behind = source.opening.partition(_TALK[1]["content"])[2]
+        behind = source.opening.partition(_SHORT_CONVERSATION[1]["content"])[2]
         turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
         if turn is None:
-            source.found.append(Limit(f"where a turn ends cannot be told: {error}"))
+            source.found.append(Difference(f"where a turn ends cannot be told: {error}"))
     # A turn that ends with some text, a line break say, ends where eos_token comes.
     return source.ids[turn] if turn in source.added else None
 
 
-def _template(source: Source) -> dict[str, Any]:
+def _chat_templates(source: TokenizerFiles) -> dict[str, Any]:
     templates = source.tokenizer.chat_template
     named = templates if isinstance(templates, dict) else {"default": templates}
     if "default" not in named:
@@ -271,26 +288,30 @@ def _template(source: Source) -> dict[str, Any]:
     return written
 
 
-def _named(source: Source, used: set[int]) -> None:
+def _special_by_name(source: TokenizerFiles, used: set[int]) -> None:
     """What llama.cpp makes of tokens because of their names."""
     stops = [
         token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used
     ]
     if stops:
-        source.found.append(Limit(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name"))
+        source.found.append(
+            Difference(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name")
+        )
     plain = [
         t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added
     ]
     if plain:
         source.found.append(
-            Limit(f"llama.cpp takes {', '.join(plain)} for special, because of the name", holds(*plain))
+            Difference(
+                f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain)
+            )
         )
 
 
-def _type(source: Source, token: str, by_bytes: bool) -> int:
+def _token_type(source: TokenizerFiles, token: str, by_bytes: bool) -> int:
     """What llama.cpp shall take a token for that neither begins nor ends a text."""
     item = source.added.get(token)
-    if by_bytes and token in BYTES:
+    if by_bytes and token in BYTE_TOKENS:
         return BYTE
     # llama.cpp writes a token of the user's as it stands, and a space that is spelt otherwise in no other.
     if item is None or (by_bytes and SPACE in token):
@@ -298,7 +319,7 @@ def _type(source: Source, token: str, by_bytes: bool) -> int:
     return CONTROL if item.special else USER_DEFINED
 
 
-def _texts(source: Source, types: list[int]) -> list[str]:
+def _token_texts(source: TokenizerFiles, types: list[int]) -> list[str]:
     """The tokens by their ids; rows without one get a name that no text can become."""
     names = {i: token for token, i in source.ids.items()}
     found = []
@@ -306,7 +327,7 @@ def _texts(source: Source, types: list[int]) -> list[str]:
         token = names.get(i, "")
         if "\0" in token:
             # llama.cpp reads a name up to its first zero.
-            source.found.append(Limit(f"{token!r} cannot be written", holds("\0")))
+            source.found.append(Difference(f"{token!r} cannot be written", contains_any("\0")))
             types[i] = kind = UNUSED
         if kind == UNUSED:
             token = f"[PAD{i}]"
