@@ -35,9 +35,8 @@ from finetune.hub.uploads import CheckpointUploads
 from finetune.merge.plan import MergeRequest, make_plan
 from finetune.merge.run import merge
 from finetune.model.load import load_model, load_tokenizer
-from finetune.model.locate import locate
+from finetune.model.locate import Base, locate
 from finetune.model.provenance import hub_id, license_of
-from finetune.model.trainable import known_by
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSource, HubSection, ModelSection
 from finetune.system import errors
@@ -993,7 +992,7 @@ def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:
         recipe = load_recipe(recipe_of(tmp_path), [f"model.revision={revision}"])
         weight = load_model(recipe).get_input_embeddings().weight
         assert torch.equal(weight, tensors["model.embed_tokens.weight"] * factor), revision
-        assert known_by(recipe) == {"base_commit": sha if factor == 2 else COMMIT}
+        assert Base.of(recipe.model).identity == {"base_commit": sha if factor == 2 else COMMIT}
 
 
 def test_offline_a_run_and_its_base_come_from_the_cache(

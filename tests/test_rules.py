@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import finetune.model.trainable
 import finetune.train.loss
 import finetune.train.run
 from finetune.cli.commands import main
@@ -30,9 +29,11 @@ from finetune.data.samples import LabelledRow
 from finetune.export import verify
 from finetune.model import compatibility, generate, precision
 from finetune.model.load import load_base, load_tokenizer
-from finetune.model.locate import locate
+from finetune.model.locate import Base, locate
+from finetune.model.precision import decide_precision
 from finetune.model.tiny import RANDOM_ARCHITECTURES
-from finetune.recipe.load import load_recipe
+from finetune.model.trainable import load_trainable
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
 from finetune.system.devices import Device
@@ -47,6 +48,11 @@ T4 = Device("Tesla T4", bf16=False, capability=(7, 5))
 H100 = Device("NVIDIA H100", bf16=True, capability=(9, 0))
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 IDS = torch.arange(10, 58).reshape(1, 48)
+
+
+def trainable(recipe: Recipe, chat: Chat | None, say: Callable[[str], None]) -> Any:
+    """The model that a run trains."""
+    return load_trainable(recipe, Base.of(recipe.model), decide_precision(recipe), chat, say)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def test_an_adapter_on_a_t4_learns_as_in_float32(
     for device in (CPU, T4):
         monkeypatch.setattr(devices, "device_of", lambda place=None, device=device: device)
         torch.manual_seed(0)
-        model = finetune.model.trainable.adapted(recipe, None, said.append)
+        model = trainable(recipe, None, said.append)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=device is T4)
@@ -268,7 +274,7 @@ def test_a_stream_that_is_kept_is_said_also_of_a_dtype_that_was_asked_for(write_
     asked = {"dtype": "float16", "attn_implementation": "eager"}
     for name in ("random:gemma", "random:llama"):
         recipe = load_recipe(write_recipe(model={"name_or_path": name} | asked))
-        finetune.model.trainable.adapted(recipe, None, said.append)
+        trainable(recipe, None, said.append)
     assert [line for line in said if line.startswith("chosen")] == [
         "chosen: float32 in its residual stream, where float16 overflows"
     ]
@@ -282,7 +288,7 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
         write_recipe(model={"name_or_path": loud("gemma2", tmp_path / "loud", writes=60_000)}, lora=None)
     )
     monkeypatch.setattr(devices, "device_of", lambda place=None: T4)
-    model = finetune.model.trainable.adapted(recipe, None, lambda line: None)
+    model = trainable(recipe, None, lambda line: None)
     assert model.dtype == torch.float32
     assert largest(model, "post_feedforward_layernorm") > 65_504
     with torch.no_grad():
@@ -468,9 +474,7 @@ def test_an_attention_that_is_lawful_is_kept(architecture: str, device: Device) 
 def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something")
-    )
+    monkeypatch.setattr("finetune.train.run.load_tokenizer", lambda *_: pytest.fail("it loaded something"))
     path = write_recipe(model={"name_or_path": "random:gemma2", "attn_implementation": "sdpa"})
     line = "is sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention"
     assert main([str(path)]) == 2
@@ -488,7 +492,7 @@ def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
         (["model.dtype=float32", "model.attn_implementation=eager"], []),
     ):
         said: list[str] = []
-        finetune.model.trainable.adapted(load_recipe(path, overrides), None, said.append)
+        trainable(load_recipe(path, overrides), None, said.append)
         assert [line for line in said if line.startswith("chosen")] == wanted
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_tiny import make_model, make_tokenizer, write_gguf
 from safetensors.torch import load_file
 
 import finetune.train.run
 from finetune.cli.commands import main
+from finetune.model import locate, precision, shards
 from finetune.model.generate import load_generator
 from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import Record
@@ -38,6 +41,43 @@ def assert_same_weights(a: Path, b: Path) -> None:
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_base_is_located_read_and_hashed_once_a_start(
+    write_recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    write_gguf(make_model(len(tokenizer)), tokenizer, Path("tiny.gguf"))
+    path = write_recipe(model={"name_or_path": "tiny.gguf"}, training={"max_steps": 1}, evaluate={"limit": 1})
+    calls: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, names in {
+        locate: ("locate", "sha256", "read_config"),
+        precision: ("choose_dtype",),
+        shards: ("fingerprint",),
+    }.items():
+        for name in names:
+            count(module, name)
+    assert main(["plan", str(path)]) == 0
+    assert calls == {"locate": 1, "sha256": 1, "read_config": 1, "choose_dtype": calls["choose_dtype"]}
+    # The conversion, which takes a minute for a real model, is announced.
+    assert capsys.readouterr().err.count("tiny.gguf: converting to safetensors, once") == 1
+    calls.clear()
+    assert main([str(path), "data.eval_fraction=0.1"]) == 0
+    assert calls == {"locate": 1, "sha256": 1, "read_config": 1, "choose_dtype": 1, "fingerprint": 1}
+    calls.clear()
+    assert main(["evaluate", "run", "--output", "report", "--compare", "base"]) == 0
+    # The run itself, whose tokenizer is read from its own folder, is located for each of its loads.
+    assert (calls["sha256"], calls["read_config"], calls["fingerprint"]) == (1, 1, 0)
 
 
 def test_a_lora_run_leaves_what_the_interface_names(

@@ -31,6 +31,7 @@ from finetune.evaluate.report import (
     as_markdown,
 )
 from finetune.model.load import load_tokenizer
+from finetune.model.locate import Base, located_once
 from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
@@ -130,6 +131,7 @@ def evaluate(
         from finetune.evaluate.lm_eval_tasks import find_tasks
 
         tasks = find_tasks(section.lm_eval.tasks)
+    locate_base = located_once(say)
     rows_by_template: dict[str, list[HeldOutRow]] = {}
 
     def held_out(chat: Chat) -> list[HeldOutRow]:
@@ -138,10 +140,10 @@ def evaluate(
             rows_by_template[chat.fingerprint] = _held_out(loaded, chat)
         return rows_by_template[chat.fingerprint]
 
-    prompts, source = _prompts(subjects[-1], loaded, held_out, limit)
+    prompts, source = _prompts(subjects[-1], loaded, held_out, limit, locate_base)
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
     results = [
-        _evaluate_model(subject, loaded, prompts, held_out, tasks, limit, say, progress)
+        _evaluate_model(subject, loaded, prompts, held_out, tasks, limit, say, progress, locate_base)
         for subject in subjects
     ]
     report = _report(results, loaded, source, limit)
@@ -182,13 +184,17 @@ def _base_of(run: str) -> _Subject:
 
 
 def _prompts(
-    subject: _Subject, recipe: Recipe, held_out: Callable[[Chat], list[HeldOutRow]], limit: int | None
+    subject: _Subject,
+    recipe: Recipe,
+    held_out: Callable[[Chat], list[HeldOutRow]],
+    limit: int | None,
+    locate_base: Callable[[ModelSection], Base],
 ) -> tuple[list[Prompt], str]:
     """The prompts, and the name of where they are from."""
     if path := recipe.evaluate.prompts:
         return read_prompts(path, limit), Path(path).name
     section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
-    names = {row.name for row in held_out(Chat(load_tokenizer(section)))}
+    names = {row.name for row in held_out(Chat(load_tokenizer(section, locate_base(section))))}
     if not names:
         raise EvaluateError(
             f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
@@ -221,6 +227,7 @@ def _evaluate_model(
     limit: int | None,
     say: Say,
     progress: bool,
+    locate_base: Callable[[ModelSection], Base],
 ) -> ModelResult:
     """Loads one model, evaluates it and frees its memory, so that two models are never held at once."""
     import torch
@@ -230,7 +237,9 @@ def _evaluate_model(
     name = subject.model
     result = ModelResult(subject.title or name)
     say(f"{name}: loading")
-    generator = load_generator(name, adapter=subject.adapter, sections=subject.sections)
+    generator = load_generator(
+        name, adapter=subject.adapter, sections=subject.sections, locate_base=locate_base
+    )
     try:
         rows = held_out(generator.chat)
     except TemplateError as error:

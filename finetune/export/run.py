@@ -25,7 +25,8 @@ from finetune.export.transformers import write_format
 from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
 from finetune.hub.card import export_card
 from finetune.merge.run import merge
-from finetune.model.load import load_config, load_tokenizer
+from finetune.model.load import load_tokenizer
+from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.recipe.export_formats import GGUF_ALL, SHOWN
@@ -254,7 +255,7 @@ def _check_gguf(section: ModelSection) -> None:
             raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
     from finetune.export.gguf.tensors import checked_model_type
 
-    checked_model_type({"model_type": load_config(section).get_text_config().model_type})
+    checked_model_type({"model_type": Base.of(section).config.get_text_config().model_type})
 
 
 def _exact(whole: Path, job: Job) -> Job:

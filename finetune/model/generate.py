@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from finetune.data.chat import Chat
 from finetune.data.turns import Message
 from finetune.model import compatibility, precision
-from finetune.model.load import eos_tokens, load_base, load_config, load_tokenizer
-from finetune.model.locate import locate
+from finetune.model.load import eos_tokens, load_base, load_tokenizer
+from finetune.model.locate import Base
 from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
@@ -153,6 +153,7 @@ def load_generator(
     compiled: bool = False,
     as_is: bool = False,
     sections: tuple[ModelSection, dict[str, Any] | None] | None = None,
+    locate_base: Callable[[ModelSection], Base] = Base.of,
 ) -> Generator:
     """A run (its adapter on its base, loaded as it was trained), a directory of full weights, or a base model.
 
@@ -168,6 +169,7 @@ def load_generator(
             device may emulate it.
         sections: For a model without an adapter: the `model` and `quantization` sections of the recipe that says how to
             load it and which chat template to use.
+        locate_base: Locates a base; a caller that loads several models passes one that knows those located before.
 
     Raises:
         ModelError: There is no such run or model, it cannot be loaded, or this device cannot compute so.
@@ -197,23 +199,26 @@ def load_generator(
     key = "--attn" if attn else f"{name}: model.attn_implementation"
     attn = attn or section.attn_implementation
     in_float32 = wanted == torch.float32
-    base = load_config(section)
+    if is_adapter and (commit := environment_of(folder).get("base_commit")):
+        section = section.model_copy(update={"revision": commit})
+    base = locate_base(section)
     compatibility.check_attention(
         attn,
-        base,
+        base.config,
         devices.device_of(device),
         in_float32,
         training=False,
         key=key,
     )
-    stored_quantised = getattr(base, "quantization_config", None) is not None
+    stored_quantised = getattr(base.config, "quantization_config", None) is not None
     if quantize and stored_quantised:
         raise ModelError(f"{name} is quantised already; leave out --quantize")
     model = load_base(
-        locate(section.name_or_path),
+        base.path,
         wanted,
         quantization,
-        revision=(environment_of(folder).get("base_commit") if is_adapter else None) or section.revision,
+        config=base.config,
+        revision=section.revision,
         as_is=as_is and not is_adapter,
         attn_implementation=attn,
         trust_remote_code=section.trust_remote_code,
@@ -233,7 +238,7 @@ def load_generator(
         model = model.to(place)
     model.eval()
     own = folder.is_dir() and (is_adapter or sections is None)
-    chat = Chat(load_tokenizer(ModelSection(name_or_path=name) if own else section))
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=name)) if own else load_tokenizer(section, base))
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(
             f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile"

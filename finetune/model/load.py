@@ -1,21 +1,20 @@
-"""The base model and its tokenizer, loaded as a recipe says; and the tokens that a base never learned."""
+"""Loads a recipe's base model and its tokenizer."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat import Chat
 from finetune.data.template import load_template, set_system_role
 from finetune.model import precision
-from finetune.model.locate import locate
+from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import ModelSection
-from finetune.system import hub_errors
 from finetune.system.errors import LabelError, ModelError
 from finetune.system.terminal import quiet
 
@@ -23,8 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_tokenizer(section: ModelSection) -> Any:
+def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
     """The base's tokenizer, with the recipe's chat template where it names one, and a padding token.
+
+    Args:
+        section: The recipe's.
+        base: The same base, where it is located already.
 
     Raises:
         ModelError: There is none to load.
@@ -32,52 +35,53 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = locate(section.name_or_path)
-    with _told(section.name_or_path), quiet():
+    path = (base or Base.of(section)).path
+    with load_errors(section.name_or_path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    brought = Path(section.adapter or "", "chat_template.jinja").expanduser()
+    adapter_template = Path(section.adapter or "", "chat_template.jinja").expanduser()
     if section.chat_template:
         tokenizer.chat_template = load_template(section.chat_template)
-    elif section.adapter and brought.is_file():
-        tokenizer.chat_template = load_template(str(brought))
+    elif section.adapter and adapter_template.is_file():
+        tokenizer.chat_template = load_template(str(adapter_template))
     set_system_role(tokenizer, section.system_role)
     if tokenizer.pad_token is None:
-        # Padding is masked in attention and labels; which token it is never shows.
+        # Padding is masked in attention and labels, so the choice of the token changes nothing.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_config(section: ModelSection) -> Any:
-    """The base's config, without its weights.
-
-    Raises:
-        ModelError: There is none to load.
-    """
-    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    return _config(locate(section.name_or_path), options)
-
-
-def load_model(recipe: Recipe, dtype: torch.dtype | None = None) -> Any:
+def load_model(recipe: Recipe, dtype: torch.dtype | None = None, base: Base | None = None) -> Any:
     """The recipe's base model, quantised if the recipe says so, without an adapter.
 
     Args:
         recipe: Its `model` and `quantization` sections are read.
         dtype: In place of `model.dtype`.
+        base: The recipe's base, where it is located already.
 
     Raises:
         ModelError: There are no weights, only pickled ones, or they cannot be loaded.
     """
-    section = recipe.model
+    section, base = recipe.model, base or Base.of(recipe.model)
     return load_base(
-        locate(section.name_or_path),
+        base.path,
         dtype or resolve_dtype(section),
-        quantization=recipe.quantization,
+        recipe.quantization,
+        config=base.config,
         revision=section.revision,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
     )
+
+
+def quantization_config(quantization: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The recipe's `quantization` section as transformers takes it, for a model of `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    # Computing in another dtype than the adapter's would cast at each layer; upstream's default is float32.
+    compute = {"bnb_4bit_compute_dtype": dtype} if quantization.get("load_in_4bit") else {}
+    return BitsAndBytesConfig(**compute | quantization)
 
 
 def load_base(
@@ -85,28 +89,33 @@ def load_base(
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
     as_is: bool = False,
+    config: Any = None,
     **arguments: Any,
 ) -> Any:
-    """A causal language model from a directory or the Hub; `arguments` are `from_pretrained`'s.
+    """A causal language model from a directory or the Hub.
 
     Args:
         path: The directory, or the model's id.
-        dtype: Of its weights.
-        quantization: `transformers.BitsAndBytesConfig`'s.
-        as_is: Also a Gemma in float16 is computed in it throughout, as another program would.
-        **arguments: The rest.
+        dtype: The type of its weights.
+        quantization: A recipe's section: `transformers.BitsAndBytesConfig`'s arguments.
+        as_is: True computes a Gemma in float16 in float16 throughout, as other programs do.
+        config: The model's, where it has been read already.
+        **arguments: Other arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: It cannot be loaded, or weights are missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     if quantization is not None:
-        # Computing in another dtype than the adapter's would cast at each layer; upstream's default is float32.
-        config = {"bnb_4bit_compute_dtype": dtype} if quantization.get("load_in_4bit") else {}
-        arguments["quantization_config"] = BitsAndBytesConfig(**config | quantization)
-        # Quantised weights cannot be moved later: each rank loads onto its own card.
+        arguments["quantization_config"] = quantization_config(quantization, dtype)
+        # Quantised weights cannot be moved later: each rank loads onto its own GPU.
         rank = int(os.environ.get("LOCAL_RANK", 0))
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
-    with _told(path), quiet():
+    if config is not None:
+        arguments["config"] = copy.deepcopy(config)
+    with load_errors(path), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
         )
@@ -122,15 +131,6 @@ def load_base(
     return model
 
 
-def _config(path: str, options: dict[str, Any]) -> Any:
-    """A base's config; of `options` its place on the Hub is read."""
-    from transformers import AutoConfig
-
-    known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    with _told(path), quiet():
-        return AutoConfig.from_pretrained(path, **known)
-
-
 def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     """The tokens at which an answer ends: those of the generation config, the tokenizer's, the end of a turn."""
     known = generation_config.eos_token_id
@@ -139,25 +139,6 @@ def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
         with contextlib.suppress(LabelError):  # a template whose turns cannot be told ends none
             stops.append(Chat(tokenizer).end_of_turn_id)
     return [i for i in dict.fromkeys(stops) if i is not None]
-
-
-@contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Upstream's failures to load, told in one line that names the model."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if words := hub_errors.hub_problem(name, error):
-            raise ModelError(f"model.name_or_path: {name} {words}") from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else repr(error)
-        raise ModelError(f"model.name_or_path: {name} cannot be loaded: {reason}") from error
-    except Exception as error:
-        from safetensors import SafetensorError
-
-        if isinstance(error, SafetensorError):
-            raise ModelError(f"model.name_or_path: {name}: a weight file is damaged: {error}") from error
-        raise
 
 
 def keep_4bit_weights(model: Any) -> None:
@@ -173,7 +154,3 @@ def keep_4bit_weights(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens that the base never learned

@@ -1,31 +1,134 @@
-"""Where a base model is: a Hub id, a directory, or what is made into a directory once.
+"""Locates a base model: a Hub id, a directory, or what is converted into a directory once.
 
 A `.gguf` file, `package:MODULE` (a GGUF inside a Python package) and `random:ARCH` (a tiny seeded model for tests and
-smoke runs) become plain safetensors directories under the user's cache directory, and from then on are like any other.
+smoke runs) become safetensors directories under the user's cache directory, and are then used like any other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from finetune.data.samples import sample_rows
 from finetune.model.tiny import RANDOM_ARCHITECTURES, make_random
-from finetune.system.errors import ModelError
+from finetune.recipe.schema import ModelSection
+from finetune.system import hub_errors
+from finetune.system.errors import ModelError, first_line
 from finetune.system.files import made_once, sha256
-from finetune.system.terminal import quiet
+from finetune.system.terminal import Say, quiet
 
 # Raised when what a made directory holds changes, so that an old one is not used again.
 _CACHE_VERSION = 1
 
 
-def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) -> str:
+class BaseIdentity(TypedDict, total=False):
+    """What `environment.json` records so that a merge can recognise the base: one of the two."""
+
+    base_fingerprint: str
+    base_commit: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model. It is located, its config read and its weights hashed at most once, each when first asked for.
+
+    Raises:
+        ModelError: From `path` and `config`: there is no such model, or it cannot be read.
+    """
+
+    name: str  # `model.name_or_path`
+    revision: str | None = None
+    trust_remote_code: bool = False
+    say: Say = field(default=lambda line: None, compare=False)
+
+    @classmethod
+    def of(cls, section: ModelSection, say: Say = lambda line: None) -> Base:
+        """The base of a recipe; `say` is told when a GGUF file is converted, which takes a minute."""
+        return cls(section.name_or_path, section.revision, section.trust_remote_code, say)
+
+    @cached_property
+    def path(self) -> str:
+        """The Hub id or directory that `from_pretrained` takes."""
+        return locate(self.name, self.say)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's `PretrainedConfig`; nobody may change it."""
+        return read_config(self.path, self.revision, self.trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of all weights of a base on this machine; None for one on the Hub."""
+        from finetune.model.shards import fingerprint
+
+        return fingerprint(Path(self.path)) if Path(self.path).is_dir() else None
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """The fingerprint of a local base, or the commit of one on the Hub; empty where neither is known."""
+        if self.fingerprint is not None:
+            return {"base_fingerprint": self.fingerprint}
+        from huggingface_hub import try_to_load_from_cache
+
+        # A config no longer holds its commit (transformers 5.23), but its folder in the cache is named after it.
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return {"base_commit": Path(config).parent.name} if isinstance(config, str) else {}
+
+
+def located_once(say: Say) -> Callable[[ModelSection], Base]:
+    """A `Base.of` that gives the same object for each further section with the same base."""
+    known: dict[Base, Base] = {}
+
+    def locate_base(section: ModelSection) -> Base:
+        base = Base.of(section, say)
+        return known.setdefault(base, base)
+
+    return locate_base
+
+
+def read_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of the model in a directory or on the Hub.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with load_errors(path), quiet():
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def load_errors(name: str) -> Iterator[None]:
+    """Raises transformers' failures to load `name` as a ModelError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if words := hub_errors.hub_problem(name, error):
+            raise ModelError(f"model.name_or_path: {name} {words}") from error
+        raise ModelError(f"model.name_or_path: {name} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if isinstance(error, SafetensorError):
+            raise ModelError(f"model.name_or_path: {name}: a weight file is damaged: {error}") from error
+        raise
+
+
+def locate(name_or_path: str, say: Say = lambda line: None) -> str:
     """The Hub id or directory that `from_pretrained` takes; converts a GGUF or makes a random model the first time.
+
+    Args:
+        name_or_path: `model.name_or_path`.
+        say: Told before a conversion, which takes a minute.
 
     Raises:
         ModelError: A file or package is missing, or a directory holds no safetensors weights.
@@ -60,13 +163,9 @@ def locate(name_or_path: str, say: Callable[[str], None] = lambda line: None) ->
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            found = (
-                f"only {pickles[0]}, a pickle, which can run code when it is read"
-                if pickles
-                else "no weights"
-            )
+            pickle = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else ""
             raise ModelError(
-                f"model.name_or_path: {name_or_path} holds {found}; weights must be .safetensors"
+                f"model.name_or_path: {name_or_path} holds {pickle or 'no weights'}; weights must be .safetensors"
             )
         return str(path)
     return name_or_path
@@ -87,7 +186,7 @@ def _import_gguf_package(module: str) -> Any:
 
 
 def _convert_gguf(file: Path, into: Path) -> None:
-    """A GGUF's weights in bfloat16, its config and its tokenizer, as a plain directory."""
+    """Writes a GGUF's weights in bfloat16, its config and its tokenizer into a directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -108,7 +207,3 @@ def _convert_gguf(file: Path, into: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tiny random models

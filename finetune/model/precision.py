@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -13,21 +14,43 @@ from finetune.system.devices import Device
 from finetune.system.errors import ModelError
 
 
-def mixed_precision_of(recipe: Recipe, dtype: torch.dtype | None = None) -> str:
-    """accelerate's word for the type that the recipe computes in; `dtype`: of the weights on another device."""
-    dtype, training = dtype or resolve_dtype(recipe.model), recipe.training
-    if training.get("bf16", dtype == torch.bfloat16 and not training.get("fp16")):
-        return "bf16"
-    return "fp16" if training.get("fp16", dtype == torch.float16) else "no"
+@dataclass(frozen=True)
+class Precision:
+    """The types of a run: what `model.dtype` means here, what weights are loaded in, what autocast computes in."""
+
+    asked: torch.dtype
+    loaded: torch.dtype  # float32 for full fine-tuning in float16: the gradient scaler needs float32 weights
+    computes: Literal["no", "fp16", "bf16"]  # accelerate's `mixed_precision`
+
+    @property
+    def in_float32(self) -> bool:
+        """True where attention gets float32 inputs."""
+        return self.asked == torch.float32 and self.computes == "no"
+
+
+def decide_precision(recipe: Recipe, device: Device | None = None) -> Precision:
+    """The types that a recipe is trained in on a device; absent, on this machine's.
+
+    Raises:
+        ModelError: The device does not compute in a type that the recipe asks for; the message names the key.
+    """
+    device = device or devices.device_of()
+    asked = choose_dtype(recipe.model.dtype, device)
+    check_precision(recipe.training, recipe.quantization or {}, asked, device)
+    loaded = torch.float32 if recipe.lora is None and asked == torch.float16 else asked
+    computes: Literal["no", "fp16", "bf16"] = "no"
+    if recipe.training.get("bf16", asked == torch.bfloat16 and not recipe.training.get("fp16")):
+        computes = "bf16"
+    elif recipe.training.get("fp16", asked == torch.float16):
+        computes = "fp16"
+    return Precision(asked, loaded, computes)
 
 
 def resolve_dtype(section: ModelSection) -> torch.dtype:
-    """`model.dtype` as a torch dtype.
-
-    `auto` is bfloat16 where the card computes in it, float16 on older cards, float32 on a CPU.
+    """`model.dtype` on this machine; `auto`: bfloat16 on a GPU that computes in it, float16 on another, else float32.
 
     Raises:
-        ModelError: It is bfloat16, and the card does not compute in it.
+        ModelError: It is bfloat16, and the GPU does not compute in it.
     """
     return choose_dtype(section.dtype, devices.device_of())
 
@@ -43,8 +66,6 @@ def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch
     Raises:
         ModelError: The device does not compute in it.
     """
-    import torch
-
     if wanted == "auto":
         if device.capability is None:
             return torch.float32
@@ -69,8 +90,6 @@ def check_precision(
     Raises:
         ModelError: With the key to change.
     """
-    import torch
-
     for name in ("bf16", "bf16_full_eval"):
         if training.get(name):
             _refuse_bf16(f"training.{name}", "true", device, f"{name.replace('bf', 'fp')}: true")

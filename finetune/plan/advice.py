@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from finetune.model import compatibility
+from finetune.model.precision import decide_precision
 from finetune.plan.predict import STRIDE, Predictor, StepSettings, with_length, with_rows
-from finetune.plan.step import dtypes
 from finetune.recipe.load import Recipe
 from finetune.system import devices
 from finetune.system.devices import Hardware
@@ -117,7 +115,7 @@ def with_fsdp(setting: StepSettings, card: Hardware) -> tuple[StepSettings, list
 
 
 def _storage(recipe: Recipe, card: Hardware) -> str:
-    return str(dtypes(recipe, card.device)[0]).removeprefix("torch.")
+    return str(decide_precision(recipe, card.device).asked).removeprefix("torch.")
 
 
 def _smaller(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
@@ -149,12 +147,11 @@ def _text(written: list[str]) -> str:
 def why_unsupported(recipe: Recipe, config: Any, device: devices.Device) -> str:
     """Why the recipe cannot be trained on such a device as it is written; empty where it can."""
     try:
-        dtype, _, computes = dtypes(recipe, device)
-        in_float32 = dtype == torch.float32 and computes == "no"
-        compatibility.check_attention(recipe.model.attn_implementation, config, device, in_float32)
+        precision = decide_precision(recipe, device)
+        compatibility.check_attention(recipe.model.attn_implementation, config, device, precision.in_float32)
     except ModelError as error:
         return str(error)
-    if computes == "fp16" and device.capability is None:
+    if precision.computes == "fp16" and device.capability is None:
         return "model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32"
     return ""
 

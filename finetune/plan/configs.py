@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.model.load import load_config
+from finetune.model.locate import Base
 from finetune.recipe.schema import ModelSection
 from finetune.system.devices import GPUS, Hardware, gpu_of_size
 from finetune.system.errors import PlanError
@@ -37,7 +37,7 @@ def _shipped_configs() -> dict[str, dict[str, Any]]:
     return {name: family["config"] for family in families for name in family["models"]}
 
 
-def base_config(section: ModelSection) -> Any:
+def base_config(section: ModelSection, base: Base | None = None) -> Any:
     """The base's config: shipped numbers of those that are known, else a directory's or the Hub's.
 
     Raises:
@@ -53,4 +53,4 @@ def base_config(section: ModelSection) -> Any:
     if (folder / "config.json").is_file():  # its weights may come later
         with quiet():
             return AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
-    return load_config(section)
+    return (base or Base.of(section)).config

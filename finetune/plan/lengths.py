@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from finetune.model.locate import Base
 from finetune.recipe.load import Recipe
 from finetune.system.files import cache_dir
 
@@ -57,7 +58,7 @@ class RowLengths:
         return int(np.sort(self.labels)[::-1][:count].sum())
 
 
-def row_lengths(recipe: Recipe, say: Callable[[str], None]) -> RowLengths | None:
+def row_lengths(recipe: Recipe, say: Callable[[str], None], base: Base | None = None) -> RowLengths | None:
     """The rows that would be trained on; None where they, or the tokenizer, are not on this machine."""
     if not all(_is_file(source) for source in recipe.data.train) or not _has_tokenizer(recipe.model):
         return None
@@ -65,7 +66,7 @@ def row_lengths(recipe: Recipe, say: Callable[[str], None]) -> RowLengths | None
     from finetune.data.mixture import build_datasets
     from finetune.model.load import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, base)
     data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
     return RowLengths.of(data.dataset)
 

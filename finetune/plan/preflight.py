@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.model.flops import EXPERT_COUNTS, first_number
+from finetune.model.locate import Base
 from finetune.plan.advice import advice
 from finetune.plan.configs import base_config
 from finetune.plan.lengths import RowLengths
@@ -23,7 +24,7 @@ from finetune.system.numbers import GIB
 _DOUBT = 0.9
 
 
-def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
+def check(recipe: Recipe, arguments: Any, dataset: Any, base: Base | None = None) -> None:
     """Refuses a run for which the memory that is really free cannot suffice.
 
     Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share a token are there. So
@@ -32,7 +33,8 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     Args:
         recipe: What is to be run.
         arguments: Its `training`, as trl takes it.
-        dataset: The prepared rows; None of a stream.
+        dataset: The prepared rows; None for a stream.
+        base: The recipe's base, where it is located already.
 
     Raises:
         PlanError: With what to change.
@@ -41,7 +43,7 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     if not card.is_gpu:  # processes on one machine share its memory
         card = replace(card, memory=card.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
-        lacks = _lacks(recipe, arguments, dataset, card)
+        lacks = _lacks(recipe, arguments, dataset, card, base)
     except Exception:
         return
     if lacks is None:
@@ -56,9 +58,11 @@ def check(recipe: Recipe, arguments: Any, dataset: Any) -> None:
     )
 
 
-def _lacks(recipe: Recipe, arguments: Any, dataset: Any, card: Hardware) -> tuple[float, list[str]] | None:
+def _lacks(
+    recipe: Recipe, arguments: Any, dataset: Any, card: Hardware, base: Base | None
+) -> tuple[float, list[str]] | None:
     """The bytes that are needed where they are not there, and what to change; None where they are."""
-    config = base_config(recipe.model)
+    config = base_config(recipe.model, base)
     rows = RowLengths.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
     setting = step_settings(recipe, arguments, rows)
     if _small(config, setting, card):

@@ -9,6 +9,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from finetune.model.locate import Base
+from finetune.model.precision import decide_precision
 from finetune.plan.advice import advice, supported_variant, why_unsupported, with_fsdp
 from finetune.plan.configs import base_config
 from finetune.plan.lengths import RowLengths, row_lengths
@@ -21,7 +23,7 @@ from finetune.plan.predict import (
     with_length,
     with_rows,
 )
-from finetune.plan.step import Batch, dtypes
+from finetune.plan.step import Batch
 from finetune.recipe.load import Recipe
 from finetune.system.devices import GPUS, Hardware, this_machine
 from finetune.system.errors import ModelError, PlanError
@@ -160,8 +162,9 @@ def plan(
             known.
     """
     card = card or this_machine()
-    arguments, config = step_arguments(recipe), base_config(recipe.model)
-    rows = row_lengths(recipe, say) if use_rows else None
+    base = Base.of(recipe.model, say)
+    arguments, config = step_arguments(recipe), base_config(recipe.model, base)
+    rows = row_lengths(recipe, say, base) if use_rows else None
     written = step_settings(recipe, arguments, rows)
     predictors: dict[Any, Predictor] = {}
 
@@ -172,7 +175,7 @@ def plan(
             its, instead = supported_variant(recipe, place.device)
             if why_unsupported(its, config, place.device):
                 raise ModelError(refused)
-        kind = (place.is_gpu, dtypes(its, place.device))
+        kind = (place.is_gpu, decide_precision(its, place.device))
         if kind not in predictors:
             predictors[kind] = Predictor(config, place, arguments)
         return predictors[kind], replace(written, recipe=its), HardwareFit(place, None, refused, instead)
@@ -182,7 +185,6 @@ def plan(
     if cards == 1:
         fit.rows = _largest_batch(own, setting, card, sure=True)
         fit.length = _longest_row(own, setting, card, config)
-    computes = dtypes(setting.recipe, card.device)[2]
     step = own.step(setting)
     made = MemoryPlan(
         recipe,
@@ -192,7 +194,7 @@ def plan(
         [],
         flops=step.flops,
         operators=step.operators,
-        computes=computes,
+        computes=decide_precision(setting.recipe, card.device).computes,
         cards=cards,
     )
     if cards > 1:

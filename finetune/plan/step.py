@@ -9,15 +9,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, masking_utils
+from transformers import AutoModelForCausalLM, Trainer, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune.model import compatibility, precision
-from finetune.model.precision import mixed_precision_of
-from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices
+from finetune.model import compatibility
+from finetune.model.load import quantization_config
+from finetune.model.precision import Precision, decide_precision, keep_residual_in_float32
+from finetune.model.trainable import trainable_model
 from finetune.plan.fake_device import emulate_device, patched_attributes
 from finetune.plan.memory import PAGED, MemoryTracker
 from finetune.recipe.load import Recipe
@@ -62,70 +62,40 @@ class StepCost:
         return sum(self.parts.values())
 
 
-def dtypes(recipe: Recipe, device: devices.Device) -> tuple[torch.dtype, torch.dtype, str]:
-    """The type that is asked for, the one that weights are in, and accelerate's word for what is computed in.
-
-    Raises:
-        ModelError: The device does not compute in it.
-    """
-    dtype = precision.choose_dtype(recipe.model.dtype, device)
-    precision.check_precision(recipe.training, recipe.quantization or {}, dtype, device)
-    whole = recipe.lora is None and dtype == torch.float16
-    return dtype, torch.float32 if whole else dtype, mixed_precision_of(recipe, dtype)
-
-
-def build(recipe: Recipe, config: Any, device: devices.Device, mode: FakeTensorMode) -> Any:
+def build(recipe: Recipe, config: Any, precision: Precision, mode: FakeTensorMode) -> Any:
     """The model that `finetune train` would train, its tensors fake.
 
+    Args:
+        recipe: What is trained.
+        config: The base's; it is changed.
+        precision: The recipe's types.
+        mode: What makes the tensors fake.
+
     Raises:
-        ModelError: The device does not compute as the recipe asks.
+        ModelError: `lora` does not fit the base.
     """
-    dtype, loaded, _ = dtypes(recipe, device)
     attention = recipe.model.attn_implementation
     compatibility.check_attention_name(attention, config)
     if attention is not None and attention not in ("eager", "sdpa"):
-        attention = "sdpa"  # what a kernel of its own takes is much the same
+        attention = "sdpa"  # flash and flex attention take about as much memory
     with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=loaded,
+            dtype=precision.loaded,
             attn_implementation=attention,
             trust_remote_code=recipe.model.trust_remote_code,
         )
     if recipe.quantization is not None:
-        own = {"bnb_4bit_compute_dtype": loaded} if recipe.quantization.get("load_in_4bit") else {}
-        quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**own | recipe.quantization))
-        quantizer.preprocess_model(model=model, dtype=loaded, device_map=None)
+        quantizer = AutoHfQuantizer.from_config(quantization_config(recipe.quantization, precision.loaded))
+        quantizer.preprocess_model(model=model, dtype=precision.loaded, device_map=None)
         quantizer.postprocess_model(model)
-    if dtype == torch.float16:
-        precision.keep_residual_in_float32(model)
-    beside = compatibility.non_text_modules(model)
-    if recipe.lora is None:
-        for name in beside:
-            model.get_submodule(name).requires_grad_(False)
-    else:
-        model.config.use_cache = False
-        options = dict(recipe.lora)
-        options["exclude_modules"] = compatibility.exclude_modules(beside, options.get("exclude_modules"))
-        if options.get("trainable_token_indices") == "auto":
-            # Whether the base has learned them, only its weights tell; two rows take next to nothing.
-            options["trainable_token_indices"] = trainable_token_indices(model, [0, 1])
-        with torch.device("meta"):
-            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-        lighten_trainable_tokens(model)
-        _adapter_dtypes(model, recipe, dtype)
-    _make_fake(model, mode, loaded)
+    if precision.loaded == torch.float16:
+        keep_residual_in_float32(model)  # as `load_base`
+    with torch.device("meta"):
+        # Only weights show which tokens the base never learned; two of them take next to nothing.
+        model = trainable_model(recipe, model, precision, unlearned=[0, 1])
+    _make_fake(model, mode, precision.loaded)
     return model
-
-
-def _adapter_dtypes(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
-    """As `train` leaves them: trl casts an adapter on a quantised base to bfloat16, and what it rounds is put back."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if recipe.quantization is not None and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-            if dtype != torch.bfloat16 or "trainable_tokens" in name:
-                parameter.data = parameter.data.float()
 
 
 def _make_fake(model: Any, mode: FakeTensorMode, dtype: torch.dtype) -> None:
@@ -198,8 +168,9 @@ class FakeModel:
         """
         self.recipe, self.card, self.arguments = recipe, card, arguments
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.computes = dtypes(recipe, device)[2]
-        self.model = build(recipe, config, device, self.mode)
+        precision = decide_precision(recipe, device)
+        self.computes = precision.computes
+        self.model = build(recipe, config, precision, self.mode)
         self.causal = self.model.get_base_model() if recipe.lora is not None else self.model
         self.decoder = self.causal.base_model
         from trl.trainer.utils import add_fused_lm_head

@@ -10,26 +10,23 @@ from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
 from finetune.model import compatibility
-from finetune.model.load import load_config
-from finetune.model.precision import check_precision, mixed_precision_of, resolve_dtype
+from finetune.model.locate import Base
+from finetune.model.precision import Precision
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
 from finetune.system.errors import RunError
 
 
-def check_launch(recipe: Recipe) -> None:
+def check_launch(recipe: Recipe, precision: Precision) -> None:
     """Refuses what the launcher's file, the recipe and this machine's card cannot do together.
 
     Raises:
         LaunchError, ModelError: With the key to change, in one of the two.
     """
     file, training, bits = distributed.LAUNCHER_FILE, recipe.training, recipe.quantization or {}
-    check_precision(training, bits, resolve_dtype(recipe.model), devices.device_of())
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in (
-        "no",
-        mixed_precision_of(recipe),
-    ):
-        raise RunError(f'{file}: mixed_precision is {precision}; write "no", the recipe decides')
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision.computes):
+        raise RunError(f'{file}: mixed_precision is {launched}; write "no", the recipe decides')
     optim = str(training.get("optim", ""))
     if optim.startswith(("galore", "apollo")):
         raise RunError(
@@ -69,7 +66,7 @@ def check_launch(recipe: Recipe) -> None:
             "quantization.load_in_8bit: is true, but such weights cannot be cut into parts; write load_in_4bit: true, "
             "or launch with accelerate_configs/ddp.yaml"
         )
-    dtype, storage = str(resolve_dtype(recipe.model))[6:], bits.get("bnb_4bit_quant_storage") or "uint8"
+    dtype, storage = str(precision.asked)[6:], bits.get("bnb_4bit_quant_storage") or "uint8"
     if bits and storage != dtype:
         raise RunError(
             f"quantization.bnb_4bit_quant_storage: is {storage}, but to be cut into parts it must be model.dtype; "
@@ -84,18 +81,17 @@ _ALONE = {
 }
 
 
-def check_base(recipe: Recipe) -> None:
+def check_base(recipe: Recipe, base: Base, precision: Precision) -> None:
     """Refuses, before any row is read, what the base model and this machine's card cannot do together.
 
     Raises:
         ModelError: With the key to change.
     """
-    in_float32 = resolve_dtype(recipe.model) == torch.float32 and mixed_precision_of(recipe) == "no"
     wanted = recipe.model.attn_implementation
-    compatibility.check_attention(wanted, load_config(recipe.model), devices.device_of(), in_float32)
+    compatibility.check_attention(wanted, base.config, devices.device_of(), precision.in_float32)
 
 
-def training_arguments(recipe: Recipe, streamed: bool) -> SFTConfig:
+def training_arguments(recipe: Recipe, precision: Precision, streamed: bool) -> SFTConfig:
     """The recipe's `training` for trl; making it joins the processes of the run.
 
     Raises:
@@ -105,7 +101,7 @@ def training_arguments(recipe: Recipe, streamed: bool) -> SFTConfig:
     for ours in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
         values.pop(ours, None)
     # SFTConfig sets bf16 unless it is told otherwise.
-    values["bf16"], values["fp16"] = (mixed_precision_of(recipe) == word for word in ("bf16", "fp16"))
+    values["bf16"], values["fp16"] = (precision.computes == word for word in ("bf16", "fp16"))
     if values.get("fsdp_config"):
         values |= _on_tpu()
     elif not torch.accelerator.is_available():

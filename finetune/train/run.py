@@ -23,9 +23,9 @@ from finetune.hub.run import check_access, push
 from finetune.hub.uploads import CheckpointUploads
 from finetune.model import flops
 from finetune.model.load import eos_tokens, load_tokenizer
-from finetune.model.locate import locate
-from finetune.model.precision import mixed_precision_of, resolve_dtype
-from finetune.model.trainable import adapted, known_by
+from finetune.model.locate import Base
+from finetune.model.precision import Precision, decide_precision
+from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed, files
@@ -53,7 +53,9 @@ from finetune.train.trainer import GoOn, Trainer, layer_classes, saving
 
 
 def train(
-    recipe: Recipe, say: Say = lambda line: None, check: Callable[[Recipe, Any, Any], None] | None = None
+    recipe: Recipe,
+    say: Say = lambda line: None,
+    check: Callable[[Recipe, Any, Any, Base], None] | None = None,
 ) -> Path:
     """The run directory of a recipe, trained.
 
@@ -74,23 +76,23 @@ def train(
     resume = recipe.training.get("resume_from_checkpoint") or False
     main = distributed.rank() == 0
     streamed = any(source.streaming for source in recipe.data.train)
-    check_launch(recipe)
+    precision = decide_precision(recipe)
+    check_launch(recipe, precision)
     trackers = wanted(recipe.training.get("report_to"))
     check_trackers(trackers)
     if main and recipe.hub.repo_id:
         check_access()  # not after hours
     distributed.watch_other_ranks()  # before the processes wait for each other
-    locate(
-        recipe.model.name_or_path
-    )  # transformers 5.23 lets only the first of joined processes save a model
-    check_base(recipe)
-    config = training_arguments(recipe, streamed)  # which joins them
+    base = Base.of(recipe.model, say)
+    # A GGUF is converted here: transformers 5.23 lets only the first of joined processes save a model.
+    check_base(recipe, base, precision)
+    config = training_arguments(recipe, precision, streamed)  # which joins them
     if main:
         checkpoint.check_output(output, resume)
     if distributed.world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
         say(f"one of {gpus} GPUs is used; for all, see accelerate_configs/ddp.yaml and fsdp.yaml")
 
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, base)
     chat = Chat(tokenizer)
     chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
     chats = chats and tokenizer.chat_template is not None
@@ -113,10 +115,10 @@ def train(
         config.run_name = identify(output, config.run_name, config.project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
     if check is not None and main:
-        check(recipe, config, None if streamed else data.dataset)
+        check(recipe, config, None if streamed else data.dataset, base)
 
     set_seed(config.seed)
-    model = adapted(recipe, chat if chats else None, say)
+    model = load_trainable(recipe, base, precision, chat if chats else None, say)
     model.generation_config.eos_token_id = eos_tokens(model.generation_config, tokenizer)
     if config.fsdp_config and config.fsdp:
         config.fsdp_config["transformer_layer_cls_to_wrap"] = layer_classes(model)
@@ -127,7 +129,7 @@ def train(
     if main:
         output.mkdir(parents=True, exist_ok=True)
         files.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        files.write_whole(output / "environment.json", _json(environment(model) | known_by(recipe)))
+        files.write_whole(output / "environment.json", _json(environment(precision) | base.identity))
         _write_ledgers(output, data, evaluation)
     distributed.check_shared(output / "recipe.yaml")
 
@@ -142,7 +144,7 @@ def train(
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.rows = [] if streamed else data.dataset
-    trainer.meter = _meter(recipe, model, data)
+    trainer.meter = _meter(recipe, precision, model, data)
     trainer.recipe = recipe.to_yaml()
     trainer.marks = {"processes": distributed.world_size(), "rows": data.digest}
     if not streamed:
@@ -152,12 +154,10 @@ def train(
     trainer.fill_up()
     if recipe.lora is not None:
         # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), which
-        # also rounds what it begins with, and PEFT gives token rows the base's dtype (0.21), in which small steps are
-        # rounded away.
-        everything = resolve_dtype(recipe.model) != torch.bfloat16
+        # also rounds its first values.
         for name, parameter in trainer.model.named_parameters():
-            if parameter.requires_grad and (everything or "trainable_tokens" in name):
-                parameter.data = drawn[name].float()
+            if parameter.requires_grad:
+                parameter.data = drawn[name]
     trainer.began = beginning(trainer.model)
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
     trainer.remove_callback(PrinterCallback)
@@ -204,9 +204,9 @@ def train(
     return output
 
 
-def _meter(recipe: Recipe, model: Any, data: Prepared) -> Meter:
+def _meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
     """What measures the run; a card's speed is known of some."""
-    speed = devices.this_machine().tflops(mixed_precision_of(recipe)) * 1e12 * distributed.world_size()
+    speed = devices.this_machine().tflops(precision.computes) * 1e12 * distributed.world_size()
     if not speed:
         return Meter()
     ledger = data.ledger
@@ -235,7 +235,7 @@ def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | Non
     return start
 
 
-def environment(model: Any) -> dict[str, Any]:
+def environment(precision: Precision) -> dict[str, Any]:
     """Versions, device and commit of this run."""
     clone = Path(__file__).parents[2]
     commit = None
@@ -251,9 +251,7 @@ def environment(model: Any) -> dict[str, Any]:
         "platform": platform.system(),
         "commit": commit,
         "base_commit": None,
-        "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix(
-            "torch."
-        ),
+        "dtype": str(precision.loaded).removeprefix("torch."),
         "versions": _versions(),
     }
 
