@@ -417,7 +417,7 @@ def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.Ca
     capsys.readouterr()
     assert main([str(recipe)]) == 0
     said = capsys.readouterr().err
-    assert "going on from the adapter in first" in said
+    assert "training continues from the adapter in first" in said
     one, other = (load_file(Path(run, "adapter_model.safetensors")) for run in ("first", "run"))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
