@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.recipe.diff import compare
+from finetune.recipe.diff import check_changes
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.upstream import upstream_keys
@@ -29,7 +29,7 @@ def going_on(
     saved = Path("saved.yaml")
     saved.write_text(old if isinstance(old, str) else old.to_yaml(), encoding="utf-8")
     said: list[str] = []
-    compare(saved, new, said.append, same_rows, processes)
+    check_changes(saved, new, said.append, same_rows, processes)
     assert len(said) <= 1
     assert all(line.startswith("going on with changes: ") and "\n" not in line for line in said)
     return said[0].removeprefix("going on with changes: ").split("; ") if said else []
@@ -155,7 +155,7 @@ def test_where_it_is_written_and_its_output_do_not_matter(recipe: Recipe, write_
 
 def test_nothing_is_checked_where_no_recipe_was_saved(recipe: Recipe) -> None:
     said: list[str] = []
-    compare(Path("nowhere/recipe.yaml"), recipe, said.append, same_rows=False, processes=(1, 2))
+    check_changes(Path("nowhere/recipe.yaml"), recipe, said.append, same_rows=False, processes=(1, 2))
     assert said == []
 
 
@@ -494,4 +494,4 @@ def test_a_damaged_recipe_is_named(recipe: Recipe, text: str, reason: str | None
 def test_a_recipe_that_is_no_text(recipe: Recipe) -> None:
     Path("saved.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(RunError, match=r"^saved.yaml is damaged: 'utf-8' codec can't decode"):
-        compare(Path("saved.yaml"), recipe, print, same_rows=True, processes=(1, 1))
+        check_changes(Path("saved.yaml"), recipe, print, same_rows=True, processes=(1, 1))

@@ -956,7 +956,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
     from trl import SFTConfig
 
     fields = {f.name: f for f in dataclasses.fields({"training": SFTConfig, "lora": LoraConfig}[section])}
-    taken = recipe_module._keys()[section]
+    taken = recipe_module._known_keys()[section]
     refused = upstream.INSTEAD[section]
     assert taken.keys() | (refused.keys() & fields.keys()) == fields.keys()
     assert not taken.keys() & refused.keys()
@@ -982,7 +982,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
 
 
 def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
-    keys = recipe_module._keys()
+    keys = recipe_module._known_keys()
     for section, table in upstream.INSTEAD.items():
         for name, instead in table.items():
             assert name not in keys[section]
@@ -1002,3 +1002,11 @@ def test_sections_have_a_sentence_for_every_key() -> None:
 @pytest.mark.parametrize("text", [BASE.replace("owner/model", "é日本"), BASE * 2, yaml.dump([1])])
 def test_ugly_files_give_faults(text: str) -> None:
     assert all("\n" not in fault for fault in report(text))
+
+
+def test_the_default_length_is_trls() -> None:
+    from trl import SFTConfig
+
+    assert load(BASE).max_length == SFTConfig.__dataclass_fields__["max_length"].default
+    assert load(BASE, "training.max_length=64").max_length == 64
+    assert load(BASE, "training.max_length=null").max_length is None

@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from finetune import __version__
-from finetune.recipe.export_formats import FORMATS, SHOWN
+from finetune.recipe.export_formats import FORMATS, FORMATS_HELP
 
 
 class ExitCode(IntEnum):
@@ -192,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         action="append",
         default=[],
-        help=f"{SHOWN}; repeatable",
+        help=f"{FORMATS_HELP}; repeatable",
     )
     verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
     verb.add_argument(

@@ -111,7 +111,7 @@ def load(recipe: Recipe, say: Say = lambda line: None) -> InspectedData:
         DataError: A source cannot be read.
     """
     tokenizer = load_tokenizer(recipe.model)
-    prepared = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
+    prepared = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
     return InspectedData(recipe, tokenizer, *prepared)
 
 

@@ -209,7 +209,7 @@ def _held_out(recipe: Recipe, chat: Chat) -> list[HeldOutRow]:
     Raises:
         TemplateError: There are conversations, and no template to render them.
     """
-    evaluation = evaluation_rows(recipe.data, chat, recipe.training.get("max_length", 1024))
+    evaluation = evaluation_rows(recipe.data, chat, recipe.max_length)
     if evaluation.dataset is None:
         return []
     return [

@@ -29,7 +29,7 @@ from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import adapter_base_sections, environment_of
-from finetune.recipe.export_formats import GGUF_ALL, SHOWN
+from finetune.recipe.export_formats import FORMATS_HELP, GGUF_ALL
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
@@ -85,7 +85,7 @@ def export(
         if name not in LIMITS:
             raise ExportError(f"--gate {name} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
-        raise ExportError(f"no format was asked for; write --format with {SHOWN}")
+        raise ExportError(f"no format was asked for; write --format with {FORMATS_HELP}")
     if base and not is_run:
         raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
     merged_from = base or options.base
@@ -206,7 +206,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[LabelledRo
     if recipe_file:
         try:
             recipe = load_recipe(recipe_file)
-            training, evaluation = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
+            training, evaluation = build_datasets(recipe.data, chat, recipe.max_length)
             if evaluation.dataset is not None:
                 return _rows(evaluation.dataset), "held-out rows of the run"
             if not any(source.streaming for source in recipe.data.train):

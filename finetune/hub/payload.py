@@ -18,8 +18,8 @@ from typing import Any
 
 from finetune.hub import card
 from finetune.model import provenance
-from finetune.recipe.checks import is_repo
-from finetune.recipe.yaml_tree import SECRET, SECRET_NAME
+from finetune.recipe.checks import is_hub_id
+from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
 from finetune.system.files import (
@@ -103,7 +103,7 @@ def make_payload(
         raise PushError(
             f"{folder}: its base {known}; write --base-model with its id on the Hub (in a recipe: hub.base_model)"
         )
-    if not is_repo(base.hub) and "/" in base.hub:
+    if not is_hub_id(base.hub) and "/" in base.hub:
         raise PushError(f"--base-model is {base.hub!r}; write owner/name")
     if (run := provenance.source_run(folder)) and run != folder:
         found |= {name: path for name, path in _pushed_files(run) if name in _RUN_FILES and name not in found}
@@ -246,9 +246,11 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
         with content.open("rb") as file:
             head = file.read(-1 if content.name in _VOCABULARY_FILES else _SEARCHED_BYTES)
     assert isinstance(head, bytes)
-    known = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) > 7]
+    known = [
+        value for name, value in os.environ.items() if SECRET_NAME_PATTERN.search(name) and len(value) > 7
+    ]
     text = head.decode("utf-8", "replace")
-    written = isinstance(content, bytes) and SECRET.search(text)
+    written = isinstance(content, bytes) and SECRET_PATTERN.search(text)
     if written or any(token and token in text for token in (get_token(), *known)):
         raise PushError(
             f"{folder / name} holds a token, and is not pushed; take it out (and make a new one: it was written down)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from finetune.hub import card
 from finetune.hub.payload import MODEL_FILES, Payload, make_payload
 from finetune.model import provenance
-from finetune.recipe.checks import is_repo
+from finetune.recipe.checks import is_hub_id
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
@@ -54,7 +54,7 @@ def push(
     repo_id = repo_id or section.get("repo_id")
     if not repo_id:
         raise PushError("no repository is named; write --repo-id owner/name, or hub.repo_id in the recipe")
-    if not is_repo(repo_id):
+    if not is_hub_id(repo_id):
         raise PushError(f"--repo-id is {repo_id!r}; write owner/name")
     check_access()
     payload = make_payload(folder, repo_id, base_model, say)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from finetune.recipe.checks import ON_THE_HUB, is_local
+from finetune.recipe.checks import PACKAGED_BASES, is_local_base
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError, RunError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, run_file, sha256
@@ -64,7 +64,7 @@ def base_reference(folder: Path, given: str | None = None) -> BaseReference:
 def hub_id(name: str) -> str | None:
     """A base's id on the Hub; None where it is on this machine alone."""
     away = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    return ON_THE_HUB.get(name) or (None if not name or away or is_local(name) else name)
+    return PACKAGED_BASES.get(name) or (None if not name or away or is_local_base(name) else name)
 
 
 def license_of(base: str | None) -> dict[str, str]:

@@ -67,7 +67,7 @@ def row_lengths(recipe: Recipe, say: Callable[[str], None], base: Base | None = 
     from finetune.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model, base)
-    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.training.get("max_length", 1024), say)
+    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
     return RowLengths.of(data.dataset)
 
 

@@ -121,7 +121,7 @@ def step_settings(recipe: Recipe, arguments: Any, rows: RowLengths | None) -> St
     count = int(arguments.per_device_train_batch_size)
     packs = bool(arguments.packing)
     flat = bool(arguments.padding_free) or (packs and arguments.packing_strategy in ("bfd", "bfd_split"))
-    limit = recipe.training.get("max_length", 1024)
+    limit = recipe.max_length
     if rows is not None and not packs:
         limit = rows.longest
         count = min(count, rows.count)
@@ -238,7 +238,8 @@ def _steps(arguments: Any, rows: RowLengths, recipe: Recipe, cards: int) -> int:
         return int(arguments.max_steps)
     count = rows.count
     if arguments.packing:
-        count = math.ceil(rows.tokens / int(recipe.training.get("max_length", 1024)))
+        assert recipe.max_length is not None, "packing without a length is refused with the recipe"
+        count = math.ceil(rows.tokens / recipe.max_length)
     batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
     steps: int = math.ceil(batches / int(arguments.gradient_accumulation_steps))
     epochs: float = arguments.num_train_epochs

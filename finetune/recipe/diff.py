@@ -40,7 +40,7 @@ _ADAPTER_ALONE = (True, False, "gaussian", "orthogonal")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def compare(saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int]) -> None:
+def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int]) -> None:
     """Says what a recipe changed since the run began; refuses what would make going on meaningless.
 
     Args:

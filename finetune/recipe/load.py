@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.recipe.checks import (
-    adapters_lora,
+    adapter_lora,
     check_evaluate,
     check_hub,
     check_model,
@@ -40,8 +40,10 @@ from finetune.recipe.upstream import (
 from finetune.recipe.yaml_tree import Node, RecipeTree, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 
-# Those of the sections that are our own.
-OWN: dict[str, type[BaseModel]] = {
+# trl's default of `training.max_length` (1.16), known without importing trl.
+DEFAULT_MAX_LENGTH = 1024
+# The sections that are not an upstream configuration.
+OWN_SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
     "export": ExportSection,
@@ -73,6 +75,12 @@ class Recipe:
     # Values not to be written out, as they were written: `${NAME}`.
     _templates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens of a row, `training.max_length`; None where there is no limit."""
+        length: int | None = self.training.get("max_length", DEFAULT_MAX_LENGTH)
+        return length
+
     def to_yaml(self) -> str:
         """The recipe with nothing left out, each value followed by where it came from.
 
@@ -84,7 +92,7 @@ class Recipe:
         """The sections that it has, as plain data."""
         names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
         found = {name: getattr(self, name) for name in names}
-        found |= {name: found[name].model_dump() for name in OWN}
+        found |= {name: found[name].model_dump() for name in OWN_SECTIONS}
         return {name: section for name, section in found.items() if section is not None}
 
     def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
@@ -106,10 +114,10 @@ class Recipe:
 
 
 @functools.cache
-def _keys() -> Keys:
+def _known_keys() -> Keys:
     """The keys of every section; computed when first asked for, because it imports trl and peft."""
     own: dict[str, Any] = {
-        name: typing.get_type_hints(section, include_extras=True) for name, section in OWN.items()
+        name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()
     }
     sections = own | upstream_keys()
     inner: dict[str, type[BaseModel]] = {
@@ -147,7 +155,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     # A section that is null is a section taken away.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
-    keys = _keys()
+    keys = _known_keys()
     for name in root.value:
         if name not in keys[""]:
             unknown_key(tree, name, "", keys)
@@ -171,7 +179,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(tree.report())
 
     if adapter := sections["model"].get("adapter"):
-        sections["lora"] = adapters_lora(tree, adapter, sections["lora"], keys["lora"])
+        sections["lora"] = adapter_lora(tree, adapter, sections["lora"], keys["lora"])
         if tree.faults:
             raise RecipeError(tree.report())
     lora: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": "auto"}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.yaml_tree import NUMBER, RecipeTree
+from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under
 # "source" the keys of one entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps
@@ -25,7 +25,7 @@ Keys = Mapping[str, Mapping[str, Any]]
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 # Words of `init_lora_weights` that begin with the base's weights.
-FROM_BASE = ("pissa", "olora", "mica")
+INITS_FROM_BASE = ("pissa", "olora", "mica")
 # What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
 # recipe's to set. Keys of another section are found without this table.
 _LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
@@ -227,7 +227,12 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
         value = child.plain()
         kinds = (hints[name], *typing.get_args(hints[name]))
         # Many a recipe quotes its 2e-4, which most YAML readers take for text anyway.
-        if isinstance(value, str) and float in kinds and str not in kinds and re.fullmatch(NUMBER, value):
+        if (
+            isinstance(value, str)
+            and float in kinds
+            and str not in kinds
+            and re.fullmatch(NUMBER_PATTERN, value)
+        ):
             value = float(value)
         try:
             # As JSON, because strict JSON has the types of YAML: enums are text, tuples are lists.

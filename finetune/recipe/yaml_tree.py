@@ -12,15 +12,15 @@ from typing import Any
 import yaml
 
 COMMAND_LINE = "command line"
-NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
 _TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
-SECRET = re.compile(
+SECRET_PATTERN = re.compile(
     r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
 )
-SECRET_NAME = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+SECRET_NAME_PATTERN = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Node:
 
 
 def _shown(value: Any) -> str:
-    text = SECRET.sub("(secret)", json.dumps(value, ensure_ascii=False))
+    text = SECRET_PATTERN.sub("(secret)", json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -112,7 +112,7 @@ class RecipeTree:
             line = f"{origin}: {message}"
             for secret, template in self.secrets.items():
                 line = line.replace(secret, template)
-            line = " ".join(SECRET.sub("(secret)", line).split())
+            line = " ".join(SECRET_PATTERN.sub("(secret)", line).split())
             report.append(line.encode("utf-8", "backslashreplace").decode())
         return report
 
@@ -123,7 +123,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: {"true": True, "false": False}[text.lower()]),
     "int": (r"[-+]?[0-9]+", int),
     "float": (
-        NUMBER + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        NUMBER_PATTERN + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
     ),
     "merge": (r"<<", str),
@@ -316,12 +316,14 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
         there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
         return tree.unreadable(key, origin, f"{there}; write text or a number")
 
-    named = SECRET_NAME.search(key.rpartition(".")[2])
-    if SECRET.search(node.value) or (named and not variables and isinstance(value, str) and value):
+    named = SECRET_NAME_PATTERN.search(key.rpartition(".")[2])
+    if SECRET_PATTERN.search(node.value) or (named and not variables and isinstance(value, str) and value):
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
         tree.faults.append((origin, f"{key}: a secret is written out; {instead}"))
         template = "(secret)"
-    elif variables and (named or SECRET.search(text) or any(map(SECRET_NAME.search, variables))):
+    elif variables and (
+        named or SECRET_PATTERN.search(text) or any(map(SECRET_NAME_PATTERN.search, variables))
+    ):
         template = node.value
     else:
         return Node(value, origin)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.recipe.upstream import FROM_BASE
+from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_whole
 
 
@@ -29,7 +29,7 @@ def beginning(model: Any) -> dict[str, torch.Tensor] | None:
     """
     init = getattr(model, "peft_config", {}).get("default", None)
     init = getattr(init, "init_lora_weights", True)
-    if not isinstance(init, str) or not init.startswith(FROM_BASE):
+    if not isinstance(init, str) or not init.startswith(INITS_FROM_BASE):
         return None
     return {
         name.replace(".default", ""): parameter.detach().to("cpu", copy=True)

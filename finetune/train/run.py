@@ -27,7 +27,7 @@ from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
 from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
-from finetune.recipe.load import Recipe
+from finetune.recipe.load import DEFAULT_MAX_LENGTH, Recipe
 from finetune.system import devices, distributed, files
 from finetune.system.errors import PushError
 from finetune.system.terminal import Say, quiet
@@ -96,7 +96,7 @@ def train(
     chat = Chat(tokenizer)
     chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
     chats = chats and tokenizer.chat_template is not None
-    data, evaluation = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024), say)
+    data, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
     say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
@@ -211,7 +211,7 @@ def _meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> 
         return Meter()
     ledger = data.ledger
     # Of a stream nothing is counted yet.
-    lengths = ledger.lengths or {recipe.training.get("max_length") or 1024: 1}
+    lengths = ledger.lengths or {recipe.max_length or DEFAULT_MAX_LENGTH: 1}
     scored = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
     return Meter(flops.flops_per_token(model, lengths, scored), speed)
 
@@ -229,7 +229,7 @@ def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | Non
     if start is not None and (saved := files.run_file(start, "recipe.yaml")):
         marks = checkpoint.marks(start)
         same_rows = marks.get("rows") == data.digest
-        diff.compare(
+        diff.check_changes(
             saved, recipe, say, same_rows, (int(marks.get("processes", 1)), distributed.world_size())
         )
     return start

@@ -106,7 +106,7 @@ def _rows_of_run(
     if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)
-            training, _ = build_datasets(recipe.data, chat, recipe.training.get("max_length", 1024))
+            training, _ = build_datasets(recipe.data, chat, recipe.max_length)
             return _sampled_rows(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             first = str(error).splitlines()[0]
