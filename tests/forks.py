@@ -1,4 +1,4 @@
-"""Python processes without seconds of imports each: a server imports what is heavy once, and forks a process per command.
+"""Python processes without seconds of imports each: a server imports what is heavy, and forks one for each command.
 
     python tests/forks.py NAME      serves at the abstract socket NAME until its standard input ends
 
@@ -253,16 +253,10 @@ def become(cwd: str, environment: dict[str, str], streams: list[int]) -> None:
         os.dup2(stream, number)
     for stream in streams:
         os.close(stream)
-    sys.stdin, sys.stdout, sys.stderr = (
-        open(
-            number,
-            mode,
-            buffering=1 if number == 2 or os.isatty(number) else -1,
-            errors=errors,
-            closefd=False,
-        )
-        for number, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace"))
-    )
+    lines = os.isatty(1)
+    sys.stdin = os.fdopen(0, "r", closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1 if lines else -1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
