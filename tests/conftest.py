@@ -18,22 +18,48 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import forks
 import pytest
 import yaml
+from hypothesis import settings
 
 from finetune.system import fresh_process
 
 ROOT = Path(__file__).parents[1]
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")
+# `make test`: fewer examples, drawn anew for each commit (`--hypothesis-seed`). One that fails becomes an `@example`.
+settings.register_profile("ci", max_examples=25, derandomize=False, deadline=None, print_blob=True)
+
+
+def examples(count: int) -> int:
+    """`max_examples` of a test: `count` by default, a share of it in a profile with fewer than hypothesis's 100."""
+    return max(1, count * settings().max_examples // 100)
+
+
+# The files that take longest, which begin first, so that no worker is idle at the end.
+LONGEST = ("test_gemma", "test_survival", "test_distributed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # xdist's workers use the server of the process that started them.
-    if sys.platform == "linux" and not hasattr(config, "workerinput"):
-        server = forks.start_server()
+    if hasattr(config, "workerinput"):
+        return
+    if getattr(config.option, "dist", "no") == "load":
+        # `pytest -n 2`: a file's tests stay together and share its fixtures; the order of files is the one below.
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+    if sys.platform == "linux":
+        server = forks.start_server()  # xdist's workers use it, too
 
         def stop() -> None:
             server.communicate()
 
         config.add_cleanup(stop)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+    if hasattr(config, "workerinput"):
+        for item in items:
+            if not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -188,7 +189,7 @@ PARTS = st.sampled_from(
 TEXTS = st.one_of(st.text(max_size=12), st.lists(PARTS, max_size=5).map("".join))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     template=st.sampled_from(SHIPPED),
     texts=st.lists(TEXTS, min_size=1, max_size=6),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -606,7 +607,7 @@ def test_drop_and_error(row: dict[str, Any]) -> None:
     assert prepare(on_overflow="drop", max_length=500, deduplicate=False).ledger.kept == 2
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(
         st.lists(st.text("ab 日\n", min_size=1, max_size=30), min_size=2, max_size=8), min_size=1, max_size=4
@@ -767,7 +768,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(st.dictionaries(KEYS, VALUES, min_size=1, max_size=5) | VALUES, min_size=1, max_size=3),
     form=st.sampled_from([None, "messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
@@ -790,7 +791,7 @@ def test_odd_rows_are_told(
         return
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     data=st.binary(min_size=1, max_size=60)
     | st.text('{}[]",:\n\rtex0\\u "', min_size=1, max_size=40).map(str.encode),

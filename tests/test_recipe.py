@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -912,7 +913,9 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(kwargs=st.dictionaries(texts, values, max_size=4), name=texts)
 @example(kwargs={"${": "${", "$${A}": "$$${A}"}, name="")
 @example(kwargs={"": {"": ""}, "<<": "<<", "~": "~", "no": "no", "1": "1e5"}, name="${HOME} $${a} $$${b}")
