@@ -199,7 +199,9 @@ def test_a_hook_on_a_module_of_another_width_is_refused(
 ) -> None:
     model = tiny("gemma")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "gguf_names", swapped("gate_proj", "down_proj"))
+    monkeypatch.setattr(
+        finetune.export.gguf.imatrix.calibration, "gguf_names", swapped("gate_proj", "down_proj")
+    )
     found = Importance(summed(model, ROWS), {})
     with pytest.raises(
         ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
