@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -35,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     often = ["training.eval_strategy=steps", "training.eval_steps=2", "training.logging_steps=1"]
     command = ["train", "cpu_smoke.yaml", "training.max_steps=6", "training.save_steps=2", *often]
     master, interactive_console = pty.openpty()
-    process = subprocess.Popen(
+    process = forks.Popen(
         [sys.executable, "-m", "finetune", *command, "training.per_device_train_batch_size=2"],
         cwd=work,
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"},
