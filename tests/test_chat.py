@@ -442,7 +442,7 @@ def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
             talk("a", "b", system="<|im_end|>"),
             "message 1: its text holds <|im_end|>, which is a special token of this tokenizer",
         ),
-        (talk("\ud800", "b"), "message 1: its text holds half a character ('\\ud800'), not Unicode"),
+        (talk("\ud800", "b"), "message 1: its text holds a lone surrogate ('\\ud800'), which is no character"),
         ([said("human", "a")], "message 1: unknown role 'human'; known are system, user, assistant, tool"),
         ([said(None, "a")], "message 1: unknown role None; known are system, user, assistant, tool"),
         ([said(["user"], "a")], "message 1: unknown role ['user']; known are system, user, assistant, tool"),
@@ -509,7 +509,7 @@ def test_a_token_that_straddles_the_turn() -> None:
     # No token lies across the edge here, but the prompt alone is other tokens: ⏎⏎ is one, before `b` it is two.
     with pytest.raises(LabelError) as caught:
         Chat(own).encode_text("a\n\n", "b")
-    assert str(caught.value) == "a token straddles the edge between prompt and completion"
+    assert str(caught.value) == "a token straddles the boundary of prompt and completion"
     # A template that asks with a space, which then belongs to the first word.
     human = chat(HUMAN.replace("### Assistant:{% endif %}", "### Assistant: {% endif %}"))
     assert refusal(human, talk("a", "hello there, you")) == (
@@ -578,8 +578,8 @@ def test_encode_text(prompt: str, completion: str, wanted: str) -> None:
         ("a", "", "the text to train on is empty"),
         ("Answer:", "<eos>", "the text: its text holds <eos>, which is a special token of this tokenizer"),
         ("<e", "os>", "the text: its text holds <eos>, which is a special token of this tokenizer"),
-        ("a ", "hello", "a token straddles the edge between prompt and completion"),
-        ("", "\udfff", "the text: its text holds half a character ('\\udfff'), not Unicode"),
+        ("a ", "hello", "a token straddles the boundary of prompt and completion"),
+        ("", "\udfff", "the text: its text holds a lone surrogate ('\\udfff'), which is no character"),
     ],
 )
 def test_encode_text_refuses(prompt: str, completion: str, reason: str) -> None:
@@ -638,8 +638,8 @@ def test_slow_tokenizer() -> None:
     with pytest.raises(TemplateError) as caught:
         Chat(ByT5Tokenizer())
     assert str(caught.value) == (
-        "ByT5Tokenizer is a slow tokenizer, whose pieces of text cannot be told apart; "
-        "save a fast tokenizer (tokenizer.json) beside the model"
+        "ByT5Tokenizer is a slow tokenizer, and labels need a fast one; "
+        "save a fast tokenizer (tokenizer.json) next to the model"
     )
 
 

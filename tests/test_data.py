@@ -299,7 +299,7 @@ USER = {"role": "user", "content": "a"}
         (
             "messages",
             said(USER, {"role": "assistant", "content": "b", "loss_weight": "0"}),
-            "a message's loss_weight is '0'; only 0 and 1 can be obeyed",
+            "a message's loss_weight is '0'; write 0 or 1",
         ),
         (
             "messages",
@@ -329,7 +329,7 @@ USER = {"role": "user", "content": "a"}
         ("prompt_completion", {"prompt": 1, "completion": "b"}, "its messages are not a list of maps"),
         ("text", {"text": 7}, "it has no text"),
         ("text", {"text": ""}, "the text to train on is empty"),
-        ("text", {"text": "a\ud800"}, "the text: its text holds half a character ('\\ud800'), not Unicode"),
+        ("text", {"text": "a\ud800"}, "the text: its text holds a lone surrogate ('\\ud800'), which is no character"),
         (
             "text",
             {"text": "a<bos>"},
@@ -916,7 +916,7 @@ def test_what_cannot_be_obeyed_is_refused() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss_weight": 0.5}]
     raw(json.dumps({"messages": turns}).encode())
     mend = "; mend the row, or write data.on_bad_row: skip"
-    half = "rows.jsonl:1: a message's loss_weight is 0.5; only 0 and 1 can be obeyed"
+    half = "rows.jsonl:1: a message's loss_weight is 0.5; write 0 or 1"
     assert fault(prepare) == half + mend
     turns[1] = {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}
     raw(json.dumps({"messages": turns}).encode())

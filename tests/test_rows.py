@@ -650,8 +650,8 @@ def test_roles() -> None:
         ({"tool_call_id": 7}, "a message's tool_call_id is int, not text"),
         ({"train": 1}, "a message's train is 1; write true or false"),
         ({"training": "no"}, "a message's training is 'no'; write true or false"),
-        ({"weight": 0.5}, "a message's weight is 0.5; only 0 and 1 can be obeyed"),
-        ({"loss_weight": [0]}, "a message's loss_weight is [0]; only 0 and 1 can be obeyed"),
+        ({"weight": 0.5}, "a message's weight is 0.5; write 0 or 1"),
+        ({"loss_weight": [0]}, "a message's loss_weight is [0]; write 0 or 1"),
         *(
             (
                 {"tool_calls": calls},

@@ -1,4 +1,4 @@
-"""Rows of datasets to token ids and labels.
+"""Prepares datasets: reads rows, renders and tokenises them, labels the tokens to train on.
 
 >>> chat = Chat(tokenizer)
 >>> chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]).labels

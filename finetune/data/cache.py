@@ -1,7 +1,7 @@
-"""The prepared rows of each source on disk, keyed by everything that decides what they are.
+"""Caches the prepared rows of each source on disk, under a hash of everything that decides what they are.
 
-So a changed template, tokenizer, row or option never meets old tokens. One process prepares a source, the others wait
-for it; what is not whole is never seen.
+So old tokens are never used for a changed template, tokenizer, row or option. One process prepares a source while
+others wait for it.
 """
 
 from __future__ import annotations
@@ -16,34 +16,44 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.chat import Chat
+from finetune.data.chat import Encoded, Ids
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import LEDGER_VALUES, prepare
+from finetune.data.prepare import LEDGER_VALUES, Preparation, prepare
 from finetune.data.readers import fingerprint
-from finetune.recipe.schema import DataSection, DataSource
+from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError
 from finetune.system.files import cache_dir, made_once
 from finetune.system.terminal import Say
 
 
 class CachedSource:
-    """The prepared rows of one source: tokens on disk, in memory only what a row weighs.
+    """The prepared rows of one source: their tokens are on disk, only their counts are in memory.
 
-    A row is what was read; it has one or, when split, several pieces, which are the trainer's rows.
+    A row is one that was read. It has one or, when split, several pieces, which are rows for the trainer.
+
+    Args:
+        preparation: How rows are prepared.
+        source: The source.
+        place: The index of the source among those of `data.train` and, behind them, `data.eval`.
+        say: Gets lines on the progress of a long preparation.
+
+    Raises:
+        DataError: The source cannot be used or has no rows, a row cannot be used and `data.on_bad_row` is `error`, or
+            the cache cannot be written.
+        TemplateError: The chat template cannot be used with this tokenizer.
     """
 
-    def __init__(
-        self, section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say
-    ) -> None:
+    def __init__(self, preparation: Preparation, source: DataSource, place: int, say: Say) -> None:
         import datasets
 
-        self.source = source
-        folder = _prepared(section, source, chat, max_length, say)
+        self.source, self.place = source, place
+        folder = _prepared(preparation, source, say)
         self._account: dict[str, Any] = json.loads((folder / "account.json").read_text(encoding="utf-8"))
         if not self._account["read"]:
             raise DataError(f"{source.path}: it holds no rows")
         self.dataset = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         number = self.dataset.data.column("number").to_numpy()
+        # Where each row begins among the pieces, and the number of all pieces.
         self._edges = np.flatnonzero(np.diff(number, prepend=-1, append=-1)).tolist() if len(number) else [0]
 
     def __len__(self) -> int:
@@ -53,105 +63,100 @@ class CachedSource:
     def _columns(self) -> dict[str, Any]:
         table = self.dataset.data
         columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *LEDGER_VALUES[:-1])}
-        # As arrays, which take less memory than lists of bytes; of each language there is one string.
+        # Arrays take less memory than lists of bytes; interned, each language is one string.
         for name in ("text", "digest"):
             columns[name] = np.array(table.column(name).to_pylist(), "V16")
         return columns | {"language": [sys.intern(word) for word in table.column("language").to_pylist()]}
 
     def name(self, row: int) -> str:
-        """What the row is called, such as `rows.jsonl:12`."""
+        """The name of a row, such as `rows.jsonl:12`."""
         return str(self.dataset[self._edges[row]]["row"])
 
     def origins(self, row: int) -> list[tuple[str, str]]:
-        """Of each of the row's pieces, the source's path and the language."""
+        """The source's path and the language of each of a row's pieces."""
         pieces = range(self._edges[row], self._edges[row + 1])
         return [(self.source.path, self._columns["language"][piece]) for piece in pieces]
 
     def digests(self, row: int) -> tuple[bytes, bytes]:
-        """As `RowResult.digests`."""
+        """The two hashes of a row, as `RowResult.digests`."""
         first = self._edges[row]
         return self._columns["text"][first].tobytes(), self._columns["digest"][first].tobytes()
 
     def count_into(self, ledger: Ledger) -> None:
-        """Adds what became of the rows of which nothing is left, and how the others were mended."""
+        """Counts the rows that were read, and which of them were mended, dropped or bad."""
         ledger.read += self._account["read"]
         ledger.lost_tokens += self._account["lost_tokens"]
-        for reasons in ("mended", "dropped", "bad"):
-            getattr(ledger, reasons).update(self._account[reasons])
+        for name in ("mended", "dropped", "bad"):
+            getattr(ledger, name).update(self._account[name])
         ledger.first = self._account["first"] | ledger.first
 
     def keep(self, row: int, ledger: Ledger) -> range:
-        """Counts a row that is trained on; gives its pieces."""
+        """Counts a row as kept; returns the range of its pieces in `dataset`."""
         pieces = range(self._edges[row], self._edges[row + 1])
-        weights = []
+        values = []
         for piece in pieces:
-            *numbers, language = (self._columns[name][piece] for name in LEDGER_VALUES)
-            weights.append([*map(int, numbers), language])
+            *counts, language = (self._columns[name][piece] for name in LEDGER_VALUES)
+            values.append([*map(int, counts), language])
         cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
-        ledger.keep_row(self.source.path, weights, bool(cut), int(lost))
+        ledger.keep_row(self.source.path, values, bool(cut), int(lost))
         return pieces
 
 
-def _prepared(section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say) -> Path:
-    """The folder that holds the prepared rows of a source; prepared now if it is not there, by one process alone."""
-    name = f"data/{_key(section, source, chat, max_length)}"
+def _prepared(preparation: Preparation, source: DataSource, say: Say) -> Path:
+    """The folder with the prepared rows of a source; prepares them if they are not there."""
+    name = f"data/{_key(preparation, source)}"
     try:
-        return made_once(name, lambda folder: _write(folder, section, source, chat, max_length, say))
+        return made_once(name, lambda folder: _write(folder, preparation, source, say))
     except OSError as error:
-        raise DataError(
-            f"{cache_dir() / name}: the prepared rows cannot be written: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"{cache_dir() / name}: the prepared rows cannot be written: {reason}") from error
 
 
-def _key(section: DataSection, source: DataSource, chat: Chat, max_length: int | None) -> str:
-    """A hash of everything that decides what the prepared rows of a source are."""
-    options = section.model_dump(include={"train_on", "on_overflow", "on_bad_row", "merge_same_role"})
+def _key(preparation: Preparation, source: DataSource) -> str:
+    """A hash of everything that decides what the prepared rows of a source are; of our code, that of this package."""
+    section, names = preparation.section, {"train_on", "on_overflow", "on_bad_row", "merge_same_role"}
+    options = section.model_dump(include=names)
     reading = source.model_dump(include={"path", "format", "columns", "raw", "filter"})
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    sources = hashlib.blake2b(b"".join(code)).hexdigest()
-    parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, sources]
+    chat, max_length = preparation.chat, preparation.max_length
+    parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, code]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _write(
-    folder: Path, section: DataSection, source: DataSource, chat: Chat, max_length: int | None, say: Say
-) -> None:
+def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say) -> None:
+    """Prepares the rows of a source and writes them to a folder, with the counts of those that are left out."""
     import pyarrow as pa
 
     ints, texts = ("number", "lost", *LEDGER_VALUES[:-1]), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
     fields += [("cut", pa.bool_()), ("text", pa.binary(16)), ("digest", pa.binary(16))]
-    fields += [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
-    schema = pa.schema(fields)
+    schema = pa.schema([*fields, ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
     ledger = Ledger()
-    waiting: list[tuple[Any, ...]] = []
-    ids: list[Any] = []
-    labels: list[Any] = []
+    waiting: list[tuple[tuple[Any, ...], Encoded]] = []
 
     def flush(writer: Any) -> None:
-        columns = dict(zip((*ints, *texts, "cut", "text", "digest"), zip(*waiting, strict=True), strict=True))
-        arrays = [pa.array(columns[name], kind) for name, kind in fields[:-2]]
-        writer.write_batch(pa.record_batch([*arrays, _lists(ids), _lists(labels)], schema=schema))
-        for rows in (waiting, ids, labels):
-            rows.clear()
+        values, pieces = zip(*waiting, strict=True)
+        columns = zip(*values, strict=True)
+        arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
+        arrays += [_lists([piece.input_ids for piece in pieces]), _lists([piece.labels for piece in pieces])]
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+        waiting.clear()
 
-    begun = told = time.monotonic()
+    begun = said = time.monotonic()
     with open(folder / "rows.arrow", "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for number, fate in enumerate(prepare(section, source, chat, max_length)):
-            fate.count_into(ledger)
-            digests = fate.digests if fate.pieces else ()
-            for piece in fate.pieces:
-                *weights, language = fate.ledger_values(piece)
-                waiting.append(
-                    (number, fate.lost, *weights, fate.row, language, fate.pieces[0].cut, *digests)
-                )
-                ids.append(piece.input_ids)
-                labels.append(piece.labels)
+        for number, result in enumerate(prepare(preparation, source)):
+            result.count_into(ledger)
+            digests = result.digests if result.pieces else ()
+            for piece in result.pieces:
+                *counts, language = result.ledger_values(piece)
+                cut = result.pieces[0].cut
+                values = (number, result.lost, *counts, result.row, language, cut, *digests)
+                waiting.append((values, piece))
             if len(waiting) >= 256:
                 flush(writer)
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                rate = ledger.read / (told - begun)
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                rate = ledger.read / (said - begun)
                 say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
         if waiting:
             flush(writer)
@@ -161,7 +166,8 @@ def _write(
     (folder / "account.json").write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
 
 
-def _lists(arrays: list[Any]) -> Any:
+def _lists(arrays: list[Ids]) -> Any:
+    """A column of lists from arrays of integers, without a Python object for each integer."""
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)

@@ -1,9 +1,9 @@
-"""Messages to `input_ids` and `labels`: the only place that knows what is trained on.
+"""Turns messages into `input_ids` and `labels`: the only place that decides which tokens are trained on.
 
-A conversation is rendered and tokenised once, whole. Where its assistant turns lie is asked of the template itself:
-what inference would feed before a turn (`add_generation_prompt=True`) must be a prefix of the conversation, in
-characters (`turns`) and in tokens (here), so training and use cannot drift apart. No template is known by name and
-none is rewritten. A row on which this cannot be shown raises `LabelError` with the message and the reason.
+A conversation is rendered and tokenised once, whole. The prompt that inference would feed before an assistant turn
+(`add_generation_prompt=True`) must be a prefix of the conversation, in characters (`turns`) and in tokens (here), so
+that training and inference cannot differ. No template is known by name and none is rewritten. A row for which this
+cannot be shown raises `LabelError` with the message and the reason.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ from finetune.system.errors import TemplateError
 
 Ids = npt.NDArray[np.int32]
 
-IGNORE = -100  # the label that torch's cross entropy passes over
+IGNORE = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """An assistant turn that is trained on: `input_ids[start:end]` is its text and its end-of-turn token."""
+    """An assistant turn that is trained on: `input_ids[start:end]` is its text and its end-of-turn token.
+
+    `message` is the index of its message.
+    """
 
     start: int
     end: int
@@ -58,55 +61,58 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row as the trainer takes it, in int32; `labels[i]` is `input_ids[i]` where it is trained on, else -100."""
+    """One row of T tokens for the trainer.
+
+    `labels[i]` is `input_ids[i]` where that token is trained on, else -100; both have the shape (T,).
+    """
 
     input_ids: Ids
     labels: Ids
     turns: tuple[Turn, ...] = ()
-    characters: int = 0  # of the text that became these tokens
-    cut: bool = False  # whether the end of the row, or an exchange of it, had to be left out
+    characters: int = 0  # the length of the text that became these tokens
+    cut: bool = False  # the end of the row, or an exchange of it, was left out
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens have a label."""
+        """The number of tokens that have a label."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A rendered conversation whose turns are known in characters; its tokens are still to come."""
+    """A rendered conversation that is not tokenised yet, with its turns in characters."""
 
     text: str
     messages: Sequence[Message]
     train_on: str
-    # Message, first character of the turn, character behind its end-of-turn token.
+    # For each turn: index of its message, of its first character, of the character behind its end-of-turn token.
     turns: list[tuple[int, int, int]]
-    trained: frozenset[int]  # the messages that are trained on
+    trained: frozenset[int]  # the indices of the messages that are trained on
     tools: Sequence[dict[str, Any]] | None = None
 
 
 class Chat:
-    """A tokenizer and its chat template.
+    """Renders, tokenises and labels conversations with a tokenizer and its chat template.
 
     Args:
-        tokenizer: A fast tokenizer whose `chat_template` is the one that is saved.
+        tokenizer: A fast tokenizer; its `chat_template` is the one that is saved with the model.
 
     Raises:
-        TemplateError: The tokenizer is not a fast one, or its template needs a token that it lacks.
+        TemplateError: The tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         if not tokenizer.is_fast:
             raise TemplateError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, whose pieces of text cannot be told apart; "
-                "save a fast tokenizer (tokenizer.json) beside the model"
+                f"{type(tokenizer).__name__} is a slow tokenizer, and labels need a fast one; "
+                "save a fast tokenizer (tokenizer.json) next to the model"
             )
-        self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        # The unknown token stands for all that the vocabulary lacks, so it marks no place in the text.
-        self._is_edge = np.zeros(max(len(tokenizer), *self._special, 0) + 1, bool)
-        self._is_edge[[i for i in self._special if i != tokenizer.unk_token_id]] = True
-        self._tail_ids = functools.lru_cache(maxsize=256)(self._tokenize_one)
+        self._special_tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        # The unknown token stands for whatever the vocabulary lacks, so it splits no text.
+        self._splits_text = np.zeros(max(len(tokenizer), *self._special_tokens, 0) + 1, bool)
+        self._splits_text[[i for i in self._special_tokens if i != tokenizer.unk_token_id]] = True
+        self._tokenize_tail = functools.lru_cache(maxsize=256)(self._tokenize_one)
 
     # -----------------------------------------------------------------------------------------------------------
     # Text
@@ -119,9 +125,14 @@ class Chat:
     ) -> str:
         """The conversation as the template writes it.
 
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether the start of an assistant turn follows.
+            tools: Functions that may be called, in OpenAI's form.
+
         Raises:
-            LabelError: The template refuses these messages.
-            TemplateError: There is no template.
+            LabelError: The template refuses these messages, or fails on them.
+            TemplateError: The tokenizer has no chat template.
         """
         if self.tokenizer.chat_template is None:
             raise TemplateError(
@@ -131,30 +142,27 @@ class Chat:
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")
         try:
+            shown = [without_train_key(message) for message in messages]
             if tools is None and all(map(is_text_only, messages)):
-                # What apply_chat_template does for plain messages, without copying each at each call (5.23).
-                return str(
-                    self._compiled.render(
-                        messages=[without_train_key(m) for m in messages],
-                        tools=None,
-                        documents=None,
-                        add_generation_prompt=add_generation_prompt,
-                        **self._variables,
-                    )
-                )
+                # As apply_chat_template renders such messages, which copies each of them at each call (5.23).
+                given = {"messages": shown, "add_generation_prompt": add_generation_prompt}
+                return str(self._compiled.render(**given, tools=None, documents=None, **self._variables))
             return str(
                 self.tokenizer.apply_chat_template(
-                    [without_train_key(m) for m in messages],
+                    shown,
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                 )
             )
         except JinjaError as error:
-            raise LabelError(f"the chat template refuses it: {error.message}") from error
+            # What a template says behind a semicolon is taken as the detail of this conversation.
+            reason, _, detail = (error.message or "").partition("; ")
+            raise LabelError(f"the chat template refuses it: {reason}", detail) from error
         except Exception as error:
-            # A template is a program of somebody else's: it may divide by a length of 0 as well.
-            raise LabelError(f"the chat template fails on it: {error}") from error
+            # A template is anybody's program: it may divide by a length of 0 as well.
+            reason, _, detail = str(error).partition("; ")
+            raise LabelError(f"the chat template fails on it: {reason}", detail) from error
 
     @cached_property
     def _compiled(self) -> Any:
@@ -166,12 +174,12 @@ class Chat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides which tokens a text becomes: the tokenizer and its template."""
+        """A hash of all that decides which tokens a conversation becomes: tokenizer, template, libraries."""
         template = json.dumps(self.tokenizer.chat_template)
         parts = [self.tokenizer.backend_tokenizer.to_str(), template, self._variables]
         parts += [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
         with contextlib.suppress(LabelError, TemplateError):
-            parts.append(self.render(self._probe))  # some templates write the date
+            parts.append(self.render(self._probe))  # some templates write today's date
         return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------
@@ -185,28 +193,34 @@ class Chat:
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
-        `train_on` is `assistant`, `last_assistant` or `all`; a message's own `train` goes before it. With
-        `train_on="assistant"` and Gemma's template (each column a token, `^` = has a label):
+        With `train_on="assistant"` and Gemma's template (each column is a token, `^` has a label):
 
             <bos> <start_of_turn> user ⏎ Hi <end_of_turn> ⏎ <start_of_turn> model ⏎ Hello ! <end_of_turn> ⏎
                                                                                     ^     ^ ^
 
-        Raises:
-            LabelError: Text and labels of this row cannot be proved to be what inference meets.
-        """
-        draft = self.draft(messages, train_on, tools)
-        return self.label(draft, self._tokenize_one(draft.text))
+        Args:
+            messages: The conversation; a message's `train` goes before `train_on`.
+            train_on: `assistant`, `last_assistant` or `all`.
+            tools: Functions that may be called, in OpenAI's form.
 
-    def draft(
+        Raises:
+            LabelError: It cannot be proved that the tokens before each turn are those that inference would feed.
+            TemplateError: The tokenizer has no chat template.
+        """
+        rendered = self.render_turns(messages, train_on, tools)
+        return self.label(rendered, self._tokenize_one(rendered.text))
+
+    def render_turns(
         self,
         messages: Sequence[Message],
         train_on: str = "assistant",
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> RenderedChat:
-        """The first half of `encode`, before the text is tokenised.
+        """The rendered conversation with its turns: the first half of `encode`, with the same arguments.
 
         Raises:
-            LabelError: As `encode`.
+            LabelError: As for `encode`.
+            TemplateError: As for `encode`.
         """
         trained = trained_messages(messages, train_on)
         render = partial(self.render, tools=tools)
@@ -215,56 +229,59 @@ class Chat:
         check_all_rendered(messages, text)
         turns = []
         for i, message in enumerate(messages):
-            # With `all`, a turn that says `train: false` must be found too, to be left out.
+            # With `all`, a turn with `train: false` must be found as well, so that its labels can be removed.
             if i in trained or (train_on == "all" and message.get("train") is False):
                 start = turn_start(render, messages, i, text)
-                end = turn_end(render, self._special.values(), self._endings, messages, i, text, start)
+                end = turn_end(render, self._special_tokens.values(), self._endings, messages, i, text, start)
                 turns.append((i, start, end))
         return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools)
 
     def tokenize(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, as it stands."""
+        """The token ids of each text; no special token is added."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def label(self, draft: RenderedChat, ids: Ids) -> Encoded:
-        """The second half of `encode`: `ids` are the tokens of the draft's text.
+    def label(self, rendered: RenderedChat, ids: Ids) -> Encoded:
+        """The labels of a rendered conversation: the second half of `encode`.
+
+        Args:
+            rendered: The conversation.
+            ids: The token ids of its text, of shape (T,).
 
         Raises:
-            LabelError: As `encode`.
+            LabelError: As for `encode`.
         """
-        places = np.flatnonzero(self._is_edge[ids]).tolist()
-        edges = self._edges(draft, ids, places)
+        places = np.flatnonzero(self._splits_text[ids]).tolist()
+        spans = self._special_token_spans(rendered, ids, places)
         self._check_bos(ids)
         turns = []
-        starts = [start for start, _ in edges]
-        ends = {end: place for (_, end), place in zip(edges, places, strict=True)}
-        for i, first, behind in draft.turns:
-            # Special tokens cut a text into pieces that are tokenised each for itself. So the tokens before the turn
-            # are those of the prefix alone when the piece at its end is.
+        starts = [start for start, _ in spans]
+        place_of_end = {end: place for (_, end), place in zip(spans, places, strict=True)}
+        for i, first, behind in rendered.turns:
+            # Special tokens split a text into pieces, each tokenised alone. So the tokens before the turn are those of
+            # the prefix alone if this holds for the last piece of the prefix.
             before = bisect_left(starts, first)
             at, tail = (places[before - 1], starts[before - 1]) if before else (0, 0)
-            start = self._behind(ids, at, self._tail_ids(draft.text[tail:first]))
-            start = start or self._behind(ids, 0, self._tokenize_one(draft.text[:first]))
+            start = self._end_of(ids, at, self._tokenize_tail(rendered.text[tail:first]))
+            start = start or self._end_of(ids, 0, self._tokenize_one(rendered.text[:first]))
             if not start:
-                raise LabelError(
-                    f"message {i + 1}: a token straddles the start of the turn; the text begins with "
-                    f"{draft.messages[i]['content'][:12]!r}"
-                )
-            if behind not in ends:
-                raise LabelError(f"message {i + 1}: its end-of-turn token cannot be found among the tokens")
-            turns.append(Turn(start, ends[behind] + 1, i))
-        labels = ids.copy() if draft.train_on == "all" else np.full_like(ids, IGNORE)
+                text = rendered.messages[i]["content"][:12]
+                detail = f"the text begins with {text!r}"
+                raise LabelError("a token straddles the start of the turn", detail, i)
+            if behind not in place_of_end:
+                raise LabelError("its end-of-turn token cannot be found among the tokens", message=i)
+            turns.append(Turn(start, place_of_end[behind] + 1, i))
+        labels = ids.copy() if rendered.train_on == "all" else np.full_like(ids, IGNORE)
         for turn in turns:
-            here = slice(turn.start, turn.end)
-            labels[here] = ids[here] if turn.message in draft.trained else IGNORE
-        labels[:1] = IGNORE  # nothing comes before it that could predict it
-        trained = tuple(turn for turn in turns if turn.message in draft.trained)
-        return Encoded(ids, labels, trained, len(draft.text))
+            span = slice(turn.start, turn.end)
+            labels[span] = ids[span] if turn.message in rendered.trained else IGNORE
+        labels[:1] = IGNORE  # no token comes before it from which it could be predicted
+        trained = tuple(turn for turn in turns if turn.message in rendered.trained)
+        return Encoded(ids, labels, trained, len(rendered.text))
 
     @staticmethod
-    def _behind(ids: Ids, at: int, part: Ids) -> int:
-        """The place behind `part`, if that stands at place `at`; else 0."""
+    def _end_of(ids: Ids, at: int, part: Ids) -> int:
+        """The index behind `part` in `ids` if it stands at index `at`; else 0."""
         end = at + len(part)
         return end if np.array_equal(ids[at:end], part) else 0
 
@@ -272,46 +289,54 @@ class Chat:
     # Text without turns
 
     def encode_text(self, prompt: str, completion: str) -> Encoded:
-        """A row without chat turns: the tokenizer's own BOS, the text, EOS; labels on the completion and EOS.
+        """A row without chat turns: the tokenizer's BOS, prompt, completion, EOS; labels on completion and EOS.
 
         Raises:
-            LabelError: The prompt's tokens are not those of the prompt alone, or the text holds a special token.
+            LabelError: The completion is empty, the tokens of the prompt are not those of the prompt alone, the text
+                holds a special token or a lone surrogate, or the tokenizer does not put exactly one BOS first.
         """
         if not completion:
             raise LabelError("the text to train on is empty")
         check_unicode([], prompt + completion)
         ids, before = self.tokenizer([prompt + completion, prompt])["input_ids"]
         inside = self.tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
-        self._check_plain({i for i in inside if i in self._special}, [], prompt + completion)
+        found = {i for i in inside if i in self._special_tokens}
+        self._check_no_special_tokens(found, [], prompt + completion)
         eos = self.tokenizer.eos_token_id
         if before and before[-1] == eos:
             before = before[:-1]
         if ids[: len(before)] != before:
-            raise LabelError("a token straddles the edge between prompt and completion")
+            raise LabelError("a token straddles the boundary of prompt and completion")
         if eos is not None and ids[-1] != eos:
             ids = [*ids, eos]
         self._check_bos(np.asarray(ids), rendered=False)
-        start = max(1, len(before))  # nothing comes before the first token that could predict it
+        start = max(1, len(before))  # no token comes before the first one from which it could be predicted
         row = np.asarray(ids, np.int32)
         labels = row.copy()
         labels[:start] = IGNORE
         return Encoded(row, labels, (Turn(start, len(row), 0),), len(prompt + completion))
 
     # -----------------------------------------------------------------------------------------------------------
-    # What the template writes around a turn
+    # Tokens that the template writes around a turn
 
     @cached_property
     def turn_token_ids(self) -> list[int]:
-        """The special tokens, but for BOS, that the template puts around a user's and an assistant's text."""
+        """The ids of the special tokens, but for BOS, that the template writes around a user's and an assistant's text.
+
+        Raises:
+            LabelError: The template refuses a plain conversation.
+            TemplateError: The tokenizer has no chat template.
+        """
         ids = self._tokenize_one(self.render(self._probe)).tolist()
-        return sorted({i for i in ids if i in self._special} - {self.tokenizer.bos_token_id})
+        return sorted({i for i in ids if i in self._special_tokens} - {self.tokenizer.bos_token_id})
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        """The token that ends an assistant turn, and so generation.
+        """The id of the token that ends an assistant turn, and so generation.
 
         Raises:
-            TemplateError: The template ends its turns with no token of this tokenizer, or writes one that it lacks.
+            TemplateError: There is no template, it ends its turns with no token of this tokenizer, or it writes a token
+                that the tokenizer lacks.
         """
         try:
             text = self.render(self._probe)
@@ -334,43 +359,44 @@ class Chat:
 
     @cached_property
     def _endings(self) -> list[str]:
-        """The texts that end a plain turn, followed by another and at the end of a conversation."""
-        talk, found = [*self._probe, *self._probe], set()
+        """The texts that end a turn, in the middle of a conversation and at its end; longest first."""
+        talk, endings = [*self._probe, *self._probe], set()
         for i in (1, 3):
             with contextlib.suppress(LabelError):
                 text = self.render(talk)
                 start = turn_start(self.render, talk, i, text)
-                end = turn_end(self.render, self._special.values(), (), talk, i, text, start)
-                found.add(text[text.index("Good day", start) + len("Good day") : end])
-        return sorted(found, key=len, reverse=True)
+                end = turn_end(self.render, self._special_tokens.values(), (), talk, i, text, start)
+                endings.add(text[text.index("Good day", start) + len("Good day") : end])
+        return sorted(endings, key=len, reverse=True)
 
     # -----------------------------------------------------------------------------------------------------------
     # Checks
 
-    def _edges(self, draft: RenderedChat, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
-        """First and last character of each special token of the row, which must be the template's own."""
+    def _special_token_spans(
+        self, rendered: RenderedChat, ids: Ids, places: list[int]
+    ) -> list[tuple[int, int]]:
+        """The (start, end) in characters of each special token, which stand at `places` of `ids`."""
         found = ids[places].tolist()
         distinct = set(found)
         unknown = self.tokenizer.unk_token
-        spelt = distinct | ({self.tokenizer.unk_token_id} if unknown and unknown in draft.text else set())
-        self._check_plain(spelt, draft.messages, "\0".join(texts_in(draft.tools)))
-        names = [self._special[i] for i in distinct]
-        spans = special_spans(names, draft.text)
-        if [draft.text[first:end] for first, end in spans] != [self._special[i] for i in found]:
+        spelt = distinct | ({self.tokenizer.unk_token_id} if unknown and unknown in rendered.text else set())
+        self._check_no_special_tokens(spelt, rendered.messages, "\0".join(texts_in(rendered.tools)))
+        spans = special_spans([self._special_tokens[i] for i in distinct], rendered.text)
+        if [rendered.text[start:end] for start, end in spans] != [self._special_tokens[i] for i in found]:
             raise LabelError("its special tokens are not those that its text spells out")
         return spans
 
-    def _check_plain(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
-        """Text is data: what would be read as a special token inside it makes the row a bad one."""
+    def _check_no_special_tokens(
+        self, special_ids: Iterable[int], messages: Sequence[Message], text: str
+    ) -> None:
+        """Refuses a row whose own text holds a special token, which the tokenizer would not read as text."""
         whole = "\0".join([text, *(part for message in messages for part in authored_texts(message))])
-        for i in special_ids:
-            if self._special[i] in whole:
-                where = message_holding(messages, self._special[i]) or (
-                    "the tools" if messages else "the text"
-                )
-                raise LabelError(
-                    f"{where}: its text holds {self._special[i]}, which is a special token of this tokenizer"
-                )
+        for token in (self._special_tokens[i] for i in special_ids):
+            if token in whole:
+                i = message_holding(messages, token)
+                whose = "" if i is not None else "the tools: " if messages else "the text: "
+                reason = f"{whose}its text holds {token}, which is a special token of this tokenizer"
+                raise LabelError(reason, message=i)
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -378,7 +404,7 @@ class Chat:
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     def _check_bos(self, ids: Any, rendered: bool = True) -> None:
-        """Exactly one BOS where the tokenizer uses one, and at the front; behind an EOS a template may begin anew."""
+        """Refuses all but one BOS at the front, where the tokenizer uses it; a template may write more behind EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is None or bos == eos:
             return

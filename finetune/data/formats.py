@@ -1,7 +1,7 @@
-"""A row of somebody's dataset to messages: `columns`, `filter` and the formats that are known.
+"""Turns a dataset's row into messages: `filter`, `columns` and the formats that are known.
 
-A format gives `{"messages": [...]}`, with `tools` where the row has some and `prompt_messages` where the first ones are
-a prompt, or, without chat turns, `{"prompt": str, "completion": str}`. Names are those that chat templates ask for.
+A format returns `{"messages": [...]}`, with `tools` where the row has some and `prompt_messages` (a count) where the
+first messages are a prompt; without chat turns `{"prompt": str, "completion": str}`. Names are those of chat templates.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ Row = dict[str, Any]
 
 
 def matches_filter(source_filter: dict[str, Any], row: Row) -> bool:
-    """Whether each column that is named holds the value given for it or one of those: itself, or in its list.
+    """True if each column of a filter holds its value, or one of its values; a list may hold it as an item.
 
     `true` is not 1, and a number is not its digits: the cells of a CSV are text.
 
     Raises:
-        LabelError: There is no such column.
+        LabelError: The row lacks a column of the filter.
     """
     for column in source_filter:
         if column not in row:
-            there = ", ".join(map(str, row))
-            raise LabelError(f"filter: there is no column {column!r}; there are {there}")
+            raise LabelError(
+                f"filter: there is no column {column!r}", f"there are {', '.join(map(str, row))}"
+            )
     for column, wanted in source_filter.items():
         held = row[column] if isinstance(row[column], list) else [row[column]]
         wanted = wanted if isinstance(wanted, list) else [wanted]
@@ -38,34 +39,35 @@ def matches_filter(source_filter: dict[str, Any], row: Row) -> bool:
 
 
 def map_columns(source: DataSource, row: Row) -> Row:
-    """`columns` applied: a column's value, or a format string filled in once over the row."""
+    """The row with the source's `columns`, each another column's value or a format string filled in over the row.
+
+    Raises:
+        LabelError: The row lacks a column, or one in a format string holds neither text nor a number.
+    """
     mapped = dict(row)
-    for ours, spec in source.columns.items():
+    for target, spec in source.columns.items():
         names = re.findall(r"\{(\w+)\}", spec)
         for name in names or [spec]:
             if name not in row:
-                there = ", ".join(map(str, row))
-                raise LabelError(f"columns: {ours}: there is no column {name!r}; there are {there}")
+                detail = f"there are {', '.join(map(str, row))}"
+                raise LabelError(f"columns: {target}: there is no column {name!r}", detail)
         for name in names:
             if not isinstance(row[name], str | int | float):
-                raise LabelError(
-                    f"columns: {ours}: the column {name!r} holds {type(row[name]).__name__}, not text"
-                )
-        mapped[ours] = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), spec) if names else row[spec]
+                held = type(row[name]).__name__
+                raise LabelError(f"columns: {target}: the column {name!r} holds {held}, not text")
+        mapped[target] = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), spec) if names else row[spec]
     return mapped
 
 
 def detect_format(source: DataSource, row: Row) -> str:
-    """The format that a row's columns tell of.
+    """The name of the format that a row's columns belong to.
 
     Raises:
-        DataError: None does.
+        DataError: They belong to no known format.
     """
-    # What `columns` fills in is meant to be read.
-    meant = {
-        name: there for name, there in _COLUMNS.items() if set(there) & source.columns.keys()
-    } or _COLUMNS
-    for name, columns in meant.items():
+    # A format whose columns the recipe fills in goes before the others.
+    filled = {name: columns for name, columns in _COLUMNS.items() if set(columns) & source.columns.keys()}
+    for name, columns in (filled or _COLUMNS).items():
         if all(column in row for column in columns):
             return name
     raise DataError(
@@ -118,7 +120,7 @@ def _alpaca(row: Row) -> Row:
     # Earlier answers are trained on as any assistant turn, as LLaMA-Factory does.
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
-        raise LabelError('its history is not a list of exchanges; write [["question", "answer"], ...]')
+        raise LabelError("its history is not a list of exchanges", 'write [["question", "answer"], ...]')
     exchanges = [*history, ["\n\n".join(parts), row.get("output")]]
     messages = [
         {"role": role, "content": text}
@@ -178,15 +180,15 @@ def _system(row: Row) -> list[Message]:
 
 
 def _chat(row: Row, messages: list[Message]) -> Row:
-    """The messages, and the row's tools in the form that templates expect, which is OpenAI's."""
+    """The messages, and the row's tools in OpenAI's form, which templates expect."""
     tools = _decoded(row.get("tools"))
     if not tools:
         return {"messages": messages}
     functions = [_function(tool) for tool in tools] if isinstance(tools, list) else [None]
     if None in functions:
         raise LabelError(
-            "its tools are not a list of functions; "
-            'write [{"name": ..., "description": ..., "parameters": {...}}], or that as a JSON string'
+            "its tools are not a list of functions",
+            'write [{"name": ..., "description": ..., "parameters": {...}}], or that as a JSON string',
         )
     wrapped = [
         {"type": "function"} | tool
@@ -198,7 +200,7 @@ def _chat(row: Row, messages: list[Message]) -> Row:
 
 
 def _message(source: Row, role: Any, content: Any) -> Message:
-    """One message of ours: text parts joined, the several names for one thing made one, what is empty left out."""
+    """One message as templates expect it: text parts are joined, synonyms get one name, empty values are left out."""
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
             raise LabelError("a message has parts that are not text")
@@ -208,13 +210,13 @@ def _message(source: Row, role: Any, content: Any) -> Message:
             raise LabelError("a message has a text part without text")
         content = "".join(texts)
     message: Message = {"role": "system" if role == "developer" else role, "content": content}
-    thoughts = [
-        source[key] for key in ("reasoning_content", "thinking", "reasoning") if _said(source.get(key))
+    reasoning = [
+        source[key] for key in ("reasoning_content", "thinking", "reasoning") if not _blank(source.get(key))
     ]
-    if any(thought != thoughts[0] for thought in thoughts):
-        raise LabelError("a message's reasoning_content, thinking and reasoning differ; keep one")
-    if thoughts:
-        message["reasoning_content"] = thoughts[0]
+    if any(text != reasoning[0] for text in reasoning):
+        raise LabelError("a message's reasoning_content, thinking and reasoning differ", "keep one")
+    if reasoning:
+        message["reasoning_content"] = reasoning[0]
     message |= {key: source[key] for key in ("tool_call_id", "name") if source.get(key)}
     for key in ("reasoning_content", "tool_call_id", "name"):
         if not isinstance(message.get(key, ""), str):
@@ -226,63 +228,60 @@ def _message(source: Row, role: Any, content: Any) -> Message:
     return message if train is None else message | {"train": train}
 
 
-def _said(text: Any) -> bool:
-    return bool(text.strip() if isinstance(text, str) else text)
+def _blank(value: Any) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
 
 
 def _train(source: Row, role: Any) -> bool | None:
-    """Whether a message says that it is trained on: `train` (axolotl: `training`), or a weight of 0 or 1."""
+    """A message's `train` (axolotl: `training`), or its weight of 0 or 1, as a bool; None where it has neither."""
     for key in ("train", "training"):
         if source.get(key) is not None:
             if not isinstance(source[key], bool):
-                raise LabelError(f"a message's {key} is {source[key]!r}; write true or false")
+                raise LabelError(f"a message's {key} is {source[key]!r}", "write true or false")
             return bool(source[key])
     for key in ("loss_weight", "weight"):
         if source.get(key) is not None and role == "assistant":
             if source[key] not in (0, 1):
-                raise LabelError(f"a message's {key} is {source[key]!r}; only 0 and 1 can be obeyed")
+                raise LabelError(f"a message's {key} is {source[key]!r}", "write 0 or 1")
             return bool(source[key])
     return None
 
 
 def _tool_calls(calls: Any) -> list[Row]:
-    """Calls in OpenAI's form, but that `arguments` are a map, as templates expect, and not a string that holds one."""
-    written = []
+    """Tool calls in OpenAI's form, but with `arguments` as a map, which templates expect, and not a string of JSON."""
+    converted = []
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if (function := _function(call)) is None:
-            raise LabelError(
-                'a message\'s tool_calls are not calls; write [{"name": ..., "arguments": {...}}]'
-            )
-        # A call without arguments may be written with null or "".
+            detail = 'write [{"name": ..., "arguments": {...}}]'
+            raise LabelError("a message's tool_calls are not calls", detail)
+        # A call without arguments may have null or "".
         arguments = _decoded(function.get("arguments")) or {}
         if not isinstance(arguments, dict):
-            raise LabelError(
-                f"a tool call's arguments are not a map; those of {function['name']} are {arguments!r:.60}"
-            )
-        named = {"id": call["id"]} if call.get("id") is not None else {}
-        written.append(
-            named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
-    return written
+            detail = f"those of {function['name']} are {arguments!r:.60}"
+            raise LabelError("a tool call's arguments are not a map", detail)
+        identity = {"id": call["id"]} if call.get("id") is not None else {}
+        function = {"name": function["name"], "arguments": arguments}
+        converted.append(identity | {"type": "function", "function": function})
+    return converted
 
 
 def _calls_in(text: Any) -> list[Any] | None:
-    """The calls that a `function_call` turn of sharegpt spells out; None where it is some other text."""
+    """The tool calls in the text of sharegpt's `function_call` turn; None where it is another text."""
     calls = _decoded(text)
     calls = calls if isinstance(calls, list) else [calls]
-    spelt = all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls)
-    return calls if spelt else None
+    valid = all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls)
+    return calls if valid else None
 
 
 def _function(item: Any) -> Row | None:
-    """The map that names a function: an item of `tools` or `tool_calls`, or what stands under its `function`."""
-    found = (item.get("function") or item) if isinstance(item, dict) else None
-    return found if isinstance(found, dict) and found.get("name") and isinstance(found["name"], str) else None
+    """The map with a function's name: an item of `tools` or `tool_calls`, or the value of its `function`; else None."""
+    named = (item.get("function") or item) if isinstance(item, dict) else None
+    return named if isinstance(named, dict) and named.get("name") and isinstance(named["name"], str) else None
 
 
 def _decoded(value: Any) -> Any:
-    """What a string of JSON holds; all else as it is."""
+    """The value of a string of JSON; any other value as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

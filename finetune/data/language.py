@@ -5,24 +5,20 @@ from __future__ import annotations
 import re
 
 _PUNCTUATION = re.compile(r"[\u2010-\u206f]+")
-
-
-# Words that no text of a few sentences does without, and that other languages do not have.
+# Words that are in every English text of a few sentences, and in no other language.
 _ENGLISH = re.compile(r"\b(?:the|and|you|your|with|that|this|from|what|how|who|which)\b", re.IGNORECASE)
-
-
 _KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]+")
 
 
 def language(text: str) -> str:
     """`Japanese`, `English` or `other`, by script and a few words.
 
-    English is text of which at most one character in fifty is not ASCII and, from a hundred characters on, that has one
-    of English's commonest words; Japanese is other text with at least one kana in ten such characters.
+    English is text with at most one character in fifty that is not ASCII and, from a hundred characters on, one of the
+    commonest English words. Japanese is other text in which a tenth of the characters that are not ASCII are kana.
     """
     if text.isascii():
         return _english(text)
-    text = _PUNCTUATION.sub("", text)  # English has its quotation marks and dashes
+    text = _PUNCTUATION.sub("", text)  # English has quotation marks and dashes as well
     foreign = len(text) - len(text.encode("ascii", "ignore"))
     if foreign * 50 <= len(text):
         return _english(text)

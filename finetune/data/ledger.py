@@ -1,27 +1,49 @@
-"""What became of every row: read, kept, mended, cut, split, dropped, bad; and which tokens are trained on."""
+"""Counts rows (read, kept, mended, cut, split, dropped, bad) and the tokens that are trained on, for `ledger.json`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from finetune.system.pages import cell
 
 # A set of rows that loses more than this share of its trained tokens to `max_length` says so.
 MUCH_LOST = 0.1
+_ROW_COUNTS = ("read", "kept", "repeated", "cut", "split")
 Table = list[tuple[Any, ...]]
+Bin = TypedDict("Bin", {"from": int, "to": int, "rows": int})
+
+
+class Account(TypedDict):
+    """One set of rows in `ledger.json`; `first` names the first row for each reason under `dropped` and `bad`."""
+
+    rows: dict[str, int]
+    mended: dict[str, int]
+    dropped: dict[str, int]
+    bad: dict[str, int]
+    first: dict[str, str]
+    turns_trained: int
+    end_of_turns_trained: int
+    tokens: int
+    trained_tokens: int
+    trained_share: float
+    lost_trained_tokens: int
+    length: dict[str, int]
+    histogram: list[Bin]
+    sources: dict[str, dict[str, int]]
+    languages: dict[str, dict[str, float]]
 
 
 @dataclass
 class Ledger:
-    """The account of one set of rows (training or evaluation).
+    """The counts of one set of rows (training or evaluation).
 
-    `read` rows become `kept` ones or stand under `bad` or `dropped` with the reason; a row that is split gives several,
-    and a row may be `repeated` by its source's weight. `lost_tokens` would have been trained on had they fitted.
-    `first` names the first row for each reason under `dropped` and `bad`.
+    Each row `read` is `kept`, `dropped` or `bad`, the latter two with the reason. A row that is split is kept as
+    several, and a row may be `repeated` by its source's weight. `lost_tokens` is the number of tokens that would have
+    been trained on if their rows fitted. `first` names the first row for each reason under `dropped` and `bad`.
     """
 
     read: int = 0
@@ -52,28 +74,44 @@ class Ledger:
         characters: int = 0,
         language: str = "other",
     ) -> None:
-        """Counts one row that will be trained on; `ends` of its `turns` have their end-of-turn token trained."""
+        """Counts one row for the trainer.
+
+        Args:
+            source: The path of its source.
+            length: The number of its tokens.
+            trained_tokens: The number of tokens that have a label.
+            turns: The number of assistant turns that are trained on.
+            ends: The number of those turns whose end-of-turn token has a label.
+            characters: The length of its text.
+            language: Its language.
+        """
         self.kept += 1
         self.lengths[length] += 1
         self.tokens += length
         self.trained_tokens += trained_tokens
         self.turns += turns
         self.ends += ends
-        account = {"rows": 1, "tokens": length, "trained_tokens": trained_tokens}
-        self.sources.setdefault(source, Counter()).update(account)
-        account = {"rows": 1, "tokens": length, "characters": characters}
-        self.languages.setdefault(language, Counter()).update(account)
+        counts = {"rows": 1, "tokens": length}
+        self.sources.setdefault(source, Counter()).update(counts | {"trained_tokens": trained_tokens})
+        self.languages.setdefault(language, Counter()).update(counts | {"characters": characters})
 
     def keep_row(self, source: str, pieces: Sequence[Sequence[Any]], cut: bool, lost: int) -> None:
-        """Counts a row with all its pieces, for each the arguments of `keep` behind the source."""
+        """Counts a row that was read and all its pieces, which are rows for the trainer.
+
+        Args:
+            source: The path of its source.
+            pieces: For each piece the arguments of `keep` behind the source.
+            cut: Whether a part of the row was left out.
+            lost: The number of tokens to train on in that part.
+        """
         self.split += len(pieces) > 1
         self.cut += cut
         self.lost_tokens += lost
-        for weights in pieces:
-            self.keep(source, *weights)
+        for values in pieces:
+            self.keep(source, *values)
 
     def percentile(self, share: float) -> int:
-        """The row length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
+        """The length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
         rank = max(1, math.ceil(share * self.kept))
         for length in sorted(self.lengths):
             rank -= self.lengths[length]
@@ -82,36 +120,25 @@ class Ledger:
         return 0
 
     def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
-        """The kept rows by length: `(from, to, rows)` with both ends within, in at most `bins` bins of one width."""
+        """The kept rows by length: `(from, to, rows)`, both ends included, in at most `bins` bins of one width."""
         longest = self.percentile(1.0)
         width = max(1, math.ceil(longest / bins))
-        return [
-            (
-                low,
-                low + width - 1,
-                sum(n for length, n in self.lengths.items() if low <= length < low + width),
-            )
-            for low in range(1, longest + 1, width)
-        ]
+        counts = Counter[int]()
+        for length, rows in self.lengths.items():
+            counts[(length - 1) // width * width + 1] += rows
+        return [(low, low + width - 1, counts[low]) for low in range(1, longest + 1, width)]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The account as `ledger.json` holds it."""
-        rows = {
-            "read": self.read,
-            "kept": self.kept,
-            "repeated": self.repeated,
-            "cut": self.cut,
-            "split": self.split,
-        }
+    def as_dict(self) -> Account:
+        """The counts as `ledger.json` holds them."""
         languages = {
             name: {
-                **account,
-                "tokens_per_character": round(account["tokens"] / max(1, account["characters"]), 4),
+                **counts,
+                "tokens_per_character": round(counts["tokens"] / max(1, counts["characters"]), 4),
             }
-            for name, account in sorted(self.languages.items())
+            for name, counts in sorted(self.languages.items())
         }
         return {
-            "rows": rows,
+            "rows": {name: getattr(self, name) for name in _ROW_COUNTS},
             "mended": dict(self.mended),
             "dropped": dict(self.dropped),
             "bad": dict(self.bad),
@@ -124,87 +151,87 @@ class Ledger:
             "lost_trained_tokens": self.lost_tokens,
             "length": {f"p{round(p * 100)}": self.percentile(p) for p in (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)},
             "histogram": [{"from": low, "to": high, "rows": rows} for low, high, rows in self.histogram()],
-            "sources": {name: dict(account) for name, account in self.sources.items()},
+            "sources": {name: dict(counts) for name, counts in self.sources.items()},
             "languages": languages,
         }
 
     def summary(self) -> str:
-        """The account in one line."""
-        what = [f"{n:,} {why}" for why, n in self.mended.items()]
-        what += [f"{self.repeated:,} repeated"] if self.repeated else []
-        what += [f"{self.cut:,} cut at a turn's end"] if self.cut else []
-        what += [f"{self.split:,} split"] if self.split else []
-        what += [f"{n:,} {why}" for why, n in (*self.dropped.items(), *self.bad.items())]
+        """The counts in one line."""
+        parts = [f"{n:,} {reason}" for reason, n in self.mended.items()]
+        parts += [f"{self.repeated:,} repeated"] if self.repeated else []
+        parts += [f"{self.cut:,} cut at a turn's end"] if self.cut else []
+        parts += [f"{self.split:,} split"] if self.split else []
+        parts += [f"{n:,} {reason}" for reason, n in (*self.dropped.items(), *self.bad.items())]
         share = self.trained_tokens / self.tokens if self.tokens else 0
         lost = self.lost_tokens / max(1, self.lost_tokens + self.trained_tokens)
         if lost > MUCH_LOST:
-            what.append(
+            parts.append(
                 f"{lost:.0%} of the tokens to train on are lost to training.max_length "
                 "(raise it, or see data.on_overflow)"
             )
         return (
             f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
-            f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in what)
+            f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# An account of `ledger.json`, for a person
+# The counts of `ledger.json` as tables
 
 
-def facts(account: dict[str, Any]) -> Table:
-    """An account's counts, each with what it counts; what did not happen is left out."""
+def facts(account: Account) -> Table:
+    """The account's totals, as (count, name); those that are 0 are left out."""
     rows, turns, ends = account["rows"], account["turns_trained"], account["end_of_turns_trained"]
     trained, lost = account["trained_tokens"], account["lost_trained_tokens"]
-    counts = [(rows[what], f"rows {what}") for what in ("read", "kept", "repeated", "cut", "split")]
+    counts = [(rows[name], f"rows {name}") for name in _ROW_COUNTS]
     counts += [
         (account["tokens"], "tokens"),
         (trained, f"tokens trained on ({trained / max(1, account['tokens']):.0%})"),
         (lost, f"tokens to train on are lost to training.max_length ({lost / max(1, lost + trained):.0%})"),
         (turns, f"turns trained on, {'all' if ends == turns else f'{ends:,}'} with their end-of-turn token"),
     ]
-    return [(count, what) for count, what in counts if count]
+    return [(count, name) for count, name in counts if count]
 
 
-def reasons(account: dict[str, Any]) -> Table:
-    """How many rows were mended, dropped or bad, why, and which was the first."""
-    fates, first = ("mended", "dropped", "bad"), account["first"]
-    told = {
-        why: f"{why} (first: {first[why]})" if why in first else why
-        for fate in fates
-        for why in account[fate]
-    }
-    return [(count, f"{fate}: {told[why]}") for fate in fates for why, count in account[fate].items()]
+def reasons(account: Account) -> Table:
+    """The number of rows that were mended, dropped or bad, by reason, each with the first such row."""
+    by_kind = {"mended": account["mended"], "dropped": account["dropped"], "bad": account["bad"]}
+    first = {reason: f" (first: {row})" for reason, row in account["first"].items()}
+    return [
+        (count, f"{kind}: {reason}{first.get(reason, '')}")
+        for kind, counts in by_kind.items()
+        for reason, count in counts.items()
+    ]
 
 
-def tables(account: dict[str, Any]) -> list[Table]:
-    """Sources, languages and lengths, each with a header."""
+def tables(account: Account) -> list[Table]:
+    """Sources, languages and lengths as tables; the first row of each is its header."""
 
-    def by(what: str, *columns: str) -> Table:
-        header = tuple(column.replace("_", " ") for column in (*columns, what))
-        return [header, *((*map(counts.get, columns), name) for name, counts in account[what].items())]
+    def table(title: str, counts_by_name: Mapping[str, Mapping[str, float]], *columns: str) -> Table:
+        header = tuple(column.replace("_", " ") for column in (*columns, title))
+        return [header, *((*map(counts.get, columns), name) for name, counts in counts_by_name.items())]
 
     lengths = [(n, f"at most, in {p[1:]}% of the rows") for p, n in account["length"].items()]
     return [
-        by("sources", "rows", "tokens", "trained_tokens"),
-        by("languages", "rows", "tokens", "tokens_per_character"),
+        table("sources", account["sources"], "rows", "tokens", "trained_tokens"),
+        table("languages", account["languages"], "rows", "tokens", "tokens_per_character"),
         [("tokens", "in a row"), *lengths],
     ]
 
 
-def histogram(account: dict[str, Any]) -> Table:
-    """Rows by their length: the bounds, the rows, and how many these are for one row of the largest bin."""
+def histogram(account: Account) -> Table:
+    """Rows by length: the bounds of a bin, its rows, and their ratio to those of the largest bin."""
     bins = account["histogram"]
     most = max((bin["rows"] for bin in bins), default=1)
     return [(f"{bin['from']:,}-{bin['to']:,}", bin["rows"], bin["rows"] / most) for bin in bins]
 
 
-def for_page(account: dict[str, Any]) -> dict[str, Any]:
-    """All of that as texts, as pages show it."""
-    became = [("rows", "what became of them"), *reasons(account)]
-    every = [became, *tables(account)] if len(became) > 1 else tables(account)
+def for_page(account: Account) -> dict[str, Any]:
+    """All tables of an account with their cells as strings, for a page of HTML."""
+    by_reason = [("rows", "what became of them"), *reasons(account)]
+    every = [by_reason, *tables(account)] if len(by_reason) > 1 else tables(account)
     return {
-        "facts": [(cell(count), what) for count, what in facts(account)],
+        "facts": [(cell(count), name) for count, name in facts(account)],
         "tables": [[tuple(map(cell, row)) for row in table] for table in every],
-        "histogram": [(what, cell(n), f"{100 * share:.1f}") for what, n, share in histogram(account)],
+        "histogram": [(bounds, cell(n), f"{100 * share:.1f}") for bounds, n, share in histogram(account)],
     }

@@ -1,6 +1,7 @@
-"""The rows that a recipe trains and evaluates on: mixed from its sources, held out, counted; or streamed.
+"""Builds the training and the evaluation rows of a recipe: mixed from its sources, held out, counted; or streamed.
 
-What is drawn from the prepared sources is decided anew at each start, the same on every rank and machine.
+The sources are prepared once and cached. Which of their rows are used is decided anew at each start, and is the same on
+every rank and machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.cache import CachedSource
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import RowResult, prepare
+from finetune.data.prepare import Preparation, RowResult, prepare
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
 from finetune.system.terminal import Say
@@ -25,26 +26,28 @@ from finetune.system.terminal import Say
 if TYPE_CHECKING:
     import datasets
 
-# What the trainer takes; the other columns of a prepared file are the ledger's.
+# The columns for the trainer; the other columns of a prepared file are for the ledger.
 COLUMNS = ["row", "input_ids", "labels"]
 DUPLICATE = "exact duplicates"
 LEAKED = "also in the evaluation rows"
-# Rows of a stream are mixed among this many.
-_BUFFER = 1000
+# A source and the index of one of its rows.
+SourceRow = tuple[CachedSource, int]
+# Rows of a stream are shuffled among this many.
+_SHUFFLE_BUFFER = 1000
 
 
 @dataclass
 class Prepared:
-    """Rows ready for the trainer: columns `row` (its name), `input_ids`, `labels`; and their account.
+    """Rows for the trainer, with the columns `row` (its name), `input_ids` and `labels`, and their ledger.
 
-    Of a stream the rows, and their account with them, come while it is read.
+    A stream's rows are read, and counted in the ledger, while one goes through it.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset | None
     ledger: Ledger = field(default_factory=Ledger)
-    # Of what the rows are to the trainer, in their order; of a stream, of where they come from.
+    # A hash of token ids and labels of all rows, in their order; of a stream, of its sources.
     digest: str = ""
-    # Of evaluation rows, each one's source and language.
+    # The source and language of each evaluation row.
     origins: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -56,35 +59,43 @@ def build_datasets(
     The same recipe gives the same rows in the same order on every machine. With `eval_fraction`, whole rows go to one
     side or the other, chosen by `data.seed`; a row and its copies go to the same side.
 
+    Args:
+        section: The recipe's `data`.
+        chat: The tokenizer and its chat template.
+        max_length: The number of tokens that a row may have; None: any.
+        say: Gets lines on the progress of a long preparation.
+
     Raises:
         DataError: A source or row cannot be used, or nothing is left to train on.
+        TemplateError: The chat template cannot be used with this tokenizer.
     """
-    evaluated = [CachedSource(section, source, chat, max_length, say) for source in section.eval]
+    preparation = Preparation(section, chat, max_length)
+    eval_sources = _cached(preparation, section.eval, say)
     if any(source.streaming for source in section.train):
-        evaluation, texts = _evaluation(section, evaluated, {})
-        return _stream(section, chat, max_length, texts), evaluation
-    parts = [CachedSource(section, source, chat, max_length, say) for source in section.train]
+        evaluation, eval_texts = _evaluation(section, eval_sources, {})
+        return _stream(preparation, eval_texts), evaluation
+    sources = _cached(preparation, section.train, say)
     ledger = Ledger()
-    for part in parts:
-        part.count_into(ledger)
-    rows = _distinct(section, parts, ledger)
+    for cached in sources:
+        cached.count_into(ledger)
+    rows = _distinct(section, sources, ledger)
     held_out = _held_out(section, rows)
-    evaluation, texts = _evaluation(section, evaluated, held_out)
+    evaluation, eval_texts = _evaluation(section, eval_sources, held_out)
     ledger.read -= len(held_out)
 
-    chosen: list[tuple[CachedSource, int]] = []
-    for part, own in groupby(rows, key=lambda row: row[0]):
+    chosen: list[SourceRow] = []
+    for cached, cached_rows in groupby(rows, key=lambda row: row[0]):
         left = []
-        for _, row in own:
-            if (part, row) in held_out:
+        for _, row in cached_rows:
+            if (cached, row) in held_out:
                 continue
-            if part.digests(row)[0] in texts:
+            if cached.digests(row)[0] in eval_texts:
                 if not section.deduplicate:
-                    raise _leak(part.name(row))
+                    raise _leak(cached.name(row))
                 ledger.dropped[LEAKED] += 1
                 continue
             left.append(row)
-        chosen += [(part, row) for row in _drawn(section, part, left, ledger)]
+        chosen += [(cached, row) for row in _drawn(section, cached, left, ledger)]
     train = Prepared(_dataset(chosen, ledger), ledger, _digest(chosen))
     if not ledger.trained_tokens:
         raise DataError(f"no row is left to train on: {ledger.summary()}")
@@ -92,97 +103,110 @@ def build_datasets(
 
 
 def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
-    """The evaluation rows of a recipe, as `build` has them; rows to train on are read only where these are of them.
+    """The evaluation rows of `build_datasets`; reads the training rows only if the former are a part of them.
 
     Raises:
         DataError: A source or row cannot be used.
+        TemplateError: The chat template cannot be used with this tokenizer.
     """
     if section.eval_fraction is not None:
         return build_datasets(section, chat, max_length)[1]
-    parts = [CachedSource(section, source, chat, max_length, lambda line: None) for source in section.eval]
-    return _evaluation(section, parts, {})[0]
+    return _evaluation(section, _cached(Preparation(section, chat, max_length), section.eval), {})[0]
 
 
-def _distinct(
-    section: DataSection, parts: list[CachedSource], ledger: Ledger
-) -> list[tuple[CachedSource, int]]:
+def _cached(
+    preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None
+) -> list[CachedSource]:
+    """The prepared rows of `data.train` or `data.eval`."""
+    train = preparation.section.train
+    # Rows are drawn by the place of their source: two sources may be equal.
+    first = 0 if sources is train else len(train)
+    return [CachedSource(preparation, source, place, say) for place, source in enumerate(sources, first)]
+
+
+def _distinct(section: DataSection, sources: list[CachedSource], ledger: Ledger) -> list[SourceRow]:
+    """The rows of all sources, without exact duplicates if the recipe says so."""
     seen: set[bytes] = set()
     rows = []
-    for part in parts:
-        for row in range(len(part)):
-            _, digest = part.digests(row)
+    for cached in sources:
+        for row in range(len(cached)):
+            _, digest = cached.digests(row)
             if section.deduplicate and digest in seen:
                 ledger.dropped[DUPLICATE] += 1
                 continue
             seen.add(digest)
-            rows.append((part, row))
+            rows.append((cached, row))
     return rows
 
 
-def _held_out(
-    section: DataSection, rows: list[tuple[CachedSource, int]]
-) -> dict[tuple[CachedSource, int], None]:
+def _held_out(section: DataSection, rows: list[SourceRow]) -> dict[SourceRow, None]:
     """The rows that `eval_fraction` sets aside, in their order."""
     if section.eval_fraction is None or not rows:
         return {}
-    texts = list(dict.fromkeys(part.digests(row)[0] for part, row in rows))
+    texts = list(dict.fromkeys(cached.digests(row)[0] for cached, row in rows))
     count = max(1, round(len(texts) * section.eval_fraction))
     if count >= len(texts):
         raise DataError(
             f"data.eval_fraction: {section.eval_fraction} of {len(texts)} rows leaves none to train on"
         )
     chosen = set(random.Random(section.seed).sample(texts, count))
-    return {(part, row): None for part, row in rows if part.digests(row)[0] in chosen}
+    return {(cached, row): None for cached, row in rows if cached.digests(row)[0] in chosen}
 
 
 def _evaluation(
-    section: DataSection, parts: list[CachedSource], held_out: dict[tuple[CachedSource, int], None]
+    section: DataSection, sources: list[CachedSource], held_out: dict[SourceRow, None]
 ) -> tuple[Prepared, set[bytes]]:
+    """The evaluation rows, and the digests of their texts."""
     ledger = Ledger()
-    for part in parts:
-        part.count_into(ledger)
+    for cached in sources:
+        cached.count_into(ledger)
     ledger.read += len(held_out)
-    drawn = [(part, row) for part in parts for row in _drawn(section, part, list(range(len(part))), ledger)]
+    drawn = [
+        (cached, row)
+        for cached in sources
+        for row in _drawn(section, cached, list(range(len(cached))), ledger)
+    ]
     rows = [*held_out, *drawn]
-    origins = [origin for part, row in rows for origin in part.origins(row)]
+    origins = [origin for cached, row in rows for origin in cached.origins(row)]
     evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows), origins)
     if section.eval and not ledger.trained_tokens:
         raise DataError(f"data.eval: no row is left to evaluate on: {ledger.summary()}")
-    return evaluation, {part.digests(row)[0] for part, row in rows}
+    return evaluation, {cached.digests(row)[0] for cached, row in rows}
 
 
-def _drawn(section: DataSection, part: CachedSource, rows: list[int], ledger: Ledger) -> list[int]:
-    """The rows of a source as often as `weight` or `samples` say: whole passes, and of the last one a drawn share."""
-    source = part.source
-    wanted = source.samples or round(len(rows) * (source.weight or 1))
+def _drawn(section: DataSection, cached: CachedSource, rows: list[int], ledger: Ledger) -> list[int]:
+    """The rows of a source as often as `weight` or `samples` say: whole passes, then a random part of one more."""
+    wanted = cached.source.samples or round(len(rows) * (cached.source.weight or 1))
     if not rows or wanted == len(rows):
         return rows
     passes, rest = divmod(wanted, len(rows))
-    rng = random.Random(f"{section.seed} {[*section.train, *section.eval].index(source)}")
+    rng = random.Random(f"{section.seed} {cached.place}")
     ledger.repeated += max(0, wanted - len(rows))
     if not passes:
         ledger.dropped["not drawn (weight or samples)"] += len(rows) - rest
     return rows * passes + [rows[i] for i in sorted(rng.sample(range(len(rows)), rest))]
 
 
-def _digest(rows: list[tuple[CachedSource, int]]) -> str:
-    every = hashlib.blake2b(digest_size=16)
-    for part, row in rows:
-        every.update(part.digests(row)[1])
-    return every.hexdigest() if rows else ""
+def _digest(rows: list[SourceRow]) -> str:
+    """A hash of the token ids and labels of all rows; empty without rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for cached, row in rows:
+        digest.update(cached.digests(row)[1])
+    return digest.hexdigest() if rows else ""
 
 
-def _dataset(rows: list[tuple[CachedSource, int]], ledger: Ledger) -> datasets.Dataset | None:
+def _dataset(rows: list[SourceRow], ledger: Ledger) -> datasets.Dataset | None:
+    """The rows as a dataset, counted in the ledger; None without rows."""
     import datasets
 
-    tables: list[Any] = []
+    tables: list[datasets.Dataset] = []
     chosen: list[int] = []
     starts: dict[CachedSource, int] = {}
-    for part, row in rows:
-        if part not in starts:
-            starts[part] = sum(map(len, tables))
-            tables.append(part.dataset)
-        chosen.extend(starts[part] + piece for piece in part.keep(row, ledger))
+    for cached, row in rows:
+        if cached not in starts:
+            starts[cached] = sum(map(len, tables))
+            tables.append(cached.dataset)
+        chosen.extend(starts[cached] + piece for piece in cached.keep(row, ledger))
     if not chosen:
         return None
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
@@ -193,76 +217,73 @@ def _dataset(rows: list[tuple[CachedSource, int]], ledger: Ledger) -> datasets.D
 # Streams
 
 
-def _stream(section: DataSection, chat: Chat, max_length: int | None, evaluated: set[bytes]) -> Prepared:
-    """The sources read while training, each drawn from by its `weight`."""
+def _stream(preparation: Preparation, eval_texts: set[bytes]) -> Prepared:
+    """The rows of sources that are read while training, each drawn from by its `weight`."""
     import datasets
 
     ledger = Ledger()
-    rows = partial(_streamed, section, chat, max_length, evaluated)
-    # What is wrong with the first rows is told now, and a stream without rows does not start.
+    rows = partial(_streamed, preparation, eval_texts)
+    # Errors in the first rows are raised now, and a stream without rows does not start.
     if next(rows(tried := Ledger()), None) is None:
         raise DataError(f"no row is left to train on: {tried.summary()}")
     ints = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"row": datasets.Value("string"), "input_ids": ints, "labels": ints})
     stream = datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features)
-    where = section.model_dump_json(exclude={"eval", "eval_fraction", "on_bad_row"}).encode()
-    return Prepared(stream, ledger, hashlib.blake2b(where, digest_size=16).hexdigest())
+    sources = preparation.section.model_dump_json(exclude={"eval", "eval_fraction", "on_bad_row"}).encode()
+    return Prepared(stream, ledger, hashlib.blake2b(sources, digest_size=16).hexdigest())
 
 
-def _streamed(
-    section: DataSection, chat: Chat, max_length: int | None, evaluated: set[bytes], ledger: Ledger
-) -> Iterator[dict[str, Any]]:
-    """The rows of the streams, mixed, each counted as it leaves."""
-    rng = random.Random(section.seed)
+def _streamed(preparation: Preparation, eval_texts: set[bytes], ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the streams, shuffled; each is counted when it is yielded."""
+    rng = random.Random(preparation.section.seed)
     waiting: list[tuple[DataSource, RowResult]] = []
-    for kept in _kept(section, chat, max_length, evaluated, ledger, rng):
+    for kept in _kept(preparation, eval_texts, ledger, rng):
         waiting.append(kept)
-        if len(waiting) > _BUFFER:
-            yield from _leaving(waiting, rng, ledger)
+        if len(waiting) > _SHUFFLE_BUFFER:
+            yield from _yielded(waiting, rng, ledger)
     while waiting:
-        yield from _leaving(waiting, rng, ledger)
+        yield from _yielded(waiting, rng, ledger)
 
 
-def _leaving(
+def _yielded(
     waiting: list[tuple[DataSource, RowResult]], rng: random.Random, ledger: Ledger
 ) -> Iterator[dict[str, Any]]:
     i = rng.randrange(len(waiting))
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
-    source, fate = waiting.pop()
+    source, result = waiting.pop()
     ledger.keep_row(
-        source.path, [fate.ledger_values(piece) for piece in fate.pieces], fate.pieces[0].cut, fate.lost
+        source.path,
+        [result.ledger_values(piece) for piece in result.pieces],
+        result.pieces[0].cut,
+        result.lost,
     )
-    for piece in fate.pieces:
-        yield {"row": fate.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
+    for piece in result.pieces:
+        yield {"row": result.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
 
 
 def _kept(
-    section: DataSection,
-    chat: Chat,
-    max_length: int | None,
-    evaluated: set[bytes],
-    ledger: Ledger,
-    rng: random.Random,
+    preparation: Preparation, eval_texts: set[bytes], ledger: Ledger, rng: random.Random
 ) -> Iterator[tuple[DataSource, RowResult]]:
-    """The rows that are trained on, drawn from the sources by `weight`; what becomes of the others is counted."""
-    streams = {i: prepare(section, source, chat, max_length) for i, source in enumerate(section.train)}
+    """Yields the rows to train on, drawn from the sources by `weight`; counts the others."""
+    section = preparation.section
+    streams = {i: prepare(preparation, source) for i, source in enumerate(section.train)}
     left = [source.samples or math.inf for source in section.train]
     seen: set[bytes] = set()
     while streams:
         [i] = rng.choices(list(streams), [section.train[i].weight or 1 for i in streams])
-        for fate in streams[i] if left[i] else ():
-            fate.count_into(ledger)
-            if not fate.pieces:
+        for result in streams[i] if left[i] else ():
+            result.count_into(ledger)
+            if not result.pieces:
                 continue
-            text, digest = fate.digests
-            if text in evaluated and not section.deduplicate:
-                raise _leak(fate.row)
-            if text in evaluated or (section.deduplicate and digest in seen):
-                ledger.dropped[LEAKED if text in evaluated else DUPLICATE] += 1
+            text, digest = result.digests
+            if text in eval_texts and not section.deduplicate:
+                raise _leak(result.row)
+            if text in eval_texts or (section.deduplicate and digest in seen):
+                ledger.dropped[LEAKED if text in eval_texts else DUPLICATE] += 1
                 continue
             seen.add(digest)
             left[i] -= 1
-            yield section.train[i], fate
+            yield section.train[i], result
             break
         else:
             del streams[i]

@@ -1,12 +1,11 @@
-"""The rows of one source to encoded rows of at most `max_length` tokens; what becomes of each is told as a `RowResult`.
+"""Prepares the rows of one source: encoded rows of at most `max_length` tokens, with a `RowResult` for each row read.
 
-Rendering and labels are Python's work and go on while the tokenizer, which needs none, is busy with the rows before.
+Rows are rendered and labelled in this thread while the tokenizer, which needs no Python, works on others in a second.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
@@ -29,22 +28,25 @@ from finetune.system.errors import DataError, LabelError, TurnRewrittenLater
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.
 _CHUNK = 64
 
-# What a piece weighs in the ledger: the arguments of `Ledger.keep` behind the source.
+# The arguments of `Ledger.keep` behind the source.
 LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "language")
 
-OPENING = "rows without an opening assistant message"
-CLOSING = "rows without what follows the last answer"
-UNTOLD = "rows whose tools the chat template leaves out"
-ALONE = "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
-MERGED = "rows with messages of one role merged"
+# The kinds of change that the ledger counts as mended.
+OPENING_REMOVED = "rows without an opening assistant message"
+CLOSING_REMOVED = "rows without what follows the last answer"
+TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
+ROW_PER_EXCHANGE = (
+    "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
+)
+SAME_ROLE_MERGED = "rows with messages of one role merged"
 
 
 @dataclass(slots=True)
 class RowResult:
-    """What became of one row that was read.
+    """The result of one row that was read.
 
-    It has become `pieces` (several when split), or was `dropped` or `bad` for the reason given, at the `place` given.
-    `lost` is how many tokens would have been trained on had they fitted.
+    It has become `pieces` (several when split), or was `dropped` or is `bad` for the reason given, with the `detail` of
+    this row. `lost` is the number of tokens that would have been trained on if the row fitted `max_length`.
     """
 
     row: str
@@ -52,19 +54,19 @@ class RowResult:
     mended: list[str] = field(default_factory=list)
     dropped: str = ""
     bad: str = ""
-    place: str = ""
+    detail: str = ""
     lost: int = 0
     language: str = "other"
 
     def count_into(self, ledger: Ledger) -> None:
-        """Counts the row as read, with all that became of it but its pieces and what these lost."""
+        """Counts the row as read, and as mended, dropped or bad; its pieces are counted by `Ledger.keep_row`."""
         ledger.read += 1
         ledger.lost_tokens += 0 if self.pieces else self.lost
         ledger.mended.update(self.mended)
         for reason, account in ((self.dropped, ledger.dropped), (self.bad, ledger.bad)):
             if reason:
                 account[reason] += 1
-                ledger.first.setdefault(reason, f"{self.row}{self.place}")
+                ledger.first.setdefault(reason, f"{self.row}{self.detail and f'; {self.detail}'}")
 
     def ledger_values(self, piece: Encoded) -> tuple[Any, ...]:
         """The `LEDGER_VALUES` of one of the pieces."""
@@ -74,7 +76,7 @@ class RowResult:
 
     @property
     def digests(self) -> tuple[bytes, bytes]:
-        """What the row says, and what it is to the trainer, where labels count as well."""
+        """Two hashes of 16 bytes: of the row's token ids, and of its token ids and labels."""
         text = hashlib.blake2b(digest_size=16)
         for piece in self.pieces:
             text.update(piece.input_ids.tobytes())
@@ -84,115 +86,131 @@ class RowResult:
         return text.digest(), row.digest()
 
 
-def prepare(
-    section: DataSection, source: DataSource, chat: Chat, max_length: int | None
-) -> Iterator[RowResult]:
-    """The fate of each row of a source, in its order.
+@dataclass(frozen=True)
+class Preparation:
+    """How the rows of a recipe are prepared: by its `data` section, for at most `max_length` tokens (None: any)."""
+
+    section: DataSection
+    chat: Chat
+    max_length: int | None
+
+
+def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]:
+    """Yields the result of each row of one of the recipe's sources, in its order.
 
     Raises:
         DataError: The source cannot be used; or a row cannot, and `data.on_bad_row` is `error`.
+        TemplateError: The chat template cannot be used with this tokenizer.
     """
-    rows = _started(section, source, chat)
-    waiting: deque[tuple[list[_Started], Future[list[Ids]]]] = deque()
+    rows = _rendered(preparation, source)
+    waiting: deque[tuple[list[_Rendered], Future[list[Ids]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
             while chunk := list(islice(rows, _CHUNK)):
-                texts = [draft.text for _, item in chunk if isinstance(item, list) for draft in item]
-                waiting.append((chunk, pool.submit(chat.tokenize, texts)))
+                texts = [rendered.text for _, item in chunk if isinstance(item, list) for rendered in item]
+                waiting.append((chunk, pool.submit(preparation.chat.tokenize, texts)))
                 if len(waiting) > 2:
-                    yield from _finished(section, source, chat, max_length, *waiting.popleft())
+                    yield from _labelled(preparation, *waiting.popleft())
             while waiting:
-                yield from _finished(section, source, chat, max_length, *waiting.popleft())
+                yield from _labelled(preparation, *waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-# A row's fate so far, and what is still to be done with it: nothing when it is decided.
-_Started = tuple[RowResult, "list[RenderedChat] | Encoded | Exception | None"]
+# A row's result so far, and what is to be done with it: None where the result is final.
+_Rendered = tuple[RowResult, "list[RenderedChat] | Encoded | Exception | None"]
 
 
-def _started(section: DataSection, source: DataSource, chat: Chat) -> Iterator[_Started]:
-    """Each row rendered; what is wrong with one is kept until its turn comes, so that faults are told in order."""
+def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendered]:
+    """Yields each row rendered, or in its place the error, so that errors are raised in the order of the rows."""
     form: str | None = source.format
     mapped = False
     for name, row in read_rows(source):
-        fate = RowResult(name)
+        result = RowResult(name)
         try:
             if isinstance(row, LabelError):
                 raise row
-            if source.filter and not matches_filter(source.filter, row):
-                fate.dropped = "left out by filter"
-                yield fate, None
-                continue
-            row = map_columns(source, row)
+            try:
+                if source.filter and not matches_filter(source.filter, row):
+                    result.dropped = "left out by filter"
+                    yield result, None
+                    continue
+                row = map_columns(source, row)
+            except LabelError as error:
+                if mapped:
+                    raise
+                # No row has had these columns yet: the recipe is wrong, not the row.
+                raise DataError(f"{source.path}: {error}") from error
             mapped = True
             form = form or detect_format(source, row)
-            yield fate, _start(section, source, form, row, chat, fate)
+            yield result, _render(preparation, source, form, row, result)
         except LabelError as error:
-            if not mapped and str(error).startswith(("columns: ", "filter: ")):
-                # No row has had these columns yet: the recipe is wrong, not the row.
-                yield fate, DataError(f"{source.path}: {error}")
-                return
-            yield fate, error
+            yield result, error
         except ValueError as error:
-            yield fate, error
+            yield result, error
             return
 
 
-def _start(
-    section: DataSection, source: DataSource, form: str, row: Row, chat: Chat, fate: RowResult
+def _render(
+    preparation: Preparation, source: DataSource, form: str, row: Row, result: RowResult
 ) -> list[RenderedChat] | Encoded:
+    chat, train_on = preparation.chat, preparation.section.train_on
     if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
         converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
         if not all(isinstance(text, str) for text in converted.values()):
             raise LabelError("its prompt or completion is not text")
     else:
         converted = FORMATS[form](row)
-    if "messages" not in converted:
-        if section.train_on in ("assistant", "last_assistant"):
-            raise DataError(
-                f"{source.path}: data.train_on: {section.train_on} needs chats, these rows have no turns; "
-                "write completion or all"
-            )
-        text = converted["prompt"] + converted["completion"]
-        fate.language = language(text)
-        encoded = chat.encode_text(converted["prompt"], converted["completion"])
-        if section.train_on == "all":
-            encoded.labels[1:] = encoded.input_ids[1:]
-        return encoded
-    messages, train_on = converted["messages"], section.train_on or "assistant"
-    if train_on == "completion":
-        if form != "prompt_completion":
+    if "messages" in converted:
+        if train_on == "completion" and form != "prompt_completion":
             raise DataError(
                 f"{source.path}: data.train_on: completion needs prompt_completion rows, these are {form}; "
                 "write assistant or last_assistant"
             )
-        train_on = "assistant"
+        return _render_messages(preparation, converted, train_on or "assistant", result)
+    if train_on in ("assistant", "last_assistant"):
+        raise DataError(
+            f"{source.path}: data.train_on: {train_on} needs chats, these rows have no turns; "
+            "write completion or all"
+        )
+    result.language = language(converted["prompt"] + converted["completion"])
+    encoded = chat.encode_text(converted["prompt"], converted["completion"])
+    if train_on == "all":
+        encoded.labels[1:] = encoded.input_ids[1:]
+    return encoded
+
+
+def _render_messages(
+    preparation: Preparation, converted: Row, train_on: str, result: RowResult
+) -> list[RenderedChat]:
+    chat = preparation.chat
     if train_on != "all":
-        for message in messages[: converted.get("prompt_messages", 0)]:
+        for message in converted["messages"][: converted.get("prompt_messages", 0)]:
             if message["role"] == "assistant":
                 message.setdefault("train", False)
-    messages = _mended(section, messages, train_on, fate)
-    _ = chat.end_of_turn_id  # what is wrong with the template is no row's fault
+    train_on = "assistant" if train_on == "completion" else train_on
+    messages = _mended(preparation.section, converted["messages"], train_on, result)
+    tools = converted.get("tools")
+    _ = chat.end_of_turn_id  # raises a fault of the template, which is no fault of the row
     try:
-        drafts = [chat.draft(messages, train_on, converted.get("tools"))]
+        chats = [chat.render_turns(messages, train_on, tools)]
     except TurnRewrittenLater:
         if train_on != "assistant":
             raise
-        drafts = [chat.draft(part, train_on, converted.get("tools")) for part in _exchanges(messages)]
-        fate.mended.append(ALONE)
+        chats = [chat.render_turns(exchange, train_on, tools) for exchange in _exchanges(messages)]
+        result.mended.append(ROW_PER_EXCHANGE)
     for i, message in enumerate(messages):
-        spoken = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
-        if message["role"] == "assistant" and not any(part and str(part).strip() for part in spoken):
-            raise LabelError(f"message {i + 1}: the assistant's text is empty")
-    if drafts[-1].tools and chat.render(messages) == drafts[-1].text:
-        fate.mended.append(UNTOLD)
-    fate.language = language("".join(message["content"] for message in messages))
-    return drafts
+        parts = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
+        if message["role"] == "assistant" and not any(part and str(part).strip() for part in parts):
+            raise LabelError("the assistant's text is empty", message=i)
+    if chats[-1].tools and chat.render(messages) == chats[-1].text:
+        result.mended.append(TOOLS_NOT_RENDERED)
+    result.language = language("".join(message["content"] for message in messages))
+    return chats
 
 
 def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
-    """The conversation up to the end of each exchange, in which that one alone is trained on."""
+    """Yields for each exchange the conversation up to its end, in which it alone is trained on."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start, end in zip(users, [*users[1:], len(messages)], strict=True):
         part = [
@@ -205,20 +223,24 @@ def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
             yield part
 
 
-def _mended(section: DataSection, messages: list[Message], train_on: str, fate: RowResult) -> list[Message]:
-    """The messages as a chat template can take them and labels can be had from them; counted where it changes them."""
+def _mended(section: DataSection, messages: list[Message], train_on: str, result: RowResult) -> list[Message]:
+    """The messages without those that cannot be trained with, and merged by role if the recipe says so; counted."""
     if section.merge_same_role:
         merged: list[Message] = []
         for message in messages:
             before = merged[-1] if merged else {"role": None}
-            plain = is_text_only(before) and is_text_only(message) and message["role"] != "tool"
-            plain &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
-            if plain and before["role"] == message["role"] and before.get("train") == message.get("train"):
+            mergeable = is_text_only(before) and is_text_only(message) and message["role"] != "tool"
+            mergeable &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
+            if (
+                mergeable
+                and before["role"] == message["role"]
+                and before.get("train") == message.get("train")
+            ):
                 merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
             else:
                 merged.append(message)
         if len(merged) < len(messages):
-            fate.mended.append(MERGED)
+            result.mended.append(SAME_ROLE_MERGED)
         messages = merged
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -227,84 +249,75 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, fate: 
     asked = next((i for i in range(first, len(roles)) if roles[i] != "assistant"), first)
     last = len(roles) - roles[::-1].index("assistant")
     if first < asked < last:
-        # What nobody has asked for is no answer: inference has nothing to feed before it.
-        fate.mended.append(OPENING)
+        # No prompt comes before an opening assistant message, so inference has nothing to feed.
+        result.mended.append(OPENING_REMOVED)
     else:
         asked = first
     if last < len(roles) and train_on != "all":
-        # Nothing that is trained on ever sees it.
-        fate.mended.append(CLOSING)
+        # No trained token comes behind what follows the last answer.
+        result.mended.append(CLOSING_REMOVED)
     else:
         last = len(roles)
     return [*messages[:first], *messages[asked:last]]
 
 
-def _finished(
-    section: DataSection,
-    source: DataSource,
-    chat: Chat,
-    max_length: int | None,
-    chunk: list[_Started],
-    tokenized: Future[list[Ids]],
+def _labelled(
+    preparation: Preparation, chunk: list[_Rendered], tokenized: Future[list[Ids]]
 ) -> Iterator[RowResult]:
     ids = iter(tokenized.result())
-    for fate, item in chunk:
+    for result, item in chunk:
         if item is None:
-            yield fate
+            yield result
             continue
         try:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Encoded):
-                fate.pieces = _fit(section, item, item, chat, max_length, fate)
+                result.pieces = _fit(preparation, item, item, result)
             else:
-                # First each with its tokens, so that a fault in one leaves the others' in place.
-                for draft, tokens in [(draft, next(ids)) for draft in item]:
-                    fate.pieces += _fit(section, draft, chat.label(draft, tokens), chat, max_length, fate)
-            fate.dropped = "" if fate.pieces else fate.dropped
+                # Each chat takes its ids before any is labelled, so that an error leaves the next rows' ids in place.
+                for rendered, tokens in [(rendered, next(ids)) for rendered in item]:
+                    encoded = preparation.chat.label(rendered, tokens)
+                    result.pieces += _fit(preparation, rendered, encoded, result)
+            result.dropped = "" if result.pieces else result.dropped
         except LabelError as error:
-            if section.on_bad_row == "error":
+            if preparation.section.on_bad_row == "error":
                 raise DataError(
-                    f"{fate.row}: {error}; mend the row, or write data.on_bad_row: skip"
+                    f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip"
                 ) from error
-            # What stands behind the semicolon is of this row alone.
-            fate.pieces, fate.lost = [], 0
-            fate.bad, place, more = re.sub(r"message \d+: ", "", str(error)).partition(";")
-            fate.place = place + more
-        yield fate
+            result.pieces, result.lost = [], 0
+            result.bad, result.detail = error.reason, error.detail
+        yield result
 
 
 def _fit(
-    section: DataSection,
-    item: RenderedChat | Encoded,
-    encoded: Encoded,
-    chat: Chat,
-    max_length: int | None,
-    fate: RowResult,
+    preparation: Preparation, item: RenderedChat | Encoded, encoded: Encoded, result: RowResult
 ) -> list[Encoded]:
-    """One row as rows of at most `max_length` tokens, by `data.on_overflow`."""
-    trained = encoded.trained_tokens
+    """The row as rows of at most `max_length` tokens, by `data.on_overflow`."""
+    chat, max_length = preparation.chat, preparation.max_length
+    on_overflow, trained = preparation.section.on_overflow, encoded.trained_tokens
     if not trained:
-        fate.dropped = "with nothing to train on"
+        result.dropped = "with nothing to train on"
         return []
     if max_length is None or len(encoded.input_ids) <= max_length:
         return [encoded]
-    why = f"longer than training.max_length {max_length}"
-    if section.on_overflow == "error":
-        raise DataError(f"{fate.row}: {len(encoded.input_ids):,} tokens, {why} (data.on_overflow: error)")
+    reason = f"longer than training.max_length {max_length}"
+    if on_overflow == "error":
+        length = f"{len(encoded.input_ids):,} tokens"
+        raise DataError(f"{result.row}: {length}, {reason} (data.on_overflow: error)")
     pieces: list[Encoded] = []
-    if section.on_overflow != "drop":
+    if on_overflow != "drop":
         if isinstance(item, Encoded):
-            pieces = _cut_text(section.on_overflow, encoded, max_length, chat.tokenizer.bos_token_id)
-            why = f"with no trained token within training.max_length {max_length}"
-        elif section.on_overflow == "truncate_turns":
+            pieces = _cut_text(on_overflow, encoded, max_length, chat.tokenizer.bos_token_id)
+            reason = f"with no trained token within training.max_length {max_length}"
+        elif on_overflow == "truncate_turns":
             pieces = _cut_turns(encoded, max_length)
-            why = f"with no trained turn that ends within training.max_length {max_length}"
+            reason = f"with no trained turn that ends within training.max_length {max_length}"
         else:
             pieces = _split_turns(item, encoded, chat, max_length)
-            why = f"with no exchange that fits into training.max_length {max_length}"
-    fate.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
-    fate.dropped = why
+            reason = f"with no exchange that fits into training.max_length {max_length}"
+    result.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
+    result.dropped = reason
     return pieces
 
 
@@ -325,10 +338,10 @@ def _slice(encoded: Encoded, start: int, end: int, **changes: Any) -> Encoded:
 
 
 def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | None) -> list[Encoded]:
-    """A row without turns has no better place to be cut than `max_length`; `split` keeps the rest as further rows.
+    """A row without turns, cut at `max_length`; with `split` the rest becomes further rows.
 
-    A further row begins with BOS where the text did, and with the token that the one before ended with, so that each
-    token is trained on once, and from a token before it.
+    A further row begins with BOS if the text does, then with the last token of the row before, so that each token is
+    trained on once, predicted from the token before it.
     """
     if on_overflow != "split":
         pieces = [_slice(encoded, 0, max_length, turns=(), cut=True)]
@@ -345,14 +358,14 @@ def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | No
 
 
 def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
-    """The conversation as several, each beginning at a user message with the system text before it.
+    """The conversation as several, each from a user message on, with the system message before it.
 
-    Each holds as many exchanges as fit; one exchange that alone does not fit is left out, and the row counts as cut.
+    Each holds as many exchanges as fit. An exchange that does not fit by itself is left out, and the row counts as cut.
     """
     messages = list(item.messages)
     system = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(system) :]
-    # What an assistant says before the first user goes with that user's exchange.
+    # An assistant's message before the first user's belongs to the first exchange.
     starts = [0, *[i for i, message in enumerate(body) if message["role"] == "user"][1:]]
     # Only the whole conversation knows which turn is its last.
     trained = {turn.message - len(system) for turn in whole.turns}

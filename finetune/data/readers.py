@@ -1,8 +1,8 @@
-"""Rows from files or the Hub, one by one, each with a name that a person can find again (`data/chat.jsonl:12`).
+"""Reads rows from files or the Hub, one at a time, each with a name that a person can find (`data/chat.jsonl:12`).
 
-What cannot be read is a `DataError` where it is the source, a `LabelError` where it is one row. A file is read in
-pieces, so memory is that of a few rows however long it is. One that ends too early gives its whole rows, then a
-`LabelError` for the one that it ends in.
+A source that cannot be read raises `DataError`; one row that cannot be read is yielded as a `LabelError`. Files are
+read in pieces, so memory is that of a few rows however long the file is. A file that ends too early yields its whole
+rows, then a `LabelError` for the row in which it ends.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from typing import IO, Any, cast
 from finetune.data.formats import Row
 from finetune.recipe.schema import DataSource
 from finetune.system import hub_errors
-from finetune.system.errors import DataError as DataError
-from finetune.system.errors import LabelError
+from finetune.system.errors import DataError, LabelError, first_line, reworded
 
-_PIECE = 1 << 20  # how many bytes are read at once
+_PIECE = 1 << 20  # bytes that are read at once
 
 
 class _CutOff(LabelError):
@@ -36,12 +35,12 @@ class _CutOff(LabelError):
 
 
 def _cut_off(inside: str, line: int, offset: int) -> _CutOff:
-    place = f"line {line}, byte offset {offset}"
-    return _CutOff(f"the file ends in the middle of a row{inside}; the row starts at {place}")
+    start = f"the row starts at line {line}, byte offset {offset}"
+    return _CutOff(f"the file ends in the middle of a row{inside}", start)
 
 
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
-    """Each row with its name; a row that could not be read comes as the `LabelError` that says why.
+    """Yields each row with its name; in place of a row that cannot be read, a `LabelError` with the reason.
 
     Raises:
         DataError: The source as a whole cannot be read.
@@ -55,7 +54,7 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
 
 
 def fingerprint(source: DataSource) -> str:
-    """A hash that changes with the rows: names without folders and contents of files; the Hub's commit.
+    """A hash that changes with the rows: of the names (without folders) and contents of files, or of the Hub's commit.
 
     Raises:
         DataError: The source cannot be read.
@@ -71,7 +70,7 @@ def fingerprint(source: DataSource) -> str:
 
 
 def is_file(path: str) -> bool:
-    """Whether a source's `path` means files on this machine and not a dataset on the Hub."""
+    """True if a source's `path` means files on this machine, not a dataset on the Hub."""
     suffixes = r"\.(jsonl?|parquet|csv)(\.gz)?$"
     return bool(re.search(suffixes, path) or glob.has_magic(path) or path[:1] in "/.~" or Path(path).exists())
 
@@ -86,7 +85,7 @@ def _files(source: DataSource) -> list[str]:
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """A file that cannot be read is told as such."""
+    """Raises what the system says of a file that cannot be read as `DataError`."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -100,20 +99,19 @@ def _readable(name: str) -> Iterator[None]:
 
 def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
     rows = _hub(source)[0]
-    # What is stored as JSON is there as it was written.
+    # A column of JSON holds its maps as they were written.
     exact = {column for column, kind in (rows.features or {}).items() if "Json(" in repr(kind)}
-    try:
+    # A stream may break off in any of the libraries that fetch and unpack it.
+    with reworded(DataError, f"{source.path}: the Hub dataset cannot be read", Exception):
         for number, row in enumerate(rows):
-            cells = {column: cell if column in exact else _written(cell) for column, cell in row.items()}
+            cells = {
+                column: cell if column in exact else _without_null_keys(cell) for column, cell in row.items()
+            }
             yield f"{source.path}[{source.split}]:{number}", cells
-    except Exception as error:
-        # A stream may break off in any of the libraries that fetch and unpack it.
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{source.path}: the Hub dataset cannot be read: {reason}") from error
 
 
 def _hub(source: DataSource) -> tuple[Any, str]:
-    """A dataset of the Hub, loaded once, and a hash that its commit decides."""
+    """A dataset of the Hub, loaded once, and a hash of its commit."""
     return _load_hub(source.path, source.config, source.split, source.revision, source.streaming)
 
 
@@ -132,15 +130,14 @@ def _load_hub(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if words := hub_errors.hub_problem(f"datasets/{path}", error):
             raise DataError(f"{path} {words}") from error
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{path}: the Hub dataset cannot be loaded: {reason}") from error
+        raise DataError(f"{path}: the Hub dataset cannot be loaded: {first_line(error)}") from error
 
 
-def _written(cell: Any) -> Any:
-    """Arrow gives each map the keys of all others: those that are null there were, as a rule, never written."""
+def _without_null_keys(cell: Any) -> Any:
+    """A cell without the null keys of its maps: Arrow gives each map the keys of all others."""
     if isinstance(cell, dict):
-        return {key: _written(value) for key, value in cell.items() if value is not None}
-    return [_written(value) for value in cell] if isinstance(cell, list) else cell
+        return {key: _without_null_keys(value) for key, value in cell.items() if value is not None}
+    return [_without_null_keys(value) for value in cell] if isinstance(cell, list) else cell
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -168,7 +165,7 @@ def _read_file(name: str) -> Iterator[tuple[str, Row | LabelError]]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a .gz file holds; one that is cut off ends there and is told by `cut`."""
+    """The unpacked bytes of a .gz file; one that is cut off ends there and sets `cut`."""
 
     def __init__(self, packed: gzip.GzipFile) -> None:
         self._packed, self.cut = packed, False
@@ -194,57 +191,57 @@ def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelEr
 
 
 def _parse(line: bytes, number: int, offset: int) -> Row | LabelError:
-    last = not line.endswith(b"\n")
+    is_last = not line.endswith(b"\n")
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        if last and error.reason == "unexpected end of data":
+        if is_last and error.reason == "unexpected end of data":
             return _cut_off(", inside a string", number, offset)
         byte, place = error.object[error.start], error.start + 1
         return LabelError(f"not UTF-8: byte {byte:#04x} at place {place} of the line")
     except json.JSONDecodeError as error:
-        inside = _unfinished(error) if last else None
+        inside = _unfinished(error) if is_last else None
         if inside is not None:
             return _cut_off(inside, number, offset)
         return LabelError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        # A number of more than 4300 digits, or lists within lists without end.
+        # A number of more than 4300 digits, or too many nested lists.
         return LabelError(f"not JSON that can be read: {error}")
     return row if isinstance(row, dict) else LabelError(f"a {type(row).__name__} where a row (a map) belongs")
 
 
 _decode = json.JSONDecoder().raw_decode
-_INK = re.compile(r"[^ \t\n\r]")
+_NOT_BLANK = re.compile(r"[^ \t\n\r]")
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-# How a JSON text that goes on may end: in an escape; in a word, before a number's fraction or exponent. With each of
-# these its beginnings, so that what is told does not depend on where a piece ends.
+# Where a JSON text that goes on may end: in an escape; in a word, before a number's fraction or exponent. Each with its
+# beginnings, so that an error does not depend on where a piece of the file ends.
 _ESCAPE = re.compile(r"\\?u[0-9a-fA-F]{0,4}")
-_STUMP = re.compile(
+_UNFINISHED_TOKEN = re.compile(
     "|".join(word[:n] for word in _WORDS for n in range(1, len(word))) + r"|\.|[eE][+-]?|[ \t\n\r]*"
 )
 
 
 def _unfinished(error: json.JSONDecodeError) -> str | None:
-    """What a JSON text ends inside of; None where no more text could mend it."""
+    """Words for an error on where a JSON text ends; None where more text could not make it valid."""
     if error.msg.startswith("Invalid \\"):
         return ", inside a string" if _ESCAPE.fullmatch(error.doc, error.pos) else None
     if error.msg.startswith("Unterminated string"):
         return ", inside a string"
-    return "" if _STUMP.fullmatch(error.doc, error.pos) else None
+    return "" if _UNFINISHED_TOKEN.fullmatch(error.doc, error.pos) else None
 
 
 class _Window:
-    """The text of a file around the place at which it is being read, `pos`; what lies before is let go."""
+    """The text of a file from the place at which it is read, `pos`; what comes before is dropped."""
 
     def __init__(self, name: str, file: IO[bytes]) -> None:
         self.text, self.pos = "", 0
         self._name, self._file, self.read = name, file, 0
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        # Of what was let go: its line breaks, and the characters behind the last.
+        # The number of line breaks in the dropped text, and of characters behind the last of them.
         self._lines, self._column = 0, 0
 
     def more(self) -> bool:
-        """Reads on, as much as is left at least, so that a long row is parsed a few times and not at each piece."""
+        """Reads at least as much again as is left, so that a long row is parsed a few times only; False at the end."""
         data = self._file.read(max(_PIECE, len(self.text) - self.pos))
         (line, self._column, _), self.text = self.place(self.pos), self.text[self.pos :]
         self._lines, self._column, self.pos = line - 1, self._column - 1, 0
@@ -259,27 +256,27 @@ class _Window:
         return bool(data)
 
     def place(self, pos: int) -> tuple[int, int, int]:
-        """Line and column, counted from 1, and the offset in bytes."""
+        """Line and column of a character, counted from 1, and its offset in bytes."""
         before = self.text[:pos]
         column = len(before) - before.rfind("\n") if "\n" in before else self._column + pos + 1
         waiting = len(self.text[pos:].encode()) + len(self._decoder.getstate()[0])
         return self._lines + before.count("\n") + 1, column, self.read - waiting
 
     def peek(self) -> str:
-        """The next character that is not white space; none at the end."""
-        while not (found := _INK.search(self.text, self.pos)):
+        """The next character that is not white space, where `pos` moves to; empty at the end."""
+        while not (match := _NOT_BLANK.search(self.text, self.pos)):
             self.pos = len(self.text)
             if not self.more():
                 return ""
-        self.pos = found.start()
-        return found[0]
+        self.pos = match.start()
+        return match[0]
 
     def value(self, number: int) -> Any:
-        """The value at `pos`, which is row `number`, or the `_CutOff` that says in what the file ends."""
+        """The value at `pos`, which is row `number`; a `_CutOff` where the file ends in it."""
         if not self.peek():
             line, _, offset = self.place(self.pos)
-            belongs = f"a row or ] belongs at line {line}, byte offset {offset}"
-            return _CutOff(f"the file ends before its list is closed; {belongs}")
+            detail = f"a row or ] belongs at line {line}, byte offset {offset}"
+            return _CutOff("the file ends before its list is closed", detail)
         while True:
             try:
                 value, end = _decode(self.text, self.pos)
@@ -290,8 +287,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self._name}[{number}]: not JSON that can be read: {error}") from error
             else:
-                # A number may go on behind what has been read.
-                if type(value) not in (int, float) or not _STUMP.fullmatch(self.text, end):
+                # A number may go on behind the text that was read.
+                if type(value) not in (int, float) or not _UNFINISHED_TOKEN.fullmatch(self.text, end):
                     self.pos = end
                     return value
                 inside = ""
@@ -300,6 +297,7 @@ class _Window:
                 return _cut_off(inside, line, offset)
 
     def fault(self, reason: str, pos: int, where: str) -> DataError:
+        """The error for a text that is not JSON, with its line, column and byte offset."""
         line, column, offset = self.place(pos)
         there = f"{reason.removesuffix(' at')} at column {column}, byte offset {offset}, {where}"
         return DataError(f"{self._name}:{line}: not JSON: {there}")
@@ -333,12 +331,12 @@ def _read_json(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErr
 
 
 class _Lines:
-    """The lines of a CSV file as text, each decoded alone, so that a fault is told on its own line."""
+    """The lines of a CSV file as text, each decoded alone, so that an error names its own line."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.offset = file, 0
         self.ended = False
-        # Of the line at hand: the file ends in it; it is known to be cut there.
+        # Of the current line: the file ends in it; the file is known to be cut off in it.
         self.last = self.cut = False
 
     def __iter__(self) -> Iterator[str]:
@@ -362,7 +360,7 @@ def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErro
     header: list[str] = []
     while True:
         line, offset = reader.line_num + 1, lines.offset
-        # The limit of a cell (131,072 characters) is one for the whole process: other code keeps its own.
+        # The limit of a cell (131,072 characters) holds for the whole process, so it is set back for other code.
         limit = csv.field_size_limit(2**31 - 1)
         try:
             cells = next(reader)
@@ -393,10 +391,10 @@ def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    try:
+    with reworded(
+        DataError, f"{name}: not a whole Parquet file", pyarrow.ArrowException, OSError, ValueError
+    ):
         table = parquet.ParquetFile(file)
         rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
         for number, row in enumerate(rows):
-            yield f"{name}[{number}]", {column: _written(cell) for column, cell in row.items()}
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{name}: not a whole Parquet file: {str(error).split(chr(10))[0]}") from error
+            yield f"{name}[{number}]", {column: _without_null_keys(cell) for column, cell in row.items()}

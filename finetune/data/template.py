@@ -1,4 +1,4 @@
-"""Chat templates: those that ship with the project, and the place that a recipe gives to the system text."""
+"""Chat templates: loads those that ship with the project or a file, and applies `model.system_role` to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from finetune.system.errors import TemplateError
+from finetune.system.errors import TemplateError, reworded
 
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
 
@@ -19,8 +19,8 @@ def load_template(name_or_path: str) -> str:
     Raises:
         TemplateError: There is no such template, or it is not UTF-8 text.
     """
-    own = name_or_path.endswith(".jinja")
-    path = Path(name_or_path).expanduser() if own else SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
+    is_path = name_or_path.endswith(".jinja")
+    path = Path(name_or_path).expanduser() if is_path else SHIPPED_TEMPLATES / f"{name_or_path}.jinja"
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -31,9 +31,9 @@ def load_template(name_or_path: str) -> str:
         ) from error
 
 
-# Each is put before the model's own template, which then meets the messages as the recipe wants them. So the choice
-# travels with the template, and whoever uses the model renders as it was trained. Who calls a template may give a text
-# as a list of parts. The empty expression at the end keeps a line break with which the model's own template begins.
+# Each is put before the model's own template, which then gets the messages as the recipe wants them. So the choice is
+# saved with the template, and any user of the model renders as in training. A caller may pass a text as a list of
+# parts. The empty expression at the end keeps a line break with which the model's own template begins.
 _TEXT = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system = messages[0]['content'] -%}
@@ -66,13 +66,15 @@ _ERROR = """\
 
 
 def set_system_role(tokenizer: Any, system_role: str) -> None:
-    """Puts `model.system_role` into the tokenizer's chat template, with which it is saved.
+    """Changes the tokenizer's chat template so that it treats a system message as `model.system_role` says.
 
-    `template` leaves it as it is, `fold` writes the system text at the start of the first user turn, `turn` gives it
-    a turn that looks like a user's with `system` in place of `user`, `error` refuses it.
+    Args:
+        tokenizer: The tokenizer; it is saved with the changed template.
+        system_role: `template` changes nothing; `fold` writes the system text at the start of the first user turn;
+            `turn` gives it a turn like a user's with `system` in place of `user`; `error` refuses it.
 
     Raises:
-        TemplateError: `turn` cannot be had from this template, or there is no template.
+        TemplateError: There is no template, or no system turn can be made from how it writes a user turn.
     """
     if system_role == "template":
         return
@@ -91,7 +93,7 @@ def _prelude(tokenizer: Any, template: str, system_role: str) -> str:
 
 
 def _turn(tokenizer: Any, template: str) -> str:
-    """The Jinja text that writes a system turn, learned from how this template writes a user's."""
+    """The Jinja text that writes a system turn, made from how this template writes a user turn."""
     mark = "qjxvzw"
 
     def render(*texts: str, first: str = "user", template: str = template) -> str:
@@ -99,13 +101,13 @@ def _turn(tokenizer: Any, template: str) -> str:
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
 
-    try:
+    with reworded(TemplateError, "model.system_role: turn cannot be given to this chat template", Exception):
         before, alone = render(mark).split(mark)
         _, followed = render(mark, "Yes").split(mark)
         spaced = render(f" {mark} ")
         bos = tokenizer.bos_token if before.startswith(tokenizer.bos_token or "\0") else ""
         header = before.removeprefix(bos)
-        # What stands between a user's text and whatever comes next, up to its last special token and blanks behind it.
+        # What the template writes behind a user's text, up to its last special token and the white space behind that.
         shared = commonprefix([alone, followed])  # noqa: RUF071 - characters are meant
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         end = max((shared.rfind(name) + len(name) for name in special if name in shared), default=0)
@@ -120,10 +122,6 @@ def _turn(tokenizer: Any, template: str) -> str:
             wanted = f"{bos}{header}Be brief{after}{render('Hi', 'Yes').removeprefix(bos)}"
             if render("Be brief", "Hi", "Yes", first="system", template=prelude + template) == wanted:
                 return prelude
-    except Exception as error:
-        raise TemplateError(
-            f"model.system_role: turn cannot be given to this chat template: {error}"
-        ) from error
     raise TemplateError(
         "model.system_role: turn cannot be given to this chat template, whose user turn does not name its role; "
         "write fold, or a template of your own (model.chat_template)"

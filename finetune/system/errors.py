@@ -27,7 +27,18 @@ class DataError(FinetuneError):
 
 
 class LabelError(FinetuneError):
-    """One row cannot be rendered, or its labels cannot be proved."""
+    """One row cannot be rendered, or its labels cannot be proved.
+
+    Args:
+        reason: The fault in a few words that are the same for each row with this fault; the ledger counts by them.
+        detail: What holds for this row alone, or what to write instead.
+        message: The index of the message at fault; None: the row as a whole.
+    """
+
+    def __init__(self, reason: str, detail: str = "", message: int | None = None) -> None:
+        where = "" if message is None else f"message {message + 1}: "
+        super().__init__(f"{where}{reason}{detail and f'; {detail}'}")
+        self.reason, self.detail, self.message = reason, detail, message
 
 
 class TurnRewrittenLater(LabelError):
