@@ -442,7 +442,10 @@ def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
             talk("a", "b", system="<|im_end|>"),
             "message 1: its text holds <|im_end|>, which is a special token of this tokenizer",
         ),
-        (talk("\ud800", "b"), "message 1: its text holds a lone surrogate ('\\ud800'), which is no character"),
+        (
+            talk("\ud800", "b"),
+            "message 1: its text holds a lone surrogate ('\\ud800'), which is no character",
+        ),
         ([said("human", "a")], "message 1: unknown role 'human'; known are system, user, assistant, tool"),
         ([said(None, "a")], "message 1: unknown role None; known are system, user, assistant, tool"),
         ([said(["user"], "a")], "message 1: unknown role ['user']; known are system, user, assistant, tool"),
@@ -468,6 +471,25 @@ def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
 )
 def test_rows_that_are_refused(messages: list[dict[str, Any]], reason: str) -> None:
     assert refusal(chat("gemma3"), messages) == reason
+
+
+def test_an_error_has_its_parts_as_fields() -> None:
+    roles = "known are system, user, assistant, tool"
+    for messages, parts in (
+        ([said("user", "a"), said("a; message 3: b", "c")], (1, "unknown role 'a; message 3: b'", roles)),
+        ([], (None, "there is no assistant message", "")),
+        (
+            talk("a")[:1] * 2 + talk("a", "b")[1:],
+            (
+                None,
+                "the chat template refuses it: roles must alternate user, assistant, user, ...",
+                "message 2 is user",
+            ),
+        ),
+    ):
+        with pytest.raises(LabelError) as caught:
+            chat("gemma").encode(messages)
+        assert (caught.value.message, caught.value.reason, caught.value.detail) == parts
 
 
 @pytest.mark.parametrize("text", ["", " \n\u3000"])

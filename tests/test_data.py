@@ -329,7 +329,11 @@ USER = {"role": "user", "content": "a"}
         ("prompt_completion", {"prompt": 1, "completion": "b"}, "its messages are not a list of maps"),
         ("text", {"text": 7}, "it has no text"),
         ("text", {"text": ""}, "the text to train on is empty"),
-        ("text", {"text": "a\ud800"}, "the text: its text holds a lone surrogate ('\\ud800'), which is no character"),
+        (
+            "text",
+            {"text": "a\ud800"},
+            "the text: its text holds a lone surrogate ('\\ud800'), which is no character",
+        ),
         (
             "text",
             {"text": "a<bos>"},
@@ -405,6 +409,15 @@ def test_reasons_are_counted_together() -> None:
     assert got.ledger.bad == {
         "the chat template refuses it: the gemma template has no system role": 2,
         "the chat template refuses it: roles must alternate user, assistant, user, ...": 2,
+    }
+
+
+def test_a_reason_is_whole_whatever_the_row_holds() -> None:
+    jsonl(talk("a", "b"), {"messages": [{"role": "x; message 1: y", "content": "a"}]})
+    ledger = prepare(on_bad_row="skip").ledger
+    assert ledger.bad == {"unknown role 'x; message 1: y'": 1}
+    assert ledger.first == {
+        "unknown role 'x; message 1: y'": "rows.jsonl:2; known are system, user, assistant, tool"
     }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -104,6 +105,17 @@ def test_the_draw_is_the_same_everywhere() -> None:
         "a.jsonl:7",
         "a.jsonl:8",
     ]
+
+
+def test_two_equal_sources_draw_different_rows() -> None:
+    source = {"path": numbered("a.jsonl", 10), "samples": 3}
+    got = names(build_datasets(section(source, source, deduplicate=False), chat(), None)[0])
+    assert got[:3] == ["a.jsonl:2", "a.jsonl:7", "a.jsonl:8"]
+    assert got[3:] != got[:3]
+    other = {"path": numbered("b.jsonl", 4)}
+    held_out = [build_datasets(section(other, eval=[source] * n), chat(), None)[1] for n in (1, 2)]
+    assert names(held_out[1])[:3] == names(held_out[0])
+    assert names(held_out[1])[3:] != names(held_out[0])
 
 
 def test_samples_of_evaluation_rows() -> None:
@@ -424,6 +436,20 @@ def test_a_changed_template_never_meets_old_tokens(workdir: Path) -> None:
         )
         own = Chat(load_tokenizer(ModelSection(name_or_path="random:gemma3", chat_template="own.jinja")))
         assert f"<start_of_turn>{name}\n" in texts(build_datasets(section(path), own, None)[0], own)[0]
+
+
+def test_only_code_of_this_package_prepares_anew(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = workdir / "finetune"
+    shutil.copytree(Path(data_cache.__file__).parents[1], package)
+    monkeypatch.setattr(data_cache, "__file__", str(package / "data" / "cache.py"))
+    path = numbered("a.jsonl", 2)
+    seen = []
+    for changed in (None, "hub/card.py", "system/pages.py", "data/chat.py", "data/turns.py"):
+        if changed:
+            (package / changed).write_text("# changed\n", encoding="utf-8")
+        build_datasets(section(path), chat(), None)
+        seen.append(len(folders()))
+    assert seen == [1, 1, 1, 2, 3]
 
 
 def test_a_fault_leaves_nothing_behind() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.language import language
-from finetune.data.ledger import facts, for_page, histogram, reasons, tables
+from finetune.data.ledger import Account, facts, for_page, histogram, reasons, tables
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import Recipe
@@ -94,7 +94,7 @@ class InspectedData:
             raise DataError(f"--row {name}: {why}; write one such as {' or '.join(map(visible, examples))}")
         return (dataset[i] for i, there in enumerate(names) if there in found)
 
-    def ledgers(self) -> Iterator[tuple[str, Row]]:
+    def ledgers(self) -> Iterator[tuple[str, Account]]:
         """The ledgers that have rows, each with a title; to be called after the rows were iterated over."""
         so_far = ", so far (streamed)" if self.streamed else ""
         yield f"training rows{so_far}", self.train.ledger.as_dict()
