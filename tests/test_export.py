@@ -23,8 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-import finetune.export.transformers
-import finetune.merge.run
 from finetune.cli.commands import main
 from finetune.data.template import load_template
 from finetune.export.report import as_markdown
@@ -32,7 +30,6 @@ from finetune.export.run import held_out
 from finetune.export.transformers import write_format
 from finetune.export.verify import LIMITS, add_comparison, missed_limits
 from finetune.hub.card import export_card
-from finetune.merge import plan
 from finetune.model.generate import Sampling, load_generator
 from finetune.model.load import load_base
 from finetune.model.locate import locate
@@ -67,18 +64,10 @@ def measures(name: str) -> Callable[[Any], bool]:
     return lambda argument: argument.get("job", {}).get("name") == name
 
 
-def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        return plan.make_plan(request)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _in_one_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh_process, "_start", in_process.start)
-        patch.setattr(finetune.merge.run, "plan_in_fresh_process", plan_here)
-        patch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
         yield
 
 
@@ -569,7 +558,6 @@ def test_models_are_measured_and_planned_in_processes_of_their_own(
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
     monkeypatch.setattr(fresh_process, "_start", START)
-    monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan.plan_in_fresh_process)
     assert export(tmp_path / "llama", tmp_path / "apart", "--format=fp16") == 0
     here, apart = figures(tmp_path / "here"), figures(tmp_path / "apart")
     for item in (*here.values(), *apart.values()):

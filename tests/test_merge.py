@@ -27,11 +27,13 @@ import finetune.merge.run
 import finetune.model.shards
 from finetune import __version__
 from finetune.cli.commands import main
+from finetune.merge import tensor_map
+from finetune.merge.adapter import Change
 from finetune.merge.plan import MergePlan, MergeRequest, make_plan, plan_in_fresh_process
 from finetune.merge.run import merge
 from finetune.model.load import load_base
 from finetune.model.locate import locate
-from finetune.model.shards import fingerprint
+from finetune.model.shards import fingerprint, read_headers
 from finetune.system.files import WEIGHTS_INDEX, sha256
 from finetune.system.terminal import quiet
 
@@ -206,15 +208,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def plan_here(request: MergeRequest) -> MergePlan:
-    """The plan, without a process of its own, which takes seconds to import what this one has already."""
-    with unwarned():
-        return make_plan(request)
-
-
 @pytest.fixture(autouse=True)
-def _small_and_planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
+def _several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiny tensors, too, are read and written in several slices.
     monkeypatch.setattr(finetune.model.shards, "SLICE", 5000)
 
@@ -517,11 +512,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Planned in a process of its own, as a user's merge is."""
-    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_in_fresh_process)
     merged = tmp_path / "merged"
     capfd.readouterr()
     assert main(["merge", str(trained), "--output", str(merged), "--base", "dequantised"]) == 0
@@ -661,6 +655,34 @@ def test_tensors_that_are_no_part_of_the_model_are_kept_as_they_are(base_of: Loc
     found = tensors_of(tmp_path / "merged")
     assert_same_tensors({name: found[name] for name in other}, other)
     assert found.keys() == tensors.keys() | other.keys()
+
+
+def test_planning_tensors_leaves_the_changes_of_the_adapters_as_they_are() -> None:
+    """Of two tied tensors the one that follows takes over the other's changes only in what is returned."""
+    stored = read_headers(Path(locate("random:gemma3")))
+    config = AutoConfig.from_pretrained(locate("random:gemma3"))
+    model, types = tensor_map.skeleton(config, torch.float32, False)
+    changes = {"model.embed_tokens.weight": [Change(0, "rows", {"rows": "delta"}, rows=(3,))]}
+    before = dict(changes)
+    names = tensor_map.TensorNames(model, stored)
+    tensors, _, untied = tensor_map.plan_tensors(names, changes, {"lm_head.weight"}, types, types, {})
+    assert changes == before
+    assert not untied
+    assert [item.name for item in tensors if item.changes] == ["model.embed_tokens.weight"]
+
+
+def test_a_plan_passes_between_processes_as_it_is(base_of: Locate, tmp_path: Path) -> None:
+    """Of fused experts, too, and without transformers in the process that asks for it."""
+    make_run(base_of("mixtral"), tmp_path / "run", **KINDS["all linear"])
+    run = str(tmp_path / "run")
+    request = MergeRequest(run, ((run, 0.1),), str(tmp_path), dtype="bfloat16")
+    with unwarned():
+        plan = make_plan(request)
+    assert plan.fused
+    assert plan_in_fresh_process(request) == plan
+    code = "import sys, finetune.merge.run; print({'transformers', 'peft', 'trl'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -994,7 +1016,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=total))
     there = Path().absolute()
     assert refused(capsys, "run") == (
-        f"{there} has 0.0 GiB free, and 0.0 GiB are needed; make room, or write to another disk with --output"
+        f"{there} has 1 MiB free, and 1 MiB are needed; make room, or write to another disk with --output"
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(total * 1.02)))
     assert main(["merge", "run", "--output", "merged"]) == 0
@@ -1068,10 +1090,10 @@ def test_a_folder_that_another_process_writes_is_left_alone(
     def slow(request: MergeRequest) -> MergePlan:
         os.write(ready[1], b".")
         os.read(go[0], 1)
-        return plan_here(request)
+        return make_plan(request)
 
     def work() -> None:
-        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", slow)
+        monkeypatch.setattr(finetune.merge.run, "plan_in_fresh_process", slow)
         merge("run", "merged")
 
     child = in_a_child(work)
@@ -1105,13 +1127,13 @@ def test_killed_at_any_moment_the_output_is_whole_or_absent(
     rest = tmp_path / "rest"
     rest.mkdir()
     request = MergeRequest(str(run), ((str(run), 1.0),), str(rest))
-    plan = plan_here(request)
+    plan = plan_in_fresh_process(request)
 
     def planned(request: MergeRequest) -> MergePlan:
         shutil.copytree(rest, request.into, dirs_exist_ok=True)
         return plan
 
-    monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", planned)
+    monkeypatch.setattr(finetune.merge.run, "plan_in_fresh_process", planned)
     begun = time.monotonic()
     child = in_a_child(lambda: merge(run, place / "timed"))
     assert os.waitpid(child, 0)[1] == 0
@@ -1173,11 +1195,11 @@ def test_killed_while_one_output_takes_the_place_of_another_either_is_there_in_t
     assert found == {1: old, 2: None, 3: new}[kill]
     if kill == 2:
         # What was there before is put back even if the merge that finds it fails.
-        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", lambda request: json.loads("no plan"))
-        with pytest.raises(json.JSONDecodeError):
-            merge("run", "merged", overwrite=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune.merge.run, "plan_in_fresh_process", lambda request: json.loads("no plan"))
+            with pytest.raises(json.JSONDecodeError):
+                merge("run", "merged", overwrite=True)
         assert files_in(Path("merged")) == old
-        monkeypatch.setattr(finetune.merge, "plan_in_fresh_process", plan_here)
     merge("run", "merged", overwrite=True)
     assert files_in(Path("merged")) == new
     assert sorted(path.name for path in Path().iterdir()) == ["base", "merged", "reference", "run"]
@@ -1188,11 +1210,12 @@ def test_killed_while_one_output_takes_the_place_of_another_either_is_there_in_t
 
 FROM_THE_HUB = """
 import sys, warnings
-import finetune.merge
-from finetune.assemble import plan
-from finetune.cli import main
+sys.path.insert(0, "tests")
+import in_process
+from finetune.cli.commands import main
+from finetune.system import fresh_process
 
-finetune.merge.plan_in_fresh_process = plan
+fresh_process._start = in_process.start
 warnings.simplefilter("ignore")
 for line in sys.argv[1:]:
     code = main(["merge", *line.split("|")])

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import in_process
 import pytest
 import torch
 from conftest import ROOT
@@ -23,13 +22,11 @@ import finetune.train.run
 from finetune.cli.commands import main
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.template import load_template
-from finetune.merge import plan
 from finetune.model.compatibility import exclude_modules, non_text_modules
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import ModelSection
-from finetune.system import fresh_process
 from finetune.system.terminal import quiet
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -45,19 +42,6 @@ def unwarned() -> Iterator[None]:
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(autouse=True)
-def _in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merges and exports without processes of their own, which take seconds to import what this one has already."""
-
-    def plan_here(request: plan.MergeRequest) -> plan.MergePlan:
-        with unwarned():
-            return plan.make_plan(request)
-
-    monkeypatch.setattr(finetune.merge.run, "plan_in_fresh_process", plan_here)
-    monkeypatch.setattr(finetune.export.transformers, "plan_in_fresh_process", plan_here)
-    monkeypatch.setattr(fresh_process, "_start", in_process.start)
 
 
 def talk(*texts: str, system: str | None = None) -> list[dict[str, str]]:

@@ -32,11 +32,11 @@ from finetune.evaluate.report import (
 )
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
-from finetune.model.provenance import adapter_base_sections
+from finetune.model.provenance import adapter_base_sections, is_adapter
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
 from finetune.system.errors import EvaluateError, TemplateError
-from finetune.system.files import ADAPTER_CONFIG, run_file, write_whole
+from finetune.system.files import run_file, write_whole
 from finetune.system.terminal import Say, progress_bar
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
 def _base_of(run: str) -> _Subject:
     """The base that a run was trained from, with the run's chat template."""
     title, folder = f"base of {run}", Path(run)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         return _Subject(run, adapter=False, title=title)
     if not run_file(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is not a run; write the name of a model")

@@ -28,13 +28,19 @@ from finetune.merge.run import merge
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
-from finetune.model.provenance import adapter_base_sections, environment_of
+from finetune.model.provenance import (
+    adapter_base_sections,
+    base_reference,
+    environment_of,
+    is_adapter,
+    merged_run,
+)
 from finetune.recipe.export_formats import FORMATS_HELP, GGUF_ALL
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, run_file, sha256, whole_folder, write_whole
+from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_whole
 from finetune.system.terminal import Say
 
 _ADAPTER = "adapter on its base"
@@ -72,7 +78,7 @@ def export(
         MergeError, ShardError, RunError: As `merge` raises them.
     """
     model, output = Path(model), Path(output)
-    is_run = (model / ADAPTER_CONFIG).is_file()
+    is_run = is_adapter(model)
     if not is_run and not (model / "config.json").is_file():
         raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
     options = _options(model)
@@ -89,7 +95,7 @@ def export(
     if base and not is_run:
         raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
     merged_from = base or options.base
-    trained = model if is_run else _run_of(model)
+    trained = model if is_run else merged_run(model)
     trained_as = adapter_base_sections(trained)[1] if trained else None
 
     with whole_folder(output, overwrite, [model]) as beside:
@@ -106,7 +112,7 @@ def export(
                 jobs.append(Job(f"merged, {kind} base", place, _dtype(place), _ADAPTER, work / "adapter.bin"))
         else:
             against = (_ADAPTER, work / "adapter.bin") if trained else (None, None)
-            name = "merged" if (model / "merge.json").is_file() else "as trained"
+            name = "merged" if (model / MERGE_RECORD).is_file() else "as trained"
             jobs.append(Job(name, model, _dtype(model), *against))
         at = next(i for i, job in enumerate(jobs) if job.folder == whole)
         jobs[at] = replace(jobs[at], keep=work / "merged.bin")
@@ -171,7 +177,7 @@ def export(
             "title": output.name,
             "finetune": __version__,
             "model": str(model),
-            "base": _base_name(trained or model),
+            "base": base_reference(trained or model).name or model.name,
             "rows": where,
             "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
             "gate": gate,
@@ -273,52 +279,19 @@ def _name(model: Path) -> str:
     return f"{place.parent.name}-{place.name}" if place.name.startswith("checkpoint-") else place.name
 
 
-def _run_of(model: Path) -> Path | None:
-    """The run that a merged model was made from, where it is still there and was merged alone."""
-    record = _record(model)
-    adapters = record.get("adapters") or []
-    run = Path(record.get("run", ""))
-    there = run / ADAPTER_WEIGHTS
-    if len(adapters) != 1 or adapters[0]["weight"] != 1 or not there.is_file():
-        return None
-    return run if sha256(there) == adapters[0]["sha256"] else None
-
-
-def _record(model: Path) -> dict[str, Any]:
-    """What merge wrote beside its weights; empty where it did not."""
-    file = model / "merge.json"
-    if not file.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        sound = bool(record["base"]) and all({"weight", "sha256"} <= set(item) for item in record["adapters"])
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise ExportError(f"{file} is damaged; write the run that it was merged from")
-    return record
-
-
 def _bases(trained_as: Any, chosen: str) -> list[str]:
     return [chosen] if not trained_as else [chosen, "original" if chosen == "dequantised" else "dequantised"]
 
 
 def _dtype(model: Path) -> str:
     """The type that a model is measured in: that of the training, or of its files."""
-    if (model / ADAPTER_CONFIG).is_file():
+    if is_adapter(model):
         return str(
             environment_of(model).get("dtype")
             or str(resolve_dtype(adapter_base_sections(model)[0])).removeprefix("torch.")
         )
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def _base_name(model: Path) -> str:
-    if record := _record(model):
-        return str(record["base"])
-    known = run_file(model, "recipe.yaml") or (model / ADAPTER_CONFIG).is_file()
-    return adapter_base_sections(model)[0].name_or_path if known else model.name
 
 
 def _notes(found: list[dict[str, Any]], where: str) -> list[str]:

@@ -16,6 +16,7 @@ from finetune.model.provenance import (
     export_report,
     hub_id,
     license_of,
+    merge_record,
     recipe_sections,
     source_run,
 )
@@ -77,8 +78,8 @@ def model_card(
 ) -> str:
     """The page of a run, of one of its checkpoints, or of a merged model."""
     base, run, recipe = base or base_reference(folder), source_run(folder), recipe_sections(folder)
-    adapter, merged = read_json(folder / ADAPTER_CONFIG), read_json(folder / "merge.json")
-    several = len(merged.get("adapters") or []) > 1
+    adapter, merged = read_json(folder / ADAPTER_CONFIG), merge_record(folder)
+    several = merged is not None and len(merged["adapters"]) > 1
     relation = "adapter" if adapter else "merge" if several else "finetune"
     evaluation = cast(EvaluationReport | None, read_json((run or folder) / "evaluation/report.json") or None)
     name = _name(folder, repo)

@@ -1,7 +1,10 @@
-"""An adapter: which tensors of its base it changes, as PEFT tells, and the arithmetic of the change.
+"""An adapter: which tensors of its base it changes, as PEFT tells, and the arithmetic of the changes.
 
-The arithmetic is that of PEFT's `merge_and_unload()` to the bit: a linear layer's update is added in float32 and
-rounded once, an embedding's and a stacked expert's is rounded before it is added.
+The arithmetic is that of PEFT's `merge_and_unload()` to the bit: the update of a linear layer is added in float32 and
+rounded once; that of an embedding or of stacked experts is rounded before it is added.
+
+Suffixes name the dimensions of a tensor: O output features, I input features, R rank, E experts; N rows and W width
+(all numbers of one row) of a weight as it is stored.
 
 Source: peft 0.21 `tuners/lora/layer.py` (`Linear.merge`, `Embedding.merge`, `ParamWrapper.merge`),
 `tuners/lora/variants.py` (`DoraLinearVariant.merge_unsafe`), `tuners/trainable_tokens/layer.py`.
@@ -9,30 +12,39 @@ Source: peft 0.21 `tuners/lora/layer.py` (`Linear.merge`, `Embedding.merge`, `Pa
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.model.shards import StoredTensor, all_finite, read_header, read_tensor, row_ranges
-from finetune.system.errors import MergeError
+from finetune.model.shards import StoredTensor, all_finite, dtype_name, read_header, read_tensor, row_ranges
+from finetune.system.errors import MergeError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune.system.terminal import quiet
 
-# Changes that are a product of two matrices.
+# The kinds of `Change` that are a product of two matrices.
 PRODUCTS = ("lora", "embedding", "experts")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one adapter does to one tensor.
+    """One adapter's change of one tensor.
 
-    `kind` is lora (a linear layer), embedding, experts (a parameter, of one expert or several), rows, value (in place
-    of the base's, trained), base (the base's own, saved beside its adapter) or bias. `keys` names the tensors in the
-    adapter's file by their role; `magnitude` makes it DoRA.
+    Attributes:
+        adapter: The adapter's number.
+        kind: lora (a linear layer's weight), embedding, experts (a parameter of one expert or several), rows (trained
+            token rows), value (a trained tensor that replaces the base's), base (the base's own tensor, saved with the
+            adapter) or bias.
+        keys: The names of tensors in the adapter's file, by role; `magnitude` makes the change DoRA's.
+        scaling: The factor of the product or bias.
+        transposed: True if the product is transposed before it is added.
+        rows: The rows that are replaced, of kind rows.
+        experts: The number of experts, of kind experts.
+        swapped: True if each expert's matrix is stored as (out, in), of kind experts.
     """
 
     adapter: int
@@ -45,115 +57,80 @@ class Change:
     swapped: bool = False
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Which tensors an adapter changes
+
+
 def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, Change]], set[str]]:
-    """What an adapter changes, each change with the name in memory of its tensor; and the names that follow a tied one.
+    """The changes of an adapter, each after the name of its tensor in memory; and the tensors that stay tied.
 
     Args:
-        folder: Holds the adapter.
-        number: Which of several it is.
-        model: Its base on the meta device, which is wrapped and good for nothing else afterwards.
+        folder: The adapter's folder.
+        number: The adapter's number among several.
+        model: Its base on the meta device; PEFT wraps it, so it cannot be used for anything else afterwards.
+
+    Returns:
+        The changes, and the names of tied tensors that take over the changes of the tensor that they are tied to.
 
     Raises:
-        MergeError: It is of another base, or holds what has no merged form.
+        MergeError: The adapter was trained on another base, is damaged, or has a part that cannot be merged.
     """
+    import peft
+
+    stored, options = _read_adapter(folder)
+    misfit = reworded(MergeError, f"{folder} does not fit its base", ValueError, TypeError)
+    with misfit, torch.device("meta"), quiet():
+        wrapped = peft.PeftModelForCausalLM(model, options, low_cpu_mem_usage=True)
+    expected = dict(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    changes, follows = _layer_changes(folder, wrapped, number)
+    for name, _ in changes:
+        if name in follows:
+            raise MergeError(
+                f"{folder}: {name} is trained, and so are token rows that it shares; it is not merged"
+            )
+    if options.bias != "none":
+        biases = [key for key in expected if key.endswith(".bias") and ".lora_B." not in key]
+        changes += [(_base_name(key), Change(number, "value", {"value": key})) for key in biases]
+    used = {key for _, change in changes for key in change.keys.values()}
+    # PEFT saves an embedding next to the adapter that changes it.
+    for key in sorted(stored.keys() - used):
+        if key.endswith(".base_layer.weight"):
+            changes.append((_base_name(key), Change(number, "base", {"value": key})))
+            expected[key] = wrapped.get_parameter(key)
+    _check_tensors(folder, stored, expected, changes)
+    if options.ensure_weight_tying:
+        for name, source in model.all_tied_weights_keys.items():
+            tied = [[change for n, change in changes if n == side] for side in (name, source)]
+            if _changed_alike(folder, stored, *tied):
+                follows.add(name)
+    return changes, follows
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
+    """The tensors of an adapter's file and its `peft.PeftConfig`, which has a merged form."""
     import peft
 
     if not (folder / ADAPTER_CONFIG).is_file():
         raise MergeError(f"{folder} holds no adapter (adapter_config.json)")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists()
-        what = (
-            "only adapter_model.bin, a pickle, which can run code when it is read"
-            if pickled
-            else f"no {ADAPTER_WEIGHTS}"
-        )
-        raise MergeError(f"{folder} holds {what}; an adapter must be saved as {ADAPTER_WEIGHTS}")
+        there = f"no {ADAPTER_WEIGHTS}"
+        if pickled:
+            there = "only adapter_model.bin, a pickle, which can run code when it is read"
+        raise MergeError(f"{folder} holds {there}; an adapter must be saved as {ADAPTER_WEIGHTS}")
     stored = read_header(folder / ADAPTER_WEIGHTS)
-    try:
+    with reworded(
+        MergeError, f"{folder / ADAPTER_CONFIG} is damaged", ValueError, TypeError, KeyError, AttributeError
+    ):
         options = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise MergeError(f"{folder / ADAPTER_CONFIG} is damaged: {_line(error)}") from error
-    _refuse(folder, options)
-    # What training began with is in the file; here it would only be computed in vain.
+    _refuse_unmergeable(folder, options)
+    # The initial values are not needed, because the file holds the trained ones.
     options.init_lora_weights = True
-    try:
-        with torch.device("meta"), quiet():
-            wrapped = peft.PeftModelForCausalLM(model, options, low_cpu_mem_usage=True)
-    except (ValueError, TypeError) as error:
-        raise MergeError(f"{folder} does not fit its base: {_line(error)}") from error
-    expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    found, follows = _walk(folder, wrapped, number)
-    for name, _ in found:
-        if name in follows:
-            raise MergeError(
-                f"{folder}: {name} is trained, and so are token rows that it shares; it is not merged"
-            )
-    if options.bias != "none":
-        for key in expected:
-            if key.endswith(".bias") and ".lora_B." not in key:
-                plain = key.removeprefix("base_model.model.").replace(".base_layer", "")
-                found.append((plain, Change(number, "value", {"value": key})))
-    taken = {key for _, change in found for key in change.keys.values()}
-    for key in stored.keys() - taken:
-        # PEFT saves the embedding itself beside the adapter that it carries.
-        if key.endswith(".base_layer.weight"):
-            plain = key.removeprefix("base_model.model.").replace(".base_layer", "")
-            found.append((plain, Change(number, "base", {"value": key})))
-            taken.add(key)
-            expected[key] = wrapped.get_parameter(key)
-        elif key not in expected:
-            raise MergeError(
-                f"{folder}: {key} leads to no part of its base; was it trained on another model?"
-            )
-    for key in sorted(taken | expected.keys()):
-        if key not in stored:
-            raise MergeError(
-                f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?"
-            )
-        if tuple(expected[key].shape) != stored[key].shape:
-            raise MergeError(
-                f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
-                "the adapter is of another base"
-            )
-    assert taken == stored.keys(), f"not accounted for: {sorted(stored.keys() - taken)}"
-    if options.ensure_weight_tying:
-        for name, source in model.all_tied_weights_keys.items():
-            sides = [[c for n, c in found if n == side] for side in (name, source)]
-            if _same(folder, stored, *sides):
-                follows.add(name)
-    return found, follows
+    return stored, options
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _same(folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]) -> bool:
-    """Whether two tied layers were changed alike. PEFT ties their adapters, but not once it has cast them (0.21)."""
-    descriptor = os.open(folder / ADAPTER_WEIGHTS, os.O_RDONLY)
-    try:
-        ours, theirs = (
-            {
-                role: read_tensor(descriptor, stored[key])
-                for c in side
-                if c.kind != "base"
-                for role, key in c.keys.items()
-            }
-            for side in (target, source)
-        )
-    finally:
-        os.close(descriptor)
-    if not ours:
-        return True
-    if (
-        "A" in ours and target[0].kind != source[0].kind
-    ):  # an embedding's factors are an output layer's, turned
-        theirs = {"A": theirs["B"].T, "B": theirs["A"].T}
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[role], theirs[role]) for role in ours)
-
-
-def _refuse(folder: Path, options: Any) -> None:
-    """Refuses, by name, what has no merged form, or whose base was changed when training began."""
+def _refuse_unmergeable(folder: Path, options: Any) -> None:
+    """Refuses options of PEFT that have no merged form, or that changed the base's weights before training."""
     kind = getattr(options.peft_type, "value", options.peft_type)
     if kind != "LORA":
         raise MergeError(f"{folder}: peft_type is {kind}; only LORA is merged")
@@ -168,65 +145,113 @@ def _refuse(folder: Path, options: Any) -> None:
             raise MergeError(f"{folder}: {name} has no merged form; answer with the adapter instead")
 
 
-def _walk(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Change]], set[str]]:
-    """Every layer that PEFT wrapped, as changes of the base's tensors."""
+def _base_name(key: str) -> str:
+    """The base's name of a tensor, from PEFT's."""
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _layer_changes(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Change]], set[str]]:
+    """The changes of all layers that PEFT wrapped, and the tensors whose token rows are another's."""
     from peft.tuners.lora import layer as lora
-    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    found: list[tuple[str, Change]] = []
+    changes: list[tuple[str, Change]] = []
     follows: set[str] = set()
     for name, module in wrapped.base_model.model.named_modules():
-        key = f"base_model.model.{name}"
-        plain = name.replace(".base_layer", "")
+        key, base_name = f"base_model.model.{name}", _base_name(name)
         if isinstance(module, ModulesToSaveWrapper):
             parts = module.modules_to_save["default"].state_dict()
-            found += [(f"{plain}.{p}", Change(number, "value", {"value": f"{key}.{p}"})) for p in parts]
+            changes += [
+                (f"{base_name}.{part}", Change(number, "value", {"value": f"{key}.{part}"})) for part in parts
+            ]
         elif isinstance(module, TrainableTokensLayer):
-            plain = plain.removesuffix(".token_adapter")
+            weight = f"{base_name.removesuffix('.token_adapter')}.weight"
             if module.tied_adapter is not None:
-                follows.add(f"{plain}.weight")
+                follows.add(weight)
                 continue
-            rows = {"rows": f"{key}.trainable_tokens_delta"}
-            indices = tuple(module.token_indices["default"])
-            found.append((f"{plain}.weight", Change(number, "rows", rows, rows=indices)))
+            rows = tuple(module.token_indices["default"])
+            keys = {"rows": f"{key}.trainable_tokens_delta"}
+            changes.append((weight, Change(number, "rows", keys, rows=rows)))
         elif isinstance(module, lora.LoraLayer):
-            variant = module.lora_variant.get("default")
-            if variant is not None and type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
-                raise MergeError(f"{folder}: {name} is {type(variant).__name__}, which is not merged here")
-            scaling = float(module.scaling["default"])
-            if type(module) is lora.Embedding:
-                keys = {"A": f"{key}.lora_embedding_A", "B": f"{key}.lora_embedding_B"}
-                change = Change(number, "embedding", keys, scaling, transposed=True)
-            elif type(module) is lora.Linear:
-                keys = {"A": f"{key}.lora_A.weight", "B": f"{key}.lora_B.weight"}
-                change = Change(number, "lora", keys, scaling, transposed=bool(module.fan_in_fan_out))
-            elif type(module) is lora.ParamWrapper:
-                keys = {"A": f"{key}.lora_A.weight", "B": f"{key}.lora_B.weight"}
-                change = Change(
-                    number,
-                    "experts",
-                    keys,
-                    scaling,
-                    experts=module.num_experts,
-                    swapped=module._did_swap_in_out_features,
-                )
-            else:
-                raise MergeError(
-                    f"{folder}: {name} is a {type(module).__name__} layer, which is not merged here"
-                )
-            if variant is not None:
-                change.keys["magnitude"] = f"{key}.lora_magnitude_vector"
+            change = _lora_change(folder, name, module, number)
             if getattr(module, "lora_bias", {}).get("default"):
                 if getattr(module.get_base_layer(), "bias", None) is None:
                     raise MergeError(
                         f"{folder}: {name} has a lora_bias, but the base has no bias to take it up"
                     )
-                bias = Change(number, "bias", {"bias": f"{key}.lora_B.bias"}, scaling)
-                found.append((f"{plain}.bias", bias))
-            found.append((f"{plain}.{getattr(module, 'parameter_name', 'weight')}", change))
-    return found, follows
+                bias = Change(number, "bias", {"bias": f"{key}.lora_B.bias"}, change.scaling)
+                changes.append((f"{base_name}.bias", bias))
+            changes.append((f"{base_name}.{getattr(module, 'parameter_name', 'weight')}", change))
+    return changes, follows
+
+
+def _lora_change(folder: Path, name: str, module: Any, number: int) -> Change:
+    """The change of one LoRA layer's weight."""
+    from peft.tuners.lora import layer as lora
+    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+
+    variant = module.lora_variant.get("default")
+    if variant is not None and type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
+        raise MergeError(f"{folder}: {name} is {type(variant).__name__}, which is not merged here")
+    key, scaling = f"base_model.model.{name}", float(module.scaling["default"])
+    keys = {"A": f"{key}.lora_A.weight", "B": f"{key}.lora_B.weight"}
+    dora = {} if variant is None else {"magnitude": f"{key}.lora_magnitude_vector"}
+    if type(module) is lora.Embedding:
+        keys = {"A": f"{key}.lora_embedding_A", "B": f"{key}.lora_embedding_B"}
+        return Change(number, "embedding", keys | dora, scaling, transposed=True)
+    if type(module) is lora.Linear:
+        return Change(number, "lora", keys | dora, scaling, transposed=bool(module.fan_in_fan_out))
+    if type(module) is lora.ParamWrapper:
+        experts, swapped = module.num_experts, module._did_swap_in_out_features
+        return Change(number, "experts", keys | dora, scaling, experts=experts, swapped=swapped)
+    raise MergeError(f"{folder}: {name} is a {type(module).__name__} layer, which is not merged here")
+
+
+def _check_tensors(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, Any],
+    changes: Sequence[tuple[str, Change]],
+) -> None:
+    """Refuses an adapter's file that lacks a tensor, has one too many or one of another shape than PEFT expects."""
+    used = {key for _, change in changes for key in change.keys.values()}
+    for key in sorted(stored.keys() - used - expected.keys()):
+        raise MergeError(f"{folder}: {key} leads to no part of its base; was it trained on another model?")
+    for key in sorted(used | expected.keys()):
+        if key not in stored:
+            raise MergeError(
+                f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?"
+            )
+        if tuple(expected[key].shape) != stored[key].shape:
+            raise MergeError(
+                f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
+                "the adapter is of another base"
+            )
+    assert used == stored.keys(), f"not accounted for: {sorted(stored.keys() - used)}"
+
+
+def _changed_alike(
+    folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]
+) -> bool:
+    """True if two tied layers were changed alike; PEFT 0.21 ties their adapters only until it casts them."""
+
+    def tensors(side: list[Change]) -> dict[str, torch.Tensor]:
+        keys = {role: key for change in side if change.kind != "base" for role, key in change.keys.items()}
+        return {role: read_tensor(descriptor, stored[key]) for role, key in keys.items()}
+
+    descriptor = os.open(folder / ADAPTER_WEIGHTS, os.O_RDONLY)
+    try:
+        at_target, at_source = tensors(target), tensors(source)
+    finally:
+        os.close(descriptor)
+    if "A" in at_target and target[0].kind != source[0].kind:
+        # An embedding's matrices are those of an output layer, transposed and exchanged.
+        at_source = {"A": at_source["B"].T, "B": at_source["A"].T}
+    return not at_target or (
+        at_target.keys() == at_source.keys()
+        and all(torch.equal(at_target[role], at_source[role]) for role in at_target)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,7 +259,15 @@ def _walk(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Chan
 
 
 class Adapter:
-    """An adapter's file and how much it weighs; every number in it is looked at before the first is used."""
+    """An adapter's open file and its weight in a merge; all its numbers are checked to be finite before the first use.
+
+    Args:
+        folder: The adapter's folder.
+        weight: The factor of its changes.
+
+    Raises:
+        MergeError: On entering, if a number is not finite or a tensor is not of floating point numbers.
+    """
 
     def __init__(self, folder: Path, weight: float) -> None:
         self.weight = weight
@@ -243,33 +276,38 @@ class Adapter:
 
     def __enter__(self) -> Adapter:
         self.descriptor = os.open(self.path, os.O_RDONLY)
-        for name, stored in self.header.items():
-            if not stored.dtype.is_floating_point:
-                os.close(self.descriptor)
-                raise MergeError(
-                    f"{self.path}: {name} is {str(stored.dtype).removeprefix('torch.')}, not a weight"
-                )
-            for start, stop in row_ranges(stored.count):
-                if not all_finite(read_tensor(self.descriptor, stored, start, stop)):
-                    os.close(self.descriptor)
+        try:
+            for name, stored in self.header.items():
+                if not stored.dtype.is_floating_point:
+                    raise MergeError(f"{self.path}: {name} is {dtype_name(stored.dtype)}, not a weight")
+                ranges = row_ranges(stored.count)
+                if not all(all_finite(read_tensor(self.descriptor, stored, *part)) for part in ranges):
                     raise MergeError(
                         f"{self.path}: {name} holds NaN or infinity; the run that saved it is broken"
                     )
+        except BaseException:
+            os.close(self.descriptor)
+            raise
         return self
 
     def __exit__(self, *_: Any) -> None:
         os.close(self.descriptor)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The numbers `start` to `stop` of a tensor, flat; of the whole, in its shape."""
+        """A whole tensor in its shape, or its numbers `start` to `stop`, flat."""
         return read_tensor(self.descriptor, self.header[name], start, stop)
 
 
 def check_combination(name: str, changes: Sequence[Change], adapters: Sequence[Adapter]) -> None:
-    """Refuses what adapters cannot do to one tensor together.
+    """Refuses changes of one tensor that cannot be combined.
+
+    Args:
+        name: The tensor's name, for the message.
+        changes: The changes, of all adapters.
+        adapters: The adapters, by their numbers.
 
     Raises:
-        MergeError: They change it in different ways, or one of them is a DoRA that is weighted or not alone.
+        MergeError: They are of different kinds, or one of them is a DoRA's that is weighted or not alone.
     """
     products = [c for c in changes if c.kind in PRODUCTS]
     if len({(c.kind, c.transposed, c.experts, c.swapped) for c in products}) > 1:
@@ -280,7 +318,19 @@ def check_combination(name: str, changes: Sequence[Change], adapters: Sequence[A
 
 
 class Update:
-    """What the adapters do to one tensor, rows at a time. Products are formed once and whole, as PEFT forms them."""
+    """The merged rows of one tensor. A product is formed once and whole, as PEFT forms it.
+
+    Args:
+        name: The tensor's name, for messages.
+        changes: The changes, which `check_combination` passed.
+        shape: The tensor's shape.
+        adapters: The adapters, by their numbers.
+        read_base: Returns rows `start` to `stop` of the base's tensor, in the type that the run held it in and in
+            memory that may be changed.
+
+    Raises:
+        MergeError: The product has another shape.
+    """
 
     def __init__(
         self,
@@ -288,111 +338,112 @@ class Update:
         changes: Sequence[Change],
         shape: tuple[int, ...],
         adapters: Sequence[Adapter],
-        held: Callable[[int, int], torch.Tensor],
+        read_base: Callable[[int, int], torch.Tensor],
     ) -> None:
-        self.name, self.shape, self.adapters, self.held = name, shape, adapters, held
-        self.own = [c for c in changes if c.kind == "base"]
+        self.name, self.shape, self.adapters, self.read_base = name, shape, adapters, read_base
+        self.saved_base = [c for c in changes if c.kind == "base"]
+        self.others = [c for c in changes if c.kind != "base" and c.kind not in PRODUCTS]
         self.delta: torch.Tensor | None = None
+        # DoRA's factor of each output feature: (N, 1), or (1, W) of a transposed weight.
         self.factor: torch.Tensor | None = None
-        self.rounded = False
+        self.rounded_before_added = False
         products = [c for c in changes if c.kind in PRODUCTS]
-        self.others = [c for c in changes if c not in products and c not in self.own]
         if products:
-            self._multiply(products)
-        dora = [c for c in products if "magnitude" in c.keys]
-        if dora:
-            self._normalise(dora[0])
+            self.delta = self._multiply(products)
+        for change in products:
+            if "magnitude" in change.keys:
+                self.factor = self._normalise(change)
 
-    def _multiply(self, products: list[Change]) -> None:
+    def _multiply(self, products: list[Change]) -> torch.Tensor:
+        """The scaled sum of the products, in the weight's shape."""
         first = products[0]
         alone = len(self.adapters) == 1 and self.adapters[first.adapter].weight == 1
-        many_a, many_b = [], []
+        pairs = []
         for change in products:
             adapter = self.adapters[change.adapter]
-            a, b = adapter.read(change.keys["A"]).float(), adapter.read(change.keys["B"]).float()
-            if not alone:  # one product of all, as PEFT's add_weighted_adapter(combination_type="cat")
-                a = a * adapter.weight * change.scaling
-            many_a.append(a)
-            many_b.append(b)
-        scaling = first.scaling if alone else 1.0
+            a_RI, b_OR = (adapter.read(change.keys[role]).float() for role in ("A", "B"))
+            # Of several adapters one product is formed, as PEFT's add_weighted_adapter(combination_type="cat") does.
+            pairs.append((a_RI if alone else a_RI * adapter.weight * change.scaling, b_OR))
         if first.kind == "experts" and first.experts > 1:
-            self.delta = sum(  # type: ignore[assignment]
-                _experts(a, b, first) for a, b in zip(many_a, many_b, strict=True)
-            )
+            delta = functools.reduce(torch.add, (_expert_product(a, b, first) for a, b in pairs))
         else:
-            self.delta = (
-                (many_b[0] @ many_a[0]) if len(products) == 1 else torch.cat(many_b, 1) @ torch.cat(many_a)
-            )
-            self.delta = self.delta.T if first.transposed else self.delta
-        assert self.delta is not None
-        self.delta *= scaling
-        self.rounded = first.kind in ("embedding", "experts") and "magnitude" not in first.keys
-        if tuple(self.delta.shape) != self.shape:
+            all_a, all_b = zip(*pairs, strict=True)
+            delta_OI = torch.cat(all_b, 1) @ torch.cat(all_a) if len(pairs) > 1 else all_b[0] @ all_a[0]
+            delta = delta_OI.T if first.transposed else delta_OI
+        delta *= first.scaling if alone else 1.0
+        self.rounded_before_added = first.kind in ("embedding", "experts") and "magnitude" not in first.keys
+        if tuple(delta.shape) != self.shape:
             raise MergeError(
-                f"{self.name} is {list(self.shape)}, but the adapter's product {list(self.delta.shape)}"
+                f"{self.name} is {list(self.shape)}, but the adapter's product {list(delta.shape)}"
             )
+        return delta
 
-    def _base(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of the base as the run held them, in memory of their own."""
-        part = self.held(start, stop)
-        for change in self.own:
-            self._replace(change, self.adapters[change.adapter], part, start, stop)
-        return part
+    def _normalise(self, change: Change) -> torch.Tensor:
+        """DoRA's factor for each output feature: the learned length divided by that of the updated weight.
 
-    def _normalise(self, change: Change) -> None:
-        """DoRA: the updated weight, each of its output rows brought to the learned length."""
+        Adds the base to `delta`, which holds the updated weight afterwards.
+        """
         assert self.delta is not None
-        self.delta = self.delta.contiguous()  # laid out as the base's: sums over a row depend on it
+        # Laid out as the base's weight, because sums over a row depend on it.
+        self.delta = self.delta.contiguous()
         for start, stop in row_ranges(self.shape[0], self.shape[1]):
-            self.delta[start:stop] += self._base(start, stop)
-        norm = torch.linalg.norm(self.delta.T if change.transposed else self.delta, dim=1)
-        magnitude = self.adapters[change.adapter].read(change.keys["magnitude"]).float()
-        self.factor = magnitude / norm
-        self.factor = self.factor.view(1, -1) if change.transposed else self.factor.view(-1, 1)
+            self.delta[start:stop] += self._base_rows(start, stop)
+        norm_O = torch.linalg.norm(self.delta.T if change.transposed else self.delta, dim=1)
+        magnitude_O = self.adapters[change.adapter].read(change.keys["magnitude"]).float()
+        factor_O: torch.Tensor = magnitude_O / norm_O
+        return factor_O.view((1, -1) if change.transposed else (-1, 1))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the base, updated, in the type that the run held them in."""
-        part = self._base(start, stop)
+        """Rows `start` to `stop` of the merged tensor, (stop - start, W), in the type that the run held the base in."""
+        part_NW = self._base_rows(start, stop)
         if self.factor is not None and self.delta is not None:
             factor = self.factor if self.factor.shape[0] == 1 else self.factor[start:stop]
-            part = (factor * self.delta[start:stop]).to(part.dtype)
+            part_NW = (factor * self.delta[start:stop]).to(part_NW.dtype)
         elif self.delta is not None:
-            delta = self.delta[start:stop].reshape(part.shape)
-            if self.rounded or part.dtype == torch.float32:
-                part += delta.to(part.dtype)
-            else:  # added in float32 and rounded once, as `part += delta` does, in a third of its time
-                part = part.float().add_(delta).to(part.dtype)
-        origin = None
+            delta_NW = self.delta[start:stop].reshape(part_NW.shape)
+            if self.rounded_before_added or part_NW.dtype == torch.float32:
+                part_NW += delta_NW.to(part_NW.dtype)
+            else:
+                # The sum in float32, rounded once, as `part_NW += delta_NW` gives it in three times the time.
+                part_NW = part_NW.float().add_(delta_NW).to(part_NW.dtype)
+        before_NW = None
         for change in self.others:
             adapter = self.adapters[change.adapter]
             if change.kind == "bias":
-                part += (
-                    adapter.read(change.keys["bias"]).float() * (change.scaling * adapter.weight)
-                ).view_as(part)
-                continue
-            if adapter.weight == 1 and len(self.adapters) == 1:
-                self._replace(change, adapter, part, start, stop)
-                continue
-            # Of several, each adds what it moved away from the base.
-            origin = part.clone() if origin is None else origin
-            moved = origin.clone()
-            self._replace(change, adapter, moved, start, stop)
-            part += (moved.float() - origin.float()) * adapter.weight
-        return part
+                bias = adapter.read(change.keys["bias"]).float() * (change.scaling * adapter.weight)
+                part_NW += bias.view_as(part_NW)
+            elif adapter.weight == 1 and len(self.adapters) == 1:
+                self._replace(change, part_NW, start, stop)
+            else:
+                # Each of several adapters adds its difference from the base.
+                before_NW = part_NW.clone() if before_NW is None else before_NW
+                replaced_NW = before_NW.clone()
+                self._replace(change, replaced_NW, start, stop)
+                part_NW += (replaced_NW.float() - before_NW.float()) * adapter.weight
+        return part_NW
 
-    def _replace(self, change: Change, adapter: Adapter, part: torch.Tensor, start: int, stop: int) -> None:
-        width = part.shape[1]
+    def _base_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the base as the run held them: the base's file, or what was saved with the adapter."""
+        part_NW = self.read_base(start, stop)
+        for change in self.saved_base:
+            self._replace(change, part_NW, start, stop)
+        return part_NW
+
+    def _replace(self, change: Change, part_NW: torch.Tensor, start: int, stop: int) -> None:
+        """Writes an adapter's values over rows `start` to `stop`, which `part_NW` holds."""
+        adapter, width = self.adapters[change.adapter], part_NW.shape[1]
         if "value" in change.keys:
-            part.copy_(adapter.read(change.keys["value"], start * width, stop * width).view_as(part))
+            values = adapter.read(change.keys["value"], start * width, stop * width)
+            part_NW.copy_(values.view_as(part_NW))
             return
-        values = adapter.read(change.keys["rows"])
+        trained_rows = adapter.read(change.keys["rows"])
         for place, row in enumerate(change.rows):
             if start <= row < stop:
-                part[row - start] = values[place].to(part.dtype)
+                part_NW[row - start] = trained_rows[place].to(part_NW.dtype)
 
 
-def _experts(a: torch.Tensor, b: torch.Tensor, change: Change) -> torch.Tensor:
-    """The update of stacked experts; `a` is (experts * rank, in), `b` (out, rank * experts)."""
-    a = a.reshape(change.experts, -1, a.shape[-1])
-    b = b.reshape(b.shape[0], -1, change.experts)
-    return torch.einsum("o r e, e r i -> e o i" if change.swapped else "o r e, e r i -> e i o", b, a)
+def _expert_product(a: torch.Tensor, b: torch.Tensor, change: Change) -> torch.Tensor:
+    """The update of stacked experts, (E, O, I) or (E, I, O), from A of shape (E * R, I) and B of shape (O, R * E)."""
+    a_ERI = a.reshape(change.experts, -1, a.shape[-1])
+    b_ORE = b.reshape(b.shape[0], -1, change.experts)
+    return torch.einsum("o r e, e r i -> e o i" if change.swapped else "o r e, e r i -> e i o", b_ORE, a_ERI)

@@ -1,40 +1,43 @@
-"""All that a merge or an export is made of: the base found, adapters understood, a plan of every tensor; and the files
-beside the weights, written at once.
+"""The plan of a merge or an export: where the base is, what adapters change, every tensor to write; and the config,
+tokenizer and other files of the output, which are written at once.
 
-transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process.
+transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process, and no
+module that imports them is imported at the top of this package's files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
-import pickle
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from finetune.merge.adapter import Change, changes_of
-from finetune.model.locate import locate
-from finetune.model.provenance import environment_of
-from finetune.model.shards import StoredTensor, fingerprint, parse_header, read_headers
-from finetune.system import hub_errors
-from finetune.system.errors import MergeError, ModelError
+from finetune.merge.tensor_map import (
+    FusedTensors,
+    OutputTensor,
+    TensorNames,
+    plan_tensors,
+    quantised_weights,
+    skeleton,
+    weight_converters,
+)
+from finetune.model.provenance import adapter_base_sections, environment_of
+from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
+from finetune.recipe.schema import ModelSection
+from finetune.system import fresh_process
+from finetune.system.errors import FinetuneError, MergeError, ModelError, first_line, reworded
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
-from finetune.system.fresh_process import child_environment
+from finetune.system.hub_errors import hub_problem
 from finetune.system.terminal import quiet
 
-# Files beside weights, configs and tokenizer that a model needs: a multimodal one its processor, a custom one its code.
-_TOKENIZER = [
+_TOKENIZER_FILES = [
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -44,282 +47,334 @@ _TOKENIZER = [
     "chat_template*",
     "additional_chat_templates",
 ]
-_BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
-
-
-if TYPE_CHECKING:
-    from finetune.merge.tensor_map import FusedTensors, OutputTensor
-    from finetune.recipe.schema import ModelSection
-
-
-@dataclass
-class MergePlan:
-    """Everything that a merge or an export needs to know before it reads a weight."""
-
-    folder: str | None
-    """The base's directory; None where its files are fetched one by one."""
-    repo: tuple[str, str | None]
-    stored: dict[str, StoredTensor]
-    tensors: list[OutputTensor]
-    fused: list[FusedTensors]
-    adapters: list[tuple[str, float]]
-    quantization: dict[str, Any] | None
-    dtype: str
-    untied: bool
-    record: dict[str, Any]
+# A multimodal model needs its processor, and one with code of its own that code.
+_OTHER_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
+_SMALL_FILES = ["config.json", "generation_config.json", *_TOKENIZER_FILES, *_OTHER_FILES]
 
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What is to be planned: a model (or a run's base and adapters) and the folder for all that is not weights."""
+    """A merge or export to plan.
+
+    Attributes:
+        model: A whole model; or a run, if there are adapters.
+        adapters: The adapters' folders and weights.
+        into: The folder that the config, the tokenizer and other small files are written to.
+        dtype: The name of the type to write; None keeps the one that the run trained in.
+        quantization: The export's arguments of `transformers.BitsAndBytesConfig`; None takes the run's, for its base.
+        stream: True leaves the weights of a base on the Hub there.
+    """
 
     model: str
     adapters: tuple[tuple[str, float], ...]
     into: str
     dtype: str | None = None
     quantization: dict[str, Any] | None = None
-    """That of the export; None keeps the run's, for its base."""
     stream: bool = False
 
 
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge or export needs to know before it reads a weight.
+
+    Attributes:
+        base: The base as the run calls it.
+        path: The base's directory, or its id on the Hub.
+        revision: Its revision on the Hub.
+        folder: Its directory; None if its weights are fetched file by file.
+        trust_remote_code: Whether the base's own code may run.
+        stored: The base's tensors, in the order of its files.
+        tensors: The tensors to write, in the same order.
+        fused: Tensors to write that are fused in memory and changed.
+        adapters: The adapters' folders and weights.
+        quantization: The arguments of `transformers.BitsAndBytesConfig` of the export, or of the run's base.
+        held: The name of the type that the run held the base in.
+        dtype: The name of the type to write.
+        untied: True if tied embeddings are stored apart.
+    """
+
+    base: str
+    path: str
+    revision: str | None
+    folder: str | None
+    trust_remote_code: bool
+    stored: dict[str, StoredTensor]
+    tensors: list[OutputTensor]
+    fused: list[FusedTensors]
+    adapters: list[tuple[str, float]]
+    quantization: dict[str, Any] | None
+    held: str
+    dtype: str
+    untied: bool
+
+
 def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
-    """`plan` in a process of its own, so that transformers and PEFT leave no trace in this one's memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        ask, answer = Path(folder, "ask"), Path(folder, "answer")
-        ask.write_bytes(pickle.dumps(request))
-        code = f"from finetune.merge.plan import _answer; _answer({str(ask)!r}, {str(answer)!r})"
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env=child_environment(), stdout=subprocess.DEVNULL
-        )
-        if not answer.exists():
-            raise MergeError(f"{request.model}: the process that plans ended with code {done.returncode}")
-        result = pickle.loads(answer.read_bytes())
-    if isinstance(result, BaseException):
-        raise result
-    assert isinstance(result, MergePlan)
-    return result
+    """`make_plan` in another process, so that transformers and PEFT leave nothing in this one's memory.
 
-
-def _answer(ask: str, answer: str) -> None:
-    logging.basicConfig(level=logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    result: Any
+    Raises:
+        MergeError: As `make_plan` raises it, or the process failed.
+        ModelError, RunError: As `make_plan` raises them.
+    """
     try:
-        result = make_plan(pickle.loads(Path(ask).read_bytes()))
-    except Exception as error:
-        result = error.with_traceback(None)
-        result.__cause__ = result.__context__ = None
-    Path(answer).write_bytes(pickle.dumps(result))
+        return fresh_process.call(make_plan, request, keep_stderr=False)
+    except fresh_process.ProcessFailed as failure:
+        raise MergeError(f"{request.model}: it cannot be planned how to write it: {failure}") from failure
 
 
 def make_plan(request: MergeRequest) -> MergePlan:
-    """What to write for a model, and in `request.into` its config, tokenizer and whatever else is not weights.
+    """The plan of a merge or an export; also writes to `request.into` all files but the weights.
 
     Raises:
-        MergeError: An adapter is not for this base, or holds what cannot be merged.
-        ModelError, ShardError: The base cannot be found or read.
+        MergeError: An adapter was trained on another base, or has a part that cannot be merged.
+        ModelError: The base cannot be found or read.
+        RunError: A file of the run is damaged.
     """
-    from transformers import AutoConfig
+    base = _locate_base(request)
+    config, trust = base.config, base.section.trust_remote_code
+    floats = (entry.dtype for entry in base.stored.values() if entry.dtype.is_floating_point)
+    # An export keeps the type that the model is stored in.
+    held: torch.dtype = getattr(
+        torch, base.trained_dtype or dtype_name(getattr(config, "dtype", None) or next(floats, torch.float32))
+    )
+    written: torch.dtype = getattr(torch, request.dtype) if request.dtype else held
+    quantization = request.quantization or base.quantization
+    with _config_errors(base.section.name_or_path):
+        model, held_types = skeleton(config, held, trust)
+    written_types = held_types if written == held else skeleton(config, written, trust)[1]
+    names = TensorNames(model, base.stored)
+    quantised = quantised_weights(config, base.section, held, quantization)
+    changes, follows = _all_changes(request.adapters, base, held, names.tied)
+    tensors, fused, untied = plan_tensors(names, changes, follows, held_types, written_types, quantised)
+    _write_small_files(request, base, written, untied)
+    return MergePlan(
+        base=base.section.name_or_path,
+        path=base.path,
+        revision=base.revision,
+        folder=str(base.folder) if base.folder else None,
+        trust_remote_code=trust,
+        stored=base.stored,
+        tensors=tensors,
+        fused=fused,
+        adapters=list(request.adapters),
+        quantization=quantization,
+        held=dtype_name(held),
+        dtype=dtype_name(written),
+        untied=untied,
+    )
 
-    from finetune.merge.tensor_map import TensorNames, plan_tensors, quantised_weights, skeleton
-    from finetune.model.provenance import adapter_base_sections
-    from finetune.recipe.schema import ModelSection
+
+def fused_converters(plan: MergePlan) -> tuple[dict[str, Any], Any]:
+    """The base's `WeightConverter`s by source pattern, and its config.
+
+    Neither has a form in JSON, so that the process which writes makes them again where a plan has fused tensors.
+    """
+    from finetune.model.locate import read_config
+
+    config = read_config(plan.folder or plan.path, plan.revision, plan.trust_remote_code)
+    model, _ = skeleton(config, torch.float32, plan.trust_remote_code)
+    return weight_converters(model), model.config
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The base and the adapters
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base of a merge, or the model of an export.
+
+    Attributes:
+        section: The `model` section that names it.
+        quantization: The run's `quantization` section.
+        trained_dtype: The name of the type that the run trained in, as far as it tells.
+        path: Its directory, or its id on the Hub.
+        revision: Its revision on the Hub.
+        folder: Its directory; None if its weights stay on the Hub.
+        stored: Its tensors.
+        config: Its config.
+    """
+
+    section: ModelSection
+    quantization: dict[str, Any] | None
+    trained_dtype: str | None
+    path: str
+    revision: str | None
+    folder: Path | None
+    stored: dict[str, StoredTensor]
+    config: Any
+
+
+def _locate_base(request: MergeRequest) -> _Base:
+    """The base, whose weights are fetched if they are on the Hub and are not to be streamed."""
+    # Imports transformers.
+    from finetune.model.locate import locate, read_config
 
     run = Path(request.model)
-    is_run = bool(request.adapters)
-    section, quantization = (
-        adapter_base_sections(run) if is_run else (ModelSection(name_or_path=request.model), None)
-    )
-    environment = environment_of(run) if is_run else {}
+    section, quantization, environment = ModelSection(name_or_path=request.model), None, {}
+    if request.adapters:
+        (section, quantization), environment = adapter_base_sections(run), environment_of(run)
     path = locate(section.name_or_path)
     revision = environment.get("base_commit") or section.revision
     folder = Path(path) if Path(path).is_dir() else None
     if folder and request.stream:
         raise MergeError(f"--stream-base: {section.name_or_path} is on this machine already; leave it out")
     if folder is None and not request.stream:
-        folder = _download(path, revision)
+        folder = _download(path, revision, weights=True)
     stored = read_headers(folder) if folder else _remote_headers(path, revision)
-    mark = fingerprint(folder) if folder and request.adapters else None
-    for trained, _ in request.adapters:
-        if mark and environment_of(Path(trained)).get("base_fingerprint") not in (None, mark):
-            raise MergeError(
-                f"{trained}: was trained on another {section.name_or_path}: the weights in {folder} are not those "
-                "that environment.json knows by base_fingerprint; write the directory of the very base"
-            )
-    with quiet(), _told(section.name_or_path):
-        where = str(folder) if folder else path
-        options = {"trust_remote_code": section.trust_remote_code} | (
-            {} if folder else {"revision": revision}
-        )
-        config = AutoConfig.from_pretrained(where, **options)
+    if folder and request.adapters:
+        _check_same_base(request.adapters, section.name_or_path, folder)
+    with _config_errors(section.name_or_path):
+        config = read_config(str(folder or path), revision, section.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
             f"{section.name_or_path}: its weights are quantised already, and what is merged into them is rounded "
             "again; name the model that it was made from in model.name_or_path"
         )
-    floats = (entry.dtype for entry in stored.values() if entry.dtype.is_floating_point)
-    own = str(getattr(config, "dtype", None) or next(floats, torch.float32)).removeprefix("torch.")
-    held = getattr(torch, environment.get("dtype") or own)
-    written = getattr(torch, request.dtype) if request.dtype else held
+    dtype = environment.get("dtype")
+    return _Base(section, quantization, dtype, path, revision, folder, stored, config)
 
-    with _told(section.name_or_path):
-        model, types = skeleton(config, held, section.trust_remote_code)
-    out_types = types if written == held else skeleton(config, written, section.trust_remote_code)[1]
-    names = TensorNames(model, stored)
-    changes: dict[str, list[Change]] = defaultdict(list)
-    tied = dict(model.all_tied_weights_keys)
-    follows: set[str] = set()
-    alike: list[tuple[set[str], set[str]]] = []
-    quantised = quantised_weights(config, section, held, request.quantization or quantization)
-    for number, (adapter, _) in enumerate(request.adapters):
-        fresh, _ = skeleton(config, held, section.trust_remote_code)
-        found, same = changes_of(Path(adapter), number, fresh)
-        follows |= same
-        alike.append((same, {name for name, _ in found}))
-        for name, change in found:
-            changes[name].append(change)
 
-    for name in follows:
-        if any(changed & {name, tied.get(name)} and name not in same for same, changed in alike):
+def _check_same_base(adapters: Sequence[tuple[str, float]], name: str, folder: Path) -> None:
+    """Refuses adapters whose runs recorded another base."""
+    actual = fingerprint(folder)
+    for adapter, _ in adapters:
+        if environment_of(Path(adapter)).get("base_fingerprint") not in (None, actual):
             raise MergeError(
-                f"{name} is tied to {tied.get(name)}, which only one of the adapters keeps; merge them apart"
+                f"{adapter}: was trained on another {name}: the weights in {folder} are not those that "
+                "environment.json knows by base_fingerprint; write the directory of the very base"
             )
-    tensors, fused, untied = plan_tensors(
-        stored, names, changes, follows, tied, types, out_types, quantised, (held, written)
-    )
-    record: dict[str, Any] = {"base": section.name_or_path, "revision": revision}
-    if is_run:
-        record["dtype_of_training"] = str(held).removeprefix("torch.")
-    _write_rest(request, section, folder or _small_files(path, revision), written, untied)
-    return MergePlan(
-        folder=str(folder) if folder else None,
-        repo=(path, revision),
-        stored=stored,
-        tensors=tensors,
-        fused=fused,
-        adapters=list(request.adapters),
-        quantization=request.quantization or quantization,
-        dtype=str(written).removeprefix("torch."),
-        untied=untied,
-        record=record,
-    )
 
 
-@contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    """What upstream says of a config that it cannot use, in a line that names the model."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{name}: its config.json cannot be used: {reason}") from error
+def _config_errors(name: str) -> AbstractContextManager[None]:
+    """Rewords upstream's errors about a config that cannot be used."""
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
+    return reworded(ModelError, f"{name}: its config.json cannot be used", *kinds)
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    """The folder of a model on the Hub with its weights and configs in it, and nothing else fetched."""
+def _all_changes(
+    adapters: Sequence[tuple[str, float]], base: _Base, held: torch.dtype, tied: dict[str, str]
+) -> tuple[dict[str, list[Change]], set[str]]:
+    """The changes of all adapters by name in memory, and the tied tensors that take over another's changes."""
+    changes: dict[str, list[Change]] = defaultdict(list)
+    of_each: list[tuple[set[str], set[str]]] = []
+    for number, (adapter, _) in enumerate(adapters):
+        # PEFT changes the model that it wraps.
+        model, _ = skeleton(base.config, held, base.section.trust_remote_code)
+        named_changes, follows = changes_of(Path(adapter), number, model)
+        of_each.append((follows, {name for name, _ in named_changes}))
+        for name, change in named_changes:
+            changes[name].append(change)
+    all_follows = {name for follows, _ in of_each for name in follows}
+    for name in all_follows:
+        for follows, changed in of_each:
+            if name not in follows and changed & {name, tied.get(name)}:
+                raise MergeError(
+                    f"{name} is tied to {tied.get(name)}, which only one of the adapters keeps; merge them apart"
+                )
+    return changes, all_follows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A base on the Hub
+
+
+def fetch_error(repo: str, error: Exception, file: str | None = None) -> FinetuneError:
+    """A `ModelError` that says why a repository, or a file of it, cannot be fetched from the Hub."""
+    if problem := hub_problem(repo, error):
+        return ModelError(f"{repo} {problem}")
+    return ModelError(f"{repo}{f': {file}' if file else ''} cannot be fetched: {first_line(error)}")
+
+
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
+    """The local folder of a model on the Hub: configs, tokenizer and, if asked for, safetensors weights."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
-    patterns += [MODEL_WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX]
+    patterns = [*_SMALL_FILES]
+    if weights:
+        patterns += [MODEL_WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelError(_refused(repo, error)) from error
-    return folder
+        raise fetch_error(repo, error) from error
 
 
 def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
-    """The tensors of a model on the Hub, without its weights; where in its file each lies is seen once it is here."""
+    """The tensors of a model on the Hub, read from its files' headers; their offsets are not those in the files."""
     from huggingface_hub import get_safetensors_metadata, model_info
 
     try:
-        model_info(
-            repo, revision=revision
-        )  # which says what is wrong; the next one only that there is no file
+        # Says what is wrong with a repository; the next call says only that there is no file.
+        model_info(repo, revision=revision)
         metadata = get_safetensors_metadata(repo, revision=revision)
     except Exception as error:
-        if hub_errors.hub_problem(repo, error):
-            raise ModelError(_refused(repo, error)) from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{repo} has no safetensors weights to stream: {reason}") from error
-    found: dict[str, StoredTensor] = {}
+        if hub_problem(repo, error):
+            raise fetch_error(repo, error) from error
+        raise ModelError(f"{repo} has no safetensors weights to stream: {first_line(error)}") from error
+    stored: dict[str, StoredTensor] = {}
     for file, entry in sorted(metadata.files_metadata.items()):
         header = {
-            n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
-            for n, t in entry.tensors.items()
+            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+            for name, tensor in entry.tensors.items()
         }
-        found |= dict(sorted(parse_header(file, header, 0).items(), key=lambda item: item[1].begin))
-    return found
+        stored |= dict(sorted(parse_header(file, header, 0).items(), key=lambda item: item[1].begin))
+    return stored
 
 
-def _write_rest(
-    request: MergeRequest, section: ModelSection, base: Path, written: torch.dtype, untied: bool
-) -> None:
-    """Config, generation config, tokenizer and template, and what else the base has beside its weights."""
+# ---------------------------------------------------------------------------------------------------------------
+# The files beside the weights
+
+
+def _write_small_files(request: MergeRequest, base: _Base, written: torch.dtype, untied: bool) -> None:
+    """Writes the config, generation config, tokenizer, chat template and other files that the base has."""
     into, run = Path(request.into), Path(request.model)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    folder = base.folder or _download(base.path, base.revision, weights=False)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if "torch_dtype" in part or "dtype" in part or part is config:
             part.pop("torch_dtype", None)
-            part["dtype"] = str(written).removeprefix("torch.")
+            part["dtype"] = dtype_name(written)
         if untied and ("tie_word_embeddings" in part or part is config or "vocab_size" in part):
             part["tie_word_embeddings"] = False
     if request.quantization:
         from transformers import BitsAndBytesConfig
 
         config["quantization_config"] = BitsAndBytesConfig(**request.quantization).to_dict()
-    (into / "config.json").write_text(
-        json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
-    whole = (run / "tokenizer_config.json").exists() and (run / "generation_config.json").exists()
-    if whole:  # as training left them: a large tokenizer takes longer to load than a small model to merge
-        for pattern in (*_TOKENIZER, "generation_config.json"):
+    text = json.dumps(config, ensure_ascii=False, indent=2)
+    (into / "config.json").write_text(text + "\n", encoding="utf-8")
+    if (run / "tokenizer_config.json").exists() and (run / "generation_config.json").exists():
+        # Copied as training saved them: loading a large tokenizer takes longer than merging a small model.
+        for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
             for path in run.glob(pattern):
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, into / path.name)
     else:
-        _save_tokenizer(section, run, base, into)
-    for pattern in _BESIDE:
-        for path in base.glob(pattern):
+        _save_tokenizer(base.section, run, folder, into)
+    for pattern in _OTHER_FILES:
+        for path in folder.glob(pattern):
             shutil.copy(path, into / path.name)
 
 
 def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) -> None:
-    """Of somebody else's adapter: its tokenizer or the base's, and a generation config that ends where a turn does."""
+    """Saves the tokenizer of an adapter that was trained elsewhere, or its base's; and a generation config.
+
+    The generation config stops at the end of a turn.
+    """
     from transformers import GenerationConfig
 
     from finetune.model.load import eos_tokens, load_tokenizer
-    from finetune.recipe.schema import ModelSection
 
     own = (run / "tokenizer_config.json").exists()
     with quiet():
         tokenizer = load_tokenizer(ModelSection(name_or_path=str(run)) if own else section)
         tokenizer.save_pretrained(into)
-        there = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
-        generation = GenerationConfig.from_pretrained(str(there)) if there else GenerationConfig()
+        folder = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
+        generation = GenerationConfig.from_pretrained(str(folder)) if folder else GenerationConfig()
         generation.eos_token_id = eos_tokens(generation, tokenizer)
-        # As JSON: upstream refuses to save what many a base has, a temperature without sampling.
+        # As JSON, because upstream refuses to save what many bases have: a temperature without sampling.
         generation.to_json_file(into / "generation_config.json")
 
 
-def _small_files(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "generation_config.json", *_TOKENIZER, *_BESIDE]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ModelError(_refused(repo, error)) from error
-
-
-def _refused(repo: str, error: Exception) -> str:
-    words = hub_errors.hub_problem(repo, error)
-    return f"{repo} {words}" if words else f"{repo} cannot be fetched: {str(error).strip().splitlines()[0]}"
-
-
 def adapters_of(run: Path, others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """The run's own adapter, weighing 1 unless it is named among `others`, and those."""
-    mine = str(run)
+    """The adapters of a merge: the run's own with weight 1, unless `others` names it, and `others`."""
     if any(Path(path).resolve() == run.resolve() for path, _ in others):
         return tuple(others)
-    return ((mine, 1.0), *others)
+    return ((str(run), 1.0), *others)

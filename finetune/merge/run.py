@@ -1,8 +1,8 @@
-"""A base and adapters to merged weights, one tensor at a time: never the model, never more than one product in memory.
+"""A base and adapters to merged weights, one tensor at a time: the model is never in memory, and one product at most.
 
-Every number is what PEFT's `merge_and_unload()` gives, but for one thing: where PEFT changes both sides of tied
-embeddings though one was trained, the other is left alone here and the two are stored apart. What counts is that the
-merged model answers as its adapter does.
+Every number is that of PEFT's `merge_and_unload()`, with one exception: if only one of two tied embeddings was trained,
+PEFT changes both, and here the other one stays as it is and the two are stored apart. So the merged model answers as
+the adapter does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from finetune import __version__
 from finetune.merge.plan import MergeRequest, adapters_of, plan_in_fresh_process
 from finetune.merge.write import write_weights
+from finetune.model.provenance import MergeRecord, is_adapter
 from finetune.system.errors import MergeError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_apart, run_file, sha256, whole_folder
+from finetune.system.files import ADAPTER_WEIGHTS, MERGE_RECORD, check_apart, run_file, sha256, whole_folder
 from finetune.system.terminal import Say
 
 
@@ -35,52 +36,45 @@ def merge(
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> Path:
-    """The merged model of a run, in `output`: weights, config, tokenizer and template, ready for `from_pretrained`.
+    """Merges a run into its base: writes weights, config, tokenizer and template that `from_pretrained` loads.
 
     Args:
         run: A run directory, one of its checkpoints, or any folder with a PEFT adapter.
-        output: A folder that does not exist yet.
-        dtype: float32, bfloat16 or float16; absent, the type that the run trained in, and only then every number is
-            what PEFT gives.
+        output: The folder to write, which must not exist yet.
+        dtype: float32, bfloat16 or float16. By default the type that the run trained in; only then is every number
+            PEFT's.
         base: original, or dequantised: the rounded weights that a 4- or 8-bit run trained against.
-        adapters: Further adapters of the same base with their weights; the run's own weighs 1 unless it is among them.
-        max_shard_size: Such as 5GB or 500MB.
-        stream_base: Fetches a base on the Hub file by file, and removes each when it is used up.
-        overwrite: Replaces what an earlier merge or export left in `output`, once all is done.
-        say: Gets a line for each thing that a person may want to know.
-        progress: Whether a terminal shows a bar.
+        adapters: Further adapters of the same base and their weights; the run's own has weight 1 unless it is listed.
+        max_shard_size: The size at which a new weight file begins, such as 5GB or 500MB.
+        stream_base: Fetches the weight files of a base on the Hub one by one, and removes each when it is used up.
+        overwrite: Replaces the result of an earlier merge or export in `output`, once the new one is complete.
+        say: Called with each line for the user.
+        progress: Shows a bar if there is a terminal.
+
+    Returns:
+        `output`.
 
     Raises:
-        MergeError: The adapter is of another base, is not finite, or holds what cannot be merged.
-        ShardError, ModelError, RunError: A file is damaged, the base is not there, the output is in use.
+        MergeError: An adapter was trained on another base, is not finite, or has a part that cannot be merged.
+        ModelError: The base is missing or damaged.
+        RunError: A file of the run is damaged, or `output` exists or is being written by another process.
     """
     run, output = Path(run), Path(output)
-    if not (run / ADAPTER_CONFIG).is_file():
-        whole = (run / "config.json").is_file()
-        why = (
-            "it is a whole model already; finetune export makes other types of it"
-            if whole
-            else "no finished run"
-        )
-        raise MergeError(f"{run} holds no adapter (adapter_config.json): {why}")
-    if len({os.path.realpath(path) for path, _ in adapters}) < len(adapters):
-        raise MergeError("--adapter: one of them is given twice; add its weights up")
-    for path, weight in adapters:
-        if not math.isfinite(weight):
-            raise MergeError(f"--adapter {path}={weight}: write a number")
-        if not (Path(path) / ADAPTER_CONFIG).is_file():
-            raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
-    max_bytes = _bytes_of(max_shard_size)
+    _check_adapters(run, adapters)
+    max_bytes = _parse_size(max_shard_size)
     inputs = [run, *(Path(path) for path, _ in adapters)]
-    with whole_folder(output, overwrite, inputs) as beside:
-        request = MergeRequest(str(run), adapters_of(run, adapters), str(beside), dtype, stream=stream_base)
+    with whole_folder(output, overwrite, inputs) as folder:
+        request = MergeRequest(str(run), adapters_of(run, adapters), str(folder), dtype, stream=stream_base)
         plan = plan_in_fresh_process(request)
         if plan.folder:
             check_apart(output, [Path(plan.folder)])
         if base == "dequantised" and not any(item.quantised for item in plan.tensors):
             raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
-        write_weights(plan, beside, max_bytes, dequantise=base == "dequantised", progress=progress)
-        record = plan.record | {
+        write_weights(plan, folder, max_bytes, dequantise=base == "dequantised", progress=progress)
+        record: MergeRecord = {
+            "base": plan.base,
+            "revision": plan.revision,
+            "dtype_of_training": plan.held,
             "finetune": __version__,
             "run": os.path.abspath(run),
             "adapters": [
@@ -90,28 +84,35 @@ def merge(
             "base_weights": base,
             "dtype": plan.dtype,
         }
-        (beside / "merge.json").write_text(
-            json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(record, ensure_ascii=False, indent=1)
+        (folder / MERGE_RECORD).write_text(text + "\n", encoding="utf-8")
         if recipe := run_file(run, "recipe.yaml"):
-            shutil.copy(recipe, beside / "recipe.yaml")
+            shutil.copy(recipe, folder / "recipe.yaml")
     if plan.untied:
         say("input and output embeddings were tied, and only one was trained: they are stored apart")
     say(f"merged: {output}")
     return output
 
 
-def _bytes_of(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", size.strip(), re.IGNORECASE)
+def _check_adapters(run: Path, others: Sequence[tuple[str, float]]) -> None:
+    """Refuses folders without an adapter, one that is listed twice, and weights that are not finite."""
+    if not is_adapter(run):
+        whole = "it is a whole model already; finetune export makes other types of it"
+        reason = whole if (run / "config.json").is_file() else "no finished run"
+        raise MergeError(f"{run} holds no adapter (adapter_config.json): {reason}")
+    if len({os.path.realpath(path) for path, _ in others}) < len(others):
+        raise MergeError("--adapter: one of them is given twice; add its weights up")
+    for path, weight in others:
+        if not math.isfinite(weight):
+            raise MergeError(f"--adapter {path}={weight}: write a number")
+        if not is_adapter(Path(path)):
+            raise MergeError(f"--adapter {path}={weight:g}: {path} holds no adapter (adapter_config.json)")
+
+
+def _parse_size(text: str) -> int:
+    """The bytes of a size such as 5GB or 500MB, in decimal units."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if not count:
-        raise MergeError(f"--max-shard-size is {size!r}; write such as 5GB or 500MB")
+        raise MergeError(f"--max-shard-size is {text!r}; write such as 5GB or 500MB")
     return count
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Weights, one after the other
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Where weights are read from

@@ -1,20 +1,21 @@
-"""A checkpoint on disk against the model in memory: which tensor becomes which, in what type, tied, fused or quantised.
+"""The tensors of a checkpoint on disk and those of the model in memory: names, types, ties, fused and quantised ones.
 
-transformers renames tensors when it loads them, fuses experts that are stored singly and ties embeddings. It is asked,
-with a model on the meta device, so that nothing is guessed.
+transformers renames tensors when it loads them, fuses experts that are stored one by one, and ties embeddings. All of
+this is asked of transformers, with a model on the meta device.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.merge.adapter import Change
-from finetune.model.shards import StoredTensor
+from finetune.model.shards import Dtype, StoredTensor
 from finetune.system.errors import MergeError
 from finetune.system.terminal import quiet
 
@@ -22,39 +23,64 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import ModelSection
 
 
-@dataclass
+@dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the checkpoint to write, from the one of the base called `source`."""
+    """A tensor to write.
+
+    Attributes:
+        name: Its name on disk.
+        source: The name of the base's tensor that it is made from.
+        held: The type that the run held it in.
+        written: The type to write it in.
+        changes: What the adapters change.
+        quantised: "linear" or "conv1d" (which is transposed before it is quantised) for a weight that is quantised in
+            a 4- or 8-bit base or export; else empty.
+    """
 
     name: str
     source: str
-    held: torch.dtype
-    """What the run held it in."""
-    written: torch.dtype
-    changes: list[Change] = field(default_factory=list)
+    held: Dtype
+    written: Dtype
+    changes: list[Change]
     quantised: str = ""
-    """Of a base or an export in 4 or 8 bit: "linear", or "conv1d", which is turned before it is quantised."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class FusedTensors:
-    """Tensors that are stored one by one and are one parameter in memory, of which an adapter changes something."""
+    """Tensors that are stored one by one and fused to one parameter in memory, which an adapter changes.
+
+    Attributes:
+        sources: The names on disk by the converter's pattern, in the converter's order.
+        stored_as: The name on disk by the name that the reversed converter gives.
+        target: The parameter's name in memory, or the first one's if the converter makes several.
+        held: The type that the run held it in.
+        written: The type to write it in.
+        changes: What the adapters change, by the name in memory.
+    """
 
     sources: dict[str, list[str]]
-    """By the converter's pattern: names on disk, in the order of the converter."""
     stored_as: dict[str, str]
-    """Names that the reversed converter gives, to names on disk."""
     target: str
-    converter: Any
-    config: Any
-    held: torch.dtype
-    written: torch.dtype
+    held: Dtype
+    written: Dtype
     changes: dict[str, list[Change]]
-    """By name in memory."""
 
 
-def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, dict[str, torch.dtype]]:
-    """The model without weights, and the type in which `from_pretrained` would hold each of its tensors.
+@dataclass(frozen=True)
+class TensorTypes:
+    """The types in which `from_pretrained(dtype=default)` holds a model's tensors, by the name in memory."""
+
+    by_name: dict[str, torch.dtype]
+    default: torch.dtype
+
+
+def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, TensorTypes]:
+    """A model on the meta device, and the types in which `from_pretrained` would hold its tensors.
+
+    Args:
+        config: The model's config.
+        dtype: The type that `from_pretrained` is given.
+        trust_remote_code: Whether the model's own code may run.
 
     Source: transformers 5.23 `core_model_loading.convert_and_load_state_dict_in_model`, "Handle dtype casting".
     """
@@ -69,78 +95,102 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
     for name, tensor in model.state_dict().items():
         match = pattern.search(name)
         types[name] = special[groups[match.lastgroup]] if match else tensor.dtype
-    return model, types
+    return model, TensorTypes(types, dtype)
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """The `WeightRenaming`s and `WeightConverter`s with which transformers loads a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings, converters = (
+        [entry for entry in mapping if isinstance(entry, kind)] for kind in (WeightRenaming, WeightConverter)
+    )
+    return renamings, converters
+
+
+def weight_converters(model: Any) -> dict[str, Any]:
+    """The `WeightConverter`s with which transformers loads a model, by their source patterns."""
+    return {pattern: entry for entry in _conversions(model)[1] for pattern in entry.source_patterns}
 
 
 class TensorNames:
-    """Names on disk and in memory, by transformers' own rules for this model.
+    """The names of a checkpoint's tensors on disk and in memory, by transformers' rules for the model.
+
+    Args:
+        model: The model on the meta device.
+        stored: The checkpoint's tensors.
+
+    Attributes:
+        on_disk_of: The name on disk by the name in memory.
+        fused: The fused tensors by the name in memory of the first parameter that they make: pattern, name on disk.
+        tied: The name of the tensor that another one is tied to, by the other's.
+
+    Raises:
+        MergeError: A tensor has not the shape that the model's config gives it.
 
     Source: transformers 5.23 `core_model_loading.convert_and_load_state_dict_in_model`, "Rename the key".
     """
 
-    def __init__(self, model: Any, stored: dict[str, StoredTensor]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            apply_renamings,
-            rename_source_key,
-        )
-
-        self.state = model.state_dict()
-        self.parameters = {name for name, _ in model.named_parameters()}
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-
-        def rename(name: str) -> tuple[str, str | None]:
-            new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, self.state)
-            if new not in self.state and name in self.state:
-                new, pattern = rename_source_key(name, [], [], model.base_model_prefix, self.state)
-            return new, pattern
-
-        def halfway(name: str) -> str:
-            return str(apply_renamings(name, renamings))
-
-        self.rename, self.halfway = rename, halfway
-        self.converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        self.config = model.config
-        self.one: dict[str, str] = {}  # in memory -> on disk
-        self.many: dict[str, list[tuple[str, str]]] = defaultdict(
-            list
-        )  # first in memory -> (pattern, on disk)
+    def __init__(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
         from transformers.core_model_loading import dot_natural_key
 
+        self.stored, self.state, self.prefix = stored, model.state_dict(), model.base_model_prefix
+        self.parameters = {name for name, _ in model.named_parameters()}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self.renamings, self.converters = _conversions(model)
+        self.converter_of = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self.on_disk_of: dict[str, str] = {}
+        self.fused: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for name in sorted(stored, key=dot_natural_key):
-            new, pattern = rename(name)
-            if new not in self.state:
+            in_memory, pattern = self._in_memory(name)
+            if in_memory not in self.state:
                 continue  # of another head of the same checkpoint; it is copied
-            if pattern is None:
-                if stored[name].shape != tuple(self.state[new].shape):
-                    raise MergeError(
-                        f"{name} of the base is {list(stored[name].shape)}, where its config.json makes "
-                        f"{list(self.state[new].shape)}: the weights and the config are of two models"
-                    )
-                self.one[new] = name
-            else:
-                self.many[new].append((pattern, name))
+            if pattern is not None:
+                self.fused[in_memory].append((pattern, name))
+                continue
+            if stored[name].shape != tuple(self.state[in_memory].shape):
+                raise MergeError(
+                    f"{name} of the base is {list(stored[name].shape)}, where its config.json makes "
+                    f"{list(self.state[in_memory].shape)}: the weights and the config are of two models"
+                )
+            self.on_disk_of[in_memory] = name
 
-    def targets(self, first: str) -> list[str]:
-        """All parameters in memory that a converter makes where `first` is the first."""
-        converter = self.converter_of[self.many[first][0][0]]
-        targets = converter.target_patterns
-        return [first, *(first.replace(targets[0], other) for other in targets[1:])]
+    def _in_memory(self, name: str) -> tuple[str, str | None]:
+        """The name in memory of a tensor on disk, and the pattern of the converter that takes it."""
+        from transformers.core_model_loading import rename_source_key
 
-    def on_disk(self, name: str, like: str) -> str:
-        """The name under which a parameter that the base does not store is to be stored, so that it is found again."""
-        beside = self.one[like]
+        found: tuple[str, str | None]
+        found = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
+        if found[0] not in self.state and name in self.state:
+            found = rename_source_key(name, [], [], self.prefix, self.state)
+        return found
+
+    def fused_names(self, first: str) -> list[str]:
+        """The names in memory of all parameters that a converter makes, of which `first` is the first."""
+        patterns = self.converter_of[self.fused[first][0][0]].target_patterns
+        return [first, *(first.replace(patterns[0], other) for other in patterns[1:])]
+
+    def new_name_on_disk(self, name: str, like: str) -> str:
+        """The name on disk for a parameter that the base does not store, so that transformers finds it.
+
+        Args:
+            name: The parameter's name in memory.
+            like: The name in memory of a parameter that is stored, whose prefix is tried first.
+
+        Raises:
+            MergeError: No name leads to the parameter.
+        """
+        stored_like = self.on_disk_of[like]
         for end in range(len(like)):
-            if beside.endswith(like[end:]) and (prefix := beside[: len(beside) - len(like[end:])]):
-                candidate = prefix + name
-                if self.rename(candidate) == (name, None):
-                    return candidate
+            if stored_like.endswith(like[end:]) and (
+                prefix := stored_like[: len(stored_like) - len(like[end:])]
+            ):
+                if self._in_memory(prefix + name) == (name, None):
+                    return prefix + name
                 break
-        if self.rename(name) == (name, None):
+        if self._in_memory(name) == (name, None):
             return name
         raise MergeError(f"{name} has to be stored apart, but no name on disk leads to it")
 
@@ -148,7 +198,14 @@ class TensorNames:
 def quantised_weights(
     config: Any, section: ModelSection, held: torch.dtype, quantization: dict[str, Any] | None
 ) -> dict[str, str]:
-    """The weights that bitsandbytes would quantise, by name in memory."""
+    """The weights that bitsandbytes would quantise, by name in memory: "linear" or "conv1d".
+
+    Args:
+        config: The model's config.
+        section: The recipe's `model` section.
+        held: The type of the model's other weights.
+        quantization: The arguments of `transformers.BitsAndBytesConfig`; None quantises nothing.
+    """
     if not quantization or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return {}
     from transformers import BitsAndBytesConfig
@@ -167,96 +224,135 @@ def quantised_weights(
 
 
 def plan_tensors(
-    stored: dict[str, StoredTensor],
     names: TensorNames,
-    changes: dict[str, list[Change]],
+    changes: Mapping[str, list[Change]],
     follows: set[str],
-    tied: dict[str, str],
-    types: dict[str, torch.dtype],
-    out_types: dict[str, torch.dtype],
-    quantised: dict[str, str],
-    whole: tuple[torch.dtype, torch.dtype],
+    held: TensorTypes,
+    written: TensorTypes,
+    quantised: Mapping[str, str],
 ) -> tuple[list[OutputTensor], list[FusedTensors], bool]:
-    """Every tensor to write, in the order in which the base stores them."""
-    untied: dict[str, OutputTensor] = {}
-    aliases, apart = set(), False
-    for name, source in tied.items():
-        if not (changes.get(name) or changes.get(source)):
+    """The tensors to write, in the order in which the base stores them.
+
+    Args:
+        names: The base's tensors.
+        changes: What the adapters change, by name in memory.
+        follows: Tied tensors that take over the changes of the tensor that they are tied to.
+        held: The types in which the run held the model.
+        written: The types in which it is written.
+        quantised: As `quantised_weights` returns them.
+
+    Returns:
+        The tensors; those that are fused in memory and changed; True if tied embeddings are stored apart.
+
+    Raises:
+        MergeError: A changed tensor or one of the model's is not in the base's files.
+    """
+    ties = _resolve_ties(names, changes, follows, held, written)
+    _check_complete(names, ties)
+    in_memory = {disk: name for name, disk in names.on_disk_of.items()}
+    first_of = {disk: first for first, entries in names.fused.items() for _, disk in entries}
+    tensors: list[OutputTensor] = []
+    fused: dict[str, FusedTensors] = {}
+    for disk, entry in names.stored.items():
+        name, first = in_memory.get(disk), first_of.get(disk)
+        if first is not None and any(ties.changes.get(target) for target in names.fused_names(first)):
+            if first not in fused:
+                fused[first] = _fused_tensors(first, names, ties.changes, held, written)
+            continue
+        if not entry.dtype.is_floating_point:
+            types = (entry.dtype, entry.dtype)
+        elif name is not None:
+            types = (held.by_name[name], written.by_name[name])
+        elif entry.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            # Copied: it is fused in memory and not changed, or it is no part of this model.
+            types = (held.default, written.default)
+        else:
+            types = (entry.dtype, entry.dtype)
+        its_changes = ties.changes.get(name, []) if name is not None else []
+        tensors.append(OutputTensor(disk, disk, *types, its_changes, quantised.get(name or "", "")))
+        tensors += ties.stored_apart.get(disk, [])
+    return tensors, list(fused.values()), ties.untied
+
+
+@dataclass(frozen=True)
+class _Ties:
+    """What becomes of tied tensors.
+
+    Attributes:
+        changes: All changes by name in memory, with those that tied tensors take over.
+        stored_apart: Tensors that the base does not store, by the name on disk of the one that they were tied to.
+        known: The names in memory of tied tensors that need no tensor of the base's files.
+        untied: True if tied tensors are two from now on.
+    """
+
+    changes: dict[str, list[Change]]
+    stored_apart: dict[str, list[OutputTensor]]
+    known: set[str]
+    untied: bool
+
+
+def _resolve_ties(
+    names: TensorNames,
+    changes: Mapping[str, list[Change]],
+    follows: set[str],
+    held: TensorTypes,
+    written: TensorTypes,
+) -> _Ties:
+    """Decides for each tied tensor that is changed: it takes over the other's changes, or is stored apart."""
+    result = dict(changes)
+    stored_apart: dict[str, list[OutputTensor]] = defaultdict(list)
+    known, untied = set(), False
+    for name, source in names.tied.items():
+        if not (result.get(name) or result.get(source)):
             continue
         if name in follows:
-            changes[name] = changes[source] if name in names.one else []
-            aliases.add(name)
+            result[name] = result.get(source, []) if name in names.on_disk_of else []
+            known.add(name)
             continue
-        # Only one side was trained, or each by itself: from here on they are two.
-        apart = True
-        if name not in names.one and source in names.one:
-            aliases.add(name)
-            untied[names.one[source]] = OutputTensor(
-                names.on_disk(name, source),
-                names.one[source],
-                types[name],
-                out_types[name],
-                changes.get(name, []),
-            )
-    known = set(names.one) | aliases
-    for first in names.many:
-        known.update(names.targets(first))
-    for name in changes:
+        # Only one of the two was trained, or each by itself.
+        untied = True
+        if name not in names.on_disk_of and source in names.on_disk_of:
+            known.add(name)
+            disk = names.on_disk_of[source]
+            types = (held.by_name[name], written.by_name[name])
+            new_name = names.new_name_on_disk(name, source)
+            stored_apart[disk].append(OutputTensor(new_name, disk, *types, result.get(name, [])))
+    return _Ties(result, stored_apart, known, untied)
+
+
+def _check_complete(names: TensorNames, ties: _Ties) -> None:
+    """Refuses files of a base that lack a changed tensor or one of the model's parameters."""
+    known = set(names.on_disk_of) | ties.known
+    for first in names.fused:
+        known.update(names.fused_names(first))
+    for name in ties.changes:
         if name not in known:
             raise MergeError(f"{name} is trained by the adapter, but no file of the base holds it")
-    missing = sorted(names.parameters - known - set(tied))
+    missing = sorted(names.parameters - known - set(names.tied))
     if missing:
         raise MergeError(
             f"the base's files do not hold {missing[0]} (and {len(missing) - 1} more): they are of another model"
         )
 
-    tensors, fused = [], []
-    in_memory = {disk: name for name, disk in names.one.items()}
-    done: set[str] = set()
-    group_of = {disk: first for first, entries in names.many.items() for _, disk in entries}
-    for disk, entry in stored.items():
-        if disk in in_memory:
-            name = in_memory[disk]
-            tensors.append(
-                OutputTensor(
-                    disk, disk, types[name], out_types[name], changes.get(name, []), quantised.get(name, "")
-                )
-            )
-            if disk in untied:
-                tensors.append(untied[disk])
-        elif disk in group_of and any(changes.get(name) for name in names.targets(group_of[disk])):
-            first = group_of[disk]
-            if first not in done:
-                done.add(first)
-                fused.append(_fuse(first, names, changes, types, out_types))
-        else:
-            # Stored otherwise than held, or not of this model: copied, in the types of all.
-            floats = entry.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            held, written = whole if floats else (entry.dtype, entry.dtype)
-            tensors.append(OutputTensor(disk, disk, held, written))
-    for item in tensors:
-        if not stored[item.source].dtype.is_floating_point:
-            item.held = item.written = stored[item.source].dtype
-    return tensors, fused, apart
 
-
-def _fuse(
+def _fused_tensors(
     first: str,
     names: TensorNames,
-    changes: dict[str, list[Change]],
-    types: dict[str, torch.dtype],
-    out_types: dict[str, torch.dtype],
+    changes: Mapping[str, list[Change]],
+    held: TensorTypes,
+    written: TensorTypes,
 ) -> FusedTensors:
+    """The tensors on disk that make the parameter `first`, and those that are made with it."""
+    from transformers.core_model_loading import apply_renamings
+
     sources: dict[str, list[str]] = defaultdict(list)
-    for pattern, disk in names.many[first]:
+    for pattern, disk in names.fused[first]:
         sources[pattern].append(disk)
     return FusedTensors(
         sources=dict(sources),
-        stored_as={names.halfway(disk): disk for _, disk in names.many[first]},
+        stored_as={str(apply_renamings(disk, names.renamings)): disk for _, disk in names.fused[first]},
         target=first,
-        converter=names.converter_of[names.many[first][0][0]],
-        config=names.config,
-        held=types[first],
-        written=out_types[first],
-        changes={name: changes.get(name, []) for name in names.targets(first)},
+        held=held.by_name[first],
+        written=written.by_name[first],
+        changes={name: changes.get(name, []) for name in names.fused_names(first)},
     )

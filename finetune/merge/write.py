@@ -1,27 +1,29 @@
-"""Merged weights written to safetensors, one tensor at a time."""
+"""Merged weights written as safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.merge.adapter import Adapter, Update, check_combination
-from finetune.merge.plan import MergePlan
+from finetune.merge.adapter import Adapter, Change, Update, check_combination
+from finetune.merge.plan import MergePlan, fetch_error, fused_converters
 from finetune.merge.tensor_map import FusedTensors, OutputTensor
 from finetune.model.quantization import dequantised, quantise
 from finetune.model.shards import ShardWriter, StoredTensor, all_finite, read_header, read_tensor, row_ranges
-from finetune.system import hub_errors
 from finetune.system.errors import MergeError, ModelError
+from finetune.system.numbers import memory
 from finetune.system.terminal import progress_bar
 
 
@@ -33,112 +35,171 @@ def write_weights(
     quantised: bool = False,
     progress: bool = False,
 ) -> None:
-    """The planned tensors as shards in `into`.
+    """Writes the planned tensors as shards.
 
     Args:
-        plan: What to write.
-        into: The folder.
-        max_bytes: Of one shard.
-        dequantise: Whether to start from the rounded values of a quantised base.
-        quantised: Whether to write what bitsandbytes quantises quantised.
-        progress: Whether a terminal shows a bar.
+        plan: The tensors.
+        into: The folder to write to.
+        max_bytes: The size in bytes at which a new shard begins.
+        dequantise: Starts from the rounded values that a run on a quantised base computed with.
+        quantised: Writes the weights that bitsandbytes quantises in 4 or 8 bit.
+        progress: Shows a bar if there is a terminal.
+
+    Raises:
+        MergeError: An adapter holds NaN or infinity, adapters cannot be combined, a merged weight is not finite or does
+            not fit float16, or the disk has not enough room.
+        ModelError: A file of the base is damaged or cannot be fetched.
     """
     names = [(item.name, item.source, item.written) for item in plan.tensors]
-    for group in plan.fused:
-        names += [(name, name, group.written) for many in group.sources.values() for name in many]
+    names += [(name, name, group.written) for group in plan.fused for name in _sources(group)]
     total = sum(plan.stored[source].count * written.itemsize for _, source, written in names)
     _check_room(into, total, plan)
-    # What bitsandbytes keeps beside a weight are up to five more tensors of its name.
-    header = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
-    # In the order of the base's files, so that one that was fetched is soon used up.
+    # bitsandbytes keeps up to five more tensors for a weight, whose names begin with its name.
+    header_bytes = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
+    # In the order of the base's files, so that each of a streamed base is used up early.
     place = {name: number for number, name in enumerate(plan.stored)}
     work: list[tuple[int, OutputTensor | FusedTensors]] = [
         (place[item.source], item) for item in plan.tensors
     ]
-    work += [(max(place[n] for many in group.sources.values() for n in many), group) for group in plan.fused]
+    work += [(max(place[name] for name in _sources(group)), group) for group in plan.fused]
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(_Base(plan, into))
-        loaded = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
+        base = stack.enter_context(_BaseFiles(plan, into))
+        adapters = [stack.enter_context(Adapter(Path(path), weight)) for path, weight in plan.adapters]
         for tensor in plan.tensors:
-            check_combination(tensor.name, tensor.changes, loaded)
+            check_combination(tensor.name, tensor.changes, adapters)
         for group in plan.fused:
             for name, changes in group.changes.items():
-                check_combination(name, changes, loaded)
-        writer = ShardWriter(into, max_bytes, header)
-        stack.callback(writer.abort)
+                check_combination(name, changes, adapters)
+        shards = ShardWriter(into, max_bytes, header_bytes)
+        stack.callback(shards.abort)
+        writer = _Writer(plan, base, adapters, shards, dequantise, quantised)
         advance, shown = stack.enter_context(progress_bar("weights", total, progress, "bytes")), 0
         for _, item in sorted(work, key=lambda pair: pair[0]):
-            if isinstance(item, OutputTensor):
-                _write(plan, item, base, loaded, writer, dequantise, quantised)
-                base.used(item.source)
-            else:
-                _write_fused(item, base, loaded, writer)
-            advance(writer.total - shown)
-            shown = writer.total
-        writer.close()
+            (writer.write if isinstance(item, OutputTensor) else writer.write_fused)(item)  # type: ignore[arg-type]
+            advance(shards.total - shown)
+            shown = shards.total
+        shards.close()
+
+
+def _sources(group: FusedTensors) -> list[str]:
+    """The names on disk of a group of fused tensors."""
+    return [name for names in group.sources.values() for name in names]
 
 
 def _check_room(into: Path, total: int, plan: MergePlan) -> None:
+    """Refuses to start if the disk has not room for `total` bytes and the fetched files of a streamed base."""
     free, needed = shutil.disk_usage(into).free, total
     if plan.folder is None:
         per_file = Counter[str]()
         for stored in plan.stored.values():
             per_file[stored.file] += stored.end - stored.begin
-        # A stacked expert may need a file's end and the next one's beginning.
+        # Stacked experts may lie in two files.
         needed += sum(sorted(per_file.values())[-2 if plan.fused else -1 :])
     if needed * 1.01 > free:
         raise MergeError(
-            f"{into.parent} has {free / 2**30:,.1f} GiB free, and {needed / 2**30:,.1f} GiB are needed; make room, or "
-            "write to another disk with --output"
+            f"{into.parent} has {memory(free)} free, and {memory(needed)} are needed; make room, or write to another "
+            "disk with --output"
         )
 
 
-def _write(
-    plan: MergePlan,
-    item: OutputTensor,
-    base: _Base,
-    adapters: list[Adapter],
-    writer: ShardWriter,
-    dequantise: bool,
-    quantised: bool,
-) -> None:
-    stored, descriptor = base.find(item.source)
-    kept = stored.dtype == item.held == item.written
-    rounded = dequantise and item.quantised
-    if kept and not item.changes and not rounded and not (quantised and item.quantised):
-        writer.copy(item.name, descriptor, stored)
-        return
-    if quantised and item.quantised:
-        whole = read_tensor(descriptor, stored).to(item.held).to(item.written)
-        for end, tensor in quantise(whole, plan.quantization or {}, item.quantised):
-            writer.add(item.name.removesuffix("weight") + end, tensor.dtype, tensor.shape, [tensor])
-        return
-    rows, width = (stored.shape[0], stored.count // max(1, stored.shape[0])) if stored.shape else (1, 1)
-    start_values = None
-    if rounded:
-        start_values = dequantised(
-            read_tensor(descriptor, stored).to(item.held), plan.quantization or {}, item.quantised
-        )
+@dataclass(frozen=True)
+class _Writer:
+    """Writes one tensor after another; the attributes are the arguments of `write_weights` and what it opened."""
 
-    def held(start: int, stop: int) -> torch.Tensor:
-        if start_values is not None:
-            return start_values[start:stop].reshape(stop - start, width).clone()
-        part = read_tensor(descriptor, stored, start * width, stop * width)
-        return part.view(stop - start, width).to(item.held)
+    plan: MergePlan
+    base: _BaseFiles
+    adapters: list[Adapter]
+    shards: ShardWriter
+    dequantise: bool
+    quantised: bool
 
-    update = Update(item.name, item.changes, stored.shape, adapters, held)
+    def write(self, item: OutputTensor) -> None:
+        """Writes a tensor: as it is stored, quantised, or merged row by row."""
+        stored, descriptor = self.base.find(item.source)
+        options = self.plan.quantization or {}
+        rounded, packed = self.dequantise and item.quantised, self.quantised and item.quantised
+        if not (item.changes or rounded or packed) and stored.dtype == item.held == item.written:
+            self.shards.copy(item.name, descriptor, stored)
+        elif packed:
+            weight = read_tensor(descriptor, stored).to(item.held).to(item.written)
+            for suffix, tensor in quantise(weight, options, item.quantised):
+                name = item.name.removesuffix("weight") + suffix
+                self.shards.add(name, tensor.dtype, tensor.shape, [tensor])
+        else:
+            self._write_rows(item, stored, descriptor, options if rounded else None)
+        self.base.release(item.source)
 
-    def pieces() -> Iterator[torch.Tensor]:
-        for start, stop in row_ranges(rows, width):
-            part = update.rows(start, stop)
-            yield _written(item.name, part, item.written, bool(item.changes))
+    def _write_rows(
+        self, item: OutputTensor, stored: StoredTensor, descriptor: int, rounded: dict[str, Any] | None
+    ) -> None:
+        """Writes the merged rows of a tensor; `rounded` quantises the base and brings it back before that."""
+        count = stored.shape[0] if stored.shape else 1
+        width = stored.count // max(1, count)
+        whole = None
+        if rounded is not None:
+            whole = dequantised(read_tensor(descriptor, stored).to(item.held), rounded, item.quantised)
 
-    with _one_thread():
-        writer.add(item.name, item.written, stored.shape, pieces())
+        def read_base(start: int, stop: int) -> torch.Tensor:
+            if whole is not None:
+                return whole[start:stop].reshape(stop - start, width).clone()
+            part = read_tensor(descriptor, stored, start * width, stop * width)
+            return part.view(stop - start, width).to(item.held)
+
+        update = Update(item.name, item.changes, stored.shape, self.adapters, read_base)
+        parts = (update.rows(start, stop) for start, stop in row_ranges(count, width))
+        converted = (_converted(item.name, part, item.written, bool(item.changes)) for part in parts)
+        with _one_thread():
+            self.shards.add(item.name, item.written, stored.shape, converted)
+
+    @functools.cached_property
+    def _converters(self) -> tuple[dict[str, Any], Any]:
+        return fused_converters(self.plan)
+
+    def write_fused(self, group: FusedTensors) -> None:
+        """Fuses tensors as transformers does when it loads them, merges, and writes them one by one as before."""
+        converters, config = self._converters
+        original = converters[next(iter(group.sources))]
+        converter = deepcopy(original)
+        for pattern, names in group.sources.items():
+            for name in names:
+                stored, descriptor = self.base.find(name)
+                tensor = read_tensor(descriptor, stored).to(group.held)
+                converter.add_tensor(group.target, name, pattern, lambda tensor=tensor: tensor)
+        reverse, first = original.reverse_transform(), None
+        for name, fused in converter.convert(group.target, config=config).items():
+            renamed, pattern = reverse.rename_source_key(name)
+            first = first or renamed
+            reverse.add_tensor(
+                first, name, pattern, self._merge_fused(name, _unpacked(fused), group.changes[name])
+            )
+        separate = reverse.convert(first, config=config)
+        if set(separate) != set(group.stored_as):
+            raise MergeError(
+                f"{group.target} cannot be taken apart again into {', '.join(list(group.stored_as)[:2])}, ..."
+            )
+        for name, part in separate.items():
+            disk, tensor = group.stored_as[name], _unpacked(part)
+            converted = _converted(disk, tensor, group.written, True)
+            self.shards.add(disk, group.written, tensor.shape, [converted])
+            self.base.release(disk)
+
+    def _merge_fused(self, name: str, whole: torch.Tensor, changes: list[Change]) -> torch.Tensor:
+        """A fused parameter with the adapters' changes."""
+        flat_NW = whole.reshape(whole.shape[0], -1)
+        shape = tuple(whole.shape)
+        update = Update(name, changes, shape, self.adapters, lambda start, stop: flat_NW[start:stop].clone())
+        for start, stop in row_ranges(*flat_NW.shape):
+            flat_NW[start:stop] = update.rows(start, stop)
+        return flat_NW.view(shape)
 
 
-def _written(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool) -> torch.Tensor:
-    """Numbers in the type that they are written in, if they are such."""
+def _unpacked(tensor: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The tensor in a converter's result, which may be a list of one."""
+    return tensor[0] if isinstance(tensor, list) else tensor
+
+
+def _converted(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool) -> torch.Tensor:
+    """Numbers in the type that they are written in; refuses those that are not finite or do not fit."""
     if changed and not all_finite(part):
         raise MergeError(f"{name}: is not finite once it is merged; the adapter, or its weight, is broken")
     out = part.to(dtype)
@@ -151,7 +212,7 @@ def _written(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool) -
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """For slices, which wait for memory: threads that wait for each other at each cost more than they give."""
+    """Lets torch use one thread: work on small slices waits for memory, and more threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -160,62 +221,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_fused(group: FusedTensors, base: _Base, adapters: list[Adapter], writer: ShardWriter) -> None:
-    """Tensors stored one by one that are one parameter in memory: put together, changed, taken apart again."""
-    converter = deepcopy(group.converter)
-    for pattern, names in group.sources.items():
-        for name in names:
-            stored, descriptor = base.find(name)
-            converter.add_tensor(
-                group.target, name, pattern, _later(read_tensor(descriptor, stored).to(group.held))
-            )
-    merged = {}
-    for name, tensor in converter.convert(group.target, config=group.config).items():
-        whole = tensor[0] if isinstance(tensor, list) else tensor
-        flat = whole.reshape(whole.shape[0], -1)
-        update = Update(name, group.changes[name], tuple(whole.shape), adapters, _rows_of(flat))
-        for start, stop in row_ranges(*flat.shape):
-            flat[start:stop] = update.rows(start, stop)
-        merged[name] = flat.view(whole.shape)
-    back = group.converter.reverse_transform()
-    first = None
-    for name, tensor in merged.items():
-        renamed, pattern = back.rename_source_key(name)
-        first = first or renamed
-        back.add_tensor(first, name, pattern, tensor)
-    apart = back.convert(first, config=group.config)
-    if set(apart) != set(group.stored_as):
-        raise MergeError(
-            f"{group.target} cannot be taken apart again into {', '.join(list(group.stored_as)[:2])}, ..."
-        )
-    for name, tensor in apart.items():
-        whole = tensor[0] if isinstance(tensor, list) else tensor
-        disk = group.stored_as[name]
-        writer.add(disk, group.written, whole.shape, [_written(disk, whole, group.written, True)])
-        base.used(group.stored_as[name])
-
-
-def _rows_of(flat: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    return lambda start, stop: flat[start:stop].clone()
-
-
-def _later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: tensor
-
-
-class _Base:
-    """The base's files, opened when first needed; one from the Hub is fetched then, and removed when it is used up."""
+class _BaseFiles:
+    """The base's weight files, opened when first needed; a streamed one is fetched then, and removed when used up."""
 
     def __init__(self, plan: MergePlan, into: Path) -> None:
         self.plan, self.into = plan, into
         self.files: dict[str, tuple[int, dict[str, StoredTensor]]] = {}
         self.left = Counter(plan.stored[item.source].file for item in plan.tensors)
-        self.left.update(
-            plan.stored[n].file for g in plan.fused for names in g.sources.values() for n in names
-        )
+        self.left.update(plan.stored[name].file for group in plan.fused for name in _sources(group))
         self.fetched: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> _Base:
+    def __enter__(self) -> _BaseFiles:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -225,7 +241,7 @@ class _Base:
             self.fetched.cleanup()
 
     def find(self, name: str) -> tuple[StoredTensor, int]:
-        """A tensor and the open file that it lies in."""
+        """A tensor's place, and the descriptor of its open file."""
         file = self.plan.stored[name].file
         if file not in self.files:
             path = Path(self.plan.folder, file) if self.plan.folder else self._fetch(file)
@@ -235,8 +251,8 @@ class _Base:
             raise ModelError(f"{file} of the base no longer holds {name}")
         return header[name], descriptor
 
-    def used(self, name: str) -> None:
-        """A tensor is done with; so is its file after the last one."""
+    def release(self, name: str) -> None:
+        """Counts a tensor as used; closes its file after the last one, and removes it if it was fetched."""
         file = self.plan.stored[name].file
         self.left[file] -= 1
         if not self.left[file] and file in self.files:
@@ -248,14 +264,13 @@ class _Base:
     def _fetch(self, file: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        # Beside the output, where there is room, and what a kill leaves is found again.
+        # In the output's folder, which is on a disk with room; the next merge removes what a killed one leaves there.
         self.fetched = self.fetched or tempfile.TemporaryDirectory(dir=self.into, prefix=".base-")
-        repo, revision = self.plan.repo
         try:
-            return Path(hf_hub_download(repo, file, revision=revision, local_dir=self.fetched.name))
+            return Path(
+                hf_hub_download(
+                    self.plan.path, file, revision=self.plan.revision, local_dir=self.fetched.name
+                )
+            )
         except OSError as error:
-            if words := hub_errors.hub_problem(repo, error):
-                raise ModelError(f"{repo} {words}") from error
-            raise ModelError(
-                f"{repo}: {file} cannot be fetched: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise fetch_error(self.plan.path, error, file) from error

@@ -1,21 +1,20 @@
-"""What a folder was made from, by its own files: its base, that base's terms, the run whose files tell of it."""
+"""The origin of a folder, by its own files: its base model, that base's license, and the run that it was made from."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
 from finetune.recipe.checks import PACKAGED_BASES, is_local_base
 from finetune.recipe.schema import ModelSection
-from finetune.system.errors import ModelError, RunError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, run_file, sha256
+from finetune.system.errors import ModelError, RunError, reworded
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE_RECORD, read_json, run_file, sha256
 
-# What an id on the Hub says of the terms. Of others the base's own page is asked, or nothing is said.
+# Licenses by patterns of ids on the Hub. For other ids the base's own page is asked.
 _LICENSES = {
     r"google/(codegemma|gemma-(2b|7b|1\.1|2|3|3n))(-.*)?": "gemma",
     r"meta-llama/Llama-2-.*": "llama2",
@@ -30,116 +29,105 @@ _LICENSES = {
 }
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class BaseReference:
-    """What a model was made from: as the run calls it, its id on the Hub where it has one, its revision there."""
+    """A base model as others refer to it.
+
+    Attributes:
+        name: Its name in the run's recipe.
+        hub: Its id on the Hub; None if it is only on this machine.
+        revision: Its revision on the Hub.
+    """
 
     name: str
     hub: str | None
     revision: str | None = None
 
 
+class MergedAdapter(TypedDict):
+    """An adapter of a merge: its folder, its weight, and the SHA-256 of its file."""
+
+    path: str
+    weight: float
+    sha256: str
+
+
+class MergeRecord(TypedDict):
+    """`merge.json`, which merge writes to the folder of a merged model."""
+
+    base: str
+    revision: str | None
+    dtype_of_training: str
+    finetune: str
+    run: str
+    adapters: list[MergedAdapter]
+    base_weights: str
+    dtype: str
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The base
+
+
 def base_reference(folder: Path, given: str | None = None) -> BaseReference:
-    """The base of a run, a merged model or an export; `given` is its Hub id, before all else.
+    """The base of a run, a merged model or an export; its name is empty if no file of the folder tells it.
+
+    Args:
+        folder: The folder.
+        given: The base's id on the Hub, which goes before what the files say.
 
     Raises:
         RunError: A file of the folder is damaged.
     """
-    recipe, merged, report = recipe_sections(folder), read_json(folder / "merge.json"), export_report(folder)
-    model = recipe.get("model") or {}
-    adapter = read_json(folder / ADAPTER_CONFIG)
+    recipe, merged = recipe_sections(folder), merge_record(folder)
+    model, adapter = recipe.get("model") or {}, read_json(folder / ADAPTER_CONFIG)
     name = str(
-        merged.get("base")
+        (merged and merged["base"])
         or model.get("name_or_path")
-        or report.get("base")
+        or export_report(folder).get("base")
         or adapter.get("base_model_name_or_path")
         or ""
     )
-    commit = read_json(run_file(folder, "environment.json")).get("base_commit")
-    revision = merged.get("revision") or commit or model.get("revision") or adapter.get("revision")
-    wanted = given or (recipe.get("hub") or {}).get("base_model") or hub_id(name)
-    return BaseReference(name, wanted, revision if wanted == name else None)
+    commit = environment_of(folder).get("base_commit")
+    revision = (merged and merged["revision"]) or commit or model.get("revision") or adapter.get("revision")
+    hub = given or (recipe.get("hub") or {}).get("base_model") or hub_id(name)
+    return BaseReference(name, hub, revision if hub == name else None)
 
 
 def hub_id(name: str) -> str | None:
-    """A base's id on the Hub; None where it is on this machine alone."""
-    away = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    return PACKAGED_BASES.get(name) or (None if not name or away or is_local_base(name) else name)
+    """A base's id on the Hub; None if it is only on this machine.
+
+    Args:
+        name: The base as `model.name_or_path` has it.
+    """
+    path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    return PACKAGED_BASES.get(name) or (None if not name or path or is_local_base(name) else name)
 
 
 def license_of(base: str | None) -> dict[str, str]:
-    """The terms that a base on the Hub hands on, as a page's metadata; empty where the id does not tell."""
-    found = (name for pattern, name in _LICENSES.items() if re.fullmatch(pattern, base or ""))
-    return {"license": name} if (name := next(found, None)) else {}
+    """The license of a base on the Hub, as metadata of a model card; empty if its id does not tell.
 
-
-def source_run(folder: Path) -> Path | None:
-    """The run whose files tell of a folder: itself, or the one that it was merged or exported from, if still here."""
-    if run_file(folder, "ledger.json"):
-        return folder
-    merged = read_json(folder / "merge.json")
-    run = Path(str(merged.get("run") or export_report(folder).get("model") or "/nowhere"))
-    if not (run / "ledger.json").is_file():
-        return source_run(run) if (run / "merge.json").is_file() and run != folder else None
-    adapters, there = merged.get("adapters"), run / ADAPTER_WEIGHTS
-    if adapters and not (there.is_file() and sha256(there) in [item["sha256"] for item in adapters]):
-        return None  # it was trained again since
-    return run
-
-
-def recipe_sections(folder: Path) -> dict[str, Any]:
-    """The sections of the recipe that a folder, or the run that it was made from, was trained by."""
-    file = run_file(folder, "recipe.yaml")
-    if file is None and (model := export_report(folder).get("model")):
-        file = run_file(Path(model), "recipe.yaml")
-    if file is None:
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no map of sections")
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
-    return found
-
-
-def export_report(folder: Path) -> dict[str, Any]:
-    """`report.json` of the export that a folder is, or is a part of."""
-    for place in (folder, folder.parent):
-        if found := read_json(place / "report.json"):
-            # An evaluation's report has this name, too.
-            return found if "models" in found and "rows" in found else {}
-    return {}
-
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def environment_of(run: Path) -> dict[str, Any]:
-    """The `environment.json` of a run or of one of its checkpoints; empty where there is none.
-
-    Raises:
-        RunError: It cannot be read.
+    Args:
+        base: The id.
     """
-    file = run_file(run, "environment.json")
-    if file is None:
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}") from error
-    if not isinstance(found, dict) or found.get("dtype", "float32") not in _DTYPES:
-        raise RunError(f"{file} is damaged: it names no dtype that a run trains in")
-    return found
+    licenses = (name for pattern, name in _LICENSES.items() if re.fullmatch(pattern, base or ""))
+    return {"license": name} if (name := next(licenses, None)) else {}
 
 
 def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
-    """An adapter's base and its quantisation: from its run's recipe, or, for somebody else's adapter, from PEFT's file.
+    """The `model` and `quantization` sections of an adapter's base.
 
-    The recipe is not checked again: its data may be elsewhere by now.
+    They are those of the run's recipe, which is not checked again, because its data may be elsewhere by now. For an
+    adapter that was trained elsewhere PEFT's file names the base.
+
+    Args:
+        folder: The adapter's folder: a run, a checkpoint, or what PEFT saved.
 
     Raises:
-        ModelError: Neither can be read.
+        ModelError: Neither file can be read.
     """
     if path := run_file(folder, "recipe.yaml"):
         try:
@@ -149,10 +137,111 @@ def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | 
             raise ModelError(f"{path} is damaged: it names no base model") from error
     from peft import PeftConfig
 
-    try:
+    config = folder / ADAPTER_CONFIG
+    with reworded(ModelError, f"{config} is damaged", ValueError, TypeError, KeyError, AttributeError):
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
     if not name:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base (base_model_name_or_path)")
+        raise ModelError(f"{config} names no base (base_model_name_or_path)")
     return ModelSection(name_or_path=str(name)), None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def is_adapter(folder: Path) -> bool:
+    """True if a folder holds an adapter of PEFT: a run, a checkpoint, or one that was trained elsewhere."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def source_run(folder: Path) -> Path | None:
+    """The run that a folder is, or was merged or exported from; None if it is gone or was trained again since."""
+    if run_file(folder, "ledger.json"):
+        return folder
+    merged = merge_record(folder)
+    run = Path(merged["run"] if merged else str(export_report(folder).get("model") or "/nowhere"))
+    if not (run / "ledger.json").is_file():
+        return source_run(run) if (run / MERGE_RECORD).is_file() and run != folder else None
+    if merged and not any(_is_unchanged(run, adapter) for adapter in merged["adapters"]):
+        return None
+    return run
+
+
+def merged_run(folder: Path) -> Path | None:
+    """The run whose adapter alone, with weight 1, was merged into a model; None if it is gone or was trained again."""
+    record = merge_record(folder)
+    if not record or [adapter["weight"] for adapter in record["adapters"]] != [1]:
+        return None
+    run = Path(record["run"])
+    return run if _is_unchanged(run, record["adapters"][0]) else None
+
+
+def _is_unchanged(run: Path, adapter: MergedAdapter) -> bool:
+    """True if a run's adapter is still the one that was merged."""
+    file = run / ADAPTER_WEIGHTS
+    return file.is_file() and sha256(file) == adapter["sha256"]
+
+
+def merge_record(folder: Path) -> MergeRecord | None:
+    """The `merge.json` of a merged model; None if the folder has none.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    file = folder / MERGE_RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = read_json(file)
+        sound = bool(record["base"]) and all({"weight", "sha256"} <= set(item) for item in record["adapters"])
+    except (RunError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunError(f"{file} is damaged; write the run that it was merged from")
+    return cast(MergeRecord, record)
+
+
+def recipe_sections(folder: Path) -> dict[str, Any]:
+    """The sections of the recipe that a folder, or the run that it was exported from, was trained by.
+
+    Raises:
+        RunError: The recipe is damaged.
+    """
+    file = run_file(folder, "recipe.yaml")
+    if file is None and (model := export_report(folder).get("model")):
+        file = run_file(Path(model), "recipe.yaml")
+    if file is None:
+        return {}
+    with reworded(RunError, f"{file} is damaged", yaml.YAMLError, ValueError):
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(sections, dict):
+        raise RunError(f"{file} is damaged: it is no map of sections")
+    return sections
+
+
+def export_report(folder: Path) -> dict[str, Any]:
+    """The `report.json` of an export, from its own folder or that of one of its formats; empty if there is none.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    for place in (folder, folder.parent):
+        if report := read_json(place / "report.json"):
+            # An evaluation's report has the same name.
+            return report if "models" in report and "rows" in report else {}
+    return {}
+
+
+def environment_of(run: Path) -> dict[str, Any]:
+    """The `environment.json` of a run or of one of its checkpoints; empty if there is none.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    file = run_file(run, "environment.json")
+    if file is None:
+        return {}
+    environment = read_json(file)
+    if environment.get("dtype", "float32") not in _DTYPES:
+        raise RunError(f"{file} is damaged: it names no dtype that a run trains in")
+    return environment

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainSerializer, PlainValidator
 
 from finetune.system.errors import ModelError
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
@@ -46,12 +47,21 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a type without its module: `bfloat16` of `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+# A dtype in a dataclass that passes to another process as JSON: there it is its name.
+Dtype = Annotated[torch.dtype, PlainValidator(lambda name: getattr(torch, name)), PlainSerializer(dtype_name)]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies: file, type, shape, and its first byte and the one behind its last."""
 
     file: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     begin: int
     end: int

@@ -18,8 +18,10 @@ MODEL_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# The record of what a merged model was made from.
+MERGE_RECORD = "merge.json"
 # Each output of merge and of export has one of these; only such a folder may be replaced.
-_OUTPUT_RECORDS = ("merge.json", "report.json")
+_OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------
