@@ -31,20 +31,20 @@ def going_on(
     said: list[str] = []
     check_changes(saved, new, said.append, same_rows, processes)
     assert len(said) <= 1
-    assert all(line.startswith("going on with changes: ") and "\n" not in line for line in said)
-    return said[0].removeprefix("going on with changes: ").split("; ") if said else []
+    assert all(line.startswith("resuming with changes: ") and "\n" not in line for line in said)
+    return said[0].removeprefix("resuming with changes: ").split("; ") if said else []
 
 
 def refusal(*arguments: Any, **options: Any) -> str:
     """What is refused, without what is the same in all of these messages."""
     with pytest.raises(RunError) as caught:
         going_on(*arguments, **options)
-    before, after = "training.resume_from_checkpoint: ", ", which the checkpoint cannot go on with; "
+    before, after = "training.resume_from_checkpoint: ", ", with which the checkpoint cannot be resumed; "
     text, _, cure = str(caught.value).removeprefix(before).partition(after)
     assert str(caught.value) == f"{before}{text}{after}{cure}"
     assert "\n" not in text
     assert cure.endswith(", or train anew in another training.output_dir")
-    cures = {"write the old values": text != OTHER_ROWS, "put the old rows back": OTHER_ROWS in text}
+    cures = {"write the old values": text != OTHER_ROWS, "restore the old rows": OTHER_ROWS in text}
     assert cure.split(", or ")[0] == " and ".join(name for name, there in cures.items() if there)
     return text
 
@@ -264,7 +264,7 @@ def test_another_type_of_the_same_number_is_no_change(write_recipe: Write) -> No
     assert before.training != after.training
     assert going_on(before, after) == []
     assert going_on(after, before) == []
-    # A text is no number, and a number no truth.
+    # A text is not a number, and a number no truth.
     before, after = (
         load_recipe(write_recipe(training={"lr_scheduler_kwargs": {"a": value}})) for value in (1, True)
     )
@@ -321,8 +321,8 @@ def test_all_that_is_refused_is_told_at_once(recipe: Recipe, write_recipe: Write
     assert str(caught.value) == (
         "training.resume_from_checkpoint: model.dtype was auto and is float32; data.seed was 42 and is 3; "
         "training.seed was 42 and is 1; lora.r was 4 and is 32; a step was 2 x 1 x 1 = 2 rows and is 1 "
-        "(training.per_device_train_batch_size x training.gradient_accumulation_steps x processes), "
-        "which the checkpoint cannot go on with; write the old values, or train anew in another training.output_dir"
+        "(training.per_device_train_batch_size x training.gradient_accumulation_steps x processes), with which "
+        "the checkpoint cannot be resumed; write the old values, or train anew in another training.output_dir"
     )
 
 
@@ -465,14 +465,14 @@ def test_what_is_refused_for_its_rows_leaves_other_changes_unsaid(
         ("model", "it lacks one of the sections model, data, training"),
         ("[1]", "it lacks one of the sections model, data, training"),
         ("model: {}\ndata: {}\n", "it lacks one of the sections model, data, training"),
-        ("model: 1\ndata: {}\ntraining: {}\n", "model is no map"),
-        ("model: {}\ndata: {}\ntraining: {}\n", "data.train is no list"),
-        ("model: {}\ndata: {train: [1]}\ntraining: {}\n", "data.train is no map"),
-        ("model: {}\ndata: {train: []}\ntraining: \n", "training is no map"),
-        ("model: {}\ndata: {train: []}\ntraining: {}\nlora: \n", "lora is no map"),
+        ("model: 1\ndata: {}\ntraining: {}\n", "model is not a map"),
+        ("model: {}\ndata: {}\ntraining: {}\n", "data.train is not a list"),
+        ("model: {}\ndata: {train: [1]}\ntraining: {}\n", "data.train is not a map"),
+        ("model: {}\ndata: {train: []}\ntraining: \n", "training is not a map"),
+        ("model: {}\ndata: {train: []}\ntraining: {}\nlora: \n", "lora is not a map"),
         (
             "model: {}\ndata: {train: []}\ntraining: {gradient_accumulation_steps: x}\n",
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps is no number",
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps is not a number",
         ),
         ("model: [", None),
         ("model: &a [*a]", None),
@@ -487,7 +487,7 @@ def test_a_damaged_recipe_is_named(recipe: Recipe, text: str, reason: str | None
     assert "\n" not in told
     assert told.startswith(f"saved.yaml is damaged: {reason or ''}")
     assert told.endswith(
-        "; put back the one that the run wrote, or train anew in another training.output_dir"
+        "; restore the file that the run wrote, or train anew in another training.output_dir"
     )
 
 

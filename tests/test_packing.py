@@ -257,11 +257,11 @@ def test_a_model_that_lacks_a_package_for_packed_rows_says_so(
     [
         (
             ["training.packing=true", "training.packing_strategy=wrapped"],
-            "training.packing_strategy: is wrapped, which cuts rows and lets them read one another; write bfd",
+            "training.packing_strategy: is wrapped, which cuts rows and lets them attend to one another; write bfd",
         ),
         (
             ["training.eval_packing=true", "data.eval_fraction=0.1"],
-            "training.eval_packing: is true without packing, so rows would read one another; add packing: true",
+            "training.eval_packing: is true without packing, so rows would attend to one another; add packing: true",
         ),
     ],
     ids=["wrapped", "evaluation alone"],

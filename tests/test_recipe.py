@@ -151,13 +151,13 @@ FAULTS = {
         BASE + "hub:\n  private: true\n  base_model: a/b\n  every_n_saves: 2\n",
         [
             "r.yaml:5: hub.base_model: is given, but owner/model is on the Hub itself; remove it",
-            "r.yaml:6: hub.every_n_saves: is read by nothing without repo_id; add repo_id: owner/name",
+            "r.yaml:6: hub.every_n_saves: has no effect without repo_id; add repo_id: owner/name",
         ],
     ),
     "hub, a base of this machine": (
         "model: {name_or_path: 'random:gemma'}\ndata: {train: [{path: owner/rows}]}\nhub: {repo_id: a/b}\n",
         [
-            "r.yaml:3: hub.repo_id: is given, but random:gemma is on this machine alone; "
+            "r.yaml:3: hub.repo_id: is given, but random:gemma is only on this machine; "
             "add base_model: its id on the Hub"
         ],
     ),
@@ -196,9 +196,9 @@ FAULTS = {
             "r.yaml:5: data.train.0.formt: is unknown; write format",
             "r.yaml:6: data.train.1: has no path; write path: ...",
             "r.yaml:7: data.train.2: is 3; write a map",
-            "r.yaml:9: data.train.3.split: is given, but a file has none; remove it",
-            "r.yaml:10: data.train.3.config: is given, but a file has none; remove it",
-            "r.yaml:11: data.train.3.revision: is given, but a file has none; remove it",
+            "r.yaml:9: data.train.3.split: is given, but files have none; remove it",
+            "r.yaml:10: data.train.3.config: is given, but files have none; remove it",
+            "r.yaml:11: data.train.3.revision: is given, but files have none; remove it",
             "r.yaml:12: data.train.4.raw: is true; write format: prompt_completion, the only one that can be raw",
             'r.yaml:12: data.train.4.path: is ".", a directory; write a glob: ./*.jsonl',
             'r.yaml:13: data.train.5.path: is "a/b/c"; write a file, a glob or a dataset on the Hub (owner/name)',
@@ -279,9 +279,9 @@ FAULTS = {
             "r.yaml:5: lora.alpha: is not a recipe's key; write lora_alpha",
             "r.yaml:6: lora.r: is 0; write a number greater than 0",
             "r.yaml:7: lora.bias: is \"some\"; write 'none', 'all' or 'lora_only'",
-            "r.yaml:8: lora.loftq_config: is not a recipe's key; remove it; LoftQ rounds the base's weights, and no file "
-            "holds what it makes of them",
-            "r.yaml:9: lora.eva_config: is not a recipe's key; remove it; no init that needs a pass over rows is made",
+            "r.yaml:8: lora.loftq_config: is not a recipe's key; remove it; LoftQ changes the base's weights, which an "
+            "adapter's files do not hold",
+            "r.yaml:9: lora.eva_config: is not a recipe's key; remove it; inits that need a pass over the rows are not supported",
             "r.yaml:10: lora.init_lora_weights: is \"pissa_niter_x\"; write true or false or 'gaussian', "
             "'olora', 'pissa', 'orthogonal' or 'mica' or pissa_niter_N",
             'r.yaml:11: lora.layer_replication.1.1: is "a"; write a whole number',
@@ -299,7 +299,7 @@ FAULTS = {
             "r.yaml:7: quantization.load_4bit: is not a recipe's key; "
             "write load_in_4bit: true or load_in_8bit: true",
             "r.yaml:8: quantization.bnb_4bit_compute_dtype: is \"int8\"; write 'float32', 'bfloat16' or 'float16'",
-            "r.yaml:9: quantization.llm_int8_threshold: is read by nothing without load_in_8bit: true; remove it",
+            "r.yaml:9: quantization.llm_int8_threshold: has no effect without load_in_8bit: true; remove it",
         ],
     ),
     "quantization of nothing": (
@@ -316,7 +316,7 @@ FAULTS = {
     "quantization to 8 bits": (
         BASE + "lora: {}\nquantization: {load_in_8bit: true, bnb_4bit_quant_type: nf4}\n",
         [
-            "r.yaml:4: quantization.bnb_4bit_quant_type: is read by nothing without load_in_4bit: true; remove it",
+            "r.yaml:4: quantization.bnb_4bit_quant_type: has no effect without load_in_4bit: true; remove it",
         ],
     ),
     "dtypes": (
@@ -337,7 +337,7 @@ FAULTS = {
         [
             "r.yaml:5: training.fsdp_config.xla: is 1; write true or false",
             "r.yaml:6: training.fsdp_config.xla_fsdp_settings: is not a recipe's key; "
-            "remove it; it is read by nothing with xla_fsdp_v2",
+            "remove it; it has no effect with xla_fsdp_v2",
             "r.yaml:7: training.fsdp_config.transformer_layer_cls_to_wrap: is not a recipe's key; "
             "remove it; the layer is found from the model",
             "r.yaml:8: training.fsdp_config.fsdp_version: is not a recipe's key; "
@@ -360,7 +360,7 @@ FAULTS = {
         [
             "r.yaml:5: training.gradient_checkpointing: is true, with training.fsdp_config; "
             "write xla_fsdp_grad_ckpt: true there instead",
-            "r.yaml:7: quantization: is given, with training.fsdp_config, but bitsandbytes knows no TPU; "
+            "r.yaml:7: quantization: is given, with training.fsdp_config, but bitsandbytes does not support TPUs; "
             "remove one of the two",
         ],
     ),
@@ -435,7 +435,7 @@ def test_two_names_for_checkpointing() -> None:
         pytest.skip("transformers has the new name since 5.23")
     text = BASE + "training: {gradient_checkpointing: true, activation_checkpointing: false}\n"
     assert report(text) == [
-        "r.yaml:3: training.gradient_checkpointing: is read by nothing beside activation_checkpointing; remove it"
+        "r.yaml:3: training.gradient_checkpointing: has no effect beside activation_checkpointing; remove it"
     ]
 
 
@@ -461,7 +461,7 @@ def test_faults_of_every_section_come_together() -> None:
         "r.yaml:8: lora.rank: is not a recipe's key; write r",
         'r.yaml:9: quantization.load_in_4bit: is "yes"; write true or false',
         "r.yaml:9: quantization: has neither load_in_4bit nor load_in_8bit; write one of them, with true",
-        'command line: "nonsense" is no override; write section.key=value',
+        'command line: "nonsense" is not an override; write section.key=value',
         "command line: training.lr: is not a recipe's key; write learning_rate",
     ]
 
@@ -620,9 +620,9 @@ def test_extends() -> None:
             "nope.yaml",
             "r.yaml:1: extends: nope.yaml can't be read (No such file or directory); write the path of a recipe",
         ),
-        ("r.yaml", "r.yaml:1: extends: r.yaml leads back to itself; remove one extends"),
+        ("r.yaml", "r.yaml:1: extends: r.yaml extends itself; remove one extends"),
         ("[a]", 'r.yaml:1: extends: is ["a"]; write the path of one recipe'),
-        ("back.yaml", "back.yaml:1: extends: r.yaml leads back to itself; remove one extends"),
+        ("back.yaml", "back.yaml:1: extends: r.yaml extends itself; remove one extends"),
         ("empty.yaml", "r.yaml:1: extends: empty.yaml is empty; write at least the sections model and data"),
         ("broken.yaml", "broken.yaml:2: is not YAML: found character '@' that cannot start any token"),
         (
@@ -713,9 +713,9 @@ def test_overrides() -> None:
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("training.seed", '"training.seed" is no override; write section.key=value'),
-        ("=3", '"=3" is no override; write section.key=value'),
-        ("a..b=3", '"a..b=3" is no override; write section.key=value'),
+        ("training.seed", '"training.seed" is not an override; write section.key=value'),
+        ("=3", '"=3" is not an override; write section.key=value'),
+        ("a..b=3", '"a..b=3" is not an override; write section.key=value'),
         ("extends=a.yaml", "extends: can't be overridden; write it into a recipe"),
         (
             "data.train.1.path=a",

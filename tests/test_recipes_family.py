@@ -658,9 +658,7 @@ def test_what_cannot_begin_with_its_base_is_refused(
     together += [f"training.{key}" for key in ("save_only_model=true", "load_best_model_at_end=true")]
     assert main(["check", str(path), *together]) == 2
     said = capsys.readouterr().err
-    assert (
-        "lora.init_lora_weights: is olora, which quantised weights cannot give; remove one of the two" in said
-    )
+    assert "lora.init_lora_weights: is olora, which cannot be computed from quantised weights; remove" in said
     assert (
         "training.save_only_model: is true, but the best weights of olora are in what it leaves out" in said
     )

@@ -214,7 +214,7 @@ def test_another_number_of_ranks_goes_on(
     Path("run/adapter_model.safetensors").unlink()
     said = processes.run("train", str(path), size[after], RESUME, ranks=after)
     change = f"{4 // before} -> {4 // after}; processes {before} -> {after}"
-    assert f"going on with changes: training.per_device_train_batch_size {change}" in said
+    assert f"resuming with changes: training.per_device_train_batch_size {change}" in said
     one, other = tensors("run", "*.safetensors"), tensors("whole", "*.safetensors")
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-5) for name in other)
     trained = [[r.get("trained_tokens") for r in curve(run)] for run in ("run", "whole")]

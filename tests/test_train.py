@@ -451,7 +451,7 @@ def test_an_adapter_that_cannot_be_trained_on(
     other = fault(write_recipe("b.yaml", model={"adapter": "first"}, lora={"r": 8}))
     assert other.endswith("lora.r: is 8, but model.adapter has 4; remove it")
     nothing = fault(write_recipe("c.yaml", model={"adapter": "nowhere"}, lora=None))
-    assert 'model.adapter: is "nowhere", where no adapter_config.json is; write a run' in nothing
+    assert 'model.adapter: is "nowhere", where there is no adapter_config.json; write a run' in nothing
     base = fault(
         write_recipe("d.yaml", model={"adapter": "first", "name_or_path": "random:gemma2"}, lora=None)
     )

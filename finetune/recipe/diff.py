@@ -1,4 +1,4 @@
-"""What a recipe changed since its run began: told, or refused where going on from a checkpoint would mean nothing."""
+"""What a recipe changed between two starts of a run: logged, or refused where no checkpoint can be resumed with it."""
 
 from __future__ import annotations
 
@@ -20,54 +20,54 @@ from finetune.system.terminal import Say
 
 Sections = dict[str, dict[str, Any]]
 
-# This start's own, which no number of the run depends on.
-_NO_MATTER = {"training.output_dir", "training.resume_from_checkpoint", "training.disable_tqdm"}
-# Of model, lora and quantization every other key decides what the numbers in a checkpoint mean.
+# Not mentioned: no number of the run depends on them.
+_UNMENTIONED = {"training.output_dir", "training.resume_from_checkpoint", "training.disable_tqdm"}
+# Every other key of model, lora and quantization decides what the numbers in a checkpoint mean.
 _FREE = {"model.attn_implementation", "model.trust_remote_code", "lora.lora_dropout"}
 _FIXED = {
     # The order of the rows, and where they end.
     *("seed", "data_seed", "train_sampling_strategy", "shuffle_dataset", "dataloader_drop_last"),
     *("max_length", "packing", "packing_strategy", "accelerator_config", "auto_find_batch_size"),
-    # What the optimizer keeps of each weight.
+    # The optimizer's state of each weight.
     *("optim", "optim_args", "optim_target_modules"),
 }
-# These schedules take their rate and options from the checkpoint, and cannot read another's (torch 2.13, transformers
-# 5.23); all others are computed from the step alone.
-_KEEP_RATE = ("reduce_lr_on_plateau", "greedy")
+# These schedules load their learning rate and options from the checkpoint, and cannot load another schedule's (torch
+# 2.13, transformers 5.23); all others are computed from the step.
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
-# All other inits of peft 0.21 change the base too, or leave half of the adapter untrained.
-_ADAPTER_ALONE = (True, False, "gaussian", "orthogonal")
+# Interchangeable in a resumed run. All other inits of peft 0.21 change the base, or freeze half of the adapter.
+_ADAPTER_ONLY_INITS = (True, False, "gaussian", "orthogonal")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int]) -> None:
-    """Says what a recipe changed since the run began; refuses what would make going on meaningless.
+    """Logs what a recipe changed since the run began; refuses changes that a checkpoint cannot be resumed with.
 
     Args:
-        saved: The resolved recipe of the run so far; where there is none, nothing is known and nothing is said.
-        recipe: The recipe that the run is to go on with.
+        saved: The run's `recipe.yaml`; without it nothing is checked.
+        recipe: The recipe to resume with.
         say: Takes one line with all changes; not called where there are none.
-        same_rows: Whether the rows that are trained on are those of the run so far.
-        processes: How many the run had when the checkpoint was written, and how many it has now.
+        same_rows: Whether the training rows are those of the run so far.
+        processes: The number of processes when the checkpoint was written, and now.
 
     Raises:
-        RunError: The checkpoint cannot go on with what has changed, or `saved` is damaged.
+        RunError: A change is refused, or `saved` is damaged.
     """
     if not saved.is_file():
         return
-    # Through its own text, in which a secret stands by the name of its variable: never shown, and no change.
+    # By way of its text, which has a secret's variable in place of its value: never shown, and not a change.
     new = _sections(recipe.to_yaml())
     try:
         old = _sections(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        cure = "put back the one that the run wrote, or train anew in another training.output_dir"
+        cure = "restore the file that the run wrote, or train anew in another training.output_dir"
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
 
     changes = {
         key: values for name in old if name in new for key, *values in _changed(old[name], new[name], name)
     }
-    keeps_rate = any(side["training"]["lr_scheduler_type"] in _KEEP_RATE for side in (old, new))
-    refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, keeps_rate)}
+    stateful = any(side["training"]["lr_scheduler_type"] in _STATEFUL_SCHEDULES for side in (old, new))
+    refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, stateful)}
     faults = []
     for section in ("lora", "quantization"):
         if (section in old) != (section in new):
@@ -81,61 +81,63 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
         step = f"{' x '.join(map(str, before))} = {math.prod(before)} rows and is {math.prod(after)}"
         faults.append(f"a step was {step} (training.{_BATCH[0]} x training.{_BATCH[1]} x processes)")
 
-    # Where such a key is refused, it may be what made the rows others.
-    others = not same_rows and not any(key.startswith(("model.", "data.", "training.")) for key in refused)
-    if others:  # so may what is evaluated on, which is not trained on
+    # A refused key of these sections explains why the rows differ; otherwise the files themselves have changed.
+    other_files = not same_rows and not any(
+        key.startswith(("model.", "data.", "training.")) for key in refused
+    )
+    if other_files:
+        # Evaluation rows are taken out of the training rows, so they may be the reason, too.
         refused |= {key for key in changes if key.startswith("data.eval")}
-    told = [
-        f"{key} was {_shown(was)} and is {_shown(now)}"
-        for key, (was, now) in changes.items()
-        if key in refused
+    faults = [
+        *(
+            f"{key} was {_shown(was)} and is {_shown(now)}"
+            for key, (was, now) in changes.items()
+            if key in refused
+        ),
+        *faults,
     ]
-    told += faults
-    cures = ["write the old values"] if told else []
-    if others:
-        told.append("the rows of data.train are not those that the run was trained on")
-        cures.append("put the old rows back")
-    if told:
+    cures = ["write the old values"] if faults else []
+    if other_files:
+        faults.append("the rows of data.train are not those that the run was trained on")
+        cures.append("restore the old rows")
+    if faults:
         raise RunError(
-            f"training.resume_from_checkpoint: {'; '.join(told)}, which the checkpoint cannot go on with; "
+            f"training.resume_from_checkpoint: {'; '.join(faults)}, with which the checkpoint cannot be resumed; "
             f"{' and '.join(cures)}, or train anew in another training.output_dir"
         )
     changes |= {"processes": [*processes]} if processes[0] != processes[1] else {}
-    named = [
-        f"{key} {_shown(was)} -> {_shown(now)}"
-        for key, (was, now) in changes.items()
-        if key not in _NO_MATTER
-    ]
-    if named:
-        say(f"going on with changes: {'; '.join(named)}")
+    mentioned = {key: values for key, values in changes.items() if key not in _UNMENTIONED}
+    if mentioned:
+        lines = (f"{key} {_shown(was)} -> {_shown(now)}" for key, (was, now) in mentioned.items())
+        say(f"resuming with changes: {'; '.join(lines)}")
 
 
-def _is_refused(key: str, values: list[Any], same_rows: bool, keeps_rate: bool) -> bool:
+def _is_refused(key: str, values: list[Any], same_rows: bool, stateful: bool) -> bool:
     section, name = key.split(".")[:2]
     if section == "data":
         return not same_rows and name != "eval"
     if section == "training":
-        return name in _FIXED or (keeps_rate and name in _SCHEDULE)
+        return name in _FIXED or (stateful and name in _SCHEDULE)
     if key == "lora.init_lora_weights":
-        return any(value not in _ADAPTER_ALONE for value in values)
+        return any(value not in _ADAPTER_ONLY_INITS for value in values)
     return key not in _FREE
 
 
 def _changed(was: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Each part that is another: its dotted key, what it was, what it is."""
+    """The dotted key, old value and new value of each part that differs."""
     if isinstance(was, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*was, *now]):
             yield from _changed(was.get(name), now.get(name), f"{key}.{name}")
     elif key in ("data.train", "data.eval") and was and now and len(was) == len(now):
         for i, (before, after) in enumerate(zip(was, now, strict=True)):
             yield from _changed(before, after, f"{key}.{i}")
-    # As text, in which 1 is not true.
+    # As JSON, in which 1 is not true.
     elif json.dumps(was, sort_keys=True) != json.dumps(now, sort_keys=True):
         yield key, was, now
 
 
 def _shown(value: Any) -> str:
-    """A value on one line; sources by their paths."""
+    """A value on one line; a source by its path."""
     if isinstance(value, dict) and "path" in value:
         return _shown(value["path"])
     if isinstance(value, dict):
@@ -148,10 +150,10 @@ def _shown(value: Any) -> str:
 
 
 def _sections(text: str) -> Sections:
-    """The sections of a resolved recipe that bear on training, with nothing left out.
+    """The sections of a resolved recipe that concern training, with upstream's defaults filled in.
 
     Raises:
-        ValueError, yaml.YAMLError: No run wrote it.
+        ValueError, yaml.YAMLError: No run can have written the text.
     """
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -168,14 +170,16 @@ def _sections(text: str) -> Sections:
     for name in ("train", "eval"):
         sources = sections["data"][name]
         if not isinstance(sources, list):
-            raise ValueError(f"data.{name} is no list")
+            raise ValueError(f"data.{name} is not a list")
         sections["data"][name] = [_filled(f"data.{name}", source, DataSource) for source in sources]
     training = sections["training"]
-    found = training["accelerator_config"] or {}
-    if isinstance(found, dict):  # and not the name of a file
-        training["accelerator_config"] = _filled("training.accelerator_config", found, AcceleratorConfig)
+    accelerator = training["accelerator_config"] or {}
+    if isinstance(accelerator, dict):  # not the path of a file
+        training["accelerator_config"] = _filled(
+            "training.accelerator_config", accelerator, AcceleratorConfig
+        )
     if not all(isinstance(training[name], int) for name in _BATCH):
-        raise ValueError(f"training.{' or training.'.join(_BATCH)} is no number")
+        raise ValueError(f"training.{' or training.'.join(_BATCH)} is not a number")
     if "quantization" in sections and "bnb_4bit_compute_dtype" not in tree["quantization"]:
         sections["quantization"]["bnb_4bit_compute_dtype"] = "model.dtype"  # null is float32
     plain: Sections = _plain(sections)
@@ -183,14 +187,14 @@ def _sections(text: str) -> Sections:
 
 
 def _filled(name: str, values: Any, owner: Callable[..., Any]) -> dict[str, Any]:
-    """Values, and the defaults of what is not among them."""
+    """Values, and the defaults of the parameters of `owner` that are not among them."""
     if not isinstance(values, dict):
-        raise ValueError(f"{name} is no map")
-    return {key: found.default for key, found in inspect.signature(owner).parameters.items()} | values
+        raise ValueError(f"{name} is not a map")
+    return {key: parameter.default for key, parameter in inspect.signature(owner).parameters.items()} | values
 
 
 def _tree(node: yaml.Node) -> Any:
-    """The values that `Recipe.to_yaml` wrote: a plain scalar is JSON's, or text; `${NAME}` stays as it is."""
+    """The values that `Recipe.to_yaml` wrote: unquoted scalars are JSON or text, and `${NAME}` is not expanded."""
     if isinstance(node, yaml.MappingNode):
         return {str(key.value): _tree(child) for key, child in node.value}
     if isinstance(node, yaml.SequenceNode):
@@ -203,7 +207,7 @@ def _tree(node: yaml.Node) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value in the form that it is compared in; what is empty, or no value at all, is None."""
+    """A value in the form that is compared: enums by value, whole floats as ints, empty as None."""
     if isinstance(value, dict):
         return {name: _plain(child) for name, child in value.items()} or None
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a run, checked whole before anything is downloaded."""
+"""A recipe, one YAML file that decides everything about a run, loaded and checked before anything is downloaded."""
 
 import functools
 import typing
@@ -18,6 +18,7 @@ from finetune.recipe.checks import (
     check_source,
 )
 from finetune.recipe.schema import (
+    DEFAULT_MAX_LENGTH,
     DataSection,
     DataSource,
     EvaluateSection,
@@ -40,8 +41,6 @@ from finetune.recipe.upstream import (
 from finetune.recipe.yaml_tree import Node, RecipeTree, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 
-# trl's default of `training.max_length` (1.16), known without importing trl.
-DEFAULT_MAX_LENGTH = 1024
 # The sections that are not an upstream configuration.
 OWN_SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -54,12 +53,12 @@ OWN_SECTIONS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe in which every check has passed.
+    """A recipe that has passed every check.
 
     `training`, `lora` and `quantization` are keyword arguments of `trl.SFTConfig`, `peft.LoraConfig` and
     `transformers.BitsAndBytesConfig`, but for `lora["trainable_token_indices"]`, which may be "auto".
-    `origins` maps the dotted key of each value that somebody wrote to `FILE:LINE` or "command line". Two
-    recipes are equal when their values are, wherever these came from.
+    `origins` maps the dotted key of each value that is not a default to `FILE:LINE` or "command line". Recipes with
+    equal values are equal, whatever the origins.
     """
 
     model: ModelSection
@@ -72,7 +71,7 @@ class Recipe:
     quantization: dict[str, Any] | None
     origins: dict[str, str] = field(compare=False)
     path: Path = field(compare=False)
-    # Values not to be written out, as they were written: `${NAME}`.
+    # What is written in place of secret values: `${NAME}`.
     _templates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -82,18 +81,18 @@ class Recipe:
         return length
 
     def to_yaml(self) -> str:
-        """The recipe with nothing left out, each value followed by where it came from.
+        """The recipe with all defaults, and each value's origin as a comment.
 
-        `load_recipe` reads an equal recipe from it, in the same working directory and environment.
+        `load_recipe` loads an equal recipe from it, in the same working directory and environment.
         """
         return "\n".join(self._lines(self.sections(), "", "")) + "\n"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The sections that it has, as plain data."""
+        """The sections that are not null, as plain data."""
         names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
-        found = {name: getattr(self, name) for name in names}
-        found |= {name: found[name].model_dump() for name in OWN_SECTIONS}
-        return {name: section for name, section in found.items() if section is not None}
+        values = {name: getattr(self, name) for name in names}
+        values |= {name: values[name].model_dump() for name in OWN_SECTIONS}
+        return {name: section for name, section in values.items() if section is not None}
 
     def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
@@ -106,7 +105,7 @@ class Recipe:
                 yield from lines
                 continue
             written = self._templates.get(dotted)
-            # In values alone: a key's `${` is never read from the environment.
+            # Only in values: `${` in a key is not expanded.
             escaped = child.replace("${", "$${") if isinstance(child, str) else child
             text = scalar_text(escaped) if written is None else quoted(written)
             origin = "".join(c if c.isprintable() else "?" for c in self.origins.get(dotted, "default"))
@@ -115,7 +114,7 @@ class Recipe:
 
 @functools.cache
 def _known_keys() -> Keys:
-    """The keys of every section; computed when first asked for, because it imports trl and peft."""
+    """The keys of every section; computed at the first call, because it imports trl and peft."""
     own: dict[str, Any] = {
         name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()
     }
@@ -133,16 +132,14 @@ def _known_keys() -> Keys:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, with everything about it checked that can be without weights, rows or a network.
+    """The recipe in a file, after all checks that need no weights, rows or network.
 
     Args:
-        path: the YAML file. What it extends is found relative to it; all other paths relative to the working
-            directory.
-        overrides: `section.key=value`, the value in YAML; a map is laid over what is there, all else
-            replaces it.
+        path: The YAML file. `extends` is relative to it, all other paths to the working directory.
+        overrides: `section.key=value`, the value in YAML. A map is merged, everything else is replaced.
 
     Raises:
-        RecipeError: with all faults, one line each: `FILE:LINE: section.key: what is there; what to write`.
+        RecipeError: With all faults, one line each: `FILE:LINE: section.key: what is there; what to write`.
     """
     path = Path(path)
     tree = RecipeTree(Node({}, str(path)))
@@ -152,7 +149,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree.root = root
     for text in overrides:
         override(tree, text)
-    # A section that is null is a section taken away.
+    # A section that is null is removed.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
     keys = _known_keys()

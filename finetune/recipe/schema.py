@@ -1,4 +1,4 @@
-"""The recipe's own sections: their keys, the types of their values, what each key means."""
+"""The sections of a recipe that are ours: keys, types, defaults, and a sentence about each key."""
 
 from typing import Annotated, Literal
 
@@ -6,11 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from finetune.recipe.export_formats import FORMATS
 
+# trl's default of `training.max_length` (1.16), known without importing trl.
+DEFAULT_MAX_LENGTH = 1024
+
 _SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class ModelSection(BaseModel):
-    """The base model, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     model_config = _SECTION
 
@@ -19,21 +22,21 @@ class ModelSection(BaseModel):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type that the weights are loaded in; auto: what the checkpoint and this device allow."""
+    """The dtype of the loaded weights; auto: chosen from the checkpoint and this device."""
     attn_implementation: str | None = None
-    """As in `from_pretrained`; absent: what is right for the model and this device."""
+    """As in `from_pretrained`; absent: chosen for the model and this device."""
     chat_template: str | None = None
     """A shipped template's name or a `.jinja` file; absent: the tokenizer's own."""
     system_role: Literal["template", "fold", "turn", "error"] = "template"
-    """What becomes of a system message: as the template does, part of the first user turn, a turn, refused."""
+    """How a system message is rendered: by the template, in the first user turn, as its own turn, or refused."""
     adapter: str | None = None
-    """A run, or a folder with a LoRA adapter, to go on training; it brings its own `lora` section and chat template."""
+    """A run, or a folder with a LoRA adapter, to continue training; its `lora` settings and chat template are used."""
     trust_remote_code: bool = False
-    """Whether code from the model's repository may run."""
+    """Allows code from the model's repository to run."""
 
 
 class DataSource(BaseModel):
-    """One place that rows come from."""
+    """One source of rows."""
 
     model_config = _SECTION
 
@@ -46,108 +49,108 @@ class DataSource(BaseModel):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
-    """How a row is read; absent: found from the columns."""
+    """The format of the rows; absent: detected from the columns."""
     columns: dict[str, str] = {}
-    """Our field to a column of the source, or to a format string over the row."""
+    """Fields of the format to columns of the source, or to format strings over the row."""
     raw: bool = False
-    """Whether prompt_completion rows pass by the chat template."""
+    """Trains on prompt_completion rows as plain text, without the chat template."""
     filter: dict[str, str | int | float | bool | list[str | int | float | bool | None] | None] = {}
-    """A column to the value, or the list of values, that a row must have to be read."""
+    """Columns to the value, or list of values, that a row must have; other rows are left out."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """How often each row is used: 0.5 half of the rows, 2 each twice. Of streams: the share of the mixture."""
+    """How often each row is used: 0.5 for half of the rows, 2 for each twice. For streams: the share of the mixture."""
     samples: Annotated[int, Field(gt=0)] | None = None
-    """How many rows are used, drawn by `data.seed`; more than there are: some several times."""
+    """The number of rows, drawn by `data.seed`; if there are fewer, rows are repeated."""
     streaming: bool = False
-    """Whether rows are read while training, and not before."""
+    """Reads rows while training, not before."""
 
 
 class DataSection(BaseModel):
-    """What is trained and evaluated on, and what becomes of rows that do not fit."""
+    """The rows to train and evaluate on, and what happens to rows that do not fit."""
 
     model_config = _SECTION
 
     train: Annotated[list[DataSource], Field(min_length=1)]
-    """Where the rows to train on come from."""
+    """The sources of the training rows."""
     eval: list[DataSource] = []
-    """Where the rows to evaluate on come from."""
+    """The sources of the evaluation rows."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the training rows that is set aside to evaluate on, when `eval` is absent."""
+    """The share of the training rows that is held out for evaluation, where `eval` is absent."""
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
-    """The tokens that are trained on; absent: assistant, completion or all, as the format says."""
+    """The tokens that are trained on; absent: assistant, completion or all, by the format."""
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
-    """What becomes of a row longer than `training.max_length`."""
+    """What happens to a row longer than `training.max_length`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What becomes of a row that can't be read, or whose labels can't be proved."""
+    """What happens to a row that cannot be read or whose labels cannot be proved."""
     merge_same_role: bool = False
-    """Whether messages of one role that follow each other become one."""
+    """Merges consecutive messages of one role."""
     deduplicate: bool = True
-    """Whether exact duplicates, and training rows that are also evaluated on, are dropped."""
+    """Drops exact duplicates and training rows that are also evaluation rows."""
     seed: int = 42
-    """Seed of the split and the mixture."""
+    """The seed of the held-out split and of the mixture."""
 
 
 class ImatrixDataSection(BaseModel):
-    """What an importance matrix is made from."""
+    """The text that an importance matrix is computed from."""
 
     model_config = _SECTION
 
     path: str | None = None
-    """A file of rows or text, or a matrix (`.gguf`, `.dat`); absent: the conversations that the run was trained on."""
+    """A file of rows or text, or a finished matrix (`.gguf`, `.dat`); absent: the run's training rows."""
     rows: PositiveInt = 256
-    """How many rows at most."""
+    """The most rows."""
     max_tokens: PositiveInt = 32768
-    """How many tokens at most, of all rows together."""
+    """The most tokens of all rows together."""
 
 
 class ExportSection(BaseModel):
-    """What `finetune export` writes of a run where its flags do not say otherwise."""
+    """What `finetune export` writes; its flags override these keys."""
 
     model_config = _SECTION
 
     formats: list[Literal[FORMATS]] = []  # type: ignore[valid-type]
-    """The formats, each a folder; all GGUF files are in one."""
+    """The formats, each in its own folder; all GGUF files share one."""
     base: Literal["original", "dequantised"] = "original"
-    """What the adapter of a run on a quantised base is merged into."""
+    """The base that the adapter of a QLoRA run is merged into."""
     imatrix: Literal["auto", "always", "never"] = "auto"
-    """Whether GGUF files are quantised by an importance matrix; auto keeps the better of both."""
+    """Quantises GGUF files with an importance matrix; auto: both ways, and the better file is kept."""
     imatrix_data: ImatrixDataSection | None = None
-    """What that matrix is made from; absent: the conversations that the run was trained on."""
+    """The text that the matrix is computed from; absent: the run's training rows."""
     gate: dict[
         Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]
     ] = {}
-    """Limits that a format must keep."""
+    """Limits that each format must meet."""
 
 
 class PricesSection(BaseModel):
-    """US dollars for a million tokens."""
+    """US dollars per million tokens."""
 
     model_config = _SECTION
 
     input: Annotated[float, Field(ge=0)]
-    """Of what the judge reads."""
+    """Of the prompt."""
     output: Annotated[float, Field(ge=0)]
-    """Of what it writes."""
+    """Of the reply."""
 
 
 class JudgeSection(BaseModel):
-    """The model that compares answers with a reference's, behind any endpoint that speaks OpenAI's chat protocol."""
+    """The model that compares answers with a reference's, behind an endpoint with OpenAI's chat API."""
 
     model_config = _SECTION
 
     base_url: Annotated[str, Field(pattern=r"^https?://")]
-    """The endpoint, up to `/v1`; its key is read from OPENAI_API_KEY."""
+    """The endpoint up to `/v1`; its key is read from OPENAI_API_KEY."""
     model: str
-    """The judge's name there."""
+    """The name of the judge's model there."""
     reference: str | None = None
-    """A JSONL file with the reference's answers; absent: those of the model given to --compare."""
+    """A JSONL file with the reference answers; absent: the answers of the model given to --compare."""
     language: Literal["en", "ja"] = "en"
     """The language of the judge's instructions."""
     workers: PositiveInt = 8
-    """How many requests are under way at a time; 1 for a server that answers one by one."""
+    """The number of requests at a time; 1 for a server that answers one by one."""
     max_tokens: PositiveInt = 2048
-    """The length of one reply; a judge that thinks first needs room for it."""
+    """The most tokens of a reply; a reasoning model needs more."""
     prices: PricesSection | None = None
-    """US dollars for a million tokens, input and output, to show what it costs."""
+    """US dollars per million tokens, to show the cost."""
 
 
 class LmEvalSection(BaseModel):
@@ -156,36 +159,36 @@ class LmEvalSection(BaseModel):
     model_config = _SECTION
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    """Their names there."""
+    """The names of the tasks."""
 
 
 class EvaluateSection(BaseModel):
-    """What `finetune evaluate` asks a model."""
+    """What `finetune evaluate` measures beyond perplexity."""
 
     model_config = _SECTION
 
     prompts: str | None = None
-    """A JSONL file of prompts; absent: the prompts of the held-out rows."""
+    """A JSONL file of prompts; absent: the prompts of the evaluation rows."""
     max_new_tokens: PositiveInt = 512
-    """Where an answer is cut off."""
+    """The most tokens of an answer."""
     limit: PositiveInt | None = None
-    """How many rows and prompts at most."""
+    """The most rows and prompts."""
     judge: JudgeSection | None = None
-    """Who compares the answers with others; absent: nobody."""
+    """The judge that compares the answers with a reference's; absent: none."""
     lm_eval: LmEvalSection | None = None
-    """Tasks of the evaluation harness; absent: none."""
+    """Tasks of lm-evaluation-harness; absent: none."""
 
 
 class HubSection(BaseModel):
-    """Where on the Hub a run is put, at its end and, if asked for, while it goes on."""
+    """The Hub repository that a run is pushed to, at its end and, on request, while it trains."""
 
     model_config = _SECTION
 
     repo_id: str | None = None
-    """The repository, owner/name, which is made if it is not there; absent: nothing is put on the Hub."""
+    """The repository, owner/name, created where it does not exist; absent: nothing is pushed."""
     private: bool = False
-    """Whether a repository that is made is private."""
+    """Makes a created repository private."""
     base_model: str | None = None
-    """The Hub id of a base that `model.name_or_path` finds on this machine."""
+    """The Hub id of the base, where `model.name_or_path` is local."""
     every_n_saves: PositiveInt | None = None
-    """After how many checkpoints one is put on the Hub; absent: the finished run alone."""
+    """Pushes every N-th checkpoint; absent: only the finished run."""

@@ -1,4 +1,4 @@
-"""What belongs to trl, peft and transformers: which keys and values they take, and what they call by another name."""
+"""Keys and values that trl, peft and transformers take, and what to write in place of other names."""
 
 import copy
 import dataclasses
@@ -17,17 +17,16 @@ from pydantic_core import ErrorDetails
 
 from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree
 
-# The keys of each section and the types of their values. Under "" are the sections themselves, under
-# "source" the keys of one entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps
-# that are called so.
+# The keys of each section and the types of their values. Under "" are the sections themselves, under "source" the keys
+# of an entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps of that name.
 Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
-# Words of `init_lora_weights` that begin with the base's weights.
+# The values of `init_lora_weights` that take a part out of the base's weights begin so.
 INITS_FROM_BASE = ("pissa", "olora", "mica")
-# What to write instead of keys that upstream renamed or removed, that other trainers use, or that are not a
-# recipe's to set. Keys of another section are found without this table.
+# What to write instead of keys that upstream renamed or removed, that other trainers use, or that a recipe must not
+# set. Keys of another section are found without this table.
 _LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
 _WORDS: dict[str, dict[str, str]] = {
     "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
@@ -109,7 +108,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "transformer_layer_cls_to_wrap fsdp_transformer_layer_cls_to_wrap": (
             "remove it; the layer is found from the model"
         ),
-        "xla_fsdp_settings": "remove it; it is read by nothing with xla_fsdp_v2",
+        "xla_fsdp_settings": "remove it; it has no effect with xla_fsdp_v2",
     },
     "lora": {
         "rank lora_r": "write r",
@@ -120,9 +119,9 @@ _WORDS: dict[str, dict[str, str]] = {
         "revision": "write model.revision",
         "peft_type task_type": "remove it; it is LoRA on a causal language model",
         "inference_mode": "remove it; a recipe trains",
-        "loftq_config": "remove it; LoftQ rounds the base's weights, and no file holds what it makes of them",
+        "loftq_config": "remove it; LoftQ changes the base's weights, which an adapter's files do not hold",
         "auto_mapping peft_version": "remove it; peft writes it",
-        "eva_config corda_config lora_ga_config": "remove it; no init that needs a pass over rows is made",
+        "eva_config corda_config lora_ga_config": "remove it; inits that need a pass over the rows are not supported",
         "runtime_config": "remove it; it has no form in YAML",
     },
     "quantization": {
@@ -151,7 +150,7 @@ QUANTIZATION: dict[str, Any] = {
 
 
 class XlaFsdp(BaseModel):
-    """What `training.fsdp_config` may say: a TPU's sharding, which is not accelerate's to choose."""
+    """The keys of `training.fsdp_config`: sharding on a TPU, which the launcher cannot choose."""
 
     model_config = _STRICT
 
@@ -173,15 +172,15 @@ def upstream_keys() -> dict[str, dict[str, Any]]:
 
     training, lora = fields("training", SFTConfig), fields("lora", LoraConfig)
     reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
-    # Those that `get_peft_model` can do alone: not eva, corda and lora_ga, which peft 0.21 would leave at the
-    # default, or refuse, without a pass over rows before it; not loftq, which replaces the base's weights by rounded
-    # ones that no file then holds. The hint there spells a pattern as a literal.
+    # The inits that `get_peft_model` can compute alone. Without a pass over rows peft 0.21 refuses eva, corda and
+    # lora_ga, or leaves them at the default; loftq replaces the base's weights by rounded ones that are not saved.
+    # peft's hint spells the pattern of pissa_niter as a literal.
     inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
     pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
     return {
         "training": {
             **training,
-            # The trainer takes true as well (the newest checkpoint), and knows the names to report to.
+            # The trainer also takes true, for the newest checkpoint.
             "resume_from_checkpoint": str | bool | None,
             "output_dir": str,
             "report_to": reports | list[reports],
@@ -201,7 +200,7 @@ def upstream_keys() -> dict[str, dict[str, Any]]:
 
 
 def _narrowed(hint: Any, choices: Any) -> Any:
-    """An upstream type without its loosest members: `str` beside an enum, `dict` beside a dataclass."""
+    """An upstream type without members that accept anything: `str` beside an enum, `dict` beside a dataclass."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
     if choices:
         return Union[(Literal[tuple(choices)], *(m for m in members if m is type(None)))]
@@ -211,7 +210,13 @@ def _narrowed(hint: Any, choices: Any) -> Any:
 
 
 def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
-    """The keys of a section that are known and whose values are of the right type; faults for all others."""
+    """The keys of a section that are known and have values of the right type; adds faults for all others.
+
+    Args:
+        tree: The recipe; takes the faults.
+        section: The section's name.
+        keys: The known keys of all sections.
+    """
     node = tree.root.child(section)
     if node is None or section in tree.broken:
         return {}
@@ -226,7 +231,7 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
             continue
         value = child.plain()
         kinds = (hints[name], *typing.get_args(hints[name]))
-        # Many a recipe quotes its 2e-4, which most YAML readers take for text anyway.
+        # Most YAML readers take 2e-4 for text, so recipes quote it.
         if (
             isinstance(value, str)
             and float in kinds
@@ -235,21 +240,28 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
         ):
             value = float(value)
         try:
-            # As JSON, because strict JSON has the types of YAML: enums are text, tuples are lists.
+            # As JSON, whose types are YAML's: enums are text, tuples are lists.
             checked = TypeAdapter(hints[name], config=_STRICT).validate_json(json.dumps(value))
         except ValidationError as error:
             _explain(tree, key, error.errors(include_url=False), keys)
         else:
             if key not in tree.broken:
                 valid[name] = checked if isinstance(checked, float) else value
-    # Without a value of the wrong type upstream would see its own default, and complain about that.
+    # In place of a refused value upstream would see its default, and might complain about that.
     if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
         _ask_upstream(tree, section, valid)
     return valid
 
 
 def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
-    """A fault for a key that its section does not have, with the one that was meant."""
+    """Adds a fault for a key that its section does not have, with the key that was probably meant.
+
+    Args:
+        tree: The recipe; takes the fault.
+        key: The dotted key.
+        section: The section's name, or "" for a section that is unknown.
+        keys: The known keys of all sections.
+    """
     name, known = key.rpartition(".")[2], keys[section]
     elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
     near = difflib.get_close_matches(name, known, n=1)
@@ -286,11 +298,11 @@ _PATTERNS = {
 
 
 def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys) -> None:
-    """Pydantic's errors about one key as faults, each at the deepest place in the tree that it is about."""
+    """Adds pydantic's errors about one key as faults, each at the deepest node of the tree that it concerns."""
     expected: dict[str, list[str]] = {}
     for error in errors:
         place, node = key, tree.at(key)
-        # Between the steps into the value, `loc` has the members of unions, which are no places.
+        # `loc` also names the members of unions, which are not in the tree.
         for step in map(str, error["loc"]):
             if node.child(step):
                 place, node = f"{place}.{step}", node.child(step) or node
@@ -318,12 +330,12 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
 
 
 def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None:
-    """Faults for what the upstream configuration itself refuses or says it would ignore."""
+    """Adds faults for values that the upstream configuration refuses or warns that it ignores."""
     from peft import LoraConfig
     from trl import SFTConfig
 
     if section == "training":
-        # Only values are checked here: no device is opened, no process group joined, no global switch turned.
+        # Checks values only: opens no device, joins no process group, sets no global flag.
         config = type("SFTConfig", (SFTConfig,), {"device": SimpleNamespace(type="cpu")})
         fixed = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
         skipped = {*fixed, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
@@ -335,7 +347,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None
             warnings.simplefilter("always")
             try:
                 config(**copy.deepcopy(arguments), **fixed)
-            except Exception as error:  # whatever upstream raises, it is about these values
+            except Exception as error:  # of any type; it is about these values
                 return [str(error)]
         return [str(warning.message) for warning in caught if "ignored" in str(warning.message)]
 
@@ -347,14 +359,14 @@ def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None
             key = f"{section}.{min(named, key=text.find)}" if named else section
             there = f"is {tree.shown(key)}" if named else "is refused"
             tree.fault(key, f"{there}; {config.__name__} says: {text}")
-            # What has been blamed is taken out, to see whether there is anything else.
+            # Keys that have a fault are taken out, to find further ones.
             left = {name: value for name, value in left.items() if name not in (named or left)}
         if not left:
-            break  # what it still says is about this machine, not about these values
+            break  # the remaining complaint is about this machine, not about a value
 
 
 def check_quantization(tree: RecipeTree, bits: dict[str, Any]) -> None:
-    """Faults for quantization that would quietly be another one, or of which a part would be read by nothing."""
+    """Adds faults for keys of `quantization` that have no effect, or another one than they seem to have."""
     four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
     if bool(four) == bool(eight):
         have = "has both load_in_4bit and" if four else "has neither load_in_4bit nor"
@@ -365,6 +377,6 @@ def check_quantization(tree: RecipeTree, bits: dict[str, Any]) -> None:
         tree.fault("quantization.load_in_4bit", message)
     for name in bits:
         if name.startswith("bnb_4bit_") and not four:
-            tree.fault(f"quantization.{name}", "is read by nothing without load_in_4bit: true; remove it")
+            tree.fault(f"quantization.{name}", "has no effect without load_in_4bit: true; remove it")
         if name in ("llm_int8_threshold", "llm_int8_has_fp16_weight") and not eight:
-            tree.fault(f"quantization.{name}", "is read by nothing without load_in_8bit: true; remove it")
+            tree.fault(f"quantization.{name}", "has no effect without load_in_8bit: true; remove it")

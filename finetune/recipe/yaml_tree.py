@@ -1,4 +1,4 @@
-"""YAML text to a tree of values that know where they were written, and the list of what is wrong with them."""
+"""YAML to a tree of values that know the line they were written on, and the faults found in it."""
 
 import json
 import os
@@ -32,25 +32,25 @@ class Node:
 
     value: Any
     origin: str
-    # How to show a secret without showing it.
+    # What to show in place of a secret value, such as `${NAME}`.
     template: str | None = None
 
     def plain(self) -> Any:
-        """The value without the places."""
+        """The value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {name: child.plain() for name, child in self.value.items()}
         return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
 
     def child(self, name: str) -> "Node | None":
-        """What a map has under a name, or a list at an index."""
+        """The child of a map by its name, or of a list by its index; None where there is none."""
         children = self.value
         if isinstance(children, list):
             children = {str(i): item for i, item in enumerate(children)}
-        found: Node | None = children.get(name) if isinstance(children, dict) else None
-        return found
+        node: Node | None = children.get(name) if isinstance(children, dict) else None
+        return node
 
     def shown(self) -> str:
-        """The value as a fault shows it: short, on one line, no secret in it."""
+        """The value for a message: short, on one line, without secrets."""
         return self.template or _shown(self.plain())
 
     def leaves(self, key: str = "") -> Iterator[tuple[str, "Node"]]:
@@ -69,13 +69,13 @@ def _shown(value: Any) -> str:
 
 @dataclass
 class RecipeTree:
-    """A recipe while it is read and checked: its tree, and the faults so far as `(origin, message)`."""
+    """A recipe while it is read and checked: its root node, and the faults so far as `(origin, message)`."""
 
     root: Node
     faults: list[tuple[str, str]] = field(default_factory=list)
-    # Keys whose value could not be read; a second fault about them would be noise.
+    # Keys whose value could not be read; they get no second fault.
     broken: set[str] = field(default_factory=set)
-    # What no fault may show, and what it shows instead.
+    # Secret values, and what faults show in their place.
     secrets: dict[str, str] = field(default_factory=dict)
 
     def at(self, key: str) -> Node:
@@ -86,21 +86,21 @@ class RecipeTree:
         return node
 
     def shown(self, key: str) -> str:
-        """The value at a key as a fault shows it."""
+        """The value at a key for a message, as `Node.shown`."""
         return self.at(key).shown()
 
     def fault(self, key: str, message: str) -> None:
-        """Notes what is wrong with the value at a key."""
+        """Adds a fault about the value at a dotted key."""
         self.faults.append((self.at(key).origin, f"{key}: {message}"))
 
     def unreadable(self, key: str, origin: str, message: str) -> Node:
-        """A node that stands for nothing, because of a fault."""
+        """Adds a fault about a value that cannot be read; returns an empty node in its place."""
         self.faults.append((origin, f"{key}: {message}" if key else message))
         self.broken.add(key)
         return Node(None, origin)
 
     def report(self) -> list[str]:
-        """The faults in reading order, without the secrets, each on one line that any terminal can print."""
+        """The faults in reading order, without secrets, each on one line that any terminal can print."""
 
         def position(fault: tuple[str, str]) -> tuple[bool, str, int]:
             file, _, line = fault[0].rpartition(":")
@@ -117,7 +117,7 @@ class RecipeTree:
         return report
 
 
-# Plain scalars by their YAML 1.2 type: `2e-4` is a number, the `no` of `eval_strategy: no` is text.
+# The patterns of unquoted scalars by type, as in YAML 1.2: `2e-4` is a number, the `no` of `eval_strategy: no` text.
 _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: {"true": True, "false": False}[text.lower()]),
@@ -132,14 +132,14 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 def _type_of(text: str) -> str:
-    """The type of a plain scalar: the first of `_PLAIN` that it is written like."""
+    """The type of an unquoted scalar: the first of `_PLAIN` whose pattern matches."""
     return next(name for name, (pattern, _) in _PLAIN.items() if re.fullmatch(pattern, text))
 
 
 class _Loader(yaml.SafeLoader):
-    """Gives plain scalars the types of `_PLAIN`."""
+    """Gives unquoted scalars the types of `_PLAIN`."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (declared so upstream)
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (as upstream)
 
 
 for _name, (_pattern, _) in _PLAIN.items():
@@ -161,7 +161,7 @@ def quoted(text: str) -> str:
 
 
 class _BadYaml(ValueError):
-    """What PyYAML says, and the line that it says it of."""
+    """PyYAML's message, and the line that it is about."""
 
     def __init__(self, problem: str, line: int) -> None:
         super().__init__(problem)
@@ -169,13 +169,13 @@ class _BadYaml(ValueError):
 
 
 def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin: str = "") -> Node | None:
-    """The tree of a file, laid over that of the file it extends; None (and a fault) where one can't be read.
+    """The nodes of a file, merged over those of the file it extends; None, and a fault, where one cannot be read.
 
     Args:
-        path: the file.
-        tree: takes the faults.
-        chain: the files that led here by `extends`, resolved.
-        origin: the line that says `extends`.
+        path: The file.
+        tree: Takes the faults.
+        chain: The resolved paths of the files that led here by `extends`.
+        origin: The line that says `extends`.
     """
     where, who = (origin, f"extends: {path} ") if origin else (str(path), "")
     try:
@@ -204,14 +204,14 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
     parent = Path(os.path.normpath(path.parent / extends.value))
     chain = (*chain, path.resolve())
     if parent.resolve() in chain:
-        tree.faults.append((extends.origin, f"extends: {parent} leads back to itself; remove one extends"))
+        tree.faults.append((extends.origin, f"extends: {parent} extends itself; remove one extends"))
         return None
     base = read_file(parent, tree, chain, extends.origin)
     return base and _merged(base, node)
 
 
 def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
-    """The tree of a text, None when it is empty; `key` is where it belongs in the recipe."""
+    """The nodes of a text, None where it is empty; `key` is its place in the recipe."""
     try:
         root = yaml.compose(text, Loader=_Loader)
         return _convert(root, file, file, key, tree) if root else None
@@ -225,7 +225,7 @@ def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
 
 
 def _merged(base: Node, node: Node) -> Node:
-    """Maps are merged; everything else replaces what was there."""
+    """`node` over `base`: maps are merged, everything else is replaced."""
     if not (isinstance(base.value, dict) and isinstance(node.value, dict)):
         return node
     under = base.value
@@ -238,7 +238,7 @@ def _merged(base: Node, node: Node) -> Node:
 def _convert(
     node: yaml.Node, file: str, origin: str, key: str, tree: RecipeTree, above: tuple[yaml.Node, ...] = ()
 ) -> Node:
-    """What PyYAML composed as a tree of ours; `above` are the nodes around it."""
+    """PyYAML's node as ours; `above` are the nodes that contain it."""
 
     def place(mark: yaml.Mark) -> str:
         return file if file == COMMAND_LINE else f"{file}:{mark.line + 1}"
@@ -283,7 +283,7 @@ def _convert(
 
 
 def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> Node:
-    """A scalar with the environment read into it, and a fault for a secret that is written out."""
+    """A scalar with `${NAME}` expanded from the environment; adds a fault for a secret that is written out."""
     text, kind = str(node.value), node.tag.removeprefix(_TAG)
     variables: list[str] = []
     problems: list[str] = []
@@ -302,7 +302,7 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
 
     if kind == "str" and "${" in text:
         text = _VARIABLE.sub(expand, text)
-        # Plain `${STEPS}` may be a number, like the value itself; in quotes it is text.
+        # An unquoted `${STEPS}` may be a number, like its value; in quotes it is text.
         kind = _type_of(text) if node.style is None else kind
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         problems.append("has a character that no text may have (NUL or half a surrogate pair); remove it")
@@ -333,7 +333,7 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
 
 
 def override(tree: RecipeTree, text: str) -> None:
-    """Lays `section.key=value`, the value in YAML, over the tree."""
+    """Merges `section.key=value`, the value in YAML, over the tree; adds faults where that is not possible."""
 
     def fault(message: str) -> None:
         tree.faults.append((COMMAND_LINE, message))
@@ -341,7 +341,7 @@ def override(tree: RecipeTree, text: str) -> None:
     key, equals, value = text.partition("=")
     names = key.split(".")
     if not equals or not all(names):
-        return fault(f"{_shown(text)} is no override; write section.key=value")
+        return fault(f"{_shown(text)} is not an override; write section.key=value")
     if names[0] == "extends":
         return fault("extends: can't be overridden; write it into a recipe")
     try:
@@ -354,12 +354,12 @@ def override(tree: RecipeTree, text: str) -> None:
             here.value = {}
         if isinstance(here.value, dict):
             here.value.setdefault(name, Node(None, COMMAND_LINE))
-        found = here.child(name)
-        if found is None:
+        child = here.child(name)
+        if child is None:
             above = ".".join(names[:depth])
-            there = f"a list of {len(here.value)}" if isinstance(here.value, list) else here.shown()
-            return fault(f"{key}: {above} is {there}, with no {name}; write the whole of {above}")
-        here = found
+            value = f"a list of {len(here.value)}" if isinstance(here.value, list) else here.shown()
+            return fault(f"{key}: {above} is {value}, with no {name}; write the whole of {above}")
+        here = child
     merged = _merged(here, node)
     here.value, here.origin, here.template = merged.value, merged.origin, merged.template
     return None

@@ -27,7 +27,8 @@ from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
 from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
-from finetune.recipe.load import DEFAULT_MAX_LENGTH, Recipe
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import DEFAULT_MAX_LENGTH
 from finetune.system import devices, distributed, files
 from finetune.system.errors import PushError
 from finetune.system.terminal import Say, quiet
