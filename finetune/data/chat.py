@@ -25,8 +25,9 @@ import numpy.typing as npt
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers.utils import chat_template_utils
 
-from finetune.data.turns import Message as Message
 from finetune.data.turns import (
+    Message,
+    Tool,
     authored_texts,
     check_all_rendered,
     check_unicode,
@@ -39,8 +40,7 @@ from finetune.data.turns import (
     turn_start,
     without_train_key,
 )
-from finetune.system.errors import LabelError as LabelError
-from finetune.system.errors import TemplateError
+from finetune.system.errors import LabelError, TemplateError
 
 Ids = npt.NDArray[np.int32]
 
@@ -88,7 +88,7 @@ class RenderedChat:
     # For each turn: index of its message, of its first character, of the character behind its end-of-turn token.
     turns: list[tuple[int, int, int]]
     trained: frozenset[int]  # the indices of the messages that are trained on
-    tools: Sequence[dict[str, Any]] | None = None
+    tools: Sequence[Tool] | None = None
 
 
 class Chat:
@@ -121,14 +121,14 @@ class Chat:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> str:
         """The conversation as the template writes it.
 
         Args:
             messages: The conversation.
             add_generation_prompt: Whether the start of an assistant turn follows.
-            tools: Functions that may be called, in OpenAI's form.
+            tools: The functions that may be called.
 
         Raises:
             LabelError: The template refuses these messages, or fails on them.
@@ -189,7 +189,7 @@ class Chat:
         self,
         messages: Sequence[Message],
         train_on: str = "assistant",
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
@@ -201,7 +201,7 @@ class Chat:
         Args:
             messages: The conversation; a message's `train` goes before `train_on`.
             train_on: `assistant`, `last_assistant` or `all`.
-            tools: Functions that may be called, in OpenAI's form.
+            tools: The functions that may be called.
 
         Raises:
             LabelError: It cannot be proved that the tokens before each turn are those that inference would feed.
@@ -214,7 +214,7 @@ class Chat:
         self,
         messages: Sequence[Message],
         train_on: str = "assistant",
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> RenderedChat:
         """The rendered conversation with its turns: the first half of `encode`, with the same arguments.
 
@@ -403,7 +403,7 @@ class Chat:
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
-    def _check_bos(self, ids: Any, rendered: bool = True) -> None:
+    def _check_bos(self, ids: Ids, rendered: bool = True) -> None:
         """Refuses all but one BOS at the front, where the tokenizer uses it; a template may write more behind EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is None or bos == eos:

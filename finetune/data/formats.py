@@ -17,7 +17,7 @@ from finetune.system.errors import DataError, LabelError
 Row = dict[str, Any]
 
 
-def matches_filter(source_filter: dict[str, Any], row: Row) -> bool:
+def matches_filter(source_filter: Row, row: Row) -> bool:
     """True if each column of a filter holds its value, or one of its values; a list may hold it as an item.
 
     `true` is not 1, and a number is not its digits: the cells of a CSV are text.
@@ -169,7 +169,7 @@ _COLUMNS = {
 # Messages and tools
 
 
-def _maps(items: Any) -> list[Row]:
+def _maps(items: object) -> list[Row]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise LabelError("its messages are not a list of maps")
     return items
@@ -199,7 +199,7 @@ def _chat(row: Row, messages: list[Message]) -> Row:
     return {"messages": messages, "tools": wrapped}
 
 
-def _message(source: Row, role: Any, content: Any) -> Message:
+def _message(source: Row, role: object, content: object) -> Message:
     """One message as templates expect it: text parts are joined, synonyms get one name, empty values are left out."""
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
@@ -228,11 +228,11 @@ def _message(source: Row, role: Any, content: Any) -> Message:
     return message if train is None else message | {"train": train}
 
 
-def _blank(value: Any) -> bool:
+def _blank(value: object) -> bool:
     return not (value.strip() if isinstance(value, str) else value)
 
 
-def _train(source: Row, role: Any) -> bool | None:
+def _train(source: Row, role: object) -> bool | None:
     """A message's `train` (axolotl: `training`), or its weight of 0 or 1, as a bool; None where it has neither."""
     for key in ("train", "training"):
         if source.get(key) is not None:
@@ -266,7 +266,7 @@ def _tool_calls(calls: Any) -> list[Row]:
     return converted
 
 
-def _calls_in(text: Any) -> list[Any] | None:
+def _calls_in(text: object) -> list[Any] | None:
     """The tool calls in the text of sharegpt's `function_call` turn; None where it is another text."""
     calls = _decoded(text)
     calls = calls if isinstance(calls, list) else [calls]
@@ -274,13 +274,13 @@ def _calls_in(text: Any) -> list[Any] | None:
     return calls if valid else None
 
 
-def _function(item: Any) -> Row | None:
+def _function(item: object) -> Row | None:
     """The map with a function's name: an item of `tools` or `tool_calls`, or the value of its `function`; else None."""
     named = (item.get("function") or item) if isinstance(item, dict) else None
     return named if isinstance(named, dict) and named.get("name") and isinstance(named["name"], str) else None
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: object) -> Any:
     """The value of a string of JSON; any other value as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value

@@ -59,7 +59,7 @@ def fingerprint(source: DataSource) -> str:
     Raises:
         DataError: The source cannot be read.
     """
-    parts: list[Any] = []
+    parts: list[object] = []
     if not is_file(source.path):
         parts = [source.path, source.config, source.split, source.revision, _hub(source)[1]]
     else:
@@ -133,7 +133,7 @@ def _load_hub(
         raise DataError(f"{path}: the Hub dataset cannot be loaded: {first_line(error)}") from error
 
 
-def _without_null_keys(cell: Any) -> Any:
+def _without_null_keys(cell: object) -> object:
     """A cell without the null keys of its maps: Arrow gives each map the keys of all others."""
     if isinstance(cell, dict):
         return {key: _without_null_keys(value) for key, value in cell.items() if value is not None}
@@ -271,7 +271,7 @@ class _Window:
         self.pos = match.start()
         return match[0]
 
-    def value(self, number: int) -> Any:
+    def value(self, number: int) -> object:
         """The value at `pos`, which is row `number`; a `_CutOff` where the file ends in it."""
         if not self.peek():
             line, _, offset = self.place(self.pos)

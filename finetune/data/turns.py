@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from finetune.system.errors import LabelError, TurnRewrittenLater
 
 Message = dict[str, Any]
+Tool = dict[str, Any]  # a function that may be called, in OpenAI's form
 
 ROLES = ("system", "user", "assistant", "tool")
 # Is put behind each text of an assistant message. It has only letters, so that no template's filter escapes it.
@@ -38,7 +39,7 @@ def is_text_only(message: Message) -> bool:
     return message.keys() <= {"role", "content", "train"}
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
     """Yields each string in a value of JSON, keys of maps too."""
     if isinstance(value, str):
         yield value
@@ -286,7 +287,7 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
         part_of_mark[f"{_MARK}{number}z"] = part
         return f"{text}{_MARK}{number}z"
 
-    def call(function: dict[str, Any]) -> dict[str, Any]:
+    def call(function: Tool) -> Tool:
         arguments = function.get("arguments")
         if isinstance(arguments, dict) and any(isinstance(value, str) for value in arguments.values()):
             mapped = {k: mark(v, "tool call") if isinstance(v, str) else v for k, v in arguments.items()}
