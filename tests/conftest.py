@@ -79,6 +79,15 @@ def _one_cache(shared: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real Gemma is converted from its GGUF once for all sessions, by whoever is first."""
+    if USER_CACHE:
+        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _forked() -> Iterator[Callable[..., Any]]:
     """`fresh_process.call` forks its processes, which saves the seconds that their imports take."""

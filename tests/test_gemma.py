@@ -47,15 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture
-def _user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The conversion of the GGUF is done once for all, by whoever is first."""
-    if USER_CACHE:
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-
-
 def answers(run: Path, adapter: bool = True) -> list[tuple[str, bool]]:
     """Each held-out prompt's answer, and whether it ended by itself."""
     generator = load_generator(str(run), adapter)
@@ -85,13 +76,13 @@ def assert_it_learned(run: Path, loss: float, ended: int) -> None:
     assert all(text for text, _ in after)
 
 
-@pytest.mark.usefixtures("_user_cache")
+@pytest.mark.usefixtures("user_cache")
 def test_held_out_loss_falls_and_it_stops_where_the_base_does_not(trained: Path) -> None:
     assert_it_learned(trained, loss=0.4, ended=6)
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("_user_cache")
+@pytest.mark.usefixtures("user_cache")
 def test_the_quickstart_as_it_is_shipped(tmp_path: Path) -> None:
     finetune("train", "recipes/quickstart.yaml", f"training.output_dir={tmp_path / 'run'}")
     assert_it_learned(tmp_path / "run", loss=0.6, ended=9)
@@ -119,7 +110,7 @@ def test_the_adapter_holds_two_token_rows_and_no_embedding(trained: Path) -> Non
     assert (trained / "adapter_model.safetensors").stat().st_size < 20 * 2**20
 
 
-@pytest.mark.usefixtures("_user_cache")
+@pytest.mark.usefixtures("user_cache")
 def test_the_converted_base_is_plain_and_its_turn_tokens_unlearned() -> None:
     path = Path(locate(BASE))
     assert path.name == "gemma-3-270m-q4_k_m-a5fd3b62230aa5ec-v1"
@@ -133,7 +124,7 @@ def test_the_converted_base_is_plain_and_its_turn_tokens_unlearned() -> None:
     assert unlearned_tokens(model, [1, 2, 105, 106, 107, 108, 23391]) == [105, 106]
 
 
-@pytest.mark.usefixtures("_user_cache")
+@pytest.mark.usefixtures("user_cache")
 def test_labels_with_the_real_tokenizer() -> None:
     chat = Chat(load_tokenizer(ModelSection(name_or_path=BASE, chat_template="gemma3")))
     messages = [
@@ -161,7 +152,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.usefixtures("_user_cache")
+@pytest.mark.usefixtures("user_cache")
 def test_the_merge_is_peft_s_to_the_bit(trained: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from safetensors.torch import load_file

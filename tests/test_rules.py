@@ -15,7 +15,7 @@ import pytest
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
-from conftest import ROOT, USER_CACHE
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -297,16 +297,11 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
             assert float(loss_of(model)) == pytest.approx(float(whole), abs=5e-3)
 
 
+@pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float16", "nf4"])
-def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(
-    quantization: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if USER_CACHE:  # the conversion of the GGUF is done once for all
-        monkeypatch.setenv("XDG_CACHE_HOME", USER_CACHE)
-    else:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(quantization: dict[str, Any] | None) -> None:
     base = locate(f"package:{PACKAGE}")
     chat = Chat(load_tokenizer(ModelSection(name_or_path=base, chat_template="gemma3")))
     lines = (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines()
