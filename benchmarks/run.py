@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -76,7 +77,8 @@ def bare(recipe_path: str, output: str, size: int) -> None:
     from finetune.data.mixture import build_datasets
     from finetune.model.load import load_tokenizer
     from finetune.recipe.load import load_recipe
-    from finetune.train.callbacks.metrics import Record
+    from finetune.train.callbacks.metrics import MetricsLog
+    from finetune.train.meter import Meter
 
     recipe = load_recipe(recipe_path)
     tokenizer = load_tokenizer(recipe.model)
@@ -99,7 +101,7 @@ def bare(recipe_path: str, output: str, size: int) -> None:
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=8, target_modules="all-linear"),
     )
     Path(output).mkdir(parents=True, exist_ok=True)
-    trainer.add_callback(Record(Path(output), None, lambda: 0))
+    trainer.add_callback(MetricsLog(Path(output), 0, SimpleNamespace(meter=Meter(), _total_train_tokens=0)))
     trainer.train()
 
 

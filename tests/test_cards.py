@@ -141,10 +141,10 @@ def test_a_record_says_what_share_of_the_card_it_took(
     path = write_recipe(training={"max_steps": 2, "logging_steps": 1})
     assert main(["train", str(path)]) == 0
     records = [r for r in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    assert held[0].work > 0
-    assert held[0].speed == 1e9
+    assert held[0].flops_per_token > 0
+    assert held[0].flops_per_second == 1e9
     for record in records:
-        share = record["tokens_per_second"] * held[0].work / 1e9
+        share = record["tokens_per_second"] * held[0].flops_per_token / 1e9
         assert record["mfu"] == pytest.approx(share, rel=1e-3)
     assert [r["energy_wh"] for r in records] == [1, 2]
     report = Path("run/README.md").read_text()

@@ -333,12 +333,12 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
         (
             {"training": {"optim": "adafactor"}},
             {},
-            "training.optim: is adafactor, which cannot step on weights",
+            "training.optim: is adafactor, which cannot step on sharded weights",
         ),
         (
             {"training": {"save_only_model": True}},
             {},
-            "training.save_only_model: is true, but a run in parts",
+            "training.save_only_model: is true, but a sharded run",
         ),
         (
             {"quantization": {"load_in_8bit": True}},
@@ -348,7 +348,7 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
         (
             {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
             {},
-            "quantization.bnb_4bit_quant_storage: is uint8, but to be cut into parts it must be model.dtype; write "
+            "quantization.bnb_4bit_quant_storage: is uint8, but sharded weights are stored in model.dtype; write "
             "bnb_4bit_quant_storage: float32",
         ),
         ({}, {"FSDP_VERSION": "1"}, f"{FILE}: fsdp_config.fsdp_version is not 2; write 2"),
@@ -362,7 +362,7 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
         (
             {"training": {"auto_find_batch_size": True}},
             {},
-            "training.auto_find_batch_size: is true, but there are 2 processes, of which each would find its own",
+            "training.auto_find_batch_size: is true, but there are 2 processes, each of which would find its own",
         ),
         (
             {"training": {"save_on_each_node": True}},
@@ -372,12 +372,12 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
         (
             {},
             {"PARALLELISM_CONFIG_TP_SIZE": "2"},
-            f"{FILE}: parallelism_config_tp_size is above 1, and nothing",
+            f"{FILE}: parallelism_config_tp_size is above 1, which is not supported",
         ),
     ],
     ids=[
         "optimizer",
-        "weights alone",
+        "only weights",
         "8 bit",
         "4 bit",
         "FSDP 1",

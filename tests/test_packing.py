@@ -94,9 +94,9 @@ def one_step(
             seen.append((found, self))
             return loss
 
-    monkeypatch.setattr(finetune.train, "Trainer", Watched)
+    monkeypatch.setattr(finetune.train.run, "Trainer", Watched)
     # Weights, picture and card are made of nothing that is looked at here.
-    monkeypatch.setattr(finetune.train, "_finish", lambda *args: None)
+    monkeypatch.setattr(finetune.train.run, "_save_finished_run", lambda *args: None)
     rows = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)
 
     def step(architecture: str, attention: str, training: dict[str, Any], lora: bool = True) -> Step:
@@ -201,11 +201,11 @@ def test_rows_that_read_one_another_are_seen_and_refused(
     with pytest.raises(ModelError) as refused:
         one_step(architecture, attention, PACKED | {"output_dir": "refused"})
     assert str(refused.value) == (
-        f"training.packing: {kind} would let packed rows read one another; write false, or another "
+        f"training.packing: {kind} would let packed rows attend to each other; write false, or another "
         "model.attn_implementation"
     )
     monkeypatch.setattr(
-        finetune.train.callbacks.packing.RowsApart, "on_train_begin", lambda *args, **kwargs: None
+        finetune.train.callbacks.packing.PackedRowsCheck, "on_train_begin", lambda *args, **kwargs: None
     )
     packed = one_step(architecture, attention, PACKED)
     assert min(distances(packed, alone)) > 50 * TOLERANCE
@@ -228,7 +228,7 @@ def test_a_model_that_knows_no_positions_is_refused(
     path = write_recipe(model={"name_or_path": foreign_base("bloom", n_layer=2, n_head=4)}, lora=None)
     assert main([str(path), "training.packing=true"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: training.packing: bloom with eager attention would let packed rows read one another; write false, "
+        "error: training.packing: bloom with eager attention would let packed rows attend to each other; write false, "
         "or another model.attn_implementation"
     )
     assert main([str(path), "training.output_dir=other"]) == 0  # unpacked it is trained

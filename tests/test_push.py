@@ -238,7 +238,7 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     assert f"hub: step 2 is not pushed: you/late is refused by the Hub (418): not now {again}" in lines
     assert f"saved: {tmp_path / 'run'}" in lines
     assert lines[-1:] == [
-        f"error: you/late is refused by the Hub (418): not now {again}. The run is whole; put it there with: "
+        f"error: you/late is refused by the Hub (418): not now {again}. The run is complete; push it with: "
         f"finetune push {tmp_path / 'run'}",
     ]
     sent = list(hub.sent)

@@ -438,14 +438,14 @@ def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
     """Of the model that was trained, as it was in memory when training ended: its logits, whether it was quantised."""
     found: Options = {}
-    finish = finetune.train.run._finish
+    finish = finetune.train.run._save_finished_run
 
-    def look(trainer: Any, recipe: Recipe, output: Path) -> None:
+    def look(trainer: Any, output: Path) -> None:
         found["logits"] = logits(trainer.model)
         found["quantised"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
-        finish(trainer, recipe, output)
+        finish(trainer, output)
 
-    monkeypatch.setattr(finetune.train.run, "_finish", look)
+    monkeypatch.setattr(finetune.train.run, "_save_finished_run", look)
     return found
 
 

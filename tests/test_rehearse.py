@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from finetune.cli.commands import main
 from finetune.system.errors import RunError
 from finetune.train.callbacks import memory_check
-from finetune.train.callbacks.memory_check import Rehearsal, optimizer_bytes, settings, shortfall
+from finetune.train.callbacks.memory_check import MemoryCheck, optimizer_bytes, shortfall, smaller_settings
 
 Write = Callable[..., Path]
 STATM = Path("/proc/self/statm")
@@ -52,11 +52,11 @@ def assert_same_runs(a: Path, b: Path) -> None:
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs a recipe without a rehearsal."""
+    """Runs a recipe without a memory check."""
 
     def run(*argv: str) -> int:
         with monkeypatch.context() as patch:
-            patch.setattr(Rehearsal, "on_train_begin", lambda *args, **kwargs: None)
+            patch.setattr(MemoryCheck, "on_train_begin", lambda *args, **kwargs: None)
             return main(list(argv))
 
     return run
@@ -64,7 +64,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """What each pass was given and what gradients stood before and after it; the rehearsal's is the first."""
+    """What each pass was given and what gradients stood before and after it; the memory check's is the first."""
     seen: list[SimpleNamespace] = []
     step = SFTTrainer.training_step
 
@@ -111,10 +111,10 @@ def test_a_run_with_it_is_the_run_without(
         model={"name_or_path": "random:gemma2"}, training={"gradient_accumulation_steps": 2}, **sections
     )
     assert without(str(path), *overrides, "training.output_dir=without") == 0
-    assert "rehearsal" not in capsys.readouterr().err
+    assert "memory: " not in capsys.readouterr().err
     assert main([str(path), *overrides]) == 0
-    [said] = [line for line in capsys.readouterr().err.splitlines() if "rehearsal" in line]
-    assert said.startswith("rehearsal: the longest batch (2 rows, 256 tokens) takes ")
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memory: ")]
+    assert said.startswith("memory: the longest batch (2 rows, 256 tokens) takes ")
     assert said.endswith(" GiB")
     assert_same_runs(Path("run"), Path("without"))
 
@@ -184,7 +184,7 @@ def test_nothing_is_left_of_it(
 ) -> None:
     """Whatever the pass draws, counts and switches, a failed one too."""
     state: list[Any] = []
-    begin, backward = Rehearsal.on_train_begin, Accelerator.backward
+    begin, backward = MemoryCheck.on_train_begin, Accelerator.backward
 
     def left(trainer: Any) -> list[Any]:
         return [
@@ -197,7 +197,7 @@ def test_nothing_is_left_of_it(
             trainer._total_train_tokens,
         ]
 
-    def watched(self: Rehearsal, *args: Any, **kwargs: Any) -> None:
+    def watched(self: MemoryCheck, *args: Any, **kwargs: Any) -> None:
         self.trainer.model.eval()
         self.trainer._metrics["train"]["entropy"] = [1.5]
         self.trainer._total_train_tokens = 7
@@ -218,7 +218,7 @@ def test_nothing_is_left_of_it(
                 "[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7340032 bytes."
             )
 
-    monkeypatch.setattr(Rehearsal, "on_train_begin", watched)
+    monkeypatch.setattr(MemoryCheck, "on_train_begin", watched)
     fails = False
     assert main([str(write_recipe(training={"max_steps": 1}))]) == 0
     before, gradients, after = state
@@ -227,7 +227,7 @@ def test_nothing_is_left_of_it(
     del state[:]
     fails = True
     assert main([str(write_recipe(training={"output_dir": "other"}))]) == 2
-    assert "torch asked for another 7 MiB, which are not there" in capsys.readouterr().err
+    assert "torch asked for another 7 MiB, which are not available" in capsys.readouterr().err
     before, gradients, after = state
     assert before == after
 
@@ -250,7 +250,7 @@ def test_memory_that_really_runs_out_is_told_with_three_settings(
         data={"train": [{"path": "rows.jsonl", "format": "text"}], "deduplicate": False},
         training={"max_length": 2048, "per_device_train_batch_size": size},
     )
-    measure = Rehearsal._measure
+    measure = MemoryCheck._measure
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -261,13 +261,13 @@ def test_memory_that_really_runs_out_is_told_with_three_settings(
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    monkeypatch.setattr(Rehearsal, "_measure", limited)
+    monkeypatch.setattr(MemoryCheck, "_measure", limited)
     assert main([str(path)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     head, _, tail = last.partition("torch asked for another ")
     rows = "1 row" if size == 1 else f"{size} rows"
     assert head == f"error: the longest batch ({rows}, {size * 2048:,} tokens) does not fit into memory: "
-    figure, _, tail = tail.partition(" MiB, which are not there. Write ")
+    figure, _, tail = tail.partition(" MiB, which are not available. Write ")
     assert int(figure) >= 16
     smaller = "training.max_length: 1024, training.gradient_checkpointing: true"
     assert tail == (
@@ -329,8 +329,10 @@ class Card(SimpleNamespace):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 8 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(Rehearsal, "_worst", lambda self, need: (need, memory_check._there(device)))
-        monkeypatch.setattr(Rehearsal, "_measure", self.measure)
+        monkeypatch.setattr(
+            MemoryCheck, "_worst_rank", lambda self, need: (need, memory_check._available_bytes(device))
+        )
+        monkeypatch.setattr(MemoryCheck, "_measure", self.measure)
 
     def measure(self, rows: list[dict[str, Any]], accumulates: bool) -> tuple[int, int]:
         self.measured.append((len(rows), len(rows[0]["input_ids"]), accumulates))
@@ -343,7 +345,7 @@ class Card(SimpleNamespace):
         lines: list[str] = []
         state = SimpleNamespace(is_world_process_zero=True)
         try:
-            Rehearsal(self, lines.append).on_train_begin(self.args, state, None)
+            MemoryCheck(self, lines.append).on_train_begin(self.args, state, None)
         except RunError as error:
             return str(error)
         return lines[0]
@@ -351,16 +353,17 @@ class Card(SimpleNamespace):
 
 def test_a_card_that_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch, [100, 1024, 200, 900], 2, gradient_accumulation_steps=2)
-    assert card.told() == "rehearsal: the longest batch (2 rows, 2,048 tokens) takes 3.0 of 7.0 GiB"
+    assert card.told() == "memory: the longest batch (2 rows, 2,048 tokens) takes 3.0 of 7.0 GiB"
     assert card.measured == [(2, 1024, True)]
 
 
 def test_a_card_that_is_too_small_tells_by_how_much_from_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch, [2048, 100, 2048, 100, 2048, 100, 2048], 4, gradient_accumulation_steps=3)
     assert card.told() == (
-        "the longest batch (4 rows, 8,192 tokens) does not fit into memory: it needs about 9.0 GiB, 7.0 GiB are there: "
-        "2.0 GiB too much. Write training.per_device_train_batch_size: 2 with training.gradient_accumulation_steps: 6 "
-        "(the same result), training.max_length: 1024, or a lora section (r: 16)"
+        "the longest batch (4 rows, 8,192 tokens) does not fit into memory: it needs about 9.0 GiB, 7.0 GiB are "
+        "available: 2.0 GiB too much. Write training.per_device_train_batch_size: 2 with "
+        "training.gradient_accumulation_steps: 6 (the same result), training.max_length: 1024, or a lora "
+        "section (r: 16)"
     )
     assert card.measured == [(4, 2048, True), (1, 2048, True)]
 
@@ -387,9 +390,9 @@ def test_where_nothing_more_can_be_measured_it_tells_what_torch_asked_for(
 def test_what_the_optimizer_will_add_counts_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_check, "optimizer_bytes", lambda optim, weights: 5 * GIB)
     card = Card(monkeypatch, [2048], 1)
-    assert "it needs about 8.0 GiB, 7.0 GiB are there: 1.0 GiB too much" in card.told()
+    assert "it needs about 8.0 GiB, 7.0 GiB are available: 1.0 GiB too much" in card.told()
     card.optimizer.state = {"a parameter": {"exp_avg": 0}}
-    assert card.told() == "rehearsal: the longest batch (1 row, 2,048 tokens) takes 3.0 of 7.0 GiB"
+    assert card.told() == "memory: the longest batch (1 row, 2,048 tokens) takes 3.0 of 7.0 GiB"
 
 
 def test_a_search_for_the_batch_size_gets_the_error_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +401,7 @@ def test_a_search_for_the_batch_size_gets_the_error_itself(monkeypatch: pytest.M
         raise torch.OutOfMemoryError(CUDA)
 
     card = Card(monkeypatch, [7168], 1, auto_find_batch_size=True)
-    monkeypatch.setattr(Rehearsal, "_measure", measure)
+    monkeypatch.setattr(MemoryCheck, "_measure", measure)
     before = random.getstate(), torch.get_rng_state().tolist()
     with pytest.raises(torch.OutOfMemoryError):
         card.told()
@@ -406,7 +409,7 @@ def test_a_search_for_the_batch_size_gets_the_error_itself(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("where", ["lomo", "adalomo", "galore_adamw_layerwise", "xla", "deepspeed"])
-def test_no_rehearsal_where_the_backward_pass_could_not_be_taken_back(
+def test_no_memory_check_where_the_backward_pass_could_not_be_taken_back(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     card = Card(monkeypatch, [100], 1)
@@ -416,7 +419,7 @@ def test_no_rehearsal_where_the_backward_pass_could_not_be_taken_back(
         card.is_deepspeed_enabled = True
     else:
         card.args.optim = where
-    Rehearsal(card, pytest.fail).on_train_begin(card.args, None, None)
+    MemoryCheck(card, pytest.fail).on_train_begin(card.args, None, None)
     assert card.measured == []
 
 
@@ -431,13 +434,13 @@ def test_no_rehearsal_where_the_backward_pass_could_not_be_taken_back(
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
             "allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)",
             None,
-            "torch asked for another 3.0 GiB, which are not there",
+            "torch asked for another 3.0 GiB, which are not available",
         ),
         (CUDA, 2 * GIB, "torch asked for 2.5 GiB where 2.0 GiB were free: at least 512 MiB too much"),
         (
             CUDA,
             3 * GIB,
-            "torch asked for another 2.5 GiB, which are not there",
+            "torch asked for another 2.5 GiB, which are not available",
         ),  # in pieces, or not to be used up
         (
             "Tried to allocate 20.00 MiB.",
@@ -478,7 +481,7 @@ def test_there_are_always_three_settings_that_are_not_in_use(
     if lora:
         model = peft.PeftModel(model, peft.LoraConfig(target_modules=["0"]))
     model.is_quantized = quantised
-    found = settings(SimpleNamespace(**dict(zip(names, args, strict=True))), model, 301)
+    found = smaller_settings(SimpleNamespace(**dict(zip(names, args, strict=True))), model, 301)
     full = {
         "length": "training.max_length: 150",
         "checkpointing": "training.gradient_checkpointing: true",

@@ -101,7 +101,7 @@ def text_of(page: str) -> str:
 
 
 BAR = r"step +\d/6 [━╸╺ ]+ (loss \d\.\d{3}, [\d,]+ tokens/s)? +(\d:\d\d:\d\d|-:--:--) left *"
-SPOKEN = ("recipe: ", "data: ", "evaluation: ", "chosen: ", "model: ", "rehearsal: ", "saved: ")
+SPOKEN = ("recipe: ", "data: ", "evaluation: ", "chosen: ", "model: ", "memory: ", "saved: ")
 
 
 def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, str]) -> None:

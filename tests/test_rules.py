@@ -563,9 +563,11 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     name: str, lora: bool, bases: Callable[[str], str], write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    finish = finetune.train.run._finish
+    finish = finetune.train.run._save_finished_run
     monkeypatch.setattr(
-        finetune.train.run, "_finish", lambda trainer, *rest: (kept.append(trainer), finish(trainer, *rest))
+        finetune.train.run,
+        "_save_finished_run",
+        lambda trainer, *rest: (kept.append(trainer), finish(trainer, *rest)),
     )
     path = write_recipe(
         model={"name_or_path": bases(name)},

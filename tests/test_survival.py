@@ -335,7 +335,7 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
             signal.raise_signal(signal.SIGTERM)
         return step_of(trainer, *args, **kwargs)
 
-    complete = checkpoint.complete
+    complete = checkpoint.write_marker
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", signalled)
         patch.setattr(checkpoint, "complete", lambda *args: (saved.append(args[1]), complete(*args)))
@@ -427,13 +427,13 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(
     capsys.readouterr()
     assert main([str(path), RESUME]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "passed over" in line] == [
-        f"run/checkpoint-4 passed over: {state.name} has {size - 1:,} bytes and not {size:,}",
-        "run/checkpoint-3 passed over: scheduler.pt is missing",
-        "run/checkpoint-2 passed over: complete.json is damaged",
+    assert [line for line in said if "skipped" in line] == [
+        f"run/checkpoint-4 skipped: {state.name} has {size - 1:,} bytes, not {size:,}",
+        "run/checkpoint-3 skipped: scheduler.pt is missing",
+        "run/checkpoint-2 skipped: complete.json is damaged",
     ]
     assert [record["step"] for record in curve("run") if "loss" in record] == [1, 2, 3, 4]
-    whole = f"whole ones are {', '.join(f'run/checkpoint-{n}' for n in (1, 2, 3, 4))}"
+    whole = f"complete ones: {', '.join(f'run/checkpoint-{n}' for n in (1, 2, 3, 4))}"
     state.write_bytes(b"")
     assert main([str(path), "training.resume_from_checkpoint=run/checkpoint-4"]) == 2
     assert whole.removesuffix(", run/checkpoint-4") in capsys.readouterr().err
@@ -501,7 +501,7 @@ def test_a_pickle_that_would_run_code_is_not_read(
         (folder / "complete.json").write_text(json.dumps(marks))
         capsys.readouterr()
         assert main([str(path), RESUME, "training.max_steps=5"]) == 2
-        assert "run/checkpoint-4 cannot be gone on from, a file in it is damaged: " in capsys.readouterr().err
+        assert "run/checkpoint-4 cannot be resumed from, a file in it is damaged: " in capsys.readouterr().err
         assert not Path("owned").exists()
         (folder / name).write_bytes(good)
         (folder / "complete.json").write_text(marker)

@@ -66,12 +66,12 @@ def train_in_two(path: Path, *overrides: str) -> None:
 def test_an_id_that_a_sweep_chose_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "_SET", set())
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    trackers.identify(tmp_path / "first", None, "finetune", goes_on=False)
+    trackers.set_run_identity(tmp_path / "first", None, "finetune", resumed=False)
     assert os.environ["WANDB_RUN_ID"] == "chosen"
     # The next run of this process is another one; the first one, gone on with, is itself.
-    trackers.identify(tmp_path / "second", None, "finetune", goes_on=False)
+    trackers.set_run_identity(tmp_path / "second", None, "finetune", resumed=False)
     assert os.environ["WANDB_RUN_ID"] not in ("", "chosen")
-    trackers.identify(tmp_path / "first", None, "finetune", goes_on=True)
+    trackers.set_run_identity(tmp_path / "first", None, "finetune", resumed=True)
     assert os.environ["WANDB_RUN_ID"] == "chosen"
 
 

@@ -19,7 +19,7 @@ from finetune.cli.commands import main
 from finetune.model import locate, precision, shards
 from finetune.model.generate import load_generator
 from finetune.train import checkpoint
-from finetune.train.callbacks.metrics import Record
+from finetune.train.callbacks.metrics import MetricsLog
 
 Write = Callable[..., Path]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -258,7 +258,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     broken = Path("run/checkpoint-5")
     broken.mkdir()
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
-    assert f"{broken} passed over: it was not finished (complete.json is missing)" in capsys.readouterr().err
+    assert f"{broken} skipped: it is incomplete (complete.json is missing)" in capsys.readouterr().err
     assert_same_weights(Path("run"), Path("whole"))
     assert losses(Path("run")) == losses(Path("whole"))
     assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4, 5, 6]
@@ -267,7 +267,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(training={"max_steps": 1})
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
-    assert "run has no whole checkpoint: starting at step 0" in capsys.readouterr().err.splitlines()
+    assert "run has no complete checkpoint: starting at step 0" in capsys.readouterr().err.splitlines()
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 2
     assert "run holds a finished run" in capsys.readouterr().err
     assert (
@@ -275,8 +275,7 @@ def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFi
         == 2
     )
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: training.resume_from_checkpoint: run/checkpoint-7: there is no such folder; "
-        "there is none in other"
+        "error: training.resume_from_checkpoint: run/checkpoint-7: there is no such folder; other has none"
     )
 
 
@@ -314,7 +313,7 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     )
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: training.output_dir: run is not empty; choose another directory, delete it, or go on with its run: "
+        "error: training.output_dir: run is not empty; choose another directory, delete it, or resume its run with "
         "training.resume_from_checkpoint=true"
     )
     assert Path("run/notes.txt").read_text() == "mine"
@@ -355,7 +354,7 @@ def test_packing_and_accumulation_run(write_recipe: Write) -> None:
 def test_a_norm_that_is_not_finite_is_recorded_as_json(tmp_path: Path) -> None:
     """As of a step that float16's scaler skips: `NaN` and `Infinity` are words that JSON has not."""
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
-    record = Record(tmp_path, None, None)
+    record = MetricsLog(tmp_path, 0, None)
     record.on_log(None, state, None, {"grad_norm": float("inf"), "learning_rate": 0.5})
     assert (
         tmp_path / "metrics.jsonl"

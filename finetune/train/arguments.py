@@ -1,4 +1,4 @@
-"""The recipe's training section as upstream takes it, and what it and the launcher's file cannot do together."""
+"""Turns the recipe's training section into trl's arguments, and checks it against the launcher's file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
 from finetune.system.errors import RunError
 
+# Settings that need a single process, and why.
+_ONE_PROCESS_ONLY = {
+    "auto_find_batch_size": "each of which would find its own",
+    "save_on_each_node": "only one of which writes files",
+}
+
 
 def check_launch(recipe: Recipe, precision: Precision) -> None:
-    """Refuses what the launcher's file, the recipe and this machine's card cannot do together.
+    """Checks that the launcher's file and the recipe fit together.
 
     Raises:
-        LaunchError, ModelError: With the key to change, in one of the two.
+        RunError: They do not; the message names the key to change in one of the two.
     """
-    file, training, bits = distributed.LAUNCHER_FILE, recipe.training, recipe.quantization or {}
+    file, training = distributed.LAUNCHER_FILE, recipe.training
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision.computes):
         raise RunError(f'{file}: mixed_precision is {launched}; write "no", the recipe decides')
@@ -33,7 +39,7 @@ def check_launch(recipe: Recipe, precision: Precision) -> None:
             f"training.optim: is {optim}, whose state cannot be saved; write adamw_torch_fused, or adamw_8bit"
         )
     if distributed.world_size() > 1:
-        for key, why in _ALONE.items():
+        for key, why in _ONE_PROCESS_ONLY.items():
             if training.get(key):
                 raise RunError(
                     f"training.{key}: is true, but there are {distributed.world_size()} processes, {why}; remove it"
@@ -41,65 +47,63 @@ def check_launch(recipe: Recipe, precision: Precision) -> None:
     for size in ("TP", "CP", "SP"):
         if int(os.environ.get(f"PARALLELISM_CONFIG_{size}_SIZE", 1)) > 1:
             raise RunError(
-                f"{file}: parallelism_config_{size.lower()}_size is above 1, and nothing is spread that way here; "
-                "remove it, and take accelerate_configs/fsdp.yaml"
+                f"{file}: parallelism_config_{size.lower()}_size is above 1, which is not supported; remove it and use "
+                "accelerate_configs/fsdp.yaml"
             )
-    if not distributed.uses_fsdp():
-        return
+    if distributed.uses_fsdp():
+        _check_fsdp(recipe, precision)
+
+
+def _check_fsdp(recipe: Recipe, precision: Precision) -> None:
+    file, training, bits = distributed.LAUNCHER_FILE, recipe.training, recipe.quantization or {}
+    optim = str(training.get("optim", ""))
     if os.environ.get("FSDP_VERSION") != "2":
         raise RunError(f"{file}: fsdp_config.fsdp_version is not 2; write 2")
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
         raise RunError(
-            f"{file}: fsdp_activation_checkpointing is true, which draws another dropout when it computes a layer "
-            "again; write false, training.gradient_checkpointing does it"
+            f"{file}: fsdp_activation_checkpointing is true, which uses another dropout mask when it recomputes a "
+            "layer; write false, and training.gradient_checkpointing: true in the recipe"
         )
     if optim.startswith(("adafactor", "lion", "ademamix", "paged")) or "8bit" in optim or "bnb" in optim:
         raise RunError(
-            f"training.optim: is {optim}, which cannot step on weights in parts; write adamw_torch_fused"
+            f"training.optim: is {optim}, which cannot step on sharded weights; write adamw_torch_fused"
         )
     if training.get("save_only_model"):
         raise RunError(
-            "training.save_only_model: is true, but a run in parts saves all that it needs; remove it"
+            "training.save_only_model: is true, but a sharded run always saves its full state; remove it"
         )
     if bits.get("load_in_8bit"):
         raise RunError(
-            "quantization.load_in_8bit: is true, but such weights cannot be cut into parts; write load_in_4bit: true, "
-            "or launch with accelerate_configs/ddp.yaml"
+            "quantization.load_in_8bit: is true, but such weights cannot be sharded; write load_in_4bit: true, or "
+            "launch with accelerate_configs/ddp.yaml"
         )
     dtype, storage = str(precision.asked)[6:], bits.get("bnb_4bit_quant_storage") or "uint8"
     if bits and storage != dtype:
         raise RunError(
-            f"quantization.bnb_4bit_quant_storage: is {storage}, but to be cut into parts it must be model.dtype; "
+            f"quantization.bnb_4bit_quant_storage: is {storage}, but sharded weights are stored in model.dtype; "
             f"write bnb_4bit_quant_storage: {dtype}"
         )
 
 
-# What only one process can do, and why.
-_ALONE = {
-    "auto_find_batch_size": "of which each would find its own",
-    "save_on_each_node": "of which one writes for all",
-}
-
-
 def check_base(recipe: Recipe, base: Base, precision: Precision) -> None:
-    """Refuses, before any row is read, what the base model and this machine's card cannot do together.
+    """Checks, before any row is read, that the base can be located and its attention runs on this device.
 
     Raises:
-        ModelError: With the key to change.
+        ModelError: It cannot; the message names the key to change.
     """
     wanted = recipe.model.attn_implementation
     compatibility.check_attention(wanted, base.config, devices.device_of(), precision.in_float32)
 
 
-def training_arguments(recipe: Recipe, precision: Precision, streamed: bool) -> SFTConfig:
-    """The recipe's `training` for trl; making it joins the processes of the run.
+def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
+    """The recipe's `training` section as trl takes it; making it joins the processes of the run.
 
     Raises:
-        LaunchError: This machine cannot compute in the recipe's type, or is no TPU.
+        RunError: This machine cannot compute in the recipe's type, or has no TPU.
     """
     values = dict(recipe.training)
-    for ours in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
-        values.pop(ours, None)
+    for own_key in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
+        values.pop(own_key, None)
     # SFTConfig sets bf16 unless it is told otherwise.
     values["bf16"], values["fp16"] = (precision.computes == word for word in ("bf16", "fp16"))
     if values.get("fsdp_config"):
@@ -112,23 +116,22 @@ def training_arguments(recipe: Recipe, precision: Precision, streamed: bool) -> 
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
     packs = bool(values.get("packing"))
     if values.get("padding_free") and not packs:
-        # Our rows fit already; trl 1.16 refuses a length that it would not hold them to.
+        # Our rows fit already, and trl 1.16 refuses a length that it does not apply.
         values["max_length"] = None
     if not (packs or values.get("eval_packing") or values.get("shuffle_dataset")):
-        # Our rows fit already; trl's preparation would go over each once more.
+        # Our rows are prepared already; trl would process each once more.
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    if streamed:
-        # Each rank reads the stream and takes its share; upstream lets the first read for all, padded to one length.
+    if any(source.streaming for source in recipe.data.train):
+        # Each rank reads the stream and takes its share. With upstream's default the first rank reads for all, padded.
         values["accelerator_config"] = {"dispatch_batches": False} | (values.get("accelerator_config") or {})
     config = SFTConfig(**values, disable_tqdm=True)
-    config._n_gpu = min(
-        1, config.n_gpu
-    )  # several cards in one process are torch's DataParallel, which nobody wants
+    # Several GPUs in one process would be torch's DataParallel.
+    config._n_gpu = min(1, config.n_gpu)
     return config
 
 
 def _on_tpu() -> dict[str, Any]:
-    """What torch_xla's sharding over all chips of one process (SPMD) needs."""
+    """The arguments for torch_xla's sharding over all chips of one process (SPMD)."""
     if not is_torch_xla_available():
         raise RunError(
             "training.fsdp_config: xla needs torch_xla, which is not installed; remove it, or run on a TPU"
@@ -136,5 +139,5 @@ def _on_tpu() -> dict[str, Any]:
     import torch_xla.runtime
 
     torch_xla.runtime.use_spmd()
-    # accelerate would have XLA take every float32 for bfloat16.
+    # With bf16, accelerate makes XLA compute every float32 in bfloat16.
     return {"fsdp": True, "bf16": False, "gradient_checkpointing": False, "dataloader_drop_last": True}

@@ -1,29 +1,42 @@
-"""What makes a checkpoint whole, which one a run goes on from, and whether a directory is free for a run."""
+"""Marks complete checkpoints, finds the one to resume from, and checks that a directory is free for a run."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from finetune.system.errors import RunError
 from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
+from finetune.system.terminal import Say
 
-# Written last: a `checkpoint-N` without it was not finished, whatever else lies in it.
+# Written last: a `checkpoint-N` without it is incomplete, whatever else it holds.
 MARKER = "complete.json"
 
-
-# What a finished run holds in its root, moved there last.
+# A finished run has one of these in its root; they are moved there last.
 WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
+class MarkerFields(TypedDict):
+    """What a checkpoint was made with: the number of processes, and the digest of its training rows."""
+
+    processes: int
+    rows: str | None
+
+
+class Marker(MarkerFields):
+    """`complete.json`: the step, and the size of each file in bytes."""
+
+    step: int
+    files: dict[str, int]
+
+
 def check_output(output: Path, resume: str | bool) -> None:
-    """Refuses an output directory that holds a run, unless it is to go on.
+    """Refuses an output directory that is not empty, unless its run is to be resumed.
 
     Raises:
-        RunError: It is not empty.
+        RunError: It holds something, or it is a file.
     """
     if output.is_dir() and any(output.iterdir()):
         if is_finished(output) and resume is True:
@@ -32,94 +45,107 @@ def check_output(output: Path, resume: str | bool) -> None:
             )
         if not resume:
             raise RunError(
-                f"training.output_dir: {output} is not empty; choose another directory, delete it, or go on with its "
-                "run: training.resume_from_checkpoint=true"
+                f"training.output_dir: {output} is not empty; choose another directory, delete it, or resume its "
+                "run with training.resume_from_checkpoint=true"
             )
     elif output.exists() and not output.is_dir():
         raise RunError(f"training.output_dir: {output} is a file")
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a run directory holds the weights of a run that came to its end."""
+    """True if a run directory holds the weights of a finished run."""
     return any((output / name).exists() for name in WEIGHTS)
 
 
-def complete(folder: Path, step: int, marks: dict[str, Any]) -> None:
-    """Marks a checkpoint as whole, after all that it holds is on the disk; `marks` say what it belongs to."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_whole(folder / MARKER, json.dumps({"step": step, **marks, "files": files}) + "\n")
+def write_marker(folder: Path, step: int, fields: MarkerFields) -> None:
+    """Marks a checkpoint as complete; all that it holds must be on the disk already."""
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    marker: Marker = {"step": step, **fields, "files": sizes}
+    write_whole(folder / MARKER, json.dumps(marker) + "\n")
 
 
 def rotate(run: Path, limit: int | None, best: Path | None) -> None:
-    """Removes the oldest whole checkpoints over `limit`, the best one and the newest excepted, and unfinished ones."""
+    """Removes incomplete checkpoints, and the oldest complete ones over `limit`.
+
+    Args:
+        run: The run directory.
+        limit: How many complete checkpoints are kept; None: all.
+        best: The best checkpoint, which is kept, as the newest is.
+    """
     every = checkpoints(run)
     kept = [folder for folder in every if is_whole(folder)]
     over = len(kept) - max(1, limit) if limit else 0
     old = [folder for folder in kept[:-1] if best is None or folder.name != best.name][: max(0, over)]
     for folder in [*old, *(folder for folder in every if folder not in kept)]:
-        (folder / MARKER).unlink(missing_ok=True)  # what is half removed is not whole
+        (folder / MARKER).unlink(missing_ok=True)  # a half removed one must not count as complete
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The `checkpoint-N` folders of a run, whole or not, by N."""
-    found = [
-        p for p in run.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    """The `checkpoint-N` folders of a run, complete or not, by N."""
+    numbers = {p: p.name.removeprefix("checkpoint-") for p in run.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p in numbers if numbers[p].isdigit()), key=lambda p: int(numbers[p]))
 
 
-def marks(folder: Path) -> dict[str, Any]:
-    """What the marker of a whole checkpoint says: its step, and what it belongs to."""
-    found: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    return found
+def read_marker(folder: Path) -> Marker:
+    """The marker of a complete checkpoint."""
+    marker: Marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    return marker
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint was finished, and is as it was then."""
-    return not _missing(folder)
+    """True if the checkpoint is complete and its files have the sizes that they had then."""
+    return not _why_not_whole(folder)
 
 
-def _missing(folder: Path) -> str:
-    """Why a checkpoint is not whole; empty if it is."""
+def _why_not_whole(folder: Path) -> str:
+    """Why a checkpoint is not complete; empty if it is."""
     if not (folder / MARKER).is_file():
-        return f"it was not finished ({MARKER} is missing)"
+        return f"it is incomplete ({MARKER} is missing)"
     try:
-        files = marks(folder)["files"]
+        sizes = read_marker(folder)["files"]
     except (ValueError, KeyError, TypeError):
         return f"{MARKER} is damaged"
-    for name, size in files.items():
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes and not {size:,}"
+            return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
     return ""
 
 
-def to_resume(run: Path, wanted: str | bool, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `training.resume_from_checkpoint` means; None where a run starts at step 0.
+def checkpoint_to_resume(run: Path, wanted: str | bool, say: Say) -> Path | None:
+    """The checkpoint that `training.resume_from_checkpoint` names; None where a run starts at step 0.
+
+    Args:
+        run: The run directory.
+        wanted: The option's value: a folder, or True for the newest checkpoint that can be resumed from.
+        say: Told which checkpoints are skipped, and why.
 
     Raises:
-        RunError: `wanted` names a folder that is no whole checkpoint.
+        RunError: `wanted` names a folder that is no complete checkpoint.
     """
     if wanted is True:
         for folder in reversed(checkpoints(run)):
-            if not (why := _missing(folder) or _stateless(folder)):
+            if not (why := _why_not_resumable(folder)):
                 return folder
-            say(f"{folder} passed over: {why}")
-        say(f"{run} has no whole checkpoint: starting at step 0")
+            say(f"{folder} skipped: {why}")
+        say(f"{run} has no complete checkpoint: starting at step 0")
         return None
     if not wanted:
         return None
     folder = Path(wanted)
-    if why := (_missing(folder) or _stateless(folder)) if folder.is_dir() else "there is no such folder":
-        whole = [str(p) for p in checkpoints(run) if is_whole(p)]
-        there = f"whole ones are {', '.join(whole)}" if whole else f"there is none in {run}"
-        raise RunError(f"training.resume_from_checkpoint: {wanted}: {why}; {there}")
+    if why := _why_not_resumable(folder) if folder.is_dir() else "there is no such folder":
+        complete = ", ".join(str(p) for p in checkpoints(run) if is_whole(p))
+        choice = f"complete ones: {complete}" if complete else f"{run} has none"
+        raise RunError(f"training.resume_from_checkpoint: {wanted}: {why}; {choice}")
     return folder
 
 
-def _stateless(folder: Path) -> str:
-    there = any(folder.glob("state-*.safetensors"))
-    return "" if there else "it holds weights alone (training.save_only_model)"
+def _why_not_resumable(folder: Path) -> str:
+    if why := _why_not_whole(folder):
+        return why
+    if any(folder.glob("state-*.safetensors")):
+        return ""
+    return "it holds only weights (training.save_only_model)"

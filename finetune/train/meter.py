@@ -1,4 +1,4 @@
-"""Speed, memory and energy of a run."""
+"""Measures speed, memory and energy of a run."""
 
 from __future__ import annotations
 
@@ -8,40 +8,44 @@ from typing import Any
 import torch
 
 from finetune.system.devices import energy_millijoules, process_peak_memory
+from finetune.system.numbers import GIB
 
 
 class Meter:
-    """Speed and memory, put into each record before any tracker sees it.
+    """Adds speed and memory to each logged record, before trackers get it."""
 
-    `work` is in floating point operations a token, `speed` of all cards together in as many a second; 0: not known.
-    """
+    def __init__(self, flops_per_token: float = 0.0, flops_per_second: float = 0.0) -> None:
+        """Makes a meter.
 
-    def __init__(self, work: float = 0.0, speed: float = 0.0) -> None:
-        self.work, self.speed = work, speed
-        self.mark = (0.0, 0.0)
+        Args:
+            flops_per_token: Floating point operations that training takes per token; 0 where it is not known.
+            flops_per_second: The peak of all GPUs of the run together; 0 where it is not known.
+        """
+        self.flops_per_token, self.flops_per_second = flops_per_token, flops_per_second
+        self.last = (0.0, 0.0)  # time and tokens of the last record
         self.counter = energy_millijoules()
 
-    def rest(self, tokens: float) -> None:
-        """What came before is not training time: a start, an evaluation."""
-        self.mark = (time.monotonic(), tokens)
+    def restart(self, tokens: float) -> None:
+        """Leaves out the time since the last record, which was not training: a start, an evaluation."""
+        self.last = (time.monotonic(), tokens)
 
     def measure(self, logs: dict[str, Any], tokens: float) -> None:
-        """Adds tokens per second since the last record, what share of the cards' speed that is, and the most memory."""
-        (before, counted), now = self.mark, time.monotonic()
+        """Adds tokens per second since the last record, MFU and the peak memory to `logs`."""
+        (before, counted), now = self.last, time.monotonic()
         if tokens > counted:
             rate = (tokens - counted) / (now - before)
             logs["tokens_per_second"] = round(rate, 1)
-            if self.work and self.speed:
-                logs["mfu"] = round(rate * self.work / self.speed, 4)
-        self.mark = (now, tokens)
-        logs["peak_memory_gib"] = round(_peak() / 2**30, 3)
+            if self.flops_per_token and self.flops_per_second:
+                logs["mfu"] = round(rate * self.flops_per_token / self.flops_per_second, 4)
+        self.last = (now, tokens)
+        logs["peak_memory_gib"] = round(_peak_memory() / GIB, 3)
 
-    def spent(self) -> int:
-        """Millijoules that this process's card took since the last time."""
+    def spent_millijoules(self) -> int:
+        """The energy that this process's GPU took since the last call."""
         before, self.counter = self.counter, energy_millijoules()
         return self.counter - before
 
 
-def _peak() -> float:
-    """Bytes: of the current card, of the process where there is none."""
+def _peak_memory() -> float:
+    """The peak memory in bytes of the current GPU; without one, of the process."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_peak_memory()

@@ -1,11 +1,11 @@
-"""An adapter that began as a part of its base's weights, saved as a change of the base as it is on disk.
+"""Converts adapters that start as a part of the base's weights (PiSSA, OLoRA) to plain LoRA on the unchanged base.
 
-PiSSA and OLoRA take a product out of each weight and train it, so that such an adapter means nothing on the base
-itself. With the product that training began with, what was learned is a plain adapter of twice the rank:
+PiSSA and OLoRA subtract a product from each weight and train it, so that such an adapter does not work on the base
+itself. Together with the first product, the trained one is a plain adapter of twice the rank:
 `W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]`.
 
 Source: PiSSA, https://arxiv.org/abs/2404.02948; OLoRA, https://arxiv.org/abs/2406.01775. MiCA
-(https://arxiv.org/abs/2604.01694) leaves the base as it is: its adapter is plain but for its name.
+(https://arxiv.org/abs/2604.01694) leaves the base unchanged: only the name of its adapter's type is replaced.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_whole
 
 
-def beginning(model: Any) -> dict[str, torch.Tensor] | None:
-    """Both factors of each product that was taken out of the base, by the name under which PEFT saves it.
+def initial_adapter(model: Any) -> dict[str, torch.Tensor] | None:
+    """Copies of the adapter's first values, by the names under which PEFT saves them.
 
-    To be asked for before the first step; None where an adapter begins with nothing of its base.
+    Call it before the first step. None where the adapter does not start as a part of its base.
     """
     init = getattr(model, "peft_config", {}).get("default", None)
     init = getattr(init, "init_lora_weights", True)
@@ -38,23 +38,23 @@ def beginning(model: Any) -> dict[str, torch.Tensor] | None:
     }
 
 
-def convert(folder: Path, began: dict[str, torch.Tensor]) -> None:
-    """Rewrites the adapter in a folder as plain LoRA: twice the rank, the same scaling, any DoRA magnitude as it was.
+def convert_to_lora(folder: Path, initial: dict[str, torch.Tensor]) -> None:
+    """Rewrites the adapter in a folder as plain LoRA: twice the rank, the same scaling, DoRA magnitudes unchanged.
 
     Args:
         folder: `adapter_model.safetensors` and `adapter_config.json`, as PEFT saves them.
-        began: As `beginning` gives it; A is (rank, in), B is (out, rank).
+        initial: From `initial_adapter`; A is (rank, in), B is (out, rank).
     """
     file = folder / ADAPTER_WEIGHTS
     tensors = load_file(file)
-    for name, first in began.items():
+    for name, first in initial.items():
         now, first = tensors[name], first.to(tensors[name].dtype)
         is_a = name.endswith(("lora_A.weight", "lora_embedding_A"))
         tensors[name] = torch.cat([now, first]) if is_a else torch.cat([now, -first], 1)
     save_file(tensors, file, {"format": "pt"})
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["init_lora_weights"] = True
-    if began:
+    if initial:
         config["r"] *= 2
         config["rank_pattern"] = {name: 2 * rank for name, rank in (config.get("rank_pattern") or {}).items()}
         growth = math.sqrt(2) if config.get("use_rslora") else 2

@@ -1,4 +1,4 @@
-"""One recipe to one run directory, through `trl.SFTTrainer`."""
+"""Trains one recipe into one run directory, through `trl.SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig
 
 from finetune.data.chat import Chat
 from finetune.data.mixture import Prepared, build_datasets
@@ -34,227 +36,303 @@ from finetune.system.errors import PushError
 from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
-from finetune.train.callbacks.memory_check import Rehearsal
-from finetune.train.callbacks.metrics import Progress, Record, draw_losses
-from finetune.train.callbacks.packing import RowsApart, check_rows
+from finetune.train.callbacks import trackers
+from finetune.train.callbacks.memory_check import MemoryCheck
+from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_losses
+from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import Stopped, stop_on_signals
-from finetune.train.callbacks.trackers import (
-    Documents,
-    Samples,
-    check_trackers,
-    finish,
-    identify,
-    prepare,
-    wanted,
-)
 from finetune.train.loss import use_token_head
 from finetune.train.meter import Meter
-from finetune.train.pissa import beginning
-from finetune.train.trainer import GoOn, Trainer, layer_classes, saving
+from finetune.train.pissa import initial_adapter
+from finetune.train.trainer import RestoreCounters, Trainer, layer_classes, saving
+
+# Called with the recipe, the trainer's arguments, the training rows (None for a stream) and the base.
+MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base], None]
 
 
-def train(
-    recipe: Recipe,
-    say: Say = lambda line: None,
-    check: Callable[[Recipe, Any, Any, Base], None] | None = None,
-) -> Path:
-    """The run directory of a recipe, trained.
+class Environment(TypedDict):
+    """`environment.json`: the machine, the packages and the base of a run."""
+
+    device: str
+    processes: int
+    threads: int
+    python: str
+    platform: str
+    commit: str | None
+    base_commit: str | None
+    dtype: str
+    versions: dict[str, str]
+    base_fingerprint: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a run, and what renders them."""
+
+    tokenizer: Any
+    chat: Chat
+    has_conversations: bool
+    train: Prepared
+    evaluation: Prepared
+    streamed: bool
+
+    def write_ledgers(self, output: Path) -> None:
+        ledgers = {"train": self.train.ledger.as_dict(), "eval": self.evaluation.ledger.as_dict()}
+        _write_json(output / "ledger.json", ledgers)
+
+
+def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | None = None) -> Path:
+    """Trains a recipe; returns its run directory.
 
     Args:
         recipe: What is trained.
-        say: Told what happens.
-        check: Asked, with the trainer's arguments and the rows, before any weight is read whether memory will do.
+        say: Gets a line for each step.
+        check: Called before any weight is read; it raises where memory cannot suffice.
 
     Raises:
-        TrainError: The loss is no longer finite, or something cannot be saved.
-        RunError: The output directory is in use, or there is nothing to go on from.
+        RunError: The output directory is in use, there is no checkpoint to resume, the longest batch does not fit into
+            memory, the loss is no longer finite, or something cannot be saved.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
-        PushError: Nobody is logged in to the Hub, where the recipe names a place on it; or the finished run cannot be
-            put there.
-        ModelError, TemplateError, DataError: From the rooms that raise them.
+        PushError: The recipe names a repository on the Hub, and nobody is logged in, or the run cannot be pushed.
+        ModelError, TemplateError, DataError, LabelError: The base, its chat template or the rows cannot be used.
     """
     output = Path(recipe.training["output_dir"])
-    resume = recipe.training.get("resume_from_checkpoint") or False
     main = distributed.rank() == 0
-    streamed = any(source.streaming for source in recipe.data.train)
-    precision = decide_precision(recipe)
-    check_launch(recipe, precision)
-    trackers = wanted(recipe.training.get("report_to"))
-    check_trackers(trackers)
-    if main and recipe.hub.repo_id:
-        check_access()  # not after hours
-    distributed.watch_other_ranks()  # before the processes wait for each other
-    base = Base.of(recipe.model, say)
-    # A GGUF is converted here: transformers 5.23 lets only the first of joined processes save a model.
-    check_base(recipe, base, precision)
-    config = training_arguments(recipe, precision, streamed)  # which joins them
-    if main:
-        checkpoint.check_output(output, resume)
-    if distributed.world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
-        say(f"one of {gpus} GPUs is used; for all, see accelerate_configs/ddp.yaml and fsdp.yaml")
-
-    tokenizer = load_tokenizer(recipe.model, base)
-    chat = Chat(tokenizer)
-    chats = any(source.format != "text" and not source.raw for source in recipe.data.train)
-    chats = chats and tokenizer.chat_template is not None
-    data, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
-    say("data: read while training" if streamed else f"data: {data.ledger.summary()}")
-    if evaluation.dataset is not None:
-        say(f"evaluation: {evaluation.ledger.summary()}")
-    start = distributed.broadcast_from_first(_start(recipe, output, data, say) if main else None)
+    precision, base = decide_precision(recipe), Base.of(recipe.model, say)
+    config = _check_and_join(recipe, precision, base, output, say)
+    rows = _read_rows(recipe, base, say)
+    start = distributed.broadcast_from_first(
+        _checkpoint_to_resume(recipe, output, rows.train, say) if main else None
+    )
     distributed.check_same(
         {
             "the recipe": recipe.to_yaml(),
-            "the chat template": tokenizer.chat_template,
-            "a row of data.train": data.digest,
-            "a row of data.eval": evaluation.digest,
+            "the chat template": rows.tokenizer.chat_template,
+            "a row of data.train": rows.train.digest,
+            "a row of data.eval": rows.evaluation.digest,
             "the release of a package": _versions(),
         }
     )
-    if main and trackers:
+    if main and trackers.tracker_names(recipe.training.get("report_to")):
         config.project = recipe.training.get("project", "finetune")
-        config.run_name = identify(output, config.run_name, config.project, start is not None)
+        config.run_name = trackers.set_run_identity(
+            output, config.run_name, config.project, start is not None
+        )
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
     if check is not None and main:
-        check(recipe, config, None if streamed else data.dataset, base)
+        check(recipe, config, None if rows.streamed else rows.train.dataset, base)
 
     set_seed(config.seed)
-    model = load_trainable(recipe, base, precision, chat if chats else None, say)
-    model.generation_config.eos_token_id = eos_tokens(model.generation_config, tokenizer)
+    model = _load_model(recipe, precision, base, rows, config, say)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        files.write_whole(output / "recipe.yaml", recipe.to_yaml())
+        _write_json(output / "environment.json", environment(precision, base))
+        rows.write_ledgers(output)
+    distributed.check_shared(output / "recipe.yaml")
+
+    trainer = _make_trainer(recipe, precision, model, rows, config)
+    progress = ProgressDisplay(say, silent=bool(recipe.training.get("disable_tqdm")))
+    uploads = CheckpointUploads(output, recipe.hub, say)
+    wants_artifact = _add_callbacks(trainer, recipe, rows, output, start, progress, uploads, say)
+    with stop_on_signals(trainer) as signals, closing(progress):
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        step = trainer.state.global_step
+        if signals and step < trainer.state.max_steps:
+            distributed.leave_group()
+            raise Stopped(
+                signals[0],
+                f"stopped at step {step} of {trainer.state.max_steps}; {output / f'checkpoint-{step}'} is saved. "
+                f"Go on with: finetune train {recipe.path} training.resume_from_checkpoint=true",
+            )
+        if rows.evaluation.dataset is not None and not _just_evaluated(trainer):
+            trainer.evaluate()
+        if rows.streamed and main:
+            rows.write_ledgers(output)
+            say(f"data: {rows.train.ledger.summary()}")
+        _save_finished_run(trainer, output)
+        trackers.close_trackers(trainer, output, wants_artifact)
+    distributed.leave_group()
+    say(f"saved: {output}")
+    if main and recipe.hub.repo_id:
+        uploads.finish()
+        _push_run(output, say)
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before the first weight is read
+
+
+def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Path, say: Say) -> SFTConfig:
+    """The trainer's arguments, once everything that can be refused early has been; joins the processes of the run."""
+    main = distributed.rank() == 0
+    check_launch(recipe, precision)
+    trackers.check_trackers(trackers.tracker_names(recipe.training.get("report_to")))
+    if main and recipe.hub.repo_id:
+        check_access()  # not after hours
+    distributed.watch_other_ranks()  # before the processes wait for each other
+    # A GGUF is converted here: transformers 5.23 lets only the first of joined processes save a model.
+    check_base(recipe, base, precision)
+    config = training_arguments(recipe, precision)  # which joins them
+    if main:
+        checkpoint.check_output(output, recipe.training.get("resume_from_checkpoint") or False)
+    if distributed.world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
+        say(f"one of {gpus} GPUs is used; for all, see accelerate_configs/ddp.yaml and fsdp.yaml")
+    return config
+
+
+def _read_rows(recipe: Recipe, base: Base, say: Say) -> _Rows:
+    tokenizer = load_tokenizer(recipe.model, base)
+    chat = Chat(tokenizer)
+    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
+    streamed = any(source.streaming for source in recipe.data.train)
+    say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
+    if evaluation.dataset is not None:
+        say(f"evaluation: {evaluation.ledger.summary()}")
+    conversations = any(source.format != "text" and not source.raw for source in recipe.data.train)
+    has_conversations = conversations and tokenizer.chat_template is not None
+    return _Rows(tokenizer, chat, has_conversations, train_rows, evaluation, streamed)
+
+
+def _checkpoint_to_resume(recipe: Recipe, output: Path, rows: Prepared, say: Say) -> Path | None:
+    """The checkpoint to resume from, which must belong to this recipe and these rows; None to start at step 0."""
+    wanted = recipe.training.get("resume_from_checkpoint") or False
+    start = checkpoint.checkpoint_to_resume(output, wanted, say)
+    if start is not None and (saved := files.run_file(start, "recipe.yaml")):
+        marker = checkpoint.read_marker(start)
+        same_rows = marker.get("rows") == rows.digest
+        processes = (int(marker.get("processes", 1)), distributed.world_size())
+        diff.check_changes(saved, recipe, say, same_rows, processes)
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model, trainer and callbacks
+
+
+def _load_model(
+    recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: SFTConfig, say: Say
+) -> Any:
+    """The model to train; sets those of the trainer's arguments that depend on it."""
+    model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
+    model.generation_config.eos_token_id = eos_tokens(model.generation_config, rows.tokenizer)
     if config.fsdp_config and config.fsdp:
         config.fsdp_config["transformer_layer_cls_to_wrap"] = layer_classes(model)
     if config.ddp_find_unused_parameters is None:
         # Only experts can be left out of a step; looking for others costs each step a walk through the graph.
         config.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
+    return model
 
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        files.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        files.write_whole(output / "environment.json", _json(environment(precision) | base.identity))
-        _write_ledgers(output, data, evaluation)
-    distributed.check_shared(output / "recipe.yaml")
 
-    drawn = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+def _make_trainer(
+    recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig
+) -> Trainer:
+    data, evaluation = rows.train, rows.evaluation
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
         model=model,
         args=config,
         # Without an end, a stream is one long epoch: a resumed run finds its place by counting, in whichever round.
-        train_dataset=data.dataset.repeat(None) if streamed and data.dataset else data.dataset,
+        train_dataset=data.dataset.repeat(None) if rows.streamed and data.dataset else data.dataset,
         eval_dataset=evaluation.dataset,
-        processing_class=tokenizer,
+        processing_class=rows.tokenizer,
     )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
-    trainer.rows = [] if streamed else data.dataset
-    trainer.meter = _meter(recipe, precision, model, data)
-    trainer.recipe = recipe.to_yaml()
-    trainer.marks = {"processes": distributed.world_size(), "rows": data.digest}
-    if not streamed:
-        check_rows(trainer.train_dataset, data, "train")
+    trainer.named_rows = [] if rows.streamed else data.dataset
+    trainer.meter = _make_meter(recipe, precision, model, data)
+    trainer.recipe_yaml = recipe.to_yaml()
+    trainer.marker_fields = {"processes": distributed.world_size(), "rows": data.digest}
+    if not rows.streamed:
+        check_row_counts(trainer.train_dataset, data, "train")
     if evaluation.dataset is not None:
-        check_rows(trainer.eval_dataset, evaluation, "evaluate")
-    trainer.fill_up()
+        check_row_counts(trainer.eval_dataset, evaluation, "evaluate")
+    trainer.pad_to_ranks()
     if recipe.lora is not None:
         # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), which
         # also rounds its first values.
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = drawn[name]
-    trainer.began = beginning(trainer.model)
+                parameter.data = trained[name]
+    trainer.initial_adapter = initial_adapter(trainer.model)
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(GoOn(trainer))
-    if trainer.padding_free:
-        trainer.add_callback(RowsApart(trainer))
-    trainer.add_callback(Rehearsal(trainer, say))
-    start_step = checkpoint.marks(start)["step"] if start else 0
-    trainer.add_callback(Documents(output, trainer))
-    if evaluation.dataset is not None and not (trainer.is_fsdp_enabled or config.fsdp):
-        stop_ids = model.generation_config.eos_token_id
-        trainer.add_callback(Samples(output, trainer, chat, stop_ids, start_step))
-    trainer.add_callback(Record(output, start, trainer))
-    asked = prepare(trainer, start_step)
-    progress = Progress(say, silent=bool(recipe.training.get("disable_tqdm")))
-    trainer.add_callback(progress)
-    uploads = CheckpointUploads(output, recipe.hub, say)
-    if recipe.hub.repo_id and recipe.hub.every_n_saves:
-        trainer.add_callback(uploads)
-
-    with stop_on_signals(trainer) as stopped, closing(progress):
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
-        step = trainer.state.global_step
-        if stopped and step < trainer.state.max_steps:
-            distributed.leave_group()
-            raise Stopped(
-                stopped[0],
-                f"stopped at step {step} of {trainer.state.max_steps}; {output / f'checkpoint-{step}'} is saved. "
-                f"Go on with: finetune train {recipe.path} training.resume_from_checkpoint=true",
-            )
-        if evaluation.dataset is not None and not _evaluated_now(trainer):
-            trainer.evaluate()
-        if streamed and main:
-            _write_ledgers(output, data, evaluation)
-            say(f"data: {data.ledger.summary()}")
-        _finish(trainer, recipe, output)
-        finish(trainer, output, asked)
-    distributed.leave_group()
-    say(f"saved: {output}")
-    if main and recipe.hub.repo_id:
-        uploads.finish()
-        _push(output, say)
-    return output
+    return trainer
 
 
-def _meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
-    """What measures the run; a card's speed is known of some."""
+def _make_meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
+    """The run's meter; it gives no MFU on hardware whose speed is not known."""
     speed = devices.this_machine().tflops(precision.computes) * 1e12 * distributed.world_size()
     if not speed:
         return Meter()
     ledger = data.ledger
-    # Of a stream nothing is counted yet.
+    # A stream has counted nothing yet.
     lengths = ledger.lengths or {recipe.max_length or DEFAULT_MAX_LENGTH: 1}
-    scored = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
-    return Meter(flops.flops_per_token(model, lengths, scored), speed)
+    trained_share = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
+    return Meter(flops.flops_per_token(model, lengths, trained_share), speed)
 
 
-def _push(output: Path, say: Say) -> None:
-    try:
-        say(f"pushed: {push(output, say=say)}")
-    except PushError as error:
-        raise PushError(f"{error}. The run is whole; put it there with: finetune push {output}") from error
+def _add_callbacks(
+    trainer: Trainer,
+    recipe: Recipe,
+    rows: _Rows,
+    output: Path,
+    start: Path | None,
+    progress: ProgressDisplay,
+    uploads: CheckpointUploads,
+    say: Say,
+) -> bool:
+    """Adds the callbacks in the order in which they act.
+
+    Returns:
+        Whether wandb is to get the finished run as an artifact.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RestoreCounters(trainer))
+    if trainer.padding_free:
+        trainer.add_callback(PackedRowsCheck(trainer))
+    trainer.add_callback(MemoryCheck(trainer, say))
+    start_step = checkpoint.read_marker(start)["step"] if start else 0
+    trainer.add_callback(trackers.RunDocuments(output, trainer))
+    if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):
+        stop_ids = trainer.model.generation_config.eos_token_id
+        trainer.add_callback(trackers.Samples(output, trainer, rows.chat, stop_ids, start_step))
+    trainer.add_callback(MetricsLog(output, start_step, trainer))
+    wants_artifact = trackers.configure_trackers(trainer, start_step)
+    trainer.add_callback(progress)
+    if recipe.hub.repo_id and recipe.hub.every_n_saves:
+        trainer.add_callback(uploads)
+    return wants_artifact
 
 
-def _start(recipe: Recipe, output: Path, data: Prepared, say: Say) -> Path | None:
-    """The checkpoint to go on from, which must belong to this recipe and these rows."""
-    start = checkpoint.to_resume(output, recipe.training.get("resume_from_checkpoint") or False, say)
-    if start is not None and (saved := files.run_file(start, "recipe.yaml")):
-        marks = checkpoint.marks(start)
-        same_rows = marks.get("rows") == data.digest
-        diff.check_changes(
-            saved, recipe, say, same_rows, (int(marks.get("processes", 1)), distributed.world_size())
-        )
-    return start
+# ---------------------------------------------------------------------------------------------------------------
+# Files of the run
 
 
-def environment(precision: Precision) -> dict[str, Any]:
-    """Versions, device and commit of this run."""
+def environment(precision: Precision, base: Base) -> Environment:
+    """What `environment.json` records of this machine, its packages and the base."""
     clone = Path(__file__).parents[2]
     commit = None
     if (clone / ".git").exists():  # an installed package may lie inside somebody else's repository
         git = ["git", "-C", str(clone), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return {
-        "device": device,
+    identity = base.identity
+    found: Environment = {
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({platform.machine()})",
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.system(),
         "commit": commit,
-        "base_commit": None,
+        "base_commit": identity.get("base_commit"),
         "dtype": str(precision.loaded).removeprefix("torch."),
         "versions": _versions(),
     }
+    if "base_fingerprint" in identity:
+        found["base_fingerprint"] = identity["base_fingerprint"]
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -262,36 +340,38 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+def _write_json(path: Path, value: object) -> None:
+    files.write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def _write_ledgers(output: Path, data: Prepared, evaluation: Prepared) -> None:
-    ledgers = {"train": data.ledger.as_dict(), "eval": evaluation.ledger.as_dict()}
-    files.write_whole(output / "ledger.json", _json(ledgers))
-
-
-def _evaluated_now(trainer: Trainer) -> bool:
-    """Whether the last record is an evaluation at the last step."""
+def _just_evaluated(trainer: Trainer) -> bool:
+    """Whether an evaluation was logged at the last step."""
     return any("eval_loss" in r and r["step"] == trainer.state.global_step for r in trainer.state.log_history)
 
 
-def _finish(trainer: Trainer, recipe: Recipe, output: Path) -> None:
-    """The finished run's files, the weights last: where they are, all else is."""
-    beside = output / ".finished"
-    with saving(beside), quiet():
-        trainer.save_model(str(beside))
+def _save_finished_run(trainer: Trainer, output: Path) -> None:
+    """Writes the finished run's files. The weights are moved last: a run that has them has all else."""
+    part = output / ".finished"
+    with saving(part), quiet():
+        trainer.save_model(str(part))
         if trainer.args.should_save:
-            trainer.model.generation_config.save_pretrained(beside)
+            trainer.model.generation_config.save_pretrained(part)
     if not trainer.args.should_save:
         return
     draw_losses(output / "metrics.jsonl", output / "loss.png")
-    for path in sorted(beside.iterdir()):
+    for path in sorted(part.iterdir()):
         files.sync(path)
         if path.name not in checkpoint.WEIGHTS:
             path.replace(output / path.name)
     files.write_whole(output / "README.md", model_card(output))
-    for path in sorted(beside.iterdir()):
+    for path in sorted(part.iterdir()):
         path.replace(output / path.name)
-    shutil.rmtree(beside)
+    shutil.rmtree(part)
     files.sync(output)
+
+
+def _push_run(output: Path, say: Say) -> None:
+    try:
+        say(f"pushed: {push(output, say=say)}")
+    except PushError as error:
+        raise PushError(f"{error}. The run is complete; push it with: finetune push {output}") from error

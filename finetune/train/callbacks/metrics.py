@@ -1,34 +1,55 @@
-"""What a run shows while it goes on and keeps of it: `metrics.jsonl`, a bar or lines, `loss.png`."""
+"""Records and shows the progress of a run: `metrics.jsonl`, a progress bar or lines, `loss.png`."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from transformers import TrainerCallback
 
 from finetune.system import files
 from finetune.system.charts import points, smoothed
-from finetune.system.terminal import interactive_console
-from finetune.train import checkpoint
+from finetune.system.numbers import clock
+from finetune.system.terminal import Say, interactive_console
 
 
-class Record(TrainerCallback):  # type: ignore[misc]
-    """`metrics.jsonl`: each logged record with its step; told last of what happens."""
+class MetricsRecord(TypedDict, total=False):
+    """A line of `metrics.jsonl`: the step and what the trainer logged at it.
 
-    def __init__(self, output: Path, start: Path | None, trainer: Any) -> None:
+    A training record has `loss`, the last one `train_loss`, an evaluation `eval_loss`. trl adds more numbers, such as
+    `entropy` and `mean_token_accuracy`. A value that is not finite is null.
+    """
+
+    step: Required[int]
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    num_tokens: float
+    trained_tokens: int
+    tokens_per_second: float
+    mfu: float
+    energy_wh: float
+    peak_memory_gib: float
+    eval_loss: float
+    train_loss: float
+
+
+class MetricsLog(TrainerCallback):  # type: ignore[misc]
+    """Writes each logged record to `metrics.jsonl`; it acts after the callbacks that add to records."""
+
+    def __init__(self, output: Path, start_step: int, trainer: Any) -> None:
         self.path = output / "metrics.jsonl"
-        self.start_step = checkpoint.marks(start)["step"] if start else 0
+        self.start_step = start_step
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.meter.rest(self.trainer._total_train_tokens)
+        self.trainer.meter.restart(self.trainer._total_train_tokens)
         if state.is_world_process_zero:
-            # What a resumed run does again is recorded once, and so is its end.
+            # Steps that a resumed run repeats are recorded once, and so is its end.
             records = files.read_records(self.path) if self.start_step else []
             kept = [r for r in records if r["step"] <= self.start_step and "train_loss" not in r]
             files.write_whole(self.path, "".join(f"{json.dumps(r)}\n" for r in kept))
@@ -36,38 +57,38 @@ class Record(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        record: dict[str, Any] = {"step": state.global_step}
+        record: MetricsRecord = {"step": state.global_step}
         numbers = {k: float(v) if isinstance(v, str) else v for k, v in logs.items()}
-        # The norm of gradients that float16's scaler skips is not finite, and JSON has no such number.
-        record |= {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
+        # The gradient norm of a step that float16's scaler skips is not finite, which JSON cannot hold.
+        finite: Any = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
+        record |= finite
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.meter.rest(self.trainer._total_train_tokens)
+        self.trainer.meter.restart(self.trainer._total_train_tokens)
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar on a terminal; elsewhere a line for each logged record."""
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
+    """Shows a progress bar on a terminal, and elsewhere a line for each logged record."""
 
-    def __init__(self, say: Callable[[str], None], silent: bool) -> None:
+    def __init__(self, say: Say, silent: bool) -> None:
         self.say, self.silent = say, silent
         self.bar: Any = None
         self.task: Any = None
-        self.began, self.first = 0.0, 0
+        self.start_time, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began, self.first = time.monotonic(), state.global_step
+        self.start_time, self.first_step = time.monotonic(), state.global_step
         if self.silent or not state.is_world_process_zero:
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if console := interactive_console():
             note = TextColumn("{task.fields[note]}")
             left = (TimeRemainingColumn(), TextColumn("left"))
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), note, *left)
-            self.bar = RichProgress(*columns, console=console)
+            self.bar = Progress(*columns, console=console)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, note="")
             self.bar.start()
 
@@ -86,15 +107,19 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             if self.bar:
                 self.bar.update(self.task, note=note)
             else:
-                done = state.global_step - self.first
-                left = (time.monotonic() - self.began) / max(1, done) * (state.max_steps - state.global_step)
-                self.say(f"step {state.global_step}/{state.max_steps}: {note}, {_clock(left)} left")
+                done = state.global_step - self.first_step
+                left = (
+                    (time.monotonic() - self.start_time)
+                    / max(1, done)
+                    * (state.max_steps - state.global_step)
+                )
+                self.say(f"step {state.global_step}/{state.max_steps}: {note}, {clock(left)} left")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """Leaves the bar as it is, and the terminal as it was; to be called after a fault, too."""
+        """Stops the bar and restores the terminal; to be called after an error, too."""
         if self.bar:
             self.bar.stop()
 
@@ -105,14 +130,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.say(text)
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def draw_losses(metrics: Path, into: Path) -> None:
-    """The training and evaluation losses by step, as a picture."""
+    """Draws the training and evaluation losses by step as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""What the trainer was given is what the ledger counts, and packed rows do not read one another."""
+"""Checks that the trainer holds the rows that the ledger counts, and that packed rows do not attend to each other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from transformers import TrainerCallback
 
 from finetune.data.chat import IGNORE
 from finetune.data.mixture import Prepared
-from finetune.system.errors import DataError, ModelError
+from finetune.system.errors import DataError, ModelError, first_line
 
 
-def check_rows(dataset: Any, prepared: Prepared, use: str) -> None:
-    """The rows and tokens that trl made its dataset of, packed or not, are those of the ledger."""
+def check_row_counts(dataset: Any, prepared: Prepared, use: str) -> None:
+    """Checks that trl's dataset, packed or not, holds the ledger's rows, tokens and labels.
+
+    Args:
+        dataset: The trainer's.
+        prepared: The rows that it was made from.
+        use: A verb for the message: train, evaluate.
+
+    Raises:
+        DataError: The numbers differ.
+    """
     rows = tokens = trained = 0
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         packed = "seq_lengths" in table.column_names
@@ -30,35 +39,39 @@ def check_rows(dataset: Any, prepared: Prepared, use: str) -> None:
         )
 
 
-class RowsApart(TrainerCallback):  # type: ignore[misc]
-    """Refuses a model that lets packed rows read one another, before the first step.
+class PackedRowsCheck(TrainerCallback):  # type: ignore[misc]
+    """Refuses, before the first step, a model whose packed rows attend to each other.
 
-    sdpa and eager attention keep rows apart where the model hands their positions to its mask. Where it does not,
-    transformers 5.23 says nothing: so with GPT-OSS, OPT, BLOOM, and RecurrentGemma's convolution.
+    sdpa and eager attention keep rows apart only if the model passes their positions to its mask. GPT-OSS, OPT, BLOOM
+    and RecurrentGemma's convolution do not, and transformers 5.23 gives no warning.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures whether a row's log-probabilities move with the row before it."""
+        """Measures whether a row's log-probabilities depend on the row before it.
+
+        Raises:
+            ModelError: They do, or the model takes no packed rows.
+        """
         key = "training.packing" if args.packing else "training.padding_free"
         model = self.trainer.model.eval()
-        kind = f"{model.config.model_type} with {model.config._attn_implementation} attention"
+        name = f"{model.config.model_type} with {model.config._attn_implementation} attention"
         text = "One two three four five six seven eight nine ten eleven twelve"
         ids = self.trainer.processing_class(text, add_special_tokens=False)["input_ids"]
         try:
             one, other = self._log_probs([ids, ids]), self._log_probs([ids[::-1], ids])
             one_read, other_read = self._log_probs([ids + ids]), self._log_probs([ids[::-1] + ids])
-        except ValueError as error:  # what some models say that cannot do it without a package
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ModelError(f"{key}: {kind} takes no packed rows: {reason}; or write false") from error
-        # Where rows are apart nothing changes at all, but for what is rounded by the batch: the outliers of 8-bit
-        # weights (Gemma 3 270M: 1.2 nats, where a row that may be read changes 18), on a GPU the sums of experts.
+        except ValueError as error:  # from models that need another package for it
+            reason = first_line(error).rstrip(".")
+            raise ModelError(f"{key}: {name} takes no packed rows: {reason}; or write false") from error
+        # Where rows are kept apart, only rounding that depends on the batch changes the result: the outliers of 8-bit
+        # weights (Gemma 3 270M: 1.2 nats; attending to the row before changes 18), and on a GPU the sums of experts.
         share = 0.3 if getattr(model, "is_loaded_in_8bit", False) else 0.02
         if (one - other).abs().max() > share * (one_read - other_read).abs().max():
             raise ModelError(
-                f"{key}: {kind} would let packed rows read one another; write false, or another "
+                f"{key}: {name} would let packed rows attend to each other; write false, or another "
                 "model.attn_implementation"
             )
 
@@ -68,5 +81,5 @@ class RowsApart(TrainerCallback):  # type: ignore[misc]
         half = sum(map(len, rows)) // 2
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             output = self.trainer.model(**self.trainer._prepare_inputs(batch), fused_lm_head=True)
-        # The first token of a row is predicted by nothing.
+        # No token comes before the first one of a row, so nothing predicts it.
         return output.log_probs[0, half : 2 * half - 1]

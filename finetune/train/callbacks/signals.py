@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the step at hand is finished, a checkpoint is saved, the run stops."""
+"""On SIGINT and SIGTERM the current step is finished, a checkpoint is saved and the run stops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.train.trainer import Trainer
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; everything is saved."""
+    """A signal stopped the run; a checkpoint is saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -24,24 +24,27 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM let the step at hand finish, save, and stop; a second SIGINT stops at once.
+    """Makes SIGINT and SIGTERM finish the current step, save a checkpoint and stop; a second SIGINT stops at once.
 
-    All ranks stop at the same step, whichever of them got the signal.
+    All ranks stop at the same step, whichever of them got the signal. The list that is yielded holds the
+    signal's number once one has come.
     """
     stopped: list[int] = []
-    at = 0.0
+    first_signal_at = 0.0
 
     def on_signal(signum: int, frame: Any) -> None:
-        nonlocal at
-        # A launcher hands its signal on, and more than once.
-        hasty = signum == signal.SIGINT and (distributed.world_size() == 1 or time.monotonic() - at > 3)
-        if stopped and hasty:
+        nonlocal first_signal_at
+        # A launcher passes its signal on, and more than once.
+        stops_at_once = signum == signal.SIGINT and (
+            distributed.world_size() == 1 or time.monotonic() - first_signal_at > 3
+        )
+        if stopped and stops_at_once:
             raise KeyboardInterrupt
-        at = at or time.monotonic()
+        first_signal_at = first_signal_at or time.monotonic()
         stopped[:] = [signum]
 
     class Stop(TrainerCallback):  # type: ignore[misc]
-        due = False
+        save_after_epoch = False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             signum = distributed.max_over_ranks(stopped[0] if stopped else 0)
@@ -49,13 +52,13 @@ def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
             # The last step ends the run anyway.
             if stopped and state.global_step < state.max_steps:
                 trainer.stopping = control.should_save = control.should_training_stop = True
-            # A checkpoint at the end of an epoch holds what is evaluated and logged there, too.
-            self.due = control.should_save and state.epoch == int(state.epoch)
-            control.should_save = control.should_save and not self.due
+            # A checkpoint at the end of an epoch is saved after what is evaluated and logged there.
+            self.save_after_epoch = control.should_save and state.epoch == int(state.epoch)
+            control.should_save = control.should_save and not self.save_after_epoch
             return control
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            control.should_save = control.should_save or self.due
+            control.should_save = control.should_save or self.save_after_epoch
             if trainer.stopping and state.epoch != int(state.epoch):
                 control.should_log = control.should_evaluate = control.should_save = False
             return control

@@ -1,7 +1,7 @@
-"""Runs that can be watched: one curve however often a run is resumed, and answers to the same prompts as it learns.
+"""Experiment trackers: one curve however often a run is resumed, and answers to the same prompts at each evaluation.
 
-Upstream's callbacks log the numbers (transformers 5.23 `integrations/integration_utils.py`); here is what they leave
-out: who the run is, its recipe, ledger and environment, its samples, its finished files.
+Upstream's callbacks log the numbers (transformers 5.23 `integrations/integration_utils.py`). This module adds the run's
+name and id, its recipe, ledger and environment, its samples and its finished files.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from finetune.system import files
 from finetune.system.errors import RunError
 from finetune.system.terminal import quiet
 
-_NAME = "tracking.json"
+_TRACKING = "tracking.json"
 _PROMPTS = 4
 _NEW_TOKENS = 96
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "trackio": ("trackio",)}
 
 
-def wanted(report_to: Any) -> list[str]:
+def tracker_names(report_to: Any) -> list[str]:
     """The trackers of `training.report_to`, as a list."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     return [] if "none" in names else names
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuses, before anything is loaded, a tracker that is not installed or would ask for a key.
+    """Checks that each tracker is installed and would not ask for a key.
 
     Raises:
-        TrackError: With what to do.
+        RunError: The message says what to install or set.
     """
     for name in names:
         packages = _PACKAGES.get(name, ())
@@ -53,16 +53,16 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"training.report_to: is {name}, which is not installed; run pip install {packages[0]}"
             )
     online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
-    if "wandb" in names and online and not _logged_in():
+    if "wandb" in names and online and not _wandb_has_key():
         raise RunError(
             "training.report_to: is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline"
         )
     if os.environ.get("WANDB_LOG_MODEL") == "checkpoint" and "wandb" in names:
-        raise RunError("WANDB_LOG_MODEL: is checkpoint; write end: the finished run is what is kept")
+        raise RunError("WANDB_LOG_MODEL: is checkpoint; write end: only the finished run is uploaded")
 
 
-def _logged_in() -> bool:
-    """Whether wandb finds a key in the places that it documents."""
+def _wandb_has_key() -> bool:
+    """True if wandb finds a key in the places that it documents."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -73,26 +73,32 @@ def _logged_in() -> bool:
     return False
 
 
-# Ids that runs of this process have put into the environment.
-_SET: set[str] = set()
+# The ids that earlier runs of this process have put into the environment.
+_IDS_SET_HERE: set[str] = set()
 
 
-def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str:
-    """The run's name, and its id for those trackers that let one be chosen; a resumed run has those that it had.
+def set_run_identity(output: Path, name: str | None, project: str, resumed: bool) -> str:
+    """Sets the run's id for trackers that let one be chosen; returns the run's name. A resumed run keeps both.
 
-    They are handed on through the environment, which upstream's callbacks read.
+    They are passed in environment variables, which upstream's callbacks read.
+
+    Args:
+        output: The run directory.
+        name: `training.run_name`; absent, the directory's name and the id.
+        project: `training.project`.
+        resumed: Whether the run is resumed from a checkpoint.
     """
-    file = output / _NAME
-    known = json.loads(file.read_text(encoding="utf-8")) if goes_on and file.is_file() else {}
+    file = output / _TRACKING
+    known = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
     own = secrets.token_hex(4)
-    # A sweep's agent chooses the id; what an earlier run of this process has set is none that somebody gave.
+    # A sweep's agent sets the id; one that an earlier run of this process has set does not count.
     given = os.environ.get("WANDB_RUN_ID", "")
-    own = given if given and given not in _SET else own
-    # trackio takes runs of one name for one run.
+    own = given if given and given not in _IDS_SET_HERE else own
+    # trackio treats runs of one name as one run.
     known = {"name": name or f"{output.resolve().name}-{own}", "id": own} | known
     output.mkdir(parents=True, exist_ok=True)
     files.write_whole(file, json.dumps(known) + "\n")
-    _SET.add(known["id"])
+    _IDS_SET_HERE.add(known["id"])
     chosen = {
         "WANDB_RUN_ID": known["id"],
         "WANDB_RESUME": "allow",
@@ -102,7 +108,7 @@ def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str
         "TENSORBOARD_LOGGING_DIR": str(output.resolve() / "tensorboard"),
     }
     for key, value in chosen.items():
-        # All else a user may have chosen.
+        # A user may have set the others.
         if key == "WANDB_RUN_ID" or key not in os.environ:
             os.environ[key] = value
     os.environ.pop("MLFLOW_RUN_ID", None)
@@ -112,7 +118,7 @@ def identify(output: Path, name: str | None, project: str, goes_on: bool) -> str
 
 
 class Samples(TrainerCallback):  # type: ignore[misc]
-    """`samples.jsonl`: greedy answers to the first held-out prompts at each evaluation; trackers get them as well."""
+    """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers."""
 
     def __init__(
         self, output: Path, trainer: Any, chat: Chat, stop_ids: Sequence[int], start_step: int
@@ -122,7 +128,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self.prompts: list[list[int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What a resumed run does again is recorded once."""
+        """Chooses the prompts; removes samples of steps that a resumed run repeats."""
         for row in self.trainer.eval_dataset.select(range(min(_PROMPTS, len(self.trainer.eval_dataset)))):
             prompt = LabelledRow(list(row["input_ids"]), list(row["labels"])).prompt
             if prompt not in self.prompts:
@@ -133,7 +139,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             files.write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Answers now, on the first process."""
+        """Answers the prompts on the first process."""
         if not state.is_world_process_zero:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
@@ -141,7 +147,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             generator = Generator(model, self.chat, tuple(self.stop_ids), False)
             answers = generator.answers(self.prompts, _NEW_TOKENS)
         tokenizer = self.chat.tokenizer
-        found = [
+        samples = [
             {
                 "step": state.global_step,
                 "prompt": tokenizer.decode(prompt),
@@ -151,14 +157,13 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
-        every = files.read_records(self.path)
-        _show_samples(self.trainer, state.global_step, every)
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        _log_samples(self.trainer, state.global_step, files.read_records(self.path))
 
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """A model that is being trained, for as long as it answers."""
+    """Puts a model that is being trained into evaluation mode, with a cache."""
     training, cached = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
@@ -169,14 +174,14 @@ def _answering(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-class Documents(TrainerCallback):  # type: ignore[misc]
-    """Gives every tracker the resolved recipe, the ledger and the environment, once it has begun."""
+class RunDocuments(TrainerCallback):  # type: ignore[misc]
+    """Gives each tracker the resolved recipe, the ledger and the environment when training begins."""
 
     def __init__(self, output: Path, trainer: Any) -> None:
         self.output, self.trainer = output, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the trackers' own, which open the run."""
+        """Acts after the trackers' own callbacks, which open the run."""
         if not state.is_world_process_zero:
             return
         texts = {
@@ -194,13 +199,13 @@ class Documents(TrainerCallback):  # type: ignore[misc]
             elif isinstance(tracker, upstream.MLflowCallback):
                 for name, text in texts.items():
                     tracker._ml_flow.log_text(text, name)
-                file = self.output / _NAME
+                file = self.output / _TRACKING
                 known = json.loads(file.read_text(encoding="utf-8"))
                 known["mlflow"] = tracker._ml_flow.active_run().info.run_id
                 files.write_whole(file, json.dumps(known) + "\n")
 
 
-def _show_samples(trainer: Any, step: int, every: list[dict[str, Any]]) -> None:
+def _log_samples(trainer: Any, step: int, every: list[dict[str, Any]]) -> None:
     columns = ["step", "prompt", "answer", "stopped"]
     rows = [[sample[name] for name in columns] for sample in every]
     now = [sample for sample in every if sample["step"] == step]
@@ -220,35 +225,35 @@ def _show_samples(trainer: Any, step: int, every: list[dict[str, Any]]) -> None:
 
 
 def _as_code(text: str) -> str:
-    """A text as Markdown that shows it as it is."""
+    """A text as a Markdown code block."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def prepare(trainer: Any, start_step: int) -> bool:
-    """Sets the trackers right before they begin; whether the finished run is asked for as a wandb artifact."""
-    asked = False
+def configure_trackers(trainer: Any, start_step: int) -> bool:
+    """Configures the trackers before training; returns whether wandb is to get the finished run as an artifact."""
+    wants_artifact = False
     for tracker in list(trainer.callback_handler.callbacks):
         if isinstance(tracker, upstream.WandbCallback):
-            # Upstream's would make a trainer of its own to save the model with, and a pickle of its arguments.
-            asked = tracker._log_model.is_enabled
+            # Upstream would make another trainer to save the model with, and a pickle of its arguments.
+            wants_artifact = tracker._log_model.is_enabled
             tracker._log_model = upstream.WandbLogModel.FALSE
         elif isinstance(tracker, upstream.TensorBoardCallback) and trainer.is_world_process_zero():
-            # What a resumed run does again is drawn once.
+            # Steps that a resumed run repeats are drawn once.
             purge = start_step + 1 if start_step else None
             tracker.tb_writer = tracker._SummaryWriter(log_dir=tracker.logging_dir, purge_step=purge)
-    return asked
+    return wants_artifact
 
 
-def finish(trainer: Any, output: Path, asked: bool) -> None:
-    """Hands the finished run's files to wandb where that is asked for, and closes it."""
+def close_trackers(trainer: Any, output: Path, wants_artifact: bool) -> None:
+    """Uploads the finished run to wandb as an artifact where that is wanted, and closes wandb's run."""
     for tracker in trainer.callback_handler.callbacks:
         run = tracker._wandb.run if isinstance(tracker, upstream.WandbCallback) else None
         if run is None:
             continue
-        if asked:
+        if wants_artifact:
             artifact = tracker._wandb.Artifact(name=f"run-{run.id}", type="model")
             for file in sorted(output.iterdir()):
-                if file.is_file() and file.name != _NAME:
+                if file.is_file() and file.name != _TRACKING:
                     artifact.add_file(str(file), name=file.name)
             run.log_artifact(artifact, aliases=["final"])
         with quiet():
