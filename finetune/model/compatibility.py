@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from finetune.model.precision import _WIDE
+from finetune.model.precision import EXCEEDS_FLOAT16
 from finetune.system.devices import Device
 from finetune.system.errors import ModelError
 
@@ -173,7 +173,7 @@ def describe_choices(
     if wanted[0] == "auto":
         choice = f"{str(dtype).removeprefix('torch.')} on {device.name}"
         parts.append(choice if device.bf16 else f"{choice}, which does not compute in bfloat16")
-    if str(dtype) == "torch.float16" and model.config.get_text_config().model_type in _WIDE:
+    if str(dtype) == "torch.float16" and model.config.get_text_config().model_type in EXCEEDS_FLOAT16:
         parts.append("float32 in its residual stream, where float16 overflows")
     if wanted[1] is None:
         attention = model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""The dtype that a model is loaded in, and the type that a run computes in."""
+"""Decides the types of a run: of its weights, and of what it computes."""
 
 from __future__ import annotations
 
@@ -55,13 +55,18 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
     return choose_dtype(section.dtype, devices.device_of())
 
 
-# Whose residual stream grows beyond float16's 65,504. Measured of Gemma 3 270M on ordinary conversations: 104,086 in it
-# and 66,127 before the last norm, but at most 589 in what goes into a matrix product or comes out of one.
-_WIDE = {"gemma", "gemma2", "gemma3_text"}
+# The model types whose residual stream exceeds float16's 65,504. Gemma 3 270M on ordinary conversations: 104,086 in the
+# stream and 66,127 before the last norm, but at most 589 in inputs and outputs of matrix products.
+EXCEEDS_FLOAT16 = {"gemma", "gemma2", "gemma3_text"}
 
 
 def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch.dtype:
-    """The type to load weights in: the one that is wanted, or for `auto` the one that this device computes in.
+    """The type to load weights in.
+
+    Args:
+        wanted: A type's name, or `auto`: bfloat16 on a GPU that computes in it, float16 on another, else float32.
+        device: Where the model runs.
+        key: The option that says `wanted`, for the message.
 
     Raises:
         ModelError: The device does not compute in it.
@@ -77,23 +82,23 @@ def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch
 
 
 def check_precision(
-    training: dict[str, Any], bits: dict[str, Any], dtype: torch.dtype, device: Device
+    training: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype, device: Device
 ) -> None:
-    """Refuses to compute in a type that the device or the weights do not take.
+    """Checks that the device, and weights of a type, can compute in the types that a recipe names.
 
     Args:
-        training: The recipe's section.
-        bits: Its quantization.
-        dtype: What the weights are loaded in.
-        device: Where.
+        training: The recipe's `training` section.
+        quantization: Its `quantization` section.
+        dtype: The type that the weights are loaded in.
+        device: Where the run computes.
 
     Raises:
-        ModelError: With the key to change.
+        ModelError: They cannot; the message names the key to change.
     """
     for name in ("bf16", "bf16_full_eval"):
         if training.get(name):
             _refuse_bf16(f"training.{name}", "true", device, f"{name.replace('bf', 'fp')}: true")
-    if "bfloat16" in str(bits.get("bnb_4bit_compute_dtype")):
+    if "bfloat16" in str(quantization.get("bnb_4bit_compute_dtype")):
         _refuse_bf16("quantization.bnb_4bit_compute_dtype", "bfloat16", device, "float16")
     if training.get("fp16") and dtype == torch.bfloat16:
         raise ModelError(
@@ -110,47 +115,49 @@ def _refuse_bf16(key: str, value: str, device: Device, instead: str) -> None:
 
 
 def keep_residual_in_float32(model: Any) -> bool:
-    """Keeps a Gemma's residual stream in float32 where its weights, or autocast, are float16.
+    """Keeps the residual stream of a Gemma in float32 where its weights, or autocast, are float16.
 
-    The norms are computed in float32 by the model itself; they only have to get and give it. What goes into a matrix
-    product is float16 as before, where the tensor cores of old cards are. On Gemma 3 270M losses are within 0.002 of
-    float32's (bfloat16: 0.008), where float16 alone is NaN from layer 8 on.
+    The model computes its norms in float32 already; they only have to take and return it. Matrix products stay in
+    float16, for which old GPUs have tensor cores. On Gemma 3 270M losses are within 0.002 of float32's (bfloat16:
+    0.008), where float16 alone gives NaN from layer 8 on.
 
-        embed_tokens             float32, from here on the stream is
+        embed_tokens             float32 out, which starts the stream
         norms that read it       float32 in, the weights' type out     layer(x) = x + post(attention(pre(x)))
         norms that add to it     made float32 before, float32 out
 
     Returns:
-        Whether the model is one of those.
+        True if the model is a Gemma.
     """
-    if model.config.get_text_config().model_type not in _WIDE:
+    if model.config.get_text_config().model_type not in EXCEEDS_FLOAT16:
         return False
     decoder = model.get_decoder()
     dtype = decoder.embed_tokens.weight.dtype
 
-    def narrow(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def to_weight_type(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output.to(dtype)
 
-    def wide(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def to_float32(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output.float()
 
-    def wide_input(module: Any, inputs: Any) -> Any:
+    def input_to_float32(module: Any, inputs: Any) -> Any:
         return (inputs[0].float(), *inputs[1:])
 
-    def narrow_input(module: Any, inputs: Any) -> Any:
+    def input_to_weight_type(module: Any, inputs: Any) -> Any:
         return (inputs[0].to(dtype), *inputs[1:])
 
-    decoder.embed_tokens.register_forward_hook(wide)
-    decoder.norm.register_forward_hook(narrow)
-    decoder.rotary_emb.register_forward_pre_hook(narrow_input)  # its cosines take their type from the stream
+    decoder.embed_tokens.register_forward_hook(to_float32)
+    decoder.norm.register_forward_hook(to_weight_type)
+    decoder.rotary_emb.register_forward_pre_hook(
+        input_to_weight_type
+    )  # its cosines take their type from the stream
     for layer in decoder.layers:
-        # Gemma 1 has two norms a layer, which both read the stream; in the others each part has one after it, too.
-        after = hasattr(layer, "pre_feedforward_layernorm")
-        layer.input_layernorm.register_forward_hook(narrow)
-        if after:
-            layer.post_attention_layernorm.register_forward_pre_hook(wide_input)
-            layer.pre_feedforward_layernorm.register_forward_hook(narrow)
-            layer.post_feedforward_layernorm.register_forward_pre_hook(wide_input)
+        # Gemma 1 has two norms a layer, which both read the stream; the others also have one after each part.
+        has_norms_after = hasattr(layer, "pre_feedforward_layernorm")
+        layer.input_layernorm.register_forward_hook(to_weight_type)
+        if has_norms_after:
+            layer.post_attention_layernorm.register_forward_pre_hook(input_to_float32)
+            layer.pre_feedforward_layernorm.register_forward_hook(to_weight_type)
+            layer.post_feedforward_layernorm.register_forward_pre_hook(input_to_float32)
         else:
-            layer.post_attention_layernorm.register_forward_hook(narrow)
+            layer.post_attention_layernorm.register_forward_hook(to_weight_type)
     return True

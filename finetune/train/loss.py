@@ -1,8 +1,8 @@
-"""Log-probabilities of the trained tokens, without scoring any other.
+"""A loss head that computes logits only for trained tokens.
 
-trl's fused head serves where it serves well: on a GPU it scores only trained positions, in tiles. It scores all
-positions on a CPU, and it cannot read an output layer whose rows PEFT trains. There, `use_token_head` puts this head
-in its place. Both give the same numbers; the tests hold that.
+trl's fused head is used where it is fast: on a GPU it scores only trained positions, in tiles. On a CPU it scores all
+positions, and it cannot read an output layer whose rows PEFT trains. There, `use_token_head` replaces it by this head.
+Both give the same numbers, which tests check.
 """
 
 from __future__ import annotations
@@ -12,61 +12,61 @@ from typing import Any
 
 import torch
 
-# Scores held at once, twice over: 2^26 float32 are 256 MiB. With fewer rows at once a matrix product reads the weight
-# too often: by one of 262,144 x 640, 256 rows went 1.2 times as fast as 128 (two threads).
+# Logits held at once, in two buffers: 2^26 float32 are 256 MiB. With fewer rows a matrix product reads the weight too
+# often: with a weight of 262,144 x 640, 256 rows were 1.2 times as fast per row as 128 (two threads).
 _TILE = 2**26
-# Of the product, so many columns at once: its own tiles then stay in cache (1.2 times as fast as all at once).
+# The columns of the product that are computed at once, so that its tiles stay in cache (1.2 times as fast as all).
 _COLUMNS = 2**13
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """`log p(target | hidden)` for each row of `hidden`, its entropy, and whether the target is the likeliest token.
 
-    The gradient of each row's log-probability is taken while its scores are at hand, so that scores are neither kept
-    nor computed twice: `backward` only weighs it.
+    The forward pass also computes the gradient of each row's log-probability, so that scores are neither kept nor
+    computed twice; `backward` multiplies it with the gradient of the loss.
 
-    Shapes: hidden (N, H); weight (V, H), frozen; rows (K, H), the trained rows of `weight`, standing at `index` (K);
-    bias (V) or None; targets (N). `scale` and `softcap` change the scores as the model's config says.
+    Shapes are suffixes: N trained tokens, H hidden size, V vocabulary, K trained rows. `weight_VH` is frozen; `rows_KH`
+    are trained in place of its rows at `index_K`. `scale` and `softcap` change the scores as the model's config says.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        rows: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        index: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden_NH: torch.Tensor,
+        rows_KH: torch.Tensor | None,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        index_K: torch.Tensor | None,
+        targets_N: torch.Tensor,
         scale: float,
         softcap: float | None,
         buffers: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         need_hidden, need_rows = ctx.needs_input_grad[:2]
-        count, vocabulary = hidden.shape[0], weight.shape[0]
-        log_probs = hidden.new_empty(count, dtype=torch.float32)
-        entropy = torch.empty_like(log_probs)
-        is_top1 = torch.empty_like(log_probs, dtype=torch.bool)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_rows = (
-            hidden.new_empty(count, len(rows), dtype=torch.float32)
-            if rows is not None and need_rows
+        count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
+        log_probs_N = hidden_NH.new_empty(count, dtype=torch.float32)
+        entropy_N = torch.empty_like(log_probs_N)
+        is_top1_N = torch.empty_like(log_probs_N, dtype=torch.bool)
+        grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else None
+        grad_rows_NK = (
+            hidden_NH.new_empty(count, len(rows_KH), dtype=torch.float32)
+            if rows_KH is not None and need_rows
             else None
         )
         step = max(1, _TILE // vocabulary)
-        product, scratch = _two_buffers(buffers, step, weight)
+        product, scratch = _two_buffers(buffers, step, weight_VH)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
             size = part.stop - start
-            h, target = hidden[part].to(weight.dtype), targets[part].unsqueeze(1)
+            h, target = hidden_NH[part].to(weight_VH.dtype), targets_N[part].unsqueeze(1)
             for column in range(0, vocabulary, _COLUMNS):
                 tile = slice(column, column + _COLUMNS)
-                torch.mm(h, weight[tile].t(), out=product[:size, tile])
+                torch.mm(h, weight_VH[tile].t(), out=product[:size, tile])
             scores = product[:size].float()  # itself, where it is float32 already
-            if rows is not None and index is not None:
-                scores.index_copy_(1, index, (h @ rows.to(h.dtype).t()).float())
-            if bias is not None:
-                scores += bias
+            if rows_KH is not None and index_K is not None:
+                scores.index_copy_(1, index_K, (h @ rows_KH.to(h.dtype).t()).float())
+            if bias_V is not None:
+                scores += bias_V
             if scale != 1.0:
                 scores *= scale
             slope = None
@@ -77,9 +77,9 @@ class _TokenLogProbs(torch.autograd.Function):
             logs = torch.log_softmax(scores, dim=1, out=scratch[:size])
             probs = torch.exp(logs, out=scores)
             chosen = logs.gather(1, target)
-            log_probs[part] = chosen.squeeze(1)
-            is_top1[part] = (logs.argmax(dim=1, keepdim=True) == target).squeeze(1)
-            entropy[part] = -torch.bmm(probs.unsqueeze(1), logs.unsqueeze(2)).view(-1)
+            log_probs_N[part] = chosen.squeeze(1)
+            is_top1_N[part] = (logs.argmax(dim=1, keepdim=True) == target).squeeze(1)
+            entropy_N[part] = -torch.bmm(probs.unsqueeze(1), logs.unsqueeze(2)).view(-1)
             if not (need_hidden or need_rows):
                 continue
             # d -log p / d scores = p - [token is the target]
@@ -89,37 +89,37 @@ class _TokenLogProbs(torch.autograd.Function):
             if scale != 1.0:
                 gradient *= scale
             own = None
-            if rows is not None:
-                # What the trained rows pass back is theirs, not that of the rows that they stand for.
-                own = gradient[:, index]
-                gradient[:, index] = 0
-                if grad_rows is not None:
-                    grad_rows[part] = own
-            if grad_hidden is not None:
-                passed = gradient.to(h.dtype) @ weight
-                if own is not None and rows is not None:
-                    passed += own.to(h.dtype) @ rows.to(h.dtype)
-                grad_hidden[part] = passed
-        ctx.save_for_backward(hidden, grad_hidden, grad_rows)
-        ctx.rows_dtype = None if rows is None else rows.dtype
-        ctx.mark_non_differentiable(entropy, is_top1)
-        return log_probs, entropy, is_top1
+            if rows_KH is not None:
+                # The trained rows get these gradients, not the frozen rows in whose place they stand.
+                own = gradient[:, index_K]
+                gradient[:, index_K] = 0
+                if grad_rows_NK is not None:
+                    grad_rows_NK[part] = own
+            if grad_hidden_NH is not None:
+                passed = gradient.to(h.dtype) @ weight_VH
+                if own is not None and rows_KH is not None:
+                    passed += own.to(h.dtype) @ rows_KH.to(h.dtype)
+                grad_hidden_NH[part] = passed
+        ctx.save_for_backward(hidden_NH, grad_hidden_NH, grad_rows_NK)
+        ctx.rows_dtype = None if rows_KH is None else rows_KH.dtype
+        ctx.mark_non_differentiable(entropy_N, is_top1_N)
+        return log_probs_N, entropy_N, is_top1_N
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         hidden, grad_hidden, grad_rows = ctx.saved_tensors
-        weighed = -grad.unsqueeze(1)
+        weights = -grad.unsqueeze(1)
         return (
-            None if grad_hidden is None else (grad_hidden * weighed).to(hidden.dtype),
-            None if grad_rows is None else ((grad_rows * weighed).t() @ hidden.float()).to(ctx.rows_dtype),
+            None if grad_hidden is None else (grad_hidden * weights).to(hidden.dtype),
+            None if grad_rows is None else ((grad_rows * weights).t() @ hidden.float()).to(ctx.rows_dtype),
             *(None,) * 7,
         )
 
 
 def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Room for `step` rows of scores, in the weight's type and in float32, kept from call to call in `buffers`.
+    """Two buffers for `step` rows of scores, in the weight's type and in float32, kept in `buffers` between calls.
 
-    Fresh memory of this size is given back to the system after each use; getting it again took a tenth of a step.
+    Fresh memory of this size goes back to the system after each use; allocating it again took a tenth of a step.
     """
     if not buffers:
         shape = (step, weight.shape[0])
@@ -128,11 +128,11 @@ def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -
 
 
 def use_token_head(model: Any) -> bool:
-    """Replaces trl's fused head of `model` (a causal LM that trl has patched) where this one serves better.
+    """Replaces trl's fused head of `model` (a causal LM that trl has patched) where this one is better.
 
     Returns:
-        Whether it did: the output layer is frozen but for trained token rows, no router loss is asked for, and either
-        the model computes on a CPU or PEFT trains rows of its output layer.
+        True if it did: the output layer is frozen, but for token rows, there is no router loss, and either the model is
+        on a CPU or PEFT trains rows of its output layer.
     """
     from peft.utils.other import TrainableTokensWrapper
 
@@ -155,7 +155,7 @@ def use_token_head(model: Any) -> bool:
 
 
 def _scale(config: Any) -> float:
-    """What the model multiplies its scores with.
+    """The factor that the model multiplies its logits with.
 
     Source: trl 1.16 `trainer/utils.py`, `add_fused_lm_head`.
     """
@@ -186,11 +186,11 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
         mask = labels[:, 1:] != -100
         weight, bias, rows, index = _output_layer(self.get_output_embeddings())
         if rows is not None and not torch.is_grad_enabled():
-            rows = rows.detach()  # a parameter asks for its gradient also where none is taken
+            rows = rows.detach()  # else a gradient would be computed also where none is needed
         per_token = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden[mask], rows, weight, bias, index, labels[:, 1:][mask], scale, softcap, buffers
         )
-        # Scattering keeps a batch without any trained token connected to the model, as a zero.
+        # Scattering keeps a batch without trained tokens connected to the model, with a loss of zero.
         log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
         return FusedCausalLMOutput(
@@ -205,7 +205,7 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
 def _output_layer(
     head: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Weight, bias, trained rows and where those stand."""
+    """The weight, the bias, the trained rows, and the indices of those in the weight."""
     adapter = getattr(head, "token_adapter", None)
     if adapter is None:
         return head.weight, head.bias, None, None
@@ -214,6 +214,3 @@ def _output_layer(
         return base.weight, base.bias, None, None
     rows = adapter.trainable_tokens_delta[active[0]]
     return base.weight, base.bias, rows, torch.tensor(adapter.token_indices[active[0]], device=rows.device)
-
-
-__all__ = ["use_token_head"]
