@@ -1,5 +1,6 @@
 """Recipes trained through the command line, on tiny models; what a run leaves; what stops it, what it keeps."""
 
+import copy
 import json
 import os
 import signal
@@ -13,11 +14,17 @@ import pytest
 import torch
 from gguf_tiny import make_model, make_tokenizer, write_gguf
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
 
 import finetune.train.run
 from finetune.cli.commands import main
+from finetune.data.chat import Chat
 from finetune.model import locate, precision, shards
 from finetune.model.generate import load_generator
+from finetune.model.load import load_tokenizer
+from finetune.model.trainable import load_trainable
+from finetune.plan.step import build
+from finetune.recipe.load import load_recipe
 from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import MetricsLog
 
@@ -78,6 +85,39 @@ def test_a_base_is_located_read_and_hashed_once_a_start(
     assert main(["evaluate", "run", "--output", "report", "--compare", "base"]) == 0
     # The run itself, whose tokenizer is read from its own folder, is located for each of its loads.
     assert (calls["sha256"], calls["read_config"], calls["fingerprint"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"lora": None, "model": {"name_or_path": "random:gemma3", "dtype": "bfloat16"}},
+        {"model": {"name_or_path": "random:llama", "dtype": "bfloat16"}, "quantization": NF4},
+        {"lora": {"r": 4, "use_dora": True}, "quantization": NF4},
+        {"model": {"name_or_path": "random:gemma3"}, "training": {"fp16": True}},
+    ],
+    ids=["lora", "full", "nf4 bfloat16", "nf4 dora", "fp16 autocast"],
+)
+def test_plan_builds_the_model_that_train_trains(sections: dict[str, Any], write_recipe: Write) -> None:
+    recipe = load_recipe(write_recipe(**sections))
+    base, decided = locate.Base.of(recipe.model), precision.decide_precision(recipe)
+    trained = load_trainable(
+        recipe, base, decided, Chat(load_tokenizer(recipe.model, base)), lambda line: None
+    )
+    fake = build(recipe, copy.deepcopy(base.config), decided, FakeTensorMode(allow_non_fake_inputs=True))
+    real, planned = dict(trained.named_parameters()), dict(fake.named_parameters())
+    assert list(real) == list(planned)
+    for name, parameter in real.items():
+        assert (planned[name].dtype, planned[name].requires_grad) == (
+            parameter.dtype,
+            parameter.requires_grad,
+        ), name
+        assert "trainable_tokens" in name or planned[name].shape == parameter.shape, name
+    hooks = [
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        for model in (trained, fake)
+    ]
+    assert hooks[0] == hooks[1]
 
 
 def test_a_lora_run_leaves_what_the_interface_names(

@@ -22,6 +22,7 @@ from finetune.system.devices import machine_memory, process_peak_memory
 from finetune.system.errors import RunError
 from finetune.system.numbers import GIB, memory
 from finetune.system.terminal import Say
+from finetune.train.trainer import Trainer
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
@@ -30,7 +31,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
 class MemoryCheck(TrainerCallback):  # type: ignore[misc]
     """Runs a forward and a backward pass on the longest batch before the first step, and restores all state."""
 
-    def __init__(self, trainer: Any, say: Say) -> None:
+    def __init__(self, trainer: Trainer, say: Say) -> None:
         self.trainer, self.say = trainer, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -228,7 +229,7 @@ def _available_bytes(device: Any) -> int:
     return machine_memory()[0]
 
 
-def _free_memory(trainer: Any) -> None:
+def _free_memory(trainer: Trainer) -> None:
     trainer.model_wrapped.zero_grad(set_to_none=True)
     gc.collect()
     if trainer.args.device.type == "cuda":
@@ -236,7 +237,7 @@ def _free_memory(trainer: Any) -> None:
 
 
 @contextmanager
-def _restored_state(trainer: Any) -> Iterator[None]:
+def _restored_state(trainer: Trainer) -> Iterator[None]:
     """Restores gradients, random states, trl's counters and each module's mode on leaving."""
     modes = [(module, module.training) for module in trainer.model_wrapped.modules()]
     metrics, tokens = copy.deepcopy(trainer._metrics), trainer._total_train_tokens

@@ -14,6 +14,7 @@ from finetune.system import files
 from finetune.system.charts import points, smoothed
 from finetune.system.numbers import clock
 from finetune.system.terminal import Say, interactive_console
+from finetune.train.trainer import Trainer
 
 
 class MetricsRecord(TypedDict, total=False):
@@ -41,7 +42,7 @@ class MetricsRecord(TypedDict, total=False):
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Writes each logged record to `metrics.jsonl`; it acts after the callbacks that add to records."""
 
-    def __init__(self, output: Path, start_step: int, trainer: Any) -> None:
+    def __init__(self, output: Path, start_step: int, trainer: Trainer) -> None:
         self.path = output / "metrics.jsonl"
         self.start_step = start_step
         self.trainer = trainer

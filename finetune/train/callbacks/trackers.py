@@ -27,6 +27,7 @@ from finetune.model.generate import Generator
 from finetune.system import files
 from finetune.system.errors import RunError
 from finetune.system.terminal import quiet
+from finetune.train.trainer import Trainer
 
 _TRACKING = "tracking.json"
 _PROMPTS = 4
@@ -121,7 +122,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
     """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers."""
 
     def __init__(
-        self, output: Path, trainer: Any, chat: Chat, stop_ids: Sequence[int], start_step: int
+        self, output: Path, trainer: Trainer, chat: Chat, stop_ids: Sequence[int], start_step: int
     ) -> None:
         self.path, self.trainer, self.chat, self.stop_ids = output / "samples.jsonl", trainer, chat, stop_ids
         self.start_step = start_step
@@ -177,7 +178,7 @@ def _answering(model: Any) -> Iterator[None]:
 class RunDocuments(TrainerCallback):  # type: ignore[misc]
     """Gives each tracker the resolved recipe, the ledger and the environment when training begins."""
 
-    def __init__(self, output: Path, trainer: Any) -> None:
+    def __init__(self, output: Path, trainer: Trainer) -> None:
         self.output, self.trainer = output, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -205,7 +206,7 @@ class RunDocuments(TrainerCallback):  # type: ignore[misc]
                 files.write_whole(file, json.dumps(known) + "\n")
 
 
-def _log_samples(trainer: Any, step: int, every: list[dict[str, Any]]) -> None:
+def _log_samples(trainer: Trainer, step: int, every: list[dict[str, Any]]) -> None:
     columns = ["step", "prompt", "answer", "stopped"]
     rows = [[sample[name] for name in columns] for sample in every]
     now = [sample for sample in every if sample["step"] == step]
@@ -229,7 +230,7 @@ def _as_code(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def configure_trackers(trainer: Any, start_step: int) -> bool:
+def configure_trackers(trainer: Trainer, start_step: int) -> bool:
     """Configures the trackers before training; returns whether wandb is to get the finished run as an artifact."""
     wants_artifact = False
     for tracker in list(trainer.callback_handler.callbacks):
@@ -244,7 +245,7 @@ def configure_trackers(trainer: Any, start_step: int) -> bool:
     return wants_artifact
 
 
-def close_trackers(trainer: Any, output: Path, wants_artifact: bool) -> None:
+def close_trackers(trainer: Trainer, output: Path, wants_artifact: bool) -> None:
     """Uploads the finished run to wandb as an artifact where that is wanted, and closes wandb's run."""
     for tracker in trainer.callback_handler.callbacks:
         run = tracker._wandb.run if isinstance(tracker, upstream.WandbCallback) else None
