@@ -30,7 +30,7 @@ _CACHE_VERSION = 1
 
 
 class BaseIdentity(TypedDict, total=False):
-    """What `environment.json` records so that a merge can recognise the base: one of the two."""
+    """The part of `environment.json` by which a merge recognises the base: one of the two."""
 
     base_fingerprint: str
     base_commit: str

@@ -14,7 +14,7 @@ from finetune.system import devices
 from finetune.system.devices import Hardware
 from finetune.system.errors import ModelError
 
-# Optimizers that cannot step on weights in parts, beside those in 8 bit (`launch.check_launch`).
+# Optimizers that cannot step on weights in parts, beside those in 8 bit (train/arguments.py).
 _WHOLE = ("adafactor", "lion", "ademamix", "paged")
 # Overrides, and what they make of a setting.
 _Step = tuple[list[str], Callable[[StepSettings], StepSettings]]

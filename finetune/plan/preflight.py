@@ -20,7 +20,7 @@ from finetune.system.devices import Hardware, this_machine
 from finetune.system.errors import PlanError
 from finetune.system.numbers import GIB
 
-# What a check may be wrong by: a run that lacks less is left to the rehearsal of its longest batch, which measures.
+# What a check may be wrong by: a run that lacks less is left to MemoryCheck, which measures its longest batch.
 _DOUBT = 0.9
 
 

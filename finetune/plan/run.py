@@ -111,7 +111,7 @@ def step_arguments(recipe: Recipe) -> SFTConfig:
     """What decides about memory and steps of the recipe's `training`, as trl takes it, without asking for a device."""
     values = {name: recipe.training[name] for name in _MEMORY if name in recipe.training}
     if values.get("padding_free") and not values.get("packing"):
-        values["max_length"] = None  # as `launch.training_arguments`
+        values["max_length"] = None  # as `training_arguments`
     with quiet():
         return SFTConfig(**values, report_to="none", use_cpu=True, bf16=False)
 

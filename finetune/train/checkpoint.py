@@ -19,7 +19,7 @@ WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 class MarkerFields(TypedDict):
-    """What a checkpoint was made with: the number of processes, and the digest of its training rows."""
+    """The number of processes that a checkpoint was made with, and the digest of its training rows."""
 
     processes: int
     rows: str | None

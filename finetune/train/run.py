@@ -284,7 +284,7 @@ def _add_callbacks(
     """Adds the callbacks in the order in which they act.
 
     Returns:
-        Whether wandb is to get the finished run as an artifact.
+        True if wandb is to get the finished run as an artifact.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -310,7 +310,7 @@ def _add_callbacks(
 
 
 def environment(precision: Precision, base: Base) -> Environment:
-    """What `environment.json` records of this machine, its packages and the base."""
+    """The content of `environment.json`: this machine, its packages and the base."""
     clone = Path(__file__).parents[2]
     commit = None
     if (clone / ".git").exists():  # an installed package may lie inside somebody else's repository
@@ -345,7 +345,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _just_evaluated(trainer: Trainer) -> bool:
-    """Whether an evaluation was logged at the last step."""
+    """True if an evaluation was logged at the last step."""
     return any("eval_loss" in r and r["step"] == trainer.state.global_step for r in trainer.state.log_history)
 
 

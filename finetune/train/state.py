@@ -31,7 +31,7 @@ _FROM_RECIPE = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps")
 
 
 class Counters(TypedDict):
-    """What a process has counted: since the last logged record (`loss`, `metrics`), or since the run's first step."""
+    """The counters of one process: since the last logged record (`loss`, `metrics`), or since the first step."""
 
     loss: float
     total: float

@@ -79,14 +79,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         count, args = self.accelerator.num_processes, self.args
         if count > 1 and not args.dataloader_drop_last and hasattr(self.train_dataset, "__len__"):
             rows = len(self.train_dataset)
-            self.train_dataset = _padded_to_multiple(
-                self.train_dataset, args.per_device_train_batch_size * count
-            )
+            self.train_dataset = _padded(self.train_dataset, args.per_device_train_batch_size * count)
             self.padding_rows = len(self.train_dataset) - rows
         if count > 1 and self.eval_dataset is not None:
-            self.eval_dataset = _padded_to_multiple(
-                self.eval_dataset, args.per_device_eval_batch_size * count
-            )
+            self.eval_dataset = _padded(self.eval_dataset, args.per_device_eval_batch_size * count)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -234,9 +230,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = dict(inputs)
         labels = batch["labels"]
-        self.trained_tokens = (
-            self.trained_tokens.to(labels.device) + (labels != IGNORE).sum()
-        )  # without waiting for the GPU
+        # A sum on the GPU, which is not waited for.
+        self.trained_tokens = self.trained_tokens.to(labels.device) + (labels != IGNORE).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunError(
@@ -255,9 +250,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self.millijoules += self.meter.spent_millijoules()
-            counted = torch.tensor(
-                [int(self.trained_tokens), round(self.millijoules)], device=self.args.device
-            )
+            counts = [int(self.trained_tokens), round(self.millijoules)]
+            counted = torch.tensor(counts, device=self.args.device)
             trained, energy = self.accelerator.reduce(counted, "sum").tolist()
             logs["trained_tokens"] = trained
             if energy:
@@ -343,7 +337,7 @@ def _own_process_group(init: Callable[[int], None] | None, worker: int) -> None:
         init(worker)
 
 
-def _padded_to_multiple(dataset: Any, multiple: int) -> Any:
+def _padded(dataset: Any, multiple: int) -> Any:
     """The dataset with rows without labels added until its length is a multiple of `multiple`."""
     import datasets
 
