@@ -64,7 +64,7 @@ def train_in_two(path: Path, *overrides: str) -> None:
 
 
 def test_an_id_that_a_sweep_chose_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "_SET", set())
+    monkeypatch.setattr(trackers, "_IDS_SET_HERE", set())
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     trackers.set_run_identity(tmp_path / "first", None, "finetune", resumed=False)
     assert os.environ["WANDB_RUN_ID"] == "chosen"

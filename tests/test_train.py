@@ -94,10 +94,10 @@ def test_a_base_is_located_read_and_hashed_once_a_start(
         {"lora": ROWS},
         {"lora": None, "model": {"name_or_path": "random:gemma3", "dtype": "bfloat16"}},
         {"lora": ROWS, "model": {"name_or_path": "random:gemma3", "dtype": "bfloat16"}, "quantization": NF4},
-        {"lora": ROWS | {"use_dora": True}, "quantization": NF4},
+        {"lora": ROWS | {"use_dora": True}},
         {"lora": ROWS, "training": {"fp16": True}},
     ],
-    ids=["lora", "full", "nf4 bfloat16", "nf4 dora", "fp16 autocast"],
+    ids=["lora", "full", "nf4 bfloat16", "dora", "fp16 autocast"],
 )
 def test_plan_builds_the_model_that_train_trains(sections: dict[str, Any], write_recipe: Write) -> None:
     recipe = load_recipe(write_recipe(**sections))
