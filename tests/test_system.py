@@ -1,5 +1,6 @@
 """What every package uses: errors, fresh processes, complete files and folders, sizes and durations."""
 
+import importlib
 import json
 import os
 import signal
@@ -122,7 +123,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-@pytest.mark.usefixtures("importable")
+@pytest.mark.usefixtures("importable", "cold")
 def test_a_function_runs_in_a_fresh_process() -> None:
     lines: list[str] = []
     answer = call(work, Job("work", 3), lines.append, {"FINETUNE_TEST_WORD": "told"})
@@ -363,3 +364,31 @@ def test_a_markdown_table() -> None:
         "|---|---|",
         "| a\\|b | 0.5 |",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The packages' public names
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("cli", "main"),
+        ("data", "Chat"),
+        ("evaluate", "evaluate"),
+        ("export", "export"),
+        ("hub", "push"),
+        ("merge", "merge"),
+        ("model", "load_model"),
+        ("model", "load_tokenizer"),
+        ("plan", "plan"),
+        ("recipe", "load_recipe"),
+        ("train", "train"),
+    ],
+)
+def test_a_package_has_its_public_names(package: str, name: str) -> None:
+    module = importlib.import_module(f"finetune.{package}")
+    assert callable(getattr(module, name))
+    assert f"{name}(" in str(module.__doc__)
+    with pytest.raises(AttributeError, match=f"^module 'finetune.{package}' has no attribute 'nothing'$"):
+        module.nothing  # noqa: B018

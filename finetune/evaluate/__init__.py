@@ -1,4 +1,4 @@
-"""Perplexity on held-out rows, answers to prompts, the language of answers, a judge's preference.
+"""Measures a model: perplexity on held-out rows, answers and their language, a judge's preference, lm-eval tasks.
 
 >>> evaluate("runs/quickstart", compare="base")["models"]
 """

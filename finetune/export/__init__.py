@@ -1,4 +1,4 @@
-"""A run or merged model to bf16, fp16, int8, nf4, GGUF and Ollama, each loaded again and measured.
+"""Exports a run or a model as bf16, fp16, int8, nf4, GGUF and for Ollama; measures each file after loading it again.
 
 >>> export("runs/quickstart", "exports", ["bf16", "gguf:Q4_K_M"])
 PosixPath('exports')

@@ -1,4 +1,4 @@
-"""Model cards, and runs, merged models and exports pushed to the Hub.
+"""Writes model cards; pushes runs, merged models and exports to the Hub.
 
 >>> push("runs/quickstart", repo_id="you/quickstart", private=True)
 """

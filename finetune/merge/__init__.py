@@ -1,4 +1,4 @@
-"""A base and its adapters to one merged model, a tensor at a time.
+"""Merges adapters into their base, one tensor in memory at a time.
 
 >>> merge("runs/quickstart", "merged", dtype="bfloat16")
 PosixPath('merged')

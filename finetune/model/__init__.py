@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, and answers from a trained one.
+"""Loads base models and tokenizers, and generates answers.
 
 >>> recipe = load_recipe("recipes/quickstart.yaml")
 >>> model, tokenizer = load_model(recipe), load_tokenizer(recipe.model)

@@ -1,4 +1,4 @@
-"""What a recipe needs before it is run: memory by part, whether it fits, what to change, time per step.
+"""Predicts the memory and time of a recipe on a GPU, and what to change where it does not fit.
 
 >>> plan(load_recipe("recipes/qlora_ultrachat.yaml"), GPUS["4090"])
 """

@@ -1,7 +1,6 @@
-"""A recipe: one YAML file, checked whole before anything is downloaded.
+"""Loads recipes: one YAML file a run, checked completely before anything is downloaded.
 
->>> recipe = load_recipe("recipes/quickstart.yaml", ["training.max_steps=10"])
->>> recipe.training["max_steps"]
+>>> load_recipe("recipes/quickstart.yaml", ["training.max_steps=10"]).training["max_steps"]
 10
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
-from finetune.recipe.yaml_tree import RecipeTree
+from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
 from finetune.system.files import ADAPTER_CONFIG
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -25,7 +25,7 @@ _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 
 
-def check_model(tree: RecipeTree, model: dict[str, Any]) -> None:
+def check_model(tree: RecipeTree, model: Section) -> None:
     """Adds faults for a base model or a chat template that does not exist, as far as this machine can tell."""
     name = model.get("name_or_path")
     if name is not None and (problem := _model_problem(name)):
@@ -70,7 +70,7 @@ def _model_problem(name: str) -> str:
     return "" if _HUB_ID.fullmatch(name) else "; write a Hub id (owner/name), a directory or a .gguf file"
 
 
-def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
+def check_source(tree: RecipeTree, key: str, source: Section) -> None:
     """Adds faults for rows that do not exist, as far as this machine can tell; `key` is the source's place."""
     name = source.get("path")
     if source.get("raw") is True and source.get("format") != "prompt_completion":
@@ -103,9 +103,7 @@ def check_source(tree: RecipeTree, key: str, source: dict[str, Any]) -> None:
         tree.fault(f"{key}.path", f"{shown}; write a file, a glob or a dataset on the Hub (owner/name)")
 
 
-def adapter_lora(
-    tree: RecipeTree, folder: str, given: dict[str, Any], known: Mapping[str, Any]
-) -> dict[str, Any]:
+def adapter_lora(tree: RecipeTree, folder: str, given: Section, known: Mapping[str, Any]) -> Section:
     """The `lora` section that a saved adapter was made with; adds faults where it differs from the recipe's.
 
     Args:
@@ -148,7 +146,7 @@ def is_hub_id(name: str) -> bool:
     return "/" in name and _HUB_ID.fullmatch(name) is not None
 
 
-def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> None:
+def check_hub(tree: RecipeTree, hub: Section, model: Section) -> None:
     """Adds faults for ids that the Hub cannot have, and for a local base that a pushed run would have to name."""
     for name in ("repo_id", "base_model"):
         if (value := hub.get(name)) is not None and not is_hub_id(value):
@@ -170,7 +168,7 @@ def check_hub(tree: RecipeTree, hub: dict[str, Any], model: dict[str, Any]) -> N
         tree.fault("hub.repo_id", message)
 
 
-def check_evaluate(tree: RecipeTree, evaluate: dict[str, Any]) -> None:
+def check_evaluate(tree: RecipeTree, evaluate: Section) -> None:
     """Adds faults for files that do not exist."""
     reference = (evaluate.get("judge") or {}).get("reference")
     for key, name in (("evaluate.prompts", evaluate.get("prompts")), ("evaluate.judge.reference", reference)):
@@ -179,7 +177,7 @@ def check_evaluate(tree: RecipeTree, evaluate: dict[str, Any]) -> None:
             tree.fault(key, message)
 
 
-def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
+def check_rules(tree: RecipeTree, sections: Sections) -> None:
     """Adds faults for values that are valid alone and wrong together."""
     model, data, training = sections["model"], sections["data"], sections["training"]
     _check_precision(tree, model, training)
@@ -196,7 +194,7 @@ def check_rules(tree: RecipeTree, sections: dict[str, dict[str, Any]]) -> None:
     _check_init(tree, sections["lora"].get("init_lora_weights"), training)
 
 
-def _check_precision(tree: RecipeTree, model: dict[str, Any], training: dict[str, Any]) -> None:
+def _check_precision(tree: RecipeTree, model: Section, training: Section) -> None:
     if training.get("bf16") and training.get("fp16"):
         tree.fault("training.fp16", "is true, and so is bf16; keep one")
     for name, contrary in (("bf16", "float16"), ("fp16", "bfloat16")):
@@ -204,7 +202,7 @@ def _check_precision(tree: RecipeTree, model: dict[str, Any], training: dict[str
             tree.fault(f"training.{name}", f"is true, but model.dtype is {contrary}; remove one of the two")
 
 
-def _check_packing(tree: RecipeTree, training: dict[str, Any]) -> None:
+def _check_packing(tree: RecipeTree, training: Section) -> None:
     if training.get("packing") and training.get("max_length", DEFAULT_MAX_LENGTH) is None:
         tree.fault("training.max_length", "is null, but packing needs a length; write a number")
     if training.get("packing") and training.get("packing_strategy") == "wrapped":
@@ -216,7 +214,7 @@ def _check_packing(tree: RecipeTree, training: dict[str, Any]) -> None:
         tree.fault("training.eval_packing", message)
 
 
-def _check_streaming(tree: RecipeTree, data: dict[str, Any], training: dict[str, Any]) -> None:
+def _check_streaming(tree: RecipeTree, data: Section, training: Section) -> None:
     if not any(source.get("streaming") for source in data.get("train", [])):
         return
     where = "with a source that is streamed"
@@ -231,7 +229,7 @@ def _check_streaming(tree: RecipeTree, data: dict[str, Any], training: dict[str,
             tree.fault(key, f"is {tree.shown(key)}, {where}; remove one of the two")
 
 
-def _check_evaluation(tree: RecipeTree, data: dict[str, Any], training: dict[str, Any]) -> None:
+def _check_evaluation(tree: RecipeTree, data: Section, training: Section) -> None:
     if data.get("eval") and data.get("eval_fraction") is not None:
         tree.fault("data.eval_fraction", "is given, and so is data.eval; keep one")
     # From the tree, which has values of the wrong type too: those have their own fault.
@@ -245,7 +243,7 @@ def _check_evaluation(tree: RecipeTree, data: dict[str, Any], training: dict[str
             )
             tree.fault(key, message)
 
-    def rows(source: dict[str, Any]) -> dict[str, Any]:
+    def rows(source: Section) -> Section:
         return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
 
     trained = [rows(source) for source in data.get("train", [])]
@@ -255,7 +253,7 @@ def _check_evaluation(tree: RecipeTree, data: dict[str, Any], training: dict[str
             tree.fault(f"data.eval.{i}.path", message)
 
 
-def _check_init(tree: RecipeTree, init: Any, training: dict[str, Any]) -> None:
+def _check_init(tree: RecipeTree, init: Any, training: Section) -> None:
     """Adds faults for an adapter that begins as a part of the base's weights (PiSSA, OLoRA, MiCA)."""
     if not isinstance(init, str) or not init.startswith(INITS_FROM_BASE):
         return
@@ -268,7 +266,7 @@ def _check_init(tree: RecipeTree, init: Any, training: dict[str, Any]) -> None:
         tree.fault("training.save_only_model", message)
 
 
-def _check_tpu(tree: RecipeTree, training: dict[str, Any]) -> None:
+def _check_tpu(tree: RecipeTree, training: Section) -> None:
     """Adds faults for what does not work with sharding over a TPU's chips, which one process drives."""
     key, sharding = "training.fsdp_config", training.get("fsdp_config")
     if sharding is None:

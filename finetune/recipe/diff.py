@@ -1,4 +1,4 @@
-"""What a recipe changed between two starts of a run: logged, or refused where no checkpoint can be resumed with it."""
+"""Changes of a recipe between two starts of a run: logged, or refused where a checkpoint cannot be resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import yaml
 
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
-from finetune.recipe.yaml_tree import scalar_text
+from finetune.recipe.yaml_tree import Section, Sections, scalar_text
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say
-
-Sections = dict[str, dict[str, Any]]
 
 # Not mentioned: no number of the run depends on them.
 _UNMENTIONED = {"training.output_dir", "training.resume_from_checkpoint", "training.disable_tqdm"}
@@ -68,19 +66,7 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
     }
     stateful = any(side["training"]["lr_scheduler_type"] in _STATEFUL_SCHEDULES for side in (old, new))
     refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, stateful)}
-    faults = []
-    for section in ("lora", "quantization"):
-        if (section in old) != (section in new):
-            was, now = ("given", "absent") if section in old else ("absent", "given")
-            faults.append(f"{section} was {was} and is {now}")
-    before, after = (
-        [*(side["training"][name] for name in _BATCH), count]
-        for side, count in zip((old, new), processes, strict=True)
-    )
-    if math.prod(before) != math.prod(after):
-        step = f"{' x '.join(map(str, before))} = {math.prod(before)} rows and is {math.prod(after)}"
-        faults.append(f"a step was {step} (training.{_BATCH[0]} x training.{_BATCH[1]} x processes)")
-
+    faults = _structural_faults(old, new, processes)
     # A refused key of these sections explains why the rows differ; otherwise the files themselves have changed.
     other_files = not same_rows and not any(
         key.startswith(("model.", "data.", "training.")) for key in refused
@@ -110,6 +96,23 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
     if mentioned:
         lines = (f"{key} {_shown(was)} -> {_shown(now)}" for key, (was, now) in mentioned.items())
         say(f"resuming with changes: {'; '.join(lines)}")
+
+
+def _structural_faults(old: Sections, new: Sections, processes: tuple[int, int]) -> list[str]:
+    """Refused changes that are not of one key: a section that comes or goes, the rows of an optimizer step."""
+    faults = []
+    for section in ("lora", "quantization"):
+        if (section in old) != (section in new):
+            was, now = ("given", "absent") if section in old else ("absent", "given")
+            faults.append(f"{section} was {was} and is {now}")
+    before, after = (
+        [*(side["training"][name] for name in _BATCH), count]
+        for side, count in zip((old, new), processes, strict=True)
+    )
+    if math.prod(before) != math.prod(after):
+        step = f"{' x '.join(map(str, before))} = {math.prod(before)} rows and is {math.prod(after)}"
+        faults.append(f"a step was {step} (training.{_BATCH[0]} x training.{_BATCH[1]} x processes)")
+    return faults
 
 
 def _is_refused(key: str, values: list[Any], same_rows: bool, stateful: bool) -> bool:
@@ -186,7 +189,7 @@ def _sections(text: str) -> Sections:
     return plain
 
 
-def _filled(name: str, values: Any, owner: Callable[..., Any]) -> dict[str, Any]:
+def _filled(name: str, values: Any, owner: Callable[..., Any]) -> Section:
     """Values, and the defaults of the parameters of `owner` that are not among them."""
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a map")

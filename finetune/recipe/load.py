@@ -38,7 +38,16 @@ from finetune.recipe.upstream import (
     unknown_key,
     upstream_keys,
 )
-from finetune.recipe.yaml_tree import Node, RecipeTree, override, quoted, read_file, scalar_text
+from finetune.recipe.yaml_tree import (
+    Node,
+    RecipeTree,
+    Section,
+    Sections,
+    override,
+    quoted,
+    read_file,
+    scalar_text,
+)
 from finetune.system.errors import RecipeError
 
 # The sections that are not an upstream configuration.
@@ -66,9 +75,9 @@ class Recipe:
     export: ExportSection
     evaluate: EvaluateSection
     hub: HubSection
-    training: dict[str, Any]
-    lora: dict[str, Any] | None
-    quantization: dict[str, Any] | None
+    training: Section
+    lora: Section | None
+    quantization: Section | None
     origins: dict[str, str] = field(compare=False)
     path: Path = field(compare=False)
     # What is written in place of secret values: `${NAME}`.
@@ -87,7 +96,7 @@ class Recipe:
         """
         return "\n".join(self._lines(self.sections(), "", "")) + "\n"
 
-    def sections(self) -> dict[str, dict[str, Any]]:
+    def sections(self) -> Sections:
         """The sections that are not null, as plain data."""
         names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
         values = {name: getattr(self, name) for name in names}
@@ -115,7 +124,7 @@ class Recipe:
 @functools.cache
 def _known_keys() -> Keys:
     """The keys of every section; computed at the first call, because it imports trl and peft."""
-    own: dict[str, Any] = {
+    own: Section = {
         name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()
     }
     sections = own | upstream_keys()
@@ -129,6 +138,30 @@ def _known_keys() -> Keys:
     }
     within = {name: section.model_fields for name, section in inner.items()}
     return {"": sections, **within, **sections}
+
+
+def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
+    """The valid keys and values of every section; adds the faults of all checks to the tree."""
+    for name in tree.root.value:
+        if name not in keys[""]:
+            unknown_key(tree, name, "", keys)
+    for section, required in (("model", "name_or_path"), ("data", "train")):
+        node = tree.root.child(section)
+        if node is None or (isinstance(node.value, dict) and required not in node.value):
+            tree.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
+    sections = {section: check_section(tree, section, keys) for section in keys[""]}
+    check_model(tree, sections["model"])
+    for key in ("data.train", "data.eval"):
+        sources = tree.at(key).plain()
+        for i, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict):
+                check_source(tree, f"{key}.{i}", source)
+    check_evaluate(tree, sections["evaluate"])
+    check_hub(tree, sections["hub"], sections["model"])
+    check_rules(tree, sections)
+    if "quantization" in tree.root.value:
+        check_quantization(tree, sections["quantization"])
+    return sections
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -153,25 +186,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
     keys = _known_keys()
-    for name in root.value:
-        if name not in keys[""]:
-            unknown_key(tree, name, "", keys)
-    for section, required in (("model", "name_or_path"), ("data", "train")):
-        node = root.child(section)
-        if node is None or (isinstance(node.value, dict) and required not in node.value):
-            tree.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
-    sections = {section: check_section(tree, section, keys) for section in keys[""]}
-    check_model(tree, sections["model"])
-    for key in ("data.train", "data.eval"):
-        sources = tree.at(key).plain()
-        for i, source in enumerate(sources if isinstance(sources, list) else []):
-            if isinstance(source, dict):
-                check_source(tree, f"{key}.{i}", source)
-    check_evaluate(tree, sections["evaluate"])
-    check_hub(tree, sections["hub"], sections["model"])
-    check_rules(tree, sections)
-    if "quantization" in root.value:
-        check_quantization(tree, sections["quantization"])
+    sections = _checked_sections(tree, keys)
     if tree.faults:
         raise RecipeError(tree.report())
 
@@ -179,7 +194,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         sections["lora"] = adapter_lora(tree, adapter, sections["lora"], keys["lora"])
         if tree.faults:
             raise RecipeError(tree.report())
-    lora: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
+    lora: Section = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
     lora = sections["lora"] if adapter else lora | sections["lora"]
     if lora.get("trainable_token_indices") == "none":
         lora["trainable_token_indices"] = None

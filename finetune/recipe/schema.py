@@ -103,7 +103,7 @@ class ImatrixDataSection(BaseModel):
 
 
 class ExportSection(BaseModel):
-    """What `finetune export` writes; its flags override these keys."""
+    """The files that `finetune export` writes; its flags override these keys."""
 
     model_config = _SECTION
 
@@ -163,7 +163,7 @@ class LmEvalSection(BaseModel):
 
 
 class EvaluateSection(BaseModel):
-    """What `finetune evaluate` measures beyond perplexity."""
+    """The answers and tasks that `finetune evaluate` measures, beside perplexity."""
 
     model_config = _SECTION
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree
+from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section, Sections
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under "source" the keys
 # of an entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps of that name.
@@ -135,7 +135,7 @@ INSTEAD = {
 }
 
 # `BitsAndBytesConfig.__init__` of transformers 5.23 has no type hints and takes any other word in `**kwargs`.
-QUANTIZATION: dict[str, Any] = {
+QUANTIZATION: Section = {
     "load_in_8bit": bool,
     "load_in_4bit": bool,
     "llm_int8_threshold": float,
@@ -159,13 +159,13 @@ class XlaFsdp(BaseModel):
     xla_fsdp_grad_ckpt: bool = False
 
 
-def upstream_keys() -> dict[str, dict[str, Any]]:
+def upstream_keys() -> Sections:
     """The keys of `training`, `lora` and `quantization`, and the types of their values."""
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
 
-    def fields(section: str, config: type) -> dict[str, Any]:
+    def fields(section: str, config: type) -> Section:
         types = typing.get_type_hints(config)
         taken = [f for f in dataclasses.fields(config) if f.name not in INSTEAD[section]]
         return {f.name: _narrowed(types[f.name], f.metadata.get("choices")) for f in taken}
@@ -209,7 +209,7 @@ def _narrowed(hint: Any, choices: Any) -> Any:
     return Union[tuple(m for m in members if m not in loose)]  # noqa: UP007 (not a fixed list)
 
 
-def check_section(tree: RecipeTree, section: str, keys: Keys) -> dict[str, Any]:
+def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
     """The keys of a section that are known and have values of the right type; adds faults for all others.
 
     Args:
@@ -329,7 +329,7 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
             tree.fault(place, f"is {tree.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
 
 
-def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None:
+def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
     """Adds faults for values that the upstream configuration refuses or warns that it ignores."""
     from peft import LoraConfig
     from trl import SFTConfig
@@ -342,7 +342,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None
     else:
         config, fixed, skipped = LoraConfig, {"task_type": "CAUSAL_LM"}, {"trainable_token_indices"}
 
-    def complaints(arguments: dict[str, Any]) -> list[str]:
+    def complaints(arguments: Section) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -365,7 +365,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: dict[str, Any]) -> None
             break  # the remaining complaint is about this machine, not about a value
 
 
-def check_quantization(tree: RecipeTree, bits: dict[str, Any]) -> None:
+def check_quantization(tree: RecipeTree, bits: Section) -> None:
     """Adds faults for keys of `quantization` that have no effect, or another one than they seem to have."""
     four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
     if bool(four) == bool(eight):

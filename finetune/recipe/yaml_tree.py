@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+# A section's keys and values as plain data, and all sections by name.
+Section = dict[str, Any]
+Sections = dict[str, Section]
 COMMAND_LINE = "command line"
 NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def hub_problem(repo: str, error: BaseException) -> str | None:
-    """What is wrong with a repository, to be put after its name; None for an error that is not the Hub's.
+    """The problem with a repository, to be put after its name; None for an error that is not the Hub's.
 
     Libraries raise their own errors from those of the Hub's client, so the whole chain is searched.
 
@@ -55,7 +55,7 @@ def hub_problem(repo: str, error: BaseException) -> str | None:
 
 
 def _http_problem(error: HfHubHTTPError) -> str:
-    """What an HTTP status means where the Hub's client has no error for the reason."""
+    """The meaning of an HTTP status for which the Hub's client has no error."""
     from huggingface_hub import constants, errors, get_token
 
     status, message = error.response.status_code, (error.server_message or "").strip()

@@ -1,4 +1,4 @@
-"""A recipe to a run directory, through `trl.SFTTrainer`.
+"""Trains the model of a recipe with `trl.SFTTrainer` and writes a run directory.
 
 >>> train(load_recipe("recipes/quickstart.yaml"), say=print)
 PosixPath('runs/quickstart')

@@ -1,1 +1,1 @@
-"""What a run does between steps."""
+"""Callbacks of the trainer: metrics, trackers, memory check, packing check, signals."""
