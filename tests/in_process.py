@@ -1,4 +1,4 @@
-"""In place of the processes of `fresh_process.call`: the function runs in this one, which has done the imports."""
+"""In place of the processes of `fresh_process.call`: the function runs in this one; or a process ends without a result."""
 
 import io
 import json
@@ -40,17 +40,18 @@ def start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] |
 
 def dies(
     code: int, stderr_text: str, when: Callable[[Any], bool] = lambda argument: True, late: bool = False
-) -> Callable[..., Ended]:
+) -> Callable[..., Any]:
     """In place of `fresh_process._start`: ends without a result where `when(argument)`, before it runs or after."""
+    start = fresh_process._start
 
-    def start_or_die(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> Ended:
+    def start_or_die(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> Any:
         argument, result = (Path(name) for name in names[2:])
-        dying = when(json.loads(argument.read_text(encoding="utf-8")))
-        if not dying or late:
-            ended = start(names, environment, stderr)
-        if not dying:
-            return ended
-        result.unlink(missing_ok=True)
+        if not when(json.loads(argument.read_text(encoding="utf-8"))):
+            return start(names, environment, stderr)
+        if late:
+            with start(names, environment, stderr) as process:
+                process.communicate()
+            result.unlink()
         if stderr:
             stderr.write(stderr_text)
             stderr.flush()

@@ -7,17 +7,17 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import in_process
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from in_process import dies
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from finetune.cli.commands import main
 from finetune.data.template import load_template
 from finetune.export.report import as_markdown
-from finetune.export.run import held_out
+from finetune.export.rows import held_out
 from finetune.export.transformers import write_format
 from finetune.export.verify import LIMITS, add_comparison, missed_limits
 from finetune.hub.card import export_card
@@ -56,19 +56,9 @@ IDS = "conversations give other token ids than in training; its tokenizer or cha
 # Two runs, each exported once
 
 
-START = fresh_process._start
-
-
 def measures(name: str) -> Callable[[Any], bool]:
     """True for the argument of the process that measures this model."""
     return lambda argument: argument.get("job", {}).get("name") == name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_one_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process, "_start", in_process.start)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -552,12 +542,12 @@ def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nea
 
 
 def test_models_are_measured_and_planned_in_processes_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, request: pytest.FixtureRequest
 ) -> None:
-    """Of all tests here the one that starts them; what they find is what is found in this one."""
+    """What processes find that start as users' do is what forked ones find."""
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
-    monkeypatch.setattr(fresh_process, "_start", START)
+    request.getfixturevalue("cold")
     assert export(tmp_path / "llama", tmp_path / "apart", "--format=fp16") == 0
     here, apart = figures(tmp_path / "here"), figures(tmp_path / "apart")
     for item in (*here.values(), *apart.values()):
@@ -714,13 +704,13 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(tmp_path: Path, ca
 def test_a_process_that_dies_is_told(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
-    dying = in_process.dies(1, "Traceback\nMemoryError: 9 GB\n", measures("int8"))
+    dying = dies(1, "Traceback\nMemoryError: 9 GB\n", measures("int8"))
     monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(merged, tmp_path / "out", "--format=int8", "--format=bf16") == 3
     why = "its process ended with code 1: MemoryError: 9 GB"
     captured = capsys.readouterr()
     assert captured.err == f"gate: int8: cannot be used: {why}\n"
-    assert re.search(rf"\n\| int8 \| \S+ MB \| {why} \|( \|){{8}}\n", captured.out)
+    assert re.search(rf"\n\| int8 \| \S+ MB \| {why} \|( +\|){{8}}\n", captured.out)
     found = figures(tmp_path / "out")
     assert found["int8"]["error"] == why
     assert found["bf16"]["kl"] > 0  # the others are measured all the same
@@ -731,7 +721,7 @@ def test_a_merge_that_dies_over_its_answers_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
     """Its predictions are kept by then, and the formats are compared with them."""
-    dying = in_process.dies(-9, "", measures("merged, original base"), late=True)
+    dying = dies(-9, "", measures("merged, original base"), late=True)
     monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
     why = "its process ended with code -9: it was killed, most likely because memory ran out"
@@ -741,7 +731,7 @@ def test_a_merge_that_dies_over_its_answers_is_told(
 def test_an_adapter_that_cannot_be_measured_is_what_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
-    dying = in_process.dies(-9, "", measures("adapter on its base"))
+    dying = dies(-9, "", measures("adapter on its base"))
     monkeypatch.setattr(fresh_process, "_start", dying)
     assert export(run, tmp_path / "out", "--format=bf16") == 3
     why = "its process ended with code -9: it was killed, most likely because memory ran out"

@@ -19,9 +19,16 @@ import finetune.export.run
 from finetune.cli.commands import main
 from finetune.export.gguf.imatrix import files
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.make import calibration_of, gguf_faults, make_files, tokens_of
+from finetune.export.gguf.make import (
+    GgufPlan,
+    gguf_faults,
+    imatrix_source,
+    make_files,
+    read_writable_tokenizer,
+)
 from finetune.export.gguf.ollama.system_text import common_system_text
 from finetune.export.gguf.tensors import gguf_names
+from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata
 from finetune.model.locate import locate
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
 
@@ -76,7 +83,7 @@ def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
 def _rows(exported: Path) -> list[list[int]]:
     """The rows that the matrix must be of: the project's own but those that are compared."""
     from finetune.export.gguf.imatrix.calibration import calibration_rows
-    from finetune.export.run import held_out
+    from finetune.export.rows import held_out
 
     model = exported.parent / "tiny"
     return calibration_rows(model, apart_from=held_out(model)[0])[0]
@@ -128,12 +135,12 @@ def test_a_file_that_is_not_rightly_written_is_told(
     read = finetune.export.gguf.tokenizer.vocabulary.read_tokenizer
 
     def shifted(model: Path) -> Any:
-        vocabulary, limits = read(model)
+        vocabulary, differences = read(model)
         tokens = vocabulary["tokenizer.ggml.tokens"]
         at = tokens.index("<start_of_turn>")
         tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
         vocabulary["tokenizer.chat_template"] = vocabulary["tokenizer.chat_template"].replace("model", "bot")
-        return vocabulary, limits
+        return TokenizerMetadata(vocabulary, differences)
 
     monkeypatch.setattr(finetune.export.gguf.make, "read_tokenizer", shifted)
     monkeypatch.setattr(finetune.export.gguf.write, "converted_values", lambda name, rows, config: rows)
@@ -237,10 +244,10 @@ def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -
     given = files.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
     files.write_imatrix(given, tmp_path)
     options = ExportSection(imatrix_data=ImatrixDataSection(path=str(tmp_path / "imatrix.gguf")))
-    found = calibration_of(Path(model), ["Q2_K"], [], options, Path(model), print)
+    found = imatrix_source(Path(model), ["Q2_K"], [], options, Path(model), print)
     assert isinstance(found, files.Importance)
     assert found.datasets == ("mine.txt", "b.txt", "c d")
-    assert calibration_of(Path(model), ["Q8_0", "F16"], [], options, Path(model), print) is None
+    assert imatrix_source(Path(model), ["Q8_0", "F16"], [], options, Path(model), print) is None
 
 
 def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
@@ -260,19 +267,8 @@ def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
     folders = [tmp_path / "gguf", tmp_path / "work"]
     for folder in folders:
         folder.mkdir()
-    found, _ = make_files(
-        model,
-        tokens_of(model),
-        folders[0],
-        ["F16"],
-        "tiny",
-        on,
-        ExportSection(),
-        None,
-        folders[1],
-        print,
-        False,
-    )
+    plan = GgufPlan(model, ["F16"], "tiny", read_writable_tokenizer(model), None, False, on)
+    found, _ = make_files(plan, *folders, print, False)
     assert found[0]["error"] == "tiny-F16.gguf: llama.cpp does not take it: why"
     assert str(tmp_path) not in (folders[0] / "test.log").read_text()
 
@@ -286,20 +282,20 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
     asked: list[tuple[str, bool]] = []
     ons: list[Measurement] = []
 
-    def measure(job: Any, rows: Any, groups: Any = None) -> Options:
-        asked.append((job.name, bool(groups)))
+    def measure(job: Any, rows: Any) -> Options:
+        asked.append((job.name, bool(job.groups)))
         found = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": 1}
         if job.dtype == "float32":
             return found | {"error": "it was killed"}
         numbers = {"loss": 1.0, "perplexity": 2.0, "load_seconds": 1.0, "stopped": 0}
         return found | numbers | {"answers": [], "conversations": []}
 
-    def make(*given: Any) -> tuple[list[Options], list[str]]:
-        ons.extend(one for one in given if isinstance(one, Measurement))
+    def make(plan: GgufPlan, *_: Any) -> tuple[list[Options], list[str]]:
+        ons.append(plan.measurement)
         return [], []
 
     monkeypatch.setattr("finetune.export.run.measure", measure)
-    monkeypatch.setattr(finetune.export.gguf.make, "make_files", make)
+    monkeypatch.setattr(finetune.export.gguf.run, "make_files", make)
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
     assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
@@ -395,8 +391,8 @@ def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
 
 
 def test_files_of_a_checkpoint_are_called_by_its_run(tmp_path: Path) -> None:
-    assert finetune.export.run._name(tmp_path / "first") == "first"
-    assert finetune.export.run._name(tmp_path / "first/checkpoint-40") == "first-checkpoint-40"
+    assert finetune.export.gguf.run._file_stem(tmp_path / "first") == "first"
+    assert finetune.export.gguf.run._file_stem(tmp_path / "first/checkpoint-40") == "first-checkpoint-40"
 
 
 def test_what_counts_as_broken() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import in_process
 import numpy as np
 import pytest
 import torch
@@ -34,7 +33,6 @@ from finetune.export.gguf.llama_cpp.server import Server
 from finetune.export.report import as_json, as_markdown
 from finetune.model.load import load_base
 from finetune.model.locate import locate
-from finetune.system import fresh_process
 from finetune.system.errors import LlamaCppError
 
 
@@ -213,12 +211,6 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
 # Wrong ones
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures in this process, which has done the imports."""
-    monkeypatch.setattr(fresh_process, "_start", in_process.start)
-
-
 def wrong(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, folder: Path, **how: Any
 ) -> dict[str, Any]:
@@ -232,7 +224,6 @@ def wrong(
     return given
 
 
-@pytest.mark.usefixtures("here")
 def test_a_changed_norm_shows(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path, found: dict[str, Any]
 ) -> None:
@@ -250,7 +241,6 @@ def test_a_changed_norm_shows(
     assert given["same_texts"]["equal"] == 2 * len(TEXTS)
 
 
-@pytest.mark.usefixtures("here")
 def test_another_template_shows(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path
 ) -> None:
@@ -273,7 +263,6 @@ def test_another_template_shows(
     assert given["largest"] < 5e-4
 
 
-@pytest.mark.usefixtures("here")
 def test_shifted_special_tokens_show(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path
 ) -> None:
@@ -291,7 +280,6 @@ def test_shifted_special_tokens_show(
     assert given["same_prompts"]["equal"] == 0
 
 
-@pytest.mark.usefixtures("here")
 def test_where_an_answer_ends_is_the_files_word(
     model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, tmp_path: Path, found: dict[str, Any]
 ) -> None:
@@ -303,7 +291,6 @@ def test_where_an_answer_ends_is_the_files_word(
     assert given["stopped"] == sum(ids[-1] in (2, first[2]) for ids in given["answers"]) > 0
 
 
-@pytest.mark.usefixtures("here")
 def test_a_file_without_template_is_measured_on_plain_text(
     model: Any, tokenizer: Any, rows: list[LabelledRow], tmp_path: Path
 ) -> None:
@@ -425,7 +412,6 @@ def test_the_server_is_for_this_process_alone(file: Path, monkeypatch: pytest.Mo
 # What cannot be measured
 
 
-@pytest.mark.usefixtures("here")
 def test_a_damaged_file_is_a_line(file: Path, rows: list[LabelledRow], tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(file.read_bytes()[:-5000])
@@ -452,7 +438,6 @@ def test_a_template_that_cannot_be_read_is_a_line(
     assert "\n" not in given["error"]
 
 
-@pytest.mark.usefixtures("here")
 def test_another_vocabulary_is_a_line(file: Path, rows: list[LabelledRow], tmp_path: Path) -> None:
     reference = tmp_path / "other.bin"
     np.zeros((4, 500), np.float32).tofile(reference)
@@ -461,6 +446,7 @@ def test_another_vocabulary_is_a_line(file: Path, rows: list[LabelledRow], tmp_p
     assert given["error"] == "ValueError: vocabularies of 500 and 512 cannot be compared"
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize(
     ("ending", "line"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_tokenizers import KINDS
 
-from finetune.export.gguf.tokenizer.vocabulary import tokenizer_metadata
+from finetune.export.gguf.tokenizer.vocabulary import read_tokenizer
 from finetune.system.errors import ExportError
 
 
@@ -164,7 +164,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders in which nothing is wrong yet."""
     found = {kind: KINDS[kind](tmp_path_factory.mktemp("model")) for kind in (SPM, BPE)}
     for model in found.values():
-        tokenizer_metadata(model)
+        read_tokenizer(model)
     return found
 
 
@@ -174,6 +174,6 @@ def test_what_cannot_be_written_is_refused(fault: str, sound: dict[str, Path], t
     model = shutil.copytree(sound[kind], tmp_path / "model")
     damage(model)
     with pytest.raises(ExportError, match=message) as refused:
-        tokenizer_metadata(model)
+        read_tokenizer(model)
     assert str(refused.value).startswith(str(model))
     assert "\n" not in str(refused.value)

@@ -45,7 +45,6 @@ from finetune.export.gguf.tokenizer.vocabulary import (
     expected_ids,
     probe_texts,
     read_tokenizer,
-    tokenizer_metadata,
 )
 from finetune.model.locate import locate
 from finetune.model.tiny import RANDOM_ARCHITECTURES
@@ -277,7 +276,7 @@ def test_bos_and_eos_are_what_the_post_processor_adds(tmp_path: Path) -> None:
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"add_bos_token": False, "add_eos_token": False})
     )
-    flags = [tokenizer_metadata(model)[K + name] for name in ("add_bos_token", "add_eos_token")]
+    flags = [read_tokenizer(model).fields[K + name] for name in ("add_bos_token", "add_eos_token")]
     added = AutoTokenizer.from_pretrained(model)("a")["input_ids"]
     assert flags == [
         added[0] == tokenizer.token_to_id(THREE[0]),

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import in_process
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ import yaml
 from conftest import ROOT
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
+from in_process import dies
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune.export.gguf.imatrix.calibration
@@ -241,6 +241,7 @@ def test_another_family_is_refused_by_name() -> None:
 # A process of its own
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     model = Path(locate("random:gemma3"))
     found = collect_importance(model, ROWS, "float32", "five rows")
@@ -256,11 +257,11 @@ def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh_process, "_start", in_process.dies(3, "first\nlast words\n"))
+    monkeypatch.setattr(fresh_process, "_start", dies(3, "first\nlast words\n"))
     message = r"^M: no importance matrix: its process ended with code 3: last words$"
     with pytest.raises(ExportError, match=message):
         collect_importance(Path("M"), ROWS, "float32", "rows")
-    monkeypatch.setattr(fresh_process, "_start", in_process.dies(-9, "last words"))
+    monkeypatch.setattr(fresh_process, "_start", dies(-9, "last words"))
     with pytest.raises(ExportError, match=r"code -9: it was killed, most likely because memory ran out$"):
         collect_importance(Path("M"), ROWS, "float32", "rows")
 
@@ -269,7 +270,6 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
     model = tmp_path / "model"
     shutil.copytree(locate("random:llama"), model)
     (model / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(fresh_process, "_start", in_process.start)
     with pytest.raises(ExportError, match=r"^.*model: no importance matrix: ModelError: .*damaged"):
         collect_importance(model, ROWS, "float32", "rows")
 

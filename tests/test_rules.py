@@ -340,7 +340,7 @@ def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(quantization: di
 def test_an_export_is_measured_as_another_program_will_compute_it(tmp_path: Path) -> None:
     job = verify.Job("loud", Path(loud("gemma3", tmp_path / "loud")), "float16")
     row = LabelledRow(IDS[0].tolist(), IDS[0].tolist())
-    found = verify._load_and_measure(verify._Task(job, [row], {}))
+    found = verify._load_and_measure(verify._Task(job, [row]))
     assert found["activations"]["overflow"].startswith("model.layers.")
 
 

@@ -1,52 +1,109 @@
-"""An export's report as Markdown and JSON."""
+"""report.json and report.md of an export: the figures of every model that was measured."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+# pydantic reads the TypedDicts of Python before 3.12 from this package alone.
+from typing_extensions import TypedDict
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as one table, and what it says in words."""
-    head = [
-        "",
-        "size",
-        "load",
-        "perplexity",
-        "KL mean",
-        "KL 99%",
-        "top-1",
-        "answers equal",
-        "they stop",
-        "token ids",
-    ]
-    head.append("compared with")
-    lines = [f"# {report['title']}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    files = [found for found in report["models"] if found.get("dtype") == "gguf"]
-    for found in report["models"]:
-        if found in files:
-            continue
-        if "error" in found:
-            lines.append(f"| {found['name']} | {_size(found['bytes'])} | {found['error']} |" + " |" * 8)
-            continue
-        count = len(found["answers"])
-        cells = [
-            found["name"],
-            _size(found["bytes"]),
-            f"{found['load_seconds']:.1f} s",
-            f"{found['perplexity']:.4g}",
-            _number(found.get("kl")),
-            _number(found.get("kl_p99")),
-            _number(found.get("top1"), ".2%"),
-            f"{found['answers_equal']} of {count}" if "answers_equal" in found else "",
-            f"{found['stopped']} of {count}",
-            f"{found['conversations_equal']} of {len(found['conversations'])}"
-            if "conversations_equal" in found
-            else "",
-            found["against"] or "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+from finetune.system.numbers import file_size, markdown_table
+
+# Written as calls because a key is no Python name.
+Activations = TypedDict("Activations", {"largest": float, "in": str | None, "overflow": str | None})
+TokenDifference = TypedDict(
+    "TokenDifference", {"text": str, "at": int, "trained": list[int], "llama.cpp": list[int]}
+)
+
+
+class ScoreFigures(TypedDict, total=False):
+    """Figures on some rows: loss and KL in nats a token."""
+
+    perplexity: float
+    tokens: int
+    loss: float
+    compared: int
+    kl: float | None
+    kl_p99: float | None
+    top1: float | None
+
+
+class Agreement(TypedDict):
+    """How many of `count` texts have the trained token ids, and the first that have not."""
+
+    count: int
+    equal: int
+    differences: list[TokenDifference]
+
+
+class Question(TypedDict):
+    """A prompt in words and the greedy answer to it."""
+
+    prompt: str
+    ids: list[int]
+    answer: str
+    ended: bool
+
+
+class ModelFigures(ScoreFigures, total=False):
+    """One model of the report; where `error` is there, the model could not be measured and figures are missing."""
+
+    name: str
+    against: str | None
+    """The model that it is compared with."""
+    dtype: str
+    """The type that it was measured in; gguf for a file in llama.cpp."""
+    bytes: int
+    error: str
+    load_seconds: float
+    groups: dict[str, ScoreFigures]
+    answers: list[list[int]]
+    """Token ids; like `conversations` they are not in report.json."""
+    answered: int
+    answers_equal: int
+    stopped: int
+    conversations: list[list[int]]
+    conversations_equal: int
+    perplexity_ratio: float
+    activations: Activations
+    # Of a GGUF file.
+    largest: float | None
+    same_texts: Agreement
+    same_prompts: Agreement
+    question: Question
+    prompt_speed: float
+    speed: float
+    kind: str
+    file: str
+    matrix: bool
+    kept: bool
+
+
+class Report(TypedDict):
+    """The content of report.json."""
+
+    title: str
+    finetune: str
+    model: str
+    base: str
+    rows: str
+    machine: str
+    gate: dict[str, float]
+    models: list[ModelFigures]
+    notes: list[str]
+    missed: list[str]
+
+
+def as_markdown(report: Report) -> str:
+    """The report as one table of the models, one of the GGUF files, and its notes."""
+    files = [model for model in report["models"] if model.get("dtype") == "gguf"]
+    header = ("", "size", "load", "perplexity", "KL mean", "KL 99%", "top-1", "answers equal", "they stop")
+    rows: list[tuple[str, ...]] = [(*header, "token ids", "compared with")]
+    rows += [_row(model, _folder_cells(model), 11) for model in report["models"] if model not in files]
+    lines = [f"# {report['title']}", "", *markdown_table(rows)]
     lines += _gguf_table(files) if files else []
     lines += ["", *report["notes"]]
     if report["missed"]:
@@ -54,57 +111,84 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _gguf_table(files: list[dict[str, Any]]) -> list[str]:
+def _row(model: ModelFigures, cells: Sequence[str], columns: int, name: str | None = None) -> tuple[str, ...]:
+    """A model's line of a table: name, size, and its other cells, or the error that it could not be measured for."""
+    start = (name or model["name"], file_size(model["bytes"]))
+    return (*start, model["error"], *[""] * (columns - 3)) if "error" in model else (*start, *cells)
+
+
+def _folder_cells(model: ModelFigures) -> Sequence[str]:
+    if "error" in model:
+        return ()
+    count, texts = len(model["answers"]), len(model["conversations"])
+    return (
+        f"{model['load_seconds']:.1f} s",
+        *_score_cells(model),
+        f"{model['answers_equal']} of {count}" if "answers_equal" in model else "",
+        f"{model['stopped']} of {count}",
+        f"{model['conversations_equal']} of {texts}" if "conversations_equal" in model else "",
+        model["against"] or "",
+    )
+
+
+def _gguf_table(files: list[ModelFigures]) -> list[str]:
     """GGUF files as llama.cpp has measured them, by language; one that was not kept is in parentheses."""
-    languages = sorted({name for found in files for name in found.get("groups", {})})
-    head = ["GGUF", "size", "perplexity", "KL mean", "KL 99%", "top-1"]
-    head += [f"KL {name}" for name in languages]
-    head += ["they stop", "token ids", "prompts", "tokens/s, prompt", "answer"]
-    lines = ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for found in files:
-        name = found["name"].removeprefix("gguf:")
-        name = name if found["kept"] else f"({name})"
-        if "error" in found:
-            lines.append(f"| {name} | {_size(found['bytes'])} | {found['error']} |" + " |" * (len(head) - 3))
-            continue
-        cells = [
-            name,
-            _size(found["bytes"]),
-            f"{found['perplexity']:.4g}",
-            _number(found.get("kl")),
-            _number(found.get("kl_p99")),
-            _number(found.get("top1"), ".2%"),
-            *(_number(found["groups"].get(language, {}).get("kl")) for language in languages),
-            f"{found['stopped']} of {len(found['answers'])}",
-            *(_of(found.get(key)) for key in ("same_texts", "same_prompts")),
-            f"{found['prompt_speed']:,.0f}",
-            f"{found['speed']:,.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    against = next((found["against"] for found in files if found.get("against")), "")
-    lines += ["", f"GGUF files are measured by llama.cpp, against {against}; in parentheses: not kept."]
-    return lines
+    languages = sorted({name for file in files for name in file.get("groups", {})})
+    header = (
+        "GGUF",
+        "size",
+        "perplexity",
+        "KL mean",
+        "KL 99%",
+        "top-1",
+        *(f"KL {name}" for name in languages),
+    )
+    rows: list[tuple[str, ...]] = [
+        (*header, "they stop", "token ids", "prompts", "tokens/s, prompt", "answer")
+    ]
+    for file in files:
+        name = file["name"].removeprefix("gguf:")
+        name = name if file["kept"] else f"({name})"
+        rows.append(_row(file, _gguf_cells(file, languages), len(rows[0]), name))
+    against = next((file["against"] for file in files if file.get("against")), "")
+    note = f"GGUF files are measured by llama.cpp, against {against}; in parentheses: not kept."
+    return ["", *markdown_table(rows), "", note]
 
 
-def _of(same: dict[str, Any] | None) -> str:
+def _gguf_cells(file: ModelFigures, languages: Sequence[str]) -> Sequence[str]:
+    if "error" in file:
+        return ()
+    return (
+        *_score_cells(file),
+        *(_number(file["groups"].get(language, {}).get("kl")) for language in languages),
+        f"{file['stopped']} of {len(file['answers'])}",
+        _agreement(file.get("same_texts")),
+        _agreement(file.get("same_prompts")),
+        f"{file['prompt_speed']:,.0f}",
+        f"{file['speed']:,.0f}",
+    )
+
+
+def _score_cells(model: ModelFigures) -> Sequence[str]:
+    distances = (_number(model.get("kl")), _number(model.get("kl_p99")), _number(model.get("top1"), ".2%"))
+    return (f"{model['perplexity']:.4g}", *distances)
+
+
+def _agreement(same: Agreement | None) -> str:
     return f"{same['equal']} of {same['count']}" if same and same["count"] else ""
 
 
-def as_json(report: dict[str, Any]) -> str:
-    """The report without the texts that were compared; what is not a number is null."""
+def as_json(report: Report) -> str:
+    """The report without the token ids that were compared; a number that is not finite is null."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {k: plain(v) for k, v in value.items() if k not in ("answers", "conversations")}
         if isinstance(value, list):
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(report), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _number(value: float | None, form: str = ".2g") -> str:

@@ -1,4 +1,4 @@
-"""A run, or a whole model, as files of several types, each with what it lost."""
+"""Exports a run, or a whole model, in several formats, and reports what each one lost."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from pydantic import ValidationError
 
 from finetune import __version__
-from finetune.data.chat import Chat
-from finetune.data.mixture import build_datasets
-from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
-from finetune.export.report import as_json, as_markdown
-from finetune.export.transformers import FORMATS as WEIGHTS
-from finetune.export.transformers import write_format
+from finetune.export.report import ModelFigures, Report, as_json, as_markdown
+from finetune.export.rows import HeldOutRows, held_out
+from finetune.export.transformers import FORMATS as WEIGHT_FORMATS
+from finetune.export.transformers import saved_dtype, write_format
 from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
 from finetune.hub.card import export_card
 from finetune.merge.run import merge
-from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import (
@@ -35,17 +32,17 @@ from finetune.model.provenance import (
     is_adapter,
     merged_run,
 )
-from finetune.recipe.export_formats import FORMATS_HELP, GGUF_ALL
-from finetune.recipe.load import load_recipe
+from finetune.recipe.export_formats import FORMATS_HELP, gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
-from finetune.system.errors import DataError, ExportError, LabelError, RecipeError, TemplateError
+from finetune.system.errors import ExportError
 from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_whole
 from finetune.system.terminal import Say
 
+if TYPE_CHECKING:
+    from finetune.export.gguf.run import GgufExport
+
 _ADAPTER = "adapter on its base"
-# Held-out rows that are predicted; what more of them would change is less than what two samples differ by.
-_ROWS = 32
 
 
 def export(
@@ -58,7 +55,7 @@ def export(
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> Path:
-    """A folder for each format in `output`, and `report.json` and `report.md` on what each one lost.
+    """Writes a folder for each format, and `report.json` and `report.md` on what each one lost; returns `output`.
 
     A run is merged first, and the merged model compared with the adapter on the base that it was trained on; each
     format is compared with the merged model. What is absent is taken from the run's recipe, section `export`.
@@ -66,25 +63,24 @@ def export(
     Args:
         model: A run or one of its checkpoints, or a folder with a whole model.
         output: A folder that does not exist yet.
-        formats: Of `kinds.FORMATS`.
-        base: Of a run on a quantised base, original or dequantised, as `finetune.merge.merge` takes it.
-        gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` says what is missed.
+        formats: Of `export_formats.FORMATS`.
+        base: For a run on a quantised base, original or dequantised, as `finetune.merge.merge` takes it.
+        gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` returns those that are missed.
         overwrite: Replaces what an earlier export left in `output`, once all is done.
         say: Gets a line for each step.
-        progress: Whether a terminal shows bars.
+        progress: Shows bars on a terminal.
 
     Raises:
-        ExportError: No model, no format, or a limit that there is not.
-        MergeError, ShardError, RunError: As `merge` raises them.
+        ExportError: There is no such model, format or limit, or a format cannot be written of this model.
+        MergeError, ModelError, RunError: As `merge` raises them.
     """
     model, output = Path(model), Path(output)
     is_run = is_adapter(model)
     if not is_run and not (model / "config.json").is_file():
         raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
-    options = _options(model)
+    options = _export_section(model)
     formats = list(dict.fromkeys(formats or options.formats))
-    kinds = _gguf_types(formats)
-    if kinds:
+    if gguf_types(formats):
         _check_gguf(adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
     for name in gate:
@@ -94,144 +90,181 @@ def export(
         raise ExportError(f"no format was asked for; write --format with {FORMATS_HELP}")
     if base and not is_run:
         raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
-    merged_from = base or options.base
-    trained = model if is_run else merged_run(model)
-    trained_as = adapter_base_sections(trained)[1] if trained else None
+    run = model if is_run else merged_run(model)
 
-    with whole_folder(output, overwrite, [model]) as beside:
-        work = beside / ".work"
+    with whole_folder(output, overwrite, [model]) as folder:
+        work = folder / ".work"
         work.mkdir()
-        rows, where = held_out(trained or model, say)
-        jobs = [Job(_ADAPTER, trained, _dtype(trained), keep=work / "adapter.bin")] if trained else []
-        whole = model
-        if is_run:
-            for kind in _bases(trained_as, merged_from):
-                say(f"merging into the {kind} base")
-                place = merge(model, work / f"merged-{kind}", base=kind, progress=progress)
-                whole = place if kind == merged_from else whole
-                jobs.append(Job(f"merged, {kind} base", place, _dtype(place), _ADAPTER, work / "adapter.bin"))
-        else:
-            against = (_ADAPTER, work / "adapter.bin") if trained else (None, None)
-            name = "merged" if (model / MERGE_RECORD).is_file() else "as trained"
-            jobs.append(Job(name, model, _dtype(model), *against))
-        at = next(i for i, job in enumerate(jobs) if job.folder == whole)
-        jobs[at] = replace(jobs[at], keep=work / "merged.bin")
+        rows = held_out(run or model, say)
+        exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress)
+        whole = exporting.add_whole_models(base or options.base)
         gguf = None
-        if kinds:  # what cannot be written is told before hours are spent
+        if gguf_types(formats):
+            # Refuses what cannot be written before hours are spent.
             from finetune.export.gguf.run import prepare_gguf
 
-            name = _name(trained or model)
-            gguf = prepare_gguf(
-                whole, trained or model, formats, kinds, name, rows, where, options, work, say
-            )
-        for kind in (kind for kind in formats if kind in WEIGHTS):
-            say(f"{kind}: writing")
-            (beside / kind).mkdir()
-            write_format(whole, beside / kind, kind, progress)
-            jobs.append(Job(kind, beside / kind, _dtype(beside / kind), jobs[at].name, work / "merged.bin"))
-
-        exact = _exact(whole, jobs[at]) if gguf else jobs[at]
-        if exact is not jobs[at]:
-            jobs.append(replace(exact, keep=work / "exact.bin"))
-        found: dict[str, dict[str, Any]] = {}
-        lines: list[str] = []
-        notes: list[str] = []
-        for job in jobs:
-            say(f"{job.name}: measuring")
-            if job.against and "error" in found[job.against]:
-                job = replace(job, reference=None)
-            now = found[job.name] = measure(
-                job, rows, gguf.groups if gguf and job.name == exact.name else None
-            )
-            if "error" in now:
-                now["error"] = now["error"].replace(str(beside), str(output))
-            if job.against:
-                add_comparison(now, found[job.against], found[jobs[0].name])
-            # The other way to merge is shown beside the one that was chosen; limits are for what is kept.
-            if job.name in (jobs[0].name, jobs[at].name, *formats):
-                limits = gate if job.against else {}
-                lines += missed_limits(now, limits, same=job.against == _ADAPTER and not trained_as)
-        if gguf:
-            from finetune.export.gguf.make import gguf_faults
-
-            if "error" in found[exact.name] and exact is not jobs[at]:
-                # In float32 it is twice as large, most likely too large; of the languages nothing is kept yet.
-                say(
-                    f"{exact.name}: {found[exact.name]['error']}; GGUF files are held against {jobs[at].name}"
-                )
-                exact = jobs[at]
-                measure(replace(exact, reference=None), rows, gguf.groups)
-            kept = work / ("exact.bin" if exact is not jobs[at] else "merged.bin")
-            reference = None if "error" in found[exact.name] else kept
-            part = "gguf" if any(kind.startswith("gguf:") for kind in formats) else "ollama"
-            files, notes = gguf.write(beside, part, exact.name, reference, work, say, progress)
-            for now in files:
-                add_comparison(now, found[exact.name], found[jobs[0].name])
-                found[now["name"]] = now
-                if now["kept"]:
-                    lines += [*missed_limits(now, gate), *gguf_faults(now)]
-        for one in found.values():
-            if "answers" in one:
-                one["answered"] = len(one["answers"])
-        report = {
-            "title": output.name,
-            "finetune": __version__,
-            "model": str(model),
-            "base": base_reference(trained or model).name or model.name,
-            "rows": where,
-            "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
-            "gate": gate,
-            "models": list(found.values()),
-            "notes": [*_notes(list(found.values()), where), *notes],
-            "missed": lines,
-        }
-        for kind in (kind for kind in formats if kind in WEIGHTS):
-            (beside / kind / "README.md").write_text(export_card(report, kind), encoding="utf-8")
-        shutil.rmtree(work)
-        (beside / "report.md").write_text(as_markdown(report), encoding="utf-8")
-        write_whole(beside / "report.json", as_json(report))
-        for folder in (beside / name for name in ("gguf", "ollama") if (beside / name).is_dir()):
-            (folder / "README.md").write_text(export_card(report, None, folder), encoding="utf-8")
+            gguf = prepare_gguf(whole.folder, run or model, formats, rows, options, work, say)
+        exporting.write_weight_formats(whole)
+        exact = exporting.add_gguf_reference(whole, gguf) if gguf else whole
+        exporting.measure_folders(whole, output)
+        notes = exporting.write_gguf(gguf, exact, whole) if gguf else []
+        report = exporting.report(output.name, notes)
+        exporting.write_report(report)
     say(f"exported: {output}")
     return output
 
 
-def shortfalls(output: Path) -> list[str]:
-    """What an export falls short of, a line each; none where all is well."""
-    report: dict[str, Any] = json.loads((output / "report.json").read_text(encoding="utf-8"))
-    return list(report["missed"])
+@dataclass
+class _Export:
+    """One export while its folder is filled.
 
-
-def held_out(model: Path, say: Say = lambda line: None) -> tuple[list[LabelledRow], str]:
-    """Rows that a run was not trained on, in its own tokens, and words that say which they are.
-
-    Where the run held none out, rows that it was trained on; where its data are not here, the project's sample rows.
+    `run` is the run that `model` is or was merged from, where it is known; `jobs` are the folders to measure, the one
+    that the others' token ids are compared with first; `models` are the figures of those measured, by name.
     """
-    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
-    recipe_file = run_file(model, "recipe.yaml")
-    if recipe_file:
-        try:
-            recipe = load_recipe(recipe_file)
-            training, evaluation = build_datasets(recipe.data, chat, recipe.max_length)
-            if evaluation.dataset is not None:
-                return _rows(evaluation.dataset), "held-out rows of the run"
-            if not any(source.streaming for source in recipe.data.train):
-                return _rows(training.dataset), "rows that the run was trained on (it held none out)"
-        except (RecipeError, DataError, TemplateError, LabelError) as error:
-            say(
-                f"the run's rows are not here ({str(error).splitlines()[0]}); the project's sample rows are used"
-            )
-    return encoded_sample_rows(chat)[:_ROWS], SAMPLE_ROWS
+
+    model: Path
+    run: Path | None
+    formats: Sequence[str]
+    gate: dict[str, float]
+    rows: HeldOutRows
+    folder: Path
+    work: Path
+    say: Say
+    progress: bool
+    jobs: list[Job] = field(default_factory=list)
+    models: dict[str, ModelFigures] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
+
+    def add_whole_models(self, base: str) -> Job:
+        """Adds the adapter and the merged models, which it writes; returns the model that the formats are made from.
+
+        Args:
+            base: Into which base an adapter is merged for the formats: original or dequantised.
+        """
+        against: dict[str, Any] = {}
+        if self.run:
+            predictions = self.work / "adapter.bin"
+            self.jobs.append(Job(_ADAPTER, self.run, _dtype(self.run), keep=predictions))
+            against = {"against": _ADAPTER, "reference": predictions}
+        keep = self.work / "merged.bin"
+        if self.run != self.model:
+            name = "merged" if (self.model / MERGE_RECORD).is_file() else "as trained"
+            self.jobs.append(Job(name, self.model, _dtype(self.model), **against, keep=keep))
+            return self.jobs[-1]
+        bases = [base]
+        if self._on_quantised_base():
+            bases.append("original" if base == "dequantised" else "dequantised")
+        for kind in bases:
+            self.say(f"merging into the {kind} base")
+            merged = merge(self.model, self.work / f"merged-{kind}", base=kind, progress=self.progress)
+            kept = keep if kind == base else None
+            self.jobs.append(Job(f"merged, {kind} base", merged, _dtype(merged), **against, keep=kept))
+        return self.jobs[1]
+
+    def write_weight_formats(self, whole: Job) -> None:
+        """Writes the formats that are folders for transformers, and adds them."""
+        for name in self.formats:
+            if name in WEIGHT_FORMATS:
+                self.say(f"{name}: writing")
+                place = self.folder / name
+                place.mkdir()
+                write_format(whole.folder, place, name, self.progress)
+                self.jobs.append(Job(name, place, _dtype(place), whole.name, whole.keep))
+
+    def add_gguf_reference(self, whole: Job, gguf: GgufExport) -> Job:
+        """Adds the model that GGUF files are compared with: in float32, as llama.cpp computes, if memory allows it."""
+        size = sum(path.stat().st_size for path in whole.folder.glob("*.safetensors"))
+        exact = replace(whole, groups=gguf.groups)
+        if whole.dtype != "float32" and size * 2 * 1.3 <= machine_memory()[1]:
+            name, keep = f"{whole.name}, in float32", self.work / "exact.bin"
+            exact = Job(name, whole.folder, "float32", keep=keep, groups=gguf.groups)
+            self.jobs.append(exact)
+        else:
+            self.jobs[self.jobs.index(whole)] = exact
+        return exact
+
+    def measure_folders(self, whole: Job, output: Path) -> None:
+        """Measures all jobs in their order; limits are for what is kept, and not for the other way to merge."""
+        limited = {self.jobs[0].name, whole.name, *self.formats}
+        for job in self.jobs:
+            self.say(f"{job.name}: measuring")
+            if job.against and "error" in self.models[job.against]:
+                job = replace(job, reference=None)
+            figures = measure(job, self.rows.rows)
+            if "error" in figures:
+                figures["error"] = figures["error"].replace(str(self.folder), str(output))
+            same = job.against == _ADAPTER and not self._on_quantised_base()
+            self._add_figures(figures, job.name in limited, same)
+
+    def _add_figures(self, figures: ModelFigures, limited: bool, same: bool = False) -> None:
+        """Adds a measured model, compared with the one that it names, and the limits that it misses."""
+        against = figures["against"]
+        if against:
+            add_comparison(figures, self.models[against], self.models[self.jobs[0].name])
+        self.models[figures["name"]] = figures
+        if limited:
+            self.missed += missed_limits(figures, self.gate if against else {}, same)
+
+    def write_gguf(self, gguf: GgufExport, exact: Job, whole: Job) -> list[str]:
+        """Writes and measures the GGUF files; returns notes for the report."""
+        from finetune.export.gguf.make import gguf_faults
+
+        error = self.models[exact.name].get("error")
+        if error and exact.name != whole.name:
+            # In float32 the model is twice as large, and most likely too large. No predictions by language are kept.
+            self.say(f"{exact.name}: {error}; GGUF files are held against {whole.name}")
+            exact = replace(whole, reference=None, groups=gguf.groups)
+            measure(exact, self.rows.rows)
+        reference = None if "error" in self.models[exact.name] else exact.keep
+        files, notes = gguf.write(self.folder, exact.name, reference, self.work, self.say, self.progress)
+        for file in files:
+            self._add_figures(file, limited=file["kept"])
+            if file["kept"]:
+                self.missed += gguf_faults(file)
+        return notes
+
+    def report(self, title: str, notes: Sequence[str]) -> Report:
+        """The content of report.json."""
+        for model in self.models.values():
+            if "answers" in model:
+                model["answered"] = len(model["answers"])
+        models = list(self.models.values())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        return {
+            "title": title,
+            "finetune": __version__,
+            "model": str(self.model),
+            "base": base_reference(self.run or self.model).name or self.model.name,
+            "rows": self.rows.source,
+            "machine": f"{platform.machine()}, {device}",
+            "gate": self.gate,
+            "models": models,
+            "notes": [*_notes(models, self.rows.source), *notes],
+            "missed": self.missed,
+        }
+
+    def write_report(self, report: Report) -> None:
+        """Writes the report and a model card in each folder, and removes what is not kept."""
+        for name in self.formats:
+            if name in WEIGHT_FORMATS:
+                (self.folder / name / "README.md").write_text(export_card(report, name), encoding="utf-8")
+        shutil.rmtree(self.work)
+        (self.folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
+        write_whole(self.folder / "report.json", as_json(report))
+        for place in (self.folder / name for name in ("gguf", "ollama") if (self.folder / name).is_dir()):
+            (place / "README.md").write_text(export_card(report, None, place), encoding="utf-8")
+
+    def _on_quantised_base(self) -> bool:
+        return bool(self.run and adapter_base_sections(self.run)[1])
 
 
-def _rows(dataset: Any) -> list[LabelledRow]:
-    return [
-        LabelledRow(list(row["input_ids"]), list(row["labels"]))
-        for row in dataset.select(range(min(_ROWS, len(dataset))))
-    ]
+def shortfalls(output: Path) -> list[str]:
+    """The lines of an export's report on limits that are missed and files that are broken."""
+    report: Report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return report["missed"]
 
 
-def _options(model: Path) -> ExportSection:
+def _export_section(model: Path) -> ExportSection:
     """The `export` section of a run's recipe."""
     path = run_file(model, "recipe.yaml")
     if path is None:
@@ -244,16 +277,6 @@ def _options(model: Path) -> ExportSection:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
 
 
-def _gguf_types(formats: Sequence[str]) -> list[str]:
-    """The types of llama.cpp's that are asked for, each once; for Ollama alone one that fits most machines."""
-    kinds: list[str] = []
-    for kind in formats:
-        name = kind.removeprefix("gguf:")
-        if name != kind:
-            kinds += list(GGUF_ALL) if name == "all" else [name]
-    return list(dict.fromkeys(kinds)) or (["Q4_K_M"] if "ollama" in formats else [])
-
-
 def _check_gguf(section: ModelSection) -> None:
     """Refuses what can be told by its config alone to be no GGUF file, before it is merged."""
     for package in ("gguf", "xllamacpp"):
@@ -264,61 +287,37 @@ def _check_gguf(section: ModelSection) -> None:
     checked_model_type({"model_type": Base.of(section).config.get_text_config().model_type})
 
 
-def _exact(whole: Path, job: Job) -> Job:
-    """The model in float32, as llama.cpp computes, which GGUF files are held against; where that fits into memory."""
-    size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
-    width = 4 if job.dtype == "float32" else 2
-    if width == 4 or size * 4 / width * 1.3 > machine_memory()[1]:
-        return job
-    return Job(f"{job.name}, in float32", whole, "float32")
-
-
-def _name(model: Path) -> str:
-    """What its files are called: by the run, also where it is one of its checkpoints."""
-    place = model.resolve()
-    return f"{place.parent.name}-{place.name}" if place.name.startswith("checkpoint-") else place.name
-
-
-def _bases(trained_as: Any, chosen: str) -> list[str]:
-    return [chosen] if not trained_as else [chosen, "original" if chosen == "dequantised" else "dequantised"]
-
-
 def _dtype(model: Path) -> str:
-    """The type that a model is measured in: that of the training, or of its files."""
-    if is_adapter(model):
-        return str(
-            environment_of(model).get("dtype")
-            or str(resolve_dtype(adapter_base_sections(model)[0])).removeprefix("torch.")
-        )
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    """The type that a model is measured in: the one that a run was trained in, or that of a folder's files."""
+    if not is_adapter(model):
+        return saved_dtype(model)
+    trained = environment_of(model).get("dtype") or resolve_dtype(adapter_base_sections(model)[0])
+    return str(trained).removeprefix("torch.")
 
 
-def _notes(found: list[dict[str, Any]], where: str) -> list[str]:
-    """What the table means, and what the figures say where two ways to merge were tried."""
-    tokens = max((item.get("tokens", 0) for item in found), default=0)
-    compared = max((item.get("compared", 0) for item in found), default=0)
+def _notes(models: Sequence[ModelFigures], source: str) -> list[str]:
+    """What the table's columns mean, and which of two ways to merge is better."""
+    tokens = max((model.get("tokens", 0) for model in models), default=0)
+    compared = max((model.get("compared", 0) for model in models), default=0)
+    distances = f"KL (nats a token) and top-1: of the first {compared:,}, against the model named in the last column. "
     notes = [
-        f"Perplexity: of {tokens:,} trained tokens of {where}. "
-        + (
-            f"KL (nats a token) and top-1: of the first {compared:,}, against the model named in the last column. "
-            if compared
-            else ""
-        )
-        + "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
+        f"Perplexity: of {tokens:,} trained tokens of {source}. {distances if compared else ''}"
+        "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
         "Token ids: of ten conversations."
     ]
-    merges = [item for item in found if item["name"].startswith("merged, ") and item.get("kl") is not None]
+    merges = [
+        model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None
+    ]
     if len(merges) == 2:
-        near, far = sorted(merges, key=lambda item: item["kl"])
-        low, high = sorted(merges, key=lambda item: item["perplexity"])
+        near, far = sorted(merges, key=lambda model: model["kl"] or 0.0)
+        low, high = sorted(merges, key=lambda model: model["perplexity"])
         notes.append(
             f"\nNearer to the adapter as trained: {near['name']} (mean KL {near['kl']:.3g} against {far['kl']:.3g})."
             f" Lower perplexity: {low['name']} ({low['perplexity']:.4g} against {high['perplexity']:.4g})."
         )
     notes += [
-        f"\n{item['name']}: the largest activation is {seen['largest']:,.0f}, in {seen['in']} (at most: 65,504)"
-        for item in found
-        if (seen := item.get("activations"))
+        f"\n{model['name']}: the largest activation is {seen['largest']:,.0f}, in {seen['in']} (at most: 65,504)"
+        for model in models
+        if (seen := model.get("activations"))
     ]
     return notes

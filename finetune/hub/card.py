@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,7 +102,7 @@ def model_card(
 
 
 def export_card(
-    report: dict[str, Any],
+    report: Mapping[str, Any],
     kind: str | None,
     folder: Path | None = None,
     repo: str | None = None,

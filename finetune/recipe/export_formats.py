@@ -1,8 +1,19 @@
 """The formats that a model can be exported in."""
 
+from collections.abc import Sequence
+
 # llama.cpp's types, and those of `gguf:all`.
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_NL", "Q3_K_M", "IQ3_S", "Q2_K")
 GGUF_ALL = ("IQ3_S", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 # All formats in words, for messages.
 FORMATS_HELP = "bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
 FORMATS = ("bf16", "fp16", "int8", "nf4", "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
+
+
+def gguf_types(formats: Sequence[str]) -> list[str]:
+    """The GGUF types that formats stand for, each once; for Ollama alone the one that fits most machines."""
+    types: list[str] = []
+    for name in formats:
+        if name.startswith("gguf:"):
+            types += GGUF_ALL if name == "gguf:all" else [name.removeprefix("gguf:")]
+    return list(dict.fromkeys(types)) or (["Q4_K_M"] if "ollama" in formats else [])

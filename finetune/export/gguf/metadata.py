@@ -1,4 +1,4 @@
-"""A model's config as llama.cpp reads it from a GGUF file; what llama.cpp computes otherwise is refused.
+"""A model's config as GGUF metadata; a model that llama.cpp computes otherwise than transformers is refused.
 
 Source: llama.cpp, src/models/*.cpp and src/llama-model.cpp as of October 2026; transformers 5.23 for the configs.
 """
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from finetune.export.gguf.tensors import ARCHITECTURES, checked_model_type, head_dim
 from finetune.system.errors import ExportError
 
-# Where a file says nothing, llama.cpp lets each second or sixth layer see all that came before.
+# Without a pattern in the file, llama.cpp gives each second or sixth layer full attention.
 _FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3_text": 6}
-# Models of 27B, known to llama.cpp by their layers, scale scores by the width that a head would have of hidden_size.
+# llama.cpp recognises models of 27B by their number of layers, and scales their scores by hidden_size / heads.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _ACTIVATION = {
     "gemma": "gelu_pytorch_tanh",
@@ -32,7 +32,7 @@ def read_config(model: Path) -> Any:
     """The text model's config of a checkpoint, as transformers reads it, old keys and new ones.
 
     Raises:
-        GGUFError: There is none, it is damaged, or of a family that is not written.
+        ExportError: There is none, it is damaged, or of a family that is not written.
     """
     from transformers import AutoConfig
 
@@ -65,10 +65,10 @@ def read_config(model: Path) -> Any:
 
 
 def model_metadata(config: Any) -> dict[str, Any]:
-    """What a GGUF file says of a model, its tokenizer apart: keys to plain values.
+    """The metadata of a GGUF file, without its tokenizer.
 
     Raises:
-        GGUFError: llama.cpp would compute something else than transformers does.
+        ExportError: llama.cpp would compute something else than transformers does.
     """
     kind = config.model_type
     _check_computable(config)
@@ -104,7 +104,7 @@ def model_metadata(config: Any) -> dict[str, Any]:
 
 
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
-    """By what llama.cpp divides each rotation of a llama3 model, float32 [half a head]; None for other models."""
+    """The divisors of each rotation frequency of a llama3 model, float32 (head_dim / 2); None for other models."""
     if _full_attention_rope(config)["rope_type"] != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -117,7 +117,7 @@ def rope_factors(config: Any) -> NDArray[np.float32] | None:
 
 
 def _full_attention_rope(config: Any) -> dict[str, Any]:
-    """The rotation of the layers that see all."""
+    """The RoPE parameters of the layers with full attention."""
     rope: dict[str, Any] = config.rope_parameters
     full: dict[str, Any] = rope.get("full_attention", rope)
     return full
@@ -125,23 +125,23 @@ def _full_attention_rope(config: Any) -> dict[str, Any]:
 
 def _rope_metadata(config: Any) -> dict[str, Any]:
     rope, kind = _full_attention_rope(config), config.model_type
-    how = rope["rope_type"]
+    rope_type = rope["rope_type"]
     known = {"default", "linear"}
     known |= set() if kind.startswith("gemma") else {"yarn"}
     known |= {"llama3"} if ARCHITECTURES[kind] == "llama" else set()
-    if how not in known:
-        _refuse(config, "rope_type", how, f"known are {', '.join(sorted(known))}")
+    if rope_type not in known:
+        _refuse(config, "rope_type", rope_type, f"known are {', '.join(sorted(known))}")
     found = {Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
     if "sliding_attention" in config.rope_parameters:
         local = config.rope_parameters["sliding_attention"]
         if local["rope_type"] != "default":
             _refuse(config, "rope_type of sliding_attention", local["rope_type"], "only default is computed")
         found[Keys.Rope.FREQ_BASE_SWA] = float(local["rope_theta"])
-    if how in ("linear", "yarn"):
+    if rope_type in ("linear", "yarn"):
         kinds = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
         factor = float(rope["factor"])
-        found |= {Keys.Rope.SCALING_TYPE: kinds[how].value, Keys.Rope.SCALING_FACTOR: factor}
-    if how == "yarn":
+        found |= {Keys.Rope.SCALING_TYPE: kinds[rope_type].value, Keys.Rope.SCALING_FACTOR: factor}
+    if rope_type == "yarn":
         for key, only in (("truncate", True), ("beta_fast", 32), ("beta_slow", 1)):
             if (rope.get(key) if rope.get(key) is not None else only) != only:
                 _refuse(config, key, rope[key], f"only {only} is computed")
@@ -167,7 +167,7 @@ def _magnitude(factor: float, scale: float) -> float:
 
 
 def _context_length(config: Any) -> int:
-    """As many tokens as llama.cpp computes rightly: it knows no sliding window in Llama's and Qwen's families."""
+    """The longest context that llama.cpp computes correctly: it has no sliding window for Llama and Qwen."""
     length: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
@@ -179,7 +179,7 @@ def _context_length(config: Any) -> int:
 
 
 def _check_computable(config: Any) -> None:
-    """Refuses what is not computed by llama.cpp, or otherwise."""
+    """Refuses a config that llama.cpp does not compute, or computes otherwise."""
     kind, size = config.model_type, head_dim(config)
 
     def value(key: str) -> Any:

@@ -1,4 +1,4 @@
-"""llama.cpp's quantiser for single tensors, and its rules for which tensor of a file gets which type.
+"""Quantises tensors by llama.cpp's library; llama.cpp's rules for the type of each tensor in a file.
 
 `ggml_quantize_chunk` is taken from the shared library of an installed llama.cpp package. It is no documented interface
 of these packages, so it is tried before it is used.
@@ -23,8 +23,9 @@ from finetune.system.errors import ExportError
 
 GGMLType = GGMLQuantizationType
 ImportanceMatrix = dict[str, NDArray[np.float32]]
+"""The mean squared input of each column of a weight, by llama.cpp's name of the weight."""
 
-# What users write: how llama.cpp numbers such a file, and the type that a tensor has where no rule says otherwise.
+# The file types that users write: llama.cpp's number for such a file, and the type of a tensor without another rule.
 TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "F32": (LlamaFileType.ALL_F32, GGMLType.F32),
     "F16": (LlamaFileType.MOSTLY_F16, GGMLType.F16),
@@ -39,7 +40,7 @@ TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "Q2_K": (LlamaFileType.MOSTLY_Q2_K, GGMLType.Q2_K),
 }
 UNQUANTIZED = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-# Where a row's length is no multiple of 256.
+# For rows whose length is no multiple of 256.
 _FALLBACK = {
     GGMLType.IQ3_S: GGMLType.IQ4_NL,
     GGMLType.Q2_K: GGMLType.Q4_0,
@@ -60,16 +61,14 @@ _SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_vali
 def tensor_types(
     shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, groups: int, matrix: bool
 ) -> dict[str, GGMLQuantizationType]:
-    """The type of each tensor in a file, by llama.cpp's rules.
-
-    A row whose length not even 32 divides is F16.
+    """The type of each tensor in a file, by llama.cpp's rules; F16 for rows whose length is no multiple of 32.
 
     Args:
-        shapes: Each tensor of the file under llama.cpp's name; the last length is that of a row.
+        shapes: The shape of each tensor of the file, by llama.cpp's name; the last length is a row's.
         kind: Of `TYPES`.
-        architecture: As llama.cpp calls it.
+        architecture: llama.cpp's name for it.
         groups: How many query heads share a key head.
-        matrix: Whether there is an importance matrix.
+        matrix: There is an importance matrix.
     """
     layers = 1 + max((_layer(name) for name in shapes), default=0)
     # 70B models: their attn_v is small, and worth more bits.
@@ -130,7 +129,7 @@ def _layer(name: str) -> int:
 
 
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
-    """The bytes of a row of `columns` numbers."""
+    """The bytes of a row of `columns` values."""
     block, size = GGML_QUANT_SIZES[kind]
     return int(columns // block * size)
 
@@ -142,15 +141,15 @@ def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
 def quantize_rows(
     kind: GGMLQuantizationType, rows: NDArray[np.float32], weights: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Rows in a type of llama.cpp: uint8 [n, bytes of a row]. Other threads run meanwhile.
+    """Quantised rows, uint8 (n, bytes of a row). The GIL is released meanwhile.
 
     Args:
         kind: The type.
-        rows: float32 [n, columns], finite.
-        weights: float32 [columns], how much each column counts; absent, the type's own measure.
+        rows: float32 (n, columns), finite.
+        weights: float32 (columns), the importance of each column; absent, the type's own measure.
 
     Raises:
-        GGMLError: A value does not fit the type, or there is no library (see `library`).
+        ExportError: A value does not fit the type, or there is no library (see `ggml_library`).
     """
     count, columns = rows.shape
     out = np.empty((count, row_bytes(kind, columns)), dtype=np.uint8)
@@ -168,10 +167,10 @@ def quantize_rows(
     if kind == GGMLType.BF16:
         bits = rows.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8)
-    # The library ends the process where these do not hold.
+    # The library would abort the process.
     assert columns % GGML_QUANT_SIZES[kind][0] == 0, (kind, columns)
     assert weights is None or weights.shape == (columns,), (weights, columns)
-    lent = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
+    column_weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
     ggml = ggml_library()
     written = ggml.ggml_quantize_chunk(
         int(kind),
@@ -180,7 +179,7 @@ def quantize_rows(
         0,
         count,
         columns,
-        lent.ctypes.data if lent is not None else None,
+        column_weights.ctypes.data if column_weights is not None else None,
     )
     if written != out.nbytes or not ggml.ggml_validate_row_data(int(kind), out.ctypes.data, out.nbytes):
         raise ExportError(
@@ -191,10 +190,10 @@ def quantize_rows(
 
 @functools.cache
 def ggml_library() -> ctypes.CDLL:
-    """The first library found that quantises as expected.
+    """The first installed llama.cpp library that quantises as expected.
 
     Raises:
-        GGMLError: There is none; says of each package what it lacks.
+        ExportError: There is none; the message has a reason for each package.
     """
     reasons = []
     for package in _PACKAGES:
@@ -222,7 +221,7 @@ def _shared_libraries(folder: Path) -> list[Path]:
 
 
 def _why_unusable(ggml: ctypes.CDLL) -> str:
-    """Why a library cannot be used; empty where it quantises as expected."""
+    """The reason why a library cannot be used; empty where it quantises as expected."""
     for symbol in _SYMBOLS:
         if not hasattr(ggml, symbol):
             return f"it has no {symbol}"

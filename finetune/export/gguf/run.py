@@ -1,148 +1,122 @@
-"""The GGUF files of an export, and its folder for Ollama: what is told before hours are spent, then the files."""
+"""The GGUF files of an export and its folder for Ollama: first all that can be refused, then the files."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, rows_by_language
-from finetune.export.gguf import make
-from finetune.export.gguf.imatrix.files import Importance
 from finetune.export.gguf.llama_cpp.measure import Measurement
+from finetune.export.gguf.make import GgufPlan, imatrix_source, make_files, read_writable_tokenizer
 from finetune.export.gguf.ollama.modelfile import write_modelfile
 from finetune.export.gguf.ollama.system_text import common_system_text
+from finetune.export.report import ModelFigures
+from finetune.export.rows import HeldOutRows
 from finetune.model.load import load_tokenizer
+from finetune.recipe.export_formats import gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.terminal import Say
 
-# Of each language, where files are compared by language.
-_GROUP = 8
+# Rows of each language, where files are compared by language.
+_ROWS_PER_LANGUAGE = 8
 
 
 @dataclass(frozen=True)
 class GgufExport:
-    """What is to be written of a whole model, and what it is measured on.
+    """GGUF files that can be written: the plan, the name of their folder, and the Modelfile for Ollama if asked for."""
 
-    `groups` are rows by language, `told` words that say how many and which they are; `modelfile` is a Modelfile for
-    the file called `best`, or None.
-    """
-
-    model: Path
-    kinds: Sequence[str]
-    name: str
-    best: str
+    plan: GgufPlan
+    subfolder: str
     modelfile: Path | None
-    tokens: make.Tokens
-    rows: Sequence[LabelledRow]
-    groups: dict[str, list[LabelledRow]]
-    told: str
-    options: ExportSection
-    calibrated: Importance | make.Calibration | None
+    note: str
+    """A line of the report on the rows by language."""
+
+    @property
+    def groups(self) -> dict[str, list[LabelledRow]]:
+        """The rows by language that files are compared on."""
+        return self.plan.measurement.groups
 
     def write(
-        self,
-        folder: Path,
-        place: str,
-        against: str,
-        reference: Path | None,
-        work: Path,
-        say: Say,
-        progress: bool,
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The files, and where it is asked for the folder `ollama`; what is found, and notes.
+        self, folder: Path, against: str, reference: Path | None, work: Path, say: Say, progress: bool
+    ) -> tuple[list[ModelFigures], list[str]]:
+        """Writes the files, and the folder `ollama` if asked for; returns the files' figures, and notes.
 
         Args:
-            folder: That of the export.
-            place: What the folder of the files is called in it.
-            against: The name of the model whose predictions they are held against.
-            reference: Those predictions; None where that model could not be measured.
-            work: A folder for what passes between processes.
+            folder: The folder of the export.
+            against: The report's name for the model that the files are compared with.
+            reference: That model's predictions; None where it could not be measured.
+            work: A folder for files that are not kept.
             say: Gets a line for each step.
-            progress: Whether a terminal shows bars.
+            progress: Shows bars on a terminal.
 
         Raises:
-            GGUFError, GGMLError, VocabularyError, ImatrixError, ShardError: From the rooms that raise them.
+            ExportError, ModelError: As `make_files`.
         """
-        into = folder / place
-        into.mkdir()
-        on = Measurement(list(self.rows), self.groups, against=against, reference=reference)
-        found, notes = make.make_files(
-            self.model,
-            self.tokens,
-            into,
-            self.kinds,
-            self.name,
-            on,
-            self.options,
-            self.calibrated,
-            work,
-            say,
-            progress,
+        place = folder / self.subfolder
+        place.mkdir()
+        plan = replace(
+            self.plan, measurement=replace(self.plan.measurement, against=against, reference=reference)
         )
+        figures, notes = make_files(plan, place, work, say, progress)
         if self.modelfile:
-            _for_ollama(into / self.best, folder / "ollama", self.modelfile)
-        return found, [self.told, *notes]
+            _write_ollama_folder(place / plan.best_file, folder / "ollama", self.modelfile)
+        return figures, [self.note, *notes]
 
 
 def prepare_gguf(
     model: Path,
     trained: Path,
     formats: Sequence[str],
-    kinds: Sequence[str],
-    name: str,
-    rows: Sequence[LabelledRow],
-    where: str,
+    held_out: HeldOutRows,
     options: ExportSection,
     work: Path,
     say: Say,
 ) -> GgufExport:
-    """All that can be refused before a weight is read.
+    """Checks all that can be refused before a weight is read.
 
     Args:
         model: A folder with a whole model.
         trained: The run that it was merged from, or the model itself.
-        formats: All that the export was asked for.
-        kinds: Of `kinds.GGUF_TYPES`.
-        name: What the files are called.
-        rows: What they are measured on.
-        where: Words that say which rows these are.
+        formats: All formats of the export.
+        held_out: The rows that the files are measured on.
         options: The recipe's section.
-        work: A folder for a Modelfile until its file is there.
+        work: A folder for the Modelfile until its GGUF file is there.
         say: Gets a line where the run's data are not here.
 
     Raises:
-        GGUFError, VocabularyError, ShardError, OllamaError, ImatrixError, DataError: It cannot be written as asked.
+        ExportError, OllamaError, ModelError, DataError: The files cannot be written as asked.
     """
-    tokens = make.tokens_of(model)
-    best = f"{name}-{'Q4_K_M' if 'Q4_K_M' in kinds else kinds[0]}.gguf"
-    if "ollama" in formats:
-        write_modelfile(model, work, best, tokens.add_bos, common_system_text(trained))
+    types, name = gguf_types(formats), _file_stem(trained)
+    tokenizer = read_writable_tokenizer(model)
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
-    parts = {name: (part[:_GROUP], of) for name, (part, of) in rows_by_language(rows, where, chat).items()}
-    groups = {name: part for name, (part, _) in parts.items()}
-    compared = [*rows, *(row for part in groups.values() for row in part)]
-    return GgufExport(
-        model,
-        kinds,
-        name,
-        best,
-        work / "Modelfile" if "ollama" in formats else None,
-        tokens,
-        rows,
-        groups,
-        f"\nBy language: {'; '.join(f'{name}: {len(part)} {of}' for name, (part, of) in parts.items())}.",
-        options,
-        make.calibration_of(model, kinds, compared, options, trained, say),
-    )
+    groups, sources = {}, []
+    for language, (rows, source) in rows_by_language(held_out.rows, held_out.source, chat).items():
+        groups[language] = rows[:_ROWS_PER_LANGUAGE]
+        sources.append(f"{language}: {len(groups[language])} {source}")
+    compared = [*held_out.rows, *(row for rows in groups.values() for row in rows)]
+    imatrix = imatrix_source(model, types, compared, options, trained, say)
+    measurement = Measurement(held_out.rows, groups)
+    plan = GgufPlan(model, types, name, tokenizer, imatrix, options.imatrix == "always", measurement)
+    modelfile = None
+    if "ollama" in formats:
+        write_modelfile(model, work, plan.best_file, tokenizer.add_bos, common_system_text(trained))
+        modelfile = work / "Modelfile"
+    subfolder = "gguf" if any(format.startswith("gguf:") for format in formats) else "ollama"
+    return GgufExport(plan, subfolder, modelfile, f"\nBy language: {'; '.join(sources)}.")
 
 
-def _for_ollama(file: Path, folder: Path, modelfile: Path) -> None:
-    """A folder for `ollama create`: the file, which is not stored twice, and its Modelfile."""
+def _file_stem(model: Path) -> str:
+    """What the files are called: the run's name, with that of a checkpoint behind it."""
+    place = model.resolve()
+    return f"{place.parent.name}-{place.name}" if place.name.startswith("checkpoint-") else place.name
+
+
+def _write_ollama_folder(file: Path, folder: Path, modelfile: Path) -> None:
+    """Makes a folder for `ollama create`: the GGUF file, as a hard link where possible, and its Modelfile."""
     if folder != file.parent:
         folder.mkdir()
         try:

@@ -1,4 +1,4 @@
-"""Which tensors llama.cpp knows of a model family: their names, and what is done to their numbers."""
+"""The tensors that llama.cpp has for a model family: names, shapes, and how their values are converted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from numpy.typing import NDArray
 
 from finetune.system.errors import ExportError
 
-# model_type of a config, and the architecture under which llama.cpp computes it.
+# The model_type of a config, and llama.cpp's architecture for it.
 ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -22,28 +23,10 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
-_OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_INNER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-# Where there are four norms a layer, the second one has another place.
-_FOUR_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_TEXT = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
-_BESIDE = re.compile(
+_BIAS_KEYS = {"attn": "attention_bias", "ffn": "mlp_bias"}
+# What stands before a text model's names, in checkpoints old and new, with a vision tower or without.
+_PREFIX = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
+_NOT_TEXT = re.compile(
     r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model)\.|.*\.rotary_emb\.inv_freq$"
 )
 
@@ -52,7 +35,7 @@ def checked_model_type(config: dict[str, Any]) -> str:
     """The model_type of the text model that a config.json describes, one of `ARCHITECTURES`.
 
     Raises:
-        GGUFError: It is another one.
+        ExportError: It is another one.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -63,37 +46,41 @@ def checked_model_type(config: dict[str, Any]) -> str:
 
 
 def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
-    """What turns the name of a tensor, on disk or in memory, into llama.cpp's; None is no tensor of the text model.
+    """A function from a tensor's name, on disk or in memory, to llama.cpp's; None for no tensor of the text model.
 
     Raises:
-        GGUFError: The family of the config, or, when it is called, the tensor is unknown.
+        ExportError: The config is of another family, or, when the function is called, llama.cpp has no such tensor.
     """
-    kind = checked_model_type(config)
-    inner = _INNER | (_FOUR_NORMS if kind.startswith(("gemma2", "gemma3")) else {})
+    model_type = checked_model_type(config)
+    architectures = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    # The names of one layer do for all.
+    known = get_tensor_name_map(architectures[ARCHITECTURES[model_type]], 1)
 
-    def translate(name: str) -> str | None:
-        if _BESIDE.match(name):
+    def gguf_name(name: str) -> str | None:
+        if _NOT_TEXT.match(name):
             return None
-        found = _TEXT.fullmatch(name)
-        stem, _, end = (found[1] if found else "").rpartition(".")
-        if end in ("weight", "bias"):
-            if stem in _OUTER:
-                return f"{_OUTER[stem]}.{end}"
-            layer = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
-            if layer and layer[2] in inner:
-                return f"blk.{layer[1]}.{inner[layer[2]]}.{end}"
-        raise ExportError(f"GGUF: llama.cpp has no place for {name} in a model of type {kind}")
+        match = _PREFIX.fullmatch(name)
+        inner = match[1] if match else ""
+        layer = re.match(r"layers\.(\d+)\.", inner)
+        # gguf's table has no output layer for Gemma and Gemma 2, whose checkpoints may hold a copy of the embedding.
+        if inner in ("lm_head.weight", "lm_head.bias"):
+            return inner.replace("lm_head", "output")
+        plain = "model." + (f"layers.0.{inner[layer.end() :]}" if layer else inner)
+        found = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+        if found is None or not found.endswith((".weight", ".bias")):
+            raise ExportError(f"GGUF: llama.cpp has no place for {name} in a model of type {model_type}")
+        return f"blk.{layer[1]}.{found.removeprefix('blk.0.')}" if layer else found
 
-    return translate
+    return gguf_name
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors that llama.cpp wants of a text model, under its names, with the shapes that the config gives them.
+    """The shapes of a text model's tensors, by llama.cpp's names, in llama.cpp's order.
 
-    In llama.cpp's own order. `rope_freqs.weight` is not among them: it is in no checkpoint.
+    `rope_freqs.weight` is not among them: it is in no checkpoint.
 
     Args:
-        config: The text model's, as transformers reads it.
+        config: The text model's config, as transformers reads it.
     """
     kind, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
     size = head_dim(config)
@@ -107,15 +94,10 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "ffn_up": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
-    biased = (
-        [name for name in linear if name.startswith("attn")]
-        if getattr(config, "attention_bias", False)
-        else []
-    )
-    biased += (
-        [name for name in linear if name.startswith("ffn")] if getattr(config, "mlp_bias", False) else []
-    )
-    biased = ["attn_q", "attn_k", "attn_v"] if kind == "qwen2" else biased
+    biased = ["attn_q", "attn_k", "attn_v"]
+    if kind != "qwen2":
+        parts = [part for part in ("attn", "ffn") if getattr(config, _BIAS_KEYS[part], False)]
+        biased = [name for name in linear if name.split("_")[0] in parts]
     norms = {"attn_norm": hidden, "ffn_norm": hidden}
     if kind in ("gemma2", "gemma3_text"):
         norms |= {"post_attention_norm": hidden, "post_ffw_norm": hidden}
@@ -135,19 +117,19 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def head_dim(config: Any) -> int:
-    """How many numbers an attention head has."""
+    """The size of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def converted_values(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
-    """Numbers as llama.cpp wants them: Gemma's norms count from 1, and Llama's rotated pairs lie side by side.
+    """Values as llama.cpp computes with them: 1 is added to Gemma's norms, and Llama's rotated pairs are neighbours.
 
     transformers rotates the number i of a head with i + half of the head, llama.cpp's `llama` 2i with 2i + 1.
 
     Args:
-        name: As llama.cpp calls the tensor.
-        rows: The tensor or some rows of it, of which attn_q and attn_k come in whole heads.
-        config: The text model's.
+        name: llama.cpp's name for the tensor.
+        rows: The tensor or some of its rows; attn_q and attn_k come in whole heads.
+        config: The text model's config.
     """
     kind = config.model_type
     if kind.startswith("gemma") and name.endswith("norm.weight"):

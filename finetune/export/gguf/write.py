@@ -1,7 +1,7 @@
-"""A merged model as one GGUF file of llama.cpp's, straight from its safetensors, a slice at a time.
+"""Writes a merged model as a GGUF file, from its safetensors, a slice at a time.
 
-gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files. Its constants
-and tables are used here; the header, a list of typed keys and one of tensors, is packed whole arrays at a time.
+gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files. So the header, a
+list of typed keys and one of tensors, is packed here, whole arrays at a time, with gguf's constants.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -47,18 +47,19 @@ from finetune.export.gguf.tensors import (
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
+from finetune.system.numbers import memory
 from finetune.system.terminal import progress_bar
 
-# llama.cpp (October 2026) changes how tokens are read by these words in a model's name.
+# These words in a model's name change how llama.cpp (October 2026) tokenizes.
 _MISREAD = re.compile("phi-?3|modern-bert", re.IGNORECASE)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Numbers in a slice. Each thread holds a slice as it was read, in float32, and as it is written.
+# Values in a slice. Each thread holds a slice as it was read, in float32, and as it is written.
 _SLICE = 2**20
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file: where its numbers lie, or they themselves, and the type that they get."""
+    """A tensor of the file, its type there, and its values or the place where a checkpoint stores them."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,54 +82,52 @@ def write_gguf(
     progress: bool = False,
     vocabulary: dict[str, Any] | None = None,
 ) -> None:
-    """The text model of a checkpoint as a GGUF file, which is there when it is whole and on the disk.
+    """Writes the text model of a checkpoint as a GGUF file, which appears when it is complete and on the disk.
 
     All is checked before a byte is written: what llama.cpp would compute otherwise, missing tensors, other shapes.
-    None of `TYPES` needs an importance matrix, as llama.cpp has it; IQ3_S without one is hardly of use.
+    llama.cpp requires an importance matrix for none of `TYPES`; IQ3_S without one is hardly of use.
 
     Args:
         model: A folder with config.json, safetensors and tokenizer.
         file: The file, which must not exist; its folder must.
         kind: Of `TYPES`.
         imatrix: The mean squared input of each column, by the weight's name in the file.
-        progress: Whether a terminal shows a bar.
-        vocabulary: The tokenizer as `finetune.gguf.vocabulary.vocabulary` gives it; absent, it is read.
+        progress: Shows a bar on a terminal.
+        vocabulary: The tokenizer as `read_tokenizer` returns its fields; absent, it is read.
 
     Raises:
-        GGUFError: The model cannot be written as GGUF, or `imatrix` is of another model.
-        GGMLError: There is no llama.cpp to quantise, or a number does not fit.
-        ShardError: A file of weights is damaged.
+        ExportError: The model cannot be written as GGUF, `imatrix` is of another model, there is no llama.cpp to
+            quantise, a value does not fit the type, or the disk is too full.
+        ModelError: A file of weights is damaged.
     """
     if kind not in TYPES:
         raise ExportError(f"GGUF: there is no type {kind}; write one of {', '.join(TYPES)}")
     if file.exists():
         raise ExportError(f"{file} exists; write another path, or delete it")
     config = read_config(model)
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         Keys.General.ARCHITECTURE: ARCHITECTURES[config.model_type],
         Keys.General.TYPE: "model",
         Keys.General.NAME: _MISREAD.sub("model", file.stem),
         Keys.General.FILE_TYPE: int(TYPES[kind][0]),
         Keys.General.QUANTIZATION_VERSION: int(GGML_QUANT_VERSION),
     }
-    said |= model_metadata(config)
+    fields |= model_metadata(config)
     items = _planned_tensors(model, config, kind, imatrix)
     if vocabulary is None:
-        from finetune.export.gguf.tokenizer.vocabulary import tokenizer_metadata as read_vocabulary
+        from finetune.export.gguf.tokenizer.vocabulary import read_tokenizer
 
-        vocabulary = read_vocabulary(model)
+        vocabulary = read_tokenizer(model).fields
     _check_size(model, config, vocabulary)
-    said |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
+    fields |= {key: value for key, value in vocabulary.items() if value not in ("", [])}
     if imatrix:
-        said["quantize.imatrix.entries_count"] = len(imatrix)
+        fields["quantize.imatrix.entries_count"] = len(imatrix)
     if any(item.kind not in UNQUANTIZED for item in items):
         ggml_library()
-    header = _header(said, items)
+    header = _header(fields, items)
     total = len(header) + sum(_padded(item.bytes) for item in items)
     if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
-        raise ExportError(
-            f"{file.parent} has {free / 2**30:,.1f} GiB free, and {total / 2**30:,.1f} GiB are needed; make room"
-        )
+        raise ExportError(f"{file.parent} has {memory(free)} free, and {memory(total)} are needed; make room")
     title = f"{kind}: weights"
     with (
         whole_file(file) as part,
@@ -144,10 +143,10 @@ def write_gguf(
 
 
 def check_writable(model: Path, vocabulary: dict[str, Any]) -> None:
-    """Refuses a model that no file can be written of; no number of its weights is read.
+    """Refuses a model that cannot be written as GGUF, without reading its weights.
 
     Raises:
-        GGUFError, ShardError: As `write`.
+        ExportError, ModelError: As `write_gguf`.
     """
     config = read_config(model)
     model_metadata(config)
@@ -164,10 +163,10 @@ def _check_size(model: Path, config: Any, vocabulary: dict[str, Any]) -> None:
 
 
 def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMatrix | None) -> list[_Tensor]:
-    """The tensors of the file, each with its place, in llama.cpp's order.
+    """The tensors of the file, in llama.cpp's order.
 
     Raises:
-        GGUFError: One is missing, too many, of another shape or type than the config and llama.cpp want.
+        ExportError: One is missing, too many, of another shape or type than the config and llama.cpp want.
     """
     translate = gguf_names(config.to_dict())
     stored: dict[str, StoredTensor] = {}
@@ -213,7 +212,7 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
 
 
 def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
-    """Whether two tensors are equal, number for number; slice by slice."""
+    """True where two tensors hold equal values; compared slice by slice."""
     if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with _open_files(model, [one, other]) as files:
@@ -243,7 +242,7 @@ def _check_matrix(imatrix: ImportanceMatrix, wanted: Mapping[str, tuple[int, ...
 def _write_tensors(
     out: IO[bytes], model: Path, items: list[_Tensor], config: Any, imatrix: ImportanceMatrix
 ) -> Iterator[int]:
-    """Writes them; gives how many bytes have been written after each slice."""
+    """Writes the tensors; yields how many bytes have been written after each slice."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     done = 0
@@ -257,8 +256,8 @@ def _write_tensors(
             rows = converted_values(item.name, rows, config)
             try:
                 return quantize_rows(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
-            except ValueError as error:
-                raise type(error)(f"{item.name}: {error}") from error
+            except ExportError as error:
+                raise ExportError(f"{item.name}: {error}") from error
 
         def finish(left: int) -> None:
             nonlocal done
@@ -293,7 +292,7 @@ def _float32_rows(item: _Tensor, files: dict[str, int], start: int, stop: int) -
     part = read_tensor(files[item.source.file], item.source, start * width, stop * width)
     rows: NDArray[np.float32]
     if part.dtype == torch.bfloat16:
-        # Threads of its own, as torch would take for it, are not wanted here.
+        # torch would start threads of its own.
         rows = (part.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
     else:
         rows = part.numpy().astype(np.float32, copy=False)
@@ -313,9 +312,9 @@ def _open_files(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, i
 # The header
 
 
-def _header(said: Mapping[str, Any], items: list[_Tensor]) -> bytes:
-    parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(said))]
-    for key, value in said.items():
+def _header(fields: Mapping[str, Any], items: list[_Tensor]) -> bytes:
+    parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(fields))]
+    for key, value in fields.items():
         kind, data = _pack(value)
         parts += [_pack_string(key), struct.pack("<I", kind), data]
     offset = 0
@@ -329,7 +328,7 @@ def _header(said: Mapping[str, Any], items: list[_Tensor]) -> bytes:
 
 
 def _pack(value: Any) -> tuple[Value, bytes]:
-    """A plain value as a file holds it: a whole number is uint32, in an array int32, as llama.cpp reads them."""
+    """A value's GGUF type and bytes: an integer is uint32, in an array int32, as llama.cpp reads them."""
     if isinstance(value, bool):
         return Value.BOOL, struct.pack("<?", value)
     if isinstance(value, int):

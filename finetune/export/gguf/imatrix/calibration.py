@@ -1,4 +1,4 @@
-"""What an importance matrix is made from: rows of a run or of any text, and what a model's layers are given on them."""
+"""Rows to calibrate an importance matrix on, and the matrix that a model's layers give on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.export.gguf.imatrix.files import CHUNK, Importance, check_fits, wi
 from finetune.export.gguf.tensors import gguf_names
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import DataSection, DataSource, ModelSection
+from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSection, DataSource, ModelSection
 from finetune.system import fresh_process
 from finetune.system.errors import (
     DataError,
@@ -36,15 +36,13 @@ from finetune.system.errors import (
 from finetune.system.files import run_file
 from finetune.system.terminal import progress_bar
 
-# Of a batch, padding and all: enough to keep a processor busy, and its activations are small beside a model.
+# Tokens of a batch with its padding: enough to keep a processor busy, and its activations are small next to a model.
 _BATCH_TOKENS = 1024
 # Gemma 3 270M's down and output projections in Q2_K and IQ3_S: a matrix from 400 tokens of conversations leaves an
 # error on other conversations that is 1 to 5% above that of those conversations' own matrix (without one: 66% to 500%),
 # one from 4,000 tokens 1%, one from 8,000 no less. The rest is room for runs whose rows are long, and so few.
 ROWS, MAX_TOKENS = 256, 32_768
-# Longer rows of a file of one's own are cut, as a recipe that says nothing cuts them.
-_LONGEST = 1024
-# About as many characters as make a chunk; of Japanese more tokens, and the rest is cut off.
+# Characters that make about a chunk of tokens; Japanese makes more tokens, and they are cut off.
 _PASSAGE = 2000
 _ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
@@ -61,7 +59,7 @@ def calibration_rows(
     apart_from: Sequence[LabelledRow] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[list[int]], str]:
-    """Token ids of rows to collect a matrix from, and words that say which they are; the same at each call.
+    """Token ids of rows to collect a matrix from, and the name of their source; the same rows at each call.
 
     They are drawn from the conversations that the run was trained on, whole and as rendered, or from a file. Where the
     run's data are not here, or all of them are compared, they are the project's sample rows.
@@ -71,11 +69,11 @@ def calibration_rows(
         path: A file or dataset of rows, as `data.train` takes it, or a text; absent: the run's training rows.
         rows: How many at most.
         max_tokens: How many tokens at most, of all rows together; the row that goes beyond is cut.
-        apart_from: Rows that measure what was lost, which are left out.
+        apart_from: Rows that exports are measured on, which are left out.
         say: Gets a line where the run's data are not here.
 
     Raises:
-        ImatrixError: There is no row, or no such file.
+        ExportError: There is no row left, or no such file.
         DataError: The file cannot be read as rows.
     """
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
@@ -109,8 +107,8 @@ def _rows_of_run(
             training, _ = build_datasets(recipe.data, chat, recipe.max_length)
             return _sampled_rows(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
-            first = str(error).splitlines()[0]
-            say(f"the run's rows are not here ({first}); the matrix is made from the project's sample rows")
+            reason = first_line(error)
+            say(f"the run's rows are not here ({reason}); the matrix is made from the project's sample rows")
     return _shuffled_sample_rows(chat), SAMPLE_ROWS
 
 
@@ -122,13 +120,15 @@ def _shuffled_sample_rows(chat: Chat) -> list[list[int]]:
 def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[list[int]], str]:
     name = Path(path).expanduser()
     if path.endswith(_ROW_FILES) or not is_file(path):
-        # A row with a special token in its text is one the less.
+        # Rows that cannot be rendered, such as those with a special token in their text, are skipped.
         section = DataSection(train=[DataSource(path=path)], on_bad_row="skip")
-        return _sampled_rows(build_datasets(section, chat, _LONGEST)[0], rows, spare), f"rows of {name.name}"
+        return _sampled_rows(
+            build_datasets(section, chat, DEFAULT_MAX_LENGTH)[0], rows, spare
+        ), f"rows of {name.name}"
     generator, kept = random.Random(0), list[str]()
     try:
         with name.open(encoding="utf-8") as file:
-            # Of a text of any length, as many passages as are asked for, each as likely as another.
+            # Reservoir sampling: each passage of the text is as likely as another.
             for number, passage in enumerate(iter(lambda: file.read(_PASSAGE), "")):
                 if len(kept) < rows + spare:
                     kept.append(passage)
@@ -139,7 +139,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
     except UnicodeDecodeError as error:
         raise ExportError(f"imatrix_data.path: {path} is no text in UTF-8 (byte {error.start:,})") from error
     generator.shuffle(kept)
-    # What looks like a special token in a text is text.
+    # The name of a special token in a text is text.
     ids = [
         chat.tokenizer(text, split_special_tokens=True)["input_ids"][:CHUNK] for text in kept if text.strip()
     ]
@@ -147,7 +147,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
 
 
 def _sampled_rows(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
-    """A seeded sample, with some more than are wanted; the first rows of a stream, which are mixed already."""
+    """Seeded sample of `rows` rows and `spare` more; the first rows of a stream, which is shuffled already."""
     import datasets
 
     data: Any = prepared.dataset
@@ -164,7 +164,7 @@ def _sampled_rows(prepared: Prepared, rows: int, spare: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Task:
-    """What the fresh process gets; it writes the sums to `sums`, as numpy's npz."""
+    """The argument of the fresh process, which writes the sums to `sums`, an npz file."""
 
     model: Path
     rows: list[list[int]]
@@ -227,11 +227,17 @@ def _collect(task: _Task) -> None:
 def squared_input_sums(
     model: Any, config: dict[str, Any], rows: Sequence[Sequence[int]], done: Callable[[int], None]
 ) -> dict[str, NDArray[np.float64]]:
-    """Squared inputs by column, summed over the rows, of every weight of a layer that a model holds.
+    """Squared inputs of every weight of a layer, by column, float64, summed over the tokens of all rows.
+
+    Args:
+        model: A causal language model of transformers, on its device.
+        config: Its config.json.
+        rows: Token ids.
+        done: Called with the number of tokens of each batch.
 
     Raises:
-        ImatrixError: A layer was given something else than its weight takes, not all tokens, or what is not finite.
-        GGUFError: llama.cpp does not know the model.
+        ExportError: A layer was given another shape than its weight takes, not all tokens, or values that are not
+            finite; or llama.cpp does not know the model.
     """
     import torch
 
@@ -239,7 +245,7 @@ def squared_input_sums(
     decoder = model.get_decoder()
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    # Of the batch at hand: which places are tokens and not padding, and how many.
+    # In the current batch: a mask of the places that are tokens and not padding, and their number.
     real, tokens = torch.empty(0), 0
 
     def watch(name: str, columns: int) -> Callable[[Any, Any], None]:
@@ -249,7 +255,7 @@ def squared_input_sums(
                 raise ExportError(
                     f"{name} takes {columns:,} columns and was given {list(x.shape)} for {list(real.shape)} tokens"
                 )
-            # Float32 holds the squares of a batch, float64 the sum of batches; what is indexed is a copy.
+            # Float32 for the squares of a batch, float64 for the sum of batches; indexing makes a copy.
             squares = x.detach()[real].float().square().sum(0)
             sums[name] = sums.get(name, 0) + squares.double()
             counts[name] += tokens
@@ -268,7 +274,7 @@ def squared_input_sums(
             length, tokens = max(map(len, batch)), sum(map(len, batch))
             ids = [[*row, *[0] * (length - len(row))] for row in batch]
             real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
-            # A token reads what stands before it; padding stands behind, and needs no mask.
+            # A token attends to those before it; padding is behind all tokens, and needs no mask.
             decoder(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
             done(tokens)
     for hook in hooks:
@@ -277,17 +283,17 @@ def squared_input_sums(
     for name, count in counts.items():
         if count != total:
             raise ExportError(f"{name} was given {count:,} of {total:,} tokens")
-    found = {name: own.cpu().numpy() for name, own in sums.items()}
-    for name, own in found.items():
-        if not np.isfinite(own).all():
+    arrays = {name: column_sums.cpu().numpy() for name, column_sums in sums.items()}
+    for name, column_sums in arrays.items():
+        if not np.isfinite(column_sums).all():
             raise ExportError(
                 f"the activations before {name} are not finite; export from a model in bfloat16"
             )
-    return found
+    return arrays
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Rows of like lengths together."""
+    """Batches of rows of similar lengths."""
     batch: list[Sequence[int]] = []
     for row in sorted(rows, key=len):
         if batch and len(row) * (len(batch) + 1) > _BATCH_TOKENS:

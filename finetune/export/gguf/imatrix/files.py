@@ -1,14 +1,13 @@
-"""Which columns of a model's weights matter: the mean square of what each linear layer is given, on rows of a run.
+"""Importance matrices: the mean squared input of each column of a model's weights, in llama.cpp's two file formats.
 
-Quantisation that knows it rounds the weights that are multiplied by little in favour of those that are multiplied by
-much. What is summed is what llama.cpp's `imatrix` tool sums, and both of its file formats are written and read.
+Quantisation with one rounds the columns that large inputs multiply with less error than the others. The sums are those
+of llama.cpp's `imatrix` tool.
 
 Source: llama.cpp `tools/imatrix/imatrix.cpp`, `IMatrixCollector`; `tools/quantize/quantize.cpp`, `load_imatrix`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.export.gguf.quantize import ImportanceMatrix
 from finetune.export.gguf.tensors import gguf_names
 from finetune.model.shards import read_header, weight_files
-from finetune.system.errors import ExportError
+from finetune.system.errors import ExportError, first_line
 from finetune.system.files import whole_file
-
-Matrix = dict[str, NDArray[np.float32]]
-"""llama.cpp's name of a weight to the mean square of its input, by column."""
 
 # What llama.cpp counts in: chunks of its default context.
 CHUNK = 512
@@ -42,27 +39,32 @@ class Importance:
     counts: dict[str, int]
     """The tokens that each was summed over, at least 1."""
     datasets: tuple[str, ...] = ()
-    """What the tokens are of, in words or names of files."""
+    """The sources of the tokens, in words or names of files."""
     chunk_size: int = CHUNK
 
     @property
-    def matrix(self) -> Matrix:
-        """What a quantiser takes."""
+    def matrix(self) -> ImportanceMatrix:
+        """The mean squared inputs, as `quantize_rows` takes them."""
         return {name: (own / self.counts[name]).astype(np.float32) for name, own in self.sums.items()}
 
     @property
     def chunks(self) -> int:
-        """The tokens in llama.cpp's measure, rounded up."""
+        """The number of chunks of tokens, rounded up, which llama.cpp counts in."""
         return -(-max(self.counts.values()) // self.chunk_size)
 
 
 def check_fits(importance: Importance, model: Path, source: str) -> None:
-    """Makes sure that a matrix is of the model in a folder.
+    """Refuses a matrix that is not of the model in a folder.
+
+    Args:
+        importance: The matrix.
+        model: A folder with a whole model.
+        source: The matrix's name in messages.
 
     Raises:
-        ImatrixError: A weight of a layer has none, or one of another width; or it names weights that are not there.
-        GGUFError: llama.cpp does not know the model.
-        ShardError: The model's files cannot be read.
+        ExportError: A weight of a layer has no sums, or of another width; the matrix names weights that the model has
+            not; or llama.cpp does not know the model.
+        ModelError: The model's files cannot be read.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     translate = gguf_names(config)
@@ -86,7 +88,7 @@ def check_fits(importance: Importance, model: Path, source: str) -> None:
 
 
 def without_zeros(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
-    """No sum is 0; see `Importance`."""
+    """The sums with each 0 replaced by the least sum of its weight; see `Importance`."""
     found = {}
     for name, own in sums.items():
         hit = own > 0
@@ -101,20 +103,20 @@ def without_zeros(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str
 
 
 def write_imatrix(importance: Importance, folder: Path) -> None:
-    """`imatrix.gguf` and `imatrix.dat` in a folder; each appears under its name when it is whole."""
+    """Writes `imatrix.gguf` and `imatrix.dat` into a folder; each appears when it is complete."""
     for name, put in (("imatrix.gguf", _write_gguf), ("imatrix.dat", _write_dat)):
         with whole_file(folder / name) as part:
             put(importance, part)
 
 
 def read_imatrix(file: Path) -> Importance:
-    """A matrix in either format, llama.cpp's or ours; which one it is, its first bytes tell.
+    """A matrix from a file in either format, which its first bytes tell.
 
-    A `.dat` does not say how many tokens a chunk of its has; 512 are taken, as llama.cpp does, and the means do not
+    A `.dat` file does not hold the number of tokens in a chunk; 512 are assumed, as llama.cpp does. The means do not
     depend on it.
 
     Raises:
-        ImatrixError: There is no such file, it is damaged, no matrix, or holds what no quantiser can use.
+        ExportError: There is no such file, it is damaged, no matrix, or holds sums that no quantiser can use.
     """
     try:
         with file.open("rb") as opened:
@@ -153,8 +155,6 @@ def _write_gguf(importance: Importance, file: Path) -> None:
 
 
 def _read_gguf(file: Path) -> Importance:
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError(f"{file}: reading it needs the gguf package; pip install 'finetune[gguf]'")
     from gguf import GGMLQuantizationType, GGUFReader
 
     try:
@@ -162,8 +162,7 @@ def _read_gguf(file: Path) -> Importance:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"{file} is damaged, or no GGUF file: {why}") from error
+        raise ExportError(f"{file} is damaged, or no GGUF file: {first_line(error)}") from error
     if (kind := fields.get("general.type")) != "imatrix":
         raise ExportError(f"{file} is no importance matrix: its general.type is {kind or 'missing'}")
     sums: dict[str, NDArray[np.float64]] = {}
@@ -192,7 +191,7 @@ def _read_gguf(file: Path) -> Importance:
 
 
 def _write_dat(importance: Importance, file: Path) -> None:
-    """Entries (name, chunks, columns, means times chunks), the chunks of all, the name of the last dataset."""
+    """Writes entries (name, chunks, columns, means times chunks), the chunks of all, the names of the datasets."""
     with file.open("wb") as out:
         out.write(struct.pack("<i", len(importance.sums)))
         for name, own in sorted(importance.sums.items()):

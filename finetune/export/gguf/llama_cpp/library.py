@@ -1,8 +1,8 @@
-"""llama.cpp itself with a GGUF file: token ids and whole rows of logits, from the package xllamacpp.
+"""Runs a GGUF file in llama.cpp through ctypes: token ids and whole rows of logits.
 
-Its server (`server.py`) does not give logits, nor the ids of a text in which nothing is a control token. So they come
-from the C interface of the package's shared library, whose structs change from release to release: what is written into
-one is first found by its defaults, and what came of it asked afterwards.
+llama.cpp's server (`server.py`) returns no logits, nor the ids of a text in which nothing is a control token. So they
+come from the C interface of xllamacpp's shared library, whose structs change from release to release: a field is found
+by the default values around it, and llama.cpp is asked afterwards what it made of the values.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from finetune.system.errors import LlamaCppError
 
 Logits = NDArray[np.float32]
 
-# Logits that llama.cpp holds at once, in numbers: 64 MB.
+# Logits that llama.cpp holds at once: 64 MB.
 _MOST_LOGITS = 2**24
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _CONTEXT_CHANGED = "llama_context_params is laid out otherwise"
 
 
 class _ParameterStruct(ctypes.Structure):
-    """A parameter struct of llama.cpp that is larger than any of its releases has.
+    """A parameter struct of llama.cpp, larger than that of any release.
 
-    Such structs are passed in memory, so that what is behind the fields that a release knows is never looked at.
+    Such structs are passed in memory, and no release reads behind the fields that it knows.
     """
 
     _fields_ = (("words", ctypes.c_uint64 * 128),)
@@ -86,11 +86,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class _Log:
-    """What llama.cpp says, instead of on stderr; one for the process and as long as it, as llama.cpp's own log is."""
+    """Collects llama.cpp's log messages; there is one for the process, as llama.cpp's own log is global."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.cache: str | None = None  # the type of attention's keys
+        self.cache: str | None = None  # the type of the cached keys
         self.callback = _LOG_CALLBACK(self._on_message)
 
     def first_error(self) -> str:
@@ -108,10 +108,10 @@ _log = _Log()
 
 
 def import_xllamacpp() -> ModuleType:
-    """xllamacpp.
+    """The module xllamacpp.
 
     Raises:
-        LlamaError: It is not installed.
+        LlamaCppError: It is not installed.
     """
     try:
         return importlib.import_module("xllamacpp.xllamacpp")
@@ -122,10 +122,10 @@ def import_xllamacpp() -> ModuleType:
 
 
 def llama_library() -> ctypes.CDLL:
-    """llama.cpp's shared library, its functions declared.
+    """llama.cpp's shared library, with its functions declared.
 
     Raises:
-        LlamaError: xllamacpp is not installed, or its library is otherwise than is known.
+        LlamaCppError: xllamacpp is not installed, or its library lacks a function.
     """
     found = ctypes.CDLL(str(import_xllamacpp().__file__))
     for name, (result, arguments) in _FUNCTIONS.items():
@@ -137,12 +137,12 @@ def llama_library() -> ctypes.CDLL:
 
 
 def unknown_release(what: str) -> LlamaCppError:
-    """The error of an xllamacpp that is otherwise than is known."""
+    """The error for a release of xllamacpp that differs from the known ones."""
     return LlamaCppError(f"xllamacpp {version('xllamacpp')} is not known to work: its {what}")
 
 
 def _context_fields(words: Sequence[int]) -> tuple[int, int, int]:
-    """Where `llama_context_params` has flash_attn_type, type_k and type_v, found by the defaults around them.
+    """The places of flash_attn_type, type_k and type_v in `llama_context_params`, found by the defaults around them.
 
     Fields come and go in it, but not between these (August 2025 to October 2026):
 
@@ -153,7 +153,7 @@ def _context_fields(words: Sequence[int]) -> tuple[int, int, int]:
         cb_eval, cb_eval_user_data                                            null, perhaps aligned by a word
         type_k, type_v                                                        1, which is float16
     """
-    # n_ctx, n_batch and n_ubatch have stood first for as long.
+    # n_ctx, n_batch and n_ubatch have been first as long.
     if list(words[:3]) == [512, 2048, 512]:
         minus = 0xBF800000
         for zeros in (4, 5):
@@ -166,22 +166,22 @@ def _context_fields(words: Sequence[int]) -> tuple[int, int, int]:
 
 
 def cpu_count() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Llama:
-    """A GGUF file in llama.cpp, on all cores; to be used in a process of its own, for a fault in it ends the process.
+    """A GGUF file in llama.cpp, on all cores; for a fresh process, because a fault in llama.cpp ends the process.
 
-    Attention rounds nothing here (keys and values in float32, no flash attention, where a user has float16 and flash
-    attention by default): so what differs from another model's predictions is the file's, and not the cache's.
+    Keys and values are cached in float32, without flash attention (a user's default is float16 with flash attention),
+    so that differences from another model's predictions come from the file alone.
 
     Args:
         file: The file.
-        context: How many tokens a row or an answer has at most.
+        context: The most tokens of a row or an answer.
 
     Raises:
-        LlamaError: As `library`, and what llama.cpp says of a file that it does not take.
+        LlamaCppError: As `llama_library` raises it; or llama.cpp cannot load the file.
     """
 
     def __init__(self, file: Path, context: int = 512) -> None:
@@ -199,9 +199,9 @@ class Llama:
             raise LlamaCppError(f"{file}: llama.cpp does not take it: {_log.first_error()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
-        # How far the model was made to look back.
+        # The context that the model was trained for.
         self.trained_context: int = self._library.llama_model_n_ctx_train(self._model)
-        # How many positions are computed, and their logits held, at once.
+        # Positions that are computed at once, with their logits.
         self.step = max(16, min(512, _MOST_LOGITS // self.size))
 
     def __enter__(self) -> Llama:
@@ -221,32 +221,32 @@ class Llama:
 
         Args:
             text: The text.
-            special: Whether the names of control tokens stand for them, as in a rendered conversation.
-            begin: Whether the tokens that the file puts around a text (BOS, EOS) are put.
+            special: The names of control tokens stand for these tokens, as in a rendered conversation.
+            begin: Adds the tokens that the file puts around a text (BOS, EOS).
         """
         data = text.encode("utf-8")
-        room = len(data) + 16  # no token is less than a byte
-        ids = (ctypes.c_int32 * room)()
-        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, begin, special)
+        capacity = len(data) + 16  # a token has at least one byte
+        ids = (ctypes.c_int32 * capacity)()
+        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, capacity, begin, special)
         assert count >= 0, f"{len(data)} bytes are {-count} tokens"
         return list(ids[:count])
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """The logits (V) at each position of a row, one after the other."""
+        """Yields the logits (V) at each position of a row."""
         self.reset()
         yield from self.feed(ids, [True] * len(ids))
 
     def reset(self) -> None:
-        """Begins a row anew."""
+        """Forgets the tokens fed so far."""
         self._make_context()
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         self._past = 0
 
     def feed(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator[Logits]:
-        """Puts tokens behind those already fed; gives the logits (V) of those that are wanted, in order.
+        """Feeds tokens behind those already fed; yields the logits (V) of those that are wanted, in order.
 
         Raises:
-            LlamaError: A token that the vocabulary has not, more than the context holds, or a failure in llama.cpp.
+            LlamaCppError: A token is not in the vocabulary, the context is too small, or llama.cpp fails.
         """
         self._make_context()
         if self._past + len(ids) > self._wanted:
@@ -271,7 +271,7 @@ class Llama:
                     yield np.ctypeslib.as_array(place, (self.size,)).copy()
 
     def _make_context(self) -> None:
-        """Makes the context, once."""
+        """Makes the context at the first call."""
         if self._context:
             return
         _log.errors.clear()

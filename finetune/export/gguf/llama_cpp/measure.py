@@ -1,7 +1,4 @@
-"""What became of a GGUF file: measured by llama.cpp in a process of its own, as `verify.py` does for folders.
-
-The figures have the names that they have there, so that one table can show both kinds.
-"""
+"""Measures a GGUF file in llama.cpp, in a fresh process, with the figures that `verify.py` takes of folders."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,33 +21,30 @@ from finetune.data.turns import Message
 from finetune.evaluate.perplexity import score, score_groups
 from finetune.export.gguf.llama_cpp.library import Llama
 from finetune.export.gguf.llama_cpp.server import NO_SERVER, Server
+from finetune.export.report import Agreement, ModelFigures, Question, ScoreFigures, TokenDifference
+from finetune.export.verify import ANSWER_TOKENS, ANSWERS
 from finetune.system import fresh_process
 from finetune.system.errors import FinetuneError, LlamaCppError, first_line
 
-# As in `verify.py`: an answer that has not ended by then is taken for one that does not end.
-_ANSWER_TOKENS = 64
-_PROMPTS = 10
 QUESTION = "What is a Large Language Model?"
 _QUESTION_TOKENS = 128
-# Tokens on which the speed is taken: of a prompt, as llama.cpp's own bench, and of its answer.
-_SPEED = (512, 64)
+# Tokens of the prompt, as in llama.cpp's own bench, and of the answer that the speed is measured on.
+_SPEED_PROMPT, _SPEED_ANSWER = 512, 64
 # Differences that the report shows, and token ids of each.
-_SHOWN, _AROUND = 5, 8
+_SHOWN_DIFFERENCES, _SHOWN_IDS = 5, 8
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text and its ids by the trained tokenizer; what llama.cpp makes of it is compared with them.
-
-    `special` tells whether names of control tokens in it stand for them. `messages` are there where the text is a
-    rendered conversation: llama.cpp then renders them itself, by the file's template. One that ends with an answer is
-    whole; any other ends where the next answer begins.
-    """
+    """A text and its token ids by the trained tokenizer, which llama.cpp's ids are compared with."""
 
     text: str
     ids: list[int]
     special: bool = True
+    """The names of control tokens in the text stand for these tokens."""
     messages: list[Message] | None = None
+    """The conversation that the text was rendered from, which llama.cpp then renders by the file's template. One that
+    ends with an answer is whole; any other ends where the next answer begins."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class _Task:
     measurement: Measurement
 
 
-def measure(file: Path, name: str, measurement: Measurement) -> dict[str, Any]:
+def measure(file: Path, name: str, measurement: Measurement) -> ModelFigures:
     """Runs a GGUF file in llama.cpp, in a fresh process; `error` in the result where it cannot be loaded or run.
 
     The result has the keys of `verify.measure` and: `largest`, the largest difference of a log-probability from the
@@ -96,22 +90,20 @@ def measure(file: Path, name: str, measurement: Measurement) -> dict[str, Any]:
         measurement: What it is measured on.
     """
     size = file.stat().st_size if file.is_file() else 0
-    found: dict[str, Any] = {"name": name, "against": measurement.against, "dtype": "gguf", "bytes": size}
+    figures: ModelFigures = {"name": name, "against": measurement.against, "dtype": "gguf", "bytes": size}
     # After a failed assertion ggml would start a debugger for a backtrace.
     environment = {"GGML_NO_BACKTRACE": "1"}
     try:
-        return found | fresh_process.call(
-            _load_and_measure, _Task(file, measurement), environment=environment
-        )
+        figures |= fresh_process.call(_load_and_measure, _Task(file, measurement), environment=environment)
     except fresh_process.ProcessFailed as error:
-        return found | {"error": _crash_reason(error.code, error.stderr) if error.code else str(error)}
+        figures["error"] = _crash_reason(error.code, error.stderr) if error.code else str(error)
     except LlamaCppError as error:
-        reason = str(error)
-        if reason.endswith(NO_SERVER) and isinstance(error.__cause__, fresh_process.ProcessFailed):
-            reason += f": {_first_logged_error(error.__cause__.stderr)}"
-        return found | {"error": reason}
+        figures["error"] = str(error)
+        if str(error).endswith(NO_SERVER) and isinstance(error.__cause__, fresh_process.ProcessFailed):
+            figures["error"] += f": {_first_logged_error(error.__cause__.stderr)}"
     except (FinetuneError, OSError) as error:
-        return found | {"error": f"{type(error).__name__}: {first_line(error)}"}
+        figures["error"] = f"{type(error).__name__}: {first_line(error)}"
+    return figures
 
 
 def _crash_reason(code: int, stderr: str) -> str:
@@ -135,8 +127,39 @@ def _first_logged_error(stderr: str) -> str:
 # In the fresh process
 
 
-def _load_and_measure(task: _Task) -> dict[str, Any]:
+def _load_and_measure(task: _Task) -> ModelFigures:
     file, on = task.file, task.measurement
+    scores, trained_context = _scores(file, on)
+    row_prompts = [row.prompt for row in on.rows[:ANSWERS]]
+    long_prompt = _long_prompt(on.rows, trained_context)
+    # A file's template may write more than the trained one.
+    longest = max(len(ids) for ids in [*row_prompts, *(item.ids for item in on.prompts), long_prompt])
+    with Server(file, 2 * longest + 512) as server:
+        answers = [server.answer(prompt, ANSWER_TOKENS) for prompt in row_prompts]
+        plain = not any(item.messages for item in [*on.conversations, *on.prompts])
+        question = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
+        answer = server.answer(question, _QUESTION_TOKENS)
+        timed = server.answer(long_prompt, _SPEED_ANSWER, ignore_end=True)
+        file_figures = ModelFigures(
+            conversations=[server.tokenize(_rendered(server, item)) for item in on.conversations],
+            answers=[answer["ids"] for answer in answers],
+            stopped=sum(answer["ended"] for answer in answers),
+            question=Question(
+                prompt=question, ids=answer["ids"], answer=answer["text"], ended=answer["ended"]
+            ),
+            prompt_speed=round(timed["prompt_speed"], 2),
+            speed=round(timed["speed"], 2),
+        )
+        if on.prompts:
+            rendered = [_rendered(server, item) for item in on.prompts]
+            ids = [server.tokenize(text) for text in rendered]
+            file_figures["same_prompts"] = _agreement(on.prompts, ids, rendered)
+    scores |= file_figures
+    return scores
+
+
+def _scores(file: Path, on: Measurement) -> tuple[ModelFigures, int]:
+    """What `Llama` shows of a file: predictions and token ids; and for how many tokens the model was made."""
     started = time.monotonic()
     every = [*on.rows, *(row for rows in on.groups.values() for row in rows)]
     with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:
@@ -144,76 +167,53 @@ def _load_and_measure(task: _Task) -> dict[str, Any]:
         ids = [llama.tokenize(item.text, item.special) for item in on.texts]
         model = _LlamaModel(llama, on.reference)
         result = score(model, list(_split_rows(on.rows, llama.step)), on.reference, on.keep)
-        groups = {name: list(_split_rows(rows, llama.step)) for name, rows in on.groups.items()}
         llama.reset()
-        by_group = score_groups(_LlamaModel(llama, None), groups, on.reference, on.keep)
+        parts = {name: list(_split_rows(rows, llama.step)) for name, rows in on.groups.items()}
+        groups = score_groups(_LlamaModel(llama, None), parts, on.reference, on.keep)
         trained_context = llama.trained_context
-    found: dict[str, Any] = {"load_seconds": round(seconds, 2), "perplexity": result.perplexity}
-    found |= asdict(result)
-    found["largest"] = model.largest
-    found["groups"] = by_group
-    found["same_texts"] = _compared(on.texts, ids, [item.text for item in on.texts])
-
-    row_prompts = [row.prompt for row in on.rows[:_PROMPTS]]
-    long_prompt = _long_prompt(on.rows, trained_context)
-    # A file's template may write more than the trained one.
-    longest = max(len(ids) for ids in [*row_prompts, *(item.ids for item in on.prompts), long_prompt])
-    with Server(file, 2 * longest + 512) as server:
-        found["conversations"] = [server.tokenize(_rendered(server, item)) for item in on.conversations]
-        if on.prompts:
-            rendered = [_rendered(server, item) for item in on.prompts]
-            ids = [server.tokenize(text) for text in rendered]
-            found["same_prompts"] = _compared(on.prompts, ids, rendered)
-        answers = [server.answer(prompt, _ANSWER_TOKENS) for prompt in row_prompts]
-        found["answers"] = [answer["ids"] for answer in answers]
-        found["stopped"] = sum(answer["ended"] for answer in answers)
-        plain = not any(item.messages for item in [*on.conversations, *on.prompts])
-        prompt = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
-        answer = server.answer(prompt, _QUESTION_TOKENS)
-        found["question"] = {
-            "prompt": prompt,
-            "ids": answer["ids"],
-            "answer": answer["text"],
-            "ended": answer["ended"],
-        }
-        timed = server.answer(long_prompt, _SPEED[1], ignore_end=True)
-        found |= {key: round(timed[key], 2) for key in ("prompt_speed", "speed")}
-    return found
+    figures = cast("ModelFigures", asdict(result))
+    figures |= ModelFigures(
+        load_seconds=round(seconds, 2),
+        perplexity=result.perplexity,
+        largest=model.largest,
+        groups=cast("dict[str, ScoreFigures]", groups),
+        same_texts=_agreement(on.texts, ids, [item.text for item in on.texts]),
+    )
+    return figures, trained_context
 
 
 def _rendered(server: Server, item: TokenizedText) -> str:
     return server.render(item.messages) if item.messages else item.text
 
 
-def _compared(
-    texts: Sequence[TokenizedText], ids: Sequence[list[int]], shown: Sequence[str]
-) -> dict[str, Any]:
-    """How many texts have the trained ids, and the first that have not, from the first other id on."""
-    differences = []
-    for item, ours, text in zip(texts, ids, shown, strict=True):
-        if ours != item.ids:
-            short = min(len(ours), len(item.ids))
-            at = next((i for i in range(short) if ours[i] != item.ids[i]), short)
-            differences.append(
-                {
-                    "text": text,
-                    "at": at,
-                    "trained": item.ids[at : at + _AROUND],
-                    "llama.cpp": ours[at : at + _AROUND],
-                }
-            )
-    return {"count": len(texts), "equal": len(texts) - len(differences), "differences": differences[:_SHOWN]}
+def _agreement(texts: Sequence[TokenizedText], ids: Sequence[list[int]], shown: Sequence[str]) -> Agreement:
+    """How many texts have the trained ids, and the first that have not, from the first other id on.
+
+    Args:
+        texts: Texts with the trained ids.
+        ids: llama.cpp's ids of each.
+        shown: The text of each that the report shows.
+    """
+    differences: list[TokenDifference] = []
+    for item, tokens, text in zip(texts, ids, shown, strict=True):
+        if tokens != item.ids:
+            pairs = enumerate(zip(tokens, item.ids, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(item.ids)))
+            trained, own = (some[at : at + _SHOWN_IDS] for some in (item.ids, tokens))
+            differences.append({"text": text, "at": at, "trained": trained, "llama.cpp": own})
+    equal = len(texts) - len(differences)
+    return {"count": len(texts), "equal": equal, "differences": differences[:_SHOWN_DIFFERENCES]}
 
 
-def _long_prompt(rows: Sequence[LabelledRow], most: int) -> list[int]:
-    """A prompt to take the speed on: the rows' tokens one behind the other, no more than the model was made for."""
+def _long_prompt(rows: Sequence[LabelledRow], trained_context: int) -> list[int]:
+    """A prompt to measure the speed on: the rows' tokens, no more than leave room for an answer in the context."""
     ids = [token for row in rows for token in row.input_ids]
-    wanted = max(1, min(_SPEED[0], most - _SPEED[1]))
+    wanted = max(1, min(_SPEED_PROMPT, trained_context - _SPEED_ANSWER))
     return (ids * math.ceil(wanted / max(1, len(ids))))[:wanted]
 
 
 def _split_rows(rows: Sequence[LabelledRow], most: int) -> Iterator[LabelledRow]:
-    """Rows with the same predicted tokens in the same order, of which none predicts more than `most`.
+    """Rows with the same predicted tokens in the same order, none of which predicts more than `most`.
 
     So no more logits are held at once, however long a row is:
 
@@ -229,7 +229,7 @@ def _split_rows(rows: Sequence[LabelledRow], most: int) -> Iterator[LabelledRow]
 
 
 class _LlamaModel:
-    """A file in llama.cpp as `score` takes a model: what a row shares with the one before it is not computed anew.
+    """A file in llama.cpp as `score` takes a model; the tokens that a row shares with the one before are not run again.
 
     `largest` is the largest difference of a log-probability from the reference's, so far.
     """
@@ -239,12 +239,12 @@ class _LlamaModel:
     def __init__(self, llama: Llama, reference: Path | None) -> None:
         self._llama = llama
         self._fed: list[int] = []
-        self._theirs: Any = None
-        self._count = 0
+        self._reference: Any = None
+        self._compared = 0
         self.largest: float | None = None
         if reference:
             shape = tuple(json.loads(reference.with_suffix(".json").read_text(encoding="utf-8")))
-            self._theirs = np.memmap(reference, np.float32, "r", shape=shape)
+            self._reference = np.memmap(reference, np.float32, "r", shape=shape)
 
     def __call__(self, **options: Any) -> Any:
         return self.forward(**options)
@@ -258,17 +258,18 @@ class _LlamaModel:
             known = 0
         kept = set(places)
         wanted = [i in kept for i in range(known, len(ids))]
-        logits = np.stack(list(self._llama.feed(ids[known:], wanted)))
+        logits = torch.from_numpy(np.stack(list(self._llama.feed(ids[known:], wanted))))
         self._fed = ids
-        self._compare(torch.from_numpy(logits))
-        return SimpleNamespace(logits=torch.from_numpy(logits).unsqueeze(0))
+        self._compare(logits)
+        return SimpleNamespace(logits=logits.unsqueeze(0))
 
     def _compare(self, logits: torch.Tensor) -> None:
-        if self._theirs is None or self._theirs.shape[1] != logits.shape[1]:
+        """Updates `largest` with logits (N, V) of the next N predicted tokens."""
+        if self._reference is None or self._reference.shape[1] != logits.shape[1]:
             return
-        theirs = self._theirs[self._count : self._count + len(logits)]
-        self._count += len(theirs)
-        if len(theirs):
-            ours = logits[: len(theirs)].log_softmax(-1)
-            now = float(ours.sub_(torch.from_numpy(theirs.copy())).abs_().max())
-            self.largest = max(self.largest or 0.0, now)
+        expected = self._reference[self._compared : self._compared + len(logits)]
+        self._compared += len(expected)
+        if len(expected):
+            log_probs = logits[: len(expected)].log_softmax(-1)
+            difference = log_probs.sub_(torch.from_numpy(expected.copy())).abs_().max()
+            self.largest = max(self.largest or 0.0, float(difference))

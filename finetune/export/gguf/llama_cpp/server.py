@@ -1,4 +1,4 @@
-"""llama.cpp's own server with a GGUF file, from the package xllamacpp; it listens on this machine alone."""
+"""Runs a GGUF file in llama.cpp's server, from the package xllamacpp; it listens on this machine alone."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from finetune.data.turns import Message
 from finetune.export.gguf.llama_cpp.library import cpu_count, import_xllamacpp, unknown_release
 from finetune.system.errors import LlamaCppError
 
-# What `Server` says of a file for which llama.cpp says the rest on stderr.
+# The end of `Server`'s error; llama.cpp writes the reason to stderr.
 NO_SERVER = "llama.cpp's server does not start with it"
 
 
 class Server:
-    """llama.cpp's own server with a GGUF file: the file's template, greedy answers, speed.
+    """llama.cpp's server with a GGUF file: renders by the file's chat template, answers greedily, measures the speed.
 
     Args:
-        file: The file; one that `Llama` takes.
-        context: How many tokens a prompt and its answer have at most.
+        file: The file; one that `Llama` can load.
+        context: The most tokens of a prompt and its answer together.
 
     Raises:
-        LlamaError: xllamacpp is not installed, or the server does not start; it says why on stderr.
+        LlamaCppError: xllamacpp is not installed, or the server does not start; it writes the reason to stderr.
     """
 
     def __init__(self, file: Path, context: int) -> None:
@@ -38,12 +38,12 @@ class Server:
             "n_ctx": context,
             "n_parallel": 1,
             "api_keys": [self._key],
-            "verbosity": 1,  # errors alone
+            "verbosity": 1,  # errors
             "ui": False,
             "warmup": False,
             "fit_params": False,  # would make the context smaller
             "cache_ram_mib": 0,
-            # A conversation that ends with an answer is rendered whole, not for the answer to go on.
+            # A conversation that ends with an answer is rendered whole, with its end of turn.
             "prefill_assistant": False,
         }
         options.model.path = str(file)
@@ -57,9 +57,9 @@ class Server:
             self._server = package.Server(options)
         except RuntimeError:
             raise LlamaCppError(f"{file}: {NO_SERVER}") from None
-        # Whatever proxy the machine has is not for its own address.
+        # The machine's proxy must not be used for its own address.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        # Closed before its loop has begun, it waits for ever (xllamacpp 2026.10); that it answers shows that it has.
+        # A server closed before its loop runs hangs (xllamacpp 2026.10); an answer shows that it runs.
         self.answer([0], 1)
 
     def __enter__(self) -> Server:
@@ -71,9 +71,9 @@ class Server:
         self._server = None  # which ends it
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation by the file's template, without the BOS that `tokenise` puts before it.
+        """A conversation rendered by the file's template, without the BOS that `tokenize` adds.
 
-        One that ends with an answer is rendered as it is; any other with the beginning of the next answer.
+        One that ends with an answer is rendered as it is; any other with the generation prompt.
         """
         ends = bool(messages) and messages[-1]["role"] == "assistant"
         request = {"messages": list(messages), "add_generation_prompt": not ends}
@@ -88,8 +88,8 @@ class Server:
         """The greedy answer to a rendered prompt, or to token ids.
 
         Args:
-            prompt: The prompt; a text is tokenised as `tokenise` does.
-            limit: How many tokens at most.
+            prompt: The prompt; a text is tokenized as `tokenize` does.
+            limit: The most tokens of the answer.
             ignore_end: Goes on after a token that ends an answer.
 
         Returns:
@@ -126,7 +126,7 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read().decode("utf-8", "replace")
-            # Of a template the last line tells what it raised.
+            # For a template the last line is what it raised.
             try:
                 why = str(json.loads(said)["error"]["message"]).strip().splitlines()[-1]
             except (ValueError, KeyError, TypeError, IndexError):

@@ -1,11 +1,11 @@
-"""A trained Jinja chat template in the Go syntax of Ollama: learned from what it renders, and proved on that again.
+"""Translates a Jinja chat template into Ollama's Go syntax: learned from what it renders, and proved on the same texts.
 
-Ollama runs Go's text/template over a conversation, not Jinja, for a model that brings a `TEMPLATE`. None is known here
-by name. A set of conversations is rendered by Jinja; what stands before and behind each role's text, where the system
-text goes and what is trimmed make a `Scheme`, and the scheme must give the same text for all of them.
+Ollama renders conversations by Go's text/template, not Jinja, for a model with a `TEMPLATE`. No template is known here
+by name. A set of conversations is rendered by Jinja; the texts before and behind each role's text, the place of the
+system text and what is trimmed make a `Scheme`, and the scheme must give the same text for all of them.
 
-What Ollama does with a conversation before its template sees it (template/template.go, server/prompt.go and
-server/routes.go of 2024 to 2026), and what is made of it here:
+What Ollama does with a conversation before it renders it (template/template.go, server/prompt.go and server/routes.go
+of 2024 to 2026), and how the translation handles it:
 
 - Neighbours of the same role become one message, joined by an empty line; only tool results stay apart.
 - `.Messages` still holds the system messages. `.System` is the text of all of them, joined by an empty line. Where the
@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.data.turns import Message, Render
-from finetune.system.errors import OllamaError
+from finetune.system.errors import OllamaError, reworded
 
 Side = Literal["none", "right", "both"]
 
@@ -56,30 +56,30 @@ class Scheme:
     prompt: str
     """The generation prompt."""
     bare: str
-    """What a conversation without a system message in front begins with."""
+    """The beginning of a conversation without a system message in front."""
     trims: frozenset[str]
     """The roles whose texts are trimmed."""
     place: Literal["refused", "front", "inside", "anywhere"] = "refused"
-    """Of the system text: none; before the first turn; in the first user turn; a turn wherever it stands."""
+    """The place of the system text: none; before the first turn; in the first user turn; a turn wherever it stands."""
     start: str = ""
-    """What stands before the system text: from the beginning, or within the user turn."""
+    """The text before the system text: from the beginning, or within the user turn."""
     after: str = ""
-    """What stands behind the system text, up to the next turn or the user's text."""
+    """The text behind the system text, up to the next turn or the user's text."""
     later: str = ""
-    """What stands before a system text that is not in front."""
+    """The text before a system text that is not in front."""
     blank_counts: bool = True
-    """Whether an empty system text is written like any other; else the conversation is as if it had none."""
+    """An empty system text is written like any other; else the conversation is rendered as if it had none."""
     beside: Side = "none"
-    """On which side the user's text is trimmed that shares its turn with the system text."""
+    """The side on which the user's text is trimmed that shares its turn with the system text."""
 
 
 def learn_scheme(render: Render, bos: str = "", added: bool = False) -> Scheme:
-    """The scheme of a chat template; it gives the same text for every conversation that was tried.
+    """The scheme of a chat template, proved: it renders every conversation that was tried as the template does.
 
     Args:
         render: The template.
         bos: The BOS token's text.
-        added: Whether the tokenizer adds a BOS when it is given a prompt.
+        added: The tokenizer adds a BOS to a prompt.
 
     Raises:
         OllamaError: There is no such scheme, or the template writes no BOS though the tokenizer adds one.
@@ -95,12 +95,8 @@ def learn_scheme(render: Render, bos: str = "", added: bool = False) -> Scheme:
             )
         return text[len(bos) :]
 
-    try:
+    with reworded(OllamaError, "the chat template fails on a plain conversation", Exception):
         scheme = _scheme_of_turns(whole)
-    except OllamaError:
-        raise
-    except Exception as error:
-        raise OllamaError(f"the chat template fails on a plain conversation: {error}") from error
     tried = _conversations("user", "assistant", "user", "assistant", "user")
     if scheme.place != "refused":
         tried += _conversations("system", "user", "assistant", "user") + _conversations("system", "user")
@@ -108,16 +104,14 @@ def learn_scheme(render: Render, bos: str = "", added: bool = False) -> Scheme:
     if scheme.place == "anywhere":
         tried += _conversations("user", "assistant", "system", "user")
     for messages in tried:
-        try:
+        with reworded(OllamaError, f"the chat template fails on {_roles_of(messages)}", Exception):
             trained = whole(messages)
-        except Exception as error:
-            raise OllamaError(f"the chat template fails on {_roles_of(messages)}: {error}") from error
         _check_equal(render_scheme(scheme, messages), trained, messages)
     return scheme
 
 
 def render_scheme(scheme: Scheme, messages: Sequence[Message]) -> str:
-    """The text that `go_template` of this scheme renders; consecutive messages differ in role."""
+    """The text that `go_template` of this scheme renders for messages of which no two neighbours have one role."""
     given = [message["content"] for message in messages if message["role"] == "system"]
     system = "\n\n".join(given)
     if "system" in scheme.trims:
@@ -149,12 +143,11 @@ def render_scheme(scheme: Scheme, messages: Sequence[Message]) -> str:
 
 
 def go_template(scheme: Scheme, system: str = "") -> str:
-    """The scheme in Go's syntax. Every piece of text is a quoted string: line breaks between the actions mean nothing.
+    """The scheme in Go's syntax. Every text is a quoted string; line breaks between the actions render nothing.
 
     Args:
-        scheme: What to write.
-        system: The text of a conversation that has no system message, where a `SYSTEM` of the Modelfile cannot hold it;
-            it takes the place of one in front.
+        scheme: The scheme.
+        system: The system text for conversations without one, where `SYSTEM` of the Modelfile cannot hold it.
     """
     if system and scheme.place == "anywhere":
         scheme = replace(scheme, place="front")
@@ -239,7 +232,7 @@ def go_template(scheme: Scheme, system: str = "") -> str:
 
 
 def go_string(text: str) -> str:
-    """A Go string literal of printable characters alone; others do not outlive Ollama's reading of a Modelfile."""
+    """A Go string literal of printable characters alone; Ollama drops others when it reads a Modelfile."""
     named = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
     def sign(c: str) -> str:
@@ -266,7 +259,7 @@ _TRIM_RIGHT = '{{ template "trim_right" . }}'
 
 
 def _trim_definitions() -> list[str]:
-    """Templates that write a text without the blanks behind it, and without those around it."""
+    """Definitions of templates that write a text without trailing blanks, and without surrounding blanks."""
     return [
         _trim_definition("trim_right", "{{ else }}{{ . }}", right=True),
         _trim_definition("trim", "{{ else }}" + _TRIM_RIGHT),
@@ -274,7 +267,7 @@ def _trim_definitions() -> list[str]:
 
 
 def _trim_definition(name: str, rest: str, right: bool = False) -> str:
-    """A template that takes a blank off the front or end of its text and calls itself, until there is none.
+    """A template that removes a blank from the start or end of its text and calls itself, until there is none.
 
     Go slices bytes, so blanks are looked for by the length of their UTF-8, in which no character is the end of another.
     There is no subtraction: the place n bytes before the end of a text is the length of it without its first n bytes.
@@ -319,19 +312,19 @@ def _roles_of(messages: Sequence[Message]) -> str:
     return f"a conversation of {', '.join(message['role'] for message in messages)}"
 
 
-def _check_equal(ours: str, trained: str, messages: Sequence[Message]) -> None:
-    if ours == trained:
+def _check_equal(rendered: str, trained: str, messages: Sequence[Message]) -> None:
+    if rendered == trained:
         return
-    at = next((i for i, (a, b) in enumerate(zip(ours, trained, strict=False)) if a != b), len(trained))
-    at = min(at, len(ours), len(trained))
+    at = next((i for i, (a, b) in enumerate(zip(rendered, trained, strict=False)) if a != b), len(trained))
+    at = min(at, len(rendered), len(trained))
     raise OllamaError(
         f"the chat template writes {_roles_of(messages)} in a way that cannot be put in Go's syntax: after "
-        f"{trained[max(0, at - 30) : at]!r} comes {trained[at : at + 30]!r}, expected {ours[at : at + 30]!r}"
+        f"{trained[max(0, at - 30) : at]!r} comes {trained[at : at + 30]!r}, expected {rendered[at : at + 30]!r}"
     )
 
 
 def _split_at(text: str, *texts: str) -> list[str]:
-    """What stands before, between and behind texts that each occur once, in this order."""
+    """The pieces before, between and behind texts that each occur once, in this order."""
     places = re.fullmatch("(.*)" + "".join(f"{re.escape(part)}(.*)" for part in texts), text, re.DOTALL)
     if places is None or any(text.count(part) != 1 for part in texts):
         raise OllamaError("the chat template leaves out, repeats or moves the text of a message")
@@ -339,7 +332,7 @@ def _split_at(text: str, *texts: str) -> list[str]:
 
 
 def _without(text: str, known: str, what: str, behind: bool = False) -> str:
-    """The text without what it is known to begin with, or to end with."""
+    """The text without its known beginning, or its known end."""
     if not (text.endswith(known) if behind else text.startswith(known)):
         raise OllamaError(f"the chat template writes {what}: {text!r} where {known!r} was expected")
     return text.removesuffix(known) if behind else text.removeprefix(known)

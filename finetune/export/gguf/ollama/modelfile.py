@@ -1,10 +1,10 @@
-"""A Modelfile beside a GGUF file, from which `ollama create` makes a model that is asked as it was trained.
+"""Writes a Modelfile for a GGUF file, from which `ollama create` makes a model that is prompted as it was trained.
 
-What Ollama's reader of Modelfiles does with a value (parser/parser.go, 2026): it ends at a line break, or where it
-began with three quotes, at the first line break behind three quotes; blanks around it are dropped, nothing can be
-escaped, and a character that Go does not count as printable is dropped without a word, such as the ideographic space
-and the joiner within an emoji. Line breaks and tabs stay. A system text that would not arrive as it is goes into the
-template, whose strings can be escaped.
+How Ollama reads a value of a Modelfile (parser/parser.go, 2026): it ends at a line break, or, if it began with three
+quotes, at the first line break behind three quotes; blanks around it are dropped, nothing can be escaped, and a
+character that Go does not count as printable is dropped without a message, such as the ideographic space and the joiner
+within an emoji. Line breaks and tabs stay. A system text that would be changed goes into the template, whose strings
+can be escaped.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from finetune.system.errors import OllamaError
 from finetune.system.terminal import quiet
 
 # Ollama reserves the memory of the whole context when it loads a model, and without a number takes 4,096 or what fits
-# the card. The full context of a recent model (131,072 for Gemma 3) takes more memory than the model itself; whoever
-# has it sets num_ctx.
+# the GPU. The full context of a recent model (131,072 for Gemma 3) takes more memory than the model itself; users who
+# have that memory set num_ctx.
 _MAX_CONTEXT = 8192
 
 
 def write_modelfile(model: Path, output: Path, file: str, add_bos: bool, system: str = "") -> None:
-    """`Modelfile` in the folder `output`, for the GGUF file of that name in the same folder.
+    """Writes `Modelfile` into the folder `output`, for a GGUF file in the same folder.
 
     Args:
         model: The whole model that the GGUF file was made from, with its tokenizer and chat template.
         output: An existing folder.
         file: The GGUF file's name, such as `model-Q4_K_M.gguf`.
         add_bos: `tokenizer.ggml.add_bos_token` of the GGUF file.
-        system: The system text of a conversation that brings none.
+        system: The system text for conversations without one.
 
     Raises:
-        OllamaError: The chat template cannot be written in Go's syntax, or something else not as a Modelfile needs it;
-            then no file is written.
+        OllamaError: The chat template cannot be written in Go's syntax, or a text cannot stand in a Modelfile; then no
+            file is written.
     """
     from transformers import AutoTokenizer
 
@@ -62,10 +62,18 @@ def modelfile_text(
     config: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
 ) -> str:
-    """The text of a Modelfile; `config` and `generation` are what the model's files of these names hold.
+    """The text of a Modelfile.
+
+    Args:
+        tokenizer: The trained tokenizer, with its chat template.
+        file: The GGUF file's name.
+        add_bos: `tokenizer.ggml.add_bos_token` of the GGUF file.
+        system: The system text for conversations without one.
+        config: The model's config.json.
+        generation: The model's generation_config.json.
 
     Raises:
-        OllamaError: See `write`.
+        OllamaError: As `write_modelfile`.
     """
     if not tokenizer.chat_template:
         raise OllamaError("the model has no chat template; name one in model.chat_template when training")
@@ -100,7 +108,7 @@ def modelfile_text(
 
 
 def _writes_the_date(render: Callable[..., str]) -> bool:
-    """Whether the template asks transformers for the date: without the function for that it fails, or writes less."""
+    """True where the template writes the date: without transformers' function for it, it fails or writes less."""
     hello = [{"role": "user", "content": "Hi"}]
     try:
         return render(hello) != render(hello, strftime_now="")
@@ -114,7 +122,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _survives_quotes(text: str) -> bool:
-    """Whether a text in three quotes comes out of Ollama's reader as it went in."""
+    """True for a text in three quotes that Ollama's reader returns unchanged."""
     return '"""' not in text and all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
@@ -127,7 +135,7 @@ def _quoted(text: str) -> str:
 
 
 def _stops(tokenizer: Any, scheme: Scheme, generation: dict[str, Any]) -> list[str]:
-    """What ends an answer: the first special token behind one, and each EOS."""
+    """The stop texts: the first special token behind an answer, and each EOS."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = special_spans(special, scheme.answer[1])
     stops = [scheme.answer[1][slice(*ends[0])]] if ends else []
@@ -137,12 +145,11 @@ def _stops(tokenizer: Any, scheme: Scheme, generation: dict[str, Any]) -> list[s
 
 
 def _parameters(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, float]:
-    """Parameters of Ollama: the context, and how transformers would sample.
+    """Parameters of Ollama: the context, and sampling as transformers would.
 
-    With `do_sample`, what is not written is what transformers takes, where Ollama would take 0.8, 40 and 0.9. Without
-    it transformers takes the likeliest token always, which is asked for here only where it says false. Ollama punishes
-    repetitions among the last 64 tokens, by 1.1 in most releases unless told otherwise; transformers among all tokens,
-    and only if told to.
+    With `do_sample`, absent values are transformers' defaults, where Ollama's would be 0.8, 40 and 0.9. Without it
+    transformers decodes greedily, which is written here only where the file says false. Ollama penalises repetitions
+    among the last 64 tokens, by 1.1 in most releases; transformers among all tokens, and only if the file says so.
     """
     found: dict[str, float] = {}
     longest = (config.get("text_config") or config).get("max_position_embeddings")

@@ -1,4 +1,4 @@
-"""The system text that a run was trained with, where all of its conversations begin with the same one."""
+"""The system message that all of a run's conversations begin with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError, RecipeError
 from finetune.system.files import run_file
 
-# Rows that are looked at, of each source.
+# The rows of each source that are read.
 _ROWS = 1000
 
 
 def common_system_text(model: Path) -> str:
-    """What a run's training conversations all have as their system message, as far as their first rows tell.
+    """The system message of all training conversations of a run, judged by their first rows.
 
     Empty where some have another or none, and where the run's rows are not here.
 
@@ -36,7 +36,7 @@ def common_system_text(model: Path) -> str:
 
 
 def _texts(source: DataSource) -> Iterator[str]:
-    """The system text of each row, empty where it has none; of rows that can be read."""
+    """The system message of each row that can be read; empty where a row has none."""
     for _, row in islice(read_rows(source), _ROWS):
         if isinstance(row, LabelError):
             continue

@@ -1,4 +1,4 @@
-"""The merges of a BPE tokenizer as llama.cpp takes them, and the differences that stay.
+"""A BPE tokenizer's merges as GGUF metadata, and the differences that stay.
 
 Its tokenizer `llama` joins any two neighbours that make a token, the one with the highest score first; given the ranks
 of the merges as scores, that is what a BPE with byte fallback does. Its `gpt2` knows merges, but splits texts by none
@@ -39,8 +39,8 @@ _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = "ByteLevel"  # its own regex
-# How a text is split before merges, and the names that llama.cpp has for it: where the vocabulary goes before the
-# merges (`ignore_merges`), and where it does not. An empty name: llama.cpp has none.
+# How a text is split before merges, and llama.cpp's two names for it: with `ignore_merges` (a word in the vocabulary is
+# not merged), and without. An empty name: llama.cpp has none.
 _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, str]] = {
     (rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}",): ("llama-bpe", "smaug-bpe"),
     (rf"{_SHORT}|{_WORDS}|\p{{N}}|{_SIGNS}|{_BLANKS}",): ("", "qwen2"),
@@ -55,7 +55,7 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, str]] = {
     (r"\p{N}", _GPT2): ("", "smollm"),
     (_GPT2,): ("", "gpt-2"),
 }
-# llama.cpp spells two of them otherwise, with which capitals end at Z and marks are no letters.
+# llama.cpp's form of two of them, in which only A to Z are capitals and marks are no letters.
 _CASED_IN_LLAMA_CPP = (
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+%s|"
     r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*%s"
@@ -63,10 +63,14 @@ _CASED_IN_LLAMA_CPP = (
 
 
 def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
-    """The metadata of a BPE that writes what it does not know as bytes (Gemma, Llama 2), with a score for each row.
+    """The metadata of a BPE with byte fallback (Gemma, Llama 2).
+
+    Args:
+        source: The tokenizer.
+        rows: The rows of the embedding, each of which gets a score.
 
     Raises:
-        VocabularyError: llama.cpp could not read it, or would change texts otherwise.
+        ExportError: llama.cpp cannot read it, or would normalise texts otherwise.
     """
     if missing := [token for token in BYTE_TOKENS if token not in source.ids]:
         raise source.refuse(
@@ -88,7 +92,7 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
             scores[source.ids[token]] = -float(rank)
     spelt = [token for token, item in source.added.items() if SPACE in token and not item.special]
     if spelt:
-        source.found.append(
+        source.differences.append(
             Difference(f"a text that holds {spelt[0]!r} is read as if it held spaces", contains_any(*spelt))
         )
     _check_merges(source, ranks)
@@ -96,7 +100,7 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
 
 
 def _adds_space_prefix(source: TokenizerFiles) -> bool:
-    """Whether llama.cpp is to write a space before a text and behind each special token."""
+    """True where llama.cpp is to write a space before a text and behind each special token."""
     steps = [*source.parts("normalizer"), *source.parts("pre_tokenizer")]
     steps = [step for step in steps if step != _SPLIT_SPACES]  # of which there are none left
     spaces = steps[0] if len(steps) == 1 else {}
@@ -119,7 +123,7 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
         return False
     if not spaces:
         for token in [token for token, item in source.added.items() if item.normalized]:
-            source.found.append(
+            source.differences.append(
                 Difference(f"{token} is looked for once a space was put before the text", contains_any(token))
             )
         return True
@@ -127,13 +131,13 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
     if source.tokenizer.chat_template is None:
         names = tuple(source.added)
         again = [token + space for token in names for space in (" ", SPACE)]
-        source.found.append(
+        source.differences.append(
             Difference(
                 "a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE))
             )
         )
         special = names if scheme == "first" else again
-        source.found.append(
+        source.differences.append(
             Difference("a text behind a special token begins with a space more", contains_any(*special))
         )
         return True
@@ -142,7 +146,7 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
     wanted = {
         (scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece
     }
-    source.found.append(
+    source.differences.append(
         Difference("a text alone begins with as many spaces as it has, as texts in a conversation do")
         if wanted == {False}
         else Difference("texts between special tokens begin with a space, be there one or not")
@@ -151,7 +155,7 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
 
 
 def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
-    """Looks for neighbours that the scores would join otherwise than the merges."""
+    """Notes tokens that llama.cpp would merge by their scores otherwise than by the trained merges."""
     pairs, last = set(source.merges), ""
     mixed = []
     seen: set[str] = set()
@@ -162,7 +166,7 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
         seen.add(token)
         last = token
     if mixed:
-        source.found.append(
+        source.differences.append(
             Difference(
                 f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
             )
@@ -178,7 +182,7 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
     ]
     if more:
         left, right = min(more)
-        source.found.append(
+        source.differences.append(
             Difference(
                 f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}"
             )
@@ -186,16 +190,16 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
 
 
 def byte_level(source: TokenizerFiles) -> dict[str, Any]:
-    """The metadata of a BPE on bytes (GPT-2, Llama 3, Qwen).
+    """The metadata of a byte-level BPE (GPT-2, Llama 3, Qwen).
 
     Raises:
-        VocabularyError: llama.cpp could not read it, or knows no way to split texts as it does.
+        ExportError: llama.cpp cannot read it, or has no way to split texts as it does.
     """
     missing = sorted(set(ByteLevel.alphabet()) - source.ids.keys())
     # Without an unknown token such a byte is dropped by both.
     if missing and source.tokenizer.backend_tokenizer.model.unk_token:
         splits = ByteLevel(add_prefix_space=False, use_regex=False)
-        source.found.append(
+        source.differences.append(
             Difference(
                 f"{len(missing)} bytes have no token, and llama.cpp drops them",
                 lambda text: not set(missing).isdisjoint(splits.pre_tokenize_str(text)[0][0] if text else ""),
@@ -205,7 +209,7 @@ def byte_level(source: TokenizerFiles) -> dict[str, Any]:
     if changes not in ([], [{"type": "NFC"}]):
         raise source.refuse(f"its normalizer is {shown_steps(changes)}, which llama.cpp lacks")
     if changes:
-        source.found.append(
+        source.differences.append(
             Difference(
                 "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
             )
@@ -245,25 +249,29 @@ def _pre_tokenizer_name(source: TokenizerFiles) -> str:
         name = names[whole]
         found = _tokens_without_merges(source)
         if found:
-            source.found.append(
+            source.differences.append(
                 Difference(
                     f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not"
                 )
             )
-    theirs = (
+    in_llama_cpp = (
         how[0]
         .replace(_CASED % ("", ""), _CASED_IN_LLAMA_CPP % ("", ""))
         .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _CASED_IN_LLAMA_CPP % (_SHORT + "?", _SHORT + "?"))
     )
-    if theirs != how[0]:
-        ours, others = (Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], theirs))
-        source.found.append(
-            Difference(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: ours(t) != others(t))
+    if in_llama_cpp != how[0]:
+        split, llama_split = (
+            Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], in_llama_cpp)
+        )
+        source.differences.append(
+            Difference(
+                f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: split(t) != llama_split(t)
+            )
         )
     return name
 
 
 def _tokens_without_merges(source: TokenizerFiles) -> list[str]:
-    """The tokens that merges do not make of their own text."""
+    """The tokens that the merges do not make from the token's own text."""
     model = BPE(vocab=source.ids, merges=source.merges)
     return [token for token in source.ids if token not in source.added and len(model.tokenize(token)) > 1]

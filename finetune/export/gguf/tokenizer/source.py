@@ -1,4 +1,4 @@
-"""A trained tokenizer to be written for llama.cpp: what its file holds, checked, and what the program makes of it."""
+"""Reads a trained tokenizer, and checks its files."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.system.errors import ExportError
+from finetune.system.errors import ExportError, reworded
 from finetune.system.terminal import quiet
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that llama.cpp does otherwise than the trained tokenizer, whatever the file says."""
+    """A way in which llama.cpp tokenizes otherwise than the trained tokenizer, whatever the file's metadata."""
 
     what: str
-    concerns: Callable[[str], bool] = lambda text: False  # whether the tokens of a text can differ by it
+    """One line for the report."""
+    concerns: Callable[[str], bool] = lambda text: False
+    """True for a text whose tokens can differ by it."""
 
 
 @dataclass
 class TokenizerFiles:
-    """A tokenizer as it was trained with, and what has been found of it."""
+    """A trained tokenizer, and the differences of llama.cpp's from it that are known so far."""
 
     file: Path
     tokenizer: Any
     merges: list[tuple[str, str]]
     ids: dict[str, int]
-    added: dict[str, Any]  # text to tokenizers' AddedToken
-    found: list[Difference] = field(default_factory=list)
-    opening: str = ""  # how a conversation begins
+    added: dict[str, Any]
+    """The AddedToken of the package tokenizers, by its text."""
+    differences: list[Difference] = field(default_factory=list)
+    opening: str = ""
+    """A short conversation as the chat template renders it."""
 
     def parts(self, name: str) -> list[dict[str, Any]]:
         """The steps of its normalizer, pre-tokenizer or post-processor, as tokenizer.json writes them."""
@@ -49,18 +53,24 @@ class TokenizerFiles:
 
 
 def trained_tokenizer(model: Path) -> Any:
-    """The tokenizer as it trains: transformers 5 takes a file's tokens, and may split texts by rules of its own."""
+    """The tokenizer as the model was trained with it: transformers 5 may split texts by other rules than its file.
+
+    Raises:
+        ExportError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{model}: its tokenizer cannot be loaded: {error}".splitlines()[0]) from error
+    prefix = f"{model}: its tokenizer cannot be loaded"
+    with reworded(ExportError, prefix, OSError, ValueError), quiet():
+        return AutoTokenizer.from_pretrained(model)
 
 
 def read_unique_json(file: Path) -> dict[str, Any]:
-    """A JSON object whose keys are each there once."""
+    """The JSON object of a file.
+
+    Raises:
+        ExportError: The file is missing or damaged, or a key is there twice.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -82,7 +92,11 @@ def read_unique_json(file: Path) -> dict[str, Any]:
 
 
 def read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The tokens and merges of a tokenizer.json that fit together."""
+    """The token ids and the merges of a tokenizer.json.
+
+    Raises:
+        ExportError: The file is damaged, not of a BPE, or its tokens and merges do not fit together.
+    """
     whole = read_unique_json(file)
     model, added = whole.get("model"), whole.get("added_tokens") or []
     kind = model.get("type") if isinstance(model, dict) else None
@@ -119,11 +133,11 @@ def read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def contains_any(*tokens: str) -> Callable[[str], bool]:
-    """Whether a text holds one of these."""
+    """A function that is true for a text with one of these in it."""
     return lambda text: any(token in text for token in tokens)
 
 
 def shown_steps(steps: list[dict[str, Any]]) -> str:
-    """Steps of a tokenizer.json on one line."""
+    """Steps of a tokenizer.json on one line, for a message."""
     shown = json.dumps(steps, ensure_ascii=False) if steps else "absent"
     return shown if len(shown) < 400 else shown[:400] + "..."

@@ -1,6 +1,7 @@
 """A trained tokenizer as GGUF metadata, with which llama.cpp makes the same tokens of a text, or a refusal by name.
 
-What llama.cpp does otherwise and no metadata can change is told by `read`; `probes` are texts to compare both on.
+`read_tokenizer` also returns what llama.cpp does otherwise and no metadata can change; `probe_texts` are texts to
+compare both tokenizers on.
 
 Source: llama.cpp b11549, src/llama-vocab.cpp.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.chat import Chat
 from finetune.data.samples import sample_rows
@@ -34,14 +35,14 @@ _SHORT_CONVERSATION = (
 # Token types of GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Tokens at which llama.cpp ends an answer because of their names, wherever they stand in a vocabulary.
+# Tokens at which llama.cpp ends an answer because of their names.
 _STOPS_BY_NAME = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
     "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>"
     " [e~[ <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
     " <|file_sep|>"
 )
-# And those that it only takes for control tokens.
+# Tokens that llama.cpp takes for control tokens because of their names.
 _CONTROL_BY_NAME = (
     "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|> "
     "<fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle> "
@@ -49,22 +50,23 @@ _CONTROL_BY_NAME = (
 )
 
 
-def tokenizer_metadata(model: Path) -> dict[str, Any]:
-    """The GGUF metadata of a model's tokenizer: text, flags, ids (uint32) and lists, by their keys.
+class TokenizerMetadata(NamedTuple):
+    """A trained tokenizer as GGUF metadata."""
 
-    Lists are of strings (tokens, merges), floats (scores: float32) and ints (token_type, eos_token_ids: int32).
+    fields: dict[str, Any]
+    """Text, flags, ids (uint32) and lists, by their keys. Lists are of strings (tokens, merges), floats (scores:
+    float32) and ints (token_type, eos_token_ids: int32)."""
+    differences: list[Difference]
+    """What llama.cpp does otherwise with it than the trained tokenizer; often nothing."""
 
-    Args:
-        model: A folder as transformers saves it.
-
-    Raises:
-        VocabularyError: A part is missing or damaged, or llama.cpp has nothing like it.
-    """
-    return read_tokenizer(model)[0]
+    @property
+    def add_bos(self) -> bool:
+        """True where llama.cpp puts a BOS before every prompt."""
+        return bool(self.fields["tokenizer.ggml.add_bos_token"])
 
 
 def probe_texts() -> list[str]:
-    """200 texts on which two tokenizers that are not the same differ."""
+    """200 texts on which two different tokenizers are likely to differ."""
     own = Path(__file__).with_name("texts.jsonl").read_text(encoding="utf-8").splitlines()
     rows = sample_rows().read_text(encoding="utf-8").splitlines()[: 200 - len(own)]
     talks = ["\n".join(message["content"] for message in json.loads(row)["messages"]) for row in rows]
@@ -72,17 +74,17 @@ def probe_texts() -> list[str]:
 
 
 def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
-    """For each text, what to give llama.cpp (special tokens added and parsed), and the trained tokenizer's ids of that.
+    """Pairs of a text for llama.cpp, with special tokens added and parsed, and the trained tokenizer's ids of it.
 
-    With a chat template a text stands behind BOS, as it does in a conversation; without one it is a text alone.
+    With a chat template a text stands behind BOS, as it does in a conversation; without one it stands alone.
 
     Args:
         model: The folder.
-        metadata: Its `vocabulary`.
-        texts: Such as `probes`.
+        metadata: The fields of `read_tokenizer`.
+        texts: Such as `probe_texts`.
 
     Raises:
-        VocabularyError: The tokenizer cannot be loaded.
+        ExportError: The tokenizer cannot be loaded.
     """
     tokenizer = trained_tokenizer(model)
     if tokenizer.chat_template is None:
@@ -100,11 +102,14 @@ def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) ->
     ]
 
 
-def read_tokenizer(model: Path) -> tuple[dict[str, Any], list[Difference]]:
-    """`vocabulary`, and what llama.cpp does otherwise with it than the trained tokenizer; often nothing.
+def read_tokenizer(model: Path) -> TokenizerMetadata:
+    """The tokenizer of a model as GGUF metadata.
+
+    Args:
+        model: A folder as transformers saves it.
 
     Raises:
-        VocabularyError: As `vocabulary`.
+        ExportError: A part is missing or damaged, or llama.cpp has nothing like it.
     """
     file = model / "tokenizer.json"
     vocab, merges = read_bpe(file)
@@ -131,7 +136,7 @@ def read_tokenizer(model: Path) -> tuple[dict[str, Any], list[Difference]]:
     metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
     metadata |= {"tokenizer.ggml.tokens": _token_texts(source, types), "tokenizer.ggml.token_type": types}
     _special_by_name(source, used)
-    return metadata, source.found
+    return TokenizerMetadata(metadata, source.differences)
 
 
 def _check_bpe_model(source: TokenizerFiles) -> None:
@@ -142,7 +147,7 @@ def _check_bpe_model(source: TokenizerFiles) -> None:
     for token, item in source.added.items():
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(item, name)]
         if flags:
-            source.found.append(
+            source.differences.append(
                 Difference(
                     f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are",
                     contains_any(token),
@@ -151,7 +156,7 @@ def _check_bpe_model(source: TokenizerFiles) -> None:
 
 
 def _embedding_rows(source: TokenizerFiles, model: Path, used: set[int]) -> int:
-    """The rows of the embedding. Tokens beyond it that nothing uses are left out: no model could read them."""
+    """The number of rows of the embedding; unused tokens beyond it, which no model can read, leave `source`."""
     config = read_unique_json(model / "config.json")
     rows = (config.get("text_config") or config).get("vocab_size")
     if not isinstance(rows, int):
@@ -166,14 +171,14 @@ def _embedding_rows(source: TokenizerFiles, model: Path, used: set[int]) -> int:
         del source.ids[token], source.added[token]
     if beyond:
         names = ", ".join(sorted(beyond))
-        source.found.append(
+        source.differences.append(
             Difference(f"left out, as the embedding has no row for it: {names}", contains_any(*beyond))
         )
     return rows
 
 
 def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any], set[int]]:
-    """The ids, flags and template, and the ids of all tokens that they name."""
+    """The metadata on special tokens and the chat template, and the ids of all tokens that it names."""
     tokenizer, key = source.tokenizer, "tokenizer.ggml."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
@@ -194,7 +199,7 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
         metadata[key + "add_bos_token"] = bool(before) and source.opening.startswith(tokenizer.bos_token)
         metadata[key + "add_eos_token"] = False
         if bool(before) != metadata[key + "add_bos_token"] or after:
-            source.found.append(
+            source.differences.append(
                 Difference(
                     "a text alone gets no BOS or EOS, so that conversations are what the template writes"
                 )
@@ -215,14 +220,14 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
             raise source.refuse(f"generation_config.json: eos_token_id {i} is no token")
     late = [names[i] for i in others[2:] if names[i] not in _STOPS_BY_NAME.split()]
     if late:
-        source.found.append(
+        source.differences.append(
             Difference(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
         )
     return metadata, used
 
 
 def _added_around(source: TokenizerFiles) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and behind a text."""
+    """The ids that the post-processor adds before and behind a text."""
     steps = [step for step in source.parts("post_processor") if step["type"] != "ByteLevel"]
     if not steps:
         return [], []
@@ -251,7 +256,7 @@ def _stop_ids(model: Path) -> list[int]:
 
 
 def _end_of_turn(source: TokenizerFiles) -> int | None:
-    """The token that ends a turn; `source.opening` becomes a short conversation as the template writes it."""
+    """The id of the token that ends a turn, or None; sets `source.opening`."""
     chat = Chat(source.tokenizer)
     try:
         source.opening = chat.render(_SHORT_CONVERSATION, add_generation_prompt=True)
@@ -263,7 +268,7 @@ def _end_of_turn(source: TokenizerFiles) -> int | None:
         behind = source.opening.partition(_SHORT_CONVERSATION[1]["content"])[2]
         turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
         if turn is None:
-            source.found.append(Difference(f"where a turn ends cannot be told: {error}"))
+            source.differences.append(Difference(f"where a turn ends cannot be told: {error}"))
     # A turn that ends with some text, a line break say, ends where eos_token comes.
     return source.ids[turn] if turn in source.added else None
 
@@ -289,19 +294,19 @@ def _chat_templates(source: TokenizerFiles) -> dict[str, Any]:
 
 
 def _special_by_name(source: TokenizerFiles, used: set[int]) -> None:
-    """What llama.cpp makes of tokens because of their names."""
+    """Notes tokens that llama.cpp treats otherwise because of their names."""
     stops = [
         token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used
     ]
     if stops:
-        source.found.append(
+        source.differences.append(
             Difference(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name")
         )
     plain = [
         t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added
     ]
     if plain:
-        source.found.append(
+        source.differences.append(
             Difference(
                 f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain)
             )
@@ -309,7 +314,7 @@ def _special_by_name(source: TokenizerFiles, used: set[int]) -> None:
 
 
 def _token_type(source: TokenizerFiles, token: str, by_bytes: bool) -> int:
-    """What llama.cpp shall take a token for that neither begins nor ends a text."""
+    """The GGUF type of a token that neither begins nor ends a text."""
     item = source.added.get(token)
     if by_bytes and token in BYTE_TOKENS:
         return BYTE
@@ -320,14 +325,14 @@ def _token_type(source: TokenizerFiles, token: str, by_bytes: bool) -> int:
 
 
 def _token_texts(source: TokenizerFiles, types: list[int]) -> list[str]:
-    """The tokens by their ids; rows without one get a name that no text can become."""
+    """The texts of the tokens by their ids; rows without a token get a text that no input can be tokenized to."""
     names = {i: token for token, i in source.ids.items()}
     found = []
     for i, kind in enumerate(types):
         token = names.get(i, "")
         if "\0" in token:
             # llama.cpp reads a name up to its first zero.
-            source.found.append(Difference(f"{token!r} cannot be written", contains_any("\0")))
+            source.differences.append(Difference(f"{token!r} cannot be written", contains_any("\0")))
             types[i] = kind = UNUSED
         if kind == UNUSED:
             token = f"[PAD{i}]"

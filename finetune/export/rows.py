@@ -1,0 +1,55 @@
+"""The rows that an export's models are measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.data.chat import Chat
+from finetune.data.mixture import build_datasets
+from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
+from finetune.model.load import load_tokenizer
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import ModelSection
+from finetune.system.errors import DataError, LabelError, RecipeError, TemplateError, first_line
+from finetune.system.files import run_file
+from finetune.system.terminal import Say
+
+# More rows would change the figures by less than two samples of rows differ.
+_ROWS = 32
+
+
+class HeldOutRows(NamedTuple):
+    """Encoded rows, and the name of where they are from."""
+
+    rows: list[LabelledRow]
+    source: str
+
+
+def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
+    """Rows that a run was not trained on, encoded by its own tokenizer.
+
+    Where the run held none out, these are rows that it was trained on; where its data are not here, sample rows.
+
+    Args:
+        model: A run, one of its checkpoints, or a folder with a whole model.
+        say: Gets a line where the run's data are not here.
+    """
+    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
+    if recipe_file := run_file(model, "recipe.yaml"):
+        try:
+            recipe = load_recipe(recipe_file)
+            training, evaluation = build_datasets(recipe.data, chat, recipe.max_length)
+            if evaluation.dataset is not None:
+                return HeldOutRows(_first_rows(evaluation.dataset), "held-out rows of the run")
+            if not any(source.streaming for source in recipe.data.train):
+                rows = _first_rows(training.dataset)
+                return HeldOutRows(rows, "rows that the run was trained on (it held none out)")
+        except (RecipeError, DataError, TemplateError, LabelError) as error:
+            say(f"the run's rows are not here ({first_line(error)}); the project's sample rows are used")
+    return HeldOutRows(encoded_sample_rows(chat)[:_ROWS], SAMPLE_ROWS)
+
+
+def _first_rows(dataset: Any) -> list[LabelledRow]:
+    rows = dataset.select(range(min(_ROWS, len(dataset))))
+    return [LabelledRow(list(row["input_ids"]), list(row["labels"])) for row in rows]
