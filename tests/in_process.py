@@ -1,4 +1,4 @@
-"""In place of the processes of `fresh_process.call`: the function runs in this one; or a process ends without a result."""
+"""In place of the processes of `fresh_process.call`: the function runs in this one, or a process ends without result."""
 
 import io
 import json
