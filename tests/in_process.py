@@ -1,4 +1,4 @@
-"""In place of the processes of `fresh_process.call`: the function runs in this one, or a process ends without result."""
+"""Instead of the processes of `fresh_process.call`: a call in this process, or a process that ends without a result."""
 
 import io
 import json

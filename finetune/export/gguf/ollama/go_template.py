@@ -151,19 +151,19 @@ def go_template(scheme: Scheme, system: str = "") -> str:
     """
     if system and scheme.place == "anywhere":
         scheme = replace(scheme, place="front")
-    bare, place = _write_action(scheme.bare), scheme.place
+    bare, place = _text(scheme.bare), scheme.place
     # What stands before the system text beyond what stands there anyway.
     extends = place == "front" and scheme.start.startswith(scheme.bare)
     start = scheme.start.removeprefix(scheme.bare) if extends else scheme.start
     skips = "system" in scheme.trims and not scheme.blank_counts
     trims = scheme.trims or scheme.beside != "none"
     lines = [
-        *(_trim_definitions() if trims else []),
+        *(_trimmers() if trims else []),
         *(
             [
-                _trim_definition(
+                _trimmer(
                     "system",
-                    "{{ else if . }}" + _write_action(start) + _TRIM_RIGHT + _write_action(scheme.after),
+                    "{{ else if . }}" + _text(start) + _TRIM_RIGHT + _text(scheme.after),
                 )
             ]
             if skips
@@ -185,19 +185,11 @@ def go_template(scheme: Scheme, system: str = "") -> str:
     if skips:
         given = '{{ template "system" $text }}'
     else:
-        given = (
-            _write_action(start)
-            + _value_action("$text", "system" in scheme.trims)
-            + _write_action(scheme.after)
-        )
+        given = _text(start) + _value("$text", "system" in scheme.trims) + _text(scheme.after)
 
-    turn = (
-        _write_action(scheme.later)
-        + _value_action(".Content", "system" in scheme.trims)
-        + _write_action(scheme.after)
-    )
-    lead = _write_action(scheme.start.removesuffix(scheme.later))
-    question = _value_action(".Content", "user" in scheme.trims)
+    turn = _text(scheme.later) + _value(".Content", "system" in scheme.trims) + _text(scheme.after)
+    lead = _text(scheme.start.removesuffix(scheme.later))
+    question = _value(".Content", "user" in scheme.trims)
     if place == "front" and extends:
         lines += [bare, "{{ if $system }}" + given + "{{ end }}"]
     elif place == "front":
@@ -210,23 +202,23 @@ def go_template(scheme: Scheme, system: str = "") -> str:
     else:
         lines.append(bare)
     if place == "inside":
-        shared = _value_action(".Content", scheme.beside == "both", scheme.beside == "right")
+        shared = _value(".Content", scheme.beside == "both", scheme.beside == "right")
         question = (
             "{{ if $system }}{{ $system = false }}" + given + shared + "{{ else }}" + question + "{{ end }}"
         )
     lines += [
         "{{ range $i, $_ := .Messages }}",
-        '{{ if eq .Role "user" }}' + _write_action(scheme.user[0]) + question + _write_action(scheme.user[1]),
+        '{{ if eq .Role "user" }}' + _text(scheme.user[0]) + question + _text(scheme.user[1]),
         '{{ else if eq .Role "assistant" }}'
-        + _write_action(scheme.answer[0])
-        + _value_action(".Content", "assistant" in scheme.trims)
+        + _text(scheme.answer[0])
+        + _value(".Content", "assistant" in scheme.trims)
         + "{{ if eq (len (slice $.Messages $i)) 1 }}{{ $ask = false }}{{ else }}"
-        + _write_action(scheme.answer[1])
+        + _text(scheme.answer[1])
         + "{{ end }}",
         '{{ else if eq .Role "system" }}' + (turn if place == "anywhere" else ""),
         "{{ else }}{{ template " + go_string(_NO_ROLE) + " . }}{{ end }}",
         "{{ end }}",
-        "{{ if $ask }}" + _write_action(scheme.prompt) + "{{ end }}",
+        "{{ if $ask }}" + _text(scheme.prompt) + "{{ end }}",
     ]
     return "\n".join(line.replace("{{", "{{-", 1) for line in lines if line)
 
@@ -245,11 +237,11 @@ def go_string(text: str) -> str:
     return '"' + "".join(map(sign, text)) + '"'
 
 
-def _write_action(text: str) -> str:
+def _text(text: str) -> str:
     return "{{ " + go_string(text) + " }}" if text else ""
 
 
-def _value_action(value: str, trimmed: bool, right: bool = False) -> str:
+def _value(value: str, trimmed: bool, right: bool = False) -> str:
     if trimmed or right:
         return '{{ template "' + ("trim" if trimmed else "trim_right") + f'" {value} }}}}'
     return f"{{{{ {value} }}}}"
@@ -258,15 +250,15 @@ def _value_action(value: str, trimmed: bool, right: bool = False) -> str:
 _TRIM_RIGHT = '{{ template "trim_right" . }}'
 
 
-def _trim_definitions() -> list[str]:
+def _trimmers() -> list[str]:
     """Definitions of templates that write a text without trailing blanks, and without surrounding blanks."""
     return [
-        _trim_definition("trim_right", "{{ else }}{{ . }}", right=True),
-        _trim_definition("trim", "{{ else }}" + _TRIM_RIGHT),
+        _trimmer("trim_right", "{{ else }}{{ . }}", right=True),
+        _trimmer("trim", "{{ else }}" + _TRIM_RIGHT),
     ]
 
 
-def _trim_definition(name: str, rest: str, right: bool = False) -> str:
+def _trimmer(name: str, rest: str, right: bool = False) -> str:
     """A template that removes a blank from the start or end of its text and calls itself, until there is none.
 
     Go slices bytes, so blanks are looked for by the length of their UTF-8, in which no character is the end of another.

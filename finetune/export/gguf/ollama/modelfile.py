@@ -9,7 +9,6 @@ can be escaped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from finetune.data.turns import special_spans
 from finetune.export.gguf.ollama.go_template import Scheme, go_template, learn_scheme
 from finetune.system.errors import OllamaError
+from finetune.system.files import read_json
 from finetune.system.terminal import quiet
 
 # Ollama reserves the memory of the whole context when it loads a model, and without a number takes 4,096 or what fits
@@ -48,8 +48,8 @@ def write_modelfile(model: Path, output: Path, file: str, add_bos: bool, system:
         file,
         add_bos,
         system,
-        _read_json(model / "config.json"),
-        _read_json(model / "generation_config.json"),
+        read_json(model / "config.json"),
+        read_json(model / "generation_config.json"),
     )
     (output / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
 
@@ -114,11 +114,6 @@ def _writes_the_date(render: Callable[..., str]) -> bool:
         return render(hello) != render(hello, strftime_now="")
     except Exception:
         return True
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
 
 
 def _survives_quotes(text: str) -> bool:

@@ -17,7 +17,7 @@ from tokenizers import Regex
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Split
 
-from finetune.export.gguf.tokenizer.source import Difference, TokenizerFiles, contains_any, shown_steps
+from finetune.export.gguf.tokenizer.source import TokenizerFiles, contains_any, shown_steps
 
 SPACE = "▁"
 BYTE_TOKENS = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
@@ -92,9 +92,7 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
             scores[source.ids[token]] = -float(rank)
     spelt = [token for token, item in source.added.items() if SPACE in token and not item.special]
     if spelt:
-        source.differences.append(
-            Difference(f"a text that holds {spelt[0]!r} is read as if it held spaces", contains_any(*spelt))
-        )
+        source.differs(f"a text that holds {spelt[0]!r} is read as if it held spaces", contains_any(*spelt))
     _check_merges(source, ranks)
     return metadata | {key + "scores": scores}
 
@@ -123,33 +121,27 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
         return False
     if not spaces:
         for token in [token for token, item in source.added.items() if item.normalized]:
-            source.differences.append(
-                Difference(f"{token} is looked for once a space was put before the text", contains_any(token))
-            )
+            source.differs(f"{token} is looked for once a space was put before the text", contains_any(token))
         return True
     # Metaspace writes none before a space, and `first` none behind a special token.
     if source.tokenizer.chat_template is None:
         names = tuple(source.added)
         again = [token + space for token in names for space in (" ", SPACE)]
-        source.differences.append(
-            Difference(
-                "a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE))
-            )
+        source.differs(
+            "a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE))
         )
         special = names if scheme == "first" else again
-        source.differences.append(
-            Difference("a text behind a special token begins with a space more", contains_any(*special))
-        )
+        source.differs("a text behind a special token begins with a space more", contains_any(*special))
         return True
     edges = "|".join(re.escape(token) for token in sorted(source.added, key=len, reverse=True))
     pieces = list(enumerate(re.split(edges, source.opening)))
     wanted = {
         (scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece
     }
-    source.differences.append(
-        Difference("a text alone begins with as many spaces as it has, as texts in a conversation do")
+    source.differs(
+        "a text alone begins with as many spaces as it has, as texts in a conversation do"
         if wanted == {False}
-        else Difference("texts between special tokens begin with a space, be there one or not")
+        else "texts between special tokens begin with a space, be there one or not"
     )
     return wanted != {False}
 
@@ -166,10 +158,8 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
         seen.add(token)
         last = token
     if mixed:
-        source.differences.append(
-            Difference(
-                f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
-            )
+        source.differs(
+            f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
         )
     parts = source.ids.keys() - source.added.keys()
     more = [
@@ -182,10 +172,8 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
     ]
     if more:
         left, right = min(more)
-        source.differences.append(
-            Difference(
-                f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}"
-            )
+        source.differs(
+            f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}"
         )
 
 
@@ -199,20 +187,16 @@ def byte_level(source: TokenizerFiles) -> dict[str, Any]:
     # Without an unknown token such a byte is dropped by both.
     if missing and source.tokenizer.backend_tokenizer.model.unk_token:
         splits = ByteLevel(add_prefix_space=False, use_regex=False)
-        source.differences.append(
-            Difference(
-                f"{len(missing)} bytes have no token, and llama.cpp drops them",
-                lambda text: not set(missing).isdisjoint(splits.pre_tokenize_str(text)[0][0] if text else ""),
-            )
+        source.differs(
+            f"{len(missing)} bytes have no token, and llama.cpp drops them",
+            lambda text: not set(missing).isdisjoint(splits.pre_tokenize_str(text)[0][0] if text else ""),
         )
     changes = source.parts("normalizer")
     if changes not in ([], [{"type": "NFC"}]):
         raise source.refuse(f"its normalizer is {shown_steps(changes)}, which llama.cpp lacks")
     if changes:
-        source.differences.append(
-            Difference(
-                "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
-            )
+        source.differs(
+            "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
         )
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -249,10 +233,8 @@ def _pre_tokenizer_name(source: TokenizerFiles) -> str:
         name = names[whole]
         found = _tokens_without_merges(source)
         if found:
-            source.differences.append(
-                Difference(
-                    f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not"
-                )
+            source.differs(
+                f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not"
             )
     in_llama_cpp = (
         how[0]
@@ -263,10 +245,8 @@ def _pre_tokenizer_name(source: TokenizerFiles) -> str:
         split, llama_split = (
             Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], in_llama_cpp)
         )
-        source.differences.append(
-            Difference(
-                f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: split(t) != llama_split(t)
-            )
+        source.differs(
+            f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: split(t) != llama_split(t)
         )
     return name
 

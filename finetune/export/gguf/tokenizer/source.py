@@ -47,6 +47,10 @@ class TokenizerFiles:
             ]
         return steps
 
+    def differs(self, what: str, concerns: Callable[[str], bool] = lambda text: False) -> None:
+        """Notes a `Difference`."""
+        self.differences.append(Difference(what, concerns))
+
     def refuse(self, what: str) -> ExportError:
         """An error that names the file."""
         return ExportError(f"{self.file}: {what}")

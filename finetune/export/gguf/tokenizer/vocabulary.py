@@ -147,11 +147,9 @@ def _check_bpe_model(source: TokenizerFiles) -> None:
     for token, item in source.added.items():
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(item, name)]
         if flags:
-            source.differences.append(
-                Difference(
-                    f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are",
-                    contains_any(token),
-                )
+            source.differs(
+                f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are",
+                contains_any(token),
             )
 
 
@@ -171,9 +169,7 @@ def _embedding_rows(source: TokenizerFiles, model: Path, used: set[int]) -> int:
         del source.ids[token], source.added[token]
     if beyond:
         names = ", ".join(sorted(beyond))
-        source.differences.append(
-            Difference(f"left out, as the embedding has no row for it: {names}", contains_any(*beyond))
-        )
+        source.differs(f"left out, as the embedding has no row for it: {names}", contains_any(*beyond))
     return rows
 
 
@@ -199,10 +195,8 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
         metadata[key + "add_bos_token"] = bool(before) and source.opening.startswith(tokenizer.bos_token)
         metadata[key + "add_eos_token"] = False
         if bool(before) != metadata[key + "add_bos_token"] or after:
-            source.differences.append(
-                Difference(
-                    "a text alone gets no BOS or EOS, so that conversations are what the template writes"
-                )
+            source.differs(
+                "a text alone gets no BOS or EOS, so that conversations are what the template writes"
             )
     others = [i for i in dict.fromkeys([turn, *stops]) if i not in (None, eos)]
     # Without a BOS of its own, llama.cpp would name one by a number that means nothing here.
@@ -220,9 +214,7 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
             raise source.refuse(f"generation_config.json: eos_token_id {i} is no token")
     late = [names[i] for i in others[2:] if names[i] not in _STOPS_BY_NAME.split()]
     if late:
-        source.differences.append(
-            Difference(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
-        )
+        source.differs(f"llama.cpp does not stop at {', '.join(late)}: it knows three stop tokens")
     return metadata, used
 
 
@@ -268,7 +260,7 @@ def _end_of_turn(source: TokenizerFiles) -> int | None:
         behind = source.opening.partition(_SHORT_CONVERSATION[1]["content"])[2]
         turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
         if turn is None:
-            source.differences.append(Difference(f"where a turn ends cannot be told: {error}"))
+            source.differs(f"where a turn ends cannot be told: {error}")
     # A turn that ends with some text, a line break say, ends where eos_token comes.
     return source.ids[turn] if turn in source.added else None
 
@@ -299,17 +291,13 @@ def _special_by_name(source: TokenizerFiles, used: set[int]) -> None:
         token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used
     ]
     if stops:
-        source.differences.append(
-            Difference(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name")
-        )
+        source.differs(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name")
     plain = [
         t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added
     ]
     if plain:
-        source.differences.append(
-            Difference(
-                f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain)
-            )
+        source.differs(
+            f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain)
         )
 
 
@@ -332,7 +320,7 @@ def _token_texts(source: TokenizerFiles, types: list[int]) -> list[str]:
         token = names.get(i, "")
         if "\0" in token:
             # llama.cpp reads a name up to its first zero.
-            source.differences.append(Difference(f"{token!r} cannot be written", contains_any("\0")))
+            source.differs(f"{token!r} cannot be written", contains_any("\0"))
             types[i] = kind = UNUSED
         if kind == UNUSED:
             token = f"[PAD{i}]"
