@@ -83,9 +83,8 @@ def export(
     if gguf_types(formats):
         _check_gguf(adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
-    for name in gate:
-        if name not in LIMITS:
-            raise ExportError(f"--gate {name} is no limit; write one of {', '.join(LIMITS)}")
+    if unknown := gate.keys() - LIMITS.keys():
+        raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
         raise ExportError(f"no format was asked for; write --format with {FORMATS_HELP}")
     if base and not is_run:
@@ -108,8 +107,7 @@ def export(
         exact = exporting.add_gguf_reference(whole, gguf) if gguf else whole
         exporting.measure_folders(whole, output)
         notes = exporting.write_gguf(gguf, exact, whole) if gguf else []
-        report = exporting.report(output.name, notes)
-        exporting.write_report(report)
+        exporting.write_report(exporting.report(output.name, notes))
     say(f"exported: {output}")
     return output
 

@@ -128,12 +128,8 @@ def write_gguf(
     total = len(header) + sum(_padded(item.bytes) for item in items)
     if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
         raise ExportError(f"{file.parent} has {memory(free)} free, and {memory(total)} are needed; make room")
-    title = f"{kind}: weights"
-    with (
-        whole_file(file) as part,
-        part.open("wb") as out,
-        progress_bar(title, total, progress, "bytes") as advance,
-    ):
+    bar = progress_bar(f"{kind}: weights", total, progress, "bytes")
+    with whole_file(file) as part, part.open("wb") as out, bar as advance:
         out.write(header)
         advance(len(header))
         before = 0

@@ -279,17 +279,16 @@ def squared_input_sums(
             done(tokens)
     for hook in hooks:
         hook.remove()
-    total = sum(map(len, rows))
     for name, count in counts.items():
-        if count != total:
+        if count != (total := sum(map(len, rows))):
             raise ExportError(f"{name} was given {count:,} of {total:,} tokens")
-    arrays = {name: column_sums.cpu().numpy() for name, column_sums in sums.items()}
-    for name, column_sums in arrays.items():
-        if not np.isfinite(column_sums).all():
-            raise ExportError(
-                f"the activations before {name} are not finite; export from a model in bfloat16"
-            )
-    return arrays
+    return {name: _finite(name, column_sums.cpu().numpy()) for name, column_sums in sums.items()}
+
+
+def _finite(name: str, column_sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not np.isfinite(column_sums).all():
+        raise ExportError(f"the activations before {name} are not finite; export from a model in bfloat16")
+    return column_sums
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

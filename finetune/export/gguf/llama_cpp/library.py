@@ -74,10 +74,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_memory": (_P, (_P,)),
     "llama_memory_clear": (None, (_P, _B)),
     "llama_vocab_n_tokens": (_I, (_P,)),
-    "llama_tokenize": (
-        _I,
-        (_P, ctypes.c_char_p, _I, ctypes.POINTER(ctypes.c_int32), _I, _B, _B),
-    ),
+    "llama_tokenize": (_I, (_P, ctypes.c_char_p, _I, ctypes.POINTER(ctypes.c_int32), _I, _B, _B)),
     "llama_batch_init": (_Batch, (_I, _I, _I)),
     "llama_batch_free": (None, (_Batch,)),
     "llama_decode": (_I, (_P, _Batch)),

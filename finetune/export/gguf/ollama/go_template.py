@@ -151,76 +151,69 @@ def go_template(scheme: Scheme, system: str = "") -> str:
     """
     if system and scheme.place == "anywhere":
         scheme = replace(scheme, place="front")
-    bare, place = _text(scheme.bare), scheme.place
-    # What stands before the system text beyond what stands there anyway.
+    place = scheme.place
+    # The text before the system text, without what stands there in any conversation.
     extends = place == "front" and scheme.start.startswith(scheme.bare)
     start = scheme.start.removeprefix(scheme.bare) if extends else scheme.start
-    skips = "system" in scheme.trims and not scheme.blank_counts
-    trims = scheme.trims or scheme.beside != "none"
-    lines = [
-        *(_trimmers() if trims else []),
-        *(
-            [
-                _trimmer(
-                    "system",
-                    "{{ else if . }}" + _text(start) + _TRIM_RIGHT + _text(scheme.after),
-                )
-            ]
-            if skips
-            else []
-        ),
-        "{{ $ask := true }}",
-    ]
+    lines = _trimmers() if scheme.trims or scheme.beside != "none" else []
+    given = _text(start) + _value("$text", "system" in scheme.trims) + _text(scheme.after)
+    if "system" in scheme.trims and not scheme.blank_counts:
+        lines.append(_trimmer("system", "{{ else if . }}" + _text(start) + _TRIM_RIGHT + _text(scheme.after)))
+        given = '{{ template "system" $text }}'
+    lines.append("{{ $ask := true }}")
     if place in ("front", "inside"):
         lines += [
             "{{ $text := .System }}{{ $system := false }}",
             '{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = true }}{{ end }}{{ end }}',
         ]
     if system:
-        lines.append(
-            "{{ if not $system }}{{ $system = true }}{{ $text = " + go_string(system) + " }}{{ end }}"
-        )
+        default = "{{ $system = true }}{{ $text = " + go_string(system) + " }}"
+        lines.append("{{ if not $system }}" + default + "{{ end }}")
     if not scheme.blank_counts:
         lines.append('{{ $system = ne $text "" }}')
-    if skips:
-        given = '{{ template "system" $text }}'
-    else:
-        given = _text(start) + _value("$text", "system" in scheme.trims) + _text(scheme.after)
+    lines += [*_beginning(scheme, given, extends), *_turns(scheme, given)]
+    return "\n".join(line.replace("{{", "{{-", 1) for line in lines if line)
 
-    turn = _text(scheme.later) + _value(".Content", "system" in scheme.trims) + _text(scheme.after)
-    lead = _text(scheme.start.removesuffix(scheme.later))
-    question = _value(".Content", "user" in scheme.trims)
-    if place == "front" and extends:
-        lines += [bare, "{{ if $system }}" + given + "{{ end }}"]
-    elif place == "front":
-        lines.append("{{ if $system }}" + given + "{{ else }}" + bare + "{{ end }}")
-    elif place == "anywhere" and lead != bare:
+
+def _beginning(scheme: Scheme, given: str, extends: bool) -> list[str]:
+    """The actions for the text before the first turn.
+
+    Args:
+        scheme: The scheme.
+        given: The actions for a system text that is there.
+        extends: A system text stands behind the text of a conversation without one, and does not replace it.
+    """
+    bare, lead = _text(scheme.bare), _text(scheme.start.removesuffix(scheme.later))
+    if scheme.place == "front" and extends:
+        return [bare, "{{ if $system }}" + given + "{{ end }}"]
+    if scheme.place == "front":
+        return ["{{ if $system }}" + given + "{{ else }}" + bare + "{{ end }}"]
+    if scheme.place == "anywhere" and lead != bare:
         first = '{{ if eq (index .Messages 0).Role "system" }}'
-        lines.append(first + lead + "{{ else }}" + bare + "{{ end }}")
-    elif place == "refused":
-        lines += ["{{ if .System }}{{ template " + go_string(_NO_SYSTEM) + " . }}{{ end }}", bare]
-    else:
-        lines.append(bare)
-    if place == "inside":
-        shared = _value(".Content", scheme.beside == "both", scheme.beside == "right")
-        question = (
-            "{{ if $system }}{{ $system = false }}" + given + shared + "{{ else }}" + question + "{{ end }}"
-        )
-    lines += [
+        return [first + lead + "{{ else }}" + bare + "{{ end }}"]
+    if scheme.place == "refused":
+        return ["{{ if .System }}{{ template " + go_string(_NO_SYSTEM) + " . }}{{ end }}", bare]
+    return [bare]
+
+
+def _turns(scheme: Scheme, given: str) -> list[str]:
+    """The actions for all turns and the generation prompt; `given` are those for a system text in a user turn."""
+    question = _value(".Content", "user" in scheme.trims)
+    if scheme.place == "inside":
+        shared = given + _value(".Content", scheme.beside == "both", scheme.beside == "right")
+        question = "{{ if $system }}{{ $system = false }}" + shared + "{{ else }}" + question + "{{ end }}"
+    answer = _text(scheme.answer[0]) + _value(".Content", "assistant" in scheme.trims)
+    last = "{{ if eq (len (slice $.Messages $i)) 1 }}{{ $ask = false }}{{ else }}"
+    system = _text(scheme.later) + _value(".Content", "system" in scheme.trims) + _text(scheme.after)
+    return [
         "{{ range $i, $_ := .Messages }}",
         '{{ if eq .Role "user" }}' + _text(scheme.user[0]) + question + _text(scheme.user[1]),
-        '{{ else if eq .Role "assistant" }}'
-        + _text(scheme.answer[0])
-        + _value(".Content", "assistant" in scheme.trims)
-        + "{{ if eq (len (slice $.Messages $i)) 1 }}{{ $ask = false }}{{ else }}"
-        + _text(scheme.answer[1])
-        + "{{ end }}",
-        '{{ else if eq .Role "system" }}' + (turn if place == "anywhere" else ""),
+        '{{ else if eq .Role "assistant" }}' + answer + last + _text(scheme.answer[1]) + "{{ end }}",
+        '{{ else if eq .Role "system" }}' + (system if scheme.place == "anywhere" else ""),
         "{{ else }}{{ template " + go_string(_NO_ROLE) + " . }}{{ end }}",
         "{{ end }}",
         "{{ if $ask }}" + _text(scheme.prompt) + "{{ end }}",
     ]
-    return "\n".join(line.replace("{{", "{{-", 1) for line in lines if line)
 
 
 def go_string(text: str) -> str:
