@@ -328,7 +328,7 @@ def test_the_system_text_of_all_conversations_is_in_the_modelfile(
 
     monkeypatch.setattr("finetune.export.run.measure", stop)
     written: list[str] = []
-    write = finetune.export.gguf.ollama.modelfile.write
+    write = finetune.export.gguf.ollama.modelfile.write_modelfile
 
     def kept(model: Path, output: Path, *given: Any) -> None:
         write(model, output, *given)
