@@ -850,7 +850,7 @@ def test_gates_are_kept_and_missed_by_the_command(merged: Path, tmp_path: Path, 
 def test_an_error_in_the_table_keeps_its_columns() -> None:
     entry = {"name": "nf4", "bytes": 2_500_000_000, "error": "ModelError: no"}
     text = as_markdown({"title": "t", "models": [entry], "notes": ["n"], "missed": []})
-    assert text.splitlines()[4] == "| nf4 | 2.50 GB | ModelError: no |" + " |" * 8
+    assert text.splitlines()[4] == "| nf4 | 2.50 GB | ModelError: no |" + "  |" * 8
     assert [line.count("|") for line in text.splitlines()[2:5]] == [12, 12, 12]
 
 
