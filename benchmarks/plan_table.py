@@ -1,8 +1,8 @@
-"""What `finetune plan` says of each shipped recipe on each card, as the table in recipes/README.md.
+"""Makes the table of recipes/README.md: what `finetune plan` predicts for each shipped recipe on each GPU.
 
     python benchmarks/plan_table.py [--write]
 
-Without `--write` it prints the table. A cell has the GiB that one card must have and the largest batch that fits it.
+Without `--write` it prints the table. A cell has the GiB that each GPU needs, and the largest batch that fits.
 """
 
 import sys
@@ -17,28 +17,28 @@ from finetune.system.numbers import GIB
 ROOT = Path(__file__).parents[1]
 README = ROOT / "recipes" / "README.md"
 BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- until here -->"
-# How many cards the recipes for several are launched on, each in parts.
+# The GPUs of recipes that are launched on several, under FSDP.
 SEVERAL = {"fsdp_qlora": 2, "fsdp_sft": 8}
 
 
 def plan_of(path: Path) -> MemoryPlan:
-    # Rows come from wherever they are: the table is the same on a machine without them.
-    cards = SEVERAL.get(path.stem, 1)
-    return plan(load_recipe(path), GPUS["h200"], cards, use_rows=False)
+    # The table must not depend on which rows are on this machine.
+    gpu_count = SEVERAL.get(path.stem, 1)
+    return plan(load_recipe(path), GPUS["h200"], gpu_count, use_rows=False)
 
 
 def cell(fit: HardwareFit) -> str:
     if fit.required is None:
         return "no"
-    size, other = f"{fit.required.total / GIB:.1f}", "\\*" if fit.instead else ""
-    return f"{size}{other} ({fit.rows})" if fit.holds else f"**{size}**{other}"
+    size, other = f"{fit.required.total / GIB:.1f}", "\\*" if fit.overrides else ""
+    return f"{size}{other} ({fit.largest_batch})" if fit.memory_suffices else f"**{size}**{other}"
 
 
 def row(path: Path) -> str:
     made = plan_of(path)
-    batch, count = made.setting.batch, SEVERAL.get(path.stem, 1)
-    head = f"| `{path.name}`{f', {count} cards' if count > 1 else ''} | {batch.rows} x {batch.length:,} "
-    return head + "".join(f"| {cell(fit)} " for fit in made.others) + "|"
+    batch, count = made.settings.batch, SEVERAL.get(path.stem, 1)
+    head = f"| `{path.name}`{f', {count} GPUs' if count > 1 else ''} | {batch.rows} x {batch.length:,} "
+    return head + "".join(f"| {cell(fit)} " for fit in made.all_gpus) + "|"
 
 
 def table() -> list[str]:

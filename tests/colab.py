@@ -1,4 +1,4 @@
-"""A machine as Colab lends it, for the notebook's tests: what a cell asks of Colab, the Hub and pip is answered here.
+"""A stand-in for a Colab machine in the notebook's tests: it answers what cells ask of Colab, the Hub and pip.
 
 The cells' `finetune` is tests/quick.py's, which runs the package that the notebook installed.
 """
@@ -68,7 +68,7 @@ LIMIT = 2
 
 
 class Machine:
-    """A virtual machine as Colab lends it: torch and the rest are there, the project is not."""
+    """A virtual environment like Colab's: with torch and other packages, without this project."""
 
     def __init__(self, folder: Path, hub: Hub) -> None:
         self.content, self.hub = folder / "content", hub
@@ -127,7 +127,7 @@ class Machine:
         self.server.wait()
 
     def execute(self, notebook: Any, patch: pytest.MonkeyPatch) -> None:
-        """Runs a notebook; its outputs are in it."""
+        """Runs a notebook, which then holds its outputs."""
         from nbclient import NotebookClient
 
         patch.setenv("JUPYTER_PATH", str(self.content.parent / "jupyter"))
@@ -138,7 +138,7 @@ class Machine:
         )
 
     def cut_off(self) -> None:
-        """Trains until the third step, and is killed there."""
+        """Trains until the third step and kills the process."""
         command = [
             self.python,
             "-P",

@@ -1,4 +1,4 @@
-"""What a step costs against what torch counts of a real one; a card's share of it, and its energy, in the records."""
+"""FLOPs per token against torch's count of a real step; a GPU's utilisation and energy in the records."""
 
 import json
 import sys
@@ -104,7 +104,7 @@ def test_experts_that_cannot_be_told_give_no_figure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "card"),
+    ("driver", "name"),
     [
         ("Tesla T4", "t4"),
         ("NVIDIA L4", "l4"),
@@ -120,15 +120,15 @@ def test_experts_that_cannot_be_told_give_no_figure() -> None:
         ("NVIDIA GeForce RTX 3060", None),
     ],
 )
-def test_cards_are_known_by_the_drivers_name(driver: str, card: str | None) -> None:
+def test_a_gpu_is_known_by_the_drivers_name(driver: str, name: str | None) -> None:
     found = devices.known_gpu(driver)
-    assert (found and found.name) == card
+    assert (found and found.name) == name
 
 
-def test_a_record_says_what_share_of_the_card_it_took(
+def test_a_record_has_the_utilisation_of_the_gpu(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This CPU stands in for a card that is known, and a counter for its driver's."""
+    """This CPU stands in for a known GPU, and a counter for that of its driver."""
     joules = iter(range(0, 10**9, 3_600_000))
     monkeypatch.setattr(
         devices,
@@ -152,11 +152,11 @@ def test_a_record_says_what_share_of_the_card_it_took(
 
 
 def test_energy_is_the_drivers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.energy_millijoules() == 0  # no card, no figure
+    assert devices.energy_millijoules() == 0  # no GPU, no figure
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "_get_pynvml_handler", lambda: "card 0")
-    library = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption={"card 0": 7}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "_get_pynvml_handler", lambda: "gpu 0")
+    library = SimpleNamespace(nvmlDeviceGetTotalEnergyConsumption={"gpu 0": 7}.__getitem__)
     monkeypatch.setitem(sys.modules, "pynvml", library)
     assert devices.energy_millijoules() == 7
-    library.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 1 / 0  # a card that counts none
+    library.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 1 / 0  # a GPU that counts none
     assert devices.energy_millijoules() == 0

@@ -1,4 +1,4 @@
-"""The list of what is right on this machine, and what a machine that is not right is told."""
+"""The checks of `finetune doctor`, on machines that are made up."""
 
 import importlib.metadata
 import json
@@ -108,7 +108,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_gpus_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The facts are made up, as of a machine with a T4 that somebody uses and an L4."""
+    """A made-up machine with a T4 that is in use, and an L4."""
     facts = {"cuda:0": ("Tesla T4", False, (7, 5)), "cuda:1": ("NVIDIA L4", True, (8, 9))}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -144,7 +144,7 @@ def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What breaks while it is looked at is a finding, too; the rest is still looked at."""
+    """A check that fails is a result, too, and the others still run."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(doctor, "_packages", lambda: iter([doctor.CheckResult("torch", "ok", "1")]))
 

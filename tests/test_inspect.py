@@ -1,4 +1,4 @@
-"""What `inspect` shows: text to the character, what of it is trained on, the ledger; its page in a browser."""
+"""`finetune inspect`: the whole text of rows, their trained tokens, the ledger; the HTML page in a browser."""
 
 import html
 import io
@@ -37,7 +37,7 @@ ROWS = [
 
 @pytest.fixture
 def recipe(write_recipe: Write) -> str:
-    """Three rows, two of them hard to show."""
+    """Three rows, two of them with characters that are hard to print."""
     Path("rows.jsonl").write_text(
         "".join(
             json.dumps({"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]})
@@ -50,7 +50,7 @@ def recipe(write_recipe: Write) -> str:
 
 @cache
 def tokenizers() -> tuple[Any, Any]:
-    """The byte-level one of the tiny models; one as Llama 2's: bytes as tokens, the text's leading space taken away."""
+    """A byte-level tokenizer, and one like Llama 2's with byte tokens, which strips the leading space of a text."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "あ"]
     backend = Tokenizer(
         models.BPE(
@@ -86,7 +86,7 @@ def test_a_replacement_character_of_the_data_keeps_to_its_side() -> None:
 
 
 def counts(user: str, assistant: str) -> tuple[int, int]:
-    """How many tokens a row has and how many of them are trained on."""
+    """The numbers of tokens and of trained tokens of a row."""
 
     def n(text: str) -> int:
         return len(tokenizers()[0](text, add_special_tokens=False)["input_ids"])
@@ -241,7 +241,7 @@ def test_bad_rows_stop_it_as_they_stop_training(recipe: str, capsys: Capture) ->
 
 
 class Out(io.StringIO):
-    """A terminal, or a file, of an encoding."""
+    """A text stream with an encoding, which may be a terminal."""
 
     def __init__(self, encoding: str, terminal: bool) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The notebook for Colab: every cell of it runs, on a machine with a CPU and a Hub of its own.
+"""The notebook for Colab: every cell runs, on a CPU and with a local Hub.
 
-The model is a tiny random Gemma, in 4 bit: what the cells say, write and send is what is looked at, and the answers of
-a trained Gemma would show nothing more of that.
+The model is a tiny random Gemma in 4 bit. The tests check what the cells print, write and send, for which a trained
+Gemma is not needed.
 """
 
 import ast
@@ -58,7 +58,7 @@ def test_the_file_is_valid_and_holds_no_outputs() -> None:
 
 
 def test_a_cell_needs_only_the_cells_that_set_up() -> None:
-    """No name passes from one later cell to another: each can be run alone after a cut-off."""
+    """Later cells share no names, so that each can be run alone after the session was cut off."""
     known, alone = set(dir(builtins)), []
     setting_up = True
     for name, source in sources().items():
@@ -100,7 +100,7 @@ def test_nothing_replaces_torch_or_shows_a_token() -> None:
 
 @pytest.fixture
 def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Runs cells one after another in an empty directory; names that are given stand in for the notebook's."""
+    """Runs cells one after another in an empty directory; the given names replace the notebook's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     for name in ("google", "google.colab"):
@@ -221,7 +221,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def text_of(cell: Any) -> str:
-    """All that a cell shows: printed, as text that is set, and as pages."""
+    """All output of a cell: printed text, displayed text, and HTML."""
     parts = []
     for output in cell.outputs:
         assert output.output_type != "error"

@@ -1,4 +1,4 @@
-"""A run as one page and one picture, and what its terminal shows."""
+"""`finetune report`, loss.png, and the terminal during a run."""
 
 import contextlib
 import html
@@ -29,7 +29,7 @@ Copy = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A real run, trained on a terminal of its own: its folder, and all that the terminal got."""
+    """The folder of a real run that was trained on a pseudo-terminal, and everything that was written to that."""
     work = tmp_path_factory.mktemp("trained")
     (work / "data").symlink_to(ROOT / "data")
     shutil.copy(ROOT / "recipes" / "cpu_smoke.yaml", work)
@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def shown_on(master: int) -> str:
-    """All that a terminal gets until nobody holds it any more."""
+    """Everything that is written to a pseudo-terminal until its last writer closes it."""
     said = b""
     with contextlib.suppress(OSError):  # how it ends
         while piece := os.read(master, 65536):
@@ -62,7 +62,7 @@ def shown_on(master: int) -> str:
 
 @pytest.fixture
 def copied(trained: tuple[Path, str], tmp_path: Path) -> Path:
-    """That run, to be changed."""
+    """A copy of that run, which a test may change."""
     return Path(shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("report.html")))
 
 
@@ -76,7 +76,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def text_of(page: str) -> str:
-    """What a person reads on a page, each run of white space as one space."""
+    """The visible text of a page, with white space collapsed."""
     parts: list[str] = []
 
     class Reader(HTMLParser):
@@ -255,7 +255,7 @@ def test_the_picture_has_both_losses_and_leaves_out_what_is_none(
 
 
 def readings(page: str) -> dict[str, list[str]]:
-    """What each curve tells when a pointer is at it, by the curve's title."""
+    """The readings that each curve shows under a pointer, by its title."""
     found = re.findall(r'aria-label="([^"]*?), step [^"]*" data-readings="([^"]*)"', page)
     return {
         html.unescape(title): [text for _, text in json.loads(html.unescape(data))] for title, data in found
@@ -402,7 +402,7 @@ HOSTILE = (
 
 @pytest.fixture
 def hostile(copied: Path) -> Path:
-    """That run with markup wherever somebody's text can stand."""
+    """That run with markup in every text that does not come from finetune."""
     sample = {"step": 2, "prompt": HOSTILE, "answer": HOSTILE, "stopped": True}
     (copied / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     ledger = json.loads((copied / "ledger.json").read_text())
@@ -435,11 +435,7 @@ DAMAGED = [
     ("ledger.json", '{"train": {}}', "ledger.json is damaged (it has no 'rows')"),
     ("environment.json", "[1]", "environment.json is damaged (it holds something else"),
     ("recipe.yaml", "model: [", "recipe.yaml is damaged (while parsing a flow"),
-    (
-        "evaluation/report.json",
-        '{"answers": [], "models": []}',
-        "report.json is damaged (it has no 'limit')",
-    ),
+    ("evaluation/report.json", '{"answers": [], "models": []}', "report.json is damaged (it has no 'limit')"),
     ("exports/report.json", '{"missed": 1, "models": 3}', "report.json is damaged (it holds something else"),
     ("merged/merge.json", "\0", "merge.json is damaged (Expecting value"),
 ]

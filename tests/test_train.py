@@ -21,7 +21,7 @@ from finetune.cli.commands import main
 from finetune.model import locate, precision, shards
 from finetune.model.generate import load_generator
 from finetune.model.trainable import load_trainable
-from finetune.plan.step import build
+from finetune.plan.fake_model import build_fake
 from finetune.recipe.load import load_recipe
 from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import MetricsLog
@@ -103,7 +103,7 @@ def test_plan_builds_the_model_that_train_trains(sections: dict[str, Any], write
     recipe = load_recipe(write_recipe(**sections))
     base, decided = locate.Base.of(recipe.model), precision.decide_precision(recipe)
     trained = load_trainable(recipe, base, decided, None, lambda line: None)
-    fake = build(recipe, copy.deepcopy(base.config), decided, FakeTensorMode(allow_non_fake_inputs=True))
+    fake = build_fake(recipe, copy.deepcopy(base.config), decided, FakeTensorMode(allow_non_fake_inputs=True))
 
     def facts(model: Any) -> tuple[dict[str, Any], list[int]]:
         parameters = {n: (p.dtype, p.requires_grad, p.shape) for n, p in model.named_parameters()}

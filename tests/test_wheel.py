@@ -1,4 +1,4 @@
-"""The built wheel, alone in a fresh environment outside the clone: templates, cards and sample rows travel in it."""
+"""The built wheel in a fresh environment outside the clone: it contains the templates, pages and sample rows."""
 
 import os
 import shutil

@@ -47,121 +47,90 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", action="version", version=__version__)
     verbs = command.add_subparsers(metavar="VERB", dest="verb", required=True)
 
-    verb = verbs.add_parser("train", parents=[recipe, common], help="train a recipe (also: finetune RECIPE)")
-    verb.add_argument(
-        "--force", action="store_true", help="train even if the memory check says that it does not fit"
-    )
+    def verb(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, parents=[*parents, common], help=help)
 
-    verb = verbs.add_parser("check", parents=[recipe, common], help="check a recipe without training")
-    verb.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+    flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
+    flag("--force", action="store_true", help="train even if the memory check says that it does not fit")
 
-    verb = verbs.add_parser(
-        "plan",
-        parents=[recipe, common],
-        help="compute the memory and time that a run needs, and whether it fits",
-    )
-    verb.add_argument(
+    flag = verb("check", "check a recipe without training", recipe).add_argument
+    flag("--json", action="store_true", help="print the resolved recipe as JSON")
+
+    flag = verb("plan", "predict the memory and time of a run, and whether it fits", recipe).add_argument
+    flag(
         "--gpu",
         metavar="NAME",
         help="t4, l4, a10, 4090, a100-40, a100-80, h100, h200 or a size in GB (default: this machine)",
     )
-    verb.add_argument("--gpus", type=_positive, default=1, metavar="N", help="how many of them (default: 1)")
-    verb.add_argument("--measure", action="store_true", help="time three real steps on this machine")
-    verb.add_argument("--json", action="store_true", help="print the plan as JSON")
+    flag("--gpus", type=_positive, default=1, metavar="N", help="how many of them (default: 1)")
+    flag("--measure", action="store_true", help="time three real steps on this machine")
+    flag("--json", action="store_true", help="print the plan as JSON")
 
-    verb = verbs.add_parser(
-        "inspect", parents=[recipe, common], help="show which tokens of the data are trained on"
-    )
-    which = verb.add_mutually_exclusive_group()
-    which.add_argument(
+    inspect = verb("inspect", "show which tokens of the data are trained on", recipe)
+    flag = inspect.add_mutually_exclusive_group().add_argument
+    flag(
         "--rows",
         type=_whole_number,
         metavar="N",
         help="how many training rows (default: 3; 50 with --html, all with --json); 0: the ledger only",
     )
-    which.add_argument(
-        "--row", metavar="ID", help="the row with this name, or the one whose name ends with it"
-    )
-    how = verb.add_mutually_exclusive_group()
-    how.add_argument("--tokens", action="store_true", help="print one token per line, with its id")
-    how.add_argument(
+    flag("--row", metavar="ID", help="the row with this name, or whose name ends so")
+    flag = inspect.add_mutually_exclusive_group().add_argument
+    flag("--tokens", action="store_true", help="print one token per line, with its id")
+    flag(
         "--json",
         action="store_true",
-        help="print one JSON object per row (row, input_ids, labels), then the ledger",
+        help="print a JSON object per row (row, input_ids, labels), then the ledger",
     )
-    how.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
+    flag("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name"
     )
 
-    verb = verbs.add_parser("generate", parents=[model, common], help="answer prompts with a run or a model")
-    verb.add_argument("--prompt", help="default: each line of standard input; on a terminal, a chat")
-    verb.add_argument("--system", help="a system message before each prompt")
-    verb.add_argument(
-        "--no-adapter", action="store_true", help="answer with the run's base model, without its adapter"
-    )
-    verb.add_argument(
-        "--max-new-tokens",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="the longest answer (default: 256)",
-    )
-    verb.add_argument(
+    flag = verb("generate", "answer prompts with a run or a model", model).add_argument
+    flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
+    flag("--system", help="a system message before each prompt")
+    flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
+    flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
+    flag(
         "--temperature",
         type=_temperature,
         default=0.0,
         metavar="T",
-        help="0 (default): always the most likely token",
+        help="0 (default): the most likely token",
     )
-    verb.add_argument(
+    flag(
         "--top-p",
         type=_top_p,
         default=1.0,
         metavar="P",
         help="nucleus sampling: draw from the most likely tokens with this total probability (default: 1)",
     )
-    verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
-    verb.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run"
-    )
-    verb.add_argument("--quantize", choices=("int8", "nf4"), help="load the weights in 8 or 4 bit")
-    verb.add_argument("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
-    verb.add_argument(
-        "--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs"
-    )
-    verb.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the model: the first answer is slow, later ones are faster",
-    )
+    flag("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
+    flag("--quantize", choices=("int8", "nf4"), help="load the weights in 8 or 4 bit")
+    flag("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
+    flag("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs")
+    flag("--compile", action="store_true", help="compile the model: slow first, then faster")
 
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     output.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier output of merge or export, after the new one is complete",
+        "--overwrite", action="store_true", help="replace an output of merge or export, once complete"
     )
 
-    verb = verbs.add_parser(
-        "merge", parents=[output, common], help="merge a run's adapter into its base's weights"
-    )
-    verb.add_argument(
-        "folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter"
-    )
-    verb.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run"
-    )
-    verb.add_argument(
+    flag = verb("merge", "merge a run's adapter into its base's weights", output).add_argument
+    flag("folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
+    flag(
         "--base",
         choices=("original", "dequantised"),
         default="original",
         help="dequantised: the rounded weights that a 4- or 8-bit run trained on (default: original)",
     )
-    verb.add_argument(
+    flag(
         "--adapter",
         type=_adapter_and_weight,
         action="append",
@@ -169,24 +138,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH=WEIGHT",
         help="another adapter of the same base, or RUN itself, with its weight; repeatable",
     )
-    verb.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="the largest file of weights (default: 5GB)"
-    )
-    verb.add_argument(
-        "--stream-base",
-        action="store_true",
-        help="fetch the base from the Hub one file at a time, and keep none",
-    )
+    flag("--max-shard-size", default="5GB", metavar="SIZE", help="the largest file of weights (default: 5GB)")
+    flag("--stream-base", action="store_true", help="fetch the base from the Hub file by file, and keep none")
 
-    verb = verbs.add_parser(
-        "export",
-        parents=[output, common],
-        help="write bf16, fp16, int8, nf4, GGUF or Ollama files, and measure how much each one lost",
-    )
-    verb.add_argument(
-        "model", metavar="RUN_OR_MERGED", help="a run, which is merged first, or a folder with a whole model"
-    )
-    verb.add_argument(
+    flag = verb(
+        "export", "write bf16, fp16, int8, nf4, GGUF or Ollama files and measure their loss", output
+    ).add_argument
+    flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
+    flag(
         "--format",
         choices=FORMATS,
         metavar="FORMAT",
@@ -194,8 +153,8 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help=f"{FORMATS_HELP}; repeatable",
     )
-    verb.add_argument("--base", choices=("original", "dequantised"), help="as in merge")
-    verb.add_argument(
+    flag("--base", choices=("original", "dequantised"), help="as in merge")
+    flag(
         "--gate",
         type=_gate,
         action="append",
@@ -204,55 +163,30 @@ def parser() -> argparse.ArgumentParser:
         help="exit with 3 if a format misses it: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
     )
 
-    verb = verbs.add_parser(
-        "evaluate",
-        parents=[model, common],
-        help="measure the perplexity and the answers of a model",
-    )
-    verb.add_argument(
-        "--recipe",
-        type=Path,
-        help="the recipe with the held-out rows and the evaluate section (default: the run's own)",
-    )
-    verb.add_argument(
-        "--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base"
-    )
-    verb.add_argument("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
-    verb.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="default: the folder evaluation in the run's folder, or in the current one",
-    )
-    verb.add_argument("--json", action="store_true", help="print the report as JSON")
+    flag = verb("evaluate", "measure the perplexity and the answers of a model", model).add_argument
+    flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
+    flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
+    flag("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
+    flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")
+    flag("--json", action="store_true", help="print the report as JSON")
 
-    verb = verbs.add_parser("report", parents=[common], help="show a run, finished or not, as one HTML page")
-    verb.add_argument("run", metavar="RUN", type=Path, help="a run's directory")
-    verb.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder"
-    )
+    flag = verb("report", "show a run, finished or not, as one HTML page").add_argument
+    flag("run", metavar="RUN", type=Path, help="a run's directory")
+    flag("--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder")
 
-    verb = verbs.add_parser("doctor", parents=[common], help="check this machine and say what to mend")
-    verb.add_argument("--json", action="store_true", help="print the results as JSON")
+    flag = verb("doctor", "check this machine and say what to mend").add_argument
+    flag("--json", action="store_true", help="print the results as JSON")
 
-    verb = verbs.add_parser(
-        "push", parents=[common], help="put a run, a merged model or an export on the Hub"
-    )
-    verb.add_argument(
-        "folder",
-        metavar="RUN_OR_EXPORT",
-        help="a run, one of its checkpoints, or an output of merge or export",
-    )
-    verb.add_argument("--repo-id", metavar="OWNER/NAME", help="default: hub.repo_id of the run's recipe")
-    verb.add_argument(
-        "--private", action="store_true", default=None, help="make the repository private if it is new"
-    )
-    verb.add_argument("--revision", metavar="BRANCH", help="the branch, which is made if it is missing")
-    verb.add_argument("--create-pr", action="store_true", help="open a pull request")
-    verb.add_argument(
+    flag = verb("push", "put a run, a merged model or an export on the Hub").add_argument
+    flag("folder", metavar="RUN_OR_EXPORT", help="a run, a checkpoint of it, or an output of merge or export")
+    flag("--repo-id", metavar="OWNER/NAME", help="default: hub.repo_id of the run's recipe")
+    flag("--private", action="store_true", default=None, help="make the repository private if it is new")
+    flag("--revision", metavar="BRANCH", help="the branch, which is made if it is missing")
+    flag("--create-pr", action="store_true", help="open a pull request")
+    flag(
         "--base-model",
         metavar="OWNER/NAME",
-        help="the base's id on the Hub, if the run read it from a local folder",
+        help="the base's id on the Hub, if it was read from a local folder",
     )
     return command
 

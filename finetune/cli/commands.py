@@ -15,12 +15,15 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.terminal import Say, silence_upstream
+
+if TYPE_CHECKING:
+    from finetune.model.generate import Generator, Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +139,7 @@ def _train(args: argparse.Namespace) -> None:
     else:
         from finetune.plan import preflight
 
-        train(recipe, say, preflight.check)
+        train(recipe, say, preflight.check_memory)
 
 
 def _plan(args: argparse.Namespace) -> ExitCode:
@@ -332,7 +335,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 }
 
 
-def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
+def _chat(generator: Generator, system: list[dict[str, str]], sampling: Sampling) -> None:
     """Chats on the terminal, with the history as context, until an empty line or the end of input."""
     _say("an empty line ends the chat")
     messages = list(system)
@@ -347,7 +350,7 @@ def _chat(generator: Any, system: list[dict[str, str]], sampling: Any) -> None:
         messages.append({"role": "assistant", "content": _answer(generator, messages, sampling)})
 
 
-def _answer(generator: Any, messages: list[dict[str, str]], sampling: Any) -> str:
+def _answer(generator: Generator, messages: list[dict[str, str]], sampling: Sampling) -> str:
     """Prints an answer as it is generated and returns it; says on standard error if it reached the token limit."""
     from finetune.model.generate import CUT_OFF
 

@@ -222,7 +222,7 @@ def _ledgers(ledgers: Any) -> list[tuple[str, Any]]:
     return [(title, for_page(ledgers[name])) for name, title in titles if ledgers[name]["rows"]["read"]]
 
 
-def _samples(file: Path) -> dict[str, Any] | None:
+def _samples(file: Path) -> Record | None:
     """The answers to each prompt by step, of at most `_SIDE_BY_SIDE` evaluations evenly spaced over the run."""
     samples = _read_lines(file, _sample)
     if not samples:
@@ -237,7 +237,7 @@ def _samples(file: Path) -> dict[str, Any] | None:
     return {"prompts": list(prompts.items()), "shown": len(chosen), "all": len(steps)}
 
 
-def _evaluation(report: Any) -> dict[str, Any] | None:
+def _evaluation(report: Any) -> Record | None:
     if "answers" not in report:
         return None
     return {
@@ -258,7 +258,7 @@ def _merged(record: Any) -> TableRows:
     return _visible(rows)
 
 
-def _exported(report: Any) -> dict[str, Any] | None:
+def _exported(report: Any) -> Record | None:
     """The table of an export: what each format lost."""
     if "missed" not in report:
         return None

@@ -1,4 +1,4 @@
-"""What to change of a recipe so that a card holds it, or computes in its types at all; as overrides to be copied."""
+"""Changes of a recipe, as overrides, with which it fits the memory or computes in types that the hardware supports."""
 
 from __future__ import annotations
 
@@ -8,144 +8,147 @@ from typing import Any
 
 from finetune.model import compatibility
 from finetune.model.precision import decide_precision
-from finetune.plan.predict import STRIDE, Predictor, StepSettings, with_length, with_rows
+from finetune.plan.predict import Predictor
+from finetune.plan.search import STRIDE
+from finetune.plan.settings import StepSettings, with_length, with_rows
 from finetune.recipe.load import Recipe
-from finetune.system import devices
-from finetune.system.devices import Hardware
+from finetune.system.devices import Device, Hardware
 from finetune.system.errors import ModelError
 
-# Optimizers that cannot step on weights in parts, beside those in 8 bit (train/arguments.py).
-_WHOLE = ("adafactor", "lion", "ademamix", "paged")
-# Overrides, and what they make of a setting.
-_Step = tuple[list[str], Callable[[StepSettings], StepSettings]]
+# Optimizers, apart from those in 8 bit, that cannot step on sharded weights (`train.arguments.check_launch`).
+_NOT_SHARDED = ("adafactor", "lion", "ademamix", "paged")
 _LORA = {"target_modules": "all-linear", "trainable_token_indices": "auto", "r": 16, "lora_alpha": 16}
-_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+_LORA_OVERRIDES = ["lora.r=16", "lora.lora_alpha=16"]
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# Overrides, and a function that applies them to settings.
+_Change = tuple[list[str], Callable[[StepSettings], StepSettings]]
 
 
-def advice(own: Predictor, setting: StepSettings, card: Hardware) -> list[tuple[str, int]]:
-    """Up to three changes of which each makes it fit, and the bytes with it; those first that change the result least.
+def changes_that_fit(
+    predictor: Predictor, settings: StepSettings, hardware: Hardware
+) -> list[tuple[str, int]]:
+    """Up to three changes, each of which makes a recipe fit, with the bytes that each GPU needs then.
 
-    On several cards what each of them holds.
+    Those that change the trained model least come first.
     """
-    found: list[tuple[str, int]] = []
-    for text, changed in _changes(own, setting, card):
-        if (need := own.required_memory(changed).total) <= card.memory and text not in dict(found):
-            found.append((text, need))
-            if len(found) == 3:
-                break
-    return found
+    fitting: dict[str, int] = {}
+    for text, changed in _changes(predictor, settings, hardware):
+        required = predictor.required_memory(changed).total
+        if required <= hardware.memory:
+            fitting.setdefault(text, required)
+        if len(fitting) == 3:
+            break
+    return list(fitting.items())
 
 
-def _changes(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
-    steps = list(_steps(own, setting, card))
-    if not setting.checkpointing:
-        yield _text(steps[0][0]), steps[0][1](setting)
-    yield from _smaller(own, setting, card)
-    for written, change in steps:
-        yield _text(written), change(setting)
-    # One alone is not enough: one after the other, with a smaller batch behind.
-    done: list[str] = []
-    now = setting
-    for written, change in steps:
-        now, done = change(now), [*done, *written]
-        yield _text(done), now
-        for smaller, its in _smaller(own, now, card):
-            yield _text([*done, smaller]), its
-    for length in _shorter(setting.batch.length):
-        yield f"training.max_length={length}", with_length(setting, length)
-    if card.is_gpu and setting.recipe.model.adapter is None:
-        yield from _in_parts(setting, card)
-    for length in _shorter(setting.batch.length):
-        smallest = with_length(with_rows(now, 1), length)
-        yield (
-            _text([*done, "training.per_device_train_batch_size=1", f"training.max_length={length}"]),
-            smallest,
-        )
+def _changes(
+    predictor: Predictor, settings: StepSettings, hardware: Hardware
+) -> Iterator[tuple[str, StepSettings]]:
+    """Changes to try, with the changed settings: single ones, combined ones, shorter rows, more GPUs."""
+    changes = list(_single_changes(predictor, settings, hardware))
+    if not settings.checkpointing:
+        yield _joined(changes[0][0]), changes[0][1](settings)
+    yield from _smaller_batch(predictor, settings, hardware)
+    for overrides, change in changes:
+        yield _joined(overrides), change(settings)
+    combined: list[str] = []
+    changed = settings
+    for overrides, change in changes:
+        changed, combined = change(changed), [*combined, *overrides]
+        yield _joined(combined), changed
+        for text, smaller in _smaller_batch(predictor, changed, hardware):
+            yield _joined([*combined, text]), smaller
+    for length in _shorter(settings.batch.length):
+        yield f"training.max_length={length}", with_length(settings, length)
+    if hardware.is_gpu and settings.recipe.model.adapter is None:
+        yield from _more_gpus(settings, hardware)
+    for length in _shorter(settings.batch.length):
+        overrides = [*combined, "training.per_device_train_batch_size=1", f"training.max_length={length}"]
+        yield _joined(overrides), with_length(with_rows(changed, 1), length)
 
 
-def _steps(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[_Step]:
-    recipe = setting.recipe
-    if not setting.checkpointing:
+def _single_changes(predictor: Predictor, settings: StepSettings, hardware: Hardware) -> Iterator[_Change]:
+    recipe = settings.recipe
+    if not settings.checkpointing:
         yield ["training.gradient_checkpointing=true"], lambda s: replace(s, checkpointing=True)
-    eight = "adamw_8bit" if own.step(setting).paged or not card.is_gpu else "paged_adamw_8bit"
-    if "8bit" not in setting.optim and not setting.sharded:  # weights in parts take no such steps
-        yield [f"training.optim={eight}"], lambda s: replace(s, optim=eight)
+    if "8bit" not in settings.optim and not settings.fsdp:
+        optim = "adamw_8bit" if predictor.step(settings).paged or not hardware.is_gpu else "paged_adamw_8bit"
+        yield [f"training.optim={optim}"], lambda s: replace(s, optim=optim)
     if recipe.lora is None:
-        yield ["lora.r=16", "lora.lora_alpha=16"], lambda s: replace(s, recipe=replace(s.recipe, lora=_LORA))
+        yield _LORA_OVERRIDES, lambda s: replace(s, recipe=replace(s.recipe, lora=_LORA))
     if recipe.quantization is not None:
         return
-    bits = dict(_BITS)
-    if setting.sharded:
-        bits["bnb_4bit_quant_storage"] = _storage(recipe, card)
-    written = [f"quantization.{name}={str(value).lower()}" for name, value in bits.items()]
-    if recipe.lora is not None:
-        yield written, lambda s: replace(s, recipe=replace(s.recipe, quantization=bits))
-    else:
-        both: dict[str, Any] = {"lora": _LORA, "quantization": bits}
-        yield (
-            ["lora.r=16", "lora.lora_alpha=16", *written],
-            lambda s: replace(s, recipe=replace(s.recipe, **both)),
-        )
+    nf4 = _NF4 | ({"bnb_4bit_quant_storage": _storage(recipe, hardware)} if settings.fsdp else {})
+    overrides = [f"quantization.{name}={str(value).lower()}" for name, value in nf4.items()]
+    lora = recipe.lora or _LORA
+    yield (
+        overrides if recipe.lora is not None else [*_LORA_OVERRIDES, *overrides],
+        lambda s: replace(s, recipe=replace(s.recipe, lora=lora, quantization=nf4)),
+    )
 
 
-def _in_parts(setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
-    """On more cards, or on as many in parts."""
-    if (parts := with_fsdp(setting, card)) is None:
-        return
-    for count in (2, 4, 8, 16):
-        if count > setting.cards or (count == setting.cards and not setting.sharded):
-            head = f"{count} cards with accelerate_configs/fsdp.yaml"
-            yield _text([head, *(["and", *parts[1]] if parts[1] else [])]), replace(parts[0], cards=count)
-
-
-def with_fsdp(setting: StepSettings, card: Hardware) -> tuple[StepSettings, list[str]] | None:
-    """The setting as FSDP takes it, and the overrides that make it so; None where weights cannot be cut."""
-    recipe, written = setting.recipe, list[str]()
-    if setting.optim.startswith(_WHOLE) or "8bit" in setting.optim or "bnb" in setting.optim:
-        written.append("training.optim=adamw_torch_fused")
-        setting = replace(setting, optim="adamw_torch_fused")
-    if recipe.quantization is not None:
-        if recipe.quantization.get("load_in_8bit"):
-            return None
-        storage = _storage(recipe, card)
-        if recipe.quantization.get("bnb_4bit_quant_storage") != storage:
-            written.append(f"quantization.bnb_4bit_quant_storage={storage}")
-        recipe = replace(recipe, quantization=recipe.quantization | {"bnb_4bit_quant_storage": storage})
-    return replace(setting, recipe=recipe, sharded=True), written
-
-
-def _storage(recipe: Recipe, card: Hardware) -> str:
-    return str(decide_precision(recipe, card.device).asked).removeprefix("torch.")
-
-
-def _smaller(own: Predictor, setting: StepSettings, card: Hardware) -> Iterator[tuple[str, StepSettings]]:
-    """The largest part of the batch that fits, as many more of them a step: the same result."""
-    rows = setting.batch.rows
-    for part in (n for n in range(2, rows + 1) if rows % n == 0):
-        changed = replace(with_rows(setting, rows // part), accumulation=setting.accumulation * part)
-        if own.required_memory(changed).total <= card.memory:
+def _smaller_batch(
+    predictor: Predictor, settings: StepSettings, hardware: Hardware
+) -> Iterator[tuple[str, StepSettings]]:
+    """The largest fraction of the batch that fits, with more batches per step, which trains the same model."""
+    rows = settings.batch.rows
+    for divisor in (n for n in range(2, rows + 1) if rows % n == 0):
+        accumulation = settings.accumulation * divisor
+        changed = replace(with_rows(settings, rows // divisor), accumulation=accumulation)
+        if predictor.required_memory(changed).total <= hardware.memory:
             yield (
-                f"training.per_device_train_batch_size={rows // part} "
-                f"training.gradient_accumulation_steps={setting.accumulation * part}",
+                f"training.per_device_train_batch_size={rows // divisor} "
+                f"training.gradient_accumulation_steps={accumulation}",
                 changed,
             )
             return
 
 
+def _more_gpus(settings: StepSettings, hardware: Hardware) -> Iterator[tuple[str, StepSettings]]:
+    """More GPUs, or as many, under FSDP."""
+    if (variant := with_fsdp(settings, hardware)) is None:
+        return
+    sharded, overrides = variant
+    for count in (2, 4, 8, 16):
+        if count > settings.gpus or (count == settings.gpus and not settings.fsdp):
+            head = f"{count} GPUs with accelerate_configs/fsdp.yaml"
+            yield _joined([head, *(["and", *overrides] if overrides else [])]), replace(sharded, gpus=count)
+
+
+def with_fsdp(settings: StepSettings, hardware: Hardware) -> tuple[StepSettings, list[str]] | None:
+    """The settings under FSDP, and the overrides that FSDP needs; None where it cannot shard the weights."""
+    recipe, overrides = settings.recipe, list[str]()
+    if settings.optim.startswith(_NOT_SHARDED) or "8bit" in settings.optim or "bnb" in settings.optim:
+        overrides.append("training.optim=adamw_torch_fused")
+        settings = replace(settings, optim="adamw_torch_fused")
+    if recipe.quantization is not None:
+        if recipe.quantization.get("load_in_8bit"):
+            return None
+        storage = _storage(recipe, hardware)
+        if recipe.quantization.get("bnb_4bit_quant_storage") != storage:
+            overrides.append(f"quantization.bnb_4bit_quant_storage={storage}")
+        recipe = replace(recipe, quantization=recipe.quantization | {"bnb_4bit_quant_storage": storage})
+    return replace(settings, recipe=recipe, fsdp=True), overrides
+
+
+def _storage(recipe: Recipe, hardware: Hardware) -> str:
+    return str(decide_precision(recipe, hardware.device).asked).removeprefix("torch.")
+
+
 def _shorter(length: int) -> list[int]:
-    return [cut for cut in (length * 3 // 4, length // 2, length // 4) if cut >= STRIDE]
+    return [shorter for shorter in (length * 3 // 4, length // 2, length // 4) if shorter >= STRIDE]
 
 
-def _text(written: list[str]) -> str:
-    return " ".join(dict.fromkeys(written))
+def _joined(overrides: list[str]) -> str:
+    return " ".join(dict.fromkeys(overrides))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Types
 
 
-def why_unsupported(recipe: Recipe, config: Any, device: devices.Device) -> str:
-    """Why the recipe cannot be trained on such a device as it is written; empty where it can."""
+def why_unsupported(recipe: Recipe, config: Any, device: Device) -> str:
+    """Why a recipe as it is written cannot be trained on a device, in one line; empty where it can."""
     try:
         precision = decide_precision(recipe, device)
         compatibility.check_attention(recipe.model.attn_implementation, config, device, precision.in_float32)
@@ -156,33 +159,34 @@ def why_unsupported(recipe: Recipe, config: Any, device: devices.Device) -> str:
     return ""
 
 
-def supported_variant(recipe: Recipe, device: devices.Device) -> tuple[Recipe, list[str]]:
-    """The recipe in types and attention that the device computes in, and the overrides that make it so."""
+def supported_variant(recipe: Recipe, device: Device) -> tuple[Recipe, list[str]]:
+    """The recipe with dtypes and attention that a device supports, and the overrides that make it so."""
     model, training, bits = recipe.model, dict(recipe.training), dict(recipe.quantization or {})
-    wrong, right = ("float16", "float32") if device.capability is None else ("bfloat16", "float16")
-    written: list[str] = []
+    cpu = device.capability is None
+    wrong, right = ("float16", "float32") if cpu else ("bfloat16", "float16")
+    overrides: list[str] = []
 
-    def instead(key: str, value: Any) -> None:
+    def override(key: str, value: Any) -> None:
         section, _, name = key.partition(".")
         {"training": training, "quantization": bits}[section][name] = value
-        written.append(f"{key}={str(value).lower()}")
+        overrides.append(f"{key}={str(value).lower()}")
 
-    if not device.bf16 or device.capability is None:
+    if cpu or not device.bf16:
         if model.dtype == wrong:
             model = model.model_copy(update={"dtype": right})
-            written.append(f"model.dtype={right}")
-        short = {"bfloat16": "bf16", "float16": "fp16"}
-        for name in (short[wrong], f"{short[wrong]}_full_eval"):
+            overrides.append(f"model.dtype={right}")
+        short = {"bfloat16": "bf16", "float16": "fp16"}[wrong]
+        for name in (short, f"{short}_full_eval"):
             if training.get(name):
-                instead(f"training.{name}", False)
+                override(f"training.{name}", False)
                 if name == "bf16" and model.dtype == "float32":
-                    instead("training.fp16", True)
+                    override("training.fp16", True)
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
             if str(bits.get(name)).removeprefix("torch.") == wrong:
-                instead(f"quantization.{name}", right)
-    cpu, wanted = device.capability is None, str(model.attn_implementation)
-    flash = wanted.startswith("flash_attention_") and (cpu or (device.capability or (0,)) < (8, 0))
-    if flash or (cpu and wanted == "flex_attention"):
+                override(f"quantization.{name}", right)
+    attention = str(model.attn_implementation)
+    flash = attention.startswith("flash_attention_") and (device.capability or (0, 0)) < (8, 0)
+    if flash or (cpu and attention == "flex_attention"):
         model = model.model_copy(update={"attn_implementation": None})
-        written.append("model.attn_implementation=null")
-    return replace(recipe, model=model, training=training, quantization=bits or None), written
+        overrides.append("model.attn_implementation=null")
+    return replace(recipe, model=model, training=training, quantization=bits or None), overrides

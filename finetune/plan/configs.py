@@ -1,4 +1,4 @@
-"""What is known before anything is downloaded: bases by their configs, cards by their names."""
+"""Finds the config of a base without a download where possible, and a GPU by its name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from finetune.system.terminal import quiet
 
 
 def gpu_named(name: str) -> Hardware:
-    """A card by its name, or one of so many GB.
+    """The GPU with a name of `GPUS`, or one with a size in GB such as `24` or `24gb`.
 
     Raises:
-        PlanError: There is none of that name.
+        PlanError: It is neither.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
@@ -38,19 +38,22 @@ def _shipped_configs() -> dict[str, dict[str, Any]]:
 
 
 def base_config(section: ModelSection, base: Base | None = None) -> Any:
-    """The base's config: shipped numbers of those that are known, else a directory's or the Hub's.
+    """The config of a base: the one that this package ships, or that of its directory or of the Hub.
+
+    Args:
+        section: The `model` section of the recipe.
+        base: The base, if it was located already.
 
     Raises:
-        ModelError: There is none to load.
+        ModelError: It has no config that can be loaded.
     """
     from transformers import AutoConfig
 
     name = section.name_or_path
     folder = Path(name).expanduser()
     if name in _shipped_configs() and section.revision is None and not folder.is_dir():
-        facts = dict(_shipped_configs()[name])
-        return AutoConfig.for_model(facts.pop("model_type"), **facts)
-    if (folder / "config.json").is_file():  # its weights may come later
+        return AutoConfig.for_model(**_shipped_configs()[name])
+    if (folder / "config.json").is_file():  # its weights are not needed
         with quiet():
             return AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
     return (base or Base.of(section)).config

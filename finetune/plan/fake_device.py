@@ -1,8 +1,8 @@
-"""What upstream does on a card, or with real values, where it is shown fake tensors on a CPU."""
+"""Makes libraries behave on fake CPU tensors as they do on a GPU, or with real values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +12,30 @@ import torch
 from finetune.plan.memory import MemoryTracker
 from finetune.train import loss
 
+# Objects, usually modules, each with values for some of its attributes.
+Patches = list[tuple[object, dict[str, object]]]
+
 
 @contextmanager
-def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
-    """What upstream does on a card where it asks for the device.
+def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
+    """Replaces functions of libraries that choose by device, so that they take a GPU's way, until the context ends.
 
-    Fake tensors are on the CPU: torch 2.13 without CUDA ends the process when it takes gradients of fake CUDA tensors.
+    Fake tensors are on the CPU because torch 2.13 without CUDA crashes when it takes gradients of fake CUDA tensors.
 
-    | where | on a card |
+    | where | on a GPU |
     |---|---|
-    | trl 1.16 `kernels/chunked_logprob.py` | trained tokens alone are scored, in tiles that Triton kernels fold |
-    | torch 2.13 `native/Dropout.cpp` | the mask is kept as one byte |
-    | torch 2.13 `native/SoftMax.cpp` | reads 16 bit and writes float32, with no copy between |
-    | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit rows are multiplied with 8-bit weights |
+    | trl 1.16 `kernels/chunked_logprob.py` | only trained tokens are scored, in tiles that Triton kernels reduce |
+    | torch 2.13 `native/Dropout.cpp` | the mask is kept as one byte per element |
+    | torch 2.13 `native/SoftMax.cpp` | reads 16-bit and writes float32 without a copy between |
+    | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit activations are multiplied with 8-bit weights |
+
+    Args:
+        on_gpu: False: only the loops over tiles of our own loss are shortened.
+        tracker: Counts what the shortened loops and replaced kernels leave out.
     """
 
-    def few(*bounds: int) -> Iterator[int]:
-        """Of many equal tiles the first two and the last; the second counts for those that are left out."""
+    def few_tiles(*bounds: int) -> Iterator[int]:
+        """Iterates over the first two and the last of many equal tiles; the second counts for those left out."""
         tiles = range(*bounds)
         if len(tiles) <= 3:
             yield from tiles
@@ -39,9 +46,9 @@ def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
         tracker.times = 1
         yield tiles[-1]
 
-    # Our own head's tiles; of its product over the vocabulary the columns are not told apart.
-    tiles: list[tuple[Any, dict[str, Any]]] = [(loss, {"_COLUMNS": 2**31, "range": few})]
-    if not card:
+    # Our own loss works in tiles of tokens, and its loop over columns of the vocabulary becomes a single pass.
+    tiles: Patches = [(loss, {"_COLUMNS": 2**31, "range": few_tiles})]
+    if not on_gpu:
         with patched_attributes(tiles):
             yield
         return
@@ -51,17 +58,17 @@ def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    plain_dropout, plain_softmax = functional.dropout, functional.softmax
+    cpu_dropout, cpu_softmax = functional.dropout, functional.softmax
 
     def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         if not training or p <= 0 or inplace:
-            return plain_dropout(x, p, training, inplace)
+            return cpu_dropout(x, p, training, inplace)
         return torch.native_dropout(x, p, True)[0]
 
     def softmax(x: Any, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         if dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and dim is not None:
             return torch._softmax(x, dim, True)
-        return plain_softmax(x, dim, _stacklevel, dtype)
+        return cpu_softmax(x, dim, _stacklevel, dtype)
 
     def matmul(
         a: Any, b: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None
@@ -70,11 +77,11 @@ def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
             state.threshold = threshold
         return bnb.MatMul8bitLt.apply(a, b, out, bias, state)
 
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Any:
+    class NoKernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **kwargs: None
 
-    places = [
+    patches: Patches = [
         *tiles,
         (functional, {"dropout": dropout, "softmax": softmax}),
         (bitsandbytes, {"matmul": matmul}),
@@ -83,30 +90,30 @@ def emulate_device(card: bool, tracker: MemoryTracker) -> Iterator[None]:
             chunked_logprob,
             {
                 "_use_triton": lambda device: True,
-                "_forward_kernel": Kernel(),
-                "_backward_kernel": Kernel(),
+                "_forward_kernel": NoKernel(),
+                "_backward_kernel": NoKernel(),
                 "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
-                "_addmm_fp32": lambda sums, a, b: tracker.multiplied(sums.numel(), a.shape[1]),
+                "_addmm_fp32": lambda sums, a, b: tracker.count_product(sums.numel(), a.shape[1]),
             },
         ),
     ]
-    with patched_attributes(places):
+    with patched_attributes(patches):
         yield
 
 
 @contextmanager
-def patched_attributes(places: list[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    """Each place has these names in place of its own meanwhile."""
+def patched_attributes(patches: Patches) -> Iterator[None]:
+    """Sets attributes of objects (usually modules) until the context ends, then restores them."""
     missing = object()
-    before = [(place, name, getattr(place, name, missing)) for place, names in places for name in names]
+    before = [(owner, name, getattr(owner, name, missing)) for owner, names in patches for name in names]
     try:
-        for place, names in places:
+        for owner, names in patches:
             for name, value in names.items():
-                setattr(place, name, value)
+                setattr(owner, name, value)
         yield
     finally:
-        for place, name, value in before:
+        for owner, name, value in before:
             if value is missing:
-                delattr(place, name)
+                delattr(owner, name)
             else:
-                setattr(place, name, value)
+                setattr(owner, name, value)

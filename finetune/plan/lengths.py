@@ -1,71 +1,86 @@
-"""The rows of a recipe as a plan sees them, where they are at hand."""
+"""The lengths of a recipe's rows in tokens, if the rows are on this machine."""
 
 from __future__ import annotations
 
 import glob
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from finetune.data.chat import IGNORE, Chat
+from finetune.data.mixture import build_datasets
+from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
 from finetune.recipe.load import Recipe
 from finetune.system.files import cache_dir
+from finetune.system.terminal import Say
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Lengths of the prepared rows, and how many tokens of each are trained on; the longest first."""
+    """The tokens of each prepared row and how many of them are trained on; the longest row first.
 
-    lengths: Any
-    labels: Any
+    Attributes:
+        lengths: Tokens, int array of shape (rows,).
+        trained: Trained tokens, of the same shape.
+    """
+
+    lengths: NDArray[np.int64]
+    trained: NDArray[np.int64]
 
     @classmethod
     def of(cls, dataset: Any) -> RowLengths:
-        """Of a dataset with `input_ids` and `labels`."""
-        lengths, labels = [], []
-        for table in (
-            dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
-        ):
+        """The lengths of the rows of a dataset with `input_ids` and `labels`."""
+        lengths, trained = [], list[int]()
+        columns = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")
+        for table in columns.iter(batch_size=1000):
             lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
-            labels += [sum(label != -100 for label in row[1:]) for row in table["labels"].to_pylist()]
-        every = np.concatenate(lengths)
-        order = np.argsort(-every, kind="stable")
-        return cls(every[order], np.asarray(labels)[order])
+            trained += [sum(label != IGNORE for label in row[1:]) for row in table["labels"].to_pylist()]
+        of_rows = np.concatenate(lengths)
+        order = np.argsort(-of_rows, kind="stable")
+        return cls(of_rows[order], np.asarray(trained)[order])
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return len(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest."""
+        """Tokens of the longest row."""
         return int(self.lengths[0])
 
     @property
     def tokens(self) -> int:
-        """Tokens of all."""
+        """Tokens of all rows."""
         return int(self.lengths.sum())
 
-    def trained(self, count: int) -> int:
-        """Tokens that are trained on, of a batch of the rows that have most of them."""
-        return int(np.sort(self.labels)[::-1][:count].sum())
+    def most_trained(self, count: int) -> int:
+        """The most trained tokens that a batch of `count` rows can have."""
+        return int(np.sort(self.trained)[::-1][:count].sum())
 
 
-def row_lengths(recipe: Recipe, say: Callable[[str], None], base: Base | None = None) -> RowLengths | None:
-    """The rows that would be trained on; None where they, or the tokenizer, are not on this machine."""
+def row_lengths(recipe: Recipe, say: Say, base: Base | None = None) -> RowLengths | None:
+    """The lengths of the rows that would be trained on; None where they or the tokenizer are not on this machine.
+
+    Args:
+        recipe: The recipe.
+        say: Called with lines about the preparation of the rows.
+        base: The recipe's base, if it was located already.
+
+    Raises:
+        DataError: A source cannot be read.
+        TemplateError: The chat template cannot be read or used.
+        ModelError: The tokenizer cannot be loaded.
+    """
     if not all(_is_file(source) for source in recipe.data.train) or not _has_tokenizer(recipe.model):
         return None
-    from finetune.data.chat import Chat
-    from finetune.data.mixture import build_datasets
-    from finetune.model.load import load_tokenizer
-
     tokenizer = load_tokenizer(recipe.model, base)
     data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
     return RowLengths.of(data.dataset)
@@ -76,12 +91,12 @@ def _is_file(source: Any) -> bool:
 
 
 def _has_tokenizer(section: Any) -> bool:
-    """Whether loading it fetches and converts nothing."""
+    """True if the tokenizer can be loaded without a download or a conversion of the base."""
     kind, _, rest = section.name_or_path.partition(":")
     if kind == "random":
         return True
     if kind == "package":
-        # Converted once, which takes a minute, into a folder that is named after its file.
+        # The base in it is converted once, into a folder named after its file; see `model.locate`.
         if importlib.util.find_spec(rest) is None:
             return False
         package = importlib.import_module(rest)

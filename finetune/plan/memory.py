@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive while a model is run under torch's FakeTensorMode, where none has any."""
+"""Counts the bytes of live tensors, and FLOPs, while a model runs under torch's FakeTensorMode without real memory."""
 
 from __future__ import annotations
 
@@ -13,44 +13,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-# The part that leaves a card which is full, and so counts in no total.
+# The part for state of a paged optimizer. It can leave the GPU, so it does not count in the total.
 PAGED = "paged"
 
 _aten = torch.ops.aten
-# Attention of a CPU, whose shapes are those of a card's: torch 2.13 counts the work of cards' kernels alone.
-_forward_work: Any = sdpa_flop_count
-_backward_work: Any = sdpa_backward_flop_count
+# The CPU's attention kernels take arguments of the same shapes as GPU kernels, of which alone torch 2.13 counts FLOPs.
+_attention_flops: Any = sdpa_flop_count
+_attention_backward_flops: Any = sdpa_backward_flop_count
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes alive by part, now and when they were most; and the arithmetic that was done.
+    """Bytes of live tensors by part, now and at the peak of each phase of a step; FLOPs and operators.
 
-    A storage counts once, from the operator that made it to its end, which a weak reference tells. It belongs to the
-    part that was at work when it was made. To be entered within a FakeTensorMode.
+    A storage counts once, from the operator that made it until it is freed, which a weak reference reports. It belongs
+    to the part that was current (`part`) when it was made. To be entered inside a FakeTensorMode.
     """
 
-    def __init__(self, card: bool, trained: int | None = None) -> None:
+    def __init__(self, on_gpu: bool, trained: int | None = None) -> None:
+        """Starts with no tensors.
+
+        Args:
+            on_gpu: Count as a GPU's kernels allocate, not as the CPU's do.
+            trained: How many tokens of a batch are trained on; None: all.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.card = card
-        self.trained = trained  # tokens of a batch that are trained on; None: all
+        self.on_gpu = on_gpu
+        self.trained = trained
         self.part = "weights"
-        # Of weights that are used twice: their two gradients are added in place.
+        # Shapes of weights that are used twice, whose two gradients autograd adds in place.
         self.tied: set[torch.Size] = set()
         self.now: Counter[str] = Counter()
-        self.total = self.most = 0
-        self.at_most: dict[str, int] = {}
+        self.total = self.peak = 0
+        self.at_peak: dict[str, int] = {}
         self.phase = ""
         self.phases: dict[str, dict[str, int]] = {}
         self.flops = 0
-        self.operators = 0  # those that make a tensor; a view is none
-        self.times = 1  # how often the work at hand is done
+        self.operators = 0  # without views, which make no tensor
+        self.times = 1  # each operator counts so often; see `fake_device.emulate_device`
         self._live: dict[int, list[Any]] = {}
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """What is made in it belongs to this part."""
+        """Tensors that are made inside belong to `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -58,20 +64,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.part = before
 
     def begin(self, phase: str) -> None:
-        """From now on another maximum, that of this phase; the work is counted from the first on."""
+        """Starts a phase, which has a peak of its own. FLOPs and operators count from the first phase on."""
         if not self.phase:
             self.flops = self.operators = 0
         self.end()
         self.phase = phase
 
     def end(self) -> None:
-        """Keeps the maximum of the phase at hand."""
+        """Ends the current phase and keeps its peak in `phases`."""
         if self.phase:
-            self.phases[self.phase] = {k: v for k, v in self.at_most.items() if v and k != PAGED}
-        self.most, self.at_most = self.total, dict(self.now)
+            self.phases[self.phase] = {k: v for k, v in self.at_peak.items() if v and k != PAGED}
+        self.peak, self.at_peak = self.total, dict(self.now)
 
     def add(self, tensor: torch.Tensor, part: str | None = None) -> None:
-        """Counts a tensor's storage, or moves it to another part."""
+        """Counts a tensor's storage from now on, unless it is counted already."""
         storage = tensor.untyped_storage()
         key, part = storage._cdata, part or self.part
         if key in self._live:
@@ -90,14 +96,14 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entry[0] = part
 
     def spike(self, count: int) -> None:
-        """Bytes that an operator needs while it runs and that no tensor shows."""
-        if self.total + count > self.most:
-            self.most = self.total + count
-            self.at_most = dict(self.now)
-            self.at_most[self.part] = self.at_most.get(self.part, 0) + count
+        """Counts `count` bytes that an operator needs only while it runs."""
+        if self.total + count > self.peak:
+            self.peak = self.total + count
+            self.at_peak = dict(self.now)
+            self.at_peak[self.part] = self.at_peak.get(self.part, 0) + count
 
-    def _in_place(self, args: tuple[Any, ...]) -> bool:
-        """Whether autograd would add these in place, which it does not with tensors of a subclass, as fake ones are.
+    def _adds_in_place(self, args: tuple[Any, ...]) -> bool:
+        """True if autograd would add these two gradients in place, which it does with real tensors, not with fake ones.
 
         Source: torch 2.13 `csrc/autograd/input_buffer.cpp`, `can_accumulate_inplace`.
         """
@@ -105,23 +111,23 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         return args[0].shape == args[1].shape and args[0].shape in self.tied
 
-    def multiplied(self, results: int, inner: int) -> None:
-        """Counts the work of a matrix product."""
-        self._work(2 * results * inner)
+    def count_product(self, results: int, inner: int) -> None:
+        """Counts a matrix product with `results` elements, each a sum over `inner` products."""
+        self._count_flops(2 * results * inner)
 
-    def _work(self, flops: int) -> None:
+    def _count_flops(self, flops: int) -> None:
         self.flops += flops * self.times
 
     def _count(self, part: str, size: int) -> None:
         self.now[part] += size
         self.total += size if part != PAGED else 0
-        if self.total > self.most:
-            self.most, self.at_most = self.total, dict(self.now)
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.now)
 
-    def _chosen(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows that a mask chooses, which only labels have here; how many, a fake tensor cannot tell."""
+    def _masked(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The rows that a boolean mask selects: the trained tokens, whose number a fake tensor does not know."""
         count = mask.numel() if self.trained is None else self.trained
-        self.spike(count * mask.dim() * 8)  # their places, as int64
+        self.spike(count * mask.dim() * 8)  # their indices, in int64
         return tensor.new_empty((count, *tensor.shape[mask.dim() :]))
 
     def _gone(self, key: int, entry: list[Any]) -> None:
@@ -133,36 +139,36 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """One operator."""
+        """Runs one operator on fake tensors and counts what it makes and computes."""
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if stand_in := _STAND_INS.get(packet.__name__ if func.namespace == "bitsandbytes" else ""):
             with self:
                 out = stand_in(*args, **kwargs)
             if packet.__name__ == "int8_scaled_mm":
-                self.multiplied(out.numel(), args[0].shape[-1])
+                self.count_product(out.numel(), args[0].shape[-1])
             return out
         if packet in _INDEXED and (mask := _mask(args[1])) is not None:
-            out = self._chosen(args[0], mask) if packet is _aten.index else args[0]
-        elif packet is _aten.add and self._in_place(args):
+            out = self._masked(args[0], mask) if packet is _aten.index else args[0]
+        elif packet is _aten.add and self._adds_in_place(args):
             return args[0]
         elif packet is _aten._grouped_mm and args[0].dtype != torch.bfloat16:
-            # A CPU's kernel takes nothing else. These copies, which a card needs not, do not count.
+            # The CPU's kernel takes bfloat16 only. These copies, which a GPU does not need, are not counted.
             out = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
         else:
             out = func(*args, **kwargs)
         if packet in flop_registry:
-            self._work(flop_registry[packet](*args, **kwargs, out_val=out))
-        elif packet is _aten._grouped_mm:  # experts; which tokens go to which makes no difference
-            self.multiplied(args[0].shape[-2] * args[0].shape[-1], args[1].shape[-1])
+            self._count_flops(flop_registry[packet](*args, **kwargs, out_val=out))
+        elif packet is _aten._grouped_mm:  # experts; how tokens are distributed over them makes no difference
+            self.count_product(args[0].shape[-2] * args[0].shape[-1], args[1].shape[-1])
         elif packet is _aten.linear:
-            self.multiplied(out.numel(), args[0].shape[-1])
+            self.count_product(out.numel(), args[0].shape[-1])
         elif packet is _ATTENTION:
-            self._work(_forward_work(*(tensor.shape for tensor in args[:3])))
+            self._count_flops(_attention_flops(*(tensor.shape for tensor in args[:3])))
         elif packet is _ATTENTION_BACKWARD:
-            self._work(_backward_work(*(tensor.shape for tensor in args[:4])))
-            if self.card:
-                # Cards' kernels sum the gradient of the queries in float32.
+            self._count_flops(_attention_backward_flops(*(tensor.shape for tensor in args[:4])))
+            if self.on_gpu:
+                # GPU kernels accumulate the gradient of the queries in float32.
                 # Source: torch 2.13 `flash_attn/flash_api.cpp`, `mha_bwd` (dq_accum).
                 self.spike(args[1].numel() * 4)
         self.operators += self.times * (not func.is_view)
@@ -173,20 +179,20 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Operators that a fake run cannot follow, or whose fake form hides what they take
+# Operators that fake tensors cannot run, or whose fake kernels hide memory
 
 _INDEXED = (_aten.index, _aten.index_put_, _aten._index_put_impl_)
 
 
 def _mask(indices: Any) -> torch.Tensor | None:
-    found = [index for index in indices if index is not None]
-    return found[0] if len(found) == 1 and found[0].dtype == torch.bool else None
+    given = [index for index in indices if index is not None]
+    return given[0] if len(given) == 1 and given[0].dtype == torch.bool else None
 
 
 def _gemm_4bit(*args: Any, **kwargs: Any) -> Any:
-    """As many rows as training has are multiplied with the whole weight, unpacked.
+    """For batches of a training step's size the whole weight is dequantised first.
 
-    Source: bitsandbytes 0.50 `backends/default/ops.py`, `_gemm_4bit_default_impl`; CUDA's does the same but for few
+    Source: bitsandbytes 0.50 `backends/default/ops.py`, `_gemm_4bit_default_impl`; CUDA's does the same except for few
     rows or small weights.
     """
     from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
@@ -194,8 +200,10 @@ def _gemm_4bit(*args: Any, **kwargs: Any) -> Any:
     return _gemm_4bit_default_impl(*args, **kwargs)
 
 
-def _int8_quant(tensor: torch.Tensor, threshold: float = 0.0) -> Any:
-    """Without outliers: how many there are, weights and rows decide."""
+def _int8_quant(
+    tensor: torch.Tensor, threshold: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantises without outliers, whose number depends on values."""
     rows = tensor.numel() // tensor.shape[-1]
     outliers = tensor.new_empty(0, dtype=torch.int64) if threshold else None
     packed = torch.empty_like(tensor, dtype=torch.int8)
@@ -205,13 +213,13 @@ def _int8_quant(tensor: torch.Tensor, threshold: float = 0.0) -> Any:
 def _int8_mixed(
     a: torch.Tensor, ca: Any, cb: Any, sca: Any, scb: Any, outliers: Any = None, bias: Any = None
 ) -> Any:
-    """The same."""
+    """Multiplies without outliers, as `_int8_quant`."""
     product = torch.ops.bitsandbytes.int8_scaled_mm.default(ca, cb, sca, scb, bias=bias, dtype=a.dtype)
     return product, a.new_empty(0)
 
 
 def _int8_mm(a: Any, b: Any, rows: Any, columns: Any, bias: Any = None, dtype: Any = None) -> Any:
-    """The product is summed in int32 first.
+    """The product is accumulated in int32 first.
 
     Source: bitsandbytes 0.50 `backends/default/ops.py`, `int8_scaled_mm`.
     """

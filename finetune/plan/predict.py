@@ -1,210 +1,183 @@
-"""What a recipe takes on a card, and how it changes with the batch, its length and the settings."""
+"""Predicts the memory and FLOPs of a training step on given hardware, for any batch and settings."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from trl import SFTConfig
 
+from finetune.plan.settings import StepSettings
 from finetune.plan.step import Batch, FakeModel, StepCost
 from finetune.recipe.load import Recipe
 from finetune.system.devices import Hardware
-from finetune.system.errors import PlanError
+from finetune.system.errors import FinetuneError, PlanError, first_line
 from finetune.system.numbers import GIB
 from finetune.system.terminal import quiet
 
-# It logs the stack of what a fake operator refuses; we say it in a line.
+# torch logs a stack where a fake operator fails; we report it in one line.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-# A CUDA context with the libraries that a run loads, outside torch's count. Computed from no run of ours: published
+# Memory of a CUDA context with the libraries that a run loads, which torch does not count. An assumption: published
 # figures are 0.3 GiB (T4) to 0.6 GiB (H100).
 _CONTEXT = GIB // 2
-# Of what comes and goes in a step, what torch's allocator holds beyond it. An assumption.
-_FRAGMENTS = 0.05
-# Python with torch, transformers and trl, which is all that a CPU run has beside its tensors.
+# Memory that torch's allocator holds beyond live tensors, as a share of the tensors that a step makes and frees. An
+# assumption.
+_FRAGMENTATION = 0.05
+# Memory of Python with torch, transformers and trl. An assumption.
 _PROCESS = int(0.7 * GIB)
-# A row is cut to a whole number of these when a shorter length is looked for.
-STRIDE = 64
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What decides how much memory a step takes, beside the model and the card."""
-
-    recipe: Recipe
-    batch: Batch
-    optim: str
-    checkpointing: bool
-    accumulation: int
-    cards: int = 1
-    sharded: bool = False
 
 
 @dataclass(frozen=True)
 class RequiredMemory:
-    """Bytes on one card, part by part, in the order in which they are shown."""
+    """Bytes that each GPU (or the CPU) needs, by part.
+
+    Attributes:
+        parts: Bytes by part.
+        paged: Bytes of optimizer state that a paged optimizer can move to the CPU's memory; not among `parts`.
+    """
 
     parts: dict[str, int]
     paged: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
 class Predictor:
-    """Answers what a setting takes; each model is built once.
+    """Predicts steps of one base on one hardware; builds each model once, and runs each step once.
 
-    Decoder layers are alike, so a model is run with a few of them (one of each kind, and one more), then with one layer
-    more, and grows from there with each further layer as it did with that one; to the byte what all layers take, the
-    tests hold. A model whose layers differ is run whole.
+    Decoder layers are alike, so the model is run with a few of them (one of each type, and one more) and again with one
+    more layer; the difference counts for each further layer. The tests hold this against the whole model to the byte. A
+    model whose layers differ in size is run whole.
     """
 
-    def __init__(self, config: Any, card: Hardware, arguments: Any) -> None:
-        """For a base's config, a card, and the recipe's `training` as trl takes it.
+    def __init__(self, config: Any, hardware: Hardware, arguments: SFTConfig) -> None:
+        """Builds nothing yet.
+
+        Args:
+            config: The base's transformers config.
+            hardware: A GPU or a CPU.
+            arguments: The recipe's `training` section as an `SFTConfig`.
 
         Raises:
-            PlanError: The base is no causal language model.
+            PlanError: The base is not a causal language model.
         """
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
             raise PlanError(
-                f"model.name_or_path: is a {config.model_type}, which is no causal language model"
+                f"model.name_or_path: is a {config.model_type}, which is not a causal language model; take one that is"
             )
-        self.config, self.card, self.arguments = config, card, arguments
+        self.config, self.hardware, self.arguments = config, hardware, arguments
         self._models: dict[tuple[str, int], FakeModel] = {}
-        self._taken: dict[Any, StepCost] = {}
-        self._same: bool | None = None
+        self._costs: dict[Any, StepCost] = {}
 
-    def step(self, setting: StepSettings) -> StepCost:
-        """A step on one card."""
+    def step(self, settings: StepSettings) -> StepCost:
+        """The cost of a step on one GPU, without what several GPUs add."""
         depth, few = int(_text(self.config).num_hidden_layers), len(layer_types(self.config)) + 1
-        if depth <= few + 1 or not self._alike(few):
-            return self._run(setting, depth)
-        return _extrapolate(self._run(setting, few), self._run(setting, few + 1), depth - few)
+        if depth <= few + 1 or not self._layers_are_alike:
+            return self._run(settings, depth)
+        return _extrapolate(self._run(settings, few), self._run(settings, few + 1), depth - few)
 
-    def required_memory(self, setting: StepSettings) -> RequiredMemory:
-        """What one card must have for it."""
-        taken = self.step(setting)
-        if setting.sharded:
-            return self._sharded(setting, taken)
-        parts = dict(taken.parts)
-        if setting.cards > 1:
-            parts["copies"] = taken.gradients  # DDP's buckets hold each gradient once more
-        return self._beside(parts, taken.paged)
+    def required_memory(self, settings: StepSettings) -> RequiredMemory:
+        """The memory that each GPU needs."""
+        cost = self.step(settings)
+        if settings.fsdp:
+            return self._fsdp(settings, cost)
+        parts = dict(cost.parts)
+        if settings.gpus > 1:
+            parts["copies"] = cost.gradients  # DDP's buckets hold a copy of each gradient
+        return self._with_overhead(parts, cost.paged)
 
-    def _sharded(self, setting: StepSettings, taken: StepCost) -> RequiredMemory:
-        """A formula on top of what a step of one card takes: FSDP 2 with each decoder layer, and the rest, as a unit.
+    def _fsdp(self, settings: StepSettings, cost: StepCost) -> RequiredMemory:
+        """The memory under FSDP 2, by a formula on top of the cost on one GPU.
 
-        Weights, their gradients and what the optimizer keeps are divided by the number of cards. Whole are, in the
-        type that is computed in, the rest (embeddings) and two layers, one of them fetched ahead, with the gradients of
-        one. Weights in 4 bit are divided if they are stored as floats.
+        Each decoder layer is a unit, and the rest of the model is one. Weights, their gradients and the optimizer's
+        state are divided by the number of GPUs. Gathered are, in the type that is computed in, the rest (embeddings),
+        two layers, one of them prefetched, and the gradients of one layer. 4-bit weights are sharded only if they are
+        stored as floats.
         """
-        count, quantized = setting.cards, setting.recipe.quantization or {}
-        whole = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
-        model = self._model(setting.recipe, len(layer_types(self.config)) + 1)
-        computed = 2 if model.computes != "no" else 4
-        parts = dict(taken.parts)
-        if model.computes == "bf16" and setting.recipe.lora is None and not whole:
-            # Weights in float32 are gathered in 16 bit, where one card makes copies of them. There is no such model in
-            # float16 that could be asked, and those copies are counted.
-            lean = replace(
-                setting.recipe, model=setting.recipe.model.model_copy(update={"dtype": "bfloat16"})
+        count, quantized = settings.gpus, settings.recipe.quantization or {}
+        replicated = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
+        model = self._model(settings.recipe, len(layer_types(self.config)) + 1)
+        computed = 2 if model.mixed_precision != "no" else 4
+        parts = dict(cost.parts)
+        if model.mixed_precision == "bf16" and settings.recipe.lora is None and not replicated:
+            # FSDP gathers float32 weights in bfloat16, where one GPU makes bfloat16 copies of them. So these parts are
+            # those of a bfloat16 model. (There is no such model for float16, for which the copies stay counted.)
+            in_bf16 = replace(
+                settings.recipe, model=settings.recipe.model.model_copy(update={"dtype": "bfloat16"})
             )
             parts |= {
                 name: size
-                for name, size in self.step(replace(setting, recipe=lean)).parts.items()
+                for name, size in self.step(replace(settings, recipe=in_bf16)).parts.items()
                 if name in ("attention", "activations", "head")
             }
-        trained = taken.gradients
-        parts |= taken.kept
-        accumulates = setting.accumulation > 1
+        trained = cost.gradients
+        parts |= cost.kept
+        accumulates = settings.accumulation > 1
         parts["gradients"] = trained if accumulates else trained // count
-        for name in ("adapter", "optimizer", *(() if whole else ("weights",))):
+        for name in ("adapter", "optimizer", *(() if replicated else ("weights",))):
             parts[name] = parts.get(name, 0) // count
-        layer, beside = model.units(computed)
-        parts["gathered"] = 0 if whole else 2 * layer + beside
-        if setting.recipe.lora is None and not accumulates:
-            parts["gathered"] += layer * 4 // computed  # summed in float32
-        return self._beside(parts, 0)
+        layer, rest = model.unit_sizes(computed)
+        parts["gathered"] = 0 if replicated else 2 * layer + rest
+        if settings.recipe.lora is None and not accumulates:
+            parts["gathered"] += layer * 4 // computed  # gradients are reduced in float32
+        return self._with_overhead(parts, 0)
 
-    def _beside(self, parts: dict[str, int], paged: int) -> RequiredMemory:
-        steady = ("weights", "adapter", "optimizer")
-        moving = sum(size for name, size in parts.items() if name not in steady)
-        if self.card.is_gpu:
-            parts |= {"context": _CONTEXT, "fragments": int(moving * _FRAGMENTS)}
+    def _with_overhead(self, parts: dict[str, int], paged: int) -> RequiredMemory:
+        static = ("weights", "adapter", "optimizer")
+        transient = sum(size for name, size in parts.items() if name not in static)
+        if self.hardware.is_gpu:
+            parts |= {"context": _CONTEXT, "fragments": int(transient * _FRAGMENTATION)}
         else:
             parts["process"] = _PROCESS
         return RequiredMemory({name: size for name, size in parts.items() if size > 0}, paged)
 
-    def _alike(self, few: int) -> bool:
-        """Whether each layer has as many parameters as any other, so that a few speak for all."""
-        if self._same is None:
-            sizes = [_parameters(_with_layers(self.config, depth)) for depth in (few, few + 1)]
-            depth = int(_text(self.config).num_hidden_layers)
-            grown = sizes[0] + (sizes[1] - sizes[0]) * (depth - few)
-            self._same = grown == _parameters(self.config)
-        return self._same
+    @functools.cached_property
+    def _layers_are_alike(self) -> bool:
+        """True if all layers have the same number of parameters, so that a few stand for all."""
+        depth, few = int(_text(self.config).num_hidden_layers), len(layer_types(self.config)) + 1
+        one, two, whole = (_parameters(_with_layers(self.config, n)) for n in (few, few + 1, depth))
+        return one + (two - one) * (depth - few) == whole
 
     def _model(self, recipe: Recipe, depth: int) -> FakeModel:
         key = (recipe.to_yaml(), depth)
         if key not in self._models:
             self._models[key] = FakeModel(
-                recipe, _with_layers(self.config, depth), self.card.device, self.card.is_gpu, self.arguments
+                recipe, _with_layers(self.config, depth), self.hardware, self.arguments
             )
         return self._models[key]
 
-    def _run(self, setting: StepSettings, depth: int) -> StepCost:
-        model = self._model(setting.recipe, depth)
-        key = (id(model), setting.batch, setting.optim, setting.checkpointing, setting.accumulation > 1)
-        if key not in self._taken:
-            batch = setting.batch
+    def _run(self, settings: StepSettings, depth: int) -> StepCost:
+        model = self._model(settings.recipe, depth)
+        key = (id(model), settings.batch, settings.optim, settings.checkpointing, settings.accumulation > 1)
+        if key not in self._costs:
             try:
-                self._taken[key] = model.step(
-                    batch, setting.optim, setting.checkpointing, setting.accumulation > 1
-                )
-            except (
-                RuntimeError,
-                TypeError,
-                ValueError,
-                IndexError,
-                AttributeError,
-                NotImplementedError,
-            ) as error:
-                raise self._lost(batch, error) from error
-        return self._taken[key]
+                self._costs[key] = model.step(*key[1:])
+            except FinetuneError:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise self._failed(settings.batch, error) from error
+        return self._costs[key]
 
-    def _lost(self, batch: Batch, error: Exception) -> PlanError:
-        """What upstream's code broke with, in a line."""
+    def _failed(self, batch: Batch, error: Exception) -> PlanError:
+        """The error to raise where code of the model or of a library fails on fake tensors."""
         text = _text(self.config)
-        known, why = getattr(text, "max_position_embeddings", None) or batch.length, str(error).strip()
+        known = getattr(text, "max_position_embeddings", None) or batch.length
         if batch.length > known:
             return PlanError(
                 f"training.max_length: rows have {batch.length:,} tokens, more than the base's {known:,}; write {known}"
             )
         return PlanError(
-            f"model.name_or_path: a step of this {text.model_type} as the recipe has it cannot be followed "
-            f"({type(error).__name__}: {next(iter(why.splitlines()), '')[:200]})"
+            f"model.name_or_path: the memory of this {text.model_type} with this recipe cannot be computed "
+            f"({type(error).__name__}: {first_line(error)[:200]})"
         )
-
-
-def with_rows(setting: StepSettings, rows: int) -> StepSettings:
-    """With a batch of so many rows, trained on as those are."""
-    padded = rows > 1 and not setting.batch.packed
-    share = setting.batch.trained
-    trained = None if share is None else math.ceil(share * rows / setting.batch.rows)
-    return replace(setting, batch=replace(setting.batch, rows=rows, padded=padded, trained=trained))
-
-
-def with_length(setting: StepSettings, length: int) -> StepSettings:
-    """With rows of so many tokens."""
-    share = setting.batch.trained
-    trained = None if share is None else math.ceil(share * length / setting.batch.length)
-    return replace(setting, batch=replace(setting.batch, length=length, trained=trained))
 
 
 def _text(config: Any) -> Any:
@@ -212,7 +185,7 @@ def _text(config: Any) -> Any:
 
 
 def layer_types(config: Any) -> list[str]:
-    """The kinds of layers that a model has, as its config names them, in the order in which they come."""
+    """The distinct types of layers, such as `sliding_attention`, in their order; ["all"] where the config has none."""
     return list(dict.fromkeys(getattr(_text(config), "layer_types", None) or ["all"]))
 
 
@@ -223,7 +196,7 @@ def _parameters(config: Any) -> int:
 
 
 def _with_layers(config: Any, depth: int) -> Any:
-    """The config with so many layers, of each kind at least one."""
+    """A copy of the config with `depth` layers, at least one of each type."""
     config = copy.deepcopy(config)
     text = _text(config)
     layers = text.num_hidden_layers
@@ -239,7 +212,7 @@ def _with_layers(config: Any, depth: int) -> Any:
 
 
 def _extrapolate(one: StepCost, two: StepCost, layers: int) -> StepCost:
-    """From a step, and one with a layer more, a step with so many layers more than the first."""
+    """The cost with `layers` more layers than `one`, given `two` with one layer more."""
 
     def grow(a: float, b: float) -> int:
         return max(0, round(a + (b - a) * layers))
@@ -252,7 +225,6 @@ def _extrapolate(one: StepCost, two: StepCost, layers: int) -> StepCost:
         parts(one.kept, two.kept),
         grow(one.paged, two.paged),
         grow(one.flops, two.flops),
-        grow(one.trained, two.trained),
         grow(one.gradients, two.gradients),
         grow(one.operators, two.operators),
     )

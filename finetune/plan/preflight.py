@@ -1,4 +1,4 @@
-"""At the start of a run: whether the memory that is really free will do."""
+"""Checks at the start of a run whether it fits the free memory."""
 
 from __future__ import annotations
 
@@ -7,85 +7,87 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trl import SFTConfig
+
 from finetune.model.flops import EXPERT_COUNTS, first_number
 from finetune.model.locate import Base
-from finetune.plan.advice import advice
+from finetune.plan.advice import changes_that_fit
 from finetune.plan.configs import base_config
 from finetune.plan.lengths import RowLengths
-from finetune.plan.predict import Predictor, StepSettings
-from finetune.plan.run import step_settings
+from finetune.plan.predict import Predictor
+from finetune.plan.settings import StepSettings, step_settings
 from finetune.recipe.load import Recipe
 from finetune.system import distributed
 from finetune.system.devices import Hardware, this_machine
 from finetune.system.errors import PlanError
-from finetune.system.numbers import GIB
+from finetune.system.numbers import GIB, memory
 
-# What a check may be wrong by: a run that lacks less is left to MemoryCheck, which measures its longest batch.
-_DOUBT = 0.9
+# A run is refused only if this share of its predicted memory is not free. Closer cases are left to the memory check
+# with the longest batch, which measures.
+_CERTAIN = 0.9
 
 
-def check(recipe: Recipe, arguments: Any, dataset: Any, base: Base | None = None) -> None:
-    """Refuses a run for which the memory that is really free cannot suffice.
+def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base | None = None) -> None:
+    """Refuses a run that cannot fit into the free memory.
 
-    Small runs are passed by: nothing is built where sixteen bytes a weight and a generous share a token are there. So
-    are those of which nothing can be computed: that is no reason not to try them.
+    A run that is small beside the free memory passes without a prediction. So does one for which it fails.
 
     Args:
-        recipe: What is to be run.
-        arguments: Its `training`, as trl takes it.
+        recipe: The recipe.
+        arguments: Its `training` section as an `SFTConfig`.
         dataset: The prepared rows; None for a stream.
-        base: The recipe's base, where it is located already.
+        base: The recipe's base, if it was located already.
 
     Raises:
-        PlanError: With what to change.
+        PlanError: It does not fit; the message says what to change.
     """
-    card = this_machine(free=True)
-    if not card.is_gpu:  # processes on one machine share its memory
-        card = replace(card, memory=card.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    hardware = this_machine(free=True)
+    processes = distributed.world_size()
+    if not hardware.is_gpu:  # the processes on one machine share its memory
+        hardware = replace(hardware, memory=hardware.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
-        lacks = _lacks(recipe, arguments, dataset, card, base)
-    except Exception:
+        shortage = _shortage(recipe, arguments, dataset, hardware, base)
+    except Exception:  # whatever fails here is no reason not to try the run
         return
-    if lacks is None:
+    if shortage is None:
         return
-    total, found = lacks
-    each = "each process of this run" if distributed.world_size() > 1 else "this run"
-    write = " or ".join(found) or "a smaller model.name_or_path"
+    required, changes = shortage
     raise PlanError(
-        f"{each} needs about {total / GIB:.1f} GiB, and {card.name} has {card.memory / GIB:.1f} GiB free"
-        f"{'' if card.is_gpu or distributed.world_size() == 1 else ' for it'}. "
-        f"Write {write}; finetune plan {Path(recipe.path)} shows what takes it, --force goes on"
+        f"{'each process of this run' if processes > 1 else 'this run'} needs about {memory(required)}, and "
+        f"{hardware.name} has {memory(hardware.memory)} free{'' if hardware.is_gpu or processes == 1 else ' for it'}. "
+        f"Write {' or '.join(changes) or 'a smaller model.name_or_path'}; finetune plan {Path(recipe.path)} shows the "
+        "memory by part, --force trains nevertheless"
     )
 
 
-def _lacks(
-    recipe: Recipe, arguments: Any, dataset: Any, card: Hardware, base: Base | None
+def _shortage(
+    recipe: Recipe, arguments: SFTConfig, dataset: Any, hardware: Hardware, base: Base | None
 ) -> tuple[float, list[str]] | None:
-    """The bytes that are needed where they are not there, and what to change; None where they are."""
+    """The bytes that a run needs, and changes with which it fits; None if it fits or may fit."""
     config = base_config(recipe.model, base)
     rows = RowLengths.of(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
-    setting = step_settings(recipe, arguments, rows)
-    if _small(config, setting, card):
+    settings = step_settings(recipe, arguments, rows)
+    if _is_small(config, settings, hardware):
         return None
-    own = Predictor(config, card, arguments)
-    setting = replace(setting, cards=distributed.world_size(), sharded=distributed.uses_fsdp())
-    need = own.required_memory(setting)
-    # The context is there already.
-    total = need.total - need.parts.get("context", 0) - need.parts.get("process", 0)
-    if total * _DOUBT <= card.memory:
+    predictor = Predictor(config, hardware, arguments)
+    settings = replace(settings, gpus=distributed.world_size(), fsdp=distributed.uses_fsdp())
+    required = predictor.required_memory(settings)
+    # This process has the CUDA context, or Python and its libraries, in memory already.
+    total = required.total - required.parts.get("context", 0) - required.parts.get("process", 0)
+    if total * _CERTAIN <= hardware.memory:
         return None
-    return total, [text for text, _ in advice(own, setting, card)]
+    return total, [overrides for overrides, _ in changes_that_fit(predictor, settings, hardware)]
 
 
-def _small(config: Any, setting: StepSettings, card: Hardware) -> bool:
+def _is_small(config: Any, settings: StepSettings, hardware: Hardware) -> bool:
+    """True if a generous estimate fits: 16 bytes per weight, and activations by the sizes in the config."""
     text = config.get_text_config()
     width, depth = text.hidden_size, text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * width
     experts = first_number(text, *EXPERT_COUNTS)
-    wide = inner + experts * (getattr(text, "moe_intermediate_size", None) or inner)
-    weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * wide)
-    tokens = setting.batch.rows * setting.batch.length
-    work = tokens * (
-        depth * 40 * (width + inner) + 8 * setting.batch.length * depth * text.num_attention_heads
-    )
-    return bool(16 * weights + work + 2 * GIB <= card.memory)
+    feed_forward = inner + experts * (getattr(text, "moe_intermediate_size", None) or inner)
+    weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * feed_forward)
+    length = settings.batch.length
+    per_token = depth * 40 * (width + inner) + 8 * length * depth * text.num_attention_heads
+    activations = settings.batch.rows * length * per_token
+    return bool(16 * weights + activations + 2 * GIB <= hardware.memory)

@@ -1,9 +1,8 @@
-"""A recipe and a card to a plan."""
+"""Plans a run: the memory it needs by part, the hardware that it fits, what to change where it does not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,289 +10,209 @@ from trl import SFTConfig
 
 from finetune.model.locate import Base
 from finetune.model.precision import decide_precision
-from finetune.plan.advice import advice, supported_variant, why_unsupported, with_fsdp
+from finetune.plan.advice import changes_that_fit, supported_variant, why_unsupported, with_fsdp
 from finetune.plan.configs import base_config
 from finetune.plan.lengths import RowLengths, row_lengths
-from finetune.plan.predict import (
-    STRIDE,
-    Predictor,
-    RequiredMemory,
-    StepSettings,
-    layer_types,
-    with_length,
-    with_rows,
-)
-from finetune.plan.step import Batch
+from finetune.plan.predict import Predictor, RequiredMemory
+from finetune.plan.search import largest_batch, longest_rows
+from finetune.plan.settings import StepSettings, step_arguments, step_settings
 from finetune.recipe.load import Recipe
 from finetune.system.devices import GPUS, Hardware, this_machine
 from finetune.system.errors import ModelError, PlanError
-from finetune.system.terminal import Say, quiet
-
-# Of a larger batch nobody asks.
-MOST_ROWS = 1024
-# Of `training`, what decides about memory and steps.
-_MEMORY = [
-    *(
-        "output_dir",
-        "optim",
-        "optim_args",
-        "optim_target_modules",
-        "learning_rate",
-        "weight_decay",
-        "adam_beta1",
-    ),
-    *(
-        "adam_beta2",
-        "adam_epsilon",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "max_grad_norm",
-    ),
-    *(
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-        "packing",
-    ),
-    *("packing_strategy", "padding_free", "pad_to_multiple_of"),
-]
+from finetune.system.terminal import Say
 
 
 @dataclass
 class HardwareFit:
-    """A card, what it must have, and what it could hold beside."""
+    """Whether a recipe fits one GPU, or each of several, or this machine's CPU.
+
+    Attributes:
+        hardware: The GPU or CPU.
+        required: The memory that is needed, with `overrides`; None where the recipe cannot run there at all.
+        unsupported: Why the recipe as it is written cannot run there, apart from memory; empty where it can.
+        overrides: Changes of the recipe with which it can.
+        largest_batch: In rows of the recipe's length; 0 where none fits or it was not searched for.
+        longest_rows: In tokens, with the recipe's batch; 0 where none fit or they were not searched for.
+        strategy: "ddp" or "fsdp" for several GPUs.
+    """
 
     hardware: Hardware
     required: RequiredMemory | None
-    refused: str = ""  # why the recipe, as it is written, cannot run on it at all
-    instead: list[str] = field(default_factory=list)  # the overrides with which it can, of which `need` is
-    rows: int = 0  # the largest batch of the recipe's length
-    length: int = 0  # the longest rows of the recipe's batch; only where it was looked for
-    how: str = ""  # of several cards: ddp or fsdp
+    unsupported: str = ""
+    overrides: list[str] = field(default_factory=list)
+    largest_batch: int = 0
+    longest_rows: int = 0
+    strategy: str = ""
 
     @property
-    def holds(self) -> bool:
-        """Whether its memory does; with `instead`, where the recipe is refused."""
+    def memory_suffices(self) -> bool:
+        """True if the recipe, with `overrides`, fits into the memory."""
         return self.required is not None and self.required.total <= self.hardware.memory
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe as it is written can run on it."""
-        return self.holds and not self.refused
+        """True if the recipe as it is written can run there."""
+        return self.memory_suffices and not self.unsupported
 
 
 @dataclass
 class MemoryPlan:
-    """What is known of a recipe before it is run."""
+    """The memory and time that a recipe needs.
+
+    Attributes:
+        recipe: The recipe.
+        settings: Of a step on its longest batch, on one GPU.
+        rows: The lengths of its rows; None where they are not on this machine.
+        fit: One GPU of the kind that was asked for.
+        gpu_count: How many of them.
+        strategies: With several of them, DDP and FSDP.
+        all_gpus: Each known GPU; with several, under FSDP.
+        advice: Overrides that make it fit, with the bytes that are needed then.
+        flops: Floating-point operations of the longest batch.
+        operators: Operators of a batch.
+        steps: Optimizer steps of the run; None where they are not known.
+        mixed_precision: What autocast computes in, as accelerate names it.
+        measured: Seconds of steps that were timed.
+    """
 
     recipe: Recipe
-    setting: StepSettings
-    rows: RowLengths | None  # None where the rows are not at hand
-    fit: HardwareFit  # the card that was asked for
-    others: list[HardwareFit]  # each known card
-    advice: list[tuple[str, int]] = field(default_factory=list)  # a change, and the bytes with it
-    layout: list[HardwareFit] = field(default_factory=list)  # of several cards, each way to use them
-    flops: float = 0.0  # of the longest batch
-    operators: int = 0  # of any batch
+    settings: StepSettings
+    rows: RowLengths | None
+    fit: HardwareFit
+    gpu_count: int = 1
+    strategies: list[HardwareFit] = field(default_factory=list)
+    all_gpus: list[HardwareFit] = field(default_factory=list)
+    advice: list[tuple[str, int]] = field(default_factory=list)
+    flops: float = 0.0
+    operators: int = 0
     steps: int | None = None
-    computes: str = "no"
-    measured: list[float] = field(default_factory=list)  # seconds of real steps
-    cards: int = 1
+    mixed_precision: str = "no"
+    measured: list[float] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
-        """Whether it fits the card that was asked for; several of them: in one way or the other."""
-        return any(fit.fits for fit in self.layout or [self.fit])
-
-
-def step_arguments(recipe: Recipe) -> SFTConfig:
-    """What decides about memory and steps of the recipe's `training`, as trl takes it, without asking for a device."""
-    values = {name: recipe.training[name] for name in _MEMORY if name in recipe.training}
-    if values.get("padding_free") and not values.get("packing"):
-        values["max_length"] = None  # as `training_arguments`
-    with quiet():
-        return SFTConfig(**values, report_to="none", use_cpu=True, bf16=False)
-
-
-def step_settings(recipe: Recipe, arguments: Any, rows: RowLengths | None) -> StepSettings:
-    """The recipe's own longest batch and settings."""
-    count = int(arguments.per_device_train_batch_size)
-    packs = bool(arguments.packing)
-    flat = bool(arguments.padding_free) or (packs and arguments.packing_strategy in ("bfd", "bfd_split"))
-    limit = recipe.max_length
-    if rows is not None and not packs:
-        limit = rows.longest
-        count = min(count, rows.count)
-    if limit is None:
-        raise PlanError("training.max_length: is null and the rows are not at hand; write a length")
-    multiple = arguments.pad_to_multiple_of or 1
-    length = math.ceil(limit / multiple) * multiple
-    trained = rows.trained(count) if rows is not None and not packs else None
-    batch = Batch(count, length, padded=count > 1 and not flat, packed=flat, trained=trained)
-    optim = str(getattr(arguments.optim, "value", arguments.optim))
-    return StepSettings(
-        recipe,
-        batch,
-        optim,
-        bool(arguments.gradient_checkpointing),
-        int(arguments.gradient_accumulation_steps),
-    )
+        """True if it fits the GPU that was asked for; with several, under DDP or FSDP."""
+        return any(fit.fits for fit in self.strategies or [self.fit])
 
 
 def plan(
     recipe: Recipe,
-    card: Hardware | None = None,
-    cards: int = 1,
+    hardware: Hardware | None = None,
+    gpu_count: int = 1,
     say: Say = lambda line: None,
     use_rows: bool = True,
 ) -> MemoryPlan:
-    """What the recipe needs on a card, and on each known one.
+    """Computes the memory and time that a recipe needs, without reading weights.
 
     Args:
-        recipe: It is not run, and no weights are read.
-        card: Absent: this machine's.
-        cards: How many of them.
-        say: Told what becomes of the rows, where they are at hand.
-        use_rows: Whether they are looked for.
+        recipe: The recipe.
+        hardware: The GPU to plan for; by default this machine's GPU or CPU.
+        gpu_count: The number of such GPUs.
+        say: Called with lines about the preparation of the rows, if they are on this machine.
+        use_rows: False: takes rows of `training.max_length` tokens without looking for the real ones.
 
     Raises:
-        PlanError, ModelError: The card cannot compute as the recipe says, in no other type either, or the base is not
-            known.
+        ModelError: The hardware cannot compute as the recipe says, nor in another dtype; or there is no such base.
+        PlanError: The memory of such a base cannot be computed, or the length of rows is not known.
     """
-    card = card or this_machine()
+    hardware = hardware or this_machine()
     base = Base.of(recipe.model, say)
     arguments, config = step_arguments(recipe), base_config(recipe.model, base)
     rows = row_lengths(recipe, say, base) if use_rows else None
-    written = step_settings(recipe, arguments, rows)
-    predictors: dict[Any, Predictor] = {}
+    candidates = _Candidates(recipe, config, arguments, step_settings(recipe, arguments, rows), gpu_count)
 
-    def on(place: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
-        """What answers for a card, the recipe in types that it computes in, and a fit to be filled."""
-        refused, its, instead = why_unsupported(recipe, config, place.device), recipe, list[str]()
-        if refused:
-            its, instead = supported_variant(recipe, place.device)
-            if why_unsupported(its, config, place.device):
-                raise ModelError(refused)
-        kind = (place.is_gpu, decide_precision(its, place.device))
-        if kind not in predictors:
-            predictors[kind] = Predictor(config, place, arguments)
-        return predictors[kind], replace(written, recipe=its), HardwareFit(place, None, refused, instead)
-
-    own, setting, fit = on(card)
-    fit.required = own.required_memory(setting)
-    if cards == 1:
-        fit.rows = _largest_batch(own, setting, card, sure=True)
-        fit.length = _longest_row(own, setting, card, config)
-    step = own.step(setting)
-    made = MemoryPlan(
-        recipe,
-        setting,
-        rows,
-        fit,
-        [],
-        flops=step.flops,
-        operators=step.operators,
-        computes=decide_precision(setting.recipe, card.device).computes,
-        cards=cards,
-    )
-    if cards > 1:
-        ddp = replace(setting, cards=cards)
-        made.layout.append(replace(fit, required=own.required_memory(ddp), how="ddp"))
-        made.layout.append(_in_parts(own, ddp, replace(fit, how="fsdp")))
-    if rows is not None:
-        made.steps = _steps(arguments, rows, recipe, cards)
-    elif arguments.max_steps > 0:
-        made.steps = int(arguments.max_steps)
-    for other in GPUS.values():
-        try:
-            its, asked, found = on(other)
-            asked = replace(asked, cards=cards)
-            if cards > 1 and (parts := with_fsdp(asked, other)):
-                asked, more = parts
-                found.instead = found.instead + more
-            found.required, found.rows = its.required_memory(asked), _largest_batch(its, asked, other)
-        except (ModelError, PlanError) as error:
-            found = HardwareFit(other, None, str(error))
-        made.others.append(found)
-    if not any(each.holds for each in made.layout or [fit]):
-        asked, more = replace(setting, cards=cards), list[str]()
-        if cards > 1 and (parts := with_fsdp(asked, card)):
-            asked, more = parts
-        start = [*fit.instead, *more]
-        made.advice = [(" ".join([*start, text]), need) for text, need in advice(own, asked, card)]
+    predictor, settings, fit = candidates.on(hardware)
+    fit.required = predictor.required_memory(settings)
+    cost = predictor.step(settings)
+    made = MemoryPlan(recipe, settings, rows, fit, gpu_count, flops=cost.flops, operators=cost.operators)
+    made.mixed_precision = decide_precision(settings.recipe, hardware.device).computes
+    made.steps = _steps(arguments, rows, recipe, gpu_count)
+    if gpu_count == 1:
+        fit.largest_batch = largest_batch(predictor, settings, hardware.memory, exact=True)
+        fit.longest_rows = longest_rows(predictor, settings, hardware.memory)
+    else:
+        made.strategies = candidates.strategies(hardware)
+    made.all_gpus = [candidates.fit(gpu) for gpu in GPUS.values()]
+    if not any(each.memory_suffices for each in made.strategies or [fit]):
+        predictor, settings, sharded = candidates.sharded(hardware)
+        changes = changes_that_fit(predictor, settings, hardware)
+        made.advice = [(" ".join([*sharded.overrides, text]), size) for text, size in changes]
     return made
 
 
-def _in_parts(own: Predictor, setting: StepSettings, fit: HardwareFit) -> HardwareFit:
-    if (parts := with_fsdp(setting, fit.hardware)) is None:
-        return replace(fit, required=None, refused="8-bit weights cannot be cut into parts")
-    asked, more = parts
-    refused = fit.refused or ("not launched as it is written" if more else "")
-    return replace(fit, required=own.required_memory(asked), refused=refused, instead=fit.instead + more)
+@dataclass
+class _Candidates:
+    """One recipe on different hardware; hardware of the same precision shares a predictor."""
+
+    recipe: Recipe
+    config: Any
+    arguments: SFTConfig
+    settings: StepSettings
+    gpu_count: int
+    predictors: dict[Any, Predictor] = field(default_factory=dict)
+
+    def on(self, hardware: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
+        """A predictor, the settings in types that the hardware supports, and a fit to fill in, all for one GPU.
+
+        Raises:
+            ModelError: The hardware cannot compute as the recipe says, nor in another dtype.
+        """
+        recipe, overrides = self.recipe, list[str]()
+        if unsupported := why_unsupported(recipe, self.config, hardware.device):
+            recipe, overrides = supported_variant(recipe, hardware.device)
+            if why_unsupported(recipe, self.config, hardware.device):
+                raise ModelError(unsupported)
+        key = (hardware.is_gpu, decide_precision(recipe, hardware.device))
+        if key not in self.predictors:
+            self.predictors[key] = Predictor(self.config, hardware, self.arguments)
+        fit = HardwareFit(hardware, None, unsupported, overrides)
+        return self.predictors[key], replace(self.settings, recipe=recipe), fit
+
+    def sharded(self, hardware: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
+        """The same for all GPUs, under FSDP where there are several and it can shard the weights."""
+        predictor, settings, fit = self.on(hardware)
+        settings = replace(settings, gpus=self.gpu_count)
+        if self.gpu_count > 1 and (variant := with_fsdp(settings, hardware)):
+            settings, overrides = variant
+            fit.overrides = fit.overrides + overrides
+        return predictor, settings, fit
+
+    def fit(self, hardware: Hardware) -> HardwareFit:
+        """Whether and how the recipe fits; under FSDP where there are several GPUs."""
+        try:
+            predictor, settings, fit = self.sharded(hardware)
+            fit.required = predictor.required_memory(settings)
+            fit.largest_batch = largest_batch(predictor, settings, hardware.memory)
+        except (ModelError, PlanError) as error:
+            fit = HardwareFit(hardware, None, str(error))
+        return fit
+
+    def strategies(self, hardware: Hardware) -> list[HardwareFit]:
+        """DDP and FSDP on several GPUs."""
+        predictor, settings, fit = self.on(hardware)
+        settings = replace(settings, gpus=self.gpu_count)
+        ddp = replace(fit, required=predictor.required_memory(settings), strategy="ddp")
+        variant = with_fsdp(settings, hardware)
+        if variant is None:
+            return [ddp, replace(fit, unsupported="8-bit weights cannot be sharded", strategy="fsdp")]
+        settings, overrides = variant
+        fsdp = replace(fit, required=predictor.required_memory(settings), strategy="fsdp")
+        if overrides:
+            fsdp.unsupported = fit.unsupported or f"FSDP needs {' '.join(overrides)}"
+            fsdp.overrides = fit.overrides + overrides
+        return [ddp, fsdp]
 
 
-def _steps(arguments: Any, rows: RowLengths, recipe: Recipe, cards: int) -> int:
+def _steps(arguments: SFTConfig, rows: RowLengths | None, recipe: Recipe, gpu_count: int) -> int | None:
+    """The number of optimizer steps of a run; None where it depends on rows that are not known."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
+    if rows is None:
+        return None
     count = rows.count
     if arguments.packing:
-        assert recipe.max_length is not None, "packing without a length is refused with the recipe"
-        count = math.ceil(rows.tokens / recipe.max_length)
-    batches = math.ceil(count / (arguments.per_device_train_batch_size * cards))
+        count = math.ceil(rows.tokens / (recipe.max_length or rows.longest))
+    batches = math.ceil(count / (arguments.per_device_train_batch_size * gpu_count))
     steps: int = math.ceil(batches / int(arguments.gradient_accumulation_steps))
     epochs: float = arguments.num_train_epochs
     return math.ceil(steps * epochs)
-
-
-def _largest_batch(own: Predictor, setting: StepSettings, card: Hardware, sure: bool = False) -> int:
-    """The largest batch that fits; `MOST_ROWS` stands for any; `sure`: the next one is tried, too."""
-
-    def total(rows: int) -> int:
-        return own.required_memory(with_rows(setting, rows)).total
-
-    return _edge(total, card.memory, max(2, setting.batch.rows), MOST_ROWS, tries=3 if sure else 0)
-
-
-def _longest_row(own: Predictor, setting: StepSettings, card: Hardware, config: Any) -> int:
-    """The longest rows of the recipe's batch that fit, in steps of 64 tokens, and that the base knows."""
-    text = config.get_text_config()
-    if set(layer_types(config)) - {"all", "full_attention", "sliding_attention", "chunked_attention"}:
-        return 0  # a state goes from block to block of a row: long ones would be looked at for minutes
-    most = int(getattr(text, "max_position_embeddings", 0) or 8192) // STRIDE
-
-    def total(strides: int) -> int:
-        return own.required_memory(with_length(setting, strides * STRIDE)).total
-
-    start = min(most, max(1, setting.batch.length // STRIDE))
-    return _edge(total, card.memory, start, most, tries=1) * STRIDE
-
-
-def _edge(total: Callable[[int], int], limit: float, start: int, most: int, tries: int) -> int:
-    """About the largest number, at most `most`, for which `total` keeps the limit; 0: none. It does for the answer.
-
-    `total` is the maximum of some lines (of a length, of parabolas), so between two points it is below their chord, and
-    where that meets the limit is safe. After each of `tries` the chord is a shorter one.
-    """
-    low, high = 0, start
-    while (fits := total(high) <= limit) and high < most:
-        low, high = high, min(most, 4 * high)
-    if fits:
-        return high
-    while low == 0 and high > 1:  # below the start
-        if total(half := high // 2) <= limit:
-            low = half
-        else:
-            high = half
-    while low:
-        share = (limit - total(low)) / (total(high) - total(low))
-        guess = low + math.floor(share * (high - low))
-        if tries == 0 or high - low == 1:
-            return guess
-        tries -= 1
-        guess = min(high - 1, guess + 1)  # one more than is safe
-        if total(guess) <= limit:
-            low = guess
-        else:
-            low, high = max(low, guess - 1), guess
-    return 0

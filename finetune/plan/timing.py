@@ -1,29 +1,36 @@
-"""Real steps of a recipe on this machine, timed."""
+"""Times real steps of a recipe on this machine."""
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from finetune.recipe.load import load_recipe
 from finetune.system.errors import PlanError
+from finetune.system.files import read_records
+from finetune.system.terminal import Say
 from finetune.train.run import train
 
-STEPS = 3
+_STEPS = 3
 
 
-def measure(path: str, overrides: Sequence[str], say: Callable[[str], None]) -> list[float]:
-    """Seconds of three steps of the run itself, into a folder that is thrown away; the first one warms up.
+def measure(path: str, overrides: Sequence[str], say: Say) -> list[float]:
+    """Seconds of three steps of the recipe, after one that is not timed. What the run writes is removed.
+
+    Args:
+        path: The recipe's file.
+        overrides: Its overrides.
+        say: Called with the lines of the run.
 
     Raises:
-        PlanError: There were too few rows for so many steps.
+        PlanError: There are too few rows for so many steps.
+        FinetuneError: The run fails; see `train`.
     """
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"training.output_dir={folder}/run",
-            f"training.max_steps={STEPS + 1}",
+            f"training.max_steps={_STEPS + 1}",
             "training.logging_steps=1",
             "training.logging_strategy=steps",
             "training.save_strategy='no'",
@@ -34,12 +41,11 @@ def measure(path: str, overrides: Sequence[str], say: Callable[[str], None]) -> 
             "training.report_to=none",
         ]
         run = train(load_recipe(path, [*overrides, *own]), say)
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for line in lines if "loss" in (record := json.loads(line))]
-    found = [
+        records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
+    seconds = [
         (after["num_tokens"] - before["num_tokens"]) / after["tokens_per_second"]
         for before, after in pairwise(records)
     ]
-    if not found:
-        raise PlanError("--measure: the recipe has too few rows for a step that could be timed")
-    return found
+    if not seconds:
+        raise PlanError("--measure: the recipe has too few rows for a step that can be timed; leave it out")
+    return seconds
