@@ -148,7 +148,7 @@ def test_a_record_has_the_utilisation_of_the_gpu(
         assert record["mfu"] == pytest.approx(share, rel=1e-3)
     assert [r["energy_wh"] for r in records] == [1, 2]
     report = Path("run/README.md").read_text()
-    assert "- energy of the cards: 2.00 Wh" in report
+    assert "- energy of the GPUs: 2.00 Wh" in report
 
 
 def test_energy_is_the_drivers_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
-UNTOLD = "license: tiny/gemma3 does not tell under which terms it stands, so the page does not either"
+UNTOLD = "license: tiny/gemma3 names no license, so the model card names none"
 Said = tuple[Path, list[str], Repo, list[str]]
 OLD = "hf_" + "expired" * 4
 SAMPLE = str(ROOT / "data/chat_sample.jsonl")
@@ -194,7 +194,7 @@ def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> 
     name = "adapter_model.safetensors"
     assert repo.commits[commits[0]][name] == (run / "checkpoint-2" / name).read_bytes()
     assert repo.files()[name] == (run / name).read_bytes()
-    assert b"A checkpoint: this is how the run stood after step 2." in repo.commits[commits[0]]["README.md"]
+    assert b"This is the checkpoint of step 2." in repo.commits[commits[0]]["README.md"]
     assert b"A checkpoint" not in repo.files()["README.md"]
     assert not (run / ".pushing").exists()
     # One commit each, and the metadata of each page was looked at.
@@ -234,7 +234,7 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     hub.fault = lambda method, path, body: 418 if "/commit/" in path else None
     assert main(["train", str(recipe)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    again = "(nothing was committed, and what has arrived is not sent again: push once more)"
+    again = "(nothing was committed; push again, files that have arrived are not sent again)"
     assert f"hub: step 2 is not pushed: you/late is refused by the Hub (418): not now {again}" in lines
     assert f"saved: {tmp_path / 'run'}" in lines
     assert lines[-1:] == [
@@ -253,7 +253,7 @@ def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_pat
 
     def say(line: str) -> None:
         lines.append(line)
-        if "under way" in line:
+        if "still running" in line:
             said.set()
 
     def held(method: str, path: str, body: bytes) -> None:
@@ -265,7 +265,7 @@ def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_pat
     # What is sent is kept, though the checkpoint goes when the next one is there.
     train(load_recipe(recipe, ["training.save_total_limit=1"]), say)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
-    assert "hub: step 2 is not pushed, the push before it is still under way" in lines
+    assert "hub: step 2 is not pushed: the last push is still running" in lines
     titles = hub.repos["you/slow"].titles
     assert (titles[0], titles[-1]) == ("Adapter, checkpoint-1", "Adapter")
 
@@ -304,8 +304,8 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     words = ["push", str(merged), "--repo-id", "you/merged"]
     assert main([*words, "--quiet"]) == 2
     assert capsys.readouterr().err == (
-        "error: you/merged is refused by the Hub (410): not now (nothing was committed, and what has arrived is not "
-        "sent again: push once more)\n"
+        "error: you/merged is refused by the Hub (410): not now (nothing was committed; push again, files that "
+        "have arrived are not sent again)\n"
     )
     assert hub.repos["you/merged"].titles == []
     first = set(hub.sent) & shards
@@ -319,7 +319,7 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     hub.sent.clear()
     capsys.readouterr()
     assert main(words) == 0
-    assert capsys.readouterr().err == f"{UNTOLD}\nyou/merged has all of it already\n"
+    assert capsys.readouterr().err == f"{UNTOLD}\nyou/merged is up to date already\n"
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
@@ -412,7 +412,7 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     page = files["README.md"].decode()
     assert "There is a model in each of bf16, nf4;" in page
     assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto", device_map="auto")' in page
-    assert "What the model is fed for a system message and a question" in page
+    assert "The prompt for a system message and a question" in page
     listed = "- `gguf/exports-Q4_K_M.gguf`\n- `gguf/exports-Q8_0.gguf`\n\nllama.cpp"
     commands = (
         "hf download you/all ollama/Modelfile ollama/exports-Q4_K_M.gguf --local-dir model\ncd model/ollama\n"
@@ -456,7 +456,7 @@ def test_an_export_of_one_format_is_at_the_top_of_its_repository(
     assert "ollama run hf.co/you/gguf\n" in card.text
     assert "| Q4_K_M | 12.5 |" in card.text
     # The template that is in the file is the model's.
-    assert "What the model is fed for a system message and a question" in card.text
+    assert "The prompt for a system message and a question" in card.text
 
 
 LOCAL = "/some disk/models/my base"
@@ -476,7 +476,7 @@ def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_
     environment = json.loads((run / "environment.json").read_text()) | {"base_commit": None}
     (run / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(
-        PushError, match=f"its base is {LOCAL}, which is on this machine alone; write --base-model"
+        PushError, match=f"its base is {LOCAL}, which is only on this machine; write --base-model"
     ):
         make_payload(run, "you/run")
     payload = make_payload(run, "you/run", "owner/base")
@@ -616,12 +616,12 @@ def test_a_page_that_a_person_has_changed_is_kept(run: Path, hub: Hub) -> None:
     lines: list[str] = []
     push(run, "you/mine", say=lines.append)
     assert b"# My model" in hub.repos["you/mine"].files()["README.md"]
-    assert f"{run / 'README.md'} was changed by hand, and is pushed as it is" in lines
+    assert f"{run / 'README.md'} was edited, and is pushed as it is" in lines
 
 
 def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None:
     def of(**rows: int) -> Any:
-        languages = {name: {"rows": count} for name, count in readers.items()}
+        languages = {name: {"rows": count} for name, count in rows.items()}
         ledger["train"]["languages"] = languages
         (run / "ledger.json").write_text(json.dumps(ledger))
         return ModelCard(
@@ -660,7 +660,7 @@ def test_the_page_of_a_checkpoint_tells_nothing_of_what_came_later(trained: Path
 
 def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> None:
     lines: list[str] = []
-    stays = "you/web: its page was changed there, and stays; delete it there to have the one of finetune"
+    stays = "you/web: its model card was edited on the Hub and is kept; delete it there to replace it"
 
     def pushed(**files: bytes) -> str:
         lines.clear()
@@ -696,7 +696,7 @@ def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Pat
     repo.add("main", {"model.safetensors": b"old", "model-x/model.safetensors": b"other", "x.gguf": b"x"}, "")
     push(merged, "you/both", say=lines.append)
     gone = ["adapter_config.json", "adapter_model.safetensors", "model.safetensors"]
-    assert f"you/both: removed there, since it is of another model: {', '.join(gone)}" in lines
+    assert f"you/both: removed files of another model: {', '.join(gone)}" in lines
     assert set(gone).isdisjoint(repo.files())
     assert {"model.safetensors.index.json", "model-x/model.safetensors", "x.gguf"} <= set(repo.files())
     theirs = AutoModelForCausalLM.from_pretrained("you/both")
@@ -828,9 +828,9 @@ def test_a_branch_is_made_and_a_pull_request_opened(
     assert "adapter_config.json" not in hub.repos["tiny/gemma3"].files()
 
 
-AGAIN = "(nothing was committed, and what has arrived is not sent again: push once more)"
+AGAIN = "(nothing was committed; push again, files that have arrived are not sent again)"
 LOGGED_OUT = (
-    "nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN, with a token that may write "
+    "nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN, with a token that has write access "
     "({url}/settings/tokens)"
 )
 EXPIRED = (
@@ -859,13 +859,13 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "public already": (
         {},
         "--repo-id tiny/gemma3 --private --create-pr",
-        "tiny/gemma3 is there already, and everybody can see it; make it private on its page "
+        "tiny/gemma3 exists and is public; make it private on its page "
         "({url}/tiny/gemma3/settings), or leave private out",
     ),
     "offline": (
         {"offline": True},
         "--repo-id you/x",
-        "HF_HUB_OFFLINE is set, so nothing can be put on the Hub; unset it",
+        "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it",
     ),
     "no network": ({"url": "http://127.0.0.1:9"}, "--repo-id you/x", f"you/x {UNREACHED} {AGAIN}"),
     "a Hub that is down": (

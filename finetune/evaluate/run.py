@@ -21,6 +21,7 @@ from finetune.evaluate.perplexity import LossSum, row_losses
 from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
 from finetune.evaluate.report import (
     HELD_OUT_ROWS,
+    AnswerReport,
     AnswerSummary,
     EvaluationReport,
     JudgeReport,
@@ -285,42 +286,36 @@ def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int 
         "limit": limit,
         "same_tokens": all(result.rows == results[0].rows for result in results),
         "models": [
-            {
-                "name": result.name,
-                "loss": _loss_groups(result.loss),
-                "answers": _summary(result),
-                "tasks": result.tasks,
-            }
-            for result in results
+            {"name": r.name, "loss": _loss_groups(r.loss), "answers": _summary(r), "tasks": r.tasks}
+            for r in results
         ],
-        "answers": [
+        "answers": [_answer_report(results, i) for i in range(len(results[0].answers))],
+    }
+
+
+def _answer_report(results: list[ModelResult], i: int) -> AnswerReport:
+    """One prompt and every model's answer to it."""
+    answers = [(result.answers[i], asdict(result.verdicts[i])) for result in results]
+    return {
+        "prompt": answers[0][0].prompt,
+        "asked": list(answers[0][0].messages),
+        "models": [
             {
-                "prompt": answers[0].prompt,
-                "asked": list(answers[0].messages),
-                "models": [
-                    {
-                        "text": answer.text,
-                        "tokens": answer.tokens,
-                        "stopped": answer.stopped,
-                        "language": cast(LanguageReport, asdict(result.verdicts[i])),
-                    }
-                    for answer, result in zip(answers, results, strict=True)
-                ],
+                "text": a.text,
+                "tokens": a.tokens,
+                "stopped": a.stopped,
+                "language": cast(LanguageReport, language),
             }
-            for i, answers in enumerate(zip(*(result.answers for result in results), strict=True))
+            for a, language in answers
         ],
     }
 
 
 def _loss_groups(loss: dict[Origin, LossSum]) -> dict[str, dict[str, LossPart]]:
     """The loss on all rows, on each source's and on each language's."""
-    groups: dict[str, dict[str, LossSum]] = {
-        "all": {"all": sum(loss.values(), LossSum())},
-        "source": {},
-        "language": {},
-    }
-    for origin, part in loss.items():
-        for group, name in zip(("source", "language"), origin, strict=True):
+    groups: dict[str, dict[str, LossSum]] = {"all": {}, "source": {}, "language": {}}
+    for (source, language), part in loss.items():
+        for group, name in (("all", "all"), ("source", source), ("language", language)):
             groups[group][name] = groups[group].get(name, LossSum()) + part
     return {
         group: {
@@ -364,16 +359,9 @@ def _judge(settings: JudgeSection) -> Judge:
     """The judge of the recipe; settings that no request can be sent with are refused here."""
     from finetune.evaluate.judge import Judge
 
-    prices = settings.prices
-    return Judge(
-        base_url=settings.base_url,
-        model=settings.model,
-        language=settings.language,
-        key=os.environ.get("OPENAI_API_KEY", ""),
-        workers=settings.workers,
-        max_tokens=settings.max_tokens,
-        prices=(prices.input, prices.output) if prices else None,
-    )
+    same = settings.model_dump(exclude={"reference", "prices"})
+    prices = (settings.prices.input, settings.prices.output) if settings.prices else None
+    return Judge(**same, key=os.environ.get("OPENAI_API_KEY", ""), prices=prices)
 
 
 def _preference(

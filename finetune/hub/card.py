@@ -1,4 +1,4 @@
-"""The pages of runs, models and exports, as the Hub shows them; every number in them is read from files beside them."""
+"""Model cards of runs, merged models and exports. Every number in a card is read from the files of the folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from finetune.model.provenance import (
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
-# Of a page that nobody has changed since: the digest of what stands above it.
+# The last line of a generated card, with the hash of the text above it; in a card that a person has edited, it differs.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
-# The ledger's names.
+# The languages that the ledger counts, as codes for the Hub.
 _LANGUAGE_CODES = {"English": "en", "Japanese": "ja"}
-# vLLM serves adapters up to one of these ranks, and none that change more than their layers.
+# The values of vLLM's `--max-lora-rank`.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -38,13 +38,13 @@ def folder_card(
     base: BaseReference | None = None,
     terms: dict[str, str] | None = None,
 ) -> str:
-    """The page of whatever lies in a folder: a run, a checkpoint, a merged model, a format, a whole export.
+    """The card of a run, a checkpoint, a merged model, an export or one format of an export.
 
     Args:
         folder: The folder.
-        repo: Its place on the Hub; absent, it is called by its own name.
-        base: As `base_reference` finds it.
-        terms: Metadata that says under which terms it stands; absent, as the base's id tells.
+        repo: Its repository on the Hub, owner/name; absent, the card calls it by the folder's name.
+        base: The base model; absent, as `base_reference` finds it.
+        terms: The license as metadata of the card; absent, as the base's id implies.
 
     Raises:
         RunError: A file of the folder is damaged.
@@ -59,13 +59,13 @@ def folder_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether a page is as it was written here; one that a person has changed is kept."""
+    """True for a card that nobody has edited since it was generated."""
     above, _, _ = text.rpartition(_MARK.split("{}")[0])
     return bool(above) and text == above + _MARK.format(_digest(above))
 
 
 def mark_generated(text: str) -> str:
-    """A page of ours that was changed on its way to the Hub, as one that nobody has changed since."""
+    """A generated card whose text was rewritten for the Hub, with its hash renewed."""
     above, _, _ = text.rpartition(_MARK.split("{}")[0])
     return above + _MARK.format(_digest(above))
 
@@ -76,7 +76,11 @@ def model_card(
     base: BaseReference | None = None,
     terms: dict[str, str] | None = None,
 ) -> str:
-    """The page of a run, of one of its checkpoints, or of a merged model."""
+    """The card of a run, of one of its checkpoints, or of a merged model; the arguments are those of `folder_card`.
+
+    Raises:
+        RunError: A file of the folder is damaged.
+    """
     base, run, recipe = base or base_reference(folder), source_run(folder), recipe_sections(folder)
     adapter, merged = read_json(folder / ADAPTER_CONFIG), merge_record(folder)
     several = merged is not None and len(merged["adapters"]) > 1
@@ -90,7 +94,7 @@ def model_card(
         "relation": relation,
         "merged": merged,
         "evaluation": tables(evaluation) if evaluation else [],
-        "asked": intro(evaluation) if evaluation else "",
+        "intro": intro(evaluation) if evaluation else "",
         "picture": bool(run and run_file(run, "loss.png")),
     }
     values["use"] = _usage((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
@@ -109,21 +113,24 @@ def export_card(
     base: BaseReference | None = None,
     terms: dict[str, str] | None = None,
 ) -> str:
-    """The page of one exported format, with its own line of the report; without a kind, of a folder of several files.
+    """The card of an export, or of one of its formats.
 
     Args:
         report: `report.json` of the export.
-        kind: The format.
-        folder: Where it lies; absent, it is told by its name alone.
-        repo: Its place on the Hub.
-        base: As `base_reference` finds it.
-        terms: As `page` takes them.
+        kind: The format; None for the whole export.
+        folder: The folder; absent, the card is made from the report alone.
+        repo: Its repository on the Hub, owner/name.
+        base: The base model; absent, as the report says.
+        terms: As `folder_card` takes them.
+
+    Raises:
+        RunError: A file of the folder is damaged.
     """
     base = base or BaseReference(report.get("base", ""), hub_id(report.get("base", "")))
     place = folder or Path(kind or ".")
     run, recipe = source_run(place), recipe_sections(place)
     files, modelfile = _gguf_files(place)
-    found = next((item for item in report.get("models") or [] if item["name"] == kind), None)
+    measured = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     name = _name(place, repo) if folder else report["title"]
     folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
     small = {kind or "", *folders} - {""} <= {"int8", "nf4"} and bool(kind or folders)
@@ -137,40 +144,40 @@ def export_card(
         "base": base,
         "relation": relation,
         "report": report,
-        "found": found,
+        "measured": measured,
         "table": _export_table(place),
         "folders": folders,
         "picture": bool(run and repo and run_file(run, "loss.png")),
     }
-    # A GGUF file holds the template of the model that it was written from.
+    # The first of these folders that has a chat template. A GGUF file holds that of the model that it was made from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
     values["use"] = _usage(places, target, use, base, values, {}) | {"files": files, "modelfile": modelfile}
     data = _metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
     data |= _languages(values["ledger"])
-    perplexity = (found or {}).get("perplexity")
+    perplexity = (measured or {}).get("perplexity")
     if perplexity is not None and repo:
         data |= _eval_results(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
     return _render_card("hub/export_card.md.jinja", data, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a page tells
+# The values of a card
 
 
 def _training_values(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Of the training: the recipe as it stands, ledger, losses, machine, time, versions; as far as files are here."""
-    metrics: list[dict[str, Any]] = []
-    if run and (file := run_file(run, "metrics.jsonl")):
-        metrics = read_records(file)
+    """The values about the training, as far as their files exist: recipe, ledger, losses, environment, time."""
+    file = run and run_file(run, "metrics.jsonl")
+    metrics = read_records(file) if file else []
     step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
-    if step:  # what the run became later is not what lies here
+    if step:
+        # The card of a checkpoint tells nothing of later steps.
         metrics = [m for m in metrics if m["step"] <= int(step[1]) and "train_runtime" not in m]
-    text = (run and run_file(run, "recipe.yaml")) or run_file(folder, "recipe.yaml")
+    recipe_file = (run and run_file(run, "recipe.yaml")) or run_file(folder, "recipe.yaml")
     return {
         "checkpoint": int(step[1]) if step else None,
-        "sources": [source["path"] for source in (recipe.get("data") or {}).get("train") or []],
+        "sources": _source_paths(recipe),
         "quantization": recipe.get("quantization"),
-        "recipe": text.read_text(encoding="utf-8") if text else "",
+        "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file else "",
         "ledger": read_json(run and run_file(run, "ledger.json")),
         "environment": read_json(run and run_file(run, "environment.json")),
         "losses": [m for m in metrics if "loss" in m],
@@ -184,19 +191,29 @@ def _usage(
     target: str,
     kind: str,
     base: BaseReference,
-    told: dict[str, Any],
+    training: dict[str, Any],
     adapter: dict[str, Any],
 ) -> dict[str, Any]:
-    """How it is asked: by which programs, and with which text around a message, by the first place that tells."""
+    """The values of the section that shows how to use the model.
+
+    Args:
+        places: Folders, of which the first one with a chat template is used.
+        target: The repository or folder that the commands name.
+        kind: adapter, whole (full weights), int8, nf4 or gguf.
+        base: The base model.
+        training: As `_training_values` returns them.
+        adapter: The adapter's `adapter_config.json`; empty for full weights.
+    """
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
+    # vLLM serves no adapters that change more than the layers they are attached to.
     more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
-    fits = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
+    in_vllm = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
     prompt, system = _example_prompt(
         next((p for p in places if (p / "chat_template.jinja").is_file()), places[0])
     )
-    bits = told["quantization"]
-    # Upstream computes in float32 where nothing is said. Float16 is no example: a Gemma overflows in it elsewhere.
-    if bits and bits.get("load_in_4bit") and told["environment"].get("dtype") == "bfloat16":
+    bits = training["quantization"]
+    # bitsandbytes computes in float32 by default. Float16 is not shown: outside this toolkit a Gemma overflows in it.
+    if bits and bits.get("load_in_4bit") and training["environment"].get("dtype") == "bfloat16":
         bits = {"bnb_4bit_compute_dtype": "bfloat16"} | bits
     return {
         "kind": kind,
@@ -204,7 +221,7 @@ def _usage(
         "base": base.hub or base.name,
         "revision": base.revision,
         "quantization": bits,
-        "rank": next((n for n in _VLLM_RANKS if n >= rank), None) if fits else None,
+        "rank": next((n for n in _VLLM_RANKS if n >= rank), None) if in_vllm else None,
         "prompt": prompt,
         "system": system,
         "modelfile": None,
@@ -213,30 +230,33 @@ def _usage(
 
 
 def _gguf_files(place: Path) -> tuple[list[str], list[str] | None]:
-    """The GGUF files of a folder or of its formats, and those of Ollama's: the Modelfile first."""
-    patterns = ("*/*.gguf", "gguf/*.gguf", "*.gguf")  # Ollama's is the same file again
-    found = {path.name: path for pattern in patterns for path in place.glob(pattern)}
-    found.pop("imatrix.gguf", None)
-    # The one that most will want stands first.
-    files = sorted(found.values(), key=lambda path: ("Q4_K_M" not in path.name, path.name))
+    """The GGUF files of a folder and its formats, and Ollama's Modelfile with the file that it names."""
+    # The file in `ollama/` has the name of one in `gguf/`, which replaces it here.
+    patterns = ("*/*.gguf", "gguf/*.gguf", "*.gguf")
+    by_name = {path.name: path for pattern in patterns for path in place.glob(pattern)}
+    by_name.pop("imatrix.gguf", None)
+    # Q4_K_M first: it is what most people use.
+    files = sorted(by_name.values(), key=lambda path: ("Q4_K_M" not in path.name, path.name))
     modelfile = next((p for p in (place / "Modelfile", place / "ollama" / "Modelfile") if p.is_file()), None)
-    named = [path.relative_to(place).as_posix() for path in files]
+    names = [path.relative_to(place).as_posix() for path in files]
     if modelfile is None:
-        return named, None
-    beside = next((path.name for path in files if (modelfile.parent / path.name).is_file()), "")
-    return named, [p.relative_to(place).as_posix() for p in (modelfile, modelfile.parent / beside)]
+        return names, None
+    weights = next((path.name for path in files if (modelfile.parent / path.name).is_file()), "")
+    return names, [p.relative_to(place).as_posix() for p in (modelfile, modelfile.parent / weights)]
 
 
 def _example_prompt(folder: Path) -> tuple[str | None, bool]:
-    """What the model is fed for a system message and a question, and whether its template knows the former."""
+    """The rendered prompt for a system message and a question, and false where the template takes no system message."""
     file = folder / "chat_template.jinja"
     if not file.is_file():
         return None, False
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    known = read_json(folder / "tokenizer_config.json")
-    tokens = {key: value for key, value in known.items() if key.endswith("_token") and isinstance(value, str)}
+    config = read_json(folder / "tokenizer_config.json")
+    tokens = {
+        key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)
+    }
     question = {"role": "user", "content": "(question)"}
     for messages in ([{"role": "system", "content": "(system)"}, question], [question]):
         try:
@@ -257,24 +277,31 @@ def _example_prompt(folder: Path) -> tuple[str | None, bool]:
 def _metadata(
     base: BaseReference, relation: str, library: str, terms: dict[str, str] | None, recipe: dict[str, Any]
 ) -> dict[str, Any]:
-    """What stands on top of a page for the Hub to read."""
+    """The metadata that stands on top of a card."""
     terms = license_of(base.hub) if terms is None else terms
-    sources = [source["path"] for source in (recipe.get("data") or {}).get("train") or []]
     data = {
         "base_model": base.hub,
         "base_model_relation": relation if base.hub else None,
         "library_name": library,
         **terms,
-        "datasets": list(dict.fromkeys(path for path in sources if not is_file(path))) or None,
+        "datasets": list(dict.fromkeys(_hub_datasets(recipe))) or None,
         "pipeline_tag": "text-generation",
     }
     return {key: value for key, value in data.items() if value is not None}
 
 
+def _source_paths(recipe: dict[str, Any]) -> list[str]:
+    return [source["path"] for source in (recipe.get("data") or {}).get("train") or []]
+
+
+def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
+    return [path for path in _source_paths(recipe) if not is_file(path)]
+
+
 def _languages(ledger: dict[str, Any]) -> dict[str, Any]:
-    """The languages of at least a tenth of the training rows, as far as the ledger knows them."""
+    """Metadata: the languages of at least a tenth of the training rows, of those that the ledger counts."""
     languages = (ledger.get("train") or {}).get("languages") or {}
-    rows = {name: of["rows"] for name, of in languages.items()}
+    rows = {name: counts["rows"] for name, counts in languages.items()}
     codes = [
         _LANGUAGE_CODES[name]
         for name in sorted(rows, key=lambda name: -rows[name])
@@ -286,10 +313,10 @@ def _languages(ledger: dict[str, Any]) -> dict[str, Any]:
 def _evaluation_results(
     name: str, recipe: dict[str, Any], evaluation: EvaluationReport | None, losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The languages and figures of an evaluation; without one, the last loss on held-out rows."""
+    """Metadata: the languages and results of an evaluation; without one, the last loss on held-out rows."""
     if not evaluation:
-        found = [("loss", "loss (nats a token)", losses[-1]["eval_loss"])] if losses else []
-        return _eval_results(name, recipe, found, "held-out rows")
+        last = [("loss", "loss (nats a token)", losses[-1]["eval_loss"])] if losses else []
+        return _eval_results(name, recipe, last, "held-out rows")
     model = evaluation["models"][-1]
     figures: list[tuple[str, str, Any]] = []
     if whole := model["loss"]["all"].get("all"):
@@ -299,27 +326,35 @@ def _evaluation_results(
         share = answers["language"]["right"] / judged
         figures.append(("language", "answers in the language of the prompt", share))
     if answers:
-        figures.append(("stopped", "answers that end by themselves", answers["stopped"]))
-    found = [figure for figure in figures if figure[2] is not None]
+        figures.append(("stopped", "answers ended by a stop token", answers["stopped"]))
+    figures = [figure for figure in figures if figure[2] is not None]
     rows = f"held-out rows (at most {evaluation['limit']})" if evaluation["limit"] else "held-out rows"
-    asked = evaluation["prompts"]
-    data = _eval_results(name, recipe, found, rows if asked == HELD_OUT_ROWS else f"{rows}; prompts: {asked}")
+    if evaluation["prompts"] != HELD_OUT_ROWS:
+        rows += f"; prompts: {evaluation['prompts']}"
+    data = _eval_results(name, recipe, figures, rows)
     languages = [code for code in (answers.get("languages") or {}) if re.fullmatch("[a-z]{2,3}", code)]
     return data | ({"language": languages} if languages else {})
 
 
 def _eval_results(
-    name: str, recipe: dict[str, Any], figures: list[tuple[str, str, Any]], rows: str
+    name: str, recipe: dict[str, Any], figures: list[tuple[str, str, float]], rows: str
 ) -> dict[str, Any]:
+    """Metadata: results in the Hub's form.
+
+    Args:
+        name: The model's name.
+        recipe: The recipe's sections, whose data sets are named.
+        figures: For each result its type, its name and its value.
+        rows: The rows that they were measured on.
+    """
     from huggingface_hub import EvalResult
 
-    sources = [source["path"] for source in (recipe.get("data") or {}).get("train") or []]
-    known = [path for path in sources if not is_file(path)]
+    datasets = _hub_datasets(recipe)
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=known[0] if known else "private",
-            dataset_name=", ".join(dict.fromkeys([*known, rows])),
+            dataset_type=datasets[0] if datasets else "private",
+            dataset_name=", ".join(dict.fromkeys([*datasets, rows])),
             metric_type=kind,
             metric_name=title,
             metric_value=round(value, 6),
@@ -339,7 +374,7 @@ def _method(recipe: dict[str, Any]) -> str:
 
 
 def _export_table(folder: Path) -> str:
-    """The report of an export as it was written, its title left out."""
+    """An export's `report.md` without its title."""
     file = next((p for p in (folder / "report.md", folder.parent / "report.md") if p.is_file()), None)
     text = file.read_text(encoding="utf-8") if file else ""
     return re.sub(r"^# .*\n+", "", text)

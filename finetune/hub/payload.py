@@ -1,7 +1,7 @@
-"""What of a run, a merged model or an export goes on the Hub: only what is on a list, and its page.
+"""The files of a push: those of a run, a merged model or an export that are on a list, and the model card.
 
-Text is sent as it reads elsewhere: the base by its id on the Hub, paths of this machine without what lies above them. A
-file that holds a token stops the push.
+In text files the base is named by its id on the Hub, and paths of this machine are shortened to their last part. A file
+that holds a token stops the push.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from finetune.system.files import (
 )
 from finetune.system.terminal import Say
 
+# The files of a full model's weights.
 MODEL_FILES = (MODEL_WEIGHTS, "model-*-of-*.safetensors")
 _WEIGHTS = (*MODEL_FILES, ADAPTER_WEIGHTS, "*.gguf")
-# All that is sent. Checkpoints, optimizer states, pickles and caches are on no list, whatever they are called.
+# The only files that are pushed: no checkpoints, optimizer states, pickles or caches, whatever their names are.
 _PUSHED = (
     *_WEIGHTS,
     *(ADAPTER_CONFIG, "config.json", "generation_config.json", WEIGHTS_INDEX),
@@ -46,22 +47,22 @@ _PUSHED = (
     *("evaluation/report.json", "evaluation/report.md", "evaluation/answers.html"),
     *("merge.json", "report.json", "report.md", "imatrix.dat", "test.log", "Modelfile"),
 )
-# Of the run that a model was merged or exported from: what its page tells of.
+# The files of the run that a model was merged or exported from: its card is made from them.
 _RUN_FILES = ("recipe.yaml", "environment.json", "ledger.json", "metrics.jsonl", "loss.png")
-# The model's own words stand in these.
+# Files with answers of the model.
 _ANSWER_FILES = ("evaluation/", "test.log")
 _TEXT_FILES = (".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".txt", ".jinja", "Modelfile")
-# What a vocabulary holds is no path, and it is large.
+# Vocabularies hold no paths, and are large: they are pushed unchanged.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
-# In a recipe every value that reads like one is a path.
+# An absolute path in a recipe, where every value of that form is a path.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
-# Of a file that is no text only its head can hold words.
+# Only the first MiB of a binary file is searched for secrets.
 _SEARCHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Payload:
-    """Everything of one commit: what a file in the repository holds, or the file here that it is."""
+    """The files of one commit, by their name in the repository: the content, or the path of the file to send."""
 
     files: dict[str, bytes | Path]
     title: str
@@ -74,23 +75,25 @@ def make_payload(
     say: Say = lambda line: None,
     ask: bool = True,
 ) -> Payload:
-    """What a folder is on the Hub.
+    """The commit that holds a folder.
 
     Args:
-        folder: The folder.
-        repo_id: Its name there.
-        base_model: The Hub id of the base.
-        say: Gets a line for each thing that a person may want to know.
-        ask: Whether the Hub may be asked for the terms of a base whose id does not tell them.
+        folder: A run, one of its checkpoints, a merged model, an export, or one of its formats.
+        repo_id: The repository, owner/name.
+        base_model: The Hub id of the base; absent, as the folder's files say.
+        say: Called with a line for a missing license or an edited card.
+        ask: Asks the Hub for the license of a base whose id does not imply it.
 
     Raises:
-        PushError: It holds nothing to push, its base has no name on the Hub, or a token is in it.
+        PushError: The folder holds nothing to push, its base has no id on the Hub, or a file holds a token.
+        RunError: A file of the folder is damaged.
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
     formats = _format_folders(folder)
     if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
-        folder = formats[0]  # programs look for a model's files at the top of a repository
+        # Programs look for a model's files at the top of a repository.
+        folder = formats[0]
     found = dict(_pushed_files(folder))
     if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):
         raise PushError(
@@ -99,7 +102,7 @@ def make_payload(
         )
     base = provenance.base_reference(folder, base_model)
     if base.hub is None:
-        known = f"is {base.name}, which is on this machine alone" if base.name else "is not known"
+        known = f"is {base.name}, which is only on this machine" if base.name else "is not known"
         raise PushError(
             f"{folder}: its base {known}; write --base-model with its id on the Hub (in a recipe: hub.base_model)"
         )
@@ -110,11 +113,11 @@ def make_payload(
 
     terms = provenance.license_of(base.hub) or (_license_on_hub(base.hub) if ask else {})
     if not terms and ask:
-        say(f"license: {base.hub} does not tell under which terms it stands, so the page does not either")
+        say(f"license: {base.hub} names no license, so the model card names none")
     paths, readme = _LocalPaths(folder, run, base), found.pop("README.md", None)
     text = _read_text(readme) if readme else ""
     if text and not card.is_generated(text):
-        say(f"{readme} was changed by hand, and is pushed as it is")
+        say(f"{readme} was edited, and is pushed as it is")
         page = paths.rewritten("README.md", text)
     else:
         page = card.mark_generated(
@@ -130,7 +133,7 @@ def make_payload(
 
 
 def _pushed_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a folder that are on the list, by their name in the repository; of an export its formats too."""
+    """The files of a folder, and of an export's formats, that are on the list, with their names in the repository."""
     for place in (folder, *_format_folders(folder)):
         for pattern in _PUSHED:
             for path in sorted(place.glob(pattern)):
@@ -138,12 +141,13 @@ def _pushed_files(folder: Path) -> Iterator[tuple[str, Path]]:
                     yield path.relative_to(folder).as_posix(), path
     config = folder / "config.json"
     if "auto_map" in read_json(config):
-        for path in sorted(folder.glob("*.py")):  # the model cannot be loaded without its code
+        # The model cannot be loaded without its code.
+        for path in sorted(folder.glob("*.py")):
             yield path.name, path
 
 
 def _format_folders(folder: Path) -> list[Path]:
-    """The folders of an export, one for each of its formats; of anything else none."""
+    """The folders of an export's formats; empty for any other folder."""
     if not (folder / "report.json").is_file():
         return []
     inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
@@ -158,14 +162,15 @@ def _commit_title(found: dict[str, Path]) -> str:
 
 
 def _file_content(name: str, path: Path, paths: _LocalPaths, base: provenance.BaseReference) -> bytes | Path:
-    """A file as it is sent: itself, or its text without what is of this machine alone."""
+    """The file to send: its path, or its text with the paths of this machine rewritten."""
     if path.name in _VOCABULARY_FILES or not path.name.endswith(_TEXT_FILES):
         return path
     text = _read_text(path)
     if path.name == ADAPTER_CONFIG:
         config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    elif name.endswith(".json") and "\\u" in text:  # by which a path may be spelled
+    elif name.endswith(".json") and "\\u" in text:
+        # A path could be written with such escapes.
         text = json.dumps(json.loads(text), ensure_ascii=False, indent=1) + "\n"
     return paths.rewritten(name, text).encode()
 
@@ -178,13 +183,13 @@ def _read_text(path: Path) -> str:
 
 
 class _LocalPaths:
-    """The paths of this machine that a run's files name, and how they read elsewhere."""
+    """Rewrites the paths of this machine that a run's files name."""
 
     def __init__(self, folder: Path, run: Path | None, base: provenance.BaseReference) -> None:
         self.base = base
         here = {os.path.realpath(path) for path in (folder, run or folder, Path.cwd())}
         here |= {os.path.dirname(path) for path in here} | {str(Path.home()), str(cache_dir())}
-        # A path of one part is as good as any text of the same words: /root, /content.
+        # Paths of one part, such as /content, may be ordinary text: of these only the home directory is rewritten.
         self.deep = sorted((path for path in here if path.count("/") > 1), key=len, reverse=True)
         self.all = sorted({*self.deep, str(Path.home())} - {"/"}, key=len, reverse=True)
         named: set[str] = set()
@@ -198,7 +203,7 @@ class _LocalPaths:
         self.named = sorted(named, key=len, reverse=True)
 
     def rewritten(self, name: str, text: str) -> str:
-        """A text in which no path of this machine is left."""
+        """A text without paths of this machine."""
         if self.base.hub and self.base.name.startswith(("/", "~", ".")):
             text = text.replace(self.base.name, self.base.hub)
         for path in self.named:
@@ -206,26 +211,26 @@ class _LocalPaths:
                 text = re.sub(rf"{re.escape(path)}(?![\w-])", lambda match: _shortened(match[0]), text)
         if name.endswith("recipe.yaml"):
             text = _ABSOLUTE_PATH.sub(lambda match: _shortened(match[0]), text)
-        # What a model was asked and answered may well name a path that many machines have.
+        # Prompts and answers may name a path such as /root that many machines have.
         for path in self.deep if name.startswith(_ANSWER_FILES) else self.all:
             if path in text:
                 rest = r"(?![\w.-])(?:/[^\s\"'`,;)<>|]*)?"
                 text = re.sub(rf"(?<![\w.]){re.escape(path)}{rest}", lambda match: _shortened(match[0]), text)
         return text
 
-    def left(self, data: bytes) -> str | None:
-        """A path of this machine that some bytes hold."""
+    def find_in(self, data: bytes) -> str | None:
+        """A path of this machine that the bytes hold; None where they hold none."""
         return next((path for path in self.deep if f"{path}/".encode() in data), None)
 
 
 def _shortened(path: str) -> str:
-    """A path from this directory where it lies within, or its last part."""
+    """A path relative to the working directory where it is inside of it, or else its last part."""
     inside = os.path.relpath(path) if os.path.isabs(path) else path
     return Path(path).name if inside.startswith("..") else inside
 
 
 def _paths_in(value: Any) -> Iterator[str]:
-    """Every text in plain data that is a path from the root, keys too."""
+    """The texts in JSON data, keys included, that are absolute paths."""
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _paths_in(key)
@@ -238,7 +243,7 @@ def _paths_in(value: Any) -> Iterator[str]:
 
 
 def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _LocalPaths) -> None:
-    """Refuses a file with a token in it, or with a path that could not be rewritten."""
+    """Refuses a file that holds a token, or a path that could not be rewritten."""
     from huggingface_hub import get_token
 
     head = content
@@ -246,36 +251,36 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
         with content.open("rb") as file:
             head = file.read(-1 if content.name in _VOCABULARY_FILES else _SEARCHED_BYTES)
     assert isinstance(head, bytes)
-    known = [
-        value for name, value in os.environ.items() if SECRET_NAME_PATTERN.search(name) and len(value) > 7
-    ]
+    variables = (value for name, value in os.environ.items() if SECRET_NAME_PATTERN.search(name))
+    secrets = [value for value in variables if len(value) > 7]
     text = head.decode("utf-8", "replace")
-    written = isinstance(content, bytes) and SECRET_PATTERN.search(text)
-    if written or any(token and token in text for token in (get_token(), *known)):
+    looks_secret = isinstance(content, bytes) and SECRET_PATTERN.search(text)
+    if looks_secret or any(token and token in text for token in (get_token(), *secrets)):
         raise PushError(
-            f"{folder / name} holds a token, and is not pushed; take it out (and make a new one: it was written down)"
+            f"{folder / name} holds a token, and is not pushed; remove it and revoke the token, which a file has held"
         )
-    if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.left(head)):
+    if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.find_in(head)):
         raise PushError(
-            f"{folder / name} names {path}, a path of this machine, and is not pushed; write it again"
+            f"{folder / name} names {path}, a path of this machine, and is not pushed; make the file again without it"
         )
 
 
 def _license_on_hub(base: str) -> dict[str, str]:
-    """The terms that the base's own page on the Hub names."""
+    """The license that the base's own card on the Hub names; empty where it cannot be read."""
     from huggingface_hub import HfApi
 
     with hub_errors.quiet_hub_client(bars=False):
         try:
             data = HfApi().model_info(base, timeout=10).card_data
-        except Exception:  # it may be gated, gone, or its page unreadable: then nothing is said
+        # The base may be gated or gone, or its card unreadable.
+        except Exception:
             return {}
-    found: dict[str, str] = data.to_dict() if data else {}  # type: ignore[no-untyped-call]
-    return {key: found[key] for key in ("license", "license_name", "license_link") if found.get(key)}
+    metadata: dict[str, str] = data.to_dict() if data else {}  # type: ignore[no-untyped-call]
+    return {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
 
 
 def linked_copy(payload: Payload, folder: Path) -> Payload:
-    """The same payload with its files linked into a folder, so that it can be sent when the originals are gone."""
+    """The payload with its files hard-linked into a folder, so that it can be sent after the originals are removed."""
     files: dict[str, bytes | Path] = {}
     for name, content in payload.files.items():
         if isinstance(content, Path):
@@ -283,7 +288,8 @@ def linked_copy(payload: Payload, folder: Path) -> Payload:
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(content, place)
-            except OSError:  # not every filesystem has links
+            # Not every filesystem has hard links.
+            except OSError:
                 shutil.copyfile(content, place)
             content = place
         files[name] = content

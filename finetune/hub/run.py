@@ -1,4 +1,4 @@
-"""A run, a merged model or an export to a repository on the Hub, in one commit."""
+"""`push`: puts a run, a merged model or an export into a repository on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def push(
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> str:
-    """The address of the commit that has put a folder on the Hub.
+    """Pushes a folder to the Hub and returns the address of the commit.
 
     Args:
         folder: A run, one of its checkpoints, a merged model, an export, or one of its formats.
-        repo_id: owner/name; absent, as the recipe says. It is made if it is not there.
-        private: Whether it is private when it is made; absent, as the recipe says.
-        revision: The branch; it is made if it is not there.
+        repo_id: The repository, owner/name; absent, the recipe's. It is created if it does not exist.
+        private: Creates a private repository; absent, as the recipe says.
+        revision: The branch; it is created if it does not exist.
         create_pr: Opens a pull request with the commit in place of changing the branch.
-        base_model: The Hub id of the base.
-        say: Gets a line for each thing that a person may want to know.
-        progress: Whether a terminal shows bars.
+        base_model: The Hub id of the base; absent, as the folder's files say.
+        say: Called with a line for each thing that differs from a plain push.
+        progress: Shows progress bars on a terminal.
 
     Raises:
-        PushError: There is nothing to push, a token is in it, or the Hub does not take it.
+        PushError: There is nothing to push, a file holds a token, or the Hub refuses it.
         RunError: A file of the folder is damaged.
     """
     folder = Path(folder)
@@ -63,18 +63,18 @@ def push(
 
 
 def check_access() -> None:
-    """Refuses what can be known to fail before the Hub is asked.
+    """Refuses a push that would fail, before any request.
 
     Raises:
-        PushError: Nobody is logged in, or the Hub may not be asked.
+        PushError: Nobody is logged in, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants, get_token
 
     if constants.is_offline_mode():
-        raise PushError("HF_HUB_OFFLINE is set, so nothing can be put on the Hub; unset it")
+        raise PushError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     if not get_token():
         raise PushError(
-            "nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN, with a token that may write "
+            "nobody is logged in to the Hub; run hf auth login, or set HF_TOKEN, with a token that has write access "
             f"({constants.ENDPOINT}/settings/tokens)"
         )
 
@@ -88,10 +88,19 @@ def send(
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> str:
-    """The address of the commit that holds a payload. What the Hub has already is not sent again.
+    """Commits a payload and returns the address of the commit. Files that the Hub has already are not sent again.
+
+    Args:
+        payload: The files.
+        repo_id: The repository, owner/name; it is created if it does not exist.
+        private: Creates a private repository, and refuses an existing public one.
+        revision: The branch; it is created if it does not exist.
+        create_pr: Opens a pull request with the commit in place of changing the branch.
+        say: Called with a line for files that are kept or removed in the repository.
+        progress: Shows progress bars on a terminal.
 
     Raises:
-        PushError: The Hub does not take it; nothing of it is to be seen there.
+        PushError: The Hub refuses it; the repository is unchanged.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -101,72 +110,71 @@ def send(
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise PushError(
-                f"{repo_id} is there already, and everybody can see it; make it private on its page "
+                f"{repo_id} exists and is public; make it private on its page "
                 f"({api.endpoint}/{repo_id}/settings), or leave private out"
             )
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=revision)
-        there = {file.rfilename for file in before.siblings or ()}
+        existing = {file.rfilename for file in before.siblings or ()}
         files = dict(payload.files)
-        if "README.md" in there and _edited_on_hub(api, repo_id, before.sha, files["README.md"]):
+        if "README.md" in existing and _edited_on_hub(api, repo_id, before.sha, files["README.md"]):
             del files["README.md"]
-            say(
-                f"{repo_id}: its page was changed there, and stays; delete it there to have the one of finetune"
-            )
-        gone = sorted(_replaced_weights(there, files))
-        if gone:
-            say(f"{repo_id}: removed there, since it is of another model: {', '.join(gone)}")
+            say(f"{repo_id}: its model card was edited on the Hub and is kept; delete it there to replace it")
+        stale = sorted(_stale_weights(existing, files))
+        if stale:
+            say(f"{repo_id}: removed files of another model: {', '.join(stale)}")
         done = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items()]
-            + [CommitOperationDelete(name) for name in gone],
+            + [CommitOperationDelete(name) for name in stale],
             commit_message=payload.title,
             revision=revision,
             create_pr=create_pr,
         )
     if done.oid == before.sha:
-        say(f"{repo_id} has all of it already")
+        say(f"{repo_id} is up to date already")
     return str(done.pr_url or done.commit_url)
 
 
-def _replaced_weights(there: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
-    """What a repository holds of another model, which programs would load in place of a whole one that comes now.
+def _stale_weights(existing: set[str], files: Mapping[str, bytes | Path]) -> set[str]:
+    """Files of another model in the repository that programs would load in place of the full model in `files`.
 
-    transformers takes an adapter before a model, and one file before shards; vLLM goes by an index that is there.
+    transformers prefers an adapter to a model, and one file to shards; vLLM follows an index if there is one.
     """
     if not any(fnmatchcase(name, weights) for name in files for weights in MODEL_FILES):
         return set()
     others = (*MODEL_FILES, WEIGHTS_INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
-    top = {name for name in there - set(files) if "/" not in name}
+    top = {name for name in existing - set(files) if "/" not in name}
     return {name for name in top if any(fnmatchcase(name, other) for other in others)}
 
 
-def _edited_on_hub(api: HfApi, repo_id: str, commit: str | None, ours: bytes | Path) -> bool:
-    """Whether a person has written or changed the page on the Hub, and not the one that is to come."""
-    assert isinstance(ours, bytes)
-    if not card.is_generated(ours.decode()):
+def _edited_on_hub(api: HfApi, repo_id: str, commit: str | None, new_card: bytes | Path) -> bool:
+    """True if a person has edited the card on the Hub and the new one is generated."""
+    assert isinstance(new_card, bytes)
+    if not card.is_generated(new_card.decode()):
         return False
     with tempfile.TemporaryDirectory() as place:
         file = api.hf_hub_download(repo_id, "README.md", revision=commit, local_dir=place)
         text = Path(file).read_text(encoding="utf-8", errors="replace")
-    # The Hub's own first page has metadata alone.
-    words = re.sub(r"\A---\n.*?^---\s*$", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
-    return bool(words.strip()) and not card.is_generated(text)
+    # The card that the Hub creates itself has only metadata.
+    body = re.sub(r"\A---\n.*?^---\s*$", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
+    return bool(body.strip()) and not card.is_generated(text)
 
 
 @contextlib.contextmanager
 def _one_line_errors(repo_id: str) -> Iterator[None]:
-    """A failure in one line that says what to do."""
+    """Raises any failure again as a PushError, one line that says what to do."""
     try:
         yield
     except PushError:
         raise
-    except Exception as error:  # Xet, HTTP, YAML: upstream has no error for all of them
-        again = "nothing was committed, and what has arrived is not sent again: push once more"
-        # What is wrong with a page, upstream tells itself.
-        if "README.md" not in str(error) and (words := hub_errors.hub_problem(repo_id, error)):
-            raise PushError(f"{repo_id} {words} ({again})") from error
+    # Upstream has no common class for its errors of HTTP, Xet and YAML.
+    except Exception as error:
+        again = "nothing was committed; push again, files that have arrived are not sent again"
+        # Upstream's own message says what is wrong with a card.
+        if "README.md" not in str(error) and (problem := hub_errors.hub_problem(repo_id, error)):
+            raise PushError(f"{repo_id} {problem} ({again})") from error
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
         reason = " ".join(f"{error} {cause or ''}".split()) or type(error).__name__
         raise PushError(f"{repo_id}: {reason} ({again})") from error

@@ -1,10 +1,9 @@
-"""Checkpoints put on the Hub while a run goes on, which never waits for them and never ends because of them."""
+"""Pushes checkpoints to the Hub during a run, which neither waits for the pushes nor fails with them."""
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,28 @@ from transformers import TrainerCallback
 from finetune.hub.payload import Payload, linked_copy, make_payload
 from finetune.hub.run import send
 from finetune.recipe.schema import HubSection
+from finetune.system.errors import first_line
+from finetune.system.terminal import Say
 
 
 class CheckpointUploads(TrainerCallback):  # type: ignore[misc]
-    """Pushes every so many checkpoints from the first process, one at a time, beside the training."""
+    """Pushes every `hub.every_n_saves`-th checkpoint in a thread of the first process, one at a time.
 
-    def __init__(self, output: Path, section: HubSection, say: Callable[[str], None]) -> None:
+    Args:
+        output: The run's folder.
+        section: The recipe's `hub` section.
+        say: Called with a line for each push.
+    """
+
+    def __init__(self, output: Path, section: HubSection, say: Say) -> None:
         self.output, self.section, self.say = output, section, say
         self.staging = output / ".pushing"
         self.saves = 0
         self.thread: threading.Thread | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes what the checkpoint is on the Hub, so that it may be removed while it is sent."""
-        # The end of a run is pushed whole.
+        """Links the checkpoint's files into a folder of their own, so that rotation may remove it while it is sent."""
+        # The finished run is pushed by `train` itself.
         if not state.is_world_process_zero or state.global_step >= state.max_steps:
             return
         self.saves += 1
@@ -34,16 +41,16 @@ class CheckpointUploads(TrainerCallback):  # type: ignore[misc]
             return
         step = f"step {state.global_step}"
         if self.thread and self.thread.is_alive():
-            self.say(f"hub: {step} is not pushed, the push before it is still under way")
+            self.say(f"hub: {step} is not pushed: the last push is still running")
             return
         assert self.section.repo_id
         try:
-            # Nothing here may wait for the Hub.
+            # `ask=False`: nothing here may wait for the Hub.
             shutil.rmtree(self.staging, ignore_errors=True)
             folder = self.output / f"checkpoint-{state.global_step}"
             payload = linked_copy(make_payload(folder, self.section.repo_id, ask=False), self.staging)
-        except Exception as error:  # whatever it is, it is no reason to end a run
-            self.say(f"hub: {step} is not pushed: {next(iter(str(error).splitlines()), repr(error))}")
+        except Exception as error:
+            self.say(f"hub: {step} is not pushed: {first_line(error)}")
             return
         self.thread = threading.Thread(
             target=self._send, args=(payload, step), name="finetune-push", daemon=True
@@ -55,10 +62,10 @@ class CheckpointUploads(TrainerCallback):  # type: ignore[misc]
         try:
             self.say(f"hub: {step} pushed: {send(payload, self.section.repo_id, self.section.private)}")
         except Exception as error:
-            self.say(f"hub: {step} is not pushed: {error}")
+            self.say(f"hub: {step} is not pushed: {first_line(error)}")
 
     def finish(self) -> None:
-        """Waits for a push that is under way."""
+        """Waits for a running push."""
         if self.thread:
             self.thread.join()
         shutil.rmtree(self.staging, ignore_errors=True)
