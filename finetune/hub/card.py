@@ -6,16 +6,24 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
-from finetune.data.readers import is_file
-from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport, intro, tables
+from finetune.evaluate.report import EvaluationReport, intro, tables
+from finetune.hub.metadata import (
+    License,
+    Metadata,
+    Sections,
+    base_metadata,
+    evaluation_metadata,
+    language_metadata,
+    result_metadata,
+    source_paths,
+)
 from finetune.model.provenance import (
     BaseReference,
     base_reference,
     export_report,
     hub_id,
-    license_of,
     merge_record,
     recipe_sections,
     source_run,
@@ -26,17 +34,26 @@ from finetune.system.pages import render
 # The last line of a generated card, with the hash of the text above it; in a card that a person has edited, it differs.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
-# The languages that the ledger counts, as codes for the Hub.
-_LANGUAGE_CODES = {"English": "en", "Japanese": "ja"}
 # The values of vLLM's `--max-lora-rank`.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
+class TrainingValues(TypedDict):
+    """The values of a card about the training; empty where a file does not exist."""
+
+    checkpoint: int | None
+    sources: list[str]
+    quantization: Sections | None
+    recipe: str
+    ledger: dict[str, Any]
+    environment: dict[str, Any]
+    losses: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    finished: dict[str, Any] | None
+
+
 def folder_card(
-    folder: Path,
-    repo: str | None = None,
-    base: BaseReference | None = None,
-    terms: dict[str, str] | None = None,
+    folder: Path, repo: str | None = None, base: BaseReference | None = None, terms: License | None = None
 ) -> str:
     """The card of a run, a checkpoint, a merged model, an export or one format of an export.
 
@@ -71,10 +88,7 @@ def mark_generated(text: str) -> str:
 
 
 def model_card(
-    folder: Path,
-    repo: str | None = None,
-    base: BaseReference | None = None,
-    terms: dict[str, str] | None = None,
+    folder: Path, repo: str | None = None, base: BaseReference | None = None, terms: License | None = None
 ) -> str:
     """The card of a run, of one of its checkpoints, or of a merged model; the arguments are those of `folder_card`.
 
@@ -87,7 +101,9 @@ def model_card(
     relation = "adapter" if adapter else "merge" if several else "finetune"
     evaluation = cast(EvaluationReport | None, read_json((run or folder) / "evaluation/report.json") or None)
     name = _name(folder, repo)
-    values: dict[str, Any] = _training_values(folder, run, recipe) | {
+    training = _training_values(folder, run, recipe)
+    values = {
+        **training,
         "name": name,
         "base": base,
         "method": _method(recipe) if recipe else "",
@@ -97,11 +113,12 @@ def model_card(
         "intro": intro(evaluation) if evaluation else "",
         "picture": bool(run and run_file(run, "loss.png")),
     }
-    values["use"] = _usage((folder,), repo or name, "adapter" if adapter else "whole", base, values, adapter)
-    data = _metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
-    data |= _languages(values["ledger"]) | _evaluation_results(
-        name, recipe, evaluation, values["evaluations"]
+    values["use"] = _usage(
+        (folder,), repo or name, "adapter" if adapter else "whole", base, training, adapter
     )
+    data = base_metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
+    data |= language_metadata(training["ledger"])
+    data |= evaluation_metadata(name, recipe, evaluation, training["evaluations"])
     return _render_card("hub/model_card.md.jinja", data, values)
 
 
@@ -111,7 +128,7 @@ def export_card(
     folder: Path | None = None,
     repo: str | None = None,
     base: BaseReference | None = None,
-    terms: dict[str, str] | None = None,
+    terms: License | None = None,
 ) -> str:
     """The card of an export, or of one of its formats.
 
@@ -138,7 +155,9 @@ def export_card(
     relation = "quantized" if only_files or small else "finetune"
     use = "gguf" if only_files else (kind or folders[0]) if small else "whole"
     target = repo or (kind or name if folder is None else name)
-    values = _training_values(place, run, recipe) | {
+    training = _training_values(place, run, recipe)
+    values = {
+        **training,
         "name": name,
         "kind": kind,
         "base": base,
@@ -151,12 +170,12 @@ def export_card(
     }
     # The first of these folders that has a chat template. A GGUF file holds that of the model that it was made from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
-    values["use"] = _usage(places, target, use, base, values, {}) | {"files": files, "modelfile": modelfile}
-    data = _metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
-    data |= _languages(values["ledger"])
+    values["use"] = _usage(places, target, use, base, training, {}) | {"files": files, "modelfile": modelfile}
+    data = base_metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
+    data |= language_metadata(training["ledger"])
     perplexity = (measured or {}).get("perplexity")
     if perplexity is not None and repo:
-        data |= _eval_results(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
+        data |= result_metadata(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
     return _render_card("hub/export_card.md.jinja", data, values)
 
 
@@ -164,7 +183,7 @@ def export_card(
 # The values of a card
 
 
-def _training_values(folder: Path, run: Path | None, recipe: dict[str, Any]) -> dict[str, Any]:
+def _training_values(folder: Path, run: Path | None, recipe: Sections) -> TrainingValues:
     """The values about the training, as far as their files exist: recipe, ledger, losses, environment, time."""
     file = run and run_file(run, "metrics.jsonl")
     metrics = read_records(file) if file else []
@@ -175,7 +194,7 @@ def _training_values(folder: Path, run: Path | None, recipe: dict[str, Any]) -> 
     recipe_file = (run and run_file(run, "recipe.yaml")) or run_file(folder, "recipe.yaml")
     return {
         "checkpoint": int(step[1]) if step else None,
-        "sources": _source_paths(recipe),
+        "sources": source_paths(recipe),
         "quantization": recipe.get("quantization"),
         "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file else "",
         "ledger": read_json(run and run_file(run, "ledger.json")),
@@ -191,9 +210,9 @@ def _usage(
     target: str,
     kind: str,
     base: BaseReference,
-    training: dict[str, Any],
+    training: TrainingValues,
     adapter: dict[str, Any],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The values of the section that shows how to use the model.
 
     Args:
@@ -274,97 +293,7 @@ def _example_prompt(folder: Path) -> tuple[str | None, bool]:
     return None, False
 
 
-def _metadata(
-    base: BaseReference, relation: str, library: str, terms: dict[str, str] | None, recipe: dict[str, Any]
-) -> dict[str, Any]:
-    """The metadata that stands on top of a card."""
-    terms = license_of(base.hub) if terms is None else terms
-    data = {
-        "base_model": base.hub,
-        "base_model_relation": relation if base.hub else None,
-        "library_name": library,
-        **terms,
-        "datasets": list(dict.fromkeys(_hub_datasets(recipe))) or None,
-        "pipeline_tag": "text-generation",
-    }
-    return {key: value for key, value in data.items() if value is not None}
-
-
-def _source_paths(recipe: dict[str, Any]) -> list[str]:
-    return [source["path"] for source in (recipe.get("data") or {}).get("train") or []]
-
-
-def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
-    return [path for path in _source_paths(recipe) if not is_file(path)]
-
-
-def _languages(ledger: dict[str, Any]) -> dict[str, Any]:
-    """Metadata: the languages of at least a tenth of the training rows, of those that the ledger counts."""
-    languages = (ledger.get("train") or {}).get("languages") or {}
-    rows = {name: counts["rows"] for name, counts in languages.items()}
-    codes = [
-        _LANGUAGE_CODES[name]
-        for name in sorted(rows, key=lambda name: -rows[name])
-        if name in _LANGUAGE_CODES and rows[name] * 10 >= sum(rows.values())
-    ]
-    return {"language": codes} if codes else {}
-
-
-def _evaluation_results(
-    name: str, recipe: dict[str, Any], evaluation: EvaluationReport | None, losses: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Metadata: the languages and results of an evaluation; without one, the last loss on held-out rows."""
-    if not evaluation:
-        last = [("loss", "loss (nats a token)", losses[-1]["eval_loss"])] if losses else []
-        return _eval_results(name, recipe, last, "held-out rows")
-    model = evaluation["models"][-1]
-    figures: list[tuple[str, str, Any]] = []
-    if whole := model["loss"]["all"].get("all"):
-        figures += [("perplexity", "perplexity", whole["perplexity"])]
-        figures += [("accuracy", "accuracy of the next token", whole["accuracy"])]
-    if (answers := model["answers"]) and (judged := answers["language"]["judged"]):
-        share = answers["language"]["right"] / judged
-        figures.append(("language", "answers in the language of the prompt", share))
-    if answers:
-        figures.append(("stopped", "answers ended by a stop token", answers["stopped"]))
-    figures = [figure for figure in figures if figure[2] is not None]
-    rows = f"held-out rows (at most {evaluation['limit']})" if evaluation["limit"] else "held-out rows"
-    if evaluation["prompts"] != HELD_OUT_ROWS:
-        rows += f"; prompts: {evaluation['prompts']}"
-    data = _eval_results(name, recipe, figures, rows)
-    languages = [code for code in (answers.get("languages") or {}) if re.fullmatch("[a-z]{2,3}", code)]
-    return data | ({"language": languages} if languages else {})
-
-
-def _eval_results(
-    name: str, recipe: dict[str, Any], figures: list[tuple[str, str, float]], rows: str
-) -> dict[str, Any]:
-    """Metadata: results in the Hub's form.
-
-    Args:
-        name: The model's name.
-        recipe: The recipe's sections, whose data sets are named.
-        figures: For each result its type, its name and its value.
-        rows: The rows that they were measured on.
-    """
-    from huggingface_hub import EvalResult
-
-    datasets = _hub_datasets(recipe)
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=datasets[0] if datasets else "private",
-            dataset_name=", ".join(dict.fromkeys([*datasets, rows])),
-            metric_type=kind,
-            metric_name=title,
-            metric_value=round(value, 6),
-        )
-        for kind, title, value in figures
-    ]
-    return {"model_name": name, "eval_results": results} if results else {}
-
-
-def _method(recipe: dict[str, Any]) -> str:
+def _method(recipe: Sections) -> str:
     if recipe.get("lora") is None:
         return "full fine-tuning"
     bits = recipe.get("quantization")
@@ -384,7 +313,7 @@ def _export_table(folder: Path) -> str:
 # Files
 
 
-def _render_card(template: str, data: dict[str, Any], values: dict[str, Any]) -> str:
+def _render_card(template: str, data: Metadata, values: dict[str, object]) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     body = render(template, markup=False, **values)
