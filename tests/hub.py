@@ -65,7 +65,7 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked."""
+    """The server's repositories and the requests that it got."""
 
     repos: dict[str, Repo]
     url: str = ""
@@ -76,16 +76,16 @@ class Hub:
     sent: list[str] = field(default_factory=list)
     """The SHA-256 of each large file that came in whole, in order."""
     stored: dict[str, bytes] = field(default_factory=dict)
-    """Large files by their SHA-256, whether a commit names them or not."""
+    """Large files by their SHA-256, named by a commit or not."""
     valid: set[str] = field(default_factory=lambda: {TOKEN})
-    """Tokens that are taken; any other that is shown is refused, as an expired one is."""
+    """Tokens that are accepted; any other one is refused like an expired one."""
     watch: Callable[[str, str], None] = lambda method, file: None
     """Called with method and `repo/file` before a request for a file that is there is answered."""
     fault: Callable[[str, str, bytes], int | None] = lambda method, path, body: None
-    """A status to answer a request with, in place of what is right."""
+    """A status to answer a request with, in place of the right answer."""
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs in its environment, from the start, to take this for the Hub."""
+        """The environment variables of a process for which this server is the Hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -96,7 +96,7 @@ class Hub:
         }
 
     def fetched(self, repo: str) -> list[str]:
-        """The files of a repository that were asked for whole, in order."""
+        """The files of a repository that were requested completely, in order."""
         return [
             file.removeprefix(f"{repo}/")
             for method, file, part in self.requests
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     # -----------------------------------------------------------------------------------------------------------
-    # Who may do what
+    # Access
 
     def user(self, needed: bool = False) -> str | None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
     def find(self, name: str, files: bool = False) -> Repo:
         user, repo = self.user(), self.hub.repos.get(name)
         if repo is None or (repo.private and not user):
-            # Of a private repository a stranger hears what he hears of one that is not there.
+            # A private repository looks to others as if it did not exist.
             raise Answer(404 if user else 401, "RepoNotFound", "Repository not found")
         if files and repo.gated:
             raise Answer(403 if user else 401, "GatedRepo", f"Access to model {name} is restricted.")
@@ -419,7 +419,7 @@ def faults(data: dict[str, Any]) -> list[str]:
 
 
 def large(path: str) -> bool:
-    """Whether the Hub keeps a file of that name as a large one."""
+    """True for a file that the Hub stores as a large file."""
     return path.endswith((".safetensors", ".gguf", ".png", ".dat"))
 
 

@@ -1,4 +1,4 @@
-"""A judge on this machine: as much of an OpenAI-compatible API as a chat completion takes, answered by a function."""
+"""An OpenAI-compatible endpoint on this machine: chat completions, answered by a function."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back over the wire; `drop` closes the connection instead."""
+    """The response; `drop` closes the connection instead."""
 
     status: int = 200
     body: Any = None
@@ -44,7 +44,7 @@ def error(status: int, message: str = "no", headers: dict[str, str] | None = Non
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked; `turn` counts from 0 the requests with these messages."""
+    """A request; `turn` counts from 0 the requests with these messages."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -57,7 +57,7 @@ class Request:
 
     @property
     def mark(self) -> str:
-        """The code of the tags, read off where the texts begin."""
+        """The code of the tags."""
         return re.findall(r"^</(?:answer-B|回答B) (\w+)>$", self.question, re.MULTILINE)[-1]
 
     def between(self, tag: str) -> str:

@@ -1,4 +1,4 @@
-"""What is measured of a model and how it is told: loss by group, answers in batches, reports, faults."""
+"""Evaluation: loss by group of rows, answers in batches, prompts, reports, errors."""
 
 import html
 import json
@@ -261,7 +261,7 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
         assert loss["source"].keys() == {"ja.jsonl", "en2.jsonl"}
         assert loss["language"].keys() == {"Japanese", "English"}
         assert sum(part["tokens"] for part in loss["source"].values()) == loss["all"]["all"]["tokens"]
-    # Trained on English rows of this kind, it predicts such better than before.
+    # It was trained on English rows of this kind, and predicts them better than before.
     assert (
         after["loss"]["source"]["en2.jsonl"]["perplexity"]
         < before["loss"]["source"]["en2.jsonl"]["perplexity"]
@@ -270,7 +270,7 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [item["prompt"] for item in report["answers"]] == [f"ja.jsonl:{n}" for n in range(1, 7)] + [
         f"en2.jsonl:{n}" for n in (1, 2, 3)
     ]
-    # What the adapter on its base says alone is what is reported.
+    # The reported answer is the one that the adapter gives outside of a batch.
     alone = load_generator("run").answer_ids(list(user("0は？")), Sampling(8))
     assert report["answers"][0]["models"][1]["tokens"] == len(alone)
     page = (run / "evaluation" / "answers.html").read_text()
@@ -378,7 +378,7 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     assert [one["name"] for one in found] == ["bare", "base of run", "bare"]
     assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
     assert found[0]["answers"] == found[1]["answers"] == found[2]["answers"]
-    # In the template's own words, computed by hand.
+    # The loss computed by hand, with the template's tokens.
     chat = Chat(load_tokenizer(ModelSection(name_or_path="bare", chat_template="chatml")))
     model, nats = load_generator("bare").model, []
     for n in range(3):
@@ -451,11 +451,11 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         kept = [path.read_bytes() for path in Path("run/evaluation").rglob("*") if path.is_file()]
         assert len(kept) >= 9
         assert not any(b"sk-secret" in content for content in kept)
-        # Asked again, nothing is asked.
+        # A second evaluation sends no requests.
         assert main(["evaluate", "run", "--recipe", "judged.yaml", "--compare", "base"]) == 0
         assert "| from -1.5 (much worse) to 1.5 (much better) |" in capsys.readouterr().out
         assert len(server.requests) == 6
-        # Against answers of one's own: these are longer than any of eight tokens.
+        # Against a reference file, whose answers are longer than any of eight tokens.
         far = "so " * 60
         rows = ({"id": "a", "answers": [far, far]}, {"id": "b", "answer": far})
         reference = lines(Path("r.jsonl"), *rows)
@@ -465,7 +465,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         # As many answers as questions, but not of the same prompts.
         lines(Path("r.jsonl"), {"id": "a", "answer": far}, {"id": "b", "answers": [far, far]})
         assert main(["evaluate", "run", "--recipe", "judged.yaml"]) == 2
-        # Nothing was loaded for that.
+        # The error comes before a model is loaded.
         assert capsys.readouterr().err == (
             "error: evaluate.judge.reference: r.jsonl holds 1 answers to prompt a, which asks 2 questions; write one "
             "for each, under the prompt's id\n"
@@ -532,7 +532,7 @@ def test_a_quotation_is_read_as_the_text_that_was_quoted(text: str) -> None:
     assert shown, page
     assert "<" not in shown[1].replace("<br />", "")
     lines = html.unescape(shown[1].replace("<br />\n", "\n")).replace("\u00a0", " ").split("\n")
-    # Parsers take spaces away from a paragraph's beginning, also those that do not break.
+    # Parsers strip spaces at the start of a paragraph, non-breaking ones too.
     assert [line.strip() for line in lines] == [line.strip() for line in text.split("\n")]
 
 
@@ -578,7 +578,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
         right += int(nats.index(min(nats)) == row["label"])
         likely = torch.tensor(nats).neg().softmax(0)
         squares += [float((likely - torch.eye(2)[row["label"]]).square().sum())]
-    # The second is another number without the template: of two single tokens neither is sure.
+    # Without the template the second one would be another number, as both choices are single tokens.
     assert found == {
         "tiny_choice, acc": right / 4,
         "tiny_choice, brier_score": pytest.approx(sum(squares) / 4, rel=1e-4),

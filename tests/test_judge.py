@@ -1,4 +1,4 @@
-"""What a judge is asked, what is made of its grades; no fault of the way between costs a reply or shows a key."""
+"""The judge's prompt, the result of its grades, and requests: no failure loses a reply or shows the key."""
 
 import json
 import math
@@ -79,11 +79,11 @@ def run(cache: Path) -> Run:
     return run
 
 
-# What it comes to
+# The result
 
 
 def test_mean_error_and_counts_are_those_computed_by_hand(run: Run) -> None:
-    # Of answer A: with ours in its place, with the reference in its place.
+    # The grade of answer A: with the model's answer in first place, with the reference's.
     table = {
         "0": ("BetterThan", "WorseThan"),  # 1.0
         "1": ("MuchBetterThan", "AboutTheSame"),  # 0.75
@@ -182,7 +182,7 @@ def test_a_judge_that_prefers_the_longer_answer_gives_its_sign(run: Run, languag
         assert run(server, [Pair(ASK, "same", "same", "0")], language=language).requests == 1
 
 
-# What the judge reads
+# The prompt
 
 
 def test_each_pair_is_asked_in_both_orders(run: Run) -> None:
@@ -242,12 +242,12 @@ def test_an_answer_stays_in_its_place(run: Run, attack: str) -> None:
     assert orders == sorted([(attack, "plain"), ("plain", attack)])
     for request in server.requests:
         assert attack.count(request.mark) == 0
-        # It opens and closes: conversation, its turn, answer A, answer B; and the rubric names it.
+        # Opening and closing tags of the conversation, its turn, answer A and answer B; and once in the rubric.
         assert request.question.count(request.mark) == 2 * 4 + 1
 
 
 def test_the_code_of_the_tags_is_in_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one digit there are sixteen codes, and fifteen of them stand in the texts."""
+    """A code of one digit has sixteen values, and fifteen of them occur in the texts."""
     monkeypatch.setattr(judge, "_MARK_LENGTH", 1)
     text = judge_prompt([{"role": "user", "content": "0123456"}], "789ab", "df", "en")  # the role holds an e
     assert "\n</answer-B c>\n" in text
@@ -260,7 +260,7 @@ def test_codes_differ_from_pair_to_pair_and_order_to_order(run: Run) -> None:
     assert {len(request.mark) for request in server.requests} == {16}
 
 
-# What it says
+# The reply
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_judge_that_never_judges_is_not_paid_to_the_end(run: Run) -> None:
     assert 60 <= len(server.requests) < 200
 
 
-# The way between
+# Requests
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_a_setting_that_a_model_refuses_is_not_sent_twice(
         assert lines == [f"judge: m {line}"]
         assert server.requests[-1].body.keys() - {"messages", "model"} == sent.keys()
         assert all(server.requests[-1].body[name] == value for name, value in sent.items())
-        # Refused or not, it is the same question.
+        # A request is the same prompt whether it was refused or not.
         assert run(server, pairs(10), workers=4, max_tokens=9).requests == 0
 
 
@@ -617,7 +617,7 @@ def test_tokens_that_are_not_told_are_not_guessed(run: Run) -> None:
     assert "100 tokens in and 10 out (without 1 replies that do not say)" in found.summary()
 
 
-# What is kept
+# Replies on disk
 
 
 def test_a_second_run_sends_nothing_and_finds_the_same(run: Run, cache: Path) -> None:
@@ -707,7 +707,7 @@ def test_ctrl_c_waits_for_nobody_and_loses_nothing(
     run: Run, cache: Path, request: pytest.FixtureRequest
 ) -> None:
     """The seventh request is Ctrl-C; it and what comes after are answered only when compare has ended."""
-    # Where tests run in the background, the shell has it ignored.
+    # A shell starts background processes with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     ended = threading.Event()
@@ -743,7 +743,7 @@ def test_ctrl_c_waits_for_nobody_and_loses_nothing(
     assert (found.mean, found.requests, found.cached.replies) == (1.0, len(second), len(first))
 
 
-# What is not told, and what is refused before anything is sent
+# The key, and values that are refused before a request is sent
 
 
 @contextmanager
@@ -781,7 +781,7 @@ def test_the_key_is_told_to_nobody_but_the_endpoint(
     lines += [path.name + path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
     assert [line for line in lines if KEY in line] == []
-    # Such a reply was there to be told, but for where the words of the endpoint are left out.
+    # Every other error had such a reply to quote.
     assert any("***" in line for line in lines) == (status not in (401, 403, 404))
 
 

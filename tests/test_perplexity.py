@@ -36,7 +36,7 @@ def row(length: int, predicted: range, seed: int = 0) -> LabelledRow:
     return LabelledRow(ids, [token if i in predicted else IGNORE for i, token in enumerate(ids)])
 
 
-# Of very different lengths: a mean of means is not the mean.
+# Rows of very different lengths, so that the mean of means is not the mean.
 ROWS = [row(50, range(40, 50)), row(9, range(7, 9), seed=1), row(90, range(5, 80), seed=2)]
 
 
@@ -104,7 +104,7 @@ def test_distances_are_those_of_whole_distributions(kept: Path) -> None:
     same = (before.argmax(-1) == now.argmax(-1)).double().mean()
     assert found.top1 == pytest.approx(float(same))
     assert 0.1 < found.top1 < 0.9  # the other model is another one
-    # The other way around it is another number, so the direction was tested.
+    # The reverse KL divergence is another number, so this tests the direction.
     back = functional.kl_div(before, now, log_target=True, reduction="none").sum(-1).mean()
     assert abs(float(back) - found.kl) > 1e-3 * found.kl
 
@@ -135,7 +135,7 @@ def test_a_model_that_gives_all_its_logits_scores_the_same(kept: Path) -> None:
 
 
 def test_only_the_logits_that_are_predicted_from_are_computed() -> None:
-    """Of a vocabulary of 262,144 the logits of a long prompt would be gigabytes; an adapter's model is asked, too."""
+    """With a vocabulary of 262,144, the logits of a long prompt would take gigabytes; also through an adapter."""
     model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     seen: list[int] = []
     model.get_base_model().lm_head.register_forward_hook(
@@ -162,7 +162,7 @@ def test_only_the_first_tokens_are_compared_where_more_would_not_fit_the_disk(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, other = tiny(), tiny(seed=1)
-    # Of the third row, three tokens; a few bytes more are no token.
+    # Three tokens of the third row; the bytes that are left hold no token.
     monkeypatch.setattr(perplexity, "_KEPT_BYTES", 15 * 4 * VOCABULARY + 100)
     score(reference, ROWS, keep=kept)
     found = score(other, ROWS, reference=kept)

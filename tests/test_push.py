@@ -1,6 +1,6 @@
 """A run and what is made of it put on a Hub, by the real client against a server on this machine; and got back."""
 
-# ruff: noqa: E501 (a line that a person reads is one line here, too)
+# ruff: noqa: E501 (a message of one line is one line here, too)
 
 import json
 import os
@@ -43,15 +43,15 @@ from finetune.system import errors
 from finetune.system.errors import ModelError, PushError
 from finetune.train.run import train
 
-# huggingface_hub 2.4 calls httpx2 by a name that it gives up.
 pytestmark = [
+    # huggingface_hub 2.4 uses a deprecated argument of httpx2.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     # peft 0.21 looks for the base's config.json on the Hub at each save.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
-UNTOLD = "license: tiny/gemma3 names no license, so the model card names none"
-Said = tuple[Path, list[str], Repo, list[str]]
+NO_LICENSE = "license: tiny/gemma3 names no license, so the model card names none"
+PushedRun = tuple[Path, list[str], Repo, list[str]]
 OLD = "hf_" + "expired" * 4
 SAMPLE = str(ROOT / "data/chat_sample.jsonl")
 ADAPTER = [
@@ -94,7 +94,7 @@ def connected(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(constants, name, value)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        # Upstream waits ever longer before it asks again.
+        # Upstream waits with growing pauses before it retries.
         patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield patch
     _http.close_session()
@@ -143,8 +143,8 @@ def recipe_of(folder: Path, **hub: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(hub: Hub, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Said:
-    """A run that pushed its checkpoint at step 2 and itself: its folder, what it said, the repository, the requests."""
+def pushed_run(hub: Hub, home: Path, tmp_path_factory: pytest.TempPathFactory) -> PushedRun:
+    """A run that pushed its checkpoint of step 2 and itself: folder, log lines, repository, requests."""
     folder, lines, start = tmp_path_factory.mktemp("trained"), list[str](), len(hub.log)
     with connected(hub, home):
         run = train(load_recipe(recipe_of(folder, repo_id="you/run", every_n_saves=2)), lines.append)
@@ -152,13 +152,13 @@ def said(hub: Hub, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Said
 
 
 @pytest.fixture(scope="module")
-def trained(said: Said) -> Path:
-    return said[0]
+def trained(pushed_run: PushedRun) -> Path:
+    return pushed_run[0]
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """The run, to be changed."""
+    """A copy of the run, for tests that change it."""
     place = tmp_path / "changed run"
     shutil.copytree(trained, place, ignore=shutil.ignore_patterns("checkpoint-*"))
     return place
@@ -181,8 +181,8 @@ def logits(model: Any, folder: str | Path) -> torch.Tensor:
 # A run
 
 
-def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> None:
-    run, lines, repo, log = said
+def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(pushed_run: PushedRun, hub: Hub) -> None:
+    run, lines, repo, log = pushed_run
     commits = list(repo.commits)[1:]
     assert repo.titles == ["Adapter, checkpoint-2", "Adapter"]
     assert [line for line in lines if "push" in line] == [
@@ -197,13 +197,13 @@ def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(said: Said, hub: Hub) -> 
     assert b"This is the checkpoint of step 2." in repo.commits[commits[0]]["README.md"]
     assert b"A checkpoint" not in repo.files()["README.md"]
     assert not (run / ".pushing").exists()
-    # One commit each, and the metadata of each page was looked at.
+    # One commit each, and the Hub checked the metadata of each card.
     assert sum("/commit/" in line for line in log) == 2
     assert log.count("POST /api/validate-yaml") == 2
 
 
-def test_what_is_on_the_hub_names_nothing_of_this_machine(said: Said) -> None:
-    run, _, repo, _ = said
+def test_what_is_on_the_hub_names_nothing_of_this_machine(pushed_run: PushedRun) -> None:
+    run, _, repo, _ = pushed_run
     config = json.loads(repo.files()["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("tiny/gemma3", COMMIT)
     for name, data in repo.files().items():
@@ -249,20 +249,20 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
 
 
 def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_path: Path) -> None:
-    lines, said = list[str](), threading.Event()
+    lines, left_out = list[str](), threading.Event()
 
     def say(line: str) -> None:
         lines.append(line)
         if "still running" in line:
-            said.set()
+            left_out.set()
 
     def held(method: str, path: str, body: bytes) -> None:
         if "/preupload/" in path:
-            assert said.wait(60)
+            assert left_out.wait(60)
 
     hub.fault = held
     recipe = recipe_of(tmp_path, repo_id="you/slow", every_n_saves=1)
-    # What is sent is kept, though the checkpoint goes when the next one is there.
+    # The files of a running push are kept although rotation removes the checkpoint.
     train(load_recipe(recipe, ["training.save_total_limit=1"]), say)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
     assert "hub: step 2 is not pushed: the last push is still running" in lines
@@ -291,7 +291,7 @@ def test_nobody_logged_in_is_told_before_the_training(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is sent
+# The files of a push
 
 
 def test_after_a_failure_only_what_is_missing_is_sent(
@@ -315,11 +315,11 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     assert main([*words, "--quiet"]) == 0
     assert set(hub.sent) & shards == shards - first
     assert hub.repos["you/merged"].titles == ["Model"]
-    # And once more: nothing is sent, nothing committed.
+    # Another push sends nothing and commits nothing.
     hub.sent.clear()
     capsys.readouterr()
     assert main(words) == 0
-    assert capsys.readouterr().err == f"{UNTOLD}\nyou/merged is up to date already\n"
+    assert capsys.readouterr().err == f"{NO_LICENSE}\nyou/merged is up to date already\n"
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
@@ -455,7 +455,7 @@ def test_an_export_of_one_format_is_at_the_top_of_its_repository(
     assert "llama-server -hf you/gguf -hff exports-Q4_K_M.gguf\n" in card.text
     assert "ollama run hf.co/you/gguf\n" in card.text
     assert "| Q4_K_M | 12.5 |" in card.text
-    # The template that is in the file is the model's.
+    # The chat template in the file is the model's.
     assert "The prompt for a system message and a question" in card.text
 
 
@@ -524,8 +524,8 @@ def test_a_file_that_names_this_machine_and_is_no_text_is_refused(run: Path, hub
 # The page
 
 
-def test_the_page_of_a_run(said: Said) -> None:
-    run, _, repo, _ = said
+def test_the_page_of_a_run(pushed_run: PushedRun) -> None:
+    run, _, repo, _ = pushed_run
     card = ModelCard(repo.files()["README.md"].decode())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record["eval_loss"] for record in records if "eval_loss" in record][-1]
@@ -573,7 +573,7 @@ def test_the_page_of_a_run(said: Said) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert [f"- {k} {v}\n" for k, v in environment["versions"].items() if f"- {k} {v}\n" not in text] == []
     assert f"- 1 x {environment['device']}, float32\n" in text
-    # On this machine it is called by its folder.
+    # The card in the run's folder calls it by the folder's name.
     assert "\n# run\n" in (run / "README.md").read_text()
     assert is_generated((run / "README.md").read_text())
 
@@ -672,7 +672,7 @@ def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> 
     push(run, "you/web")
     repo = hub.repos["you/web"]
     first = repo.files()["README.md"].decode()
-    # Paths were taken out of it, and it is still known as finetune's.
+    # Its paths were rewritten, and it still counts as generated.
     assert is_generated(first)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 0.125}\n')
@@ -681,10 +681,10 @@ def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> 
     theirs = first.replace("\n# web\n", "\n# Mine\n")
     assert pushed(page=theirs.encode()) == theirs
     assert stays in lines
-    # The Hub begins a repository with metadata alone.
+    # The card that the Hub creates itself has only metadata.
     assert "# web" in pushed(page=b"---\nlicense: mit\n---\n")
     assert stays not in lines
-    # What was changed in the run goes before what was changed there.
+    # An edited card in the run replaces an edited card on the Hub.
     page = "---\nlicense: mit\n---\n\n# From here\n"
     (run / "README.md").write_text(page)
     assert pushed(page=theirs.encode()) == page
@@ -702,7 +702,7 @@ def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Pat
     theirs = AutoModelForCausalLM.from_pretrained("you/both")
     ours = AutoModelForCausalLM.from_pretrained(merged)
     assert torch.equal(logits(theirs, merged), logits(ours, merged))
-    # An adapter beside a model takes nothing away.
+    # A push of an adapter removes no model.
     push(trained, "you/both")
     assert {"adapter_model.safetensors", "model.safetensors.index.json"} <= set(repo.files())
 
@@ -759,7 +759,7 @@ def test_terms_are_known_by_the_bases_id(base: str | None, terms: str | None) ->
 def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub: Hub) -> None:
     lines: list[str] = []
     page = bytes(make_payload(trained, "you/run", say=lines.append).files["README.md"])
-    assert lines == [UNTOLD]
+    assert lines == [NO_LICENSE]
     assert ModelCard(page.decode()).data.license is None
     text = b"---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
     files = hub.repos["tiny/gemma3"].files()
@@ -790,11 +790,11 @@ def test_which_base_is_on_the_hub(name: str, found: str | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where it goes
+# Repositories, branches and access
 
 
 def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) -> None:
-    """What the other tests set in this process is what the client reads from HF_ENDPOINT and others when it starts."""
+    """The other tests set in this process what the client reads from HF_ENDPOINT and others when it starts."""
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "push", str(trained), "--repo-id", "you/alone"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -802,7 +802,7 @@ def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) ->
         text=True,
     )
     address = f"{hub.url}/you/alone/commit/{hub.repos['you/alone'].branches['main']}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, address, f"{UNTOLD}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, address, f"{NO_LICENSE}\n")
     assert sorted(hub.repos["you/alone"].files()) == ADAPTER
 
 
@@ -820,7 +820,7 @@ def test_a_branch_is_made_and_a_pull_request_opened(
         f"{hub.url}/you/run/discussions/1",
     ]
     assert (sorted(repo.files("refs/pr/1")), sorted(repo.files())) == (ADAPTER, [".gitattributes"])
-    # To somebody else's repository, too.
+    # Also in another user's repository.
     theirs = hub.repos["tiny/gemma3"]
     hub.repos["tiny/gemma3"] = Repo(dict(theirs.commits), dict(theirs.branches))
     assert main([*words, "tiny/gemma3", "--create-pr"]) == 0
@@ -841,7 +841,7 @@ UNREACHED = (
     "cannot be reached: http://127.0.0.1:9 does not answer; check the network (a proxy: HTTPS_PROXY; another Hub: "
     "HF_ENDPOINT)"
 )
-# What is so, the words behind `finetune push RUN`, the line.
+# The state, the arguments of `finetune push RUN`, the message.
 PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
     "no token": ({"token": None}, "--repo-id you/x", LOGGED_OUT),
     "an old token": ({"token": OLD}, "--repo-id you/x", f"you/x {EXPIRED} {AGAIN}"),
@@ -911,11 +911,11 @@ def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.Capture
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Getting a base
+# Bases on the Hub
 
 
 GATED = "is gated: accept its terms on {url}/tiny/gemma3, and log in to the account that did so (hf auth login, or HF_TOKEN)"
-# What is so, the base, what follows its name.
+# The state, the base, the message after its name.
 PULLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "gated": ({"gated": True}, "tiny/gemma3", GATED),
     "gated, no token": ({"gated": True, "token": None}, "tiny/gemma3", GATED),
@@ -959,7 +959,7 @@ def test_a_base_that_cannot_be_had_is_told_in_one_line(
     if "revision" not in there:
         assert main(["generate", name, "--prompt", "x"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"error: model.name_or_path: {wanted}"
-    # And where a merge gets it, whole or shard by shard.
+    # Also in a merge, which fetches the base completely or shard by shard.
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     section = {"name_or_path": name, "revision": there.get("revision")}

@@ -19,15 +19,8 @@ from finetune.hub.metadata import (
     result_metadata,
     source_paths,
 )
-from finetune.model.provenance import (
-    BaseReference,
-    base_reference,
-    export_report,
-    hub_id,
-    merge_record,
-    recipe_sections,
-    source_run,
-)
+from finetune.model import provenance
+from finetune.model.provenance import BaseReference
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
@@ -66,7 +59,7 @@ def folder_card(
     Raises:
         RunError: A file of the folder is damaged.
     """
-    report = export_report(folder)
+    report = provenance.export_report(folder)
     kinds = [item["name"] for item in report.get("models") or []]
     if (folder / "config.json").is_file() and folder.name in kinds and not (folder / "report.json").is_file():
         return export_card(report, folder.name, folder, repo, base, terms)
@@ -95,8 +88,9 @@ def model_card(
     Raises:
         RunError: A file of the folder is damaged.
     """
-    base, run, recipe = base or base_reference(folder), source_run(folder), recipe_sections(folder)
-    adapter, merged = read_json(folder / ADAPTER_CONFIG), merge_record(folder)
+    base = base or provenance.base_reference(folder)
+    run, recipe = provenance.source_run(folder), provenance.recipe_sections(folder)
+    adapter, merged = read_json(folder / ADAPTER_CONFIG), provenance.merge_record(folder)
     several = merged is not None and len(merged["adapters"]) > 1
     relation = "adapter" if adapter else "merge" if several else "finetune"
     evaluation = cast(EvaluationReport | None, read_json((run or folder) / "evaluation/report.json") or None)
@@ -113,9 +107,8 @@ def model_card(
         "intro": intro(evaluation) if evaluation else "",
         "picture": bool(run and run_file(run, "loss.png")),
     }
-    values["use"] = _usage(
-        (folder,), repo or name, "adapter" if adapter else "whole", base, training, adapter
-    )
+    use = "adapter" if adapter else "whole"
+    values["use"] = _usage((folder,), repo or name, use, base, training, adapter)
     data = base_metadata(base, relation, "peft" if adapter else "transformers", terms, recipe)
     data |= language_metadata(training["ledger"])
     data |= evaluation_metadata(name, recipe, evaluation, training["evaluations"])
@@ -143,9 +136,9 @@ def export_card(
     Raises:
         RunError: A file of the folder is damaged.
     """
-    base = base or BaseReference(report.get("base", ""), hub_id(report.get("base", "")))
+    base = base or BaseReference(report.get("base", ""), provenance.hub_id(report.get("base", "")))
     place = folder or Path(kind or ".")
-    run, recipe = source_run(place), recipe_sections(place)
+    run, recipe = provenance.source_run(place), provenance.recipe_sections(place)
     files, modelfile = _gguf_files(place)
     measured = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     name = _name(place, repo) if folder else report["title"]
