@@ -1,4 +1,4 @@
-"""Asks a judge model, behind an OpenAI-compatible chat endpoint, how much it prefers a model's answers to a reference's.
+"""Asks a judge model, behind an OpenAI-compatible endpoint, how much it prefers a model's answers to a reference's.
 
 Judges tend to prefer the answer that they read first, or last. So the judge compares every pair twice, with the answers
 exchanged, and the position bias that remains is reported.
