@@ -127,26 +127,10 @@ def evaluate(
             "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
         )
     judge = _judge(settings) if settings else None
-    tasks = None
-    if section.lm_eval:
-        from finetune.evaluate.lm_eval_tasks import find_tasks
-
-        tasks = find_tasks(section.lm_eval.tasks)
-    locate_base = located_once(say)
-    rows_by_template: dict[str, list[HeldOutRow]] = {}
-
-    def held_out(chat: Chat) -> list[HeldOutRow]:
-        # A run and its base share the tokenizer and the chat template, and so the rows.
-        if chat.fingerprint not in rows_by_template:
-            rows_by_template[chat.fingerprint] = _held_out(loaded, chat)
-        return rows_by_template[chat.fingerprint]
-
-    prompts, source = _prompts(subjects[-1], loaded, held_out, limit, locate_base)
+    evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say))
+    prompts, source = evaluation.prompts(subjects[-1])
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
-    results = [
-        _evaluate_model(subject, loaded, prompts, held_out, tasks, limit, say, progress, locate_base)
-        for subject in subjects
-    ]
+    results = [evaluation.evaluate(subject, prompts) for subject in subjects]
     report = _report(results, loaded, source, limit)
     output.mkdir(parents=True, exist_ok=True)
     _write(report, output)
@@ -184,92 +168,95 @@ def _base_of(run: str) -> _Subject:
     return _Subject(section.name_or_path, sections=(section, quantization), title=title)
 
 
-def _prompts(
-    subject: _Subject,
-    recipe: Recipe,
-    held_out: Callable[[Chat], list[HeldOutRow]],
-    limit: int | None,
-    locate_base: Callable[[ModelSection], Base],
-) -> tuple[list[Prompt], str]:
-    """The prompts, and the name of where they are from."""
-    if path := recipe.evaluate.prompts:
-        return read_prompts(path, limit), Path(path).name
-    section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
-    names = {row.name for row in held_out(Chat(load_tokenizer(section, locate_base(section))))}
-    if not names:
-        raise EvaluateError(
-            f"{recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
-            "data.eval_fraction"
+def _tasks(recipe: Recipe) -> Tasks | None:
+    """The recipe's lm-eval tasks."""
+    if not recipe.evaluate.lm_eval:
+        return None
+    from finetune.evaluate.lm_eval_tasks import find_tasks
+
+    return find_tasks(recipe.evaluate.lm_eval.tasks)
+
+
+@dataclass
+class _Evaluation:
+    """Evaluates models one after another, on the same rows and prompts."""
+
+    recipe: Recipe
+    tasks: Tasks | None
+    limit: int | None
+    say: Say
+    progress: bool
+    locate_base: Callable[[ModelSection], Base]
+    _rows: dict[str, list[HeldOutRow]] = field(default_factory=dict)
+
+    def prompts(self, subject: _Subject) -> tuple[list[Prompt], str]:
+        """The prompts, and the name of where they are from."""
+        if path := self.recipe.evaluate.prompts:
+            return read_prompts(path, self.limit), Path(path).name
+        section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
+        rows = self.held_out(Chat(load_tokenizer(section, self.locate_base(section))))
+        if not rows:
+            raise EvaluateError(
+                f"{self.recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
+                "data.eval_fraction"
+            )
+        return held_out_prompts(self.recipe.data, {row.name for row in rows}, self.limit), HELD_OUT_ROWS
+
+    def held_out(self, chat: Chat) -> list[HeldOutRow]:
+        """The rows that the recipe evaluates on; models with the same tokenizer and chat template share them.
+
+        Raises:
+            TemplateError: There are conversations, and no template to render them.
+        """
+        if chat.fingerprint not in self._rows:
+            found = evaluation_rows(self.recipe.data, chat, self.recipe.max_length)
+            self._rows[chat.fingerprint] = [
+                HeldOutRow(row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"])), origin)
+                for row, origin in zip(found.dataset or (), found.origins, strict=True)
+            ]
+        return self._rows[chat.fingerprint]
+
+    def evaluate(self, subject: _Subject, prompts: list[Prompt]) -> ModelResult:
+        """Loads a model, evaluates it and frees its memory, so that two models are never held at once."""
+        import torch
+
+        from finetune.model.generate import load_generator
+
+        name = subject.model
+        result = ModelResult(subject.title or name)
+        self.say(f"{name}: loading")
+        generator = load_generator(
+            name, adapter=subject.adapter, sections=subject.sections, locate_base=self.locate_base
         )
-    return held_out_prompts(recipe.data, names, limit), HELD_OUT_ROWS
+        try:
+            rows = self.held_out(generator.chat)
+        except TemplateError as error:
+            if generator.chat.tokenizer.chat_template is not None:
+                raise
+            raise EvaluateError(
+                f"{name} has no chat template; write --recipe with one whose model.name_or_path is {name}, and whose "
+                "model.chat_template names it"
+            ) from error
+        labelled = [row for row in rows if any(label != IGNORE for label in row.row.labels[1:])]
+        chosen = spread_evenly(labelled, lambda row: row.origin, self.limit)
+        result.rows = [row.row for row in chosen]
+        with progress_bar(f"{name}: rows", len(chosen), self.progress) as advance:
+            for row, loss in zip(chosen, row_losses(generator.model, result.rows), strict=True):
+                result.loss[row.origin] = result.loss.get(row.origin, LossSum()) + loss
+                advance(1)
+        turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
+        with progress_bar(f"{name}: answers", turns, self.progress) as advance:
+            result.answers = answer_prompts(generator, prompts, self.recipe.evaluate.max_new_tokens, advance)
+        result.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in result.answers]
+        if self.tasks:
+            from finetune.evaluate.lm_eval_tasks import run_tasks
 
-
-def _held_out(recipe: Recipe, chat: Chat) -> list[HeldOutRow]:
-    """The rows that the recipe evaluates on.
-
-    Raises:
-        TemplateError: There are conversations, and no template to render them.
-    """
-    evaluation = evaluation_rows(recipe.data, chat, recipe.max_length)
-    if evaluation.dataset is None:
-        return []
-    return [
-        HeldOutRow(row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"])), origin)
-        for row, origin in zip(evaluation.dataset, evaluation.origins, strict=True)
-    ]
-
-
-def _evaluate_model(
-    subject: _Subject,
-    recipe: Recipe,
-    prompts: list[Prompt],
-    held_out: Callable[[Chat], list[HeldOutRow]],
-    tasks: Tasks | None,
-    limit: int | None,
-    say: Say,
-    progress: bool,
-    locate_base: Callable[[ModelSection], Base],
-) -> ModelResult:
-    """Loads one model, evaluates it and frees its memory, so that two models are never held at once."""
-    import torch
-
-    from finetune.model.generate import load_generator
-
-    name = subject.model
-    result = ModelResult(subject.title or name)
-    say(f"{name}: loading")
-    generator = load_generator(
-        name, adapter=subject.adapter, sections=subject.sections, locate_base=locate_base
-    )
-    try:
-        rows = held_out(generator.chat)
-    except TemplateError as error:
-        if generator.chat.tokenizer.chat_template is not None:
-            raise
-        raise EvaluateError(
-            f"{name} has no chat template; write --recipe with one whose model.name_or_path is {name}, and whose "
-            "model.chat_template names it"
-        ) from error
-    labelled = [row for row in rows if any(label != IGNORE for label in row.row.labels[1:])]
-    chosen = spread_evenly(labelled, lambda row: row.origin, limit)
-    result.rows = [row.row for row in chosen]
-    with progress_bar(f"{name}: rows", len(chosen), progress) as advance:
-        for row, loss in zip(chosen, row_losses(generator.model, result.rows), strict=True):
-            result.loss[row.origin] = result.loss.get(row.origin, LossSum()) + loss
-            advance(1)
-    turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
-    with progress_bar(f"{name}: answers", turns, progress) as advance:
-        result.answers = answer_prompts(generator, prompts, recipe.evaluate.max_new_tokens, advance)
-    result.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in result.answers]
-    if tasks:
-        from finetune.evaluate.lm_eval_tasks import run_tasks
-
-        say(f"{name}: {', '.join(tasks.names)}")
-        result.tasks = run_tasks(generator, tasks, limit)
-    del generator
-    gc.collect()
-    torch.cuda.empty_cache()
-    return result
+            self.say(f"{name}: {', '.join(self.tasks.names)}")
+            result.tasks = run_tasks(generator, self.tasks, self.limit)
+        del generator
+        gc.collect()
+        torch.cuda.empty_cache()
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------
