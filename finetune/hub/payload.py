@@ -69,11 +69,7 @@ class Payload:
 
 
 def make_payload(
-    folder: Path,
-    repo_id: str,
-    base_model: str | None = None,
-    say: Say = lambda line: None,
-    ask: bool = True,
+    folder: Path, repo_id: str, base_model: str | None = None, say: Say = lambda line: None, ask: bool = True
 ) -> Payload:
     """The commit that holds a folder.
 
@@ -100,14 +96,8 @@ def make_payload(
             f"{folder} holds nothing to push (an adapter, model.safetensors or GGUF files); "
             "write a finished run, a merged model or an export"
         )
-    base = provenance.base_reference(folder, base_model)
-    if base.hub is None:
-        known = f"is {base.name}, which is only on this machine" if base.name else "is not known"
-        raise PushError(
-            f"{folder}: its base {known}; write --base-model with its id on the Hub (in a recipe: hub.base_model)"
-        )
-    if not is_hub_id(base.hub) and "/" in base.hub:
-        raise PushError(f"--base-model is {base.hub!r}; write owner/name")
+    base = _base_on_hub(folder, base_model)
+    assert base.hub
     if (run := provenance.source_run(folder)) and run != folder:
         found |= {name: path for name, path in _pushed_files(run) if name in _RUN_FILES and name not in found}
 
@@ -130,6 +120,19 @@ def make_payload(
         _refuse_secrets(folder, name, content, paths)
     step = f", {folder.name}" if folder.name.startswith("checkpoint-") else ""
     return Payload(files, f"{_commit_title(found)}{step}")
+
+
+def _base_on_hub(folder: Path, base_model: str | None) -> provenance.BaseReference:
+    """The base of a folder; without an id on the Hub it is refused."""
+    base = provenance.base_reference(folder, base_model)
+    if base.hub is None:
+        known = f"is {base.name}, which is only on this machine" if base.name else "is not known"
+        raise PushError(
+            f"{folder}: its base {known}; write --base-model with its id on the Hub (in a recipe: hub.base_model)"
+        )
+    if not is_hub_id(base.hub) and "/" in base.hub:
+        raise PushError(f"--base-model is {base.hub!r}; write owner/name")
+    return base
 
 
 def _pushed_files(folder: Path) -> Iterator[tuple[str, Path]]:
