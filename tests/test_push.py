@@ -410,7 +410,7 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     assert {"bf16/config.json", "bf16/tokenizer.json", "README.md", "report.json", "loss.png"} <= set(files)
     assert "bf16/README.md" not in files
     page = files["README.md"].decode()
-    assert "There is a model in each of bf16, nf4;" in page
+    assert "There is a model in each of these folders: bf16, nf4." in page
     assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto", device_map="auto")' in page
     assert "The prompt for a system message and a question" in page
     listed = "- `gguf/exports-Q4_K_M.gguf`\n- `gguf/exports-Q8_0.gguf`\n\nllama.cpp"
@@ -1011,7 +1011,7 @@ def test_offline_a_run_and_its_base_come_from_the_cache(
 
 def test_upstreams_notes_of_retries_are_not_shown() -> None:
     code = (
-        "from finetune.cli.commands import _silence; _silence()\n"
+        "from finetune.system.terminal import silence_upstream; silence_upstream()\n"
         "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
