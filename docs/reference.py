@@ -1,9 +1,10 @@
-"""Writes `docs/recipe.md` and `docs/cli.md` from the code that reads recipes and command lines.
+"""Writes `docs/recipe.md`, `docs/cli.md` and the list of modules in `docs/architecture.md` from the code.
 
 python docs/reference.py
 """
 
 import argparse
+import ast
 import types
 import typing
 from collections.abc import Iterator
@@ -42,6 +43,24 @@ _RECIPE = """# The keys of a recipe
 - `${NAME}` is read from the environment, `$${NAME}` is that text itself.
 - A key that is not listed here is an error.
 """
+_MODULES = (
+    "<!-- modules: made by docs/reference.py from the first lines of the files -->\n",
+    "<!-- end of modules -->",
+)
+# As in tests/test_house.py.
+_IMPORTS = {
+    "system": "nothing of ours",
+    "recipe": "system",
+    "data": "recipe, system",
+    "model": "data, recipe, system",
+    "merge": "model, recipe, system",
+    "evaluate": "data, model, recipe, system",
+    "hub": "data, evaluate, model, recipe, system",
+    "train": "data, hub, model, recipe, system",
+    "export": "data, evaluate, hub, merge, model, recipe, system",
+    "plan": "data, model, recipe, train, system",
+    "cli": "all packages",
+}
 _CLI = f"""# The command line
 
 `finetune VERB`, or `python -m finetune VERB`; `finetune RECIPE` trains. The result goes to standard output, everything
@@ -186,7 +205,26 @@ def _flags(actions: list[argparse.Action]) -> Iterator[str]:
         yield f"| `{name}{value}` | {'; '.join(part for part in (text, default, required) if part)} |"
 
 
-PAGES = {"recipe.md": recipe, "cli.md": cli}
+def architecture() -> str:
+    """`docs/architecture.md` with its list of modules made from the docstrings of the files."""
+    head, begin, rest = (HERE / "architecture.md").read_text(encoding="utf-8").partition(_MODULES[0])
+    _, end, tail = rest.partition(_MODULES[1])
+    return "".join([head, begin, "\n", *_packages(), end, tail])
+
+
+def _packages() -> Iterator[str]:
+    for package, imports in _IMPORTS.items():
+        folder = HERE.parent / "finetune" / package
+        yield f"\n### {package}\n\nImports {imports}.\n\n| file | contents |\n|---|---|\n"
+        files = (file for file in folder.rglob("*.py") if file.name != "__init__.py")
+        for file in sorted(files, key=lambda file: (len(file.parts), file)):
+            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            contents = " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
+            yield f"| `{file.relative_to(folder)}` | {contents} |\n"
+    yield "\n"
+
+
+PAGES = {"recipe.md": recipe, "cli.md": cli, "architecture.md": architecture}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():
