@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ def _prompt(name: str, row: dict[str, Any]) -> Prompt:
     )
 
 
-def _row_id(row: dict[str, Any], default: str) -> str:
+def _row_id(row: Mapping[str, object], default: str) -> str:
     """The row's `id` or `question_id`, by which prompts and reference answers are matched."""
     return str(next((row[key] for key in ("id", "question_id") if key in row), default))
 

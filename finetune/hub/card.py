@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from finetune.data.ledger import Account
 from finetune.evaluate.report import EvaluationReport, intro, tables
 from finetune.hub.metadata import (
     License,
@@ -38,7 +39,7 @@ class TrainingValues(TypedDict):
     sources: list[str]
     quantization: Sections | None
     recipe: str
-    ledger: dict[str, Any]
+    ledger: dict[str, Account]
     environment: dict[str, Any]
     losses: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]

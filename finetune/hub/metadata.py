@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from finetune.data.ledger import Account
 from finetune.data.readers import is_file
 from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport
 from finetune.model.provenance import BaseReference, license_of
@@ -52,9 +53,9 @@ def _hub_datasets(recipe: Sections) -> list[str]:
     return [path for path in source_paths(recipe) if not is_file(path)]
 
 
-def language_metadata(ledger: dict[str, Any]) -> Metadata:
+def language_metadata(ledger: dict[str, Account]) -> Metadata:
     """The languages of at least a tenth of the training rows, of those that the ledger counts."""
-    languages = (ledger.get("train") or {}).get("languages") or {}
+    languages = ledger["train"].get("languages", {}) if ledger else {}
     rows = {name: counts["rows"] for name, counts in languages.items()}
     codes = [
         _LANGUAGE_CODES[name]
