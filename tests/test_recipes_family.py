@@ -660,5 +660,6 @@ def test_what_cannot_begin_with_its_base_is_refused(
     said = capsys.readouterr().err
     assert "lora.init_lora_weights: is olora, which cannot be computed from quantised weights; remove" in said
     assert (
-        "training.save_only_model: is true, but the best weights of olora are in what it leaves out" in said
+        "training.save_only_model: is true, but the best weights of olora are in the files that it leaves out"
+        in said
     )
