@@ -23,9 +23,10 @@ quickstart: .venv/.quickstart
 	head -n 3 data/prompts.txt > .venv/prompts.txt
 	echo; echo "== before: the base model"
 	$(BIN)/finetune generate $(RUN) --no-adapter --max-new-tokens 96 < .venv/prompts.txt
-	echo; echo "== after: what was trained"
+	echo; echo "== after: the trained model"
 	$(BIN)/finetune generate $(RUN) --max-new-tokens 96 < .venv/prompts.txt
-	echo "== the run: $(RUN) (README.md, ledger.json, loss.png); chat with it: $(BIN)/finetune generate $(RUN)"
+	$(BIN)/finetune report $(RUN)
+	echo "== the run: $(RUN) (report.html, README.md, ledger.json); chat with it: $(BIN)/finetune generate $(RUN)"
 
 # The tests take both cores; what hypothesis draws differs with each commit. Lint and types run while they start.
 test: .venv/.test

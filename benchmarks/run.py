@@ -1,6 +1,6 @@
 """Whole runs of ours against a bare `trl.SFTTrainer` script with the same settings, on one process and on two (FSDP 2).
 
-    python benchmarks/run.py --work DIR [--rounds N]
+    python benchmarks/run.py --work DIR [--rounds N] [--processes 1 2]
 
 A random Llama of 25 million parameters with a small vocabulary, so that the output layer, where ours is quicker on a
 CPU, hardly counts. Each run is a process of its own through `accelerate launch`; the two kinds take turns. Prints
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import yaml
 
@@ -70,15 +70,27 @@ def make(work: Path) -> Path:
 def bare(recipe_path: str, output: str, size: int) -> None:
     """What one writes without us: the same rows, adapter and settings in trl's trainer."""
     import peft
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from finetune.data.chat import Chat
     from finetune.data.mixture import build_datasets
     from finetune.model.load import load_tokenizer
     from finetune.recipe.load import load_recipe
-    from finetune.train.callbacks.metrics import MetricsLog
-    from finetune.train.meter import Meter
+
+    class Metrics(TrainerCallback):
+        """The loss and the speed of each step, in the file that `finetune` writes them to."""
+
+        time, tokens = 0.0, 0.0
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            if state.is_world_process_zero and "loss" in logs:
+                now, tokens = time.monotonic(), float(logs["num_tokens"])
+                rate = (tokens - self.tokens) / (now - self.time)
+                record = {"step": state.global_step, "loss": float(logs["loss"]), "tokens_per_second": rate}
+                with Path(output, "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                self.time, self.tokens = now, tokens
 
     recipe = load_recipe(recipe_path)
     tokenizer = load_tokenizer(recipe.model)
@@ -101,7 +113,7 @@ def bare(recipe_path: str, output: str, size: int) -> None:
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=8, target_modules="all-linear"),
     )
     Path(output).mkdir(parents=True, exist_ok=True)
-    trainer.add_callback(MetricsLog(Path(output), 0, SimpleNamespace(meter=Meter(), _total_train_tokens=0)))
+    trainer.add_callback(Metrics())
     trainer.train()
 
 
@@ -145,10 +157,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     recipe, day = make(args.work), datetime.date.today()
-    for ranks in (1, 2):
+    for ranks in args.processes:
         found: dict[str, list[tuple[float, float, list[float]]]] = {"bare": [], "ours": []}
         for _ in range(args.rounds):
             for kind, runs in found.items():

@@ -1,15 +1,15 @@
-"""Training speed on this machine, in one run: bare `trl.SFTTrainer` and ours with the same settings, step by step.
+"""Training speed in one run: bare `trl.SFTTrainer` and `finetune` with the same settings, step by step.
 
-    python benchmarks/train.py [STEPS]
+    python benchmarks/train.py [--steps N] [--recipe FILE]
 
-Each step trains the same batch three times over: bare trl, ours with the same parameters, and ours as the quickstart
-trains (two token rows more, on which bare trl 1.16 fails). The losses of the like pair must agree. Prints medians and
-the ratio of tokens per second, as a row for docs/benchmarks.md.
+Each step trains the same batch three times: with bare trl, with `finetune` on the same parameters, and with `finetune`
+as the quickstart trains (two token rows more, on which bare trl 1.16 fails). The losses of the first two must agree.
+Prints medians and the ratio of tokens per second, as a row for docs/benchmarks.md.
 """
 
+import argparse
 import datetime
 import statistics
-import sys
 import time
 import warnings
 from typing import Any
@@ -21,8 +21,10 @@ from trl import SFTTrainer
 from finetune.data.chat import Chat
 from finetune.data.mixture import build_datasets
 from finetune.model.load import load_model, load_tokenizer
+from finetune.model.locate import Base
+from finetune.model.precision import decide_precision
+from finetune.model.trainable import load_trainable
 from finetune.recipe.load import load_recipe
-from finetune.train import run
 from finetune.train.arguments import training_arguments
 from finetune.train.loss import use_token_head
 from finetune.train.trainer import Trainer
@@ -30,16 +32,17 @@ from finetune.train.trainer import Trainer
 RECIPE = "recipes/quickstart.yaml"
 
 
-def trainer_of(kind: str) -> Any:
-    """A trainer ready to step: `bare`, `ours` or `rows`."""
+def make_trainer(kind: str, path: str) -> Any:
+    """A trainer that is ready to step: `bare`, `ours` or `rows`."""
     rows = "auto" if kind == "rows" else "null"
     recipe = load_recipe(
-        RECIPE, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"]
+        path, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"]
     )
+    precision, base = decide_precision(recipe), Base.of(recipe.model)
     chat = Chat(load_tokenizer(recipe.model))
     data, evaluation = build_datasets(recipe.data, chat, recipe.training["max_length"])
     arguments = {
-        "args": training_arguments(recipe, streamed=False),
+        "args": training_arguments(recipe, precision),
         "train_dataset": data.dataset,
         "eval_dataset": evaluation.dataset,
         "processing_class": chat.tokenizer,
@@ -49,7 +52,8 @@ def trainer_of(kind: str) -> Any:
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
         trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
     else:
-        trainer = Trainer(model=run._model(recipe, chat, lambda line: None), **arguments)
+        model = load_trainable(recipe, base, precision, chat, lambda line: None)
+        trainer = Trainer(model=model, **arguments)
         use_token_head(trainer.model.get_base_model())
     trainer.model.train()
     trainer.create_optimizer()
@@ -57,9 +61,9 @@ def trainer_of(kind: str) -> Any:
     return trainer
 
 
-def main(steps: int) -> None:
+def main(steps: int, path: str = RECIPE) -> None:
     warnings.simplefilter("ignore")
-    trainers = {kind: trainer_of(kind) for kind in ("bare", "ours", "rows")}
+    trainers = {kind: make_trainer(kind, path) for kind in ("bare", "ours", "rows")}
     batches = [
         batch for batch, _ in zip(trainers["bare"].get_train_dataloader(), range(steps + 1), strict=False)
     ]
@@ -97,4 +101,7 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)
+    parser = argparse.ArgumentParser(description="Training speed against a bare SFTTrainer.")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--recipe", default=RECIPE)
+    main(*vars(parser.parse_args()).values())

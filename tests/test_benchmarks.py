@@ -1,0 +1,101 @@
+"""Each script of `benchmarks/` runs on tiny models, in one round, so that a published figure can be made again."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from finetune.model.locate import locate
+from finetune.recipe.schema import ModelSection
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of `benchmarks/` under a name that hides no module of that name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the table rows in a text, headers and rules left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_train(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    script("train").main(2, "recipes/cpu_smoke.yaml")
+    [row] = rows_of(capsys.readouterr().out)
+    assert [float(row[i]) > 0 for i in (2, 3, 4, 5, 6)] == [True] * 5
+
+
+def test_data(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    data = script("data")
+    monkeypatch.setattr(data, "MODEL", ModelSection(name_or_path="random:gemma3", chat_template="gemma3"))
+    monkeypatch.setattr(data, "ROWS", 12)
+    monkeypatch.setattr(data, "MANY_ROWS", 24)
+    monkeypatch.setattr(data, "peak", lambda path: (1.0, float(len(path.read_text().splitlines()))))
+    data.main(1)
+    rows = rows_of(capsys.readouterr().out)
+    assert [float(cell) > 0 for cell in rows[1][2:]] == [True] * 6
+    assert rows[3] == ["1", "12", "1", "24"]
+
+
+def test_merge(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    merge = script("merge")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(merge, "SHAPE", shape)
+    monkeypatch.setattr(merge, "BASES", {"tiny Llama": 2})
+
+    def here(part: Any, *arguments: object) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(part(*map(str, arguments))))
+        return found | {"whole": 1.0}
+
+    monkeypatch.setattr(merge, "apart", here)
+    merge.main(1, tmp_path)
+    rows = rows_of(capsys.readouterr().out)
+    # Every tensor of both outputs is equal, and the seven linear layers of both decoder layers were changed.
+    assert rows[-1][-2:] == ["21 of 21", "14"]
+
+
+def test_language(script: Any, capsys: Any) -> None:
+    script("language").main(1)
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0] for row in rows if row[0].startswith("own cases")] == ["own cases"]
+    assert float(rows[-1][3]) > 0
+
+
+def test_quantise(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("llama_cpp")
+
+    quantise = script("quantise")
+    model = locate("random:llama")
+    monkeypatch.setattr(sys, "argv", ["quantise.py", "--rounds", "1", "--model", str(model)])
+    quantise.main()
+    assert [row[-1] for row in rows_of(capsys.readouterr().out)[1:-1]] == ["True"] * 8
+
+
+@pytest.mark.slow
+def test_run(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--work", str(tmp_path), "--rounds", "1"]
+    done = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [row] = rows_of(done.stdout)
+    assert row[1] == "1"
+    assert [float(cell) > 0 for cell in row[2:]] == [True] * 8
