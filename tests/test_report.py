@@ -291,7 +291,7 @@ def test_the_page_holds_the_runs_own_numbers(trained: tuple[Path, str]) -> None:
         "cpu_smoke random:gemma3, LoRA Finished at step 6. 6 steps",
         f"{losses[-1]['loss']:.3f} training loss at step 6",
         f"{evaluated[6]:.3f} evaluation loss at step 6; {evaluated[2]:.3f} at step 2",
-        f"{losses[-1]['trained_tokens']:,} tokens trained on, repeats counted",
+        f"{losses[-1]['trained_tokens']:,} tokens trained on, repetitions included",
         f"Training rows {ledger['rows']['read']} rows read {ledger['rows']['kept']} rows kept",
         f"{ledger['trained_tokens']:,} tokens trained on ({ledger['trained_share']:.0%})",
         f"{count} dropped: {why} (first: {ledger['first'][why]})",
@@ -333,7 +333,7 @@ def test_a_run_that_goes_on_or_was_stopped(copied: Path) -> None:
     assert "Step 2 of 6. training.resume_from_checkpoint=true resumes from checkpoint-2" in text
     shutil.rmtree(copied / "checkpoint-2")
     text = text_of(page_of(copied))
-    assert "Step 0. It has no whole checkpoint." in text
+    assert "Step 0. It has no complete checkpoint." in text
     assert "Nothing was logged yet." in text
 
 
