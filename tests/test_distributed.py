@@ -141,7 +141,7 @@ def test_a_rank_that_tells_a_fault_is_not_interrupted() -> None:
     """Others end when they have seen it, whereupon a launcher terminates who is still there."""
     code = (
         "import signal; from finetune.cli import commands; from finetune.system import distributed\n"
-        "signal.signal(signal.SIGTERM, commands._terminated)\n"
+        "signal.signal(signal.SIGTERM, commands._on_sigterm)\n"
         "distributed.end_all_ranks(['error: it does not fit'], 2)"
     )
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}

@@ -256,7 +256,7 @@ def _killed_and_resumed(
     said = processes.run(*command, RESUME, ranks=ranks)
     assert_same("run", "whole", 9)
     where = "saving " + unfinished[0] if unfinished else "elsewhere"
-    return f"{ranks} rank(s), {where}, {'resumed' if 'has no whole' not in said else 'from the start'}"
+    return f"{ranks} rank(s), {where}, {'resumed' if 'has no complete' not in said else 'from the start'}"
 
 
 @pytest.mark.parametrize(
@@ -335,10 +335,12 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
             signal.raise_signal(signal.SIGTERM)
         return step_of(trainer, *args, **kwargs)
 
-    complete = checkpoint.write_marker
+    write_marker = checkpoint.write_marker
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", signalled)
-        patch.setattr(checkpoint, "complete", lambda *args: (saved.append(args[1]), complete(*args)))
+        patch.setattr(
+            "finetune.train.trainer.write_marker", lambda *args: (saved.append(args[1]), write_marker(*args))
+        )
         assert main(command) == 143
     assert saved.count(step) == 1
     assert checkpoint.is_whole(Path(f"run/checkpoint-{step}"))
@@ -392,7 +394,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_saved(write_recipe: Write, 
         fault = said.splitlines()[-1]
         assert fault.startswith("error: disk/run/checkpoint-")
         assert "could not be saved: " in fault
-        assert "MiB free). What was saved before is untouched; make room" in fault
+        assert "MiB free). Earlier checkpoints are kept; free some disk space" in fault
         kept = sorted(Path("disk/run").glob("checkpoint-*"))
         assert kept
         assert all(checkpoint.is_whole(folder) for folder in kept)
