@@ -34,21 +34,15 @@ PIPE = subprocess.PIPE
 NAME = "FINETUNE_TEST_FORKS"
 # What the commands of tests import from upstream, and what transformers imports late.
 HEAVY = (
+    *("torch", "torch.distributed.fsdp", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"),
+    *("bitsandbytes", "peft", "peft.tuners.lora.bnb", "datasets", "wandb", "gguf", "rich.progress"),
+    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "PIL.GifImagePlugin"),
     *(
-        "torch",
-        "bitsandbytes",
-        "peft",
-        "datasets",
-        "wandb",
-        "gguf",
-        "matplotlib.pyplot",
-        "trl.trainer.sft_trainer",
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("gemma", "gemma2", "gemma3", "llama", "qwen3")
     ),
-    *(
-        f"transformers.models.{name}"
-        for name in ("auto", "gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
-    ),
-    *("transformers.trainer", "transformers.generation", "transformers.integrations.bitsandbytes"),
+    *("transformers.models.auto", "transformers.trainer", "transformers.integrations.bitsandbytes"),
+    "trl.trainer.sft_trainer",
 )
 # Upstream reads these when it is imported.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "CUDA_", "PYTHONHASHSEED")
