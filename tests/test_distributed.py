@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-from processes import ROOT, Processes
+from processes import ROOT, Processes, environment
 from safetensors.torch import load_file
 
 from finetune.cli.commands import main
@@ -152,21 +153,45 @@ def test_a_rank_that_tells_a_fault_is_not_interrupted() -> None:
         assert (rank.stderr.read(), rank.wait()) == ("", 2)
 
 
-def launched(config: str, recipe: Path) -> subprocess.Popen[str]:
+def launched(config: str, *script: str, popen: type[subprocess.Popen[str]] = subprocess.Popen) -> Any:
+    """`accelerate launch` of a script on two ranks."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / config), "--num_processes", "2", "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "on_cpu.py"), "train", str(recipe)]
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return popen([*command, *script], env=env, text=True, **pipes)
+
+
+ON_CPU = str(ROOT / "tests" / "on_cpu.py")
+
+
+@pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
+def test_the_ranks_of_these_tests_have_what_a_launcher_sets(tmp_path: Path, config: str) -> None:
+    script = tmp_path / "show.py"
+    script.write_text("import json, os; print(json.dumps(dict(os.environ)), flush=True)")
+    said, error = launched(config, str(script), popen=forks.Popen).communicate(timeout=100)
+    ranks = [json.loads(line) for line in said.splitlines()]
+    assert sorted(rank["RANK"] for rank in ranks) == ["0", "1"], error
+    wanted = environment(config, 2)
+    for rank in ranks:
+        names = {name for name in rank if name.startswith(("ACCELERATE_", "FSDP_"))}
+        assert {name: rank[name] for name in names - set(os.environ)} == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "fsdp.yaml",
+        pytest.param("fsdp_qlora.yaml", marks=pytest.mark.soak),
+        pytest.param("ddp.yaml", marks=pytest.mark.soak),
+    ],
+)
 def test_launched_as_a_user_would(write_recipe: Write, processes: Processes, config: str) -> None:
     """Through `accelerate launch` itself: the same weights as from the ranks that these tests fork."""
     quantised = {"quantization": NF4} if "qlora" in config else {}
     path = write_recipe(model={"name_or_path": "random:gemma2"}, **quantised)
-    done = launched(config, path)
+    done = launched(config, ON_CPU, "train", str(path))
     _, said = done.communicate(timeout=200)
     assert done.returncode == 0, said
     assert said.count("saved: run") == 1
@@ -311,7 +336,7 @@ def test_an_output_that_is_not_shared_is_refused(write_recipe: Write, processes:
 def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(write_recipe: Write) -> None:
     """The launcher signals whole process groups, with whatever works for them."""
     path = write_recipe(training={"max_steps": 4000, "logging_steps": 2, "dataloader_num_workers": 1})
-    started = launched("ddp.yaml", path)
+    started = launched("ddp.yaml", ON_CPU, "train", str(path))
     said = ""
     assert started.stderr
     while "step 4/" not in said:

@@ -231,9 +231,18 @@ def test_a_reference_answers_each_prompt_under_its_name(tmp_path: Path) -> None:
 # Through the command line
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a folder with a run is kept once it is made."""
+    return tmp_path_factory.mktemp("evaluate") / "kept"
+
+
 @pytest.fixture
-def run(write_recipe: Write) -> Path:
+def run(write_recipe: Write, kept: Path) -> Path:
     """A run that held rows out of two sources."""
+    if kept.exists():
+        shutil.copytree(kept, Path.cwd(), dirs_exist_ok=True)
+        return Path("run")
     one = {"role": "assistant", "content": "これは日本語の答えです。"}
     lines(Path("ja.jsonl"), *({"messages": [*user(f"{n}は？"), one]} for n in range(6)))
     one = {"role": "assistant", "content": "A short answer in English."}
@@ -244,6 +253,7 @@ def run(write_recipe: Write) -> Path:
     )
     lines(Path("en2.jsonl"), *({"messages": [*user(f"Who is {n}?"), one]} for n in range(3)))
     assert main([str(path), "--quiet"]) == 0
+    shutil.copytree(Path.cwd(), kept)
     return Path("run")
 
 

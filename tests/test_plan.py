@@ -19,7 +19,7 @@ from finetune.model.flops import _attention, flops_per_token
 from finetune.plan.advice import supported_variant, why_unsupported
 from finetune.plan.configs import _shipped_configs, base_config
 from finetune.plan.lengths import row_lengths
-from finetune.plan.predict import Predictor, RequiredMemory
+from finetune.plan.predict import Predictor, RequiredMemory, _with_layers
 from finetune.plan.preflight import check_memory
 from finetune.plan.report import as_json, as_text, step_seconds
 from finetune.plan.run import HardwareFit, MemoryPlan, plan
@@ -180,9 +180,9 @@ def test_a_peak_is_what_the_allocator_says(
 @pytest.mark.parametrize(
     ("sections", "training"),
     [
-        ({}, {"max_length": 96}),
+        pytest.param({}, {"max_length": 96}, marks=pytest.mark.soak),
         ({}, {"gradient_checkpointing": True, "per_device_train_batch_size": 3}),
-        ({"quantization": NF4}, {"max_length": 64}),
+        pytest.param({"quantization": NF4}, {"max_length": 64}, marks=pytest.mark.soak),
         ({"lora": None}, {"max_length": 64}),
     ],
     ids=["lora", "checkpointing", "4-bit", "full"],
@@ -216,15 +216,19 @@ def test_a_peak_of_a_real_model(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("depth", [8, pytest.param(None, marks=pytest.mark.soak)], ids=["8", "all"])
 @pytest.mark.parametrize("sections", [{}, {"lora": None, "quantization": None}], ids=["4-bit", "full"])
 @pytest.mark.parametrize("base", ["google/gemma-2-2b", "google/gemma-3-270m"])
-def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, sections: dict[str, Any]) -> None:
+def test_a_few_layers_speak_for_all(
+    write_recipe: Write, base: str, sections: dict[str, Any], depth: int | None
+) -> None:
     path = write_recipe(
         model={"name_or_path": base, "dtype": "bfloat16"}, **({"quantization": NF4} | sections)
     )
     recipe = load_recipe(path)
     arguments = step_arguments(recipe)
-    predictor = Predictor(base_config(recipe.model), GPUS["h100"], arguments)
+    config = base_config(recipe.model)
+    predictor = Predictor(_with_layers(config, depth or config.num_hidden_layers), GPUS["h100"], arguments)
     settings = step_settings(recipe, arguments, None)
     for checkpointing in (True, False):
         each = replace(settings, checkpointing=checkpointing)

@@ -107,33 +107,44 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }
 MATRIX = list(itertools.product((1, 2), KINDS, (False, True), WAYS))
-# Every two of the four meet in one of these.
+# The steps after which a run is stopped: in the first epoch, at its end, and in the second.
+STOPS = (1, 3, 5)
+# Every two of the five meet in one of these.
 PAIRS = {
-    (1, "LoRA", False, "each step logged"),
-    (2, "LoRA", True, "accumulated, seldom logged"),
-    (1, "LoRA", True, "the best at its end"),
-    (2, "full", False, "each step logged"),
-    (1, "full", True, "accumulated, seldom logged"),
-    (2, "full", False, "the best at its end"),
-    (1, "QLoRA", True, "each step logged"),
-    (2, "QLoRA", False, "accumulated, seldom logged"),
-    (2, "QLoRA", True, "the best at its end"),
+    (1, "LoRA", False, "each step logged", 1),
+    (2, "LoRA", True, "accumulated, seldom logged", 5),
+    (1, "LoRA", True, "the best at its end", 3),
+    (2, "full", False, "each step logged", 3),
+    (1, "full", True, "accumulated, seldom logged", 1),
+    (2, "full", False, "the best at its end", 5),
+    (1, "QLoRA", True, "each step logged", 5),
+    (2, "QLoRA", False, "accumulated, seldom logged", 3),
+    (2, "QLoRA", True, "the best at its end", 1),
 }
 
 
 def test_the_pairs_are_all_there() -> None:
-    for i, j in itertools.combinations(range(4), 2):
-        assert {(row[i], row[j]) for row in PAIRS} == {(row[i], row[j]) for row in MATRIX}
+    every = [(*row, stop) for row in MATRIX for stop in STOPS]
+    for i, j in itertools.combinations(range(5), 2):
+        assert {(row[i], row[j]) for row in PAIRS} == {(row[i], row[j]) for row in every}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kind", "packed", "way"),
-    [pytest.param(*row, marks=pytest.mark.slow if row in PAIRS else pytest.mark.soak) for row in MATRIX],
+    ("ranks", "kind", "packed", "way", "stops"),
+    [
+        *(pytest.param(*row, (stop,), marks=pytest.mark.slow) for *row, stop in sorted(PAIRS)),
+        *(pytest.param(*row, STOPS, marks=pytest.mark.soak) for row in MATRIX),
+    ],
 )
 def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
-    write_recipe: Write, processes: Processes, ranks: int, kind: str, packed: bool, way: str
+    write_recipe: Write,
+    processes: Processes,
+    ranks: int,
+    kind: str,
+    packed: bool,
+    way: str,
+    stops: tuple[int, ...],
 ) -> None:
-    """Stopped in the first epoch, at its end, and in the second."""
     steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
     # Three steps an epoch, the last of them not filled.
     size = {"per_device_train_batch_size": 2 // ranks, "packing": packed, "max_length": 128}
@@ -144,7 +155,7 @@ def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
     Path("run").rename("whole")
     epochs = [record["epoch"] for record in curve("whole") if "epoch" in record]
     assert epochs[-1] > 1.4, "it is to go into its second epoch"
-    for k in (1, 3, 5):
+    for k in stops:
         Path("run").mkdir()
         for name in ("recipe.yaml", "metrics.jsonl"):
             shutil.copy(f"whole/{name}", "run")
