@@ -166,12 +166,17 @@ ON_CPU = str(ROOT / "tests" / "on_cpu.py")
 
 
 @pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
-def test_the_ranks_of_these_tests_have_what_a_launcher_sets(tmp_path: Path, config: str) -> None:
+def test_the_ranks_of_these_tests_have_what_a_launcher_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
     script = tmp_path / "show.py"
-    script.write_text("import json, os; print(json.dumps(dict(os.environ)), flush=True)")
-    said, error = launched(config, str(script), popen=forks.Popen).communicate(timeout=100)
-    ranks = [json.loads(line) for line in said.splitlines()]
-    assert sorted(rank["RANK"] for rank in ranks) == ["0", "1"], error
+    script.write_text(
+        "import json, os; json.dump(dict(os.environ), open(f\"rank {os.environ['RANK']}\", 'w'))"
+    )
+    monkeypatch.chdir(tmp_path)
+    _, error = launched(config, str(script), popen=forks.Popen).communicate(timeout=100)
+    ranks = [json.loads(file.read_text()) for file in tmp_path.glob("rank *")]
+    assert len(ranks) == 2, error
     wanted = environment(config, 2)
     for rank in ranks:
         names = {name for name in rank if name.startswith(("ACCELERATE_", "FSDP_"))}

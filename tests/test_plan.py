@@ -181,7 +181,7 @@ def test_a_peak_is_what_the_allocator_says(
     ("sections", "training"),
     [
         pytest.param({}, {"max_length": 96}, marks=pytest.mark.soak),
-        ({}, {"gradient_checkpointing": True, "per_device_train_batch_size": 3}),
+        ({}, {"gradient_checkpointing": True, "per_device_train_batch_size": 3, "max_length": 64}),
         pytest.param({"quantization": NF4}, {"max_length": 64}, marks=pytest.mark.soak),
         ({"lora": None}, {"max_length": 64}),
     ],
