@@ -269,7 +269,7 @@ USER = {"role": "user", "content": "a"}
         ("messages", {}, "it has no messages"),
         ("messages", {"messages": []}, "it has no messages"),
         ("messages", {"messages": None}, "it has no messages"),
-        ("messages", {"messages": "Hi"}, "it has no messages"),
+        ("messages", {"messages": "Hi"}, "it has no messages; it is a text that is not JSON"),
         ("messages", said("Hi"), "its messages are not a list of maps"),
         ("messages", said([USER]), "its messages are not a list of maps"),
         ("messages", said({}), "message 1: unknown role None; known are system, user, assistant, tool"),
@@ -279,7 +279,7 @@ USER = {"role": "user", "content": "a"}
         (
             "messages",
             said({"role": "user", "content": [{"type": "image", "url": "x"}]}),
-            "a message has parts that are not text",
+            "a message has parts that are not text; the type of one is 'image'",
         ),
         (
             "messages",
@@ -444,6 +444,7 @@ def test_ledger_exactly() -> None:
         "mended": {"rows without what follows the last answer": 1},
         "dropped": {"with nothing to train on": 1, "exact duplicates": 1},
         "bad": {"the assistant's text is empty": 1, "it has no messages": 1},
+        "unread": {},
         "first": {
             "the assistant's text is empty": "rows.jsonl:2",
             "with nothing to train on": "rows.jsonl:3",

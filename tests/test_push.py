@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import hub as transformers_hub
 
 from finetune.cli.commands import main
-from finetune.data import readers
+from finetune.data import hub_rows, readers
 from finetune.hub.card import is_generated
 from finetune.hub.payload import make_payload
 from finetune.hub.run import push
@@ -974,7 +974,7 @@ def test_rows_that_cannot_be_had_are_told_in_one_line(client: pytest.MonkeyPatch
     point_to("http://127.0.0.1:9", client)
     client.setattr("datasets.config.HF_HUB_OFFLINE", False)
     client.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    readers._load_hub.cache_clear()
+    hub_rows._load_hub.cache_clear()
     with pytest.raises(
         errors.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
     ):

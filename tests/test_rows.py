@@ -18,7 +18,7 @@ from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.data import readers
+from finetune.data import hub_rows, json_rows, readers
 from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.readers import fingerprint, is_file, read_rows
 from finetune.recipe.schema import DataSource
@@ -50,7 +50,7 @@ def read(path: str, data: bytes | None = None, piece: int = 1 << 20) -> list[tup
 def told(source: Iterator[tuple[str, Any]], piece: int) -> list[tuple[str, Any]]:
     got: list[tuple[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_PIECE", piece)
+        patch.setattr(json_rows, "_PIECE", piece)
         try:
             for name, row in source:
                 got.append((name, f"! {row}" if isinstance(row, LabelError) else row))
@@ -61,7 +61,7 @@ def told(source: Iterator[tuple[str, Any]], piece: int) -> list[tuple[str, Any]]
 
 def parsed(data: bytes, piece: int) -> list[tuple[str, Any]]:
     """As `read`, of a JSON file that need not be written."""
-    return told(readers._read_json("rows.json", io.BytesIO(data)), piece)
+    return told(json_rows.read_json("rows.json", io.BytesIO(data)), piece)
 
 
 def fault(call: Callable[[], object], kind: type[Exception] = DataError) -> str:
@@ -109,6 +109,30 @@ def test_jsonl_with_faults() -> None:
     assert got[8][1] == (
         f"! the file ends in the middle of a row, inside a string; the row starts at line 9, byte offset {offset}"
     )
+
+
+TWICE = [
+    ('{"a": 1, "a": 1}', "a"),
+    ('{"a": {"b": 1, "c": 2, "b": 3}}', "b"),
+    ('{"a": [{"x": 1}, {"é": 1, "\\u00e9": 2}], "b": "{\\"y\\": 1}"}', "é"),
+    ('{"a": "\\":", "": 0, "": 1}', ""),
+]
+
+
+@pytest.mark.parametrize(("row", "key"), TWICE)
+@pytest.mark.parametrize("piece", [1, 5, 1 << 20])
+def test_a_key_twice_makes_a_bad_row(row: str, key: str, piece: int) -> None:
+    reason = f"! the key {key!r} is written twice in one object"
+    lines = ['{"n": 1}', row, '{"n": 2, "m": {"n": 2}}']
+    assert [got for _, got in read("rows.jsonl", "\n".join(lines).encode())] == [
+        {"n": 1},
+        reason,
+        {"n": 2, "m": {"n": 2}},
+    ]
+    data = f"[{','.join(lines)}]".encode()
+    assert [got for _, got in read("rows.json", data, piece)] == [{"n": 1}, reason, {"n": 2, "m": {"n": 2}}]
+    # A file that ends in such a row is cut off all the same.
+    assert read("rows.jsonl", row.encode()[:-1])[0][1].startswith("! the file ends in the middle of a row")
 
 
 def test_jsonl_that_is_cut_off_anywhere() -> None:
@@ -236,7 +260,11 @@ def test_any_text_is_read_alike_in_all_pieces(text: str) -> None:
         assert got[-1][1].startswith(("! the file ends", "!! rows.json:"))
         assert [name for name, _ in got[:-1]] == [f"rows.json[{i}]" for i in range(len(got) - 1)]
     else:
-        assert repr([row for _, row in got]) == repr([expected(value) for value in values])
+        twice = "is written twice in one object"
+        assert all(
+            str(row).endswith(twice) or repr(row) == repr(expected(value))
+            for (_, row), value in zip(got, values, strict=True)
+        )
 
 
 @QUICK
@@ -298,8 +326,8 @@ def test_a_long_row_is_parsed_a_few_times() -> None:
 
     values = [{"text": "x" * 1_000_000}, {"text": "y"}]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_PIECE", 64)
-        got = [row for _, row in readers._read_json("rows.json", File(json.dumps(values).encode()))]
+        patch.setattr(json_rows, "_PIECE", 64)
+        got = [row for _, row in json_rows.read_json("rows.json", File(json.dumps(values).encode()))]
     assert got == values
     assert File.reads < 20
 
@@ -488,7 +516,7 @@ def hub(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(datasets, "load_dataset", counted)
     Path("owner/name").mkdir(parents=True)
     raw(b'{"a": {"x": 1, "z": null}}\n{"a": {"y": 2}}\n', "owner/name/train.jsonl")
-    readers._load_hub.cache_clear()
+    hub_rows._load_hub.cache_clear()
     return calls
 
 
@@ -518,13 +546,100 @@ def test_parquet_of_the_hub(hub: list[dict[str, Any]], streaming: bool) -> None:
     assert [row for _, row in read_rows(source)] == said
 
 
+HELD = [{"x": 1}, "42", "[1, 2]", "null", '{"city":"Brest"}', "plain", '"quoted"', None, 7]
+MIXED = [{"a": value, "n": i} for i, value in enumerate(HELD)]
+DATES = [{"m": [{"content": day}], "day": day} for day in ("2024-05-01", "2024-05-02T00:00:00")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz"])
+@pytest.mark.parametrize("rows", [MIXED, DATES])
+def test_the_hub_gives_the_texts_of_its_files(
+    hub: list[dict[str, Any]], rows: list[dict[str, Any]], name: str, streaming: bool
+) -> None:
+    Path("owner/name/train.jsonl").unlink()
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    raw(gzip.compress(lines) if name.endswith("gz") else lines, f"owner/name/{name}")
+    assert [row for _, row in read_rows(DataSource(path="owner/name", streaming=streaming))] == rows
+
+
+def test_parts_of_a_split_of_the_hub_and_lists(hub: list[dict[str, Any]]) -> None:
+    Path("owner/name/train.jsonl").unlink()
+    raw(json.dumps(MIXED[:4]).encode(), "owner/name/train-1.json")
+    raw(json.dumps([{"a": "7", "n": 9}, {"a": {"b": None}}]).encode(), "owner/name/train-2.json")
+    every = [*MIXED[:4], {"a": "7", "n": 9}, {"a": {"b": None}, "n": None}]
+    for split, rows in (
+        ("train", every),
+        ("train[1:3]", every[1:3]),
+        ("train[-2:]", every[-2:]),
+        ("train[:1]+train[4:5]", [every[0], every[4]]),
+    ):
+        got = list(read_rows(DataSource(path="owner/name", split=split)))
+        assert got == [(f"owner/name[{split}]:{i}", row) for i, row in enumerate(rows)]
+
+
+def test_a_key_twice_on_the_hub(hub: list[dict[str, Any]]) -> None:
+    raw(b'{"a": {"x": 1}}\n{"a": "42"}\n{"a": "b", "a": "c"}\n', "owner/name/train.jsonl")
+    assert [row for _, row in read("owner/name")] == [
+        {"a": {"x": 1}},
+        {"a": "42"},
+        "! the key 'a' is written twice in one object",
+    ]
+
+
+def test_a_hub_dataset_of_decoded_texts_whose_files_are_not_there(
+    hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [
+        {"m": [{"content": value, "arguments": value}]} for value in ({"x": 1}, "plain", '{"x": 1}', None)
+    ]
+    raw("\n".join(map(json.dumps, said)).encode(), "owner/name/train.jsonl")
+    monkeypatch.setattr(hub_rows, "_rows_of_files", lambda *_: None)
+    decoded = (
+        "! the column 'm' was read as JSON by datasets, so a text and a map cannot be told apart; "
+        "download the file and write its path"
+    )
+    assert [row for _, row in read("owner/name")] == [
+        decoded,
+        {"m": [{"content": "plain", "arguments": "plain"}]},
+        decoded,
+        {"m": [{"content": None, "arguments": None}]},
+    ]
+
+
+def test_dates_are_no_text() -> None:
+    import datetime
+
+    day = datetime.datetime(2024, 5, 1)
+    called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": [day]}}]}
+    assert fault(lambda: FORMATS["messages"]({"messages": [called]}), LabelError) == (
+        "a tool call's arguments hold a datetime, which JSON has not; write it as a text"
+    )
+    said = {"messages": [{"role": "tool", "content": {"day": day}}]}
+    assert fault(lambda: FORMATS["messages"](said), LabelError) == (
+        "a tool's answers hold a datetime, which JSON has not; write it as a text"
+    )
+    tools = [TOOL | {"since": day}]
+    assert fault(lambda: FORMATS["messages"]({"messages": [{}], "tools": tools}), LabelError) == (
+        "its tools hold a datetime, which JSON has not; write it as a text"
+    )
+
+
+def test_parquet_with_two_columns_of_one_name() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), "rows.parquet")
+    assert read("rows.parquet") == [("", "!! rows.parquet: two columns have one name: text, text")]
+
+
 def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     first = fingerprint(DataSource(path="owner/name"))
     assert fingerprint(DataSource(path="owner/name", split="train[:1]")) != first
-    readers._load_hub.cache_clear()
+    hub_rows._load_hub.cache_clear()
     assert fingerprint(DataSource(path="owner/name")) == first
     raw(b'{"a": {"x": 1}}\n', "owner/name/train.jsonl")
-    readers._load_hub.cache_clear()
+    hub_rows._load_hub.cache_clear()
     assert fingerprint(DataSource(path="owner/name")) != first
     # A stream is known by its commit.
     got = []
@@ -532,7 +647,7 @@ def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.M
         monkeypatch.setattr(
             "datasets.load_dataset_builder", lambda *_, hash=commit, **__: SimpleNamespace(hash=hash)
         )
-        readers._load_hub.cache_clear()
+        hub_rows._load_hub.cache_clear()
         got.append(fingerprint(DataSource(path="owner/name", streaming=True)))
     assert got[0] == got[1] != got[2]
 
@@ -545,7 +660,7 @@ def test_a_stream_that_breaks_off(hub: list[dict[str, Any]], monkeypatch: pytest
             yield {"a": 1}
             raise RuntimeError("the line is dead\nand more")
 
-    monkeypatch.setattr(readers, "_load_hub", lambda *_: (Stream(), ""))
+    monkeypatch.setattr(hub_rows, "_load_hub", lambda *_: (Stream(), ""))
     assert read("owner/name") == [
         ("owner/name[train]:0", {"a": 1}),
         ("", "!! owner/name: the Hub dataset cannot be read: the line is dead"),
@@ -767,7 +882,7 @@ def real(name: str, form: str) -> tuple[list[dict[str, Any]], list[dict[str, Any
     text = path.read_text(encoding="utf-8")
     want = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_PIECE", 1000)
+        patch.setattr(json_rows, "_PIECE", 1000)
         got = [row for _, row in read_rows(DataSource(path=str(path)))]
     assert got == want
     assert {detect_format(DataSource(path=name), row) for row in want} == {form}

@@ -86,7 +86,7 @@ class CachedSource:
         """Counts the rows that were read, and which of them were mended, dropped or bad."""
         ledger.read += self._account["read"]
         ledger.lost_tokens += self._account["lost_tokens"]
-        for name in ("mended", "dropped", "bad"):
+        for name in ("mended", "dropped", "bad", "unread"):
             getattr(ledger, name).update(self._account[name])
         ledger.first = self._account["first"] | ledger.first
 
@@ -161,7 +161,8 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
         if waiting:
             flush(writer)
     account = {
-        name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad", "first")
+        name: getattr(ledger, name)
+        for name in ("read", "lost_tokens", "mended", "dropped", "bad", "unread", "first")
     }
     (folder / "account.json").write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
 

@@ -24,6 +24,7 @@ class Account(TypedDict):
     mended: dict[str, int]
     dropped: dict[str, int]
     bad: dict[str, int]
+    unread: dict[str, int]
     first: dict[str, str]
     turns_trained: int
     end_of_turns_trained: int
@@ -43,7 +44,8 @@ class Ledger:
 
     Each row `read` is `kept`, `dropped` or `bad`, the latter two with the reason. A row that is split is kept as
     several, and a row may be `repeated` by its source's weight. `lost_tokens` is the number of tokens that would have
-    been trained on if their rows fitted. `first` names the first row for each reason under `dropped` and `bad`.
+    been trained on if their rows fitted. `unread` counts the rows with a key that nothing reads. `first` names the
+    first row for each reason under `dropped` and `bad`.
     """
 
     read: int = 0
@@ -54,6 +56,7 @@ class Ledger:
     mended: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     turns: int = 0
     ends: int = 0
@@ -142,6 +145,7 @@ class Ledger:
             "mended": dict(self.mended),
             "dropped": dict(self.dropped),
             "bad": dict(self.bad),
+            "unread": dict(self.unread),
             "first": dict(self.first),
             "turns_trained": self.turns,
             "end_of_turns_trained": self.ends,
@@ -162,6 +166,10 @@ class Ledger:
         parts += [f"{self.cut:,} cut at a turn's end"] if self.cut else []
         parts += [f"{self.split:,} split"] if self.split else []
         parts += [f"{n:,} {reason}" for reason, n in (*self.dropped.items(), *self.bad.items())]
+        if self.unread:
+            names = [f"{key} ({n:,})" for key, n in self.unread.items()]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(f"keys that are not read: {', '.join(names[:8])}{more}")
         share = self.trained_tokens / self.tokens if self.tokens else 0
         lost = self.lost_tokens / max(1, self.lost_tokens + self.trained_tokens)
         if lost > MUCH_LOST:
@@ -196,6 +204,7 @@ def facts(account: Account) -> Table:
 def reasons(account: Account) -> Table:
     """The number of rows that were mended, dropped or bad, by reason, each with the first such row."""
     by_kind = {"mended": account["mended"], "dropped": account["dropped"], "bad": account["bad"]}
+    by_kind["not read"] = account.get("unread", {})  # a run of an earlier version has none
     first = {reason: f" (first: {row})" for reason, row in account["first"].items()}
     return [
         (count, f"{kind}: {reason}{first.get(reason, '')}")

@@ -5,6 +5,7 @@ Rows are rendered and labelled in this thread while the tokenizer, which needs n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from bisect import bisect_left
 from collections import deque
@@ -17,11 +18,19 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat import IGNORE, Chat, Encoded, Ids, RenderedChat
-from finetune.data.formats import FORMATS, Row, detect_format, map_columns, matches_filter
+from finetune.data.formats import (
+    FORMATS,
+    check_columns,
+    detect_format,
+    map_columns,
+    matches_filter,
+    unread_columns,
+)
+from finetune.data.json_rows import Row
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
 from finetune.data.readers import read_rows
-from finetune.data.turns import Message, is_text_only
+from finetune.data.turns import Message, is_text_only, texts_in
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError, LabelError, TurnRewrittenLater
 
@@ -46,12 +55,14 @@ class RowResult:
     """The result of one row that was read.
 
     It has become `pieces` (several when split), or was `dropped` or is `bad` for the reason given, with the `detail` of
-    this row. `lost` is the number of tokens that would have been trained on if the row fitted `max_length`.
+    this row. `unread` names keys that hold something and are read by nothing. `lost` is the number
+    of tokens that would have been trained on if the row fitted `max_length`.
     """
 
     row: str
     pieces: list[Encoded] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     dropped: str = ""
     bad: str = ""
     detail: str = ""
@@ -63,6 +74,7 @@ class RowResult:
         ledger.read += 1
         ledger.lost_tokens += 0 if self.pieces else self.lost
         ledger.mended.update(self.mended)
+        ledger.unread.update(self.unread)
         for reason, account in ((self.dropped, ledger.dropped), (self.bad, ledger.bad)):
             if reason:
                 account[reason] += 1
@@ -124,7 +136,7 @@ _Rendered = tuple[RowResult, "list[RenderedChat] | Encoded | Exception | None"]
 def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendered]:
     """Yields each row rendered, or in its place the error, so that errors are raised in the order of the rows."""
     form: str | None = source.format
-    mapped = False
+    mapped, checked = False, ""
     for name, row in read_rows(source):
         result = RowResult(name)
         try:
@@ -135,7 +147,7 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
                     result.dropped = "left out by filter"
                     yield result, None
                     continue
-                row = map_columns(source, row)
+                whole, row = row, map_columns(source, row)
             except LabelError as error:
                 if mapped:
                     raise
@@ -143,6 +155,12 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
                 raise DataError(f"{source.path}: {error}") from error
             mapped = True
             form = form or detect_format(source, row)
+            # Plain text has no place for a system text or tools.
+            read_as = "raw" if _is_raw(preparation, source, form) else form
+            if checked != read_as:
+                check_columns(source, read_as)
+                checked = read_as
+            result.unread = unread_columns(source, read_as, whole)
             yield result, _render(preparation, source, form, row, result)
         except LabelError as error:
             yield result, error
@@ -151,16 +169,22 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
             return
 
 
+def _is_raw(preparation: Preparation, source: DataSource, form: str) -> bool:
+    """True if prompts and completions are plain text, without the chat template."""
+    return source.raw or (form == "prompt_completion" and preparation.chat.tokenizer.chat_template is None)
+
+
 def _render(
     preparation: Preparation, source: DataSource, form: str, row: Row, result: RowResult
 ) -> list[RenderedChat] | Encoded:
     chat, train_on = preparation.chat, preparation.section.train_on
-    if source.raw or (form == "prompt_completion" and chat.tokenizer.chat_template is None):
+    if _is_raw(preparation, source, form):
         converted: Row = {"prompt": row.get("prompt"), "completion": row.get("completion")}
         if not all(isinstance(text, str) for text in converted.values()):
             raise LabelError("its prompt or completion is not text")
     else:
         converted = FORMATS[form](row)
+        result.unread += converted.get("unread", [])
     if "messages" in converted:
         if train_on == "completion" and form != "prompt_completion":
             raise DataError(
@@ -205,8 +229,20 @@ def _render_messages(
             raise LabelError("the assistant's text is empty", message=i)
     if chats[-1].tools and chat.render(messages) == chats[-1].text:
         result.mended.append(TOOLS_NOT_RENDERED)
-    result.language = language("".join(message["content"] for message in messages))
+    result.unread += _keys_not_rendered(chat, chats[-1])
+    result.language = language("".join("".join(texts_in(message["content"])) for message in messages))
     return chats
+
+
+def _keys_not_rendered(chat: Chat, rendered: RenderedChat) -> Iterator[str]:
+    """Yields the keys of messages that go to the template, which leaves them out."""
+    for key in ("name", "tool_call_id"):
+        if any(key in message for message in rendered.messages):
+            messages = [{k: v for k, v in m.items() if k != key} for m in rendered.messages]
+            # A template that fails without a key reads it.
+            with contextlib.suppress(LabelError):
+                if chat.render(messages, tools=rendered.tools) == rendered.text:
+                    yield f"messages.{key}"
 
 
 def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
@@ -285,7 +321,7 @@ def _labelled(
                 raise DataError(
                     f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip"
                 ) from error
-            result.pieces, result.lost = [], 0
+            result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
 

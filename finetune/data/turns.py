@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from os.path import commonprefix
 from typing import Any, Protocol
 
+from finetune.data.tool_answers import check_answer_rendered
 from finetune.system.errors import LabelError, TurnRewrittenLater
 
 Message = dict[str, Any]
@@ -59,7 +60,7 @@ def without_train_key(message: Message) -> Message:
 
 def authored_texts(message: Message) -> Iterable[str]:
     """The strings of a message that its author wrote: all but its role."""
-    if is_text_only(message):
+    if is_text_only(message) and isinstance(message["content"], str):
         return [message["content"]]
     return texts_in([value for key, value in message.items() if key != "role"])
 
@@ -97,7 +98,7 @@ def trained_messages(messages: Sequence[Message], train_on: str) -> list[int]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise LabelError(f"unknown role {role!r}", f"known are {', '.join(ROLES)}", i)
-        if not isinstance(content, str):
+        if not isinstance(content, str) and not (role == "tool" and isinstance(content, dict | list)):
             raise LabelError(f"its content is {type(content).__name__}, not text", message=i)
         if role == "assistant":
             assistant.append(i)
@@ -117,6 +118,9 @@ def check_all_rendered(messages: Sequence[Message], text: str) -> None:
         LabelError: The template leaves out or changes a message's text.
     """
     for i, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            check_answer_rendered(message["content"], text, i)
+            continue
         content = message["content"].strip()
         if message["role"] == "assistant" or content in text:
             continue
@@ -204,7 +208,10 @@ def turn_end(
         reason = "the chat template changes the assistant's text, so its tokens cannot be found"
         raise LabelError(reason, message=i)
     # An assistant message without text stays so: gpt-oss's template takes none beside reasoning and a call.
-    empty = [m["role"] == "assistant" and not m["content"].strip() for m in later]
+    empty = [
+        not isinstance(m["content"], str) or (m["role"] == "assistant" and not m["content"].strip())
+        for m in later
+    ]
     fenced = [m if e else m | {"content": _FENCE + m["content"]} for m, e in zip(later, empty, strict=True)]
     if fenced and _FENCE in _split_behind_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
         raise LabelError("the chat template writes a later message inside its turn", message=i)
@@ -270,6 +277,7 @@ def _assistant_parts(message: Message) -> Iterator[tuple[str, str]]:
     """Yields each part of an assistant message: its name for an error, and its text."""
     yield "text", message["content"]
     yield "thinking", message.get("reasoning_content") or ""
+    yield "tool plan", message.get("tool_plan") or ""
     for call in message.get("tool_calls") or ():
         yield "tool call", str(call.get("function", call).get("name", ""))
 
@@ -299,6 +307,8 @@ def _marked(message: Message) -> tuple[Message, dict[str, str]]:
         marked["content"] = mark(message["content"], "text")
     if message.get("reasoning_content"):
         marked["reasoning_content"] = mark(message["reasoning_content"], "thinking")
+    if message.get("tool_plan"):
+        marked["tool_plan"] = mark(message["tool_plan"], "tool plan")
     if calls:
         marked["tool_calls"] = [
             each | {"function": call(each["function"])} if "function" in each else call(each)

@@ -48,4 +48,5 @@ def _texts(source: DataSource) -> Iterator[str]:
         except LabelError:
             continue
         first = messages[0] if messages and not source.raw else {}
-        yield first["content"] if first.get("role") == "system" else ""
+        content = first["content"] if first.get("role") == "system" else ""
+        yield content if isinstance(content, str) else ""
