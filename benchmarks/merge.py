@@ -157,7 +157,7 @@ def peak(whose: int) -> float:
 
 
 def apart(part: Callable[..., Any], *arguments: object) -> dict[str, Any]:
-    """What `part` finds in a process of its own, and the seconds of the whole process."""
+    """The result of `part` in a separate process, and the seconds of the whole process."""
     command = [sys.executable, __file__, f"--part={part.__name__}", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name not in THREADS}
     begun = time.perf_counter()

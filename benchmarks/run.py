@@ -68,7 +68,7 @@ def make(work: Path) -> Path:
 
 
 def bare(recipe_path: str, output: str, size: int) -> None:
-    """What one writes without us: the same rows, adapter and settings in trl's trainer."""
+    """The script that a user of trl writes: the same rows, adapter and settings in trl's trainer."""
     import peft
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one cache of tiny models, one thread, forked processes, recipes on disk."""
+"""Shared by all tests: no network, one cache of tiny models, one thread, forked processes, recipes on disk."""
 
 import os
 import sys

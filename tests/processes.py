@@ -100,7 +100,7 @@ class Processes:
 
 
 def environment(config: str, ranks: int) -> dict[str, str]:
-    """What `accelerate launch --config_file accelerate_configs/CONFIG` sets for its processes."""
+    """The variables that `accelerate launch --config_file accelerate_configs/CONFIG` sets for its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

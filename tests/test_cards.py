@@ -55,7 +55,7 @@ def tiny(kind: str) -> Any:
 
 
 def counted(model: Any, rows: int, length: int) -> int:
-    """What torch counts of a forward and a backward pass in which each token scores, and what of it is attention's."""
+    """torch's count of a forward and a backward pass in which each token scores, and attention's share of it."""
     model.enable_input_require_grads()  # else the first layer leaves out a gradient that only it does
     ids = torch.randint(1, SIZE["vocab_size"], (rows, length))
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""What a recipe may change between two starts of a run, in the exact words; nothing changes in silence."""
+"""Changes of a recipe between two starts of a run: which are allowed, in the exact words; none is silent."""
 
 import dataclasses
 import inspect
@@ -25,7 +25,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 def going_on(
     old: Recipe | str, new: Recipe, same_rows: bool = True, processes: tuple[int, int] = (1, 1)
 ) -> list[str]:
-    """What is said when a run goes on with another recipe, each change by itself."""
+    """The lines logged when a run is resumed with another recipe, one for each change."""
     saved = Path("saved.yaml")
     saved.write_text(old if isinstance(old, str) else old.to_yaml(), encoding="utf-8")
     said: list[str] = []
@@ -36,7 +36,7 @@ def going_on(
 
 
 def refusal(*arguments: Any, **options: Any) -> str:
-    """What is refused, without what is the same in all of these messages."""
+    """The refused change, without the words that all of these messages share."""
     with pytest.raises(RunError) as caught:
         going_on(*arguments, **options)
     before, after = "training.resume_from_checkpoint: ", ", with which the checkpoint cannot be resumed; "

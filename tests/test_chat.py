@@ -1,4 +1,4 @@
-"""What is trained on, to the character, for templates known and unknown."""
+"""The trained text, to the character, for templates known and unknown."""
 
 import copy
 import importlib.util

@@ -59,7 +59,7 @@ def written_command(path: Path) -> list[str]:
 
 
 def launch(path: Path, *flags: str) -> tuple[argparse.Namespace, dict[str, str]]:
-    """What `accelerate launch` would start: torchrun's arguments (none for one process), and the variables it sets."""
+    """torchrun's arguments (none for one process) and the variables that `accelerate launch` would set."""
     command = ["--config_file", str(path), *flags, "-m", "finetune", "recipe.yaml"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert {args.tpu, args.use_deepspeed, args.use_megatron_lm} == {False}
@@ -212,7 +212,7 @@ def test_keys_that_accelerate_does_not_read(
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FullyShardedDataParallelPlugin]:
-    """What accelerate makes, in a process that it has launched, of one of the sharded files."""
+    """The plugin that accelerate makes of one of the sharded files, in a process that it has launched."""
 
     def make(stem: str = "fsdp", **variables: str) -> FullyShardedDataParallelPlugin:
         _, environment = launch(ROOT / "accelerate_configs" / f"{stem}.yaml", "--main_process_ip", "10.0.0.1")

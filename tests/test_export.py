@@ -544,7 +544,7 @@ def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nea
 def test_models_are_measured_and_planned_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, request: pytest.FixtureRequest
 ) -> None:
-    """What processes find that start as users' do is what forked ones find."""
+    """Processes that start cold, as users' do, find the same as forked ones."""
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
     request.getfixturevalue("cold")

@@ -1,4 +1,4 @@
-"""What llama.cpp says of a GGUF file: the figures of a right one beside transformers', and what wrong ones show."""
+"""llama.cpp's figures of a GGUF file: those of a right one beside transformers', and those of wrong ones."""
 
 import importlib.util
 import json
@@ -78,7 +78,7 @@ def rows(tokenizer: Any) -> list[LabelledRow]:
 
 @pytest.fixture(scope="module")
 def kept(model: Any, rows: list[LabelledRow], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What transformers predicts."""
+    """The predictions of transformers."""
     place = tmp_path_factory.mktemp("kept") / "reference.bin"
     score(model, rows, keep=place)
     return place
@@ -106,7 +106,7 @@ def prompts_of(tokenizer: Any) -> list[TokenizedText]:
 
 
 def likeliest(model: Any, prompt: list[int], answer: list[int]) -> bool:
-    """Whether each token of an answer is the likeliest one behind those before it.
+    """True if each token of an answer is the likeliest one behind those before it.
 
     The server's cache is rounded to float16, as its users have it: what lies nearer than that may change places.
     """

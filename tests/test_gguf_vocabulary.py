@@ -316,7 +316,7 @@ def test_other_differences_are_told(tmp_path: Path) -> None:
 
 
 def swap(metadata: dict[str, Any], name: str, first: str, second: str) -> None:
-    """What two tokens have under a key, each to the other."""
+    """Swaps the values of two tokens under a key."""
     tokens, values = list(metadata[K + "tokens"]), metadata[K + name]
     i, j = tokens.index(first), tokens.index(second)
     values[i], values[j] = values[j], values[i]

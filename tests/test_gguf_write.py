@@ -216,7 +216,7 @@ def asked(
 
 
 def tolerance(name: str) -> float:
-    """Of logits that spread by 1: llama.cpp looks Gemma's GELU up in a table of float16."""
+    """The tolerance for logits that spread by 1: llama.cpp looks Gemma's GELU up in a table of float16."""
     return 0.005 if name.startswith("gemma") else 2e-5
 
 

@@ -70,6 +70,26 @@ def test_no_module_is_imported_by_one_that_it_imports() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
+def test_no_docstring_begins_with_a_riddle() -> None:
+    """A docstring says what a function returns or does, in a sentence with a subject and a verb."""
+    found = []
+    for folder in ("finetune", "tests", "benchmarks", "docs"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                # Attributes of a class have docstrings, too.
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    texts = (n.value for n in node.body if isinstance(n, ast.Expr))
+                    texts = (
+                        n.value.strip()
+                        for n in texts
+                        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                    )
+                    found += [
+                        f"{file}: {text}" for text in texts if text.startswith(("What ", "Whether ", "Of "))
+                    ]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     "command", ["import finetune", "from finetune.cli.commands import main; main(['--help'])"]
 )

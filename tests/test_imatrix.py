@@ -84,7 +84,7 @@ def tiny(family: str) -> Any:
 
 
 def by_hand(model: Any, rows: list[list[int]]) -> Sums:
-    """What each weight of a layer is multiplied by, a row at a time, squared and summed by numpy in float64."""
+    """The inputs of each weight of a layer, a row at a time, squared and summed by numpy in float64."""
     own = {id(weight): name for name, weight in model.named_parameters()}
     seen: dict[str, list[Any]] = {}
     plain = torch.nn.functional.linear
@@ -513,7 +513,7 @@ def test_a_matrix_of_another_model_is_refused(family: str, tmp_path: Path) -> No
 
 @pytest.fixture
 def run(tmp_path: Path, write_recipe: Callable[..., Path]) -> Path:
-    """What calibration reads of a run: its recipe and its tokenizer; a quarter of the rows is held out."""
+    """The files of a run that calibration reads: its recipe and its tokenizer; a quarter of the rows is held out."""
     folder = tmp_path / "run"
     shutil.copytree(locate("random:gemma3"), folder)
     data = {"train": [{"path": str(SAMPLE)}], "eval_fraction": 0.25}
@@ -708,7 +708,7 @@ def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> Non
             def error(
                 matrix: Any, weight: Any = weight, kind: Any = kind, square: Any = theirs[name]
             ) -> float:
-                """What the layer's outputs lose on the other rows."""
+                """The error of the layer's outputs on the other rows."""
                 rounded = dequantize(quantize_rows(kind, weight, matrix), kind)
                 return float(((weight - rounded) ** 2 * square).sum())
 

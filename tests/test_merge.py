@@ -304,7 +304,7 @@ BASES += ["random:gemma", "random:gemma2", "random:gemma3", "random:llama"]
 
 
 def fits(base: str, kind: str) -> bool:
-    """Whether a base has the layers that the kind is of."""
+    """True if a base has the layers that this kind needs."""
     if base == "gpt2" or kind.startswith("conv1d"):
         return base == "gpt2" and kind.startswith("conv1d")
     if kind in ("experts", "some experts", "router"):
@@ -658,7 +658,7 @@ def test_tensors_that_are_no_part_of_the_model_are_kept_as_they_are(base_of: Loc
 
 
 def test_planning_tensors_leaves_the_changes_of_the_adapters_as_they_are() -> None:
-    """Of two tied tensors the one that follows takes over the other's changes only in what is returned."""
+    """The second of two tied tensors takes over the first one's changes only in the returned plan."""
     stored = read_headers(Path(locate("random:gemma3")))
     config = AutoConfig.from_pretrained(locate("random:gemma3"))
     model, types = tensor_map.skeleton(config, torch.float32, False)
@@ -672,7 +672,7 @@ def test_planning_tensors_leaves_the_changes_of_the_adapters_as_they_are() -> No
 
 
 def test_a_plan_passes_between_processes_as_it_is(base_of: Locate, tmp_path: Path) -> None:
-    """Of fused experts, too, and without transformers in the process that asks for it."""
+    """Also with fused experts, and without transformers in the calling process."""
     make_run(base_of("mixtral"), tmp_path / "run", **KINDS["all linear"])
     run = str(tmp_path / "run")
     request = MergeRequest(run, ((run, 0.1),), str(tmp_path), dtype="bfloat16")

@@ -82,7 +82,7 @@ def tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def go(tmp_path_factory: pytest.TempPathFactory) -> Go:
-    """What Go makes of a Modelfile and conversations: `text`, `error`, `commands`."""
+    """Go's rendering of conversations by a Modelfile: `text`, `error`, `commands`."""
     if not shutil.which("go"):
         pytest.skip("go is not installed; Debian's golang-go has it")
     program = tmp_path_factory.mktemp("go") / "ollama_template"
@@ -105,7 +105,7 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Go:
 
 
 def trained(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """What the tokenizer's own template makes of a conversation, without the BOS that is added when tokenising."""
+    """A conversation rendered by the tokenizer's own template, without the BOS that is added when tokenising."""
     options = {"add_generation_prompt": True} | options
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return text.removeprefix("<bos>")
@@ -206,7 +206,7 @@ def test_a_role_that_the_template_has_not_is_told(tokenizer: Callable[..., Any],
 
 @pytest.mark.parametrize("template", ["gemma2_system", "gemma3", "llama3", "chatml"])
 def test_the_system_text_arrives(template: str, tokenizer: Callable[..., Any], go: Go) -> None:
-    """What a Modelfile can hold is its SYSTEM; what it cannot stands in the template. Either way a user's own wins."""
+    """A system text that a Modelfile can hold is its SYSTEM; any other is in the template. A user's own replaces it."""
     own = tokenizer(template)
     for system in [*SYSTEMS[:-1], '"', 'a"', '"""', 'x"""\n', "a\u200bb", "\tindented\n\n", "café ☕"]:
         file = modelfile_text(own, "model.gguf", add_bos=True, system=system)

@@ -1,4 +1,4 @@
-"""What a recipe may say, and the exact words for what it may not."""
+"""Valid recipes, and the exact words for invalid ones."""
 
 # ruff: noqa: E501 (a fault is one line, and easier to read as one)
 

@@ -395,7 +395,7 @@ TINY: Options = {
 
 
 def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
-    """What a user would write to try a recipe on a tiny model, a CPU and rows of the same schema."""
+    """The overrides to try a recipe on a tiny model, a CPU and rows of the same schema."""
     values: Options = {
         "model.name_or_path": base,
         "model.dtype": "float32",
@@ -436,7 +436,7 @@ def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
-    """Of the model that was trained, as it was in memory when training ended: its logits, whether it was quantised."""
+    """The logits of the trained model as it was in memory when training ended, and whether it was quantised."""
     found: Options = {}
     finish = finetune.train.run._save_finished_run
 

@@ -377,7 +377,7 @@ def trl_runs(name: str, messages: Messages, tools: Any = None) -> tuple[list[int
 
 
 class Verdict(NamedTuple):
-    """What must come out of a conversation."""
+    """The expected result of a conversation."""
 
     input_ids: list[int]
     labels: list[int]
@@ -446,13 +446,13 @@ def squeezed(text: str) -> str:
 
 
 def written(text: str, where: str) -> bool:
-    """Whether all of a text but its blanks is there, as it is or as JSON."""
+    """True if all of a text but its blanks is there, as it is or as JSON."""
     forms = text, json.dumps(text, ensure_ascii=False)[1:-1]
     return any(squeezed(form) in squeezed(where) for form in forms)
 
 
 def hides(name: str, messages: Messages, i: int, tools: Any) -> bool:
-    """Whether the template leaves out the thinking, or the text beside a call: a word put there does not show."""
+    """True if the template leaves out the thinking, or the text beside a call: a word put there does not show."""
     message = messages[i]
     keys = ["reasoning_content"] if message.get("reasoning_content", "").strip() else []
     keys += ["content"] if message["content"] and "tool_calls" in message else []
@@ -790,7 +790,7 @@ def test_calls_that_are_hard_to_tell(name: str) -> None:
 
 
 def test_each_exception_is_met() -> None:
-    """What the table lists is there to be seen, so that an exception goes when trl's template does."""
+    """Each exception in the table occurs, so that it is removed when trl's template is."""
     talks = [*THOUGHT.values(), TWO, talk("Hi", " Hello!"), WRITTEN_OUT]
     for name, why in EXCEPTIONS.items():
         parts = set()

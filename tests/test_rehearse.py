@@ -64,12 +64,12 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """What each pass was given and what gradients stood before and after it; the memory check's is the first."""
+    """The inputs of each pass, and the gradients before and after it; the memory check's pass is the first."""
     seen: list[SimpleNamespace] = []
     step = SFTTrainer.training_step
 
     def gradients(model: Any) -> list[bool | None]:
-        """Of each trained parameter: no gradient, only zeros, or more."""
+        """The state of each trained parameter's gradient: none, only zeros, or more."""
         trained = [p for p in model.parameters() if p.requires_grad]
         return [None if p.grad is None else bool(p.grad.any()) for p in trained]
 

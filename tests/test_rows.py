@@ -250,7 +250,7 @@ def test_json_in_tiny_pieces_is_what_json_loads_gives(values: list[Any], dumps: 
 @example('[{"a": 1}, 1e')
 @example("[\\u")
 def test_any_text_is_read_alike_in_all_pieces(text: str) -> None:
-    """What is told does not depend on where a piece ends, and is a fault just where `json.loads` finds one."""
+    """The result does not depend on where a piece ends, and is a fault just where `json.loads` finds one."""
     got = parsed(text.encode(), 1000)
     assert all(repr(parsed(text.encode(), piece)) == repr(got) for piece in (1, 2, 3))
     try:
@@ -675,7 +675,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d", "param
 
 
 def message(**keys: Any) -> dict[str, Any]:
-    """What one assistant message becomes."""
+    """The message that one assistant message becomes."""
     (got,) = FORMATS["messages"]({"messages": [{"role": "assistant", "content": "a", **keys}]})["messages"]
     return {key: value for key, value in got.items() if (key, value) != ("content", "a")}
 

@@ -1,4 +1,4 @@
-"""What is lawful for a model on a device: faked cards, and tiny models of each architecture, really computed."""
+"""Supported settings of a model on a device: faked GPUs, and tiny models of each architecture, really computed."""
 
 import importlib.util
 import json

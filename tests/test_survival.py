@@ -365,7 +365,7 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
 
 
 def test_what_an_optimizer_keeps_in_8_bits_is_kept_so(write_recipe: Write) -> None:
-    """Of tensors of 4096 numbers and more; of smaller ones bitsandbytes keeps all 32."""
+    """For tensors of at least 4096 numbers; bitsandbytes keeps smaller ones in 32 bits."""
     path = write_recipe(
         lora=None, training={"optim": "adamw_8bit", "save_strategy": "steps", "save_steps": 2}
     )

@@ -1,4 +1,4 @@
-"""What every package uses: errors, fresh processes, complete files and folders, sizes and durations."""
+"""Used by every package: errors, fresh processes, complete files and folders, sizes and durations."""
 
 import importlib
 import json
@@ -79,7 +79,7 @@ def test_every_error_of_ours_can_be_told_from_a_defect() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, and how often."""
+    """A task, and how often to do it."""
 
     what: str
     times: int = 1
@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it."""
+    """The result."""
 
     process: int
     texts: list[str]

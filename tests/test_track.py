@@ -1,4 +1,4 @@
-"""What trackers hold of a run: read back from the files that they write themselves."""
+"""The data of a run in trackers, read back from the files that they write themselves."""
 
 import json
 import os
@@ -26,7 +26,7 @@ TWICE = {
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run sets for its trackers ends with the test; nothing leaves this machine."""
+    """Variables that a run sets for its trackers end with the test; nothing leaves this machine."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TENSORBOARD_"))]:
         monkeypatch.delenv(name)

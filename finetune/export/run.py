@@ -294,7 +294,7 @@ def _dtype(model: Path) -> str:
 
 
 def _notes(models: Sequence[ModelFigures], source: str) -> list[str]:
-    """What the table's columns mean, and which of two ways to merge is better."""
+    """Notes below the table: the meaning of its columns, and which of two ways to merge is better."""
     tokens = max((model.get("tokens", 0) for model in models), default=0)
     compared = max((model.get("compared", 0) for model in models), default=0)
     distances = f"KL (nats a token) and top-1: of the first {compared:,}, against the model named in the last column. "

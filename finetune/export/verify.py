@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Task:
-    """What the fresh process gets."""
+    """The argument of the fresh process."""
 
     job: Job
     rows: list[LabelledRow]

@@ -276,7 +276,7 @@ def plan_tensors(
 
 @dataclass(frozen=True)
 class _Ties:
-    """What becomes of tied tensors.
+    """The tied tensors of a checkpoint, and how each is written.
 
     Attributes:
         changes: All changes by name in memory, with those that tied tensors take over.

@@ -41,7 +41,7 @@ class Generator:
     compiled: bool = False
 
     def _cache(self) -> dict[str, Any]:
-        """What makes `generate` compile: a cache of fixed size."""
+        """Arguments with which `generate` can be compiled: a cache of fixed size."""
         if not self.compiled:
             return {}
         from transformers import CompileConfig
@@ -51,7 +51,7 @@ class Generator:
         return {"cache_implementation": "static", "compile_config": config}
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """What the model is fed before its answer: the rendered conversation, or the bare text without a template."""
+        """The token ids before an answer: of the rendered conversation, or of the bare text without a template."""
         tokenizer = self.chat.tokenizer
         if tokenizer.chat_template is None:
             return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])

@@ -173,7 +173,7 @@ def read_tensor(
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are; a sum tells in a fiftieth of the time, unless it overflows itself."""
+    """True if all numbers are finite. Their sum shows it in a fiftieth of the time, unless the sum overflows."""
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
 

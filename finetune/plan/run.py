@@ -24,7 +24,7 @@ from finetune.system.terminal import Say
 
 @dataclass
 class HardwareFit:
-    """Whether a recipe fits one GPU, or each of several, or this machine's CPU.
+    """The result for one GPU, for each of several, or for this machine's CPU: does the recipe fit.
 
     Attributes:
         hardware: The GPU or CPU.
@@ -178,7 +178,7 @@ class _Candidates:
         return predictor, settings, fit
 
     def fit(self, hardware: Hardware) -> HardwareFit:
-        """Whether and how the recipe fits; under FSDP where there are several GPUs."""
+        """Returns if and how the recipe fits; under FSDP on several GPUs."""
         try:
             predictor, settings, fit = self.sharded(hardware)
             fit.required = predictor.required_memory(settings)

@@ -129,6 +129,9 @@ class FakeModel:
 
         Args:
             width: Bytes of each weight; quantised weights have their own.
+
+        Raises:
+            PlanError: The decoder layers cannot be found.
         """
 
         def size(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -78,9 +78,9 @@ class DataSection(BaseModel):
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
     """The tokens that are trained on; absent: assistant, completion or all, by the format."""
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
-    """What happens to a row longer than `training.max_length`."""
+    """The treatment of a row longer than `training.max_length`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens to a row that cannot be read or whose labels cannot be proved."""
+    """The treatment of a row that cannot be read or whose labels cannot be proved."""
     merge_same_role: bool = False
     """Merges consecutive messages of one role."""
     deduplicate: bool = True
@@ -127,9 +127,9 @@ class PricesSection(BaseModel):
     model_config = _SECTION
 
     input: Annotated[float, Field(ge=0)]
-    """Of the prompt."""
+    """Price of the prompt."""
     output: Annotated[float, Field(ge=0)]
-    """Of the reply."""
+    """Price of the reply."""
 
 
 class JudgeSection(BaseModel):

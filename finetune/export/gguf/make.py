@@ -52,7 +52,7 @@ class GgufPlan:
     model: Path
     """A folder with a whole model."""
     types: Sequence[str]
-    """Of `export_formats.GGUF_TYPES`."""
+    """Some of `export_formats.GGUF_TYPES`."""
     name: str
     """The files are called `NAME-TYPE.gguf`."""
     tokenizer: TokenizerMetadata

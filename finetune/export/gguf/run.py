@@ -110,7 +110,7 @@ def prepare_gguf(
 
 
 def _file_stem(model: Path) -> str:
-    """What the files are called: the run's name, with that of a checkpoint behind it."""
+    """The first part of the files' names: the run's name, followed by the checkpoint's."""
     place = model.resolve()
     return f"{place.parent.name}-{place.name}" if place.name.startswith("checkpoint-") else place.name
 

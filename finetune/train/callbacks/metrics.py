@@ -132,7 +132,11 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
 
 
 def draw_losses(metrics: Path, into: Path) -> None:
-    """Draws the training and evaluation losses by step as a PNG."""
+    """Draws the training and evaluation losses by step as a PNG.
+
+    Raises:
+        RunError: A line of `metrics.jsonl` is damaged.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -88,7 +88,11 @@ def check_fits(importance: Importance, model: Path, source: str) -> None:
 
 
 def without_zeros(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
-    """The sums with each 0 replaced by the least sum of its weight; see `Importance`."""
+    """The sums with each 0 replaced by the least sum of its weight; see `Importance`.
+
+    Raises:
+        ExportError: Every input of a tensor is zero.
+    """
     found = {}
     for name, own in sums.items():
         hit = own > 0

@@ -229,12 +229,20 @@ class Llama:
         return list(ids[:count])
 
     def logits(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """Yields the logits (V) at each position of a row."""
+        """Yields the logits (V) at each position of a row.
+
+        Raises:
+            LlamaCppError: llama.cpp cannot compute the tokens.
+        """
         self.reset()
         yield from self.feed(ids, [True] * len(ids))
 
     def reset(self) -> None:
-        """Forgets the tokens fed so far."""
+        """Forgets the tokens fed so far.
+
+        Raises:
+            LlamaCppError: llama.cpp cannot make a context of this size.
+        """
         self._make_context()
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         self._past = 0

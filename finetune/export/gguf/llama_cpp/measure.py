@@ -49,7 +49,7 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What GGUF files of one model are measured on, and the predictions that they are compared with."""
+    """The rows and texts that a model's GGUF files are measured on, and the predictions that they are compared with."""
 
     rows: list[LabelledRow]
     """Rows that a file predicts; it also answers the prompts of the first ten."""
@@ -71,7 +71,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class _Task:
-    """What the fresh process gets."""
+    """The argument of the fresh process."""
 
     file: Path
     measurement: Measurement
@@ -159,7 +159,7 @@ def _load_and_measure(task: _Task) -> ModelFigures:
 
 
 def _scores(file: Path, on: Measurement) -> tuple[ModelFigures, int]:
-    """What `Llama` shows of a file: predictions and token ids; and for how many tokens the model was made."""
+    """Predictions and token ids of a GGUF file, and the context length that it was made for."""
     started = time.monotonic()
     every = [*on.rows, *(row for rows in on.groups.values() for row in rows)]
     with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:

@@ -74,13 +74,20 @@ class Server:
         """A conversation rendered by the file's template, without the BOS that `tokenize` adds.
 
         One that ends with an answer is rendered as it is; any other with the generation prompt.
+
+        Raises:
+            LlamaCppError: The server refuses the request.
         """
         ends = bool(messages) and messages[-1]["role"] == "assistant"
         request = {"messages": list(messages), "add_generation_prompt": not ends}
         return str(self._post("/apply-template", request)["prompt"])
 
     def tokenize(self, rendered: str) -> list[int]:
-        """The token ids with which llama.cpp begins an answer to a rendered prompt."""
+        """The token ids with which llama.cpp begins an answer to a rendered prompt.
+
+        Raises:
+            LlamaCppError: The server refuses the request.
+        """
         request = {"content": rendered, "add_special": True, "parse_special": True}
         return list(self._post("/tokenize", request)["tokens"])
 
@@ -95,6 +102,9 @@ class Server:
         Returns:
             `ids` with the token that ended it, `text`, `ended` (by itself), tokens per second of the prompt
             (`prompt_speed`) and of the answer (`speed`).
+
+        Raises:
+            LlamaCppError: The server refuses the request.
         """
         request = {
             "prompt": prompt if isinstance(prompt, str) else list(prompt),

@@ -57,7 +57,7 @@ class TokenizerMetadata(NamedTuple):
     """Text, flags, ids (uint32) and lists, by their keys. Lists are of strings (tokens, merges), floats (scores:
     float32) and ints (token_type, eos_token_ids: int32)."""
     differences: list[Difference]
-    """What llama.cpp does otherwise with it than the trained tokenizer; often nothing."""
+    """Where llama.cpp's tokenizer will differ from the trained one; often empty."""
 
     @property
     def add_bos(self) -> bool:
