@@ -28,6 +28,7 @@ pytestmark = [
     ),
 ]
 LIMIT = 96  # tokens in which an answer must end
+RECIPE = "recipes/quickstart.yaml"
 PROMPTS = (ROOT / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -41,10 +42,16 @@ def finetune(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained for a fifth of the recipe's steps, which is enough to learn to stop."""
-    run = tmp_path_factory.mktemp("gemma") / "run"
-    finetune("train", "recipes/quickstart.yaml", f"training.output_dir={run}", "training.max_steps=16")
-    return run
+    """Trained by the quickstart's recipe on the shorter of its rows, for fewer steps; tier `soak` has all of it."""
+    folder = tmp_path_factory.mktemp("gemma")
+    lines = (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    texts = ["".join(message["content"] for message in json.loads(line)["messages"]) for line in lines]
+    short = [line for line, text in zip(lines, texts, strict=True) if len(text.encode()) <= 320]
+    (folder / "rows.jsonl").write_text("".join(short), encoding="utf-8")
+    # Ten of the rows are held out, to compare exports on.
+    rows = [f"data.train.0.path={folder / 'rows.jsonl'}", "data.eval_fraction=0.2"]
+    finetune("train", RECIPE, *rows, f"training.output_dir={folder / 'run'}", "training.max_steps=32")
+    return folder / "run"
 
 
 def answers(run: Path, adapter: bool = True) -> list[tuple[str, bool]]:
@@ -78,13 +85,13 @@ def assert_it_learned(run: Path, loss: float, ended: int) -> None:
 
 @pytest.mark.usefixtures("user_cache")
 def test_held_out_loss_falls_and_it_stops_where_the_base_does_not(trained: Path) -> None:
-    assert_it_learned(trained, loss=0.4, ended=6)
+    assert_it_learned(trained, loss=0.6, ended=6)
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("user_cache")
 def test_the_quickstart_as_it_is_shipped(tmp_path: Path) -> None:
-    finetune("train", "recipes/quickstart.yaml", f"training.output_dir={tmp_path / 'run'}")
+    finetune("train", RECIPE, f"training.output_dir={tmp_path / 'run'}")
     assert_it_learned(tmp_path / "run", loss=0.6, ended=9)
 
 
