@@ -34,13 +34,25 @@ def examples(count: int) -> int:
 
 
 # The files that take longest, which begin first, so that no worker is idle at the end.
-LONGEST = ("test_gemma", "test_survival", "test_distributed")
+LONGEST = (
+    *(
+        "test_gemma",
+        "test_plan",
+        "test_survival",
+        "test_distributed",
+        "test_evaluate",
+        "test_export",
+        "test_merge",
+    ),
+    *("test_rehearse", "test_rules", "test_recipes_family", "test_notebook", "test_referee", "test_imatrix"),
+    *("test_gguf_write", "test_report", "test_mixture", "test_push"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
-    if getattr(config.option, "dist", "no") == "load":
+    if getattr(config.option, "dist", "no") in ("load", "loadgroup"):
         # `pytest -n 2`: a file's tests stay together and share its fixtures; the order of files is the one below.
         config.option.dist, config.option.loadscopereorder = "loadgroup", False
     if sys.platform == "linux":
