@@ -52,9 +52,9 @@ LONGEST = (
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
-    if getattr(config.option, "dist", "no") in ("load", "loadgroup"):
-        # `pytest -n 2`: a file's tests stay together and share its fixtures; the order of files is the one below.
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+    if getattr(config.option, "dist", "no") == "load":
+        # `pytest -n 2`: a file's tests stay together and share its fixtures; the order of files is LONGEST's.
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
     if sys.platform == "linux":
         server = forks.start_server()  # xdist's workers use it, too
 
@@ -64,14 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(stop)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.stem, len(first)))
-    if hasattr(config, "workerinput"):
-        for item in items:
-            if not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
