@@ -99,14 +99,14 @@ def work(base: str, run: str, output: str) -> dict[str, Any]:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from finetune.merge import plan, tensor_map
-    from finetune.merge.run import merge
+    from finetune.merge import plan
+    from finetune.merge import run as merging
     from finetune.model import load
 
-    assert all((peft, AutoModelForCausalLM, tensor_map, load))
-    plan.plan_in_fresh_process = plan.make_plan
+    assert all((peft, AutoModelForCausalLM, load))
+    merging.plan_in_fresh_process = plan.make_plan
     begun = time.perf_counter()
-    merge(run, output)
+    merging.merge(run, output)
     return {"work": time.perf_counter() - begun}
 
 

@@ -1,4 +1,4 @@
-"""Floating point operations that a training step takes."""
+"""The floating point operations of a training step."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ from typing import Any
 
 from finetune.model.compatibility import non_text_modules
 
+# The names that configs have for the number of a model's experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) -> float:
-    """Floating point operations that a step needs a token: forward and backward, nothing computed a second time.
+    """The floating point operations of a training step per token: forward and backward, without recomputation.
 
-    Two for each weight that the token is multiplied with, two more for the gradient of what went in, and two for the
-    weight's own where it is trained; in attention as many for each token that it looks back at. It is what model FLOPs
-    utilisation counts (Chowdhery et al. 2022, PaLM, appendix B), with the weights that stay frozen taken for what they
-    cost, and each token looking back only as far as it does. Not counted: what is no product of matrices (scans of
-    state space models), the unpacking of 4-bit weights, token rows and norms.
+    For each weight that multiplies the token 2, for the gradient of its input 2 more, and for the weight's own gradient
+    2 more if it is trained; in attention the same for each token that it attends to. This is the numerator of model
+    FLOPs utilisation, but frozen weights count with what they cost, and each token attends only to those before it.
+    Not counted are operations that are no matrix products (scans of state space models), the unpacking of 4-bit
+    weights, token rows and norms.
 
     Args:
-        model: As it is trained, on one process: whole weights, its adapter on it.
-        lengths: How many rows there are of each length in tokens.
-        scored: The share of the tokens whose scores are computed.
+        model: The model as it is trained, with its adapter, on one process with whole weights.
+        lengths: The number of rows of each length in tokens.
+        scored: The share of the tokens whose logits are computed.
 
     Returns:
-        The number; 0 where a model's experts cannot be told.
+        The number; 0 if the number of a model's experts is unknown.
+
+    Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    beside = tuple(f".{name}." for name in non_text_modules(base))
+    skipped = tuple(f".{name}." for name in non_text_modules(base))
     head = {id(p) for p in base.get_output_embeddings().parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     config = base.config.get_text_config()
-    active = _active(config)
-    work = 0.0
+    active = _active_share(config)
+    flops = 0.0
     for name, parameter in model.named_parameters():
         unused = "original_module." in name or "lora_embedding_A" in name or "trainable_tokens" in name
-        if parameter.ndim < 2 or unused or any(part in f".{name}" for part in beside):
+        if parameter.ndim < 2 or unused or any(part in f".{name}" for part in skipped):
             continue
-        state = getattr(parameter, "quant_state", None)  # of a 4-bit weight, which is stored flat
+        # A 4-bit weight is stored flat.
+        state = getattr(parameter, "quant_state", None)
         count = float(state.shape.numel() if state is not None else parameter.numel())
         if id(parameter) in head:
             count *= scored
@@ -48,49 +54,43 @@ def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0)
             if not active:
                 return 0.0
             count *= active
-        work += count * (6 if parameter.requires_grad else 4)
-    return work + _attention(config, lengths)
-
-
-# How configs call the number of a model's experts.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        flops += count * (6 if parameter.requires_grad else 4)
+    return flops + _attention(config, lengths)
 
 
 def first_number(config: Any, *names: str) -> int:
-    """The first of the numbers that a config has, and is not 0; 0 where it has none."""
-    return next((n for name in names if (n := getattr(config, name, None))), 0)
+    """The first of a config's values that is neither missing nor 0; 0 if there is none."""
+    return next((value for name in names if (value := getattr(config, name, None))), 0)
 
 
-def _active(config: Any) -> float:
-    """The share of a model's experts that a token meets; 0 where it cannot be told."""
-    several = first_number(config, *EXPERT_COUNTS)
-    chosen = first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
-    return chosen / several if several else 0.0
+def _active_share(config: Any) -> float:
+    """The share of a model's experts that computes a token; 0 if it is unknown."""
+    experts = first_number(config, *EXPERT_COUNTS)
+    active = first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+    return active / experts if experts else 0.0
 
 
 def _attention(config: Any, lengths: Mapping[int, int]) -> float:
-    """The part of attention's scores and sums, of all its layers."""
+    """The operations per token of the products of queries with keys and of weights with values, of all layers."""
     tokens = sum(length * rows for length, rows in lengths.items())
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    key_and_value = 2 * width
     if getattr(config, "v_head_dim", None) and getattr(config, "qk_nope_head_dim", None):
-        both = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        both = 2 * width
-    work = 0.0
+        key_and_value = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    longest, window = max(lengths, default=0), getattr(config, "sliding_window", None)
+    flops = 0.0
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
             continue
-        window = (getattr(config, "sliding_window", None) if kind == "sliding_attention" else None) or max(
-            lengths, default=0
-        )
-        pairs = sum(rows * _pairs(length, window) for length, rows in lengths.items())
-        work += 6 * heads * both * pairs / max(1, tokens)
-    return work
+        reach = (window if kind == "sliding_attention" else None) or longest
+        pairs = sum(rows * _pairs(length, reach) for length, rows in lengths.items())
+        flops += 6 * heads * key_and_value * pairs / max(1, tokens)
+    return flops
 
 
 def _pairs(length: int, window: int) -> int:
-    """How many tokens those of a row look at, each at itself and back."""
+    """The pairs of a row's tokens of which one attends to the other, or to itself."""
     short = min(length, window)
     return short * (short + 1) // 2 + (length - short) * window

@@ -1,4 +1,7 @@
-"""One weight to bitsandbytes' 4 or 8 bit and back, as a checkpoint stores it and a run computes with it."""
+"""Quantises a weight to bitsandbytes' 4 or 8 bit, as a checkpoint stores it, and back, as a run computes with it.
+
+Suffixes name the dimensions of a tensor: O output features, I input features.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,60 @@ from typing import Any
 
 import torch
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-INT8 = {"load_in_8bit": True}
+NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+INT8: dict[str, Any] = {"load_in_8bit": True}
 
 
 def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a quantised layer, each with the end of its name.
+    """The tensors that a checkpoint stores for a quantised layer, each after the end of its name.
 
     Args:
-        weight: In the type that the rest of the model is stored in.
-        options: `transformers.BitsAndBytesConfig`'s.
-        layer: "linear", or "conv1d", whose weight is stored turned.
+        weight: The layer's weight, in the type that the rest of the model is stored in: (O, I), or (I, O) of a conv1d.
+        options: The arguments of `transformers.BitsAndBytesConfig`.
+        layer: "linear", or "conv1d", whose weight is stored transposed.
 
     Source: transformers 5.23 `integrations/bitsandbytes.py`; bitsandbytes 0.50 `nn/modules.py`, `_save_to_state_dict`.
     """
-    weight = weight.T if layer == "conv1d" else weight
+    weight_OI = weight.T if layer == "conv1d" else weight
     if options.get("load_in_8bit"):
-        packed, scales = _to_int8(weight)
-        yield "weight", packed
-        yield "SCB", scales
+        packed_OI, scales_O = _to_int8(weight_OI)
+        yield "weight", packed_OI
+        yield "SCB", scales_O
         yield "weight_format", torch.tensor(0, dtype=torch.uint8)
         return
-    packed, state = _to_4bit(weight, options)
+    packed, state = _to_4bit(weight_OI, options)
     yield "weight", packed
     for name, tensor in state.as_dict(packed=True).items():
         yield f"weight.{name}", tensor
 
 
 def dequantised(weight: torch.Tensor, options: dict[str, Any], layer: str) -> torch.Tensor:
-    """The values that a run on a quantised base computes with: `weight` rounded and brought back, in its own type."""
+    """The values that a run on a quantised base computes with: `weight` quantised and back, in its shape and type.
+
+    Args:
+        weight: The layer's weight: (O, I), or (I, O) of a conv1d.
+        options: The arguments of `transformers.BitsAndBytesConfig`.
+        layer: "linear", or "conv1d", whose weight is stored transposed.
+    """
     import bitsandbytes.functional as bnb
 
-    turned = weight.T if layer == "conv1d" else weight
+    weight_OI = weight.T if layer == "conv1d" else weight
+    values_OI: torch.Tensor
     if options.get("load_in_8bit"):
-        packed, scales = _to_int8(turned)
-        values: torch.Tensor = bnb.int8_vectorwise_dequant(packed, scales).to(weight.dtype)
+        values_OI = bnb.int8_vectorwise_dequant(*_to_int8(weight_OI)).to(weight.dtype)
     else:
-        packed, state = _to_4bit(turned, options)
-        values = bnb.dequantize_4bit(packed, state)
-    return (values.T if layer == "conv1d" else values).contiguous()
+        values_OI = bnb.dequantize_4bit(*_to_4bit(weight_OI, options))
+    return (values_OI.T if layer == "conv1d" else values_OI).contiguous()
 
 
-def _to_4bit(weight: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+def _to_4bit(weight_OI: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """A weight in 4 bit, two numbers to a byte, and bitsandbytes' `QuantState` of it."""
     import bitsandbytes.functional as bnb
 
     storage = options.get("bnb_4bit_quant_storage") or torch.uint8
     packed: torch.Tensor
     packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
+        weight_OI.contiguous(),
         blocksize=64,
         compress_statistics=bool(options.get("bnb_4bit_use_double_quant")),
         quant_type=options.get("bnb_4bit_quant_type", "fp4"),
@@ -63,8 +72,9 @@ def _to_4bit(weight: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tenso
     return packed, state
 
 
-def _to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in int8, and the largest absolute value of each of its rows, (O,)."""
     import bitsandbytes.functional as bnb
 
-    packed, scales, _ = bnb.int8_vectorwise_quant(weight.contiguous().to(torch.float16))
-    return packed, scales
+    packed_OI, scales_O, _ = bnb.int8_vectorwise_quant(weight_OI.contiguous().to(torch.float16))
+    return packed_OI, scales_O

@@ -1,7 +1,7 @@
-"""Safetensors files read and written a slice at a time, so that no model need ever be in memory.
+"""Safetensors files read and written in slices, so that a model is never whole in memory.
 
-The library's own reader maps whole files, whose pages then count as this process's memory; its writer wants all tensors
-at hand. The format is a length, a JSON header and the bytes, and that is all that is done here.
+The safetensors library maps whole files, whose pages count as this process's memory, and writes only tensors that are
+all in memory. The format is the header's length, a header in JSON and the tensors' bytes.
 
 Source: https://github.com/huggingface/safetensors, "Format".
 """
@@ -26,9 +26,9 @@ from pydantic import PlainSerializer, PlainValidator
 from finetune.system.errors import ModelError
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 
-# What is in memory of a tensor that is only copied or added to.
+# The bytes of a tensor that are in memory at once.
 SLICE = 2 * 2**20
-# How much is written before the disk is told to begin.
+# The bytes after which the disk is told to write what it has.
 _SYNC = 2**28
 _DTYPES = {
     "F64": torch.float64,
@@ -58,7 +58,15 @@ Dtype = Annotated[torch.dtype, PlainValidator(lambda name: getattr(torch, name))
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, type, shape, and its first byte and the one behind its last."""
+    """A tensor's place on disk.
+
+    Attributes:
+        file: The name of its file.
+        dtype: Its type.
+        shape: Its shape.
+        begin: The offset of its first byte in the file.
+        end: The offset after its last byte.
+    """
 
     file: str
     dtype: Dtype
@@ -68,13 +76,22 @@ class StoredTensor:
 
     @property
     def count(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return (self.end - self.begin) // self.dtype.itemsize
 
 
 def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, StoredTensor]:
-    """The tensors of a file whose data begin at `offset`."""
-    found = {}
+    """The tensors that a header describes.
+
+    Args:
+        file: The file's name.
+        header: The header, as JSON.
+        offset: The offset at which the tensors' bytes begin in the file, to which the header's offsets are added.
+
+    Raises:
+        ModelError: A type is unknown, or a tensor has not the bytes that its shape needs.
+    """
+    tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -84,20 +101,17 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
         stored = StoredTensor(
             file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end
         )
-        count = 1
-        for length in stored.shape:
-            count *= length
-        if stored.count != count or (end - begin) % stored.dtype.itemsize:
+        if stored.count != math.prod(stored.shape) or (end - begin) % stored.dtype.itemsize:
             raise ModelError(f"{file} is damaged: {name} has not the bytes that its shape needs")
-        found[name] = stored
-    return found
+        tensors[name] = stored
+    return tensors
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        ShardError: It is missing, cut off or no safetensors file.
+        ModelError: It is missing, cut off or not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -106,32 +120,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or length > size - 8:
                 raise ModelError(f"{path} is damaged: it ends within its header")
             header = json.loads(file.read(length))
-        found = parse_header(path.name, header, 8 + length)
+        tensors = parse_header(path.name, header, 8 + length)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} is damaged, or no safetensors file: {error}") from error
-    end = max((stored.end for stored in found.values()), default=8 + length)
+    end = max((stored.end for stored in tensors.values()), default=8 + length)
     if end != size:
         raise ModelError(f"{path} is damaged: it has {size:,} bytes where its header says {end:,}")
-    return found
+    return tensors
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The weight files of a checkpoint, by its index where it has one.
+    """The names of a checkpoint's weight files, by its index if it has one.
 
     Raises:
-        ShardError: There are none, or a file of the index is missing.
+        ModelError: There are none, the index is damaged, or a file of the index is missing.
     """
     index = folder / WEIGHTS_INDEX
     if not index.exists():
-        names = (
-            [MODEL_WEIGHTS]
-            if (folder / MODEL_WEIGHTS).exists()
-            else sorted(p.name for p in folder.glob("*.safetensors"))
-        )
+        if (folder / MODEL_WEIGHTS).exists():
+            return [MODEL_WEIGHTS]
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
         if not names:
             raise ModelError(f"{folder} holds no .safetensors weights")
         return names
@@ -146,17 +158,31 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, in the order in which they lie in its files."""
-    found: dict[str, StoredTensor] = {}
+    """All tensors of a checkpoint, in the order of their bytes in its files.
+
+    Raises:
+        ModelError: A file is missing or damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
     for name in weight_files(folder):
-        found |= dict(sorted(read_header(folder / name).items(), key=lambda item: item[1].begin))
-    return found
+        tensors |= dict(sorted(read_header(folder / name).items(), key=lambda item: item[1].begin))
+    return tensors
 
 
 def read_tensor(
     descriptor: int, stored: StoredTensor, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """The numbers `start` to `stop` of a tensor, flat; of the whole, in its shape."""
+    """A whole tensor in its shape, or its elements `start` to `stop`, flat.
+
+    Args:
+        descriptor: The open file.
+        stored: The tensor's place in it.
+        start: The first element.
+        stop: The element after the last; None reads the whole tensor.
+
+    Raises:
+        ModelError: The file ends within the tensor.
+    """
     whole = stop is None
     stop = stored.count if stop is None else stop
     out = torch.empty(stop - start, dtype=stored.dtype)
@@ -173,15 +199,22 @@ def read_tensor(
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
+<<<<<<< HEAD
     """True if all numbers are finite. Their sum shows it in a fiftieth of the time, unless the sum overflows."""
+=======
+    """True if no element is NaN or infinite. The sum, which is finite then unless it overflows, is 50 times as fast."""
+>>>>>>> eeb7853 (model: shards, generate, FLOPs, token rows, quantisation in plain words, with the dimensions of tensors in their names; one generate call)
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint's weights that does not depend on how they are spread over files.
+    """A digest of a checkpoint's weights that does not depend on how they are distributed over files.
 
-    Of each tensor it takes name, type, shape and its first, middle and last kilobyte: two models differ in these, and a
-    model of 18 GB is read in a moment.
+    It covers the name, type and shape of each tensor and its first, middle and last kilobyte: enough to tell two models
+    apart, and quick to read for a model of 18 GB.
+
+    Raises:
+        ModelError: A file is missing or damaged.
     """
     tensors = read_headers(folder)
     digest = hashlib.sha256()
@@ -192,22 +225,19 @@ def fingerprint(folder: Path) -> str:
                 files[stored.file] = os.open(folder / stored.file, os.O_RDONLY)
                 stack.callback(os.close, files[stored.file])
             digest.update(f"{name} {stored.dtype} {stored.shape} ".encode())
-            for place in (
-                stored.begin,
-                (stored.begin + stored.end) // 2,
-                max(stored.begin, stored.end - 1024),
-            ):
+            middle, last = (stored.begin + stored.end) // 2, max(stored.begin, stored.end - 1024)
+            for place in (stored.begin, middle, last):
                 digest.update(os.pread(files[stored.file], min(1024, stored.end - place), place))
     return digest.hexdigest()[:32]
 
 
 class ShardWriter:
-    """Writes tensors into shards as they come; the header of a shard is written last, into room that was left for it.
+    """Writes tensors to shards as they come; the header of a shard is written last, into room reserved for it.
 
     Args:
         folder: An empty folder.
-        max_bytes: The size at which a new shard begins; a larger tensor has one for itself.
-        header_bytes: Room for the header, which must hold the names of all tensors that may come.
+        max_bytes: The size in bytes at which a new shard begins; a larger tensor gets a shard of its own.
+        header_bytes: The room for a header, which must suffice for the names of all tensors.
     """
 
     def __init__(self, folder: Path, max_bytes: int, header_bytes: int) -> None:
@@ -221,7 +251,7 @@ class ShardWriter:
         self._small: list[tuple[str, torch.Tensor]] = []
         self._small_bytes = 0
         self._names: set[str] = set()
-        # What is written is forced to the disk while the rest is computed.
+        # Syncs to the disk while further tensors are computed.
         self._syncing = ThreadPoolExecutor(1)
         self._synced: list[Future[None]] = []
         self._unsynced = 0
@@ -229,13 +259,18 @@ class ShardWriter:
     def add(
         self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[torch.Tensor]
     ) -> None:
-        """A tensor, in pieces that follow each other; each is written before the next one is asked for."""
+        """Writes a tensor.
+
+        Args:
+            name: Its name.
+            dtype: Its type.
+            shape: Its shape.
+            pieces: Its consecutive parts; each is written before the next one is requested.
+        """
         shape = tuple(shape)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = dtype.itemsize * math.prod(shape)
         self._begin(name, size)
-        # What would leave the next tensor misaligned waits for the shard's end.
+        # Tensors after which the next one would be misaligned are written at the shard's end.
         if size % 8:
             parts = [piece.reshape(-1).clone() for piece in pieces]
             self._small.append(
@@ -249,19 +284,21 @@ class ShardWriter:
         self._enter(name, dtype, shape, begin, size)
 
     def copy(self, name: str, descriptor: int, stored: StoredTensor) -> None:
-        """A tensor as it lies in a file, byte for byte, without passing through memory where the system can do that."""
+        """Copies a tensor byte for byte, on Linux without reading it into memory.
+
+        Args:
+            name: The name to write.
+            descriptor: The open file to copy from.
+            stored: The tensor's place in it.
+
+        Raises:
+            ModelError: The file ends within the tensor.
+        """
         size = stored.end - stored.begin
         if size % 8 or sys.platform != "linux":
-            step = max(1, SLICE // stored.dtype.itemsize)
-            self.add(
-                name,
-                stored.dtype,
-                stored.shape,
-                (
-                    read_tensor(descriptor, stored, i, min(i + step, stored.count))
-                    for i in range(0, stored.count, step)
-                ),
-            )
+            ranges = row_ranges(stored.count, itemsize=stored.dtype.itemsize)
+            pieces = (read_tensor(descriptor, stored, *part) for part in ranges)
+            self.add(name, stored.dtype, stored.shape, pieces)
             return
         self._begin(name, size)
         begin, done = self._offset, 0
@@ -273,9 +310,9 @@ class ShardWriter:
         self._enter(name, stored.dtype, stored.shape, begin, size)
 
     def close(self) -> None:
-        """Finishes the last shard, gives all their names, writes the index where there are several."""
+        """Finishes the last shard, renames all shards and writes the index if there are several."""
         self._finish()
-        if not self.shards:  # a model without weights is no model, but this is not the place to say so
+        if not self.shards:
             self._begin("", 0)
             self._finish()
         for future in self._synced:
@@ -293,7 +330,7 @@ class ShardWriter:
         (self.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def abort(self) -> None:
-        """Lets go of the open file; the folder is the caller's to remove."""
+        """Closes the open file; the caller removes the folder."""
         if self._file:
             self._file.close()
         self._syncing.shutdown(cancel_futures=True)
@@ -304,11 +341,8 @@ class ShardWriter:
     def _begin(self, name: str, size: int) -> None:
         assert name not in self._names, f"{name} is written twice"
         self._names.add(name)
-        if (
-            self._file
-            and self._offset + self._small_bytes + size > self.max_bytes
-            and (self._header or self._small)
-        ):
+        full = self._offset + self._small_bytes + size > self.max_bytes
+        if self._file and full and (self._header or self._small):
             self._finish()
         if not self._file:
             self._file = self._part(len(self.shards)).open("wb", buffering=0)
@@ -341,9 +375,7 @@ class ShardWriter:
             return
         for name, tensor in sorted(self._small, key=lambda item: -item[1].dtype.itemsize):
             self._write(tensor)
-            self._enter(
-                name, tensor.dtype, tuple(tensor.shape), self._offset, tensor.numel() * tensor.element_size()
-            )
+            self._enter(name, tensor.dtype, tuple(tensor.shape), self._offset, tensor.nbytes)
         self._small, self._small_bytes = [], 0
         text = json.dumps({"__metadata__": {"format": "pt"}} | self._header, separators=(",", ":")).encode()
         assert len(text) <= self.room - 8, "more tensors than there was room for"
@@ -360,7 +392,13 @@ class ShardWriter:
 
 
 def row_ranges(count: int, width: int = 1, itemsize: int = 4) -> Iterator[tuple[int, int]]:
-    """`(start, stop)` over `count` rows of `width` numbers, each about `SLICE` bytes."""
+    """Ranges `(start, stop)` of rows that cover `count` rows, each of about `SLICE` bytes.
+
+    Args:
+        count: The number of rows.
+        width: The number of elements in a row.
+        itemsize: The bytes of an element.
+    """
     step = max(1, SLICE // max(1, width * itemsize))
     for start in range(0, count, step):
         yield start, min(start + step, count)

@@ -1,4 +1,4 @@
-"""Tiny seeded models with a tokenizer trained on the sample rows, for tests and smoke runs."""
+"""Tiny seeded models with a tokenizer that is trained on the sample rows, for tests and smoke runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ RANDOM_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "llama")
 
 
 def make_random(architecture: str, into: Path) -> None:
-    """A seeded model of two layers or four and a byte-level BPE tokenizer trained on the sample rows."""
+    """Saves a seeded model of two or four layers, and a byte-level BPE tokenizer that is trained on the sample rows.
+
+    Args:
+        architecture: One of `RANDOM_ARCHITECTURES`.
+        into: The folder to save to.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -40,14 +45,14 @@ def make_random(architecture: str, into: Path) -> None:
         "eos_token_id": tokenizer.eos_token_id,
     }
     if architecture in ("gemma2", "gemma3"):
-        # Both kinds of attention layer, and a window short enough that ordinary rows reach beyond it.
+        # Both kinds of attention layers, and a window that is shorter than ordinary rows.
         shape |= {"query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 4}
         shape["layer_types"] = ["sliding_attention", "full_attention"] * 2
     config = AutoConfig.for_model("gemma3_text" if architecture == "gemma3" else architecture, **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Trained norms are not 1, and one that is forgotten must show.
+        # Norms as if trained: a test must notice one that is left out.
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, 0.0 if "gemma" in architecture else 1.0, 0.1)
@@ -57,24 +62,16 @@ def make_random(architecture: str, into: Path) -> None:
 
 
 def _train_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer of 1,024 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    special = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        "<start_of_turn>",
-        "<end_of_turn>",
-        "<|im_start|>",
-        "<|im_end|>",
-    ]
+    turn_tokens = ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=special,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", *turn_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,4 +1,7 @@
-"""Embedding rows of a chat template's tokens: which the base never learned, and training them."""
+"""Embedding rows of single tokens: which of a chat template's tokens the base never learned, and training their rows.
+
+Suffixes name the dimensions of a tensor: B rows of the batch, L tokens, D hidden size, V vocabulary, R trained rows.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,34 @@ if TYPE_CHECKING:
 
 
 def unlearned_tokens(model: Any, token_ids: Sequence[int]) -> list[int]:
-    """Those of `token_ids` whose embedding was never trained.
+    """The tokens whose embedding was never trained.
 
-    A token that training never met keeps its initial vector, as do all others that it never met: such rows are nearly
-    one vector (Gemma 3 270M: cosine 0.99 to dozens of others; learned tokens have none above 0.75), or nearly zero.
+    Rows of tokens that do not occur in the training data stay near their initial value: they are nearly one vector
+    (Gemma 3 270M: cosine 0.99 to dozens of others; learned tokens have none above 0.75), or nearly zero.
+
+    Args:
+        model: A causal model with its weights.
+        token_ids: The tokens to look at.
     """
-    weight = model.get_input_embeddings().weight.detach()
-    norms = weight.float().norm(dim=-1)
-    floor = norms.median() * 0.1
-    found = []
+    weight_VD = model.get_input_embeddings().weight.detach()
+    norm_V = weight_VD.float().norm(dim=-1)
+    floor = norm_V.median() * 0.1
+    unlearned = []
     for token in token_ids:
-        cosine = (weight @ weight[token]).float() / (norms * norms[token]).clamp(min=1e-12)
-        twins = int((cosine > 0.9).sum()) - 1
-        if bool(norms[token] < floor) or twins >= 4:
-            found.append(token)
-    return found
+        cosine_V = (weight_VD @ weight_VD[token]).float() / (norm_V * norm_V[token]).clamp(min=1e-12)
+        near_duplicates = int((cosine_V > 0.9).sum()) - 1
+        if bool(norm_V[token] < floor) or near_duplicates >= 4:
+            unlearned.append(token)
+    return unlearned
 
 
 def trainable_token_indices(model: Any, token_ids: list[int]) -> list[int] | dict[str, list[int]]:
-    """The `peft.LoraConfig.trainable_token_indices` that trains the tokens' rows at the model's input and output."""
+    """The `peft.LoraConfig.trainable_token_indices` that trains the tokens' rows in both embeddings of a model.
+
+    Args:
+        model: A causal model, without an adapter.
+        token_ids: The tokens.
+    """
     if model.config.get_text_config().tie_word_embeddings:
         return token_ids
     names = {id(module): name for name, module in model.named_modules()}
@@ -38,10 +50,13 @@ def trainable_token_indices(model: Any, token_ids: list[int]) -> list[int] | dic
 
 
 def lighten_trainable_tokens(model: Any) -> None:
-    """Makes PEFT's trainable tokens cost rows instead of matrices; same names, same numbers.
+    """Replaces the forward pass of PEFT's trainable tokens by one that does not copy the embedding; same numbers.
 
-    PEFT copies the whole embedding (262,144 x 640 for Gemma 3 270M) at each use to put the trained rows in. Here the
-    frozen matrix is used as it is and only the trained rows are looked up, or scored, apart.
+    PEFT copies the whole matrix (262,144 x 640 for Gemma 3 270M) at each use to insert the trained rows. Here the
+    frozen matrix is used as it is, and the trained rows are looked up, or multiplied, separately.
+
+    Args:
+        model: A model of PEFT, which is changed.
 
     Source: peft 0.21 `tuners/trainable_tokens/layer.py`, `forward_adapters`.
     """
@@ -55,22 +70,32 @@ def lighten_trainable_tokens(model: Any) -> None:
 def _token_rows_forward(
     layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
 ) -> Any:
+    """In place of `TrainableTokensLayer.forward_adapters`.
+
+    Args:
+        layer: The layer, around an embedding or a linear output layer.
+        x: Token ids, (B, L), of an embedding; hidden states, (..., D), of an output layer.
+        active_adapters: The adapters' names.
+        *args: Further arguments of PEFT's.
+        **kwargs: Further arguments of PEFT's.
+    """
     import torch
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     if layer.disable_adapters or layer.merged or len(active_adapters) != 1:
         return TrainableTokensLayer.forward_adapters(layer, x, active_adapters, *args, **kwargs)
     base = layer.base_layer
-    rows = layer.trainable_tokens_delta[active_adapters[0]]
-    index = torch.tensor(layer.token_indices[active_adapters[0]], device=x.device)
+    rows_RD = layer.trainable_tokens_delta[active_adapters[0]]
+    ids_R = torch.tensor(layer.token_indices[active_adapters[0]], device=x.device)
     out = base(x)
     if isinstance(base, torch.nn.Embedding):
-        # A scaled embedding (Gemma's) multiplies what it looks up.
+        # Gemma's embedding multiplies the rows that it looks up.
         scale = layer._get_embed_scale()
-        rows = rows.to(base.weight.dtype)
+        rows_RD = rows_RD.to(base.weight.dtype)
         if scale is not None:
-            rows = rows * scale.to(rows.dtype)
-        place = x.unsqueeze(-1) == index
-        return torch.where(place.any(-1, keepdim=True), rows[place.int().argmax(-1)].to(out.dtype), out)
-    scores = torch.nn.functional.linear(x, rows.to(x.dtype))
-    return out.index_copy_(-1, index, scores.to(out.dtype))
+            rows_RD = rows_RD * scale.to(rows_RD.dtype)
+        matches_BLR = x.unsqueeze(-1) == ids_R
+        trained_BLD = rows_RD[matches_BLR.int().argmax(-1)].to(out.dtype)
+        return torch.where(matches_BLR.any(-1, keepdim=True), trained_BLD, out)
+    scores = torch.nn.functional.linear(x, rows_RD.to(x.dtype))
+    return out.index_copy_(-1, ids_R, scores.to(out.dtype))
