@@ -50,27 +50,12 @@ class Generator:
     stop_ids: tuple[int, ...]
     compiled: bool = False
 
-<<<<<<< HEAD
-    def _cache(self) -> dict[str, Any]:
-        """Arguments with which `generate` can be compiled: a cache of fixed size."""
-        if not self.compiled:
-            return {}
-        from transformers import CompileConfig
-
-        config = CompileConfig()
-        config._compile_all_devices = True  # transformers 5.23 would leave a CPU out, and only warn
-        return {"cache_implementation": "static", "compile_config": config}
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids before an answer: of the rendered conversation, or of the bare text without a template."""
-=======
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The model's input for a conversation: its rendering, or the bare text if there is no chat template.
 
         Raises:
             LabelError: The chat template refuses the messages.
         """
->>>>>>> eeb7853 (model: shards, generate, FLOPs, token rows, quantisation in plain words, with the dimensions of tensors in their names; one generate call)
         tokenizer = self.chat.tokenizer
         if tokenizer.chat_template is None:
             return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])

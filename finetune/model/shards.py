@@ -199,11 +199,7 @@ def read_tensor(
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-<<<<<<< HEAD
-    """True if all numbers are finite. Their sum shows it in a fiftieth of the time, unless the sum overflows."""
-=======
     """True if no element is NaN or infinite. The sum, which is finite then unless it overflows, is 50 times as fast."""
->>>>>>> eeb7853 (model: shards, generate, FLOPs, token rows, quantisation in plain words, with the dimensions of tensors in their names; one generate call)
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
 

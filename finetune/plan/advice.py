@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.model import compatibility
 from finetune.model.precision import decide_precision
+from finetune.model.quantization import NF4
 from finetune.plan.predict import Predictor
 from finetune.plan.search import STRIDE
 from finetune.plan.settings import StepSettings, with_length, with_rows
@@ -19,7 +20,6 @@ from finetune.system.errors import ModelError
 _NOT_SHARDED = ("adafactor", "lion", "ademamix", "paged")
 _LORA = {"target_modules": "all-linear", "trainable_token_indices": "auto", "r": 16, "lora_alpha": 16}
 _LORA_OVERRIDES = ["lora.r=16", "lora.lora_alpha=16"]
-_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # Overrides, and a function that applies them to settings.
 _Change = tuple[list[str], Callable[[StepSettings], StepSettings]]
 
@@ -78,7 +78,7 @@ def _single_changes(predictor: Predictor, settings: StepSettings, hardware: Hard
         yield _LORA_OVERRIDES, lambda s: replace(s, recipe=replace(s.recipe, lora=_LORA))
     if recipe.quantization is not None:
         return
-    nf4 = _NF4 | ({"bnb_4bit_quant_storage": _storage(recipe, hardware)} if settings.fsdp else {})
+    nf4 = NF4 | ({"bnb_4bit_quant_storage": _storage(recipe, hardware)} if settings.fsdp else {})
     overrides = [f"quantization.{name}={str(value).lower()}" for name, value in nf4.items()]
     lora = recipe.lora or _LORA
     yield (
