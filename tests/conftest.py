@@ -100,13 +100,8 @@ def _forked() -> Iterator[Callable[..., Any]]:
     """`fresh_process.call` forks its processes, which saves the seconds that their imports take."""
     cold = fresh_process._start
 
-    def start(names: tuple[str, ...], environment: dict[str, str], stderr: Any) -> forks.Popen:
-        code = f"import sys; from {fresh_process.__name__} import answer; answer(*sys.argv[1:])"
-        command = [sys.executable, "-W", "ignore", "-c", code, *names]
-        return forks.Popen(command, env=environment, stdout=forks.PIPE, stderr=stderr, text=True)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process, "_start", start)
+        patch.setattr(fresh_process, "_start", forks.start)
         yield cold
 
 

@@ -137,6 +137,13 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def start(names: tuple[str, ...], environment: dict[str, str], stderr: Any) -> Popen:
+    """In place of `fresh_process._start`, in tests and in the commands that they start."""
+    code = "import sys; from finetune.system.fresh_process import answer; answer(*sys.argv[1:])"
+    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    return Popen(command, env=environment, stdout=PIPE, stderr=stderr, text=True)
+
+
 def start_server() -> subprocess.Popen[bytes]:
     """The server, which imports when it is first asked; it ends with this process, or when its input is closed."""
     os.environ[NAME] = f"finetune-tests-{os.getpid()}"
@@ -258,6 +265,9 @@ def become(cwd: str, environment: dict[str, str], streams: list[int]) -> None:
     sys.path[0:1] = ["", *(path for path in paths if path not in sys.path)]
     import torch
 
+    from finetune.system import fresh_process
+
+    fresh_process._start = start
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
 
 
