@@ -267,7 +267,7 @@ PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-SHOUTS = load_template("chatml").replace("~ message['content'] -}}", "~ message['content'] | upper -}}")
+SHOUTS = load_template("chatml").replace("~ content -}}", "~ content | upper -}}")
 
 
 @pytest.mark.parametrize(

@@ -364,17 +364,17 @@ def test_every_end_of_an_answer_stops_it(tokenizer: Callable[..., Any]) -> None:
 
 
 QUIRKS = {
-    "counts its turns": ("{{- message['content'] | trim", "{{- loop.index ~ message['content'] | trim"),
+    "counts its turns": ("{{- content | trim", "{{- loop.index ~ content | trim"),
     "a break in a later turn": (
         "'<end_of_turn>\\n' -}}",
         "'<end_of_turn>\\n' ~ ('\\n' if loop.index == 4 else '') -}}",
     ),
-    "half trimmed": ("message['content'] | trim", "message['content'].lstrip()"),
-    "one blank is kept": ("message['content'] | trim", "message['content'].strip('\u3000 \\n\\t')"),
-    "capitals": ("message['content'] | trim", "message['content'] | trim | upper"),
+    "half trimmed": ("{{- content | trim", "{{- content.lstrip()"),
+    "one blank is kept": ("{{- content | trim", "{{- content.strip('\u3000 \\n\\t')"),
+    "capitals": ("{{- content | trim", "{{- content | trim | upper"),
     "leaves out answers": (
-        "message['content'] | trim",
-        "(message['content'] if message['role'] == 'user' else '') | trim",
+        "{{- content | trim",
+        "{{- (content if message['role'] == 'user' else '') | trim",
     ),
 }
 
