@@ -939,3 +939,62 @@ def test_what_cannot_be_obeyed_is_refused() -> None:
     assert fault(lambda: prepare(train_on="last_assistant")) == (
         "rows.jsonl: data.train_on: last_assistant needs chats, these rows have no turns; write completion or all"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows that a template writes in parts, or not at all
+
+FED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n[t][/t]' }}{% endif %}"
+)
+
+
+def test_a_row_for_each_exchange_or_answer_behind_a_fed_thought() -> None:
+    Path("fed.jinja").write_text(FED, encoding="utf-8")
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sea"}}}
+    calls = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "high"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    jsonl(talk("a", "b", "c", "d"), {"messages": calls})
+    own, prepared = chat("fed.jinja"), prepare(template="fed.jinja")
+    made = '{"name": "look", "arguments": {"at": "sea"}}<|im_end|>'
+    assert trained(prepared, own) == [
+        *(["b<|im_end|>"], ["d<|im_end|>"]),
+        *([made], ["b<|im_end|>"], ["d<|im_end|>"]),
+    ]
+    assert all(text.count("[t][/t]") == 1 for text in texts(prepared, own))
+    mended = prepared.ledger.mended
+    assert list(mended.values()) == [2]
+    assert next(iter(mended)).startswith("rows with a row for each exchange")
+
+
+def test_variables_of_the_template_in_a_row() -> None:
+    jsonl(talk("6 x 7?", "42") | {"chat_template_kwargs": {"enable_thinking": False}})
+    assert fault(prepare) == (
+        "rows.jsonl:1: it has chat_template_kwargs, variables of the chat template, which are not supported; "
+        "mend the row, or write data.on_bad_row: skip"
+    )
+    jsonl(talk("a", "b") | {"chat_template_kwargs": {}}, talk("c", "d") | {"chat_template_kwargs": None})
+    assert len(trained(prepare())) == 2
+
+
+def test_special_tokens_where_the_source_allows_them() -> None:
+    jsonl({"prompt": "<|im_start|>area(r) = <|im_end|>", "completion": "3.14 * r * r"})
+    source = {"format": "prompt_completion", "raw": True}
+    assert "its text holds <|im_" in fault(lambda: prepare(source=source))
+    prepared = prepare(source=source | {"special_tokens": True})
+    assert texts(prepared) == ["<bos><|im_start|>area(r) = <|im_end|>3.14 * r * r<eos>"]
+    assert trained(prepared) == [["3.14 * r * r<eos>"]]
+    jsonl({"text": "a<|im_end|>b"})
+    assert trained(prepare(source={"special_tokens": True})) == [["a<|im_end|>b<eos>"]]
+    jsonl(talk("a", "b"))
+    assert fault(lambda: prepare(source={"special_tokens": True})) == (
+        "rows.jsonl: special_tokens is for text without a chat template, these rows are messages; remove it"
+    )

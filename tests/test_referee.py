@@ -493,6 +493,8 @@ def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any
     if name == "glm4moe":
         assert row is None
         return 0
+    if name in TAKES_TEXTS:
+        messages = written_out(messages)
     try:
         text = rendered(name, messages, tools)
         if any(
@@ -687,7 +689,25 @@ THOUGHT: dict[str, Messages] = {
         said("assistant", "Yes, 3 mm.", reasoning_content="Now I know."),
     ],
 }
-# DeepSeek's template takes the arguments as JSON already.
+# DeepSeek's template takes the arguments as texts of JSON.
+TAKES_TEXTS = {"deepseekv3"}
+
+
+def written_out(messages: Messages) -> Messages:
+    """The messages with the arguments of their calls as texts of JSON."""
+
+    def call(each: dict[str, Any]) -> dict[str, Any]:
+        function = each["function"]
+        if isinstance(function["arguments"], str):
+            return each
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        return each | {"function": function | {"arguments": text}}
+
+    return [
+        m | {"tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
 WRITTEN_OUT = [
     QUESTION,
     said(
@@ -702,7 +722,7 @@ PROVED = {
     "cohere": "00 00 11 00 00 00 00 00",
     "cohere2": "00 00 11 00 00 00 00 00",
     "deepseek_r1_distill": "00 00 00 01 01 01 01 00",
-    "deepseekv3": "00 00 00 00 00 00 00 00",
+    "deepseekv3": "00 00 00 01 01 01 01 00",
     "diffusion_gemma": "01 11 11 21 21 21 00 21",
     "gemma": "00 00 11 00 00 00 00 00",
     "gemma3": "00 00 11 00 00 00 00 00",

@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,6 +295,51 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert_same_weights(Path("run"), Path("whole"))
     assert losses(Path("run")) == losses(Path("whole"))
     assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_keeps_the_day_it_began_on(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a template asks for the date, the rows of another day are others."""
+    turns = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    )
+    asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    Path("dated.jinja").write_text(
+        "{{ bos_token }}<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n"
+        + turns
+        + asked,
+        encoding="utf-8",
+    )
+    path = write_recipe(
+        model={"name_or_path": "random:gemma", "chat_template": "dated.jinja"},
+        training={"max_steps": 4, "save_steps": 2},
+    )
+
+    class Yesterday(date):
+        @classmethod
+        def today(cls) -> date:  # type: ignore[override]
+            return date.today() - timedelta(days=1)
+
+    say = finetune.cli.commands._say
+
+    def stop_at_step_2(line: str) -> None:
+        say(line)
+        if line.startswith("step 2/4"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("finetune.cli.commands._say", stop_at_step_2)
+    monkeypatch.setattr("finetune.train.checkpoint.date", Yesterday)
+    assert main([str(path)]) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(path.parent)
+    [stopped] = Path("run").glob("checkpoint-*")
+    assert checkpoint.read_marker(stopped)["day"] == str(date.today() - timedelta(days=1))
+    assert main([str(path), "training.resume_from_checkpoint=true"]) == 0, capsys.readouterr().err
+    assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4]
+    assert f"Today: {date.today():%d %b %Y}" in load_generator("run").chat.render(
+        [{"role": "user", "content": "a"}]
+    )
 
 
 def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:

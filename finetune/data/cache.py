@@ -116,7 +116,7 @@ def _key(preparation: Preparation, source: DataSource) -> str:
     """A hash of everything that decides what the prepared rows of a source are; of our code, that of this package."""
     section, names = preparation.section, {"train_on", "on_overflow", "on_bad_row", "merge_same_role"}
     options = section.model_dump(include=names)
-    reading = source.model_dump(include={"path", "format", "columns", "raw", "filter"})
+    reading = source.model_dump(include={"path", "format", "columns", "raw", "special_tokens", "filter"})
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     chat, max_length = preparation.chat, preparation.max_length
     parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, code]

@@ -13,10 +13,10 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,9 +25,14 @@ import numpy.typing as npt
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers.utils import chat_template_utils
 
+from finetune.data.probes import ANSWER, PLAIN, probes, spelt_tokens
+from finetune.data.tool_calls import with_arguments_as_rendered
+from finetune.data.turn_ends import turn_end
 from finetune.data.turns import (
     Message,
+    Special,
     Tool,
+    after_closed_thought,
     authored_texts,
     check_all_rendered,
     check_unicode,
@@ -36,11 +41,10 @@ from finetune.data.turns import (
     special_spans,
     texts_in,
     trained_messages,
-    turn_end,
     turn_start,
     without_train_key,
 )
-from finetune.system.errors import LabelError, TemplateError
+from finetune.system.errors import LabelError, TemplateError, TurnRewrittenLater
 
 Ids = npt.NDArray[np.int32]
 
@@ -96,19 +100,22 @@ class Chat:
 
     Args:
         tokenizer: A fast tokenizer; its `chat_template` is the one that is saved with the model.
+        day: The day that a template is told which asks for the date, at midnight; None: the time of each rendering.
 
     Raises:
         TemplateError: The tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
+        self.tokenizer, self.day = tokenizer, day
         if not tokenizer.is_fast:
             raise TemplateError(
                 f"{type(tokenizer).__name__} is a slow tokenizer, and labels need a fast one; "
                 "save a fast tokenizer (tokenizer.json) next to the model"
             )
         self._special_tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        outside = {tokenizer.bos_token, tokenizer.eos_token} - {None}
+        self._special = Special(frozenset(self._special_tokens.values()), frozenset(outside))
         # The unknown token stands for whatever the vocabulary lacks, so it splits no text.
         self._splits_text = np.zeros(max(len(tokenizer), *self._special_tokens, 0) + 1, bool)
         self._splits_text[[i for i in self._special_tokens if i != tokenizer.unk_token_id]] = True
@@ -143,18 +150,19 @@ class Chat:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")
         try:
             shown = [without_train_key(message) for message in messages]
-            if tools is None and all(map(is_text_only, messages)):
-                # As apply_chat_template renders such messages, which copies each of them at each call (5.23).
-                given = {"messages": shown, "add_generation_prompt": add_generation_prompt}
-                return str(self._compiled.render(**given, tools=None, documents=None, **self._variables))
-            return str(
-                self.tokenizer.apply_chat_template(
-                    shown,
-                    tools=list(tools) if tools else None,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
+            with self._clock():
+                if tools is None and all(map(is_text_only, messages)):
+                    # As apply_chat_template renders such messages, which copies each of them at each call (5.23).
+                    given = {"messages": shown, "add_generation_prompt": add_generation_prompt}
+                    return str(self._compiled.render(**given, tools=None, documents=None, **self._variables))
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        shown,
+                        tools=list(tools) if tools else None,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                    )
                 )
-            )
         except JinjaError as error:
             # What a template says behind a semicolon is taken as the detail of this conversation.
             reason, _, detail = (error.message or "").partition("; ")
@@ -165,8 +173,32 @@ class Chat:
             raise LabelError(f"the chat template fails on it: {reason}", detail) from error
 
     @cached_property
+    def _template(self) -> str:
+        return str(self.tokenizer.get_chat_template())
+
+    @cached_property
     def _compiled(self) -> Any:
-        return chat_template_utils._compile_jinja_template(self.tokenizer.get_chat_template())
+        return chat_template_utils._compile_jinja_template(self._template)
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Lets a template that asks for the date be told `day`."""
+        if self.day is None or not self._asks_for_date:
+            yield
+            return
+        midnight = datetime.combine(self.day, time())
+        # transformers compiles each template once, so apply_chat_template renders this one, too (5.23).
+        known = self._compiled.globals
+        before = known["strftime_now"]
+        known["strftime_now"] = midnight.strftime
+        try:
+            yield
+        finally:
+            known["strftime_now"] = before
+
+    @cached_property
+    def _asks_for_date(self) -> bool:
+        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
 
     @cached_property
     def _variables(self) -> dict[str, str]:
@@ -178,8 +210,8 @@ class Chat:
         template = json.dumps(self.tokenizer.chat_template)
         parts = [self.tokenizer.backend_tokenizer.to_str(), template, self._variables]
         parts += [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
-        with contextlib.suppress(LabelError, TemplateError):
-            parts.append(self.render(self._probe))  # some templates write today's date
+        if self._asks_for_date:
+            parts.append(str(self.day or date.today()))
         return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------
@@ -224,15 +256,29 @@ class Chat:
         """
         trained = trained_messages(messages, train_on)
         render = partial(self.render, tools=tools)
+        messages = with_arguments_as_rendered(render, messages)
         text = render(messages)
         check_unicode(messages, text)
-        check_all_rendered(messages, text)
+        check_all_rendered(render, messages, text, self._template)
         turns = []
         for i, message in enumerate(messages):
             # With `all`, a turn with `train: false` must be found as well, so that its labels can be removed.
             if i in trained or (train_on == "all" and message.get("train") is False):
-                start = turn_start(render, messages, i, text)
-                end = turn_end(render, self._special_tokens.values(), self._endings, messages, i, text, start)
+                fed = ""
+                try:
+                    start = turn_start(render, messages, i, text)
+                except LabelError as error:
+                    found = None if train_on == "all" else after_closed_thought(render, messages, i, text)
+                    if found is None:
+                        raise
+                    if i + 1 < len(messages):
+                        raise TurnRewrittenLater(error.reason, error.detail, i) from error
+                    fed, start = found
+                end = turn_end(render, self._special, self._endings, messages, i, text, start)
+                if fed:
+                    # The row is the prompt as it is fed, and the turn behind it.
+                    text = fed + text[start:]
+                    start, end = len(fed), end + len(fed) - start
                 turns.append((i, start, end))
         return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools)
 
@@ -288,8 +334,14 @@ class Chat:
     # -----------------------------------------------------------------------------------------------------------
     # Text without turns
 
-    def encode_text(self, prompt: str, completion: str) -> Encoded:
+    def encode_text(self, prompt: str, completion: str, special_tokens: bool = False) -> Encoded:
         """A row without chat turns: the tokenizer's BOS, prompt, completion, EOS; labels on completion and EOS.
+
+        Args:
+            prompt: The text that is not trained on.
+            completion: The text that is trained on.
+            special_tokens: Whether the text may spell special tokens. A BOS or an EOS that it spells at its ends is not
+                added again.
 
         Raises:
             LabelError: The completion is empty, the tokens of the prompt are not those of the prompt alone, the text
@@ -297,12 +349,20 @@ class Chat:
         """
         if not completion:
             raise LabelError("the text to train on is empty")
-        check_unicode([], prompt + completion)
-        ids, before = self.tokenizer([prompt + completion, prompt])["input_ids"]
-        inside = self.tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
-        found = {i for i in inside if i in self._special_tokens}
-        self._check_no_special_tokens(found, [], prompt + completion)
+        text = prompt + completion
+        check_unicode([], text)
+        ids, before = self.tokenizer([text, prompt])["input_ids"]
+        inside, prompt_inside = self.tokenizer([text, prompt], add_special_tokens=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
+        if special_tokens:
+            bos = [self.tokenizer.bos_token_id]
+            if self._adds_bos and (inside[:1] == bos or prompt_inside[:1] == bos):
+                ids, before = inside, prompt_inside
+            elif inside and inside[-1] == eos and ids[-2:] == [eos, eos]:
+                ids = ids[:-1]
+        else:
+            found = {i for i in inside if i in self._special_tokens}
+            self._check_no_special_tokens(found, [], text)
         if before and before[-1] == eos:
             before = before[:-1]
         if ids[: len(before)] != before:
@@ -314,7 +374,7 @@ class Chat:
         row = np.asarray(ids, np.int32)
         labels = row.copy()
         labels[:start] = IGNORE
-        return Encoded(row, labels, (Turn(start, len(row), 0),), len(prompt + completion))
+        return Encoded(row, labels, (Turn(start, len(row), 0),), len(text))
 
     # -----------------------------------------------------------------------------------------------------------
     # Tokens that the template writes around a turn
@@ -323,50 +383,76 @@ class Chat:
     def turn_token_ids(self) -> list[int]:
         """The ids of the special tokens, but for BOS, that the template writes around a user's and an assistant's text.
 
+        It is empty where the template takes none of the conversations that it is asked with before any row.
+
         Raises:
-            LabelError: The template refuses a plain conversation.
             TemplateError: The tokenizer has no chat template.
         """
-        ids = self._tokenize_one(self.render(self._probe)).tolist()
-        return sorted({i for i in ids if i in self._special_tokens} - {self.tokenizer.bos_token_id})
+        for messages, tools in probes(self.render):
+            with contextlib.suppress(LabelError):
+                ids = self._tokenize_one(self.render(messages, tools=tools)).tolist()
+                return sorted({i for i in ids if i in self._special_tokens} - {self.tokenizer.bos_token_id})
+        return []
 
     @cached_property
     def end_of_turn_id(self) -> int:
         """The id of the token that ends an assistant turn, and so generation.
 
         Raises:
-            TemplateError: There is no template, it ends its turns with no token of this tokenizer, or it writes a token
-                that the tokenizer lacks.
+            TemplateError: There is no template; it writes a token that the tokenizer lacks, or ends its turns with
+                none; or it takes none of the conversations that it is asked with before any row.
         """
-        try:
-            text = self.render(self._probe)
-            encoded = self.encode(self._probe)
-        except LabelError as error:
-            raise TemplateError(f"chat template: {error}") from error
-        vocabulary = self.tokenizer.get_vocab()
-        for token in re.findall(r"<\|?\w+\|?>", text):
-            if token not in vocabulary:
-                raise TemplateError(
-                    f"chat template: it writes {token}, a token that this tokenizer lacks; "
-                    "choose a template of the model's own family"
-                )
-        return int(encoded.input_ids[encoded.turns[-1].end - 1])
+        fault: LabelError | None = None
+        for messages, tools in probes(self.render):
+            try:
+                encoded = self.encode(messages, tools=tools)
+            except LabelError as error:
+                fault = fault or error
+                continue
+            self.check_tokens()
+            return int(encoded.input_ids[encoded.turns[-1].end - 1])
+        raise TemplateError(f"chat template: {fault}") from fault
 
-    _probe: tuple[Message, ...] = (
-        {"role": "user", "content": "Hello there"},
-        {"role": "assistant", "content": "Good day"},
-    )
+    @property
+    def finds_end_of_turn(self) -> bool:
+        """True if the template takes a conversation that shows which token ends an assistant turn."""
+        try:
+            _ = self.end_of_turn_id
+        except TemplateError:
+            return False
+        return True
+
+    def check_tokens(self) -> None:
+        """Checks that the template writes no token of a turn that the tokenizer lacks, as far as it can be asked.
+
+        Raises:
+            TemplateError: It does, or there is no template.
+        """
+        if self._lacking_token:
+            raise TemplateError(
+                f"chat template: it writes {self._lacking_token}, a token that this tokenizer lacks; "
+                "choose a template of the model's own family"
+            )
+
+    @cached_property
+    def _lacking_token(self) -> str:
+        for messages, tools in probes(self.render):
+            with contextlib.suppress(LabelError):
+                spelt = spelt_tokens(self.render(messages, tools=tools))
+                vocabulary = self.tokenizer.get_vocab()
+                return next((token for token in spelt if token not in vocabulary), "")
+        return ""
 
     @cached_property
     def _endings(self) -> list[str]:
         """The texts that end a turn, in the middle of a conversation and at its end; longest first."""
-        talk, endings = [*self._probe, *self._probe], set()
+        talk, endings = [*PLAIN, *PLAIN], set()
         for i in (1, 3):
             with contextlib.suppress(LabelError):
                 text = self.render(talk)
                 start = turn_start(self.render, talk, i, text)
-                end = turn_end(self.render, self._special_tokens.values(), (), talk, i, text, start)
-                endings.add(text[text.index("Good day", start) + len("Good day") : end])
+                end = turn_end(self.render, self._special, (), talk, i, text, start)
+                endings.add(text[text.index(ANSWER, start) + len(ANSWER) : end])
         return sorted(endings, key=len, reverse=True)
 
     # -----------------------------------------------------------------------------------------------------------

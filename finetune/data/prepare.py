@@ -32,7 +32,7 @@ from finetune.data.ledger import Ledger
 from finetune.data.readers import read_rows
 from finetune.data.turns import Message, is_text_only, texts_in
 from finetune.recipe.schema import DataSection, DataSource
-from finetune.system.errors import DataError, LabelError, TurnRewrittenLater
+from finetune.system.errors import DataError, LabelError, TemplateError, TurnRewrittenLater
 
 # Rows that are tokenised together: enough to keep every core busy, few enough to hold.
 _CHUNK = 64
@@ -183,9 +183,17 @@ def _render(
         if not all(isinstance(text, str) for text in converted.values()):
             raise LabelError("its prompt or completion is not text")
     else:
+        if row.get("chat_template_kwargs"):
+            raise LabelError(
+                "it has chat_template_kwargs, variables of the chat template, which are not supported"
+            )
         converted = FORMATS[form](row)
         result.unread += converted.get("unread", [])
     if "messages" in converted:
+        if source.special_tokens:
+            raise DataError(
+                f"{source.path}: special_tokens is for text without a chat template, these rows are {form}; remove it"
+            )
         if train_on == "completion" and form != "prompt_completion":
             raise DataError(
                 f"{source.path}: data.train_on: completion needs prompt_completion rows, these are {form}; "
@@ -198,7 +206,7 @@ def _render(
             "write completion or all"
         )
     result.language = language(converted["prompt"] + converted["completion"])
-    encoded = chat.encode_text(converted["prompt"], converted["completion"])
+    encoded = chat.encode_text(converted["prompt"], converted["completion"], source.special_tokens)
     if train_on == "all":
         encoded.labels[1:] = encoded.input_ids[1:]
     return encoded
@@ -215,19 +223,24 @@ def _render_messages(
     train_on = "assistant" if train_on == "completion" else train_on
     messages = _mended(preparation.section, converted["messages"], train_on, result)
     tools = converted.get("tools")
-    _ = chat.end_of_turn_id  # raises a fault of the template, which is no fault of the row
+    chat.check_tokens()
     try:
         chats = [chat.render_turns(messages, train_on, tools)]
     except TurnRewrittenLater:
         if train_on != "assistant":
             raise
-        chats = [chat.render_turns(exchange, train_on, tools) for exchange in _exchanges(messages)]
+        chats = []
+        for exchange in _exchanges(messages):
+            try:
+                chats.append(chat.render_turns(exchange, train_on, tools))
+            except TurnRewrittenLater:
+                chats += [chat.render_turns(part, train_on, tools) for part in _answers(exchange)]
         result.mended.append(ROW_PER_EXCHANGE)
     for i, message in enumerate(messages):
         parts = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
         if message["role"] == "assistant" and not any(part and str(part).strip() for part in parts):
             raise LabelError("the assistant's text is empty", message=i)
-    if chats[-1].tools and chat.render(messages) == chats[-1].text:
+    if chats[-1].tools and _leaves_out_tools(chat, chats[-1]):
         result.mended.append(TOOLS_NOT_RENDERED)
     result.unread += _keys_not_rendered(chat, chats[-1])
     result.language = language("".join("".join(texts_in(message["content"])) for message in messages))
@@ -241,8 +254,17 @@ def _keys_not_rendered(chat: Chat, rendered: RenderedChat) -> Iterator[str]:
             messages = [{k: v for k, v in m.items() if k != key} for m in rendered.messages]
             # A template that fails without a key reads it.
             with contextlib.suppress(LabelError):
-                if chat.render(messages, tools=rendered.tools) == rendered.text:
+                whole = chat.render(rendered.messages, tools=rendered.tools)
+                if chat.render(messages, tools=rendered.tools) == whole:
                     yield f"messages.{key}"
+
+
+def _leaves_out_tools(chat: Chat, rendered: RenderedChat) -> bool:
+    messages = rendered.messages
+    try:
+        return chat.render(messages) == chat.render(messages, tools=rendered.tools)
+    except LabelError:
+        return False  # the template fails without them
 
 
 def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
@@ -257,6 +279,14 @@ def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
         ]
         if any(message.get("train") for message in part):
             yield part
+
+
+def _answers(exchange: list[Message]) -> Iterator[list[Message]]:
+    """Yields for each assistant message to train on the conversation up to it, in which it alone is trained on."""
+    for end, message in enumerate(exchange):
+        if message["role"] == "assistant" and message.get("train", True):
+            before = [m | {"train": False} if m["role"] == "assistant" else m for m in exchange[:end]]
+            yield [*before, message]
 
 
 def _mended(section: DataSection, messages: list[Message], train_on: str, result: RowResult) -> list[Message]:
@@ -318,12 +348,24 @@ def _labelled(
             result.dropped = "" if result.pieces else result.dropped
         except LabelError as error:
             if preparation.section.on_bad_row == "error":
+                _check_template(preparation.chat, error)
                 raise DataError(
                     f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip"
                 ) from error
             result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
+
+
+def _check_template(chat: Chat, error: LabelError) -> None:
+    """Raises a fault of the template, which is no fault of the row: the plainest conversation has it, too."""
+    if chat.tokenizer.chat_template is None:
+        return
+    try:
+        _ = chat.end_of_turn_id
+    except TemplateError as fault:
+        if isinstance(fault.__cause__, LabelError) and fault.__cause__.reason == error.reason:
+            raise
 
 
 def _fit(

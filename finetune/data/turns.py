@@ -7,12 +7,10 @@ the message. A conversation whose turns cannot be proved so raises `LabelError`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from os.path import commonprefix
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from finetune.data.tool_answers import check_answer_rendered
 from finetune.system.errors import LabelError, TurnRewrittenLater
@@ -21,11 +19,22 @@ Message = dict[str, Any]
 Tool = dict[str, Any]  # a function that may be called, in OpenAI's form
 
 ROLES = ("system", "user", "assistant", "tool")
-# Is put behind each text of an assistant message. It has only letters, so that no template's filter escapes it.
-_MARK = "qjxvzwkqy"
-_MARKS = re.compile(f"{_MARK}[a-j]+z")
-_FENCE = "xwqvkjzwx"  # is put before the texts of other messages
-_LAST_ONLY = "data.train_on: last_assistant trains on the last turn alone"
+FENCE = "xwqvkjzwx"  # is put before the texts of other messages
+# A text of so many characters that stands once in a conversation's texts and in its template is rendered where it is.
+_LONG_ENOUGH = 16
+LAST_ONLY = "data.train_on: last_assistant trains on the last turn alone"
+
+
+class Special(NamedTuple):
+    """The special tokens of a tokenizer.
+
+    Attributes:
+        tokens: All of them.
+        outside: BOS and EOS, which begin no turn.
+    """
+
+    tokens: frozenset[str]
+    outside: frozenset[str]
 
 
 class Render(Protocol):
@@ -111,25 +120,60 @@ def trained_messages(messages: Sequence[Message], train_on: str) -> list[int]:
     return [i for i in assistant if messages[i].get("train", i in wanted)]
 
 
-def check_all_rendered(messages: Sequence[Message], text: str) -> None:
+def check_all_rendered(render: Render, messages: Sequence[Message], text: str, template: str) -> None:
     """Checks that a rendered conversation holds the text of each message but the assistant's, which `turn_end` checks.
+
+    A text whose words stand in another message or in the template as well may have been left out all the same. Then the
+    conversation is rendered once more, with a fence before each text.
+
+    Args:
+        render: The chat template.
+        messages: The conversation.
+        text: The rendered conversation.
+        template: The source of the chat template.
 
     Raises:
         LabelError: The template leaves out or changes a message's text.
     """
+    texts = [message["content"] if isinstance(message["content"], str) else "" for message in messages]
+    contents = [content.strip() for content in texts]
     for i, message in enumerate(messages):
         if not isinstance(message["content"], str):
             check_answer_rendered(message["content"], text, i)
-            continue
-        content = message["content"].strip()
-        if message["role"] == "assistant" or content in text:
-            continue
-        # A template may write tool results as JSON, and may change the white space inside a text.
-        quoted = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-        squeezed = _without_whitespace(content)
-        if squeezed not in _without_whitespace(text) and not any(form in text for form in quoted):
-            reason = f"the chat template leaves out or changes the {message['role']}'s text"
-            raise LabelError(reason, message=i)
+    others = [i for i, message in enumerate(messages) if message["role"] != "assistant" and contents[i]]
+    everything = "\0".join([template, *(part for message in messages for part in authored_texts(message))])
+    unsure = False
+    for i in others:
+        if not _holds(text, contents[i]):
+            raise _left_out(messages, i)
+        # A short text may stand in the name of a role or in another part that only a rendered template shows.
+        unsure = unsure or len(contents[i]) < _LONG_ENOUGH or everything.count(contents[i]) > 1
+    if not unsure:
+        return
+    fences = {i: f"{FENCE}{letters(i)}z" for i in others}
+    try:
+        fenced = render(
+            [m | {"content": fences[i] + contents[i]} if i in fences else m for i, m in enumerate(messages)]
+        )
+    except LabelError:
+        return  # a template that reads its texts, such as JSON, reads none with a fence
+    for i, fence in fences.items():
+        if not _holds(fenced, fence + contents[i]):
+            raise _left_out(messages, i)
+
+
+def _left_out(messages: Sequence[Message], i: int) -> LabelError:
+    reason = f"the chat template leaves out or changes the {messages[i]['role']}'s text"
+    return LabelError(reason, message=i)
+
+
+def _holds(text: str, content: str) -> bool:
+    """True if a rendered text holds a message's; it may write it as JSON, and change the white space inside."""
+    if content in text or any(
+        json.dumps(content, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (True, False)
+    ):
+        return True
+    return without_whitespace(content) in without_whitespace(text)
 
 
 def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -> int:
@@ -152,119 +196,8 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
         "what inference would feed before this turn is not what stands before it in the whole conversation"
     )
     if i + 1 < len(messages):
-        raise TurnRewrittenLater(reason, _LAST_ONLY, i)
+        raise TurnRewrittenLater(reason, LAST_ONLY, i)
     raise LabelError(reason, message=i)
-
-
-def turn_end(
-    render: Render,
-    special_tokens: Iterable[str],
-    endings: Sequence[str],
-    messages: Sequence[Message],
-    i: int,
-    text: str,
-    start: int,
-) -> int:
-    """The index of the character behind the end-of-turn token of turn `i`.
-
-    Args:
-        render: The chat template.
-        special_tokens: The strings of the tokenizer's special tokens.
-        endings: The texts that are known to end a turn, longest first.
-        messages: The conversation.
-        i: The index of an assistant message.
-        text: The rendered conversation.
-        start: The index of the turn's first character, from `turn_start`.
-
-    Raises:
-        TurnRewrittenLater: The template leaves out a part of the message because a user speaks after it.
-        LabelError: The template leaves out or changes a part of the message, writes another message inside the turn, or
-            ends it with no special token.
-    """
-    message, later = messages[i], messages[i + 1 :]
-    if is_text_only(message) and (end := _known_end(message["content"], endings, text, start)):
-        return end
-    marked, part_of_mark = _marked(message)
-    before = render(messages[:i]) if i else ""
-    as_last = render([*messages[:i], marked])
-    whole = render([*messages[:i], marked, *later])
-    # A template may write a tool's name in the call and again in the result: the marks of the turn are those that it
-    # has as the last one.
-    marks = _MARKS.findall(as_last)
-    head, tail = _split_behind_marks(whole, len(marks))
-    rendered_marks = _MARKS.findall(whole)[: len(marks)]
-    # White space before a mark is not trimmed, so texts are compared without it. A generation prompt may hold the first
-    # word already (`<think>`).
-    turn = _without_whitespace(text[start : len(text) - len(tail)])
-    shown = _without_whitespace(text[len(commonprefix([text, before])) : len(text) - len(tail)])  # noqa: RUF071 - characters
-    lacking = [part for mark, part in part_of_mark.items() if mark not in rendered_marks]
-    lacking += [part for part, said in _assistant_parts(message) if _without_whitespace(said) not in shown]
-    if lacking:
-        reason = f"the chat template leaves out its {lacking[0]}"
-        if any(m["role"] == "user" for m in later):
-            raise TurnRewrittenLater(reason, _LAST_ONLY, i)
-        raise LabelError(reason, message=i)
-    if rendered_marks != marks or _without_whitespace(head[start:]) != turn or not text.endswith(tail):
-        reason = "the chat template changes the assistant's text, so its tokens cannot be found"
-        raise LabelError(reason, message=i)
-    # An assistant message without text stays so: gpt-oss's template takes none beside reasoning and a call.
-    empty = [
-        not isinstance(m["content"], str) or (m["role"] == "assistant" and not m["content"].strip())
-        for m in later
-    ]
-    fenced = [m if e else m | {"content": _FENCE + m["content"]} for m, e in zip(later, empty, strict=True)]
-    if fenced and _FENCE in _split_behind_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
-        raise LabelError("the chat template writes a later message inside its turn", message=i)
-    elsewhere = as_last
-    if not later:
-        role = "tool" if message.get("tool_calls") else "user"
-        with contextlib.suppress(LabelError):
-            elsewhere = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
-    # The turn ends with what follows its text both here and elsewhere: as the last turn where it is not the last, and
-    # before another message where it is. What a template writes only at the end of a conversation, or before the next
-    # message, does not belong to the turn. A special token may be cut at the end of what is shared: whole ones count.
-    shared = commonprefix([tail, _split_behind_marks(elsewhere, len(marks))[1]])  # noqa: RUF071 - characters are meant
-    spans = special_spans(special_tokens, tail)
-    ends = [end for _, end in spans if end <= len(shared)]
-    if not ends and spans and spans[0][0] <= len(shared):
-        first, end = spans[0]
-        ends = [end] if _closes_turn(render, tail[first:end], text[len(before) : start], not later) else []
-    if not ends:
-        raise LabelError(
-            f"the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special token, so the "
-            "model could not learn to stop",
-            message=i,
-        )
-    return len(text) - len(tail) + ends[-1]
-
-
-def _known_end(content: str, endings: Sequence[str], text: str, start: int) -> int:
-    """The index behind the ending of a turn that is its message's text and a known ending; 0 where it is not that."""
-    for written in (content, content.strip()):
-        # Mistral's templates write a blank before the text.
-        for first in (start, start + 1) if text[start : start + 1] == " " else (start,):
-            if text.startswith(written, first):
-                for ending in endings:
-                    if text.startswith(ending, first + len(written)):
-                        return first + len(written) + len(ending)
-    return 0
-
-
-def _closes_turn(render: Render, token: str, prompt: str, is_last: bool) -> bool:
-    """True if a token ends this turn, although not the turns at another place of a conversation.
-
-    gpt-oss ends the last turn with a token of its own, and the others with the one that ends a user's turn.
-    """
-    asked = render([{"role": "user", "content": _FENCE}], add_generation_prompt=True)
-    closing = asked.rpartition(_FENCE)[2].removesuffix(prompt)
-    return token not in prompt and (is_last or token in closing)
-
-
-def _split_behind_marks(text: str, count: int) -> tuple[str, str]:
-    """Splits a text behind its `count`-th mark; both parts come without any mark."""
-    ends = [match.end() for match in _MARKS.finditer(text)][:count]
-    cut = ends[-1] if ends else 0
-    return _MARKS.sub("", text[:cut]), _MARKS.sub("", text[cut:])
 
 
 def special_spans(special_tokens: Iterable[str], text: str) -> list[tuple[int, int]]:
@@ -273,49 +206,61 @@ def special_spans(special_tokens: Iterable[str], text: str) -> list[tuple[int, i
     return [m.span() for m in re.finditer("|".join(map(re.escape, names)), text)] if names else []
 
 
-def _assistant_parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yields each part of an assistant message: its name for an error, and its text."""
-    yield "text", message["content"]
-    yield "thinking", message.get("reasoning_content") or ""
-    yield "tool plan", message.get("tool_plan") or ""
-    for call in message.get("tool_calls") or ():
-        yield "tool call", str(call.get("function", call).get("name", ""))
+def letters(number: int) -> str:
+    """A number in letters, which no template's filter escapes."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
-def _marked(message: Message) -> tuple[Message, dict[str, str]]:
-    """The message with a mark behind each of its texts, and for each mark the name of that part of the message.
-
-    What follows the last mark in a rendered conversation ends the turn.
-    """
-    marked = dict(message)
-    part_of_mark: dict[str, str] = {}
-
-    def mark(text: str, part: str) -> str:
-        number = "".join(chr(ord("a") + int(digit)) for digit in str(len(part_of_mark)))
-        part_of_mark[f"{_MARK}{number}z"] = part
-        return f"{text}{_MARK}{number}z"
-
-    def call(function: Tool) -> Tool:
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict) and any(isinstance(value, str) for value in arguments.values()):
-            mapped = {k: mark(v, "tool call") if isinstance(v, str) else v for k, v in arguments.items()}
-            return function | {"arguments": mapped}
-        return function | {"name": mark(str(function.get("name", "")), "tool call")}
-
-    calls = message.get("tool_calls")
-    if message["content"].strip() or not calls:  # a template may treat white space as no text
-        marked["content"] = mark(message["content"], "text")
-    if message.get("reasoning_content"):
-        marked["reasoning_content"] = mark(message["reasoning_content"], "thinking")
-    if message.get("tool_plan"):
-        marked["tool_plan"] = mark(message["tool_plan"], "tool plan")
-    if calls:
-        marked["tool_calls"] = [
-            each | {"function": call(each["function"])} if "function" in each else call(each)
-            for each in calls
-        ]
-    return marked, part_of_mark
-
-
-def _without_whitespace(text: str) -> str:
+def without_whitespace(text: str) -> str:
+    """The text without white space."""
     return "".join(text.split())
+
+
+# An opening tag, a word at most, and the tag that closes it: `<think>\n\n</think>`, `<|channel>thought\n<channel|>`.
+_TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
+_CLOSED_THOUGHT = re.compile(rf"\s*({_TAG})\s*\w*\s*({_TAG})\s*")
+
+
+def after_closed_thought(
+    render: Render, messages: Sequence[Message], i: int, text: str
+) -> tuple[str, int] | None:
+    """The prompt that inference feeds before turn `i`, and where the turn begins in `text`; else None.
+
+    Some templates feed an empty thought that no finished turn has. The answer then follows that thought.
+
+    Args:
+        render: The chat template.
+        messages: The conversation.
+        i: The index of an assistant message.
+        text: The rendered conversation.
+
+    Raises:
+        LabelError: The template refuses a part of the conversation.
+    """
+    if messages[i].get("reasoning_content"):
+        return None
+    fed = render(messages[:i], add_generation_prompt=True)
+    fenced = render([*messages[:i], {"role": "assistant", "content": FENCE}])
+    header, found, _ = fenced.partition(FENCE)
+    if not (found and fed.startswith(header) and text.startswith(header)):
+        return None
+    thought = _CLOSED_THOUGHT.fullmatch(fed[len(header) :])
+    if not thought or thought[2] not in _closing_tags(thought[1]) or thought[1] in messages[i]["content"]:
+        return None
+    return fed, len(header)
+
+
+def _closing_tags(tag: str) -> set[str]:
+    """The tags that close one: `</think>`, `[/THINK]`, `<channel|>`, `<|END_THINKING|>` and their like."""
+    closing = {f"{tag[0]}/{tag[1:]}", f"{tag[:2]}/{tag[2:]}"}
+    if tag.startswith("<|") and not tag.endswith("|>"):
+        closing.add(f"<{tag[2:-1]}|>")
+    words = (
+        ("START", "END"),
+        ("start", "end"),
+        ("BEGIN", "END"),
+        ("begin", "end"),
+        ("bo", "eo"),
+        ("BO", "EO"),
+    )
+    return closing | {tag.replace(first, last, 1) for first, last in words if first in tag}

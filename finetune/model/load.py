@@ -15,7 +15,7 @@ from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import ModelSection
-from finetune.system.errors import LabelError, ModelError
+from finetune.system.errors import ModelError, TemplateError
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     known = generation_config.eos_token_id
     stops = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(LabelError):  # a template whose turns cannot be told ends none
+        with contextlib.suppress(TemplateError):  # a template whose turns cannot be found ends none
             stops.append(Chat(tokenizer).end_of_turn_id)
     return [i for i in dict.fromkeys(stops) if i is not None]
 

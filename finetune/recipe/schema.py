@@ -54,6 +54,8 @@ class DataSource(BaseModel):
     """Fields of the format to columns of the source, or to format strings over the row."""
     raw: bool = False
     """Trains on prompt_completion rows as plain text, without the chat template."""
+    special_tokens: bool = False
+    """Lets text without a chat template spell special tokens, as rendered prompts and fill-in-the-middle do."""
     filter: dict[str, str | int | float | bool | list[str | int | float | bool | None] | None] = {}
     """Columns to the value, or list of values, that a row must have; other rows are left out."""
     weight: Annotated[float, Field(gt=0)] | None = None

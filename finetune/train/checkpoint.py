@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from finetune.system.errors import RunError
 from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
@@ -19,10 +20,11 @@ WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 class MarkerFields(TypedDict):
-    """The number of processes that a checkpoint was made with, and the digest of its training rows."""
+    """The processes that a checkpoint was made with, the digest of its training rows, and the run's first day."""
 
     processes: int
     rows: str | None
+    day: NotRequired[str]
 
 
 class Marker(MarkerFields):
@@ -91,6 +93,12 @@ def read_marker(folder: Path) -> Marker:
     """The marker of a complete checkpoint."""
     marker: Marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     return marker
+
+
+def first_day(start: Path | None) -> date:
+    """The day on which the run of a checkpoint began, which a chat template may write; today without a checkpoint."""
+    day = read_marker(start).get("day") if start is not None else None
+    return date.fromisoformat(day) if day else date.today()
 
 
 def is_whole(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -18,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from finetune.data.chat import Chat
+from finetune.data.chat import IGNORE, Chat
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
@@ -100,10 +101,11 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
     main = distributed.rank() == 0
     precision, base = decide_precision(recipe), Base.of(recipe.model, say)
     config = _check_and_join(recipe, precision, base, output, say)
-    rows = _read_rows(recipe, base, say)
-    start = distributed.broadcast_from_first(
-        _checkpoint_to_resume(recipe, output, rows.train, say) if main else None
-    )
+    start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
+    day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
+    rows = _read_rows(recipe, base, day, say)
+    if main and start is not None:
+        _check_changes(recipe, start, rows.train, say)
     distributed.check_same(
         {
             "the recipe": recipe.to_yaml(),
@@ -182,9 +184,9 @@ def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Pa
     return config
 
 
-def _read_rows(recipe: Recipe, base: Base, say: Say) -> _Rows:
+def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
     tokenizer = load_tokenizer(recipe.model, base)
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, day)
     train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
     streamed = any(source.streaming for source in recipe.data.train)
     say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
@@ -195,16 +197,19 @@ def _read_rows(recipe: Recipe, base: Base, say: Say) -> _Rows:
     return _Rows(tokenizer, chat, has_conversations, train_rows, evaluation, streamed)
 
 
-def _checkpoint_to_resume(recipe: Recipe, output: Path, rows: Prepared, say: Say) -> Path | None:
-    """The checkpoint to resume from, which must belong to this recipe and these rows; None to start at step 0."""
+def _checkpoint_to_resume(recipe: Recipe, output: Path, say: Say) -> Path | None:
+    """The checkpoint to resume from; None to start at step 0."""
     wanted = recipe.training.get("resume_from_checkpoint") or False
-    start = checkpoint.checkpoint_to_resume(output, wanted, say)
-    if start is not None and (saved := files.run_file(start, "recipe.yaml")):
+    return checkpoint.checkpoint_to_resume(output, wanted, say)
+
+
+def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> None:
+    """Checks that a checkpoint belongs to this recipe and these rows."""
+    if saved := files.run_file(start, "recipe.yaml"):
         marker = checkpoint.read_marker(start)
         same_rows = marker.get("rows") == rows.digest
         processes = (int(marker.get("processes", 1)), distributed.world_size())
         diff.check_changes(saved, recipe, say, same_rows, processes)
-    return start
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,13 +221,23 @@ def _load_model(
 ) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
     model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
-    model.generation_config.eos_token_id = eos_tokens(model.generation_config, rows.tokenizer)
+    stops = eos_tokens(model.generation_config, rows.tokenizer)
+    model.generation_config.eos_token_id = [*stops, *(i for i in _ends_of_turns(rows) if i not in stops)]
     if config.fsdp_config and config.fsdp:
         config.fsdp_config["transformer_layer_cls_to_wrap"] = layer_classes(model)
     if config.ddp_find_unused_parameters is None:
         # Only experts can be left out of a step; looking for others costs each step a walk through the graph.
         config.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
     return model
+
+
+def _ends_of_turns(rows: _Rows) -> list[int]:
+    """The end-of-turn token of the rows, where the template shows it for no other conversation than theirs."""
+    dataset = rows.train.dataset
+    if dataset is None or rows.streamed or not rows.has_conversations or rows.chat.finds_end_of_turn:
+        return []
+    labels = [label for label in dataset[0]["labels"] if label != IGNORE]
+    return labels[-1:]
 
 
 def _make_trainer(
@@ -243,6 +258,8 @@ def _make_trainer(
     trainer.meter = _make_meter(recipe, precision, model, data)
     trainer.recipe_yaml = recipe.to_yaml()
     trainer.marker_fields = {"processes": distributed.world_size(), "rows": data.digest}
+    if rows.chat.day is not None:
+        trainer.marker_fields["day"] = rows.chat.day.isoformat()
     if not rows.streamed:
         check_row_counts(trainer.train_dataset, data, "train")
     if evaluation.dataset is not None:

@@ -1,0 +1,71 @@
+"""The form in which a chat template takes the `arguments` of tool calls: a map, or a text of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from finetune.data.turns import Message, Render
+from finetune.system.errors import LabelError
+
+_KEY, _VALUE = "qjxkeyvzw", "qjxvaluevzw"  # letters, which no template's filter escapes
+
+
+def with_arguments_as_rendered(render: Render, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages with the arguments of their tool calls as the template takes them: maps, else texts of JSON.
+
+    Args:
+        render: The chat template.
+        messages: The conversation, its arguments maps.
+
+    Raises:
+        LabelError: The template writes maps as Python does, and takes no text either.
+    """
+    calling = [i for i, message in enumerate(messages) if _arguments(message)]
+    if not calling:
+        return messages
+    # A template may leave out a call once a user speaks after it: the last one stands at the end.
+    last = calling[-1]
+    sample, as_map, as_text = messages[: last + 1], {_KEY: _VALUE}, json.dumps({_KEY: _VALUE})
+    reason = ""
+    try:
+        shown = render(with_arguments(sample, lambda _: as_map))
+        if str(as_map) in shown:
+            reason = "the chat template writes a tool call's arguments as Python, not as JSON"
+        elif _VALUE in shown:
+            return messages
+    except LabelError:
+        pass  # rendering the conversation tells why, unless it takes texts
+    try:
+        takes_text = as_text in render(with_arguments(sample, lambda _: as_text))
+    except LabelError:
+        takes_text = False
+    if takes_text:
+        return with_arguments(messages, lambda arguments: json.dumps(arguments, ensure_ascii=False))
+    if reason:
+        raise LabelError(reason, message=last)
+    return messages
+
+
+def _arguments(message: Message) -> list[dict[str, Any]]:
+    """The arguments of a message's calls that are maps."""
+    calls = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or ()]
+    return [arguments for arguments in calls if isinstance(arguments, dict)]
+
+
+def with_arguments(messages: Sequence[Message], change: Callable[[dict[str, Any]], object]) -> list[Message]:
+    """The messages with the arguments of each call changed where they are a map."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return call | {"function": changed(call["function"])}
+        arguments = call.get("arguments")
+        return call | {"arguments": change(arguments)} if isinstance(arguments, dict) else call
+
+    return [
+        message | {"tool_calls": [changed(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
