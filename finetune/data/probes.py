@@ -56,7 +56,7 @@ def probes(render: Callable[..., str]) -> Iterator[Probe]:
 
 
 def spelt_tokens(text: str) -> list[str]:
-    """What looks like the tokens of turns in a rendered probe: behind its texts, at the edge of a line.
+    """The parts of a rendered probe that look like tokens of turns: behind its texts, at the edge of a line.
 
     A pair such as `<result>` and `</result>`, and a tag inside a sentence, is text that the template says to the model.
     """
