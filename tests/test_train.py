@@ -28,6 +28,7 @@ from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import MetricsLog
 
 Write = Callable[..., Path]
+SAMPLE_ROWS = Path(__file__).parents[1] / "data" / "chat_sample.jsonl"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 # An adapter with token rows, which are named: `auto` depends on the base's weights.
@@ -557,3 +558,39 @@ def test_a_record_that_was_cut_off_does_not_stop_a_resume(write_recipe: Write) -
     again = ["training.max_steps=4", "training.resume_from_checkpoint=true"]
     assert main(["train", str(path), "data.eval_fraction=0.1", *again]) == 0
     assert [record["step"] for record in metrics(Path("run")) if "loss" in record] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_an_evaluation_drops_no_rows(write_recipe: Callable[..., Path], count: int, capsys: Any) -> None:
+    """`dataloader_drop_last` is for training: the loss of an evaluation is that of all rows, whatever the batch."""
+    rows = [json.loads(line) for line in SAMPLE_ROWS.read_text(encoding="utf-8").splitlines()[:16]]
+    for name, part in (("train.jsonl", rows[:8]), ("eval.jsonl", rows[8 : 8 + count])):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    found = []
+    for drop_last in (True, False):
+        settings = {"max_steps": 1, "max_length": 512, "dataloader_drop_last": drop_last}
+        settings |= {"per_device_eval_batch_size": 5}
+        data = {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]}
+        recipe = write_recipe(data=data, training=settings | {"output_dir": f"run-{drop_last}"})
+        assert main([str(recipe)]) == 0
+        found += [r["eval_loss"] for r in metrics(Path(f"run-{drop_last}")) if "eval_loss" in r]
+    assert found[0] == found[1] > 1
+
+
+def test_fewer_rows_than_a_batch_that_is_dropped(write_recipe: Callable[..., Path], capsys: Any) -> None:
+    rows = SAMPLE_ROWS.read_text(encoding="utf-8").splitlines(keepends=True)[:12]
+    Path("few.jsonl").write_text("".join(rows), encoding="utf-8")
+    settings = {
+        "per_device_train_batch_size": 16,
+        "dataloader_drop_last": True,
+        "max_steps": -1,
+        "max_length": 512,
+    }
+    recipe = write_recipe(
+        data={"train": [{"path": "few.jsonl"}]}, training=settings | {"num_train_epochs": 2}
+    )
+    assert main([str(recipe)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: training.dataloader_drop_last: is true, and 12 rows are fewer than a batch of 16, so that all are "
+        "dropped; write false, or lower training.per_device_train_batch_size"
+    )

@@ -33,7 +33,7 @@ from finetune.recipe import diff
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH
 from finetune.system import devices, distributed, files
-from finetune.system.errors import PushError
+from finetune.system.errors import PushError, RunError
 from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
@@ -265,6 +265,13 @@ def _make_trainer(
     if evaluation.dataset is not None:
         check_row_counts(trainer.eval_dataset, evaluation, "evaluate")
     trainer.pad_to_ranks()
+    batch = config.per_device_train_batch_size * distributed.world_size()
+    if config.dataloader_drop_last and not rows.streamed and len(trainer.train_dataset) < batch:
+        count = len(trainer.train_dataset)
+        raise RunError(
+            f"training.dataloader_drop_last: is true, and {count} rows are fewer than a batch of {batch}, so that all "
+            "are dropped; write false, or lower training.per_device_train_batch_size"
+        )
     if recipe.lora is not None:
         # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), which
         # also rounds its first values.

@@ -65,8 +65,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     millijoules = 0.0
     last_saved_step = -1
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        drop_last = self.args.dataloader_drop_last
+        # Upstream drops an evaluation's last rows too (transformers 5.23), so that its loss is not that of all rows.
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         inner = getattr(loader, "base_dataloader", loader)
         inner.worker_init_fn = partial(_own_process_group, inner.worker_init_fn)
         return loader
