@@ -154,8 +154,10 @@ def _headers(render: Render, special: Special, messages: Sequence[Message]) -> _
     if not messages:
         return _Headers(frozenset(), "", ())
     first, *between = messages
-    fenced = [first | {"content": FENCE + first["content"]}, *between]
-    if isinstance(fenced[-1]["content"], str):  # a tool's answer may be a map
+    fenced = [first, *between]
+    if isinstance(first["content"], str):  # a tool's answer may be a map
+        fenced[0] = first | {"content": FENCE + first["content"]}
+    if isinstance(fenced[-1]["content"], str):
         fenced[-1] = fenced[-1] | {"content": fenced[-1]["content"] + _MARK}
     try:
         text = render(fenced)
