@@ -159,7 +159,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
         assert f" 2 P the base, in bfloat16 {2 * p / 1e9:.1f} GB" in text
     # What is added up fits into the card, with a fifth of it left.
     base, adapter, activations = (float(n) for n in re.findall(r" ([\d.]+) GB", text.split(" P = ")[1])[:3])
-    (total,) = re.findall(r"about (\d+) GB with CUDA's own", text)
+    (total,) = re.findall(r"about (\d+) GB with the CUDA context", text)
     assert 0.5 <= int(total) - base - adapter - activations <= 2
     assert int(total) <= 0.8 * int(re.search(r"one GPU with (\d+)", text)[1])  # type: ignore[index]
     tokens = recipe.training["per_device_train_batch_size"] * recipe.training["max_length"]
