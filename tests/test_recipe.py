@@ -857,6 +857,7 @@ def test_to_yaml() -> None:
         "      format: null  # default\n"
         "      columns: {}  # default\n"
         "      raw: false  # default\n"
+        "      special_tokens: false  # default\n"
         "      filter: {}  # default\n"
         "      weight: null  # default\n"
         "      samples: null  # default\n"
