@@ -22,7 +22,7 @@ class ModelSection(BaseModel):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of the loaded weights; auto: chosen from the checkpoint and this device."""
+    """The dtype of the loaded weights; auto: bfloat16 or float16, as the GPU computes in it, float32 on a CPU."""
     attn_implementation: str | None = None
     """As in `from_pretrained`; absent: chosen for the model and this device."""
     chat_template: str | None = None
