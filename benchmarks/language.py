@@ -35,9 +35,7 @@ def row(name: str, cases: list[dict[str, Any]]) -> str:
     found = [language_verdict(case["prompt"], case["answer"]).right for case in cases]
     cells = []
     for which in (False, True):
-        both = sum(
-            case["right"] is which and right is which for case, right in zip(cases, found, strict=True)
-        )
+        both = sum(case["right"] is which and right is which for case, right in zip(cases, found, strict=True))
         cells.append(share(both, sum(right is which for right in found)))
         cells.append(share(both, sum(case["right"] is which for case in cases)))
     return f"| {name} | {len(cases)} | {' | '.join(cells)} |"

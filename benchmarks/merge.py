@@ -56,9 +56,7 @@ def make(layers: str, folder: str) -> dict[str, Any]:
         options: dict[str, Any] = {}
         section = ModelSection(name_or_path="random:llama")
         base = str(Path(folder, "base"))
-        config = AutoConfig.for_model(
-            "llama", vocab_size=32000, num_hidden_layers=int(layers), head_dim=128, **SHAPE
-        )
+        config = AutoConfig.for_model("llama", vocab_size=32000, num_hidden_layers=int(layers), head_dim=128, **SHAPE)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(base, max_shard_size="1GB")
         del model

@@ -36,9 +36,7 @@ def quantise(source: Path, target: Path, kind: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
@@ -68,13 +66,8 @@ def main() -> None:
             whole["ours"] += ours
             whole["theirs"] += theirs
             ends = [(place / f"{who}.gguf").read_bytes()[-(2**20) :] for who in seconds]
-            print(
-                f"| {kind} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} | {ends[0] == ends[1]} |",
-                flush=True,
-            )
-        print(
-            f"| all | {whole['ours']:.1f} | {whole['theirs']:.1f} | {whole['ours'] / whole['theirs']:.2f} | |"
-        )
+            print(f"| {kind} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} | {ends[0] == ends[1]} |", flush=True)
+        print(f"| all | {whole['ours']:.1f} | {whole['theirs']:.1f} | {whole['ours'] / whole['theirs']:.2f} | |")
 
 
 if __name__ == "__main__":

@@ -122,12 +122,7 @@ def timed(kind: str, recipe: Path, ranks: int, output: Path) -> tuple[float, flo
     shutil.rmtree(output, ignore_errors=True)
     size = 4 // ranks
     if kind == "ours":
-        words = [
-            "train",
-            str(recipe),
-            f"training.output_dir={output}",
-            f"training.per_device_train_batch_size={size}",
-        ]
+        words = ["train", str(recipe), f"training.output_dir={output}", f"training.per_device_train_batch_size={size}"]
     else:
         words = ["--bare", str(recipe), str(output), str(size)]
     script = str(ROOT / "tests" / "on_cpu.py") if kind == "ours" else __file__
@@ -169,9 +164,7 @@ def main() -> None:
                 print(ranks, kind, runs[-1], flush=True)
         rates = {kind: statistics.median(run[0] for run in runs) for kind, runs in found.items()}
         starts = {kind: statistics.median(run[1] for run in runs) for kind, runs in found.items()}
-        ratio = statistics.median(
-            ours[0] / other[0] for ours, other in zip(found["ours"], found["bare"], strict=True)
-        )
+        ratio = statistics.median(ours[0] / other[0] for ours, other in zip(found["ours"], found["bare"], strict=True))
         weights = {kind: weight(args.work / f"{kind}-{ranks}" / f"checkpoint-{STEPS}") for kind in found}
         adapter = args.work / f"ours-{ranks}" / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
         print(

@@ -35,9 +35,7 @@ RECIPE = "recipes/quickstart.yaml"
 def make_trainer(kind: str, path: str) -> Any:
     """A trainer that is ready to step: `bare`, `ours` or `rows`."""
     rows = "auto" if kind == "rows" else "null"
-    recipe = load_recipe(
-        path, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"]
-    )
+    recipe = load_recipe(path, [f"lora.trainable_token_indices={rows}", f"training.output_dir=runs/bench-{kind}"])
     precision, base = decide_precision(recipe), Base.of(recipe.model)
     chat = Chat(load_tokenizer(recipe.model))
     data, evaluation = build_datasets(recipe.data, chat, recipe.training["max_length"])
@@ -64,9 +62,7 @@ def make_trainer(kind: str, path: str) -> Any:
 def main(steps: int, path: str = RECIPE) -> None:
     warnings.simplefilter("ignore")
     trainers = {kind: make_trainer(kind, path) for kind in ("bare", "ours", "rows")}
-    batches = [
-        batch for batch, _ in zip(trainers["bare"].get_train_dataloader(), range(steps + 1), strict=False)
-    ]
+    batches = [batch for batch, _ in zip(trainers["bare"].get_train_dataloader(), range(steps + 1), strict=False)]
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
     for number, batch in enumerate(batches):
         losses = {}
@@ -78,16 +74,10 @@ def main(steps: int, path: str = RECIPE) -> None:
             if number:  # the first one warms up
                 seconds[kind].append(time.perf_counter() - start)
         assert abs(losses["bare"] - losses["ours"]) < 2e-3 * losses["bare"], losses
-        print(
-            number,
-            {kind: f"{found[-1]:.2f} s" for kind, found in seconds.items() if found},
-            losses,
-            flush=True,
-        )
+        print(number, {kind: f"{found[-1]:.2f} s" for kind, found in seconds.items() if found}, losses, flush=True)
     tokens = [int(batch["attention_mask"].sum()) for batch in batches[1:]]
     rate = {
-        kind: statistics.median(t / s for t, s in zip(tokens, found, strict=True))
-        for kind, found in seconds.items()
+        kind: statistics.median(t / s for t, s in zip(tokens, found, strict=True)) for kind, found in seconds.items()
     }
     ratio = {
         kind: statistics.median(a / b for a, b in zip(seconds["bare"], seconds[kind], strict=True))

@@ -89,12 +89,7 @@ def recipe() -> str:
     """The page of recipe keys."""
     lines = [_MADE, _RECIPE]
     for name, section in _SECTIONS.items():
-        lines += [
-            f"## {name}\n",
-            f"{section.__doc__}\n",
-            "| key | takes | default | |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"## {name}\n", f"{section.__doc__}\n", "| key | takes | default | |", "|---|---|---|---|"]
         lines += [_row(key, field) for key, field in section.model_fields.items()]
         lines.append("")
     lines += [_UPSTREAM, "`quantization` takes these:\n", "| key | takes |", "|---|---|"]
@@ -104,10 +99,7 @@ def recipe() -> str:
         "",
         f"`training.fsdp_config` takes {keys} (on a TPU); sharding over GPUs is set in the launcher's file.\n",
     ]
-    lines += [
-        "## Names in other trainers\n",
-        "Each of these keys is an error that says what to write instead.\n",
-    ]
+    lines += ["## Names in other trainers\n", "Each of these keys is an error that says what to write instead.\n"]
     lines += ["| section | key | instead |", "|---|---|---|"]
     for name, table in INSTEAD.items():
         place = next((path for path in _SECTIONS if name and path.split(",")[0].endswith(f".{name}")), name)
@@ -157,9 +149,7 @@ def accepted(kind: Any) -> str:
 def _bound(bound: Any) -> str:
     limits = getattr(bound, "metadata", [bound])
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    parts = [
-        f"{words[name]} {getattr(limit, name)}" for limit in limits for name in words if hasattr(limit, name)
-    ]
+    parts = [f"{words[name]} {getattr(limit, name)}" for limit in limits for name in words if hasattr(limit, name)]
     return f" {' and '.join(parts)}" if parts else ""
 
 
@@ -176,10 +166,7 @@ def cli() -> str:
     for name, verb in verbs.choices.items():
         own = [a for a in verb._actions if not common & set(a.option_strings)]
         places = " ".join(_place(a) for a in own if not a.option_strings)
-        lines += [
-            f"## {f'finetune {name} {places}'.strip()}\n",
-            f"{helps[name][0].upper()}{helps[name][1:]}.\n",
-        ]
+        lines += [f"## {f'finetune {name} {places}'.strip()}\n", f"{helps[name][0].upper()}{helps[name][1:]}.\n"]
         lines += ["| | |", "|---|---|", *_flags(sorted(own, key=lambda a: bool(a.option_strings))), ""]
     lines += [
         "Every verb also takes `--quiet` (errors only) and `--traceback` (Python's, and the warnings of libraries)."

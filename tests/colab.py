@@ -133,22 +133,11 @@ class Machine:
         patch.setenv("JUPYTER_PATH", str(self.content.parent / "jupyter"))
         patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
         place = {"metadata": {"path": str(self.content)}}
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute(
-            env=self.environment
-        )
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute(env=self.environment)
 
     def cut_off(self) -> None:
         """Trains until the third step and kills the process."""
-        command = [
-            self.python,
-            "-P",
-            "-u",
-            "-m",
-            "finetune",
-            "train",
-            ROOT / f"recipes/{NAME}.yaml",
-            *OPTIONS,
-        ]
+        command = [self.python, "-P", "-u", "-m", "finetune", "train", ROOT / f"recipes/{NAME}.yaml", *OPTIONS]
         environment = self.environment | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
         with subprocess.Popen(
             [*command, f"training.output_dir=drive/runs/{NAME}"],

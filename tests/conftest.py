@@ -35,15 +35,7 @@ def examples(count: int) -> int:
 
 # The files that take longest, which begin first, so that no worker is idle at the end.
 LONGEST = (
-    *(
-        "test_gemma",
-        "test_plan",
-        "test_survival",
-        "test_distributed",
-        "test_evaluate",
-        "test_export",
-        "test_merge",
-    ),
+    *("test_gemma", "test_plan", "test_survival", "test_distributed", "test_evaluate", "test_export", "test_merge"),
     *("test_rehearse", "test_rules", "test_recipes_family", "test_notebook", "test_referee", "test_imatrix"),
     *("test_gguf_write", "test_report", "test_mixture", "test_push"),
 )

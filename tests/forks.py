@@ -37,21 +37,14 @@ HEAVY = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"),
     *("bitsandbytes", "peft", "peft.tuners.lora.bnb", "datasets", "wandb", "gguf", "rich.progress"),
     *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin", "PIL.GifImagePlugin"),
-    *(
-        f"transformers.models.{name}.modeling_{name}"
-        for name in ("gemma", "gemma2", "gemma3", "llama", "qwen3")
-    ),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma", "gemma2", "gemma3", "llama", "qwen3")),
     *("transformers.models.auto", "transformers.trainer", "transformers.integrations.bitsandbytes"),
     "trl.trainer.sft_trainer",
 )
 # Upstream reads these when it is imported.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "CUDA_", "PYTHONHASHSEED")
 # As `finetune` sets them before it imports anything.
-SILENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
+SILENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,10 +143,7 @@ def start_server() -> subprocess.Popen[bytes]:
     os.environ[f"{NAME}_ENVIRONMENT"] = json.dumps(read_at_import(os.environ))
     environment = os.environ | SILENT | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, __file__, os.environ[NAME]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
+        [sys.executable, __file__, os.environ[NAME]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     assert process.stdout
     assert process.stdout.readline() == b"ready\n"

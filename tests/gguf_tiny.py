@@ -105,9 +105,7 @@ def write_gguf(
     names = sorted(inner["vocab"], key=inner["vocab"].get)
     writer.add_token_list(tokens(names))
     writer.add_token_types([3 if name in SPECIAL else 1 for name in tokens(names)])
-    writer.add_token_merges(
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in inner["merges"]]
-    )
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in inner["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(True)

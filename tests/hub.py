@@ -265,9 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         user, asked = self.user(needed=True), json.loads(body)
         name = f"{asked['organization'] or user}/{asked['name']}"
         if asked["organization"] not in (None, user):
-            raise Answer(
-                403, message=f"You don't have the rights to create a model under {asked['organization']}"
-            )
+            raise Answer(403, message=f"You don't have the rights to create a model under {asked['organization']}")
         if name in self.hub.repos:
             there = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
             return 409, json.dumps(there).encode(), {}
@@ -394,17 +392,11 @@ def faults(data: dict[str, Any]) -> list[str]:
     for key in ("base_model", "datasets"):
         names = [data[key]] if isinstance(data.get(key), str) else data.get(key) or []
         strange = (name for name in names if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name))
-        wrong += [
-            f'"{key}" with value "{name}" is not valid. Use an id from https://hf.co.' for name in strange
-        ]
+        wrong += [f'"{key}" with value "{name}" is not valid. Use an id from https://hf.co.' for name in strange]
     if data.get("base_model_relation", "adapter") not in RELATIONS:
         wrong.append(f'"base_model_relation" must be one of {", ".join(RELATIONS)}')
     languages = [data["language"]] if isinstance(data.get("language"), str) else data.get("language") or []
-    wrong += [
-        f'"language" {code}: must be an ISO code'
-        for code in languages
-        if not re.fullmatch("[a-z]{2,3}", code)
-    ]
+    wrong += [f'"language" {code}: must be an ISO code' for code in languages if not re.fullmatch("[a-z]{2,3}", code)]
     for model in data.get("model-index") or []:
         for result in model["results"]:
             for key in ("task", "dataset", "metrics"):

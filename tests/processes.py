@@ -86,9 +86,7 @@ class Processes:
             command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "on_cpu.py"), *argv]
             place = rank_env.get("FINETUNE_TEST_CWD", cwd)
             with out.open("ab") as file:
-                processes.append(
-                    forks.Popen(command, cwd=place, env=os.environ | rank_env, stdout=file, stderr=file)
-                )
+                processes.append(forks.Popen(command, cwd=place, env=os.environ | rank_env, stdout=file, stderr=file))
         return Command(processes, outs, store)
 
     def run(self, *argv: str, code: int = 0, **kwargs: Any) -> str:
@@ -104,13 +102,7 @@ def environment(config: str, ranks: int) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    words = [
-        "--config_file",
-        str(ROOT / "accelerate_configs" / config),
-        "--num_processes",
-        str(ranks),
-        "x.py",
-    ]
+    words = ["--config_file", str(ROOT / "accelerate_configs" / config), "--num_processes", str(ranks), "x.py"]
     args: Namespace = launch_command_parser().parse_args(words)
     args, _, _ = _validate_launch_command(args)
     wanted = ("ACCELERATE_", "FSDP_")

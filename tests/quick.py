@@ -25,13 +25,7 @@ with socket.socket(socket.AF_UNIX) as server:
     sys.exit(int(server.recv(8) or b"70"))
 """
 HEAVY = (
-    *(
-        "torch",
-        "transformers.trainer",
-        "transformers.models.auto",
-        "transformers.models.gemma",
-        "bitsandbytes",
-    ),
+    *("torch", "transformers.trainer", "transformers.models.auto", "transformers.models.gemma", "bitsandbytes"),
     *("trl", "trl.trainer.sft_trainer", "peft", "datasets", "wandb", "matplotlib.pyplot", "pydantic"),
 )
 

@@ -49,8 +49,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "special token in the text": (
         lines(chat(("user", "what is <end_of_turn>?"), ("assistant", "a token"))),
-        "rows.jsonl:1: message 1: its text holds <end_of_turn>, which is a special token of this tokenizer"
-        + MEND,
+        "rows.jsonl:1: message 1: its text holds <end_of_turn>, which is a special token of this tokenizer" + MEND,
     ),
     "unknown format": (
         lines({"question": "a", "answer": "b"}),

@@ -48,9 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def tiny(kind: str) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZE | KINDS[kind])
-    config._attn_implementation = config._experts_implementation = (
-        "eager"  # of other ways torch counts little
-    )
+    config._attn_implementation = config._experts_implementation = "eager"  # of other ways torch counts little
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -68,12 +66,8 @@ def counted(model: Any, rows: int, length: int) -> int:
 def test_the_work_is_what_torch_counts(kind: str, way: str) -> None:
     model = tiny(kind)
     if way != "full":
-        last = (
-            {"modules_to_save": ["lm_head"]} if way == "head" and not model.config.tie_word_embeddings else {}
-        )
-        model = get_peft_model(
-            model, LoraConfig(r=4, target_modules=r".*self_attn.*(proj|proj_with_mqa)", **last)
-        )
+        last = {"modules_to_save": ["lm_head"]} if way == "head" and not model.config.tie_word_embeddings else {}
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*self_attn.*(proj|proj_with_mqa)", **last))
     rows, length = 2, 5  # within the window
     work = flops.flops_per_token(model, {length: rows})
     # Eager attention computes the whole square, of which a row needs what lies before each token.
@@ -125,9 +119,7 @@ def test_a_gpu_is_known_by_the_drivers_name(driver: str, name: str | None) -> No
     assert (found and found.name) == name
 
 
-def test_a_record_has_the_utilisation_of_the_gpu(
-    write_recipe: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_has_the_utilisation_of_the_gpu(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """This CPU stands in for a known GPU, and a counter for that of its driver."""
     joules = iter(range(0, 10**9, 3_600_000))
     monkeypatch.setattr(

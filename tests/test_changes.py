@@ -22,9 +22,7 @@ OTHER_ROWS = "the rows of data.train are not those that the run was trained on"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
-def going_on(
-    old: Recipe | str, new: Recipe, same_rows: bool = True, processes: tuple[int, int] = (1, 1)
-) -> list[str]:
+def going_on(old: Recipe | str, new: Recipe, same_rows: bool = True, processes: tuple[int, int] = (1, 1)) -> list[str]:
     """The lines logged when a run is resumed with another recipe, one for each change."""
     saved = Path("saved.yaml")
     saved.write_text(old if isinstance(old, str) else old.to_yaml(), encoding="utf-8")
@@ -190,19 +188,11 @@ def test_no_key_changes_in_silence(write_recipe: Write) -> None:
             assert [line.startswith(f"{key} 77 -> ") for line in said] == [True] * (key not in SILENT)
             named |= {key} if said else set()
     assert refused.keys() | named | SILENT == every
-    assert [
-        key for key, text in refused.items() if f" {key} was 77 and is " not in text and key not in BATCH
-    ] == []
+    assert [key for key, text in refused.items() if f" {key} was 77 and is " not in text and key not in BATCH] == []
     assert {key for key in refused if key.startswith(("training.", "data."))} == BATCH | {
         *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "shuffle_dataset")),
-        *(
-            f"training.{name}"
-            for name in ("dataloader_drop_last", "max_length", "packing", "packing_strategy")
-        ),
-        *(
-            f"training.{name}"
-            for name in ("accelerator_config", "auto_find_batch_size", "optim", "optim_args")
-        ),
+        *(f"training.{name}" for name in ("dataloader_drop_last", "max_length", "packing", "packing_strategy")),
+        *(f"training.{name}" for name in ("accelerator_config", "auto_find_batch_size", "optim", "optim_args")),
         "training.optim_target_modules",
     }
     assert {key for key in named if not key.startswith(("training.", "data."))} == {
@@ -251,13 +241,7 @@ def test_a_default_that_is_written_out_is_no_change(write_recipe: Write) -> None
 
 
 def test_another_type_of_the_same_number_is_no_change(write_recipe: Write) -> None:
-    one = {
-        "learning_rate": "2e-4",
-        "weight_decay": 0,
-        "num_train_epochs": 3,
-        "warmup_steps": 1,
-        "adam_beta1": 0.90,
-    }
+    one = {"learning_rate": "2e-4", "weight_decay": 0, "num_train_epochs": 3, "warmup_steps": 1, "adam_beta1": 0.90}
     other = {"learning_rate": 0.0002, "weight_decay": 0.0, "num_train_epochs": 3.0, "warmup_steps": 1.0}
     before = load_recipe(write_recipe(training=one))
     after = load_recipe(write_recipe(training=other))
@@ -265,9 +249,7 @@ def test_another_type_of_the_same_number_is_no_change(write_recipe: Write) -> No
     assert going_on(before, after) == []
     assert going_on(after, before) == []
     # A text is not a number, and a number no truth.
-    before, after = (
-        load_recipe(write_recipe(training={"lr_scheduler_kwargs": {"a": value}})) for value in (1, True)
-    )
+    before, after = (load_recipe(write_recipe(training={"lr_scheduler_kwargs": {"a": value}})) for value in (1, True))
     assert going_on(before, after) == ["training.lr_scheduler_kwargs.a 1 -> true"]
     before, after = (load_recipe(write_recipe(training={"run_name": name})) for name in ("1", "1.0"))
     assert going_on(before, after) == ['training.run_name "1" -> "1.0"']
@@ -311,9 +293,7 @@ def test_what_is_read_from_the_environment(write_recipe: Write, monkeypatch: pyt
 
 def test_all_that_is_refused_is_told_at_once(recipe: Recipe, write_recipe: Write) -> None:
     after = load_recipe(
-        write_recipe(
-            lora={"r": 32, "lora_dropout": 0.5}, training={"seed": 1, "per_device_train_batch_size": 1}
-        ),
+        write_recipe(lora={"r": 32, "lora_dropout": 0.5}, training={"seed": 1, "per_device_train_batch_size": 1}),
         ["model.dtype=float32", "data.seed=3", "training.learning_rate=1"],
     )
     with pytest.raises(RunError) as caught:
@@ -384,11 +364,7 @@ def test_a_part_of_how_batches_are_made(recipe: Recipe, write_recipe: Write) -> 
         ((2, 4, 1), (2, 1, 1), "8 rows and is 2"),
         ((2, 4, 1), (2, 4, 2), "8 rows and is 16"),
         ((2, 1, 8), (2, 1, 1), "16 rows and is 2"),
-        (
-            (2, 4, 1),
-            (4, 2, 1),
-            [("per_device_train_batch_size", 2, 4), ("gradient_accumulation_steps", 4, 2)],
-        ),
+        ((2, 4, 1), (4, 2, 1), [("per_device_train_batch_size", 2, 4), ("gradient_accumulation_steps", 4, 2)]),
         ((2, 4, 1), (2, 2, 2), [("gradient_accumulation_steps", 4, 2), ("processes", 1, 2)]),
         ((2, 1, 4), (8, 1, 1), [("per_device_train_batch_size", 2, 8), ("processes", 4, 1)]),
     ],
@@ -401,9 +377,7 @@ def test_the_rows_of_a_step(
 ) -> None:
     """Other factors keep the place among the rows, another product does not."""
     old, new = (
-        load_recipe(
-            write_recipe(training={"per_device_train_batch_size": size, "gradient_accumulation_steps": steps})
-        )
+        load_recipe(write_recipe(training={"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}))
         for size, steps, _ in (before, after)
     )
     processes = (before[2], after[2])
@@ -419,9 +393,7 @@ def test_the_rows_of_a_step(
     )
 
 
-@pytest.mark.parametrize(
-    ("override", "was", "now"), [change for change in NAMED if change[0].startswith("data.")]
-)
+@pytest.mark.parametrize(("override", "was", "now"), [change for change in NAMED if change[0].startswith("data.")])
 def test_on_other_rows_the_keys_that_made_them_so_are_refused(
     recipe: Recipe, write_recipe: Write, override: str, was: str, now: str
 ) -> None:
@@ -447,9 +419,7 @@ def test_other_rows_are_told_beside_what_cannot_have_made_them_so(
     assert refusal(recipe, after, same_rows=False).endswith(f"; {OTHER_ROWS}") != explained
 
 
-def test_what_is_refused_for_its_rows_leaves_other_changes_unsaid(
-    recipe: Recipe, write_recipe: Write
-) -> None:
+def test_what_is_refused_for_its_rows_leaves_other_changes_unsaid(recipe: Recipe, write_recipe: Write) -> None:
     after = load_recipe(write_recipe(), ["data.on_bad_row=skip", "training.learning_rate=1"])
     assert refusal(recipe, after, same_rows=False) == "data.on_bad_row was error and is skip"
 
@@ -486,9 +456,7 @@ def test_a_damaged_recipe_is_named(recipe: Recipe, text: str, reason: str | None
     told = str(caught.value)
     assert "\n" not in told
     assert told.startswith(f"saved.yaml is damaged: {reason or ''}")
-    assert told.endswith(
-        "; restore the file that the run wrote, or train anew in another training.output_dir"
-    )
+    assert told.endswith("; restore the file that the run wrote, or train anew in another training.output_dir")
 
 
 def test_a_recipe_that_is_no_text(recipe: Recipe) -> None:

@@ -102,8 +102,7 @@ def test_text_and_trained_text(template: str, name: str) -> None:
         wanted = [t + "<|im_end|>" for t in texts[1::2]]
     else:
         text = "<bos>" + "".join(
-            f"<start_of_turn>{('user', 'model')[i % 2]}\n{t.strip()}<end_of_turn>\n"
-            for i, t in enumerate(texts)
+            f"<start_of_turn>{('user', 'model')[i % 2]}\n{t.strip()}<end_of_turn>\n" for i, t in enumerate(texts)
         )
         wanted = [t.strip() + "<end_of_turn>" for t in texts[1::2]]
     own, messages = chat(template), talk(*texts)
@@ -198,9 +197,7 @@ TEXTS = st.one_of(st.text(max_size=12), st.lists(PARTS, max_size=5).map("".join)
 )
 @example("chatml", ["a", "\n\n b"], None, "assistant")
 @example("gemma", ["\ud800", "b"], None, "assistant")
-def test_any_text_is_proved_or_refused(
-    template: str, texts: list[str], system: str | None, train_on: str
-) -> None:
+def test_any_text_is_proved_or_refused(template: str, texts: list[str], system: str | None, train_on: str) -> None:
     own, messages = chat(template), talk(*texts, system=system)
     try:
         row = own.encode(messages, train_on)
@@ -340,9 +337,7 @@ def test_a_turn_without_an_end_is_not_trained_to_the_next_one(template: str) -> 
     """Neither the end of the conversation nor the head of the next turn ends this one."""
     own = chat(template)
     assert trained(own, own.encode(talk("a", "one"))) in (["one\n\n<eos>"], ["one<eos>"])
-    assert refusal(own, talk("a", "one", "b", "two")).startswith(
-        "message 2: the template ends the turn with "
-    )
+    assert refusal(own, talk("a", "one", "b", "two")).startswith("message 2: the template ends the turn with ")
 
 
 def test_a_turn_that_a_later_message_is_written_into() -> None:
@@ -405,11 +400,7 @@ def official(name: str) -> str:
 @pytest.mark.parametrize("generation", [False, True])
 @pytest.mark.parametrize("name", ["gemma", "gemma3"])
 def test_gemma_renders_as_the_official_template(name: str, generation: bool) -> None:
-    conversations = [talk(*texts) for texts in CONVERSATIONS.values()] + [
-        talk("Hi"),
-        talk("", "x", ""),
-        talk("a", ""),
-    ]
+    conversations = [talk(*texts) for texts in CONVERSATIONS.values()] + [talk("Hi"), talk("", "x", ""), talk("a", "")]
     if name == "gemma3":
         conversations += [talk("Hi", "Yo", system=text) for text in ("", " Be kind. ", "一\n\n二")]
     for messages in conversations:
@@ -442,10 +433,7 @@ def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
             talk("a", "b", system="<|im_end|>"),
             "message 1: its text holds <|im_end|>, which is a special token of this tokenizer",
         ),
-        (
-            talk("\ud800", "b"),
-            "message 1: its text holds a lone surrogate ('\\ud800'), which is no character",
-        ),
+        (talk("\ud800", "b"), "message 1: its text holds a lone surrogate ('\\ud800'), which is no character"),
         ([said("human", "a")], "message 1: unknown role 'human'; known are system, user, assistant, tool"),
         ([said(None, "a")], "message 1: unknown role None; known are system, user, assistant, tool"),
         ([said(["user"], "a")], "message 1: unknown role ['user']; known are system, user, assistant, tool"),

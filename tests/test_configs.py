@@ -66,12 +66,7 @@ def launch(path: Path, *flags: str) -> tuple[argparse.Namespace, dict[str, str]]
     several = args.use_fsdp or args.multi_gpu
     if several:
         environment = prepare_multi_gpu_env(args)
-        given = [
-            "--training_script",
-            args.training_script,
-            "--training_script_args",
-            *args.training_script_args,
-        ]
+        given = ["--training_script", args.training_script, "--training_script_args", *args.training_script_args]
         args = _filter_args(args, torchrun.get_args_parser(), given)
     else:
         command, environment = prepare_simple_launcher_cmd_env(args)
@@ -117,9 +112,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_what_accelerate_makes_of_each(path: Path) -> None:
-    meeting = (
-        ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"] if path.stem == "fsdp_multinode" else []
-    )
+    meeting = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1"] if path.stem == "fsdp_multinode" else []
     args, environment = launch(path, *meeting)
     arguments, variables = EXPECTED[path.stem]
     assert {name: getattr(args, name) for name in arguments} == arguments
@@ -193,17 +186,13 @@ def test_every_key_is_read(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         other = copy.deepcopy(config)
         section = other[above[0]] if above else other
         value = section[key]
-        section[key] = (
-            not value if isinstance(value, bool) else 2 * value if isinstance(value, int) else OTHER[value]
-        )
+        section[key] = not value if isinstance(value, bool) else 2 * value if isinstance(value, int) else OTHER[value]
         changed.write_text(yaml.safe_dump(other), encoding="utf-8")
         assert outcome(changed, monkeypatch) != before, key
 
 
 @pytest.mark.parametrize("key", ["same_network: true", "rdzv_backend: c10d"])
-def test_keys_that_accelerate_does_not_read(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_that_accelerate_does_not_read(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "accelerate_configs" / "fsdp_multinode.yaml"
     changed = tmp_path / "changed.yaml"
     changed.write_text(path.read_text(encoding="utf-8") + key + "\n", encoding="utf-8")
@@ -224,9 +213,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FullyShardedDataPar
 
 
 @pytest.mark.parametrize("stem", ["fsdp", "fsdp_qlora", "fsdp_multinode"])
-def test_the_plugin_of_the_sharded_files(
-    stem: str, plugin: Callable[..., FullyShardedDataParallelPlugin]
-) -> None:
+def test_the_plugin_of_the_sharded_files(stem: str, plugin: Callable[..., FullyShardedDataParallelPlugin]) -> None:
     made = plugin(stem)
     assert (made.fsdp_version, made.reshard_after_forward) == (2, True)
     assert made.auto_wrap_policy is transformer_auto_wrap_policy
@@ -241,12 +228,7 @@ def tiny(family: str, lora: bool, dropout: float = 0.0) -> Any:
     model = AutoModelForCausalLM.from_pretrained(locate(f"random:{family}"))
     if lora:
         torch.manual_seed(0)
-        options = {
-            "r": 4,
-            "target_modules": "all-linear",
-            "lora_dropout": dropout,
-            "init_lora_weights": False,
-        }
+        options = {"r": 4, "target_modules": "all-linear", "lora_dropout": dropout, "init_lora_weights": False}
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     return model
 
@@ -262,9 +244,7 @@ def test_the_decoder_layers_are_the_units(
     base = model.get_base_model() if lora else model
     assert units == list(base.model.layers)
     assert {type(unit).__name__ for unit in units} == {FAMILIES[family]}
-    made.set_auto_wrap_policy(
-        model
-    )  # which accelerate does first, and which must find every class that it is told
+    made.set_auto_wrap_policy(model)  # which accelerate does first, and which must find every class that it is told
     assert made.transformer_cls_names_to_wrap == [FAMILIES[family]]
 
 
@@ -310,9 +290,7 @@ def test_the_recipes_for_sharding(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(f"recipes/{name}.yaml")
     training, quantization = recipe.training, recipe.quantization
-    processes = load_config_from_file(
-        f"accelerate_configs/{'fsdp' if name == 'fsdp_sft' else name}.yaml"
-    ).num_processes
+    processes = load_config_from_file(f"accelerate_configs/{'fsdp' if name == 'fsdp_sft' else name}.yaml").num_processes
     rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * processes
     assert rows == 32
     assert training["optim"] == "adamw_torch_fused"
@@ -323,16 +301,9 @@ def test_the_recipes_for_sharding(name: str, monkeypatch: pytest.MonkeyPatch) ->
         assert quantization["bnb_4bit_quant_storage"] == recipe.model.dtype == "bfloat16"
 
 
-def shapes(
-    hidden: int, layers: int, heads: int, groups: int, head: int, inner: int, norms: int
-) -> dict[str, int]:
+def shapes(hidden: int, layers: int, heads: int, groups: int, head: int, inner: int, norms: int) -> dict[str, int]:
     """The letters of the page's tables: parameters, embedding, layer, in 4 bit, adapter; and the largest matrix."""
-    matrices = [
-        (hidden, heads * head),
-        (heads * head, hidden),
-        *[(hidden, groups * head)] * 2,
-        *[(hidden, inner)] * 3,
-    ]
+    matrices = [(hidden, heads * head), (heads * head, hidden), *[(hidden, groups * head)] * 2, *[(hidden, inner)] * 3]
     embedding, linear = 256_000 * hidden, sum(a * b for a, b in matrices)
     layer = linear + norms * hidden
     adapter = 16 * sum(a + b for a, b in matrices) * layers
@@ -355,10 +326,7 @@ def test_the_memory_table_is_its_formula(name: str) -> None:
         "lora": (2 * p + 16 * a, 2 * (e + 2 * layer)),
         "qlora": (q / 2 + 2 * (p - q) + 16 * a, 2 * e + layer + q / 63 + 2 * matrix),
     }
-    cells = [
-        " / ".join(f"{(parts / gpus + whole) / 1e9:.1f}" for gpus in (2, 4, 8))
-        for parts, whole in ways.values()
-    ]
+    cells = [" / ".join(f"{(parts / gpus + whole) / 1e9:.1f}" for gpus in (2, 4, 8)) for parts, whole in ways.values()]
     loading = f"{(q / 2 + q / 63 + 2 * (p - q)) / 1e9:.1f}"
     assert f"| {name} | {p / 1e9:.2f}e9 | {' | '.join(cells)} | {loading} |" in PAGE
 
@@ -369,10 +337,7 @@ def test_the_letters_are_those_of_the_models() -> None:
     nine = {"hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8}
     nine |= {"head_dim": 256, "intermediate_size": 14336, "vocab_size": 256_000}
     with torch.device("meta"):
-        models = {
-            "gemma-7b": GemmaForCausalLM(GemmaConfig()),
-            "gemma-2-9b": Gemma2ForCausalLM(Gemma2Config(**nine)),
-        }
+        models = {"gemma-7b": GemmaForCausalLM(GemmaConfig()), "gemma-2-9b": Gemma2ForCausalLM(Gemma2Config(**nine))}
     for name, model in models.items():
         linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
         found = {
@@ -414,12 +379,7 @@ def test_the_job_goes_back_into_the_queue_when_it_was_stopped(
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_CPUS_PER_TASK": "64",
-    }
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "64"}
     environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = subprocess.Popen(["/bin/bash", str(script)], env=environment)
     try:
@@ -443,13 +403,7 @@ def test_the_job_goes_back_into_the_queue_when_it_was_stopped(
         cwd=ROOT,
     ).stdout.split("\n")[2:-1]
     args = launch_command_parser().parse_args(line)
-    found = (
-        args.num_machines,
-        args.num_processes,
-        args.machine_rank,
-        args.main_process_ip,
-        args.training_script,
-    )
+    found = (args.num_machines, args.num_processes, args.machine_rank, args.main_process_ip, args.training_script)
     assert found == (2, 16, 1, "one", "finetune")
     assert (ROOT / args.config_file).is_file()
     recipe, *overrides = args.training_script_args

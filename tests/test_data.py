@@ -39,9 +39,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def jsonl(*rows: Any, name: str = "rows.jsonl") -> str:
-    Path(name).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return name
 
 
@@ -88,9 +86,7 @@ def trained(prepared: Prepared, own: Chat | None = None) -> list[list[str]]:
 
 def talk(*said: str, system: str | None = None) -> dict[str, Any]:
     first = [] if system is None else [{"role": "system", "content": system}]
-    return {
-        "messages": first + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
-    }
+    return {"messages": first + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]}
 
 
 def gemma(*said: str) -> str:
@@ -112,10 +108,7 @@ def gemma(*said: str) -> str:
             "messages",
             {
                 "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "text", "text": "A"}, {"type": "text", "value": "B"}],
-                    },
+                    {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "value": "B"}]},
                     {"role": "assistant", "content": [{"type": "text", "text": "C"}], "loss_weight": 0.0},
                     {"role": "user", "content": "D", "loss_weight": 1.0, "train": False},
                     {"role": "assistant", "content": "E", "loss_weight": 1},
@@ -138,30 +131,17 @@ def gemma(*said: str) -> str:
             gemma("S\n\nHi", "Yo", "Oh", "はい"),
             ["Yo<end_of_turn>", "はい<end_of_turn>"],
         ),
-        (
-            "alpaca",
-            {"instruction": "Add", "input": "", "output": "2"},
-            gemma("Add", "2"),
-            ["2<end_of_turn>"],
-        ),
+        ("alpaca", {"instruction": "Add", "input": "", "output": "2"}, gemma("Add", "2"), ["2<end_of_turn>"]),
         (
             "alpaca",
             {"instruction": "Add", "input": "1+1", "output": "2", "system": "S"},
             gemma("S\n\nAdd\n\n1+1", "2"),
             ["2<end_of_turn>"],
         ),
+        ("prompt_completion", {"prompt": "Hi", "completion": "Yo"}, gemma("Hi", "Yo"), ["Yo<end_of_turn>"]),
         (
             "prompt_completion",
-            {"prompt": "Hi", "completion": "Yo"},
-            gemma("Hi", "Yo"),
-            ["Yo<end_of_turn>"],
-        ),
-        (
-            "prompt_completion",
-            {
-                "prompt": talk("Hi", "Yo", "Oh")["messages"],
-                "completion": [{"role": "assistant", "content": "No"}],
-            },
+            {"prompt": talk("Hi", "Yo", "Oh")["messages"], "completion": [{"role": "assistant", "content": "No"}]},
             gemma("Hi", "Yo", "Oh", "No"),
             ["No<end_of_turn>"],
         ),
@@ -226,10 +206,7 @@ def test_columns() -> None:
 
 def test_columns_that_are_not_there() -> None:
     jsonl(
-        {"quote": "q", "author": "a"},
-        {"quote": "q"},
-        {"quote": None, "author": "a"},
-        {"quote": ["q"], "author": "a"},
+        {"quote": "q", "author": "a"}, {"quote": "q"}, {"quote": None, "author": "a"}, {"quote": ["q"], "author": "a"}
     )
     columns = {"prompt": "Who: {quot}", "completion": "author"}
     for on_bad_row in ("error", "skip"):
@@ -281,11 +258,7 @@ USER = {"role": "user", "content": "a"}
             said({"role": "user", "content": [{"type": "image", "url": "x"}]}),
             "a message has parts that are not text; the type of one is 'image'",
         ),
-        (
-            "messages",
-            said({"role": "user", "content": [{"type": "text"}]}),
-            "a message has a text part without text",
-        ),
+        ("messages", said({"role": "user", "content": [{"type": "text"}]}), "a message has a text part without text"),
         (
             "messages",
             said({"role": "user", "content": [{"type": "text", "text": 7}]}),
@@ -319,26 +292,14 @@ USER = {"role": "user", "content": "a"}
             "message 1: its content is list, not text",
         ),
         ("alpaca", {"instruction": 1, "output": "x"}, "its instruction or input is not text"),
-        (
-            "alpaca",
-            {"instruction": "a", "input": ["b"], "output": "x"},
-            "its instruction or input is not text",
-        ),
+        ("alpaca", {"instruction": "a", "input": ["b"], "output": "x"}, "its instruction or input is not text"),
         ("alpaca", {"instruction": "a"}, "message 2: its content is NoneType, not text"),
         ("prompt_completion", {"prompt": "a"}, "it has no prompt and completion"),
         ("prompt_completion", {"prompt": 1, "completion": "b"}, "its messages are not a list of maps"),
         ("text", {"text": 7}, "it has no text"),
         ("text", {"text": ""}, "the text to train on is empty"),
-        (
-            "text",
-            {"text": "a\ud800"},
-            "the text: its text holds a lone surrogate ('\\ud800'), which is no character",
-        ),
-        (
-            "text",
-            {"text": "a<bos>"},
-            "the text: its text holds <bos>, which is a special token of this tokenizer",
-        ),
+        ("text", {"text": "a\ud800"}, "the text: its text holds a lone surrogate ('\\ud800'), which is no character"),
+        ("text", {"text": "a<bos>"}, "the text: its text holds <bos>, which is a special token of this tokenizer"),
     ],
 )
 def test_bad_rows(form: str, row: dict[str, Any], reason: str) -> None:
@@ -371,21 +332,11 @@ def test_every_source_must_hold_rows() -> None:
     jsonl({"text": "a"})
     raw(b"\n", "none.jsonl")
     sources = [DataSource(path="rows.jsonl"), DataSource(path="none.jsonl")]
-    assert (
-        fault(lambda: build_datasets(DataSection(train=sources), chat(), None))
-        == "none.jsonl: it holds no rows"
-    )
+    assert fault(lambda: build_datasets(DataSection(train=sources), chat(), None)) == "none.jsonl: it holds no rows"
 
 
 def test_skip_counts_each_reason() -> None:
-    lines = [
-        talk("Hi", "Yo"),
-        talk("Hi", ""),
-        talk("Hi", "a", "b", " "),
-        {"messages": []},
-        {"other": 1},
-        talk("Hi"),
-    ]
+    lines = [talk("Hi", "Yo"), talk("Hi", ""), talk("Hi", "a", "b", " "), {"messages": []}, {"other": 1}, talk("Hi")]
     jsonl(*lines, [1], talk("Hi", "Ho"))
     got = prepare(on_bad_row="skip")
     assert texts(got) == [gemma("Hi", "Yo"), gemma("Hi", "Ho")]
@@ -401,9 +352,7 @@ def test_skip_counts_each_reason() -> None:
 
 
 def test_reasons_are_counted_together() -> None:
-    twice = [
-        {"messages": [{"role": "user", "content": "a"}] * n + talk("a", "b")["messages"][1:]} for n in (2, 3)
-    ]
+    twice = [{"messages": [{"role": "user", "content": "a"}] * n + talk("a", "b")["messages"][1:]} for n in (2, 3)]
     jsonl(talk("a", "b", system="S"), *twice, talk("a", "b", system="T"), talk("a", "b"))
     got = prepare(template="gemma", on_bad_row="skip")
     assert got.ledger.bad == {
@@ -416,9 +365,7 @@ def test_a_reason_is_whole_whatever_the_row_holds() -> None:
     jsonl(talk("a", "b"), {"messages": [{"role": "x; message 1: y", "content": "a"}]})
     ledger = prepare(on_bad_row="skip").ledger
     assert ledger.bad == {"unknown role 'x; message 1: y'": 1}
-    assert ledger.first == {
-        "unknown role 'x; message 1: y'": "rows.jsonl:2; known are system, user, assistant, tool"
-    }
+    assert ledger.first == {"unknown role 'x; message 1: y'": "rows.jsonl:2; known are system, user, assistant, tool"}
 
 
 def test_ledger_exactly() -> None:
@@ -428,9 +375,7 @@ def test_ledger_exactly() -> None:
     jsonl(talk("Hi", "Yo"), talk("Hi", ""), silent, twice, {"messages": None}, talk("Hi", "Yo"))
     raw(json.dumps({"text": "Yo"}).encode(), "more.jsonl")
     own = chat()
-    data = DataSection(
-        train=[DataSource(path="rows.jsonl"), DataSource(path="more.jsonl")], on_bad_row="skip"
-    )
+    data = DataSection(train=[DataSource(path="rows.jsonl"), DataSource(path="more.jsonl")], on_bad_row="skip")
     got, evaluation = build_datasets(data, own, None)
     lengths = [len(own.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts(got)]
     assert texts(got) == [gemma("Hi", "Yo"), gemma("Hi", "Yo", "Hi", "Yo"), "<bos>Yo<eos>"]
@@ -548,9 +493,7 @@ def test_split() -> None:
     got = prepare(on_overflow="split", max_length=size(two) - 1)
     assert (
         texts(got)
-        == [gemma("Sys\n\nHi", "one"), gemma("Sys\n\nOh", "two two"), gemma("Sys\n\nAh", "three")][
-            : len(texts(got))
-        ]
+        == [gemma("Sys\n\nHi", "one"), gemma("Sys\n\nOh", "two two"), gemma("Sys\n\nAh", "three")][: len(texts(got))]
     )
     got = prepare(on_overflow="split", train_on="last_assistant", max_length=size(two))
     assert (texts(got), trained(got)) == ([gemma("Sys\n\nAh", "three")], [["three<end_of_turn>"]])
@@ -685,9 +628,7 @@ def test_eval_fraction_keeps_rows_whole_and_their_account() -> None:
 
 def test_eval_fraction_of_too_little() -> None:
     jsonl(talk("a", "b"))
-    assert fault(lambda: prepare(eval_fraction=0.5)) == (
-        "data.eval_fraction: 0.5 of 1 rows leaves none to train on"
-    )
+    assert fault(lambda: prepare(eval_fraction=0.5)) == ("data.eval_fraction: 0.5 of 1 rows leaves none to train on")
     jsonl(talk("a"))
     assert fault(lambda: prepare(eval_fraction=0.5, on_bad_row="skip")) == (
         "no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; "
@@ -698,9 +639,7 @@ def test_eval_fraction_of_too_little() -> None:
 def test_eval_rows() -> None:
     jsonl(talk("a", "b"))
     jsonl(talk("c", "d"), talk("e"), name="eval.jsonl")
-    train, held = build_datasets(
-        section(eval=[DataSource(path="eval.jsonl")], on_bad_row="skip"), chat(), None
-    )
+    train, held = build_datasets(section(eval=[DataSource(path="eval.jsonl")], on_bad_row="skip"), chat(), None)
     assert (texts(train), texts(held)) == ([gemma("a", "b")], [gemma("c", "d")])
     assert (train.ledger.read, held.ledger.read, held.ledger.bad.total()) == (1, 2, 1)
     jsonl(talk("e"), name="eval.jsonl")
@@ -776,9 +715,7 @@ KEYS = st.sampled_from(
     ]
 )
 VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
-    max_leaves=12,
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12
 )
 
 
@@ -786,9 +723,7 @@ VALUES = st.recursive(
 @given(
     rows=st.lists(st.dictionaries(KEYS, VALUES, min_size=1, max_size=5) | VALUES, min_size=1, max_size=3),
     form=st.sampled_from([None, "messages", "sharegpt", "alpaca", "prompt_completion", "text"]),
-    columns=st.sampled_from(
-        [{}, {"text": "content"}, {"prompt": "Q {content} {role}", "completion": "value"}]
-    ),
+    columns=st.sampled_from([{}, {"text": "content"}, {"prompt": "Q {content} {role}", "completion": "value"}]),
     template=st.sampled_from(["gemma", "gemma3", "chatml"]),
     skip=st.sampled_from(["skip", "error"]),
     room=st.sampled_from([None, 12]),
@@ -807,11 +742,8 @@ def test_odd_rows_are_told(
 
 @settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    data=st.binary(min_size=1, max_size=60)
-    | st.text('{}[]",:\n\rtex0\\u "', min_size=1, max_size=40).map(str.encode),
-    name=st.sampled_from(
-        ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "rows.csv.gz"]
-    ),
+    data=st.binary(min_size=1, max_size=60) | st.text('{}[]",:\n\rtex0\\u "', min_size=1, max_size=40).map(str.encode),
+    name=st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz", "rows.csv.gz"]),
 )
 def test_odd_bytes_are_told(data: bytes, name: str) -> None:
     raw(gzip.compress(data) if name.startswith("rows.csv.gz") else data, name)
@@ -837,9 +769,7 @@ def plain(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["value"] for part in content)
 
 
-REFUSED = (
-    "the chat template refuses it: roles must alternate user, assistant, user, ... after the system message"
-)
+REFUSED = "the chat template refuses it: roles must alternate user, assistant, user, ... after the system message"
 
 
 @pytest.mark.skipif(REAL is None, reason="FINETUNE_REAL_DATA is not set")
@@ -965,10 +895,7 @@ def test_a_row_for_each_exchange_or_answer_behind_a_fed_thought() -> None:
     jsonl(talk("a", "b", "c", "d"), {"messages": calls})
     own, prepared = chat("fed.jinja"), prepare(template="fed.jinja")
     made = '{"name": "look", "arguments": {"at": "sea"}}<|im_end|>'
-    assert trained(prepared, own) == [
-        *(["b<|im_end|>"], ["d<|im_end|>"]),
-        *([made], ["b<|im_end|>"], ["d<|im_end|>"]),
-    ]
+    assert trained(prepared, own) == [*(["b<|im_end|>"], ["d<|im_end|>"]), *([made], ["b<|im_end|>"], ["d<|im_end|>"])]
     assert all(text.count("[t][/t]") == 1 for text in texts(prepared, own))
     mended = prepared.ledger.mended
     assert list(mended.values()) == [2]

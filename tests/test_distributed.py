@@ -72,18 +72,13 @@ KINDS: dict[str, dict[str, Any]] = {
 TIERS = {"LoRA": [], "PiSSA": [pytest.mark.soak], "MiCA": [pytest.mark.soak]}
 SPREAD = {
     "8 rows": ("training.per_device_train_batch_size=8", {}),
-    "1 row, 8 times": (
-        "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8",
-        {},
-    ),
+    "1 row, 8 times": ("training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8", {}),
     "FSDP, 2 x 4": ("training.per_device_train_batch_size=4", {"ranks": 2}),
     "DDP, 2 x 4": ("training.per_device_train_batch_size=4", {"ranks": 2, "config": "ddp.yaml"}),
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=TIERS.get(kind, [pytest.mark.slow])) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=TIERS.get(kind, [pytest.mark.slow])) for kind in KINDS])
 def test_one_result_however_the_batch_is_spread(write_recipe: Write, processes: Processes, kind: str) -> None:
     """Over an epoch's end, where 21 rows do not fill three steps of eight."""
     path = write_recipe(**KINDS[kind])
@@ -110,15 +105,9 @@ def test_one_result_however_the_batch_is_spread(write_recipe: Write, processes: 
             assert two[name].dtype == tensor.dtype
 
 
-def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(
-    write_recipe: Write, processes: Processes
-) -> None:
-    path = write_recipe(
-        training={"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
-    )
-    processes.run(
-        "train", str(path), "training.output_dir=two", "training.gradient_accumulation_steps=1", ranks=2
-    )
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(write_recipe: Write, processes: Processes) -> None:
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2})
+    processes.run("train", str(path), "training.output_dir=two", "training.gradient_accumulation_steps=1", ranks=2)
     processes.run("train", str(path), "training.output_dir=one")
     one, two = Path("one/checkpoint-4"), Path("two/checkpoint-4")
     assert checkpoint.is_whole(two)
@@ -170,9 +159,7 @@ def test_the_ranks_of_these_tests_have_what_a_launcher_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
     script = tmp_path / "show.py"
-    script.write_text(
-        "import json, os; json.dump(dict(os.environ), open(f\"rank {os.environ['RANK']}\", 'w'))"
-    )
+    script.write_text("import json, os; json.dump(dict(os.environ), open(f\"rank {os.environ['RANK']}\", 'w'))")
     monkeypatch.chdir(tmp_path)
     _, error = launched(config, str(script), popen=forks.Popen).communicate(timeout=100)
     ranks = [json.loads(file.read_text()) for file in tmp_path.glob("rank *")]
@@ -284,11 +271,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(
     assert command.said().count(f"{saved} is saved. Go on with") == 1
     step = int(saved.name.removeprefix("checkpoint-"))
     processes.run(
-        "train",
-        "recipe.yaml",
-        "training.resume_from_checkpoint=true",
-        f"training.max_steps={step + 1}",
-        ranks=2,
+        "train", "recipe.yaml", "training.resume_from_checkpoint=true", f"training.max_steps={step + 1}", ranks=2
     )
 
 
@@ -365,16 +348,8 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
             {},
             "training.optim: is adafactor, which cannot step on sharded weights",
         ),
-        (
-            {"training": {"save_only_model": True}},
-            {},
-            "training.save_only_model: is true, but a sharded run",
-        ),
-        (
-            {"quantization": {"load_in_8bit": True}},
-            {},
-            "quantization.load_in_8bit: is true, but such weights",
-        ),
+        ({"training": {"save_only_model": True}}, {}, "training.save_only_model: is true, but a sharded run"),
+        ({"quantization": {"load_in_8bit": True}}, {}, "quantization.load_in_8bit: is true, but such weights"),
         (
             {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
             {},
@@ -382,11 +357,7 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
             "bnb_4bit_quant_storage: float32",
         ),
         ({}, {"FSDP_VERSION": "1"}, f"{FILE}: fsdp_config.fsdp_version is not 2; write 2"),
-        (
-            {},
-            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            f"{FILE}: fsdp_activation_checkpointing is true, which",
-        ),
+        ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, f"{FILE}: fsdp_activation_checkpointing is true, which"),
         ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, f'{FILE}: mixed_precision is bf16; write "no"'),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, f"{FILE}: DeepSpeed is not used here"),
         (
@@ -394,11 +365,7 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
             {},
             "training.auto_find_batch_size: is true, but there are 2 processes, each of which would find its own",
         ),
-        (
-            {"training": {"save_on_each_node": True}},
-            {},
-            "training.save_on_each_node: is true, but there are 2",
-        ),
+        ({"training": {"save_on_each_node": True}}, {}, "training.save_on_each_node: is true, but there are 2"),
         (
             {},
             {"PARALLELISM_CONFIG_TP_SIZE": "2"},
@@ -455,7 +422,5 @@ def test_a_stream_on_two_ranks_is_that_on_one(write_recipe: Write, processes: Pr
     shutil.copytree("one/checkpoint-5", "rest/checkpoint-5", dirs_exist_ok=True)
     shutil.rmtree("rest/checkpoint-6", ignore_errors=True)
     resume = "training.resume_from_checkpoint=true"
-    processes.run(
-        "train", str(path), "training.output_dir=rest", "training.per_device_train_batch_size=4", resume
-    )
+    processes.run("train", str(path), "training.output_dir=rest", "training.per_device_train_batch_size=4", resume)
     assert records("rest", "loss") == records("one", "loss")

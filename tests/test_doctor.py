@@ -53,10 +53,7 @@ def lines(look: Iterator[doctor.CheckResult]) -> list[str]:
     [
         ("good", "ok hub {} is reached; logged in as somebody"),
         ("old", "wrong hub the token is refused: expired or revoked; run hf auth login"),
-        (
-            None,
-            "note hub {} is reached; not logged in; for gated models, Gemma's too, and to push: hf auth login",
-        ),
+        (None, "note hub {} is reached; not logged in; for gated models, Gemma's too, and to push: hf auth login"),
     ],
 )
 def test_the_hub(hub: str, token: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +109,7 @@ def test_gpus_and_what_they_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"cuda:0": ("Tesla T4", False, (7, 5)), "cuda:1": ("NVIDIA L4", True, (8, 9))}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda i: ([2**33, 22 * 2**30][i], [2**34, 23 * 2**30][i])
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ([2**33, 22 * 2**30][i], [2**34, 23 * 2**30][i]))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(doctor, "_driver", lambda: ", driver 580.1")
     monkeypatch.setattr(devices, "device_of", lambda place=None: devices.Device(*facts[place or "cuda:1"]))

@@ -45,10 +45,7 @@ def user(text: str) -> tuple[dict[str, str], ...]:
 
 
 def test_a_tally_is_what_the_logits_say(generator: Generator) -> None:
-    rows = [
-        LabelledRow([2, 9, 8, 7, 30], [IGNORE, IGNORE, 8, 7, 30]),
-        LabelledRow([2, 40, 41], [IGNORE, 40, 41]),
-    ]
+    rows = [LabelledRow([2, 9, 8, 7, 30], [IGNORE, IGNORE, 8, 7, 30]), LabelledRow([2, 40, 41], [IGNORE, 40, 41])]
     with torch.no_grad():
         logs = [generator.model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1) for row in rows]
     wanted = [(0, [(1, 8), (2, 7), (3, 30)]), (1, [(0, 40), (1, 41)])]
@@ -153,12 +150,7 @@ def lines(path: Path, *rows: Any) -> str:
 
 
 def test_prompts_are_read_in_each_form(tmp_path: Path) -> None:
-    turns = [
-        *user("a"),
-        {"role": "assistant", "content": "b"},
-        *user("c"),
-        {"role": "assistant", "content": "d"},
-    ]
+    turns = [*user("a"), {"role": "assistant", "content": "b"}, *user("c"), {"role": "assistant", "content": "d"}]
     path = lines(
         tmp_path / "p.jsonl",
         {"prompt": "Hi"},
@@ -221,9 +213,7 @@ def test_a_reference_answers_each_prompt_under_its_name(tmp_path: Path) -> None:
     one, other = Prompt("a", user("One?"), ("Two?",)), Prompt("b", user("Three?"))
     path = lines(tmp_path / "r.jsonl", {"id": "b", "answer": "3"}, {"id": "a", "answers": ["1", "2"]})
     assert reference_answers(path, [one, other]) == ["1", "2", "3"]
-    with pytest.raises(
-        EvaluateError, match=r"evaluate\.prompts: 2 prompts are named b; give each its own id"
-    ):
+    with pytest.raises(EvaluateError, match=r"evaluate\.prompts: 2 prompts are named b; give each its own id"):
         reference_answers(path, [other, other])
 
 
@@ -272,10 +262,7 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
         assert loss["language"].keys() == {"Japanese", "English"}
         assert sum(part["tokens"] for part in loss["source"].values()) == loss["all"]["all"]["tokens"]
     # It was trained on English rows of this kind, and predicts them better than before.
-    assert (
-        after["loss"]["source"]["en2.jsonl"]["perplexity"]
-        < before["loss"]["source"]["en2.jsonl"]["perplexity"]
-    )
+    assert after["loss"]["source"]["en2.jsonl"]["perplexity"] < before["loss"]["source"]["en2.jsonl"]["perplexity"]
     assert after["answers"]["count"] == len(report["answers"]) == 9
     assert [item["prompt"] for item in report["answers"]] == [f"ja.jsonl:{n}" for n in range(1, 7)] + [
         f"en2.jsonl:{n}" for n in (1, 2, 3)
@@ -299,17 +286,7 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
     )
     Path("other.yaml").write_text(saved)
     capsys.readouterr()
-    arguments = [
-        "evaluate",
-        "random:gemma3",
-        "--recipe",
-        "other.yaml",
-        "--limit",
-        "2",
-        "--output",
-        "out",
-        "--json",
-    ]
+    arguments = ["evaluate", "random:gemma3", "--recipe", "other.yaml", "--limit", "2", "--output", "out", "--json"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert [item["prompt"] for item in report["answers"]] == ["p.jsonl:1", "p.jsonl:2"]
@@ -322,18 +299,12 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (
-            ["random:gemma3"],
-            "random:gemma3 has no recipe.yaml; write --recipe with one that holds rows out or names",
-        ),
+        (["random:gemma3"], "random:gemma3 has no recipe.yaml; write --recipe with one that holds rows out or names"),
         (
             ["random:gemma3", "--compare", "base", "--recipe", "recipe.yaml"],
             "--compare base: random:gemma3 is not a run; write the name of a model",
         ),
-        (
-            ["random:gemma3", "--recipe", "recipe.yaml"],
-            "recipe.yaml: it holds no rows out and names no prompts; add",
-        ),
+        (["random:gemma3", "--recipe", "recipe.yaml"], "recipe.yaml: it holds no rows out and names no prompts; add"),
         (["nowhere", "--recipe", "recipe.yaml"], "model.name_or_path: nowhere"),
     ],
 )
@@ -367,19 +338,12 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     path = write_recipe(
         model={"name_or_path": "bare", "chat_template": "chatml"},
         lora=lora,
-        data={
-            "train": [{"path": lines(Path("t.jsonl"), {"messages": [*user("Hi"), one]})}],
-            "eval": [{"path": rows}],
-        },
+        data={"train": [{"path": lines(Path("t.jsonl"), {"messages": [*user("Hi"), one]})}], "eval": [{"path": rows}]},
         evaluate={"max_new_tokens": 4},
     )
     assert main([str(path), "--quiet"]) == 0
     found = []
-    for arguments in (
-        ["bare", "--recipe", str(path)],
-        ["run", "--compare", "base"],
-        ["run", "--compare", "bare"],
-    ):
+    for arguments in (["bare", "--recipe", str(path)], ["run", "--compare", "base"], ["run", "--compare", "bare"]):
         capsys.readouterr()
         assert main(["evaluate", *arguments, "--json"]) == 0, capsys.readouterr().err
         report = json.loads(capsys.readouterr().out)
@@ -413,9 +377,7 @@ def test_models_to_which_rows_are_other_tokens_are_not_compared_by_them(
         assert json.loads((run / "evaluation/report.json").read_text())["same_tokens"] is same
 
 
-def test_a_model_without_a_template_is_named(
-    bare: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_a_template_is_named(bare: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["evaluate", str(run), "--compare", "bare"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -424,9 +386,7 @@ def test_a_model_without_a_template_is_named(
     )
 
 
-def test_rows_to_train_on_are_not_read_where_others_are_held_out(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_to_train_on_are_not_read_where_others_are_held_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("en.jsonl").write_text("{damaged")
     assert main(["evaluate", str(run), "--limit", "1"]) == 0, capsys.readouterr().err
 
@@ -455,9 +415,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         assert report["judge"]["mean"] == pytest.approx(sum(scores) / 3)
         assert report["judge"]["against"] == "base of run"
         assert len(server.requests) == 6
-        assert {request.headers["authorization"] for request in server.requests} == {
-            "Bearer sk-secret-of-a-test"
-        }
+        assert {request.headers["authorization"] for request in server.requests} == {"Bearer sk-secret-of-a-test"}
         kept = [path.read_bytes() for path in Path("run/evaluation").rglob("*") if path.is_file()]
         assert len(kept) >= 9
         assert not any(b"sk-secret" in content for content in kept)
@@ -487,9 +445,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         )
 
 
-def test_what_was_answered_is_kept_where_the_judge_fails(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_answered_is_kept_where_the_judge_fails(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(Path("p.jsonl"), {"id": "a", "prompt": "One?"})
     with serve(lambda request: error(401)) as server:
         judge = f"  judge: {{base_url: '{server.url}', model: tiny}}\n"
@@ -565,11 +521,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
     Path("tiny.yaml").write_text(json.dumps(task))
     prompts = lines(Path("p.jsonl"), {"prompt": "Hi"})
     recipe = write_recipe(
-        evaluate={
-            "prompts": prompts,
-            "max_new_tokens": 2,
-            "lm_eval": {"tasks": [str(Path("tiny.yaml").absolute())]},
-        }
+        evaluate={"prompts": prompts, "max_new_tokens": 2, "lm_eval": {"tasks": [str(Path("tiny.yaml").absolute())]}}
     )
     capfd.readouterr()
     assert main(["evaluate", "random:gemma3", "--recipe", str(recipe), "--json"]) == 0
@@ -624,10 +576,7 @@ def test_a_report_shows_texts_as_they_are() -> None:
         ],
     }
     shown = report_module.as_markdown(report)
-    assert (
-        "> \\# Big  \n> !\\[x\\](http://a)  \n> \\<script\\>alert(1)\\</script\\> \\| \\`code\\` \\*bold\\*"
-        in shown
-    )
+    assert "> \\# Big  \n> !\\[x\\](http://a)  \n> \\<script\\>alert(1)\\</script\\> \\| \\`code\\` \\*bold\\*" in shown
     assert "**a|b** (3 tokens, cut off, in en and not in ja)" in shown
     assert "| task | a\\|b |" in shown
     language["found"] = "ja"
@@ -641,10 +590,7 @@ def test_of_several_processes_none_evaluates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, said in (
-        ("0", "and only train shares its work; write python -m finetune evaluate run\n"),
-        ("1", ""),
-    ):
+    for rank, said in (("0", "and only train shares its work; write python -m finetune evaluate run\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         assert main(["evaluate", "run"]) == 2
         assert capsys.readouterr().err.endswith(said)

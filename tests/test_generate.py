@@ -32,8 +32,7 @@ def test_each_way_answers(flags: list[str], capsys: pytest.CaptureFixture[str]) 
 
 def test_spread_over_all_devices_it_says_the_same() -> None:
     one, other = (
-        load_generator("random:gemma3", device=device).answer_ids(ASKED, Sampling(12))
-        for device in ("cpu", "auto")
+        load_generator("random:gemma3", device=device).answer_ids(ASKED, Sampling(12)) for device in ("cpu", "auto")
     )
     assert one == other
 
@@ -47,9 +46,7 @@ def test_compiled_it_says_the_same(architecture: str) -> None:
     """And it is compiled: torch has made graphs of it."""
     from torch._dynamo.utils import counters
 
-    plain = load_generator(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(
-        ASKED, Sampling(16)
-    )
+    plain = load_generator(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(ASKED, Sampling(16))
     torch._dynamo.reset()
     counters.clear()
     compiled = load_generator(f"random:{architecture}", device="cpu", dtype="float32", compiled=True)
@@ -78,9 +75,7 @@ def test_what_cannot_be_compiled_is_refused(capsys: pytest.CaptureFixture[str]) 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_sampling_that_there_is_none_of(
-    flags: list[str], fault: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sampling_that_there_is_none_of(flags: list[str], fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["generate", "random:gemma3", "--prompt", "Hi", *flags])
     assert stop.value.code == 2
@@ -90,19 +85,14 @@ def test_a_sampling_that_there_is_none_of(
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (
-            ["random:gemma3", "--device", "tpu"],
-            "--device: is tpu, which this machine does not have; write cpu, ",
-        ),
+        (["random:gemma3", "--device", "tpu"], "--device: is tpu, which this machine does not have; write cpu, "),
         (
             ["random:gema"],
             "model.name_or_path: is random:gema; write one of random:gemma, random:gemma2, random:gemma3, ",
         ),
     ],
 )
-def test_what_is_not_there_is_one_line(
-    arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_there_is_one_line(arguments: list[str], fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *arguments, "--prompt", "Hi"]) == 2
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {fault}")

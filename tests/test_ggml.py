@@ -143,9 +143,7 @@ def test_small_values_of_a_70b_model_get_more_bits() -> None:
 
 def test_plain_files_keep_norms_and_biases_in_float32() -> None:
     for kind in ("F32", "F16", "BF16"):
-        found = tensor_types(
-            shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}, kind, "llama", 1, matrix=False
-        )
+        found = tensor_types(shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}, kind, "llama", 1, matrix=False)
         for name, given in found.items():
             assert given == (Kind.F32 if "norm" in name or "bias" in name else TYPES[kind][1])
 
@@ -165,16 +163,7 @@ def test_simple_types_are_those_of_gguf(kind: str) -> None:
 
 
 # How far the numbers of a normal distribution are off, on average, at most.
-ERROR = {
-    "Q8_0": 0.01,
-    "Q6_K": 0.02,
-    "Q5_K": 0.04,
-    "Q4_K": 0.08,
-    "IQ4_NL": 0.08,
-    "Q3_K": 0.2,
-    "IQ3_S": 0.2,
-    "Q2_K": 0.3,
-}
+ERROR = {"Q8_0": 0.01, "Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "IQ4_NL": 0.08, "Q3_K": 0.2, "IQ3_S": 0.2, "Q2_K": 0.3}
 
 
 @pytest.mark.parametrize("kind", ERROR)
@@ -185,9 +174,7 @@ def test_numbers_come_back(kind: str) -> None:
     back = quants.dequantize(found, Kind[kind])
     assert ERROR[kind] / 4 < np.sqrt(np.mean((back - rows()) ** 2)) < ERROR[kind]
     # Each row stands for itself: slices may be quantised apart.
-    assert np.array_equal(
-        np.concatenate([quantize_rows(Kind[kind], rows()[i : i + 1]) for i in range(6)]), found
-    )
+    assert np.array_equal(np.concatenate([quantize_rows(Kind[kind], rows()[i : i + 1]) for i in range(6)]), found)
 
 
 @pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K"])
@@ -195,10 +182,7 @@ def test_columns_that_count_more_are_nearer(kind: str) -> None:
     pytest.importorskip("xllamacpp")
     weights = np.where(np.arange(512) % 8 == 0, 100, 0.01).astype(np.float32)
     off = [
-        np.mean(
-            (quants.dequantize(quantize_rows(Kind[kind], rows(64), given), Kind[kind]) - rows(64))[:, ::8]
-            ** 2
-        )
+        np.mean((quants.dequantize(quantize_rows(Kind[kind], rows(64), given), Kind[kind]) - rows(64))[:, ::8] ** 2)
         for given in (None, weights)
     ]
     assert off[1] < 0.9 * off[0]
@@ -214,9 +198,7 @@ def test_16_bit_is_rounded_to_the_nearest_even() -> None:
 
 
 def test_what_does_not_fit_is_told() -> None:
-    with pytest.raises(
-        ExportError, match=r"^65,520 does not fit float16 \(65,504 at most\); write BF16 or Q8_0$"
-    ):
+    with pytest.raises(ExportError, match=r"^65,520 does not fit float16 \(65,504 at most\); write BF16 or Q8_0$"):
         quantize_rows(Kind.F16, np.full((1, 32), 65520, np.float32))
     pytest.importorskip("xllamacpp")
     with pytest.raises(ExportError, match=r"^cannot be quantised to Q8_0; its largest value is 1"):
@@ -259,9 +241,7 @@ def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path)
     compiled = tmp_path / "libggml-base.so"
     (tmp_path / "xllamacpp.abi3.so").unlink()
     (tmp_path / "a.c").write_text("int nothing;")
-    if subprocess.run(
-        ["cc", "-shared", "-o", str(compiled), str(tmp_path / "a.c")], capture_output=True
-    ).returncode:
+    if subprocess.run(["cc", "-shared", "-o", str(compiled), str(tmp_path / "a.c")], capture_output=True).returncode:
         pytest.skip("no C compiler")
     with pytest.raises(ExportError, match="xllamacpp cannot be used: it has no ggml_quantize_chunk"):
         ggml_library()
@@ -278,8 +258,7 @@ _Bool ggml_validate_row_data(int kind, void *data, size_t n) { return 1; }
 
 
 @pytest.mark.parametrize(
-    ("moved", "message"),
-    [(0, "its ggml_quantize_chunk does not what was expected"), (1, "type 2 is not its Q4_0")],
+    ("moved", "message"), [(0, "its ggml_quantize_chunk does not what was expected"), (1, "type 2 is not its Q4_0")]
 )
 def test_a_library_that_does_otherwise_is_not_used(
     moved: int, message: str, packages: dict[str, Path], tmp_path: Path
@@ -295,9 +274,7 @@ def test_a_library_that_does_otherwise_is_not_used(
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no C compiler")
     packages["llama_cpp"] = tmp_path
-    with pytest.raises(
-        ExportError, match=f"^GGUF: llama_cpp cannot be used: {message}; install another release"
-    ):
+    with pytest.raises(ExportError, match=f"^GGUF: llama_cpp cannot be used: {message}; install another release"):
         ggml_library()
 
 
@@ -331,12 +308,7 @@ def test_files_are_those_of_llama_cpps_own_tool_byte_for_byte(kind: str, tmp_pat
     from test_gguf_write import make, tensors, written
 
     models: dict[str, dict[str, Any]] = {
-        "llama": {
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 9,
-            "num_key_value_heads": 1,
-        },
+        "llama": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_key_value_heads": 1},
         "qwen3": {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 20},
     }
     for name, options in models.items():
@@ -353,15 +325,7 @@ def test_files_are_those_of_llama_cpps_own_tool_byte_for_byte(kind: str, tmp_pat
             ours = written(model, tmp_path / f"{name}-{bool(given)}.gguf", kind, imatrix=given)
             theirs = tmp_path / "theirs.gguf"
             file = str(tmp_path / "matrix.npz") if given else ""
-            command = [
-                sys.executable,
-                "-c",
-                QUANTISE,
-                str(plain),
-                str(theirs),
-                str(int(TYPES[kind][0])),
-                file,
-            ]
+            command = [sys.executable, "-c", QUANTISE, str(plain), str(theirs), str(int(TYPES[kind][0])), file]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             found, expected = ([*GGUFReader(path).tensors] for path in (ours, theirs))

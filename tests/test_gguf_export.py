@@ -19,13 +19,7 @@ import finetune.export.run
 from finetune.cli.commands import main
 from finetune.export.gguf.imatrix import files
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.make import (
-    GgufPlan,
-    gguf_faults,
-    imatrix_source,
-    make_files,
-    read_writable_tokenizer,
-)
+from finetune.export.gguf.make import GgufPlan, gguf_faults, imatrix_source, make_files, read_writable_tokenizer
 from finetune.export.gguf.ollama.system_text import common_system_text
 from finetune.export.gguf.tensors import gguf_names
 from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata
@@ -115,16 +109,10 @@ def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> N
     assert kept.stat().st_size == best["bytes"]
     assert (b"quantize.imatrix.entries_count" in kept.read_bytes()) == best["matrix"]
     text = (exported / "report.md").read_text()
-    assert (
-        "| GGUF | size | perplexity | KL mean | KL 99% | top-1 | KL English | KL Japanese | they stop |"
-        in text
-    )
+    assert "| GGUF | size | perplexity | KL mean | KL 99% | top-1 | KL English | KL Japanese | they stop |" in text
     assert text.count("(Q3_K_M") == 1
     assert f"top-1: of the first {exact['compared']:,}, against" in text
-    assert (
-        "\nBy language: English: 8 sample rows of this project; Japanese: 8 sample rows of this project.\n"
-        in text
-    )
+    assert "\nBy language: English: 8 sample rows of this project; Japanese: 8 sample rows of this project.\n" in text
 
 
 @pytest.mark.slow
@@ -254,12 +242,7 @@ def test_a_file_that_llama_cpp_does_not_take_is_told_by_its_name_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(file: Path, name: str, *_: Any) -> Options:
-        return {
-            "name": name,
-            "dtype": "gguf",
-            "bytes": 1,
-            "error": f"{file}: llama.cpp does not take it: why",
-        }
+        return {"name": name, "dtype": "gguf", "bytes": 1, "error": f"{file}: llama.cpp does not take it: why"}
 
     monkeypatch.setattr(finetune.export.gguf.make, "measure", measure)
     model = Path(locate("random:gemma3"))
@@ -299,10 +282,7 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
     assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
-    assert (
-        "as trained, in float32: it was killed; GGUF files are held against as trained\n"
-        in capsys.readouterr().err
-    )
+    assert "as trained, in float32: it was killed; GGUF files are held against as trained\n" in capsys.readouterr().err
 
 
 def with_rows(model: Path, *sources: Options, **section: Any) -> Path:
@@ -367,9 +347,7 @@ def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path)
     assert common_system_text(model) == ""
 
 
-def test_a_package_that_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("finetune.export.run.importlib.util.find_spec", lambda name: None)
     assert export(locate("random:gemma3"), Path("out"), "gguf:Q4_K_M") == 2
     assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err

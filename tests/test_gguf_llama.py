@@ -87,8 +87,7 @@ def kept(model: Any, rows: list[LabelledRow], tmp_path_factory: pytest.TempPathF
 def texts_of(tokenizer: Any) -> list[TokenizedText]:
     whole = [TokenizedText(text, tokenizer(text)["input_ids"]) for text in TEXTS]
     return whole + [
-        TokenizedText(text, tokenizer(text, split_special_tokens=True)["input_ids"], special=False)
-        for text in TEXTS
+        TokenizedText(text, tokenizer(text, split_special_tokens=True)["input_ids"], special=False) for text in TEXTS
     ]
 
 
@@ -124,21 +123,13 @@ def logits_of(model: Any, ids: list[int]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found(
-    model: Any,
-    file: Path,
-    tokenizer: Any,
-    rows: list[LabelledRow],
-    kept: Path,
-) -> dict[str, Any]:
+def found(model: Any, file: Path, tokenizer: Any, rows: list[LabelledRow], kept: Path) -> dict[str, Any]:
     texts, conversations, prompts = texts_of(tokenizer), conversations_of(tokenizer), prompts_of(tokenizer)
     on = Measurement(rows, {}, texts, conversations, prompts, against="merged", reference=kept)
     return measure(file, "tiny.F32", on)
 
 
-def test_a_right_file_predicts_as_transformers_does(
-    found: dict[str, Any], model: Any, rows: list[LabelledRow]
-) -> None:
+def test_a_right_file_predicts_as_transformers_does(found: dict[str, Any], model: Any, rows: list[LabelledRow]) -> None:
     """Both compute in float32 and differ in the order of sums alone: 6e-5 was the most that was seen."""
     assert "error" not in found, found
     before = score(model, rows)
@@ -157,9 +148,7 @@ def test_a_right_file_has_the_trained_ids(found: dict[str, Any], tokenizer: Any)
     assert [ids.count(0) for ids in found["conversations"]] == [1] * 10  # one BOS, from file and template
 
 
-def test_a_right_file_answers_as_transformers_does(
-    found: dict[str, Any], model: Any, rows: list[LabelledRow]
-) -> None:
+def test_a_right_file_answers_as_transformers_does(found: dict[str, Any], model: Any, rows: list[LabelledRow]) -> None:
     begun = [row.prompt for row in rows[:10]]
     assert all(likeliest(model, prompt, ids) for prompt, ids in zip(begun, found["answers"], strict=True))
     ended = [ids[-1] == 2 for ids in found["answers"]]
@@ -191,9 +180,7 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
     given = dict(found)
     verify.add_comparison(given, merged, merged)
     assert verify.missed_limits(given, {"max_kl": 0.01, "min_top1": 0.99}) == []
-    assert verify.missed_limits(given | {"conversations_equal": 9}, {})[0].startswith(
-        "tiny.F32: 1 of 10 conversations"
-    )
+    assert verify.missed_limits(given | {"conversations_equal": 9}, {})[0].startswith("tiny.F32: 1 of 10 conversations")
     report = {"title": "x", "models": [given | {"kept": True}], "notes": [], "missed": []}
     text = as_markdown(report)
     row = next(line for line in text.splitlines() if line.startswith("| tiny.F32 |"))
@@ -211,14 +198,10 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
 # Wrong ones
 
 
-def wrong(
-    model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, folder: Path, **how: Any
-) -> dict[str, Any]:
+def wrong(model: Any, tokenizer: Any, rows: list[LabelledRow], kept: Path, folder: Path, **how: Any) -> dict[str, Any]:
     file = write_gguf(model, tokenizer, folder / "wrong.gguf", **how)
     conversations, prompts = conversations_of(tokenizer)[:2], prompts_of(tokenizer)[:2]
-    on = Measurement(
-        rows[:2], {}, texts_of(tokenizer), conversations, prompts, against="merged", reference=kept
-    )
+    on = Measurement(rows[:2], {}, texts_of(tokenizer), conversations, prompts, against="merged", reference=kept)
     given = measure(file, "wrong", on)
     assert "error" not in given, given
     return given
@@ -328,9 +311,7 @@ def test_logits_in_steps_are_those_of_the_whole_row(model: Any, file: Path) -> N
         np.testing.assert_allclose(np.stack(first + then), want[::7], atol=5e-4)
         with pytest.raises(LlamaCppError, match=r"^701 tokens do not fit a context of 700$"):
             next(run.feed([5], [True]))
-        np.testing.assert_allclose(
-            next(run.logits(ids[350:351])), logits_of(model, ids[350:351])[0], atol=5e-4
-        )
+        np.testing.assert_allclose(next(run.logits(ids[350:351])), logits_of(model, ids[350:351])[0], atol=5e-4)
         with pytest.raises(LlamaCppError, match=r"^token 512 is not in the file's vocabulary of 512$"):
             next(run.logits([5, 512]))
 
@@ -344,8 +325,7 @@ def test_parts_of_rows_predict_the_same_tokens(most: int) -> None:
     ]
     parts = list(_split_rows(rows, most))
     predicted = [
-        [(row.input_ids[:i], label) for i, label in enumerate(row.labels) if i and label != IGNORE]
-        for row in parts
+        [(row.input_ids[:i], label) for i, label in enumerate(row.labels) if i and label != IGNORE] for row in parts
     ]
     assert all(0 < len(part) <= most for part in predicted)
     assert [item for part in predicted for item in part] == [
@@ -483,11 +463,7 @@ def test_another_llama_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -
     plain = [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, *[2**32 - 1] * 4, 0, 0, *[0xBF800000] * 4, 0, 0xBF800000]
     plain += [0, 0, 0, 0, 1, 1] + [0] * 90
     assert library._context_fields(plain) == (13, 26, 27)
-    assert library._context_fields([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (
-        14,
-        28,
-        29,
-    )  # one more field
+    assert library._context_fields([*plain[:4], 7, *plain[4:22], 0, *plain[22:]]) == (14, 28, 29)  # one more field
     for other in ([256, *plain[1:]], [*plain[:13], 1, *plain[14:]], [*plain[:26], 30, *plain[27:]]):
         with pytest.raises(LlamaCppError, match=f"^{known}llama_context_params is laid out otherwise$"):
             library._context_fields(other)
@@ -544,9 +520,7 @@ def test_the_real_model_is_the_one_that_transformers_reads(tmp_path: Path) -> No
     plain = [TokenizedText(item.text, real(item.text)["input_ids"]) for item in plain]
     rows = [LabelledRow(item.ids, [IGNORE] * 8 + item.ids[8:]) for item in plain]
     texts = [TokenizedText(text, real(text)["input_ids"]) for text in REAL_TEXTS]
-    texts += [
-        TokenizedText(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS
-    ]
+    texts += [TokenizedText(t, real(t, split_special_tokens=True)["input_ids"], special=False) for t in REAL_TEXTS]
     score(load_base(folder, torch.float32).eval(), rows, keep=tmp_path / "reference.bin")
     on = Measurement(rows, texts=texts, conversations=plain, reference=tmp_path / "reference.bin")
     given = measure(file, "Q4_K_M", on)

@@ -41,21 +41,9 @@ def lose(token: str) -> Callable[[dict[str, Any]], None]:
 
 SPM, BPE = "gemma, byte fallback", "llama-bpe"
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "no file": (
-        BPE,
-        lambda model: (model / "tokenizer.json").unlink(),
-        r"tokenizer.json is missing; save the",
-    ),
-    "no JSON": (
-        BPE,
-        lambda model: (model / "tokenizer.json").write_text("{"),
-        r"tokenizer.json is damaged: Exp",
-    ),
-    "Unigram": (
-        BPE,
-        edited(lambda it: it["model"].update(type="Unigram")),
-        r"its model is Unigram; only BPE",
-    ),
+    "no file": (BPE, lambda model: (model / "tokenizer.json").unlink(), r"tokenizer.json is missing; save the"),
+    "no JSON": (BPE, lambda model: (model / "tokenizer.json").write_text("{"), r"tokenizer.json is damaged: Exp"),
+    "Unigram": (BPE, edited(lambda it: it["model"].update(type="Unigram")), r"its model is Unigram; only BPE"),
     "no merges": (BPE, edited(lambda it: it["model"].pop("merges")), r"is damaged: KeyError: 'merges'"),
     "a merge of nothing": (
         BPE,
@@ -72,32 +60,20 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         edited(lambda it: it["added_tokens"][-1].update(id=9999)),
         r"no token has the id 1504, though there are 1505 tokens",
     ),
-    "two ids": (
-        SPM,
-        edited(lambda it: it["added_tokens"][0].update(id=7)),
-        r"'<pad>' has the ids 0 and 7",
-    ),
+    "two ids": (SPM, edited(lambda it: it["added_tokens"][0].update(id=7)), r"'<pad>' has the ids 0 and 7"),
     "a key twice": (BPE, replaced('"!"', '"#"'), r"'#' is there twice"),
     "too few rows": (
         SPM,
         edited(lambda it: it.update(vocab_size=300), "config.json"),
         r"has the id 300, and the model's embedding has 300 rows \(config.json: vocab_size\)",
     ),
-    "no rows": (
-        SPM,
-        edited(lambda it: it.pop("vocab_size"), "config.json"),
-        r"config.json: it has no vocab_size",
-    ),
+    "no rows": (SPM, edited(lambda it: it.pop("vocab_size"), "config.json"), r"config.json: it has no vocab_size"),
     "a stop that is none": (
         SPM,
         edited(lambda it: it.update(eos_token_id=[1, 5000]), "generation_config.json"),
         r"eos_token_id 5000 is no token",
     ),
-    "no EOS": (
-        SPM,
-        replaced('"eos_token": "<eos>"', '"eos_token": null', "tokenizer_config.json"),
-        r"no eos_token",
-    ),
+    "no EOS": (SPM, replaced('"eos_token": "<eos>"', '"eos_token": null', "tokenizer_config.json"), r"no eos_token"),
     "no byte token": (SPM, edited(lose("<0xF0>")), r"byte tokens are missing \(<0xF0>\.\.\.\)"),
     "a normalizer": (
         SPM,
@@ -114,12 +90,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         edited(
             lambda it: it.update(
                 normalizer=None,
-                pre_tokenizer={
-                    "type": "Metaspace",
-                    "replacement": "▁",
-                    "prepend_scheme": "never",
-                    "split": True,
-                },
+                pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True},
             )
         ),
         r"it splits texts at spaces, which llama.cpp does not, and has merges across them \('.*▁'\)",
@@ -134,16 +105,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         edited(lambda it: it["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
         r"its pre_tokenizer is ",
     ),
-    "no bytes": (
-        BPE,
-        edited(lambda it: it["pre_tokenizer"]["pretokenizers"].pop()),
-        r"its pre_tokenizer is ",
-    ),
+    "no bytes": (BPE, edited(lambda it: it["pre_tokenizer"]["pretokenizers"].pop()), r"its pre_tokenizer is "),
     "a post-processor": (
         BPE,
-        edited(
-            lambda it: it.update(post_processor={"type": "BertProcessing", "sep": ["!", 0], "cls": ["!", 0]})
-        ),
+        edited(lambda it: it.update(post_processor={"type": "BertProcessing", "sep": ["!", 0], "cls": ["!", 0]})),
         r"its post_processor is .+; llama.cpp knows TemplateProcessing alone",
     ),
     "two BOS": (

@@ -15,20 +15,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny_tokenizers import (
-    CHATML,
-    KINDS,
-    LLAMA3,
-    MISTRAL,
-    THREE,
-    Q,
-    T,
-    begin,
-    bytelevel,
-    regex,
-    save,
-    small,
-)
+from tiny_tokenizers import CHATML, KINDS, LLAMA3, MISTRAL, THREE, Q, T, begin, bytelevel, regex, save, small
 from tokenizers import AddedToken
 from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
@@ -193,8 +180,7 @@ def test_what_the_file_says(cases: dict[str, Case]) -> None:
         "llama-bpe": ("gpt2", "llama-bpe", None, True, False),
         "smaug-bpe": ("gpt2", "smaug-bpe", None, True, False),
         **{
-            pre: ("gpt2", pre, None, False, False)
-            for pre in ("qwen2", "qwen35", "tekken", "gpt-4o", "smollm", "gpt-2")
+            pre: ("gpt2", pre, None, False, False) for pre in ("qwen2", "qwen35", "tekken", "gpt-4o", "smollm", "gpt-2")
         },
         **{f"random:{it}": ("gpt2", "gpt-2", None, True, False) for it in RANDOM_ARCHITECTURES},
     }
@@ -273,15 +259,10 @@ def test_bos_and_eos_are_what_the_post_processor_adds(tmp_path: Path) -> None:
     tokenizer = begin(bytelevel(THREE, regex(LLAMA3), ignore_merges=True), THREE[0], THREE[1])
     model = save(tmp_path / "both", tokenizer, T)
     config = model / "tokenizer_config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"add_bos_token": False, "add_eos_token": False})
-    )
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": False, "add_eos_token": False}))
     flags = [read_tokenizer(model).fields[K + name] for name in ("add_bos_token", "add_eos_token")]
     added = AutoTokenizer.from_pretrained(model)("a")["input_ids"]
-    assert flags == [
-        added[0] == tokenizer.token_to_id(THREE[0]),
-        added[-1] == tokenizer.token_to_id(THREE[1]),
-    ]
+    assert flags == [added[0] == tokenizer.token_to_id(THREE[0]), added[-1] == tokenizer.token_to_id(THREE[1])]
     assert flags == [True, True]
     template = "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
     metadata, limits = read_tokenizer(save(tmp_path / "template", tokenizer, T, template))
@@ -323,10 +304,7 @@ def swap(metadata: dict[str, Any], name: str, first: str, second: str) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "one shifted special token": (
-        "gemma, byte fallback",
-        lambda it: swap(it, "tokens", "<start_of_turn>", "<mask>"),
-    ),
+    "one shifted special token": ("gemma, byte fallback", lambda it: swap(it, "tokens", "<start_of_turn>", "<mask>")),
     "one swapped score": ("gemma, byte fallback", lambda it: swap(it, "scores", "▁t", "th")),
     "placeholder scores": (
         "gemma, byte fallback",

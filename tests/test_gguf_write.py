@@ -59,10 +59,7 @@ MODELS: dict[str, tuple[str, Options]] = {
     "gemma2": ("gemma2", WINDOW),
     "gemma2, linear": ("gemma2", WINDOW | {"rope_parameters": LINEAR}),
     "gemma3": ("gemma3_text", WINDOW | {"num_hidden_layers": 7}),
-    "gemma3, alternating": (
-        "gemma3_text",
-        WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
+    "gemma3, alternating": ("gemma3_text", WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
     "gemma3, no window": (
         "gemma3_text",
         WINDOW | {"layer_types": ["full_attention"] * 4, "final_logit_softcapping": 5.0},
@@ -232,9 +229,7 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, asked: Any) ->
     assert np.array_equal(found.argmax(1)[clear], expected.argmax(1)[clear])
 
 
-@pytest.mark.parametrize(
-    ("what", "name"), [(what, name) for what in FORGOTTEN for name in FORGOTTEN[what][1]]
-)
+@pytest.mark.parametrize(("what", "name"), [(what, name) for what in FORGOTTEN for name in FORGOTTEN[what][1]])
 def test_what_is_forgotten_shows(what: str, name: str, asked: Any) -> None:
     expected, found = asked(f"{name} without {what}")
     assert np.abs(found - expected).max() > 100 * tolerance(name)
@@ -328,9 +323,7 @@ def test_a_models_own_tokenizer_is_written(tmp_path: Path) -> None:
     assert found["gemma3.vocab_size"] == len(own)
 
 
-def test_the_usual_pattern_of_windows_is_left_to_llama_cpp(
-    made: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_usual_pattern_of_windows_is_left_to_llama_cpp(made: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("gemma2", "gemma3"):
         found = fields(written(made(name), tmp_path / f"{name}.gguf"))
         assert f"{name}.attention.sliding_window_pattern" not in found
@@ -338,8 +331,7 @@ def test_the_usual_pattern_of_windows_is_left_to_llama_cpp(
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "to"),
-    [("F32", np.float32, None), ("F16", np.float16, "f2"), ("BF16", np.uint8, "bf16")],
+    ("kind", "dtype", "to"), [("F32", np.float32, None), ("F16", np.float16, "f2"), ("BF16", np.uint8, "bf16")]
 )
 def test_plain_types_are_the_weights_rounded_once(
     kind: str, dtype: Any, to: str | None, made: Callable[[str], Path], tmp_path: Path
@@ -365,9 +357,7 @@ def test_weights_in_16_bit_give_the_file_of_the_same_numbers_in_float32(
     half = written(model, tmp_path / "half.gguf", "Q8_0")
     change(model, lambda found: found.update({name: tensor.float() for name, tensor in found.items()}))
     whole = written(model, tmp_path / "whole.gguf", "Q8_0")
-    assert [t.data.tobytes() for t in tensors(half).values()] == [
-        t.data.tobytes() for t in tensors(whole).values()
-    ]
+    assert [t.data.tobytes() for t in tensors(half).values()] == [t.data.tobytes() for t in tensors(whole).values()]
 
 
 def test_slices_and_shards_change_nothing(
@@ -379,9 +369,7 @@ def test_slices_and_shards_change_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(finetune.export.gguf.write, "_SLICE", 500)
             with quiet():
-                AutoModelForCausalLM.from_pretrained(made(name)).save_pretrained(
-                    tmp_path / name, max_shard_size="50KB"
-                )
+                AutoModelForCausalLM.from_pretrained(made(name)).save_pretrained(tmp_path / name, max_shard_size="50KB")
             assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
             (tmp_path / "b").mkdir(exist_ok=True)
             assert written(tmp_path / name, tmp_path / "b" / "a.gguf", "Q4_K_M").read_bytes() == whole
@@ -406,11 +394,7 @@ def test_a_matrix_changes_what_it_weighs(model: Path, tmp_path: Path) -> None:
         if len(tensor.shape) == 2 and name.startswith("blk.")
     }
     file = written(model, tmp_path / "with.gguf", "IQ4_NL", imatrix=matrix)
-    differ = {
-        name
-        for name, tensor in tensors(file).items()
-        if tensor.data.tobytes() != without[name].data.tobytes()
-    }
+    differ = {name for name, tensor in tensors(file).items() if tensor.data.tobytes() != without[name].data.tobytes()}
     assert differ == set(matrix)
     assert fields(file)["quantize.imatrix.entries_count"] == len(matrix)
 
@@ -457,11 +441,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (
-            "gemma",
-            {"attention_bias": True},
-            "attention_bias: True, which llama.cpp does not compute for gemma",
-        ),
+        ("gemma", {"attention_bias": True}, "attention_bias: True, which llama.cpp does not compute for gemma"),
         ("gemma2", WINDOW | {"hidden_activation": "silu"}, "hidden_activation: silu"),
         ("gemma2", WINDOW | {"attn_logit_softcapping": None}, "attn_logit_softcapping: None"),
         ("gemma2", WINDOW | {"final_logit_softcapping": None}, "final_logit_softcapping: None"),
@@ -470,15 +450,10 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ("gemma2", WINDOW | {"sliding_window": None}, "sliding_window: None"),
         ("gemma3_text", WINDOW | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
         ("gemma3_text", WINDOW | {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+        ("gemma3_text", WINDOW | {"layer_types": ["chunked_attention"] * 4}, "layer_types: ['chunked_attention']"),
         (
             "gemma3_text",
-            WINDOW | {"layer_types": ["chunked_attention"] * 4},
-            "layer_types: ['chunked_attention']",
-        ),
-        (
-            "gemma3_text",
-            WINDOW
-            | {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": LINEAR}},
+            WINDOW | {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": LINEAR}},
             "rope_type of sliding_attention: linear",
         ),
         ("gemma2", WINDOW | {"rope_parameters": YARN}, "rope_type: yarn"),
@@ -498,17 +473,11 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ("qwen2", {"head_dim": 32}, "head_dim: 32"),
         ("qwen3", {"attention_bias": True}, "attention_bias: True"),
         ("qwen3", {"rope_parameters": LLAMA3}, "rope_type: llama3"),
-        (
-            "phi3",
-            {},
-            "a model of type phi3 is not written; known are gemma, gemma2, gemma3, gemma3_text, llama",
-        ),
+        ("phi3", {}, "a model of type phi3 is not written; known are gemma, gemma2, gemma3, gemma3_text, llama"),
         ("qwen3_moe", {}, "a model of type qwen3_moe is not written"),
     ],
 )
-def test_what_llama_cpp_does_not_compute_is_refused(
-    kind: str, options: Options, message: str, tmp_path: Path
-) -> None:
+def test_what_llama_cpp_does_not_compute_is_refused(kind: str, options: Options, message: str, tmp_path: Path) -> None:
     with quiet():
         AutoConfig.for_model(kind, **(SHAPE | options)).save_pretrained(tmp_path / "model")
     assert message in refused(tmp_path / "model", tmp_path / "a.gguf")
@@ -516,12 +485,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(
 
 def test_a_27b_model_divides_as_llama_cpp_does(tmp_path: Path) -> None:
     for kind, layers in (("gemma2", 46), ("gemma3_text", 62)):
-        options = {
-            "num_hidden_layers": layers,
-            "query_pre_attn_scalar": 32,
-            "hidden_size": 128,
-            "head_dim": 16,
-        }
+        options = {"num_hidden_layers": layers, "query_pre_attn_scalar": 32, "hidden_size": 128, "head_dim": 16}
         AutoConfig.for_model(kind, **(SHAPE | options)).save_pretrained(tmp_path / kind)
         assert model_metadata(read_config(tmp_path / kind))[f"{ARCHITECTURES[kind]}.block_count"] == layers
 
@@ -531,23 +495,14 @@ def test_a_27b_model_divides_as_llama_cpp_does(tmp_path: Path) -> None:
     [
         (lambda w: w.pop(UP), "blk.0.ffn_up.weight is missing in the weights of "),
         (lambda w: w.pop(EMBEDDING), "token_embd.weight is missing"),
-        (
-            lambda w: w.update({UP: w[UP][:, :32].clone()}),
-            "blk.0.ffn_up.weight is of shape (96, 32), and by config",
-        ),
+        (lambda w: w.update({UP: w[UP][:, :32].clone()}), "blk.0.ffn_up.weight is of shape (96, 32), and by config"),
         (lambda w: w.update({UP: w[UP].to(torch.int8)}), f"{UP} is of type torch.int8"),
         (lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}), f"{UP} is of type torch.float8_e4m3fn"),
         (lambda w: w[UP][3].fill_(float("nan")), "blk.0.ffn_up.weight holds numbers that are not finite"),
         (lambda w: w[UP][3].fill_(1e5), "blk.0.ffn_up.weight: 100,000 does not fit float16 (65,504 at most)"),
         (lambda w: w.update({"score.weight": w[UP].clone()}), "llama.cpp has no place for score.weight"),
-        (
-            lambda w: w.update({"layers.9.mlp.up_proj.weight": w[UP].clone()}),
-            "blk.9.ffn_up.weight is in the weights",
-        ),
-        (
-            lambda w: w.update({"layers.0.mlp.up_proj.weight": w[UP].clone()}),
-            "holds blk.0.ffn_up.weight twice",
-        ),
+        (lambda w: w.update({"layers.9.mlp.up_proj.weight": w[UP].clone()}), "blk.9.ffn_up.weight is in the weights"),
+        (lambda w: w.update({"layers.0.mlp.up_proj.weight": w[UP].clone()}), "holds blk.0.ffn_up.weight twice"),
         (lambda w: w.update({"lm_head.weight": w[EMBEDDING] + 1}), "an output layer of its own"),
     ],
 )
@@ -592,9 +547,7 @@ def test_a_weight_cut_off_while_it_is_read_leaves_nothing(
 
 def test_other_things_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.gguf"
-    assert refused(model, file, "Q4_K_S").startswith(
-        "GGUF: there is no type Q4_K_S; write one of F32, F16, BF16, "
-    )
+    assert refused(model, file, "Q4_K_S").startswith("GGUF: there is no type Q4_K_S; write one of F32, F16, BF16, ")
     with pytest.raises(ExportError, match="a tokenizer of 300 tokens and a config with vocab_size 320"):
         write_gguf(model, file, "F32", vocabulary=vocabulary(300))
     configure(model, quantization_config={"quant_method": "bitsandbytes"})
@@ -623,9 +576,7 @@ def test_a_matrix_of_another_model_is_refused(work: Any, message: str, model: Pa
     place = tmp_path / "place"
     place.mkdir()
     found = tensors(written(model, place / "a.gguf")).values()
-    matrix = {
-        t.name: np.ones(int(t.shape[0]), np.float32) for t in found if len(t.shape) == 2 and "blk" in t.name
-    }
+    matrix = {t.name: np.ones(int(t.shape[0]), np.float32) for t in found if len(t.shape) == 2 and "blk" in t.name}
     shutil.rmtree(place)
     work(matrix)
     assert message in refused(model, tmp_path / "a.gguf", "Q4_K_M", imatrix=matrix)
@@ -664,15 +615,11 @@ def test_gemma_3_270m_is_computed_as_by_transformers(tmp_path: Path) -> None:
     talk = json.loads(sample_rows().read_text(encoding="utf-8").splitlines()[0])["messages"]
     text = "\n".join(message["content"] for message in talk)
     row = AutoTokenizer.from_pretrained(model)(text)["input_ids"][:96]
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(row), str(file)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", ASK, json.dumps(row), str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = np.load(f"{file}.npy")
     with quiet(), torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="eager"
-        )
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
         expected = reference(torch.tensor([row])).logits[0].numpy()
     assert np.abs(found - expected).max() < 0.05
     assert expected.std() > 2

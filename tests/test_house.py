@@ -79,20 +79,12 @@ def test_no_docstring_begins_with_a_riddle() -> None:
                 # Attributes of a class have docstrings, too.
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                     texts = (n.value for n in node.body if isinstance(n, ast.Expr))
-                    texts = (
-                        n.value.strip()
-                        for n in texts
-                        if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                    )
-                    found += [
-                        f"{file}: {text}" for text in texts if text.startswith(("What ", "Whether ", "Of "))
-                    ]
+                    texts = (n.value.strip() for n in texts if isinstance(n, ast.Constant) and isinstance(n.value, str))
+                    found += [f"{file}: {text}" for text in texts if text.startswith(("What ", "Whether ", "Of "))]
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "command", ["import finetune", "from finetune.cli.commands import main; main(['--help'])"]
-)
+@pytest.mark.parametrize("command", ["import finetune", "from finetune.cli.commands import main; main(['--help'])"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys, contextlib\n"

@@ -48,11 +48,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 256,
     "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
-WINDOW = {
-    "sliding_window": 8,
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}
+WINDOW = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGE = VISION | {"image_size": 28, "patch_size": 14}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -184,9 +180,7 @@ def swapped(*pair: str) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("pair", [("q_proj", "o_proj"), ("gate_proj", "down_proj"), ("layers.0", "layers.1")])
-def test_a_hook_on_another_module_shows_in_the_sums(
-    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hook_on_another_module_shows_in_the_sums(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("gemma")
     theirs = by_hand(model, ROWS)
     monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "gguf_names", swapped(*pair))
@@ -194,18 +188,12 @@ def test_a_hook_on_another_module_shows_in_the_sums(
         same(summed(model, ROWS), theirs)
 
 
-def test_a_hook_on_a_module_of_another_width_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hook_on_a_module_of_another_width_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("gemma")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        finetune.export.gguf.imatrix.calibration, "gguf_names", swapped("gate_proj", "down_proj")
-    )
+    monkeypatch.setattr(finetune.export.gguf.imatrix.calibration, "gguf_names", swapped("gate_proj", "down_proj"))
     found = Importance(summed(model, ROWS), {})
-    with pytest.raises(
-        ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"
-    ):
+    with pytest.raises(ExportError, match=r"^M: blk.0.ffn_down.weight has 64 columns there and 96 in .*; use"):
         check_fits(found, tmp_path, "M")
 
 
@@ -224,9 +212,7 @@ def test_a_layer_that_reads_something_else_is_refused(monkeypatch: pytest.Monkey
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")
-    with pytest.raises(
-        ExportError, match=r"^the activations before blk.0.ffn_down.weight are not finite; export"
-    ):
+    with pytest.raises(ExportError, match=r"^the activations before blk.0.ffn_down.weight are not finite; export"):
         summed(model, ROWS)
 
 
@@ -280,13 +266,8 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def small() -> Importance:
-    sums = {
-        "blk.0.ffn_down.weight": np.array([1.5, 3e9, 1e-6]),
-        "blk.0.attn_q.weight": np.array([12.0, 7.25]),
-    }
-    return Importance(
-        sums, {"blk.0.ffn_down.weight": 1030, "blk.0.attn_q.weight": 1030}, ("30 rows", "日本語")
-    )
+    sums = {"blk.0.ffn_down.weight": np.array([1.5, 3e9, 1e-6]), "blk.0.attn_q.weight": np.array([12.0, 7.25])}
+    return Importance(sums, {"blk.0.ffn_down.weight": 1030, "blk.0.attn_q.weight": 1030}, ("30 rows", "日本語"))
 
 
 def test_the_gguf_file_is_llama_cpp_s(small: Importance, tmp_path: Path) -> None:
@@ -315,8 +296,7 @@ def entry(name: bytes, chunks: int, values: list[float]) -> bytes:
 
 def test_the_dat_file_is_llama_cpp_s_to_the_byte(tmp_path: Path) -> None:
     write_imatrix(
-        Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": 1024, "a": 256}, ("rows",)),
-        tmp_path,
+        Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": 1024, "a": 256}, ("rows",)), tmp_path
     )
     body = struct.pack("<i", 2) + entry(b"a", 1, [1 / 256]) + entry(b"b", 2, [2 / 512, 8 / 512])
     assert (tmp_path / "imatrix.dat").read_bytes() == body + struct.pack("<ii4s", 2, 4, b"rows")
@@ -364,9 +344,7 @@ GOOD = {"w.in_sum2": [[4.0, 6.0]], "w.counts": [[2.0]]}
 
 def test_another_tool_s_file_is_read(tmp_path: Path) -> None:
     # Newer tools also store the sums that are not squared; there need be no word on data or chunks.
-    found = read_imatrix(
-        put(tmp_path / "m.gguf", GOOD | {"w.in_sum": [[1.0, 1.0]], "v.more": [[1.0]]}, size=2048)
-    )
+    found = read_imatrix(put(tmp_path / "m.gguf", GOOD | {"w.in_sum": [[1.0, 1.0]], "v.more": [[1.0]]}, size=2048))
     assert found.matrix["w"].tolist() == [2.0, 3.0]
     assert (list(found.sums), found.chunk_size, found.chunks) == (["w"], 2048, 1)
 
@@ -375,37 +353,13 @@ BROKEN = {
     "no counts": ({"w.in_sum2": [[1.0]]}, {}, r" is damaged: it has no w.counts in float32"),
     "no sums": ({"w.counts": [[1.0]]}, {}, r" is damaged: it has no w.in_sum2 in float32"),
     "float16": (GOOD, {"dtype": np.float16}, r" is damaged: it has no w.in_sum2 in float32"),
-    "nan": (
-        GOOD | {"w.in_sum2": [[1.0, np.nan]]},
-        {},
-        r" is damaged: w has sums of squares that are neg",
-    ),
-    "inf": (
-        GOOD | {"w.in_sum2": [[np.inf, 1.0]]},
-        {},
-        r" is damaged: w has sums of squares that are neg",
-    ),
-    "negative": (
-        GOOD | {"w.in_sum2": [[1.0, -1.0]]},
-        {},
-        r" is damaged: w has sums of squares that are neg",
-    ),
-    "never hit": (
-        GOOD | {"w.counts": [[0.0]]},
-        {},
-        r": w was given no token; collect the matrix from more text",
-    ),
-    "nan hits": (
-        GOOD | {"w.counts": [[np.nan]]},
-        {},
-        r": w was given no token; collect the matrix from more text",
-    ),
+    "nan": (GOOD | {"w.in_sum2": [[1.0, np.nan]]}, {}, r" is damaged: w has sums of squares that are neg"),
+    "inf": (GOOD | {"w.in_sum2": [[np.inf, 1.0]]}, {}, r" is damaged: w has sums of squares that are neg"),
+    "negative": (GOOD | {"w.in_sum2": [[1.0, -1.0]]}, {}, r" is damaged: w has sums of squares that are neg"),
+    "never hit": (GOOD | {"w.counts": [[0.0]]}, {}, r": w was given no token; collect the matrix from more text"),
+    "nan hits": (GOOD | {"w.counts": [[np.nan]]}, {}, r": w was given no token; collect the matrix from more text"),
     "all 0": (GOOD | {"w.in_sum2": [[0.0, 0.0]]}, {}, r": w was given nothing but zeros"),
-    "experts": (
-        {"w.in_sum2": np.ones((4, 2)), "w.counts": np.ones((4, 1))},
-        {},
-        r": w is of 4 experts; models with",
-    ),
+    "experts": ({"w.in_sum2": np.ones((4, 2)), "w.counts": np.ones((4, 1))}, {}, r": w is of 4 experts; models with"),
     "a model": (GOOD, {"kind": "model"}, r" is no importance matrix: its general.type is model"),
     "nothing": ({"v": [[1.0]]}, {}, r" holds no importance matrix: it has no tensor"),
 }
@@ -473,9 +427,7 @@ def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
         read_imatrix(tmp_path)
 
 
-def test_a_file_appears_when_it_is_whole(
-    small: Importance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_appears_when_it_is_whole(small: Importance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, **_: Any) -> None:
         raise OSError("disk full")
 
@@ -577,9 +529,7 @@ def test_rows_that_measure_are_left_out(run: Path) -> None:
         LabelledRow(row, row)
         for row in [*training, *calibration_rows(run, apart_from=[LabelledRow(r, r) for r in training])[0]]
     ]
-    with pytest.raises(
-        ExportError, match=r"^importance matrix: of the sample rows of this project none is left "
-    ):
+    with pytest.raises(ExportError, match=r"^importance matrix: of the sample rows of this project none is left "):
         calibration_rows(run, apart_from=sample)
 
 
@@ -606,9 +556,7 @@ def test_rows_of_a_file_are_rendered_as_training_s(run: Path, tmp_path: Path) ->
     (tmp_path / "mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
     found, where = calibration_rows(run, path=str(tmp_path / "mine.jsonl"))
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(run))))
-    assert sorted(found) == sorted(
-        chat.encode(json.loads(line)["messages"]).input_ids.tolist() for line in lines
-    )
+    assert sorted(found) == sorted(chat.encode(json.loads(line)["messages"]).input_ids.tolist() for line in lines)
     assert where == "6 rows of mine.jsonl"
 
 
@@ -633,11 +581,7 @@ def test_any_text_is_cut_into_passages(run: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_used_is_one_line(run: Path, tmp_path: Path) -> None:
     for name, error, message in (
-        (
-            "/gone.txt",
-            ExportError,
-            r"^imatrix_data.path: /gone.txt cannot be read: No such file or directory$",
-        ),
+        ("/gone.txt", ExportError, r"^imatrix_data.path: /gone.txt cannot be read: No such file or directory$"),
         ("/gone.jsonl", DataError, r"^/gone.jsonl: there is no such file$"),
         (str(tmp_path), ExportError, r" cannot be read: Is a directory$"),
     ):
@@ -700,14 +644,10 @@ def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> Non
     theirs = summed(model, rows[7:])
     for name in ("blk.8.attn_output.weight", "blk.3.ffn_down.weight", "blk.12.ffn_down.weight"):
         part = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}[name.split(".")[2]]
-        weight = (
-            model.get_submodule(f"model.layers.{name.split('.')[1]}.{part}").weight.detach().numpy()[:128]
-        )
+        weight = model.get_submodule(f"model.layers.{name.split('.')[1]}.{part}").weight.detach().numpy()[:128]
         for kind in (GGMLQuantizationType.Q2_K, GGMLQuantizationType.IQ3_S):
 
-            def error(
-                matrix: Any, weight: Any = weight, kind: Any = kind, square: Any = theirs[name]
-            ) -> float:
+            def error(matrix: Any, weight: Any = weight, kind: Any = kind, square: Any = theirs[name]) -> float:
                 """The error of the layer's outputs on the other rows."""
                 rounded = dequantize(quantize_rows(kind, weight, matrix), kind)
                 return float(((weight - rounded) ** 2 * square).sum())

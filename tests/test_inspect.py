@@ -40,8 +40,7 @@ def recipe(write_recipe: Write) -> str:
     """Three rows, two of them with characters that are hard to print."""
     Path("rows.jsonl").write_text(
         "".join(
-            json.dumps({"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]})
-            + "\n"
+            json.dumps({"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]}) + "\n"
             for u, a in ROWS
         )
     )
@@ -53,9 +52,7 @@ def tokenizers() -> tuple[Any, Any]:
     """A byte-level tokenizer, and one like Llama 2's with byte tokens, which strips the leading space of a text."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "あ"]
     backend = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True
-        )
+        models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -92,9 +89,7 @@ def counts(user: str, assistant: str) -> tuple[int, int]:
         return len(tokenizers()[0](text, add_special_tokens=False)["input_ids"])
 
     trained = n(f"{assistant}<end_of_turn>")
-    return n(f"<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n") + trained + n(
-        "\n"
-    ), trained
+    return n(f"<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n") + trained + n("\n"), trained
 
 
 def headline(i: int) -> str:
@@ -145,9 +140,7 @@ def test_text(recipe: str, capsys: Capture) -> None:
 def test_tokens(recipe: str, capsys: Capture) -> None:
     assert main(["inspect", recipe, "--row", "3", "--tokens"]) == 0
     lines = capsys.readouterr().out.split("\n\n")[:2]
-    ids = tokenizers()[0]("<bos><start_of_turn>user\nSay hello.<end_of_turn>\n<start_of_turn>model\n")[
-        "input_ids"
-    ][1:]
+    ids = tokenizers()[0]("<bos><start_of_turn>user\nSay hello.<end_of_turn>\n<start_of_turn>model\n")["input_ids"][1:]
     assert lines[0] == "*: trained on"
     head, *shown = lines[1].splitlines()
     assert head == f"== {headline(2)}"
@@ -198,10 +191,7 @@ def test_json(recipe: str, capsys: Capture) -> None:
             f"<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n{assistant}<end_of_turn>\n"
         )
     assert list(last) == ["ledger"]
-    assert {name: ledger["rows"]["kept"] for name, ledger in last["ledger"].items()} == {
-        "train": 2,
-        "eval": 1,
-    }
+    assert {name: ledger["rows"]["kept"] for name, ledger in last["ledger"].items()} == {"train": 2, "eval": 1}
     assert main(["inspect", recipe, "data.eval_fraction=0.34", "--json", "--rows", "0"]) == 0
     assert json.loads(capsys.readouterr().out) == last
 
@@ -209,10 +199,7 @@ def test_json(recipe: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (
-            ["--html", "nowhere/page.html"],
-            "--html nowhere/page.html: write the path of a file in a folder that exists",
-        ),
+        (["--html", "nowhere/page.html"], "--html nowhere/page.html: write the path of a file in a folder that exists"),
         (["--html", "."], "--html .: write the path of a file in a folder that exists"),
         (["model.chat_template=none"], None),
     ],
@@ -267,11 +254,7 @@ def inspected(dataset: Any = ()) -> InspectedData:
     return InspectedData(recipe, tokenizers()[0], Prepared(dataset, train), Prepared(None, evaluation))
 
 
-ROW = {
-    "row": "a:1",
-    "input_ids": [4, 206, 42, 206, 206, 43],
-    "labels": [IGNORE, IGNORE, 42, 206, 206, IGNORE],
-}
+ROW = {"row": "a:1", "input_ids": [4, 206, 42, 206, 206, 43], "labels": [IGNORE, IGNORE, 42, 206, 206, IGNORE]}
 
 
 @pytest.mark.parametrize(
@@ -440,14 +423,7 @@ def test_page_in_a_browser(recipe: str, tmp_path: Path) -> None:
     assert main(["inspect", recipe, "--html", "page.html", "--quiet"]) == 0
     page = Path("page.html")
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", ACTS + "</body>"), encoding="utf-8")
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--dump-dom",
-    ]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     command += [
         f"--user-data-dir={tmp_path / 'profile'}",
         "--host-resolver-rules=MAP * ~NOTFOUND",

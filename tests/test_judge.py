@@ -119,10 +119,7 @@ def test_mean_error_and_counts_are_those_computed_by_hand(run: Run) -> None:
         id="p1",
         score=0.75,
         grades=("MuchBetterThan", "AboutTheSame"),
-        replies=(
-            'There are reasons.\n{"grade": "MuchBetterThan"}',
-            'There are reasons.\n{"grade": "AboutTheSame"}',
-        ),
+        replies=('There are reasons.\n{"grade": "MuchBetterThan"}', 'There are reasons.\n{"grade": "AboutTheSame"}'),
         fault=None,
     )
     assert found.notes == []
@@ -136,10 +133,7 @@ def test_the_result_is_plain_json(run: Run) -> None:
         "id": "p1",
         "score": 1.0,
         "grades": ["BetterThan", "WorseThan"],
-        "replies": [
-            'There are reasons.\n{"grade": "BetterThan"}',
-            'There are reasons.\n{"grade": "WorseThan"}',
-        ],
+        "replies": ['There are reasons.\n{"grade": "BetterThan"}', 'There are reasons.\n{"grade": "WorseThan"}'],
         "fault": None,
     }
     assert found["notes"] == []
@@ -169,9 +163,7 @@ def test_a_judge_that_goes_by_the_place_prefers_nothing_and_is_told(run: Run) ->
 def test_a_judge_that_prefers_the_longer_answer_gives_its_sign(run: Run, language: str) -> None:
     def reply(request: Request) -> Answer:
         first, second = map(len, request.answers)
-        return grades(
-            "MuchBetterThan" if first > second else "MuchWorseThan" if first < second else "AboutTheSame"
-        )
+        return grades("MuchBetterThan" if first > second else "MuchWorseThan" if first < second else "AboutTheSame")
 
     with serve(reply) as server:
         more = [Pair(ASK, f"a longer answer {i}", f"short {i}", str(i)) for i in range(12)]
@@ -413,9 +405,7 @@ def test_an_endpoint_that_stays_away_ends_it_and_what_was_answered_is_kept(
             f"evaluate.judge.base_url: {server.url} failed 6 times: HTTP 502 bad gateway; the replies so far "
             "are kept, so run it again later"
         )
-        assert [low <= wait <= 2 * low for low, wait in zip((1, 2, 4, 8, 16), waits, strict=True)] == [
-            True
-        ] * 5
+        assert [low <= wait <= 2 * low for low, wait in zip((1, 2, 4, 8, 16), waits, strict=True)] == [True] * 5
         assert len(server.requests) == 2 + 6
         away.clear()
         assert run(server, pairs(2), workers=1).requests == 2
@@ -433,16 +423,7 @@ def test_nobody_there_is_an_error_of_one_line(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [
-        ("0", 0.0),
-        ("7", 7.0),
-        ("1.5", 1.5),
-        ("3600", 60.0),
-        ("soon", None),
-        ("", None),
-        ("nan", None),
-        ("-1", None),
-    ],
+    [("0", 0.0), ("7", 7.0), ("1.5", 1.5), ("3600", 60.0), ("soon", None), ("", None), ("nan", None), ("-1", None)],
 )
 def test_retry_after_is_honoured_up_to_a_minute(value: str, seconds: float | None) -> None:
     assert endpoint._retry_after(value) == seconds
@@ -631,9 +612,7 @@ def test_a_second_run_sends_nothing_and_finds_the_same(run: Run, cache: Path) ->
     assert (first.requests, second.requests) == (7, 0)
     assert second.verdicts == first.verdicts
     assert (second.mean, second.standard_error) == (first.mean, first.standard_error)
-    assert (
-        (first.sent.replies, first.cached.replies) == (second.cached.replies, second.sent.replies) == (7, 0)
-    )
+    assert (first.sent.replies, first.cached.replies) == (second.cached.replies, second.sent.replies) == (7, 0)
     assert (second.sent.cost, second.cached.cost) == (0.0, 70.0)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json"] * 7
 
@@ -647,13 +626,7 @@ def test_equal_questions_are_asked_once(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"model": "other"},
-        {"language": "ja"},
-        {"max_tokens": 9},
-        {"base_url": "localhost"},
-        {"key": "", "workers": 1},
-    ],
+    [{"model": "other"}, {"language": "ja"}, {"max_tokens": 9}, {"base_url": "localhost"}, {"key": "", "workers": 1}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_reply_is_used_again_only_where_nothing_that_decides_it_has_changed(
@@ -667,9 +640,7 @@ def test_a_reply_is_used_again_only_where_nothing_that_decides_it_has_changed(
         assert run(server, [ONE], **change).requests == (0 if "key" in change else 2)
 
 
-def test_another_rubric_is_another_question(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_rubric_is_another_question(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(good) as server:
         run(server, [ONE])
         rubrics = tmp_path / "rubrics"
@@ -703,9 +674,7 @@ def test_a_damaged_reply_is_asked_for_again(run: Run, cache: Path, damage: bytes
     assert files[0].read_bytes() == before
 
 
-def test_ctrl_c_waits_for_nobody_and_loses_nothing(
-    run: Run, cache: Path, request: pytest.FixtureRequest
-) -> None:
+def test_ctrl_c_waits_for_nobody_and_loses_nothing(run: Run, cache: Path, request: pytest.FixtureRequest) -> None:
     """The seventh request is Ctrl-C; it and what comes after are answered only when compare has ended."""
     # A shell starts background processes with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -764,9 +733,7 @@ def test_the_key_is_told_to_nobody_but_the_endpoint(
             return says(f'Your key is {told}.\n{{"grade": "BetterThan"}}')
         return error(status, f"the key {told} is not good")
 
-    expected: AbstractContextManager[Any] = (
-        nothing_raised() if status == 200 else pytest.raises(EvaluateError)
-    )
+    expected: AbstractContextManager[Any] = nothing_raised() if status == 200 else pytest.raises(EvaluateError)
     with serve(reply) as server, expected as caught:
         found = run(server, pairs(2), lines.append, workers=1)
         lines.append(repr(found))

@@ -54,9 +54,7 @@ def real_cases() -> list[dict[str, Any]]:
     assert [label["sha256"] for label in LABELS] == [
         hashlib.sha256(row["answer"].encode()).hexdigest()[:16] for row in answers
     ]
-    return [
-        row | {"right": label["right"], "wanted": "ja"} for row, label in zip(answers, LABELS, strict=True)
-    ]
+    return [row | {"right": label["right"], "wanted": "ja"} for row, label in zip(answers, LABELS, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,9 +68,7 @@ def test_real_answers_are_judged_as_a_reader_judged_them() -> None:
     found = [language_verdict(case["prompt"], case["answer"]) for case in cases]
     assert [each.wanted for each in found] == ["ja"] * 120
     assert [
-        row
-        for row, (case, each) in enumerate(zip(cases, found, strict=True))
-        if each.right is not case["right"]
+        row for row, (case, each) in enumerate(zip(cases, found, strict=True)) if each.right is not case["right"]
     ] == []
 
 
@@ -110,25 +106,18 @@ QUESTION = "富士山について教えてください。"
         ("It is the highest mountain in Japan.", LanguageVerdict(False, "ja", "en", "0% of it is ja")),
         (" \n", LanguageVerdict(False, "ja", None, "the answer is empty")),
         ("3776", LanguageVerdict(None, "ja", None, ALONE)),
-        (
-            "WWE、ROH、Impact、Lucha Undergroundなどです。",
-            LanguageVerdict(True, "ja", "ja", "100% of it is ja"),
-        ),
+        ("WWE、ROH、Impact、Lucha Undergroundなどです。", LanguageVerdict(True, "ja", "ja", "100% of it is ja")),
         ("標高 3776 m、Mount Fuji", LanguageVerdict(True, "ja", "ja", "100% of it is ja")),
         ("Mount Fuji", LanguageVerdict(None, "ja", None, ALONE)),
         ("tet tete dede wawa tete rere wawa", LanguageVerdict(False, "ja", None, "0% of it is ja")),
         ("ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ", LanguageVerdict(False, "ja", None, "0% of it is ja")),
     ],
 )
-def test_a_verdict_says_what_was_wanted_what_was_found_and_why(
-    answer: str, expected: LanguageVerdict
-) -> None:
+def test_a_verdict_says_what_was_wanted_what_was_found_and_why(answer: str, expected: LanguageVerdict) -> None:
     assert language_verdict(QUESTION, answer) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["Ludwig van Beethoven", "Leonardo da Vinci", "Miguel de Cervantes", "Lisboa"]
-)
+@pytest.mark.parametrize("name", ["Ludwig van Beethoven", "Leonardo da Vinci", "Miguel de Cervantes", "Lisboa"])
 def test_a_name_alone_is_of_any_language_in_its_script(name: str) -> None:
     assert language_verdict("Who was it?", name).right
     assert language_verdict("Wer war es?", name).right
@@ -150,9 +139,7 @@ def test_a_prompt_that_leaves_the_language_open_is_not_judged() -> None:
 def test_the_threshold_is_a_share_of_the_length_and_kana_count_twice() -> None:
     japanese, english = "あ" * 30 + "。\n", "these are in English\n"  # 60 and 17 letters
     assert MIN_SHARE == 0.75
-    assert language_verdict(QUESTION, japanese + english) == LanguageVerdict(
-        True, "ja", "ja", "78% of it is ja"
-    )
+    assert language_verdict(QUESTION, japanese + english) == LanguageVerdict(True, "ja", "ja", "78% of it is ja")
     assert (
         language_verdict(QUESTION, f"{'あ' * 30} these are in English。").why == "78% of it is ja"
     )  # in one sentence too
@@ -272,21 +259,13 @@ PROMPTS: dict[str | None, list[str]] = {
         "ブラックホールについて、フランス語で簡単に説明していただけますか？",
         "Bonjour, comment allez-vous ?",
     ],
-    "pt": [
-        "Can you translate this letter into Brazilian Portuguese for me?\n\nDear Anna, ...",
-    ],
-    "ko": [
-        "Summarize the article below in Korean.\n\nThe city opened a park.",
-        "안녕하세요",
-    ],
+    "pt": ["Can you translate this letter into Brazilian Portuguese for me?\n\nDear Anna, ..."],
+    "ko": ["Summarize the article below in Korean.\n\nThe city opened a park.", "안녕하세요"],
     "de": [
         "Summarise this in three bullet points in German: The meeting was moved to Friday.",
         "Put this sentence into German: I am hungry.",
     ],
-    "es": [
-        "The reply should be written in Spanish. Who was Cervantes?",
-        "List the colours of the rainbow in Spanish.",
-    ],
+    "es": ["The reply should be written in Spanish. Who was Cervantes?", "List the colours of the rainbow in Spanish."],
     "zh": [
         "Reply in Traditional Chinese: what is AI?",
         "Respond in Mandarin. What is AI?",
@@ -300,9 +279,7 @@ PROMPTS: dict[str | None, list[str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("wanted", "prompt"), [(code, each) for code, some in PROMPTS.items() for each in some]
-)
+@pytest.mark.parametrize(("wanted", "prompt"), [(code, each) for code, some in PROMPTS.items() for each in some])
 def test_the_language_that_a_prompt_asks_for(wanted: str | None, prompt: str) -> None:
     assert wanted_language(prompt) == wanted
 
@@ -365,9 +342,7 @@ def test_the_language_of_a_text(code: str | None, text: str) -> None:
 )
 def test_a_neighbour_is_another_language(wanted: str, answer: str) -> None:
     neighbours = {"Danish", "Norwegian", "Czech", "Slovak", "Indonesian", "Malay"}
-    said = {
-        each: language_verdict(f"Answer in {each}: what did you do?", answer).right for each in neighbours
-    }
+    said = {each: language_verdict(f"Answer in {each}: what did you do?", answer).right for each in neighbours}
     assert {each for each, right in said.items() if right} == {wanted}
 
 
@@ -384,9 +359,7 @@ def test_a_character_speaks_for_the_language_whose_character_set_has_it() -> Non
 
 def test_importing_loads_no_model() -> None:
     code = "import finetune.evaluate.language, sys; print('py3langid' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
     assert done.stdout == "False False\n"
 
 
@@ -402,12 +375,7 @@ def test_any_text_is_judged(prompt: str, answer: str) -> None:
 SENTENCES = st.lists(
     st.sampled_from(
         [
-            *(
-                "富士山は日本で一番高い山です。",
-                "- 静岡県と山梨県",
-                "| 山 | 高さ |",
-                "Python と Rust を使います。",
-            ),
+            *("富士山は日本で一番高い山です。", "- 静岡県と山梨県", "| 山 | 高さ |", "Python と Rust を使います。"),
             *(
                 "It is the highest mountain in Japan.",
                 "Es ist der höchste Berg.",
@@ -445,8 +413,7 @@ def alarm() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize(
-    "part",
-    ["a", "あ", "$", " ", "=", "\\[", "\\begin{a}", "translate ", "<a ", "not ", "日本語で", "def (", "~/"],
+    "part", ["a", "あ", "$", " ", "=", "\\[", "\\begin{a}", "translate ", "<a ", "not ", "日本語で", "def (", "~/"]
 )
 def test_a_text_that_repeats_itself_is_read_once(part: str) -> None:
     # Seconds at most; where a pattern tries again from each place, minutes.

@@ -67,9 +67,7 @@ def test_equals_trl_and_the_model_itself(family: str, tile: int, monkeypatch: py
     theirs = model(**inputs, fused_lm_head=True)
     (-theirs.log_probs.sum() / 17).backward()
     their_gradients = gradients(model)
-    own = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"]
-    )
+    own = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"])
 
     assert use_token_head(model)
     ours = model(**inputs, fused_lm_head=True)

@@ -119,9 +119,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Locate:
         folder = root / name.replace(" ", "-")
         if not folder.exists():
             with quiet():
-                model = (
-                    untied(find(name.removesuffix(", untied"))) if name.endswith(", untied") else new(name)
-                )
+                model = untied(find(name.removesuffix(", untied"))) if name.endswith(", untied") else new(name)
                 model.save_pretrained(folder)
                 AutoTokenizer.from_pretrained(locate("random:llama")).save_pretrained(folder)
         return folder
@@ -156,20 +154,13 @@ def unwarned() -> Iterator[None]:
 
 
 def make_run(
-    base: Path,
-    run: Path,
-    dtype: Dtype = torch.float32,
-    seed: int = 1,
-    quantization: Options | None = None,
-    **lora: Any,
+    base: Path, run: Path, dtype: Dtype = torch.float32, seed: int = 1, quantization: Options | None = None, **lora: Any
 ) -> Path:
     """A run directory with an adapter of which no number is zero, as the trainer would leave it."""
     with unwarned():
         model = load(base, dtype)
         torch.manual_seed(seed)
-        model = get_peft_model(
-            model, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 7} | lora)
-        )
+        model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 7} | lora))
         torch.manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -247,10 +238,7 @@ KINDS: dict[str, Options] = {
         "target_modules": QV,
         "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 6]},
     },
-    "experts": {
-        "target_modules": QV,
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    },
+    "experts": {"target_modules": QV, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "some experts": {"target_modules": QV, "target_parameters": ["mlp.experts.gate_up_proj"]},
     "router": {"target_modules": ["q_proj", "gate"]},
     "conv1d": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
@@ -318,9 +306,7 @@ SOAK = [(b, k) for b in BASES for k in KINDS if fits(b, k) and (b, k) not in CAS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("name", "kind"), [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)]
-)
+@pytest.mark.parametrize(("name", "kind"), [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)])
 def test_every_tensor_is_that_of_peft_and_the_logits_are_the_adapters(
     name: str, kind: str, dtype: Dtype, base_of: Locate, tmp_path: Path
 ) -> None:
@@ -365,12 +351,8 @@ def test_every_tensor_is_that_of_peft_and_the_logits_are_the_adapters(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_several_adapters_are_pefts_cat(dtype: Dtype, base_of: Locate, tmp_path: Path) -> None:
     base = base_of("llama with biases")
-    one = make_run(
-        base, tmp_path / "one", dtype, target_modules=[*QV, "embed_tokens"], rank_pattern={"v_proj": 3}
-    )
-    other = make_run(
-        base, tmp_path / "other", dtype, seed=2, r=2, target_modules=["q_proj", "o_proj", "embed_tokens"]
-    )
+    one = make_run(base, tmp_path / "one", dtype, target_modules=[*QV, "embed_tokens"], rank_pattern={"v_proj": 3})
+    other = make_run(base, tmp_path / "other", dtype, seed=2, r=2, target_modules=["q_proj", "o_proj", "embed_tokens"])
     merge(one, tmp_path / "merged", adapters=[(str(one), 0.7), (str(other), -0.3)])
     merge(one, tmp_path / "plus", adapters=[(str(other), -0.3)])
     for folder, weights in (("merged", [0.7, -0.3]), ("plus", [1.0, -0.3])):
@@ -388,17 +370,12 @@ def test_several_adapters_are_pefts_cat(dtype: Dtype, base_of: Locate, tmp_path:
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
         assert apart(logits(load(tmp_path / folder)), answered) < tolerance
     record = json.loads((tmp_path / "merged/merge.json").read_text())
-    assert [(item["path"], item["weight"]) for item in record["adapters"]] == [
-        (str(one), 0.7),
-        (str(other), -0.3),
-    ]
+    assert [(item["path"], item["weight"]) for item in record["adapters"]] == [(str(one), 0.7), (str(other), -0.3)]
 
 
 def test_the_run_itself_is_weighed_on_the_command_line(base_of: Locate, tmp_path: Path) -> None:
     base = base_of("llama with biases")
-    run = make_run(
-        base, tmp_path / "run", target_modules=QV, bias="lora_only", modules_to_save=["model.norm"]
-    )
+    run = make_run(base, tmp_path / "run", target_modules=QV, bias="lora_only", modules_to_save=["model.norm"])
     assert main(["merge", str(run), "--output", str(tmp_path / "half"), "--adapter", f"{run}=0.5"]) == 0
     assert main(["merge", str(run), "--output", str(tmp_path / "whole")]) == 0
     start, half, whole = (tensors_of(folder) for folder in (base, tmp_path / "half", tmp_path / "whole"))
@@ -432,13 +409,7 @@ def dequantised(base: Path, dtype: Dtype, quantization: Options) -> tuple[Any, d
 
 
 def assert_starts_from_rounded_values(
-    base: Path,
-    run: Path,
-    merged: Path,
-    dtype: Dtype,
-    quantization: Options,
-    tolerance: float,
-    turned: bool = False,
+    base: Path, run: Path, merged: Path, dtype: Dtype, quantization: Options, tolerance: float, turned: bool = False
 ) -> None:
     model, rounded = dequantised(base, dtype, quantization)
     adapter = load_file(run / "adapter_model.safetensors")
@@ -537,9 +508,7 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
         "dtype_of_training": "float32",
         "finetune": __version__,
         "run": str(trained),
-        "adapters": [
-            {"path": str(trained), "weight": 1.0, "sha256": sha256(trained / "adapter_model.safetensors")}
-        ],
+        "adapters": [{"path": str(trained), "weight": 1.0, "sha256": sha256(trained / "adapter_model.safetensors")}],
         "base_weights": "dequantised",
         "dtype": "float32",
     }
@@ -606,15 +575,9 @@ def test_another_type_is_the_merge_in_the_runs_type_converted(
     assert (record["dtype_of_training"], record["dtype"]) == ("bfloat16", word)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
-)
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_what_does_not_fit_float16_is_named(
-    name: str,
-    base_of: Locate,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, base_of: Locate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base_of("qwen2"), "base")
@@ -767,9 +730,7 @@ def no_shard() -> None:
 
 
 def ia3() -> None:
-    IA3Config(
-        target_modules=["k_proj"], feedforward_modules=[], base_model_name_or_path="base"
-    ).save_pretrained("run")
+    IA3Config(target_modules=["k_proj"], feedforward_modules=[], base_model_name_or_path="base").save_pretrained("run")
 
 
 BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
@@ -906,11 +867,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
 
 @pytest.mark.parametrize(("damage", "arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
-    damage: Callable[[], Any],
-    arguments: list[str],
-    message: str,
-    run: Path,
-    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[], Any], arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage()
     size = Path(message.split(" ")[0]).stat().st_size if "{size" in message else 0
@@ -918,15 +875,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
-def test_a_weight_that_is_not_finite_is_refused(
-    weight: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_weight_that_is_not_finite_is_refused(weight: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "run" in refused(capsys, "run", "--adapter", f"run={weight}")
 
 
-def test_a_weight_that_no_number_can_carry_is_told_by_the_tensor(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_weight_that_no_number_can_carry_is_told_by_the_tensor(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "run", "--adapter", "run=1e39")
     assert line.startswith("model.layers.0.self_attn.q_proj.weight: is not finite once it is merged")
 
@@ -952,10 +905,7 @@ def test_an_output_layer_beside_token_rows_that_it_shares_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(
-        base_of("random:gemma3"),
-        Path("run"),
-        target_modules=["q_proj", "lm_head"],
-        trainable_token_indices=[3, 5],
+        base_of("random:gemma3"), Path("run"), target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5]
     )
     line = refused(capsys, "run")
     assert line == "run: lm_head.weight is trained, and so are token rows that it shares; it is not merged"
@@ -989,13 +939,9 @@ def test_a_damaged_file_of_the_run_or_its_base_is_named(
     assert Path(file).name in refused(capsys, "run")
 
 
-def test_folders_made_on_the_way_to_an_output_go_with_it(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_made_on_the_way_to_an_output_go_with_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pickled()
-    assert refused(capsys, "run", "--output", "new/deep/merged").startswith(
-        "run holds only adapter_model.bin"
-    )
+    assert refused(capsys, "run", "--output", "new/deep/merged").startswith("run holds only adapter_model.bin")
 
 
 def test_what_is_no_run_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1051,9 +997,7 @@ def test_an_existing_output_is_replaced_only_where_merge_wrote_it_and_only_at_th
     first = tensors_of(Path("merged"))
     change_adapter(lambda tensors: tensors[KEY].fill_(0.5))
     assert main(["merge", "run", "--output", "merged", "--overwrite"]) == 0
-    assert not torch.equal(
-        *(t["model.layers.0.self_attn.q_proj.weight"] for t in (first, tensors_of(Path("merged"))))
-    )
+    assert not torch.equal(*(t["model.layers.0.self_attn.q_proj.weight"] for t in (first, tensors_of(Path("merged")))))
     assert not Path("merged/notes.txt").exists()
     assert sorted(path.name for path in Path().iterdir()) == ["base", "merged", "run"]
     foreign = "was not written by merge or export, and is not replaced; write another path"
@@ -1240,11 +1184,7 @@ def test_a_base_on_the_hub_is_fetched_whole_or_shard_by_shard(base_of: Locate, t
     shards = sharded(plain, tmp_path / "served")
     assert len(shards) > 4
     sharded(experts, tmp_path / "served experts")
-    repos = {
-        "streamed": tmp_path / "served",
-        "whole": tmp_path / "served",
-        "experts": tmp_path / "served experts",
-    }
+    repos = {"streamed": tmp_path / "served", "whole": tmp_path / "served", "experts": tmp_path / "served experts"}
     lines = []
     for name in repos:
         base, kind = (experts, "experts") if name == "experts" else (plain, "all linear")
@@ -1278,9 +1218,7 @@ def test_a_base_on_the_hub_is_fetched_whole_or_shard_by_shard(base_of: Locate, t
     assert (done.returncode, done.stdout) == (0, "0\n0\n0\n"), done.stderr
 
     for name in repos:
-        assert_same_tensors(
-            tensors_of(tmp_path / f"merged {name}"), tensors_of(tmp_path / f"reference of {name}")
-        )
+        assert_same_tensors(tensors_of(tmp_path / f"merged {name}"), tensors_of(tmp_path / f"reference of {name}"))
         record = json.loads((tmp_path / f"merged {name}/merge.json").read_text())
         assert (record["base"], record["revision"]) == (f"tiny/{name}", COMMIT)
     small = ["chat_template.jinja", "config.json", "generation_config.json", WEIGHTS_INDEX]

@@ -138,16 +138,8 @@ ARGUMENTS = json.dumps({"port": "Brest"})
     [
         {"role": "assistant", "content": None, "function_call": {"name": "tide", "arguments": ARGUMENTS}},
         {"role": "assistant", "function_call": json.dumps({"name": "tide", "arguments": ARGUMENTS})},
-        {
-            "role": "assistant",
-            "tool_calls": [],
-            "function_call": {"name": "tide", "arguments": {"port": "Brest"}},
-        },
-        {
-            "role": "assistant",
-            "tool_calls": [CALL],
-            "function_call": {"name": "tide", "arguments": ARGUMENTS},
-        },
+        {"role": "assistant", "tool_calls": [], "function_call": {"name": "tide", "arguments": {"port": "Brest"}}},
+        {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "tide", "arguments": ARGUMENTS}},
         {"role": "assistant", "tool_calls": [{"name": "tide", "parameters": {"port": "Brest"}}]},
         {"role": "assistant", "tool_calls": [{"name": "tide", "input": ARGUMENTS}]},
         {"role": "tool_call", "content": json.dumps({"name": "tide", "arguments": {"port": "Brest"}})},
@@ -216,10 +208,7 @@ def test_tools_under_their_earlier_name() -> None:
     ("turn", "reason"),
     [
         ({"role": "tool_call", "content": "tide()"}, "a tool_call message holds no call"),
-        (
-            CALLED | {"function_call": {"name": "wind", "arguments": "{}"}},
-            "a message's tool_calls and function_call",
-        ),
+        (CALLED | {"function_call": {"name": "wind", "arguments": "{}"}}, "a message's tool_calls and function_call"),
         ({"role": "user", "content": "a", "tool_calls": [CALL]}, "tool_calls on a user message"),
         ({"role": "user", "content": "a", "function_call": CALL["function"]}, "tool_calls on a user message"),
         ({"role": "tool", "content": "a", "thinking": "b"}, "reasoning_content on a tool message"),
@@ -262,35 +251,17 @@ def test_calls_that_cannot_be_read(turn: dict[str, Any], reason: str) -> None:
     ],
 )
 def test_parts(content: Any, keys: dict[str, Any]) -> None:
-    assert messages(ASKED, {"role": "assistant", "content": content}) == [
-        ASKED,
-        {"role": "assistant", **keys},
-    ]
+    assert messages(ASKED, {"role": "assistant", "content": content}) == [ASKED, {"role": "assistant", **keys}]
 
 
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        (
-            [{"type": "text", "text": "a"}, {"type": "reasoning", "text": "b"}],
-            "a message's reasoning stands behind",
-        ),
-        (
-            [{"type": "tool_call", "value": CALL["function"]}, {"type": "text", "text": "a"}],
-            "a message's text stands",
-        ),
-        (
-            [{"type": "image_url", "image_url": "x"}],
-            "a message has parts that are not text; the type of one is",
-        ),
-        (
-            [{"type": "refusal", "refusal": "No."}],
-            "a message has parts that are not text; the type of one is",
-        ),
-        (
-            [{"type": "redacted_thinking", "data": "x"}],
-            "a message has parts that are not text; the type of one is",
-        ),
+        ([{"type": "text", "text": "a"}, {"type": "reasoning", "text": "b"}], "a message's reasoning stands behind"),
+        ([{"type": "tool_call", "value": CALL["function"]}, {"type": "text", "text": "a"}], "a message's text stands"),
+        ([{"type": "image_url", "image_url": "x"}], "a message has parts that are not text; the type of one is"),
+        ([{"type": "refusal", "refusal": "No."}], "a message has parts that are not text; the type of one is"),
+        ([{"type": "redacted_thinking", "data": "x"}], "a message has parts that are not text; the type of one is"),
         ([{"type": "reasoning", "summary": [{"text": "a"}]}], "a message has a reasoning part without text"),
         ([{"type": "text", "text": "a", "value": "b"}], "a part's text and value differ"),
         ([{"type": "tool_result", "content": "a"}], "a assistant message holds the result of a tool"),
@@ -310,12 +281,7 @@ def test_results_of_tools_as_parts() -> None:
         *({"role": "user", "content": "So?"}, SAID),
     ]
     for role in ("user", "tool"):
-        assert messages(ASKED, CALLED, {"role": role, "content": [result]}, SAID) == [
-            ASKED,
-            CALLED,
-            answer,
-            SAID,
-        ]
+        assert messages(ASKED, CALLED, {"role": role, "content": [result]}, SAID) == [ASKED, CALLED, answer, SAID]
     got, unread = messages(ASKED, CALLED, {"role": "user", "content": [result | {"is_error": True}]}, SAID)
     assert (got[2], unread) == (answer, ["messages.content.is_error"])
     late = [{"type": "text", "text": "So?"}, result]
@@ -356,10 +322,7 @@ def test_two_names_that_differ() -> None:
     assert fault(lambda: messages(ASKED | {"from": "gpt"})) == "a message's role and from differ; keep one"
     assert fault(lambda: messages(ASKED | {"value": "b"})) == "a message's content and value differ; keep one"
     # Other things may have these names.
-    assert messages(ASKED | {"from": "Ann", "value": 0.5}, SAID) == (
-        PAIR,
-        ["messages.from", "messages.value"],
-    )
+    assert messages(ASKED | {"from": "Ann", "value": 0.5}, SAID) == (PAIR, ["messages.from", "messages.value"])
 
 
 def test_keys_that_hold_something_are_counted() -> None:

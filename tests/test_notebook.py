@@ -50,9 +50,7 @@ def test_the_file_is_valid_and_holds_no_outputs() -> None:
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
-    assert [cell.id for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] == [
-        "parameters"
-    ]
+    assert [cell.id for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] == ["parameters"]
     assert notebook.metadata.accelerator == "GPU"
     assert notebook.metadata.colab.gpuType == "T4"
 
@@ -87,9 +85,7 @@ def test_nothing_replaces_torch_or_shows_a_token() -> None:
         shown = [line for line in source.splitlines() if "print" in line or "display" in line]
         assert [line for line in shown if "environ" in line] == []
     names = [
-        node.module
-        for node in ast.walk(ast.parse("\n".join(sources().values())))
-        if isinstance(node, ast.ImportFrom)
+        node.module for node in ast.walk(ast.parse("\n".join(sources().values()))) if isinstance(node, ast.ImportFrom)
     ]
     assert sorted(set(names)) == ["IPython.display", "google.colab", "pathlib"]
 
@@ -171,9 +167,7 @@ def test_what_is_trained_is_left_alone_and_nothing_is_pushed_without_a_name(
     ]
 
 
-def test_an_error_ends_the_cell(
-    cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_ends_the_cell(cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     run = cell("parameters", "run")["run"]
     code = "import sys; print(sys.stdin.read().upper()); print('no', file=sys.stderr); sys.exit(2)"
     with pytest.raises(RuntimeError, match="ended with 2: its last lines say why"):
@@ -245,13 +239,7 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS, id="test"))
     machine.execute(notebook, monkeypatch)
     said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    assert [name for name, text in said.items() if not text] == [
-        "parameters",
-        "test",
-        "run",
-        "drive",
-        "places",
-    ]
+    assert [name for name, text in said.items() if not text] == ["parameters", "test", "run", "drive", "places"]
     assert TOKEN not in nbformat.writes(notebook)
 
     # Set up: the zip's own package, beside a torch that nothing has touched.

@@ -61,8 +61,7 @@ SYSTEMS = [
     "",
 ]
 WITH_SYSTEM = [
-    [{"role": "system", "content": system}, *messages]
-    for system, messages in zip(SYSTEMS, CONVERSATIONS, strict=True)
+    [{"role": "system", "content": system}, *messages] for system, messages in zip(SYSTEMS, CONVERSATIONS, strict=True)
 ]
 
 
@@ -89,15 +88,11 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Go:
     environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
     environment |= {"XDG_CACHE_HOME": USER_CACHE} if USER_CACHE else {}
     source = ROOT / "tests" / "ollama_template" / "main.go"
-    built = subprocess.run(
-        ["go", "build", "-o", program, source], env=environment, capture_output=True, text=True
-    )
+    built = subprocess.run(["go", "build", "-o", program, source], env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
 
     def run(file: str, conversations: Sequence[Sequence[Message]]) -> list[dict[str, Any]]:
-        asked = "".join(
-            json.dumps({"modelfile": file, "messages": messages}) + "\n" for messages in conversations
-        )
+        asked = "".join(json.dumps({"modelfile": file, "messages": messages}) + "\n" for messages in conversations)
         done = subprocess.run([program], input=asked, capture_output=True, check=True, encoding="utf-8")
         return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
@@ -165,9 +160,7 @@ def test_neighbours_of_one_role_are_one_message(tokenizer: Callable[..., Any], g
         ("gemma2_system", "a\n<start_of_turn>user\nb<end_of_turn>\n"),
     ],
 )
-def test_a_later_system_text_is_not_lost(
-    template: str, shown: str, tokenizer: Callable[..., Any], go: Go
-) -> None:
+def test_a_later_system_text_is_not_lost(template: str, shown: str, tokenizer: Callable[..., Any], go: Go) -> None:
     """It stays where it is if the template knows such turns, else it goes to the front."""
     own = tokenizer(template)
     talk = [{"role": "user", "content": "b"}, {"role": "system", "content": "a"}]
@@ -187,9 +180,7 @@ def test_an_unfinished_answer_is_continued(template: str, tokenizer: Callable[..
 
 
 @pytest.mark.parametrize("template", SHIPPED)
-def test_a_conversation_cut_at_its_front_goes_on(
-    template: str, tokenizer: Callable[..., Any], go: Go
-) -> None:
+def test_a_conversation_cut_at_its_front_goes_on(template: str, tokenizer: Callable[..., Any], go: Go) -> None:
     """Ollama drops messages from the front until the rest fits; trained templates may demand a question first."""
     own = tokenizer(template)
     told = go(modelfile_text(own, "model.gguf", add_bos=True), [said("a", "b", "c", "d", "e")[1:]])[0]
@@ -266,13 +257,7 @@ MARKERS = """\
 {{- '{{ "' }}{%- for m in messages %}{{- m.role ~ ' }} \\\\ `' ~ m.content ~ '{{- end }}\\u3000' }}{% endfor %}
 {%- if add_generation_prompt %}{{- 'assistant }} \\\\ `' }}{% endif %}"""
 
-OTHERS = {
-    "default": DEFAULT,
-    "always": ALWAYS,
-    "head": HEAD,
-    "instructions": INSTRUCTIONS,
-    "markers": MARKERS,
-}
+OTHERS = {"default": DEFAULT, "always": ALWAYS, "head": HEAD, "instructions": INSTRUCTIONS, "markers": MARKERS}
 
 
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS.keys())
@@ -290,9 +275,7 @@ def test_the_bos_is_written_where_nobody_adds_it(tokenizer: Callable[..., Any], 
     adds, writes = (modelfile_text(own, "model.gguf", add_bos=added) for added in (True, False))
     talk = [said("Hi"), said("Rules", "Hi", first="system")]
     assert [each["text"] for each in go(adds, talk)] == [trained(own, messages) for messages in talk]
-    assert [each["text"] for each in go(writes, talk)] == [
-        "<bos>" + trained(own, messages) for messages in talk
-    ]
+    assert [each["text"] for each in go(writes, talk)] == ["<bos>" + trained(own, messages) for messages in talk]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -372,10 +355,7 @@ QUIRKS = {
     "half trimmed": ("{{- content | trim", "{{- content.lstrip()"),
     "one blank is kept": ("{{- content | trim", "{{- content.strip('\u3000 \\n\\t')"),
     "capitals": ("{{- content | trim", "{{- content | trim | upper"),
-    "leaves out answers": (
-        "{{- content | trim",
-        "{{- (content if message['role'] == 'user' else '') | trim",
-    ),
+    "leaves out answers": ("{{- content | trim", "{{- (content if message['role'] == 'user' else '') | trim"),
 }
 
 
@@ -414,9 +394,7 @@ def test_what_else_is_refused(tokenizer: Callable[..., Any]) -> None:
     )
     with pytest.raises(OllamaError, match="writes the day's date"):
         modelfile_text(own, "model.gguf", add_bos=True)
-    own.chat_template = "{{ raise_exception('too short') if not messages[0].content }}" + load_template(
-        "gemma3"
-    )
+    own.chat_template = "{{ raise_exception('too short') if not messages[0].content }}" + load_template("gemma3")
     with pytest.raises(OllamaError, match="fails on a plain conversation: too short"):
         modelfile_text(own, "model.gguf", add_bos=True)
     own.chat_template = None
@@ -430,9 +408,7 @@ def test_written_from_a_folder_or_not_at_all(tmp_path: Path, tokenizer: Callable
     output.mkdir()
     own = tokenizer("gemma3")
     own.save_pretrained(model)
-    (model / "config.json").write_text(
-        json.dumps({"model_type": "gemma3_text", "max_position_embeddings": 512})
-    )
+    (model / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "max_position_embeddings": 512}))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4, "top_k": 64}))
     write_modelfile(model, output, "model.gguf", add_bos=True, system="Be brief.")
     text = (output / "Modelfile").read_bytes().decode()

@@ -79,10 +79,7 @@ def done() -> dict[Any, Step]:
 
 @pytest.fixture
 def one_step(
-    write_recipe: Write,
-    base: Callable[[str], str],
-    done: dict[Any, Step],
-    monkeypatch: pytest.MonkeyPatch,
+    write_recipe: Write, base: Callable[[str], str], done: dict[Any, Step], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Step]:
     """Trains one step on ten rows, as a run does: its loss and gradients, and the evaluation before it."""
     seen: list[Any] = []
@@ -181,17 +178,13 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(
     ],
     ids=["full fine-tuning", "evaluated unpacked, layers recomputed", "bfd_split, padded", "padding-free"],
 )
-def test_so_do_other_ways_to_pack(
-    training: dict[str, Any], lora: bool, one_step: Callable[..., Step]
-) -> None:
+def test_so_do_other_ways_to_pack(training: dict[str, Any], lora: bool, one_step: Callable[..., Step]) -> None:
     alone = one_step("gemma3", "sdpa", ALONE, lora)
     packed = one_step("gemma3", "sdpa", training, lora)
     assert max(distances(packed, alone)) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("architecture", "attention"), [("llama", "eager"), ("gemma", "sdpa"), ("gemma3", "sdpa")]
-)
+@pytest.mark.parametrize(("architecture", "attention"), [("llama", "eager"), ("gemma", "sdpa"), ("gemma3", "sdpa")])
 def test_rows_that_read_one_another_are_seen_and_refused(
     architecture: str, attention: str, one_step: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,9 +215,7 @@ def foreign_base(family: str, **shape: Any) -> str:
     return f"./{family}"
 
 
-def test_a_model_that_knows_no_positions_is_refused(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_knows_no_positions_is_refused(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(model={"name_or_path": foreign_base("bloom", n_layer=2, n_head=4)}, lora=None)
     assert main([str(path), "training.packing=true"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -234,18 +225,11 @@ def test_a_model_that_knows_no_positions_is_refused(
     assert main([str(path), "training.output_dir=other"]) == 0  # unpacked it is trained
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("causal_conv1d") is not None, reason="here the model can take packed rows"
-)
+@pytest.mark.skipif(importlib.util.find_spec("causal_conv1d") is not None, reason="here the model can take packed rows")
 def test_a_model_that_lacks_a_package_for_packed_rows_says_so(
     write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "full_attn_idxs": [1],
-    }
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "full_attn_idxs": [1]}
     path = write_recipe(model={"name_or_path": foreign_base("lfm2", **shape)}, lora=None)
     assert main([str(path), "training.packing=true"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]

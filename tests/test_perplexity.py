@@ -138,9 +138,7 @@ def test_only_the_logits_that_are_predicted_from_are_computed() -> None:
     """With a vocabulary of 262,144, the logits of a long prompt would take gigabytes; also through an adapter."""
     model = get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     seen: list[int] = []
-    model.get_base_model().lm_head.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.shape[1])
-    )
+    model.get_base_model().lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     score(model, ROWS)
     assert seen == [10, 2, 75]
 

@@ -129,11 +129,7 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
     "8-bit optimizer": ({"optim": "adamw_8bit", "max_length": 96}, False),
 }
 TRIED: list[Any] = [("gemma3", "lora", shape) for shape in ("checkpointing", "six rows", "accumulated")]
-TRIED += [
-    ("gemma3", "4-bit", "checkpointing"),
-    ("gemma3", "8-bit", "six rows"),
-    ("gemma3", "full", "accumulated"),
-]
+TRIED += [("gemma3", "4-bit", "checkpointing"), ("gemma3", "8-bit", "six rows"), ("gemma3", "full", "accumulated")]
 TRIED += [("gemma3", "lora", "plain"), ("gemma3", "lora", "packed"), ("gemma2", "lora", "six rows")]
 TRIED += [
     pytest.param(*case, marks=pytest.mark.soak)
@@ -202,9 +198,7 @@ def test_a_peak_of_a_real_model(
         **sections,
     )
     if "lora" not in sections:
-        path.write_text(
-            path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none")
-        )
+        path.write_text(path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none"))
     weights, peak, batch = measured(path)
     taken = predicted(path, batch)
     assert taken.kept["weights"] + taken.kept.get("adapter", 0) == weights
@@ -222,9 +216,7 @@ def test_a_peak_of_a_real_model(
 def test_a_few_layers_speak_for_all(
     write_recipe: Write, base: str, sections: dict[str, Any], depth: int | None
 ) -> None:
-    path = write_recipe(
-        model={"name_or_path": base, "dtype": "bfloat16"}, **({"quantization": NF4} | sections)
-    )
+    path = write_recipe(model={"name_or_path": base, "dtype": "bfloat16"}, **({"quantization": NF4} | sections))
     recipe = load_recipe(path)
     arguments = step_arguments(recipe)
     config = base_config(recipe.model)
@@ -268,9 +260,7 @@ def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind
     again = predictor.step(replace(settings, checkpointing=True)).flops
     short = load_recipe(path, ["model.dtype=float16"])
     assert (
-        Predictor(base_config(short.model), GPUS["t4"], arguments)
-        .step(step_settings(short, arguments, None))
-        .flops
+        Predictor(base_config(short.model), GPUS["t4"], arguments).step(step_settings(short, arguments, None)).flops
         == once
     )
     layers = (work - back - 6 * head) / 3 + back * (2 * length / (length + 1)) / 3
@@ -321,9 +311,7 @@ def required(path: Path, gpu: str, overrides: list[str]) -> int:
     recipe = load_recipe(path, overrides)
     arguments = step_arguments(recipe)
     predictor = Predictor(base_config(recipe.model), GPUS[gpu], arguments)
-    return predictor.required_memory(
-        step_settings(recipe, arguments, row_lengths(recipe, lambda line: None))
-    ).total
+    return predictor.required_memory(step_settings(recipe, arguments, row_lengths(recipe, lambda line: None))).total
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Write) -> None:
@@ -341,16 +329,12 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Writ
     assert len(made["advice"]) == 3
     assert made["advice"][0]["change"] == "training.gradient_checkpointing=true"
     for advised in made["advice"]:
-        assert required(path, "l4", advised["change"].split()) == advised["total"] <= GPUS["l4"].memory, (
-            advised
-        )
+        assert required(path, "l4", advised["change"].split()) == advised["total"] <= GPUS["l4"].memory, advised
     assert {card["name"]: card["fits"] for card in made["cards"]}["h200"]
 
 
 @pytest.mark.slow
-def test_the_largest_batch_fits_and_one_more_does_not(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_largest_batch_fits_and_one_more_does_not(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b"},
         training={"gradient_checkpointing": True, "max_length": 512},
@@ -359,18 +343,14 @@ def test_the_largest_batch_fits_and_one_more_does_not(
     _, made = planned_json(path, "--gpu", "12", capsys=capsys)
     rows, length = made["card"]["largest_batch"], made["card"]["longest_rows"]
     for batch, fits in ((rows, True), (rows + 1, False)):
-        _, again = planned_json(
-            path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys
-        )
+        _, again = planned_json(path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys)
         assert again["card"]["fits"] is fits, (rows, batch)
     _, again = planned_json(path, f"training.max_length={length}", "--gpu", "12", capsys=capsys)
     assert again["card"]["fits"]
     assert length > 512
 
 
-def test_weights_in_4_bit_are_counted_to_the_byte(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_in_4_bit_are_counted_to_the_byte(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b", "dtype": "bfloat16"},
         quantization=NF4,
@@ -410,9 +390,7 @@ def test_an_unknown_gpu(write_recipe: Write, capsys: pytest.CaptureFixture[str],
 def test_a_gpu_without_bfloat16_is_told_what_to_write(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_recipe(
-        model={"dtype": "bfloat16"}, quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}
-    )
+    path = write_recipe(model={"dtype": "bfloat16"}, quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"})
     planned: list[MemoryPlan] = []
     real = plan
 
@@ -449,11 +427,7 @@ def test_a_gpu_without_bfloat16_is_told_what_to_write(
             "model.attn_implementation=null",
         ),
         ({"model": {"dtype": "float16"}}, this_machine(), "model.dtype=float32"),
-        (
-            {"model": {"attn_implementation": "flex_attention"}},
-            this_machine(),
-            "model.attn_implementation=null",
-        ),
+        ({"model": {"attn_implementation": "flex_attention"}}, this_machine(), "model.attn_implementation=null"),
         ({"model": {"dtype": "bfloat16"}}, GPUS["l4"], ""),
     ],
 )
@@ -500,9 +474,7 @@ def test_a_base_that_writes_no_text_is_refused(
     write_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "base")
-    path = write_recipe(
-        model={"name_or_path": str(tmp_path / "base")}, data={"train": [{"path": "somebody/rows"}]}
-    )
+    path = write_recipe(model={"name_or_path": str(tmp_path / "base")}, data={"train": [{"path": "somebody/rows"}]})
     assert main(["plan", str(path), "--gpu", "l4"]) == 2
     assert capsys.readouterr().err == (
         "error: model.name_or_path: is a t5, which is not a causal language model; take one that is\n"
@@ -522,9 +494,7 @@ def test_an_error_of_ours_keeps_its_message(
     )
 
 
-def test_the_longest_rows_are_those_that_are_here(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_longest_rows_are_those_that_are_here(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(training={"max_length": 2000})
     code, made = planned_json(path, "--gpu", "t4", capsys=capsys)
     assert code == 0
@@ -544,9 +514,7 @@ def test_the_time_of_a_step(write_recipe: Write) -> None:
     assert "a step of 2 batches, 512 tokens, takes 4 s to 8 s (computed: 25% to 50% of" in text
     made.flops = 312e9
     assert step_seconds(made) == pytest.approx((2 * 0.005, 2 * 0.025))
-    assert "takes less than 0.1 s (computed: launching 1,000 operators per batch takes" in "\n".join(
-        as_text(made)
-    )
+    assert "takes less than 0.1 s (computed: launching 1,000 operators per batch takes" in "\n".join(as_text(made))
     made.flops, made.steps, made.gpu_count = 312e14, 1000, 8
     text = "\n".join(as_text(made))
     assert "a step of 2 batches on each of 8 GPUs, 4,096 tokens, takes 6.7 min to 13 min" in text
@@ -587,9 +555,7 @@ def test_a_run_that_cannot_fit_does_not_start(
 ) -> None:
     path = write_recipe(training={"per_device_train_batch_size": 4, "max_steps": 1})
     # The token head's tiles alone take half a GiB.
-    monkeypatch.setattr(
-        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB)
-    )
+    monkeypatch.setattr("finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB))
     assert main([str(path)]) == 2
     text = capsys.readouterr().err
     assert re.search(r"error: this run needs about 5\d\d MiB, and this CPU has 307 MiB free\. Write ", text)
@@ -612,9 +578,7 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
         asked.append(True)
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(
-        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB)
-    )
+    monkeypatch.setattr("finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB))
     monkeypatch.setattr("finetune.plan.preflight.Predictor", breaks)
     recipe = load_recipe(write_recipe())
     check_memory(recipe, step_arguments(recipe), None)
@@ -623,23 +587,15 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
     check_memory(streamed, step_arguments(streamed), None)
 
 
-def test_processes_on_one_machine_share_its_memory(
-    write_recipe: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.8 * GIB)
-    )
+def test_processes_on_one_machine_share_its_memory(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.8 * GIB))
     recipe = load_recipe(write_recipe(training={"per_device_train_batch_size": 4}))
     arguments = step_arguments(recipe)
     check_memory(recipe, arguments, None)
-    monkeypatch.setattr(
-        "finetune.plan.preflight.changes_that_fit", lambda *_: [("training.max_length=64", 1)]
-    )
+    monkeypatch.setattr("finetune.plan.preflight.changes_that_fit", lambda *_: [("training.max_length=64", 1)])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    words = (
-        r"each process of this run needs about \d+ MiB, and this CPU has 410 MiB free for it\. Write training"
-    )
+    words = r"each process of this run needs about \d+ MiB, and this CPU has 410 MiB free for it\. Write training"
     with pytest.raises(PlanError, match=words):
         check_memory(recipe, arguments, None)
 
@@ -710,19 +666,10 @@ def test_the_table_of_recipes_is_what_plan_says(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize(
     ("base", "quantization"),
-    [
-        ("google/gemma-2b", None),
-        ("google/gemma-2b", NF4),
-        ("google/gemma-7b", NF4),
-        ("google/gemma-2-9b", NF4),
-    ],
+    [("google/gemma-2b", None), ("google/gemma-2b", NF4), ("google/gemma-7b", NF4), ("google/gemma-2-9b", NF4)],
 )
 def test_a_peak_on_a_gpu(
-    write_recipe: Write,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    base: str,
-    quantization: dict[str, Any] | None,
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, quantization: dict[str, Any] | None
 ) -> None:
     """Random weights of real size; `torch.cuda.max_memory_allocated` of three real steps."""
     from finetune.model.load import load_tokenizer
@@ -745,9 +692,7 @@ def test_a_peak_on_a_gpu(
         training={"train_sampling_strategy": "sequential", "max_length": 512, "gradient_checkpointing": True},
         **sections,
     )
-    path.write_text(
-        path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none")
-    )
+    path.write_text(path.read_text().replace("lora_alpha: 8", "lora_alpha: 8\n  trainable_token_indices: none"))
     recipe = load_recipe(path)
     torch.cuda.reset_peak_memory_stats()
     train(recipe)

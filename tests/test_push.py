@@ -217,9 +217,7 @@ def test_what_is_on_the_hub_names_nothing_of_this_machine(pushed_run: PushedRun)
     assert b"# recipe.yaml:" in repo.files()["recipe.yaml"]  # where each value comes from is still told
 
 
-def test_what_is_pulled_answers_with_the_same_logits(
-    trained: Path, client: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_pulled_answers_with_the_same_logits(trained: Path, client: pytest.MonkeyPatch, tmp_path: Path) -> None:
     push(trained, "you/again")
     client.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "clean"))
     pulled = Path(snapshot_download("you/again", local_dir=tmp_path / "pulled"))
@@ -239,7 +237,7 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     assert f"saved: {tmp_path / 'run'}" in lines
     assert lines[-1:] == [
         f"error: you/late is refused by the Hub (418): not now {again}. The run is complete; push it with: "
-        f"finetune push {tmp_path / 'run'}",
+        f"finetune push {tmp_path / 'run'}"
     ]
     sent = list(hub.sent)
     hub.fault = lambda method, path, body: None
@@ -323,9 +321,7 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
-def test_a_merged_model_is_whole_on_the_hub(
-    merged: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_merged_model_is_whole_on_the_hub(merged: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path) -> None:
     push(merged, "you/merged")
     files = hub.repos["you/merged"].files()
     shards = {path.name for path in merged.glob("model-*.safetensors")}
@@ -346,21 +342,9 @@ def test_a_merged_model_is_whole_on_the_hub(
 def test_what_is_on_no_list_stays_here(hub: Hub, tmp_path: Path, trained: Path) -> None:
     export = tmp_path / "exports"
     model = {"name": "Q4_K_M", "against": None, "perplexity": 12.5, "kl": None, "stopped": 3, "tokens": 10}
-    report = {
-        "title": "exports",
-        "model": str(trained),
-        "base": "tiny/gemma3",
-        "rows": "rows",
-        "models": [model],
-    }
+    report = {"title": "exports", "model": str(trained), "base": "tiny/gemma3", "rows": "rows", "models": [model]}
     mine = ["exports-Q4_K_M.gguf", "imatrix.gguf", "imatrix.dat", "test.log", "Modelfile"]
-    others = [
-        "optimizer.pt",
-        "training_args.bin",
-        "pytorch_model.bin",
-        "state-0-of-1.safetensors",
-        "scheduler.pt",
-    ]
+    others = ["optimizer.pt", "training_args.bin", "pytorch_model.bin", "state-0-of-1.safetensors", "scheduler.pt"]
     others += ["rng_state.pth", ".env", "notes.txt", "train.py", "checkpoint-3/adapter_model.safetensors"]
     others += [".cache/huggingface/model.safetensors", "wandb/run.json", "complete.json"]
     for name in (*mine, *others):
@@ -390,19 +374,11 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     for name in ("gguf/exports-Q8_0.gguf", "gguf/exports-Q4_K_M.gguf", "gguf/imatrix.gguf"):
         (export / name).parent.mkdir(exist_ok=True)
         (export / name).write_bytes(name.encode())
-    shutil.copytree(
-        export / "gguf", export / "ollama", ignore=lambda *_: ["exports-Q8_0.gguf", "imatrix.gguf"]
-    )
+    shutil.copytree(export / "gguf", export / "ollama", ignore=lambda *_: ["exports-Q8_0.gguf", "imatrix.gguf"])
     (export / "ollama" / "Modelfile").write_text("FROM ./exports-Q4_K_M.gguf")
     model = {"name": "bf16", "against": "merged", "perplexity": 12.5, "kl": 0.5, "kl_p99": 0.75, "top1": 0.5}
     model |= {"stopped": 3, "tokens": 10, "answers_equal": 2, "answered": 6}
-    report = {
-        "title": "exports",
-        "model": str(merged),
-        "base": "tiny/gemma3",
-        "rows": "rows",
-        "models": [model],
-    }
+    report = {"title": "exports", "model": str(merged), "base": "tiny/gemma3", "rows": "rows", "models": [model]}
     (export / "report.json").write_text(json.dumps(report))
     (export / "report.md").write_text("# exports\n\n| bf16 | 12.5 |\n")
     push(export, "you/all")
@@ -414,9 +390,7 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     assert 'from_pretrained("you/all", subfolder="bf16", dtype="auto", device_map="auto")' in page
     assert "The prompt for a system message and a question" in page
     listed = "- `gguf/exports-Q4_K_M.gguf`\n- `gguf/exports-Q8_0.gguf`\n\nllama.cpp"
-    commands = (
-        "hf download you/all ollama/Modelfile ollama/exports-Q4_K_M.gguf --local-dir model\ncd model/ollama\n"
-    )
+    commands = "hf download you/all ollama/Modelfile ollama/exports-Q4_K_M.gguf --local-dir model\ncd model/ollama\n"
     assert listed in page
     assert "\nllama-server -hf you/all -hff gguf/exports-Q4_K_M.gguf\n" in page
     assert f"{commands}ollama create all -f Modelfile\n" in page
@@ -435,9 +409,7 @@ def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> 
     assert "adapter_model.safetensors" in make_payload(run, "you/run", ask=False).files
 
 
-def test_an_export_of_one_format_is_at_the_top_of_its_repository(
-    hub: Hub, tmp_path: Path, merged: Path
-) -> None:
+def test_an_export_of_one_format_is_at_the_top_of_its_repository(hub: Hub, tmp_path: Path, merged: Path) -> None:
     export = tmp_path / "exports"
     (export / "gguf").mkdir(parents=True)
     for name in ("exports-Q4_K_M.gguf", "imatrix.gguf"):
@@ -470,14 +442,10 @@ def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_
         text = text.replace("name_or_path: tiny/gemma3", f"name_or_path: {LOCAL}").replace(SAMPLE, ROWS)
         (run / name).write_text(text)
     config = json.loads((run / "adapter_config.json").read_text())
-    (run / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": "/é/cache/x-v1"})
-    )
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/é/cache/x-v1"}))
     environment = json.loads((run / "environment.json").read_text()) | {"base_commit": None}
     (run / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(
-        PushError, match=f"its base is {LOCAL}, which is only on this machine; write --base-model"
-    ):
+    with pytest.raises(PushError, match=f"its base is {LOCAL}, which is only on this machine; write --base-model"):
         make_payload(run, "you/run")
     payload = make_payload(run, "you/run", "owner/base")
     files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in payload.files.items()}
@@ -550,9 +518,7 @@ def test_the_page_of_a_run(pushed_run: PushedRun) -> None:
     }
     ledger = json.loads((run / "ledger.json").read_text())["train"]
     text = card.text
-    assert (
-        f"{ledger['rows']['kept']:,} of {ledger['rows']['read']:,} rows, {ledger['tokens']:,} tokens" in text
-    )
+    assert f"{ledger['rows']['kept']:,} of {ledger['rows']['read']:,} rows, {ledger['tokens']:,} tokens" in text
     assert f"| evaluation, step 4 | {last:.4f} |" in text
     assert "![training and evaluation loss by step](loss.png)" in text
     assert (
@@ -565,9 +531,7 @@ def test_the_page_of_a_run(pushed_run: PushedRun) -> None:
         "--chat-template chat_template.jinja\n"
     ) in text
     messages = [{"role": "system", "content": "(system)"}, {"role": "user", "content": "(question)"}]
-    fed = AutoTokenizer.from_pretrained(run).apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    fed = AutoTokenizer.from_pretrained(run).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert f"for a system message and a question:\n\n```\n{fed.rstrip()}\n```" in text
     assert repo.files()["recipe.yaml"].decode().strip() in text
     environment = json.loads((run / "environment.json").read_text())
@@ -582,11 +546,7 @@ def test_the_figures_of_an_evaluation_are_on_the_page(run: Path, hub: Hub) -> No
     share = {"right": 3, "judged": 4, "low": 0.3, "high": 0.9}
     answers = {"count": 4, "language": share, "languages": {"ja": share, "en": share}, "stopped": 0.25}
     answers |= {"repetition": 0.125, "tokens": 7.0}
-    loss = {
-        "all": {"all": {"tokens": 100, "perplexity": 9.25, "accuracy": 0.5}},
-        "source": {},
-        "language": {},
-    }
+    loss = {"all": {"all": {"tokens": 100, "perplexity": 9.25, "accuracy": 0.5}}, "source": {}, "language": {}}
     model = {"name": str(run), "answers": answers, "tasks": {"arc, acc": 0.625}, "loss": loss}
     report = {"prompts": "p.jsonl", "recipe": str(run / "recipe.yaml"), "models": [model], "answers": []}
     report |= {"same_tokens": True}
@@ -624,9 +584,7 @@ def test_the_languages_of_a_tenth_of_the_rows_are_on_the_page(run: Path) -> None
         languages = {name: {"rows": count} for name, count in rows.items()}
         ledger["train"]["languages"] = languages
         (run / "ledger.json").write_text(json.dumps(ledger))
-        return ModelCard(
-            bytes(make_payload(run, "you/run", ask=False).files["README.md"]).decode()
-        ).data.language
+        return ModelCard(bytes(make_payload(run, "you/run", ask=False).files["README.md"]).decode()).data.language
 
     ledger = json.loads((run / "ledger.json").read_text())
     assert of(English=89, Japanese=10, other=1) == ["en", "ja"]
@@ -716,9 +674,7 @@ def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Pat
         ("README.md", b"\xff"),
     ],
 )
-def test_a_damaged_file_is_named(
-    name: str, data: bytes, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_named(name: str, data: bytes, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / name).write_bytes(data)
     assert main(["push", str(run), "--repo-id", "you/damaged", "--quiet"]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -728,9 +684,7 @@ def test_a_damaged_file_is_named(
 
 def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
     (run / "README.md").write_text("---\nbase_model: [a b]\n---\nmine\n")
-    with pytest.raises(
-        PushError, match=r'Invalid metadata in README.md\. - "base_model" with value "a b" is not'
-    ):
+    with pytest.raises(PushError, match=r'Invalid metadata in README.md\. - "base_model" with value "a b" is not'):
         push(run, "you/broken")
     assert hub.repos["you/broken"].titles == []
 
@@ -765,9 +719,7 @@ def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub:
     files = hub.repos["tiny/gemma3"].files()
     hub.repos["tiny/gemma3"] = Repo({COMMIT: {**files, "README.md": text}}, {"main": COMMIT})
     lines.clear()
-    data = ModelCard(
-        bytes(make_payload(trained, "you/run", say=lines.append).files["README.md"]).decode()
-    ).data
+    data = ModelCard(bytes(make_payload(trained, "you/run", say=lines.append).files["README.md"]).decode()).data
     assert (data.license, data.license_name, data.license_link, lines) == ("other", "mine", "LICENSE", [])
 
 
@@ -862,11 +814,7 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
         "tiny/gemma3 exists and is public; make it private on its page "
         "({url}/tiny/gemma3/settings), or leave private out",
     ),
-    "offline": (
-        {"offline": True},
-        "--repo-id you/x",
-        "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it",
-    ),
+    "offline": ({"offline": True}, "--repo-id you/x", "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"),
     "no network": ({"url": "http://127.0.0.1:9"}, "--repo-id you/x", f"you/x {UNREACHED} {AGAIN}"),
     "a Hub that is down": (
         {"fault": 503},
@@ -919,11 +867,7 @@ GATED = "is gated: accept its terms on {url}/tiny/gemma3, and log in to the acco
 PULLS: dict[str, tuple[dict[str, Any], str, str]] = {
     "gated": ({"gated": True}, "tiny/gemma3", GATED),
     "gated, no token": ({"gated": True, "token": None}, "tiny/gemma3", GATED),
-    "missing": (
-        {},
-        "tiny/none",
-        "is not on {url}, or is private; check the name, and whether this account may see it",
-    ),
+    "missing": ({}, "tiny/none", "is not on {url}, or is private; check the name, and whether this account may see it"),
     "missing, no token": (
         {"token": None},
         "tiny/none",
@@ -975,9 +919,7 @@ def test_rows_that_cannot_be_had_are_told_in_one_line(client: pytest.MonkeyPatch
     client.setattr("datasets.config.HF_HUB_OFFLINE", False)
     client.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
     hub_rows._load_hub.cache_clear()
-    with pytest.raises(
-        errors.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"
-    ):
+    with pytest.raises(errors.DataError, match=r"^owner/rows cannot be reached: http://127.0.0.1:9 does not answer;"):
         next(iter(readers.read_rows(DataSource(path="owner/rows"))))
 
 
@@ -1015,7 +957,5 @@ def test_upstreams_notes_of_retries_are_not_shown() -> None:
         "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout == "40\n"

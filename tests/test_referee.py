@@ -79,10 +79,7 @@ VISION = f"{CHATML} <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
 FAMILIES = {
     "cohere": Family("<|START_OF_TURN_TOKEN|>", COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "cohere2": Family(
-        "<|START_OF_TURN_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>",
-        COHERE,
-        "<BOS_TOKEN>",
-        "<|END_OF_TURN_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|>", COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"
     ),
     "deepseek_r1_distill": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "deepseekv3": Family("", DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
@@ -107,12 +104,7 @@ FAMILIES = {
     "llama3": Family(LLAMA, "", "<|begin_of_text|>", "<|end_of_text|>"),
     "llava_next": Family("<image>", "", "<s>", "</s>", parts=True, blanks="mistral"),
     "muse_glimmer": Family(
-        "<|start|> <|message|> <|eom|> <|eot|> <|patch|> <|video|>",
-        "",
-        "<|bos|>",
-        "<|eos|>",
-        thinks=True,
-        calls=True,
+        "<|start|> <|message|> <|eom|> <|eot|> <|patch|> <|video|>", "", "<|bos|>", "<|eos|>", thinks=True, calls=True
     ),
     "nemotron_3_5_lightning": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
     "nemotron_3_nano": Family("<|im_start|>", CALLS, "<s>", thinks=True, calls=True),
@@ -154,10 +146,7 @@ def vocabulary(blanks: str = "") -> str:
     """One small BPE for all families, as the text of a tokenizer.json."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    rows = [
-        json.loads(line)
-        for line in (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [message["content"] for row in rows for message in row["messages"]]
     # As in the real vocabularies, a run of line breaks is one token: that is what straddles the start of a turn.
     texts += ["\n\n", "\n\n\n", " \n", "a.\n\nb", "assistant user system model\n"] * 99
@@ -171,9 +160,7 @@ def vocabulary(blanks: str = "") -> str:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         alphabet = {"limit_alphabet": 128}
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, show_progress=False, **alphabet)
-    )
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, show_progress=False, **alphabet))
     if not blanks:
         return str(tokenizer.to_str())
     # Learned word by word, used on the text as a whole; letters that it lacks are written as bytes.
@@ -186,9 +173,7 @@ def vocabulary(blanks: str = "") -> str:
     else:
         first = [normalizers.Prepend("▁")] if blanks == "phi" else []
         tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return str(tokenizer.to_str())
 
 
@@ -219,10 +204,7 @@ def tokenizer(name: str) -> Any:
     # Phi 3's tokens take the blanks behind them along.
     taking = name.startswith("phi3")
     own.add_tokens(
-        [
-            AddedToken(token, special=True, normalized=False, rstrip=taking)
-            for token in family.special.split()
-        ],
+        [AddedToken(token, special=True, normalized=False, rstrip=taking) for token in family.special.split()],
         special_tokens=True,
     )
     own.add_tokens([AddedToken(token, normalized=False) for token in family.added.split()])
@@ -323,8 +305,7 @@ EXCEPTIONS: dict[str, Why | None] = {
     "phi3": PHI,
     "phi3_5": PHI,
     "qwen2_5": BREAK._replace(
-        reason=f"{BREAK.reason}; and inference feeds the line break before the text, which trl trains",
-        before=("\n",),
+        reason=f"{BREAK.reason}; and inference feeds the line break before the text, which trl trains", before=("\n",)
     ),
     "qwen2_5_vl": BREAK,
     "qwen3": QWEN._replace(refused=""),
@@ -351,9 +332,7 @@ def rendered(name: str, messages: Messages, tools: Any = None, **more: Any) -> s
     return str(tokenizer(name).apply_chat_template(messages, tools=tools, tokenize=False, **more))
 
 
-def trl_mask(
-    name: str, messages: Messages, tools: Any = None
-) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+def trl_mask(name: str, messages: Messages, tools: Any = None) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """The ids of trl's training template, which of them it trains on, and where each stands in the text."""
     born = not (TRL / f"{name}_training.jinja").exists()  # with marks in the model's own template
     row = tokenizer(name).apply_chat_template(
@@ -497,10 +476,7 @@ def judge(name: str, messages: Messages, train_on: str = "assistant", tools: Any
         messages = written_out(messages)
     try:
         text = rendered(name, messages, tools)
-        if any(
-            text.count(token) > rendered(name, replaced(messages, token), tools).count(token)
-            for token in held
-        ):
+        if any(text.count(token) > rendered(name, replaced(messages, token), tools).count(token) for token in held):
             assert row is None
         if held and row is None:
             return 0
@@ -535,9 +511,7 @@ def talk(*texts: str, system: str | None = None) -> Messages:
     return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-TOKENS = sorted(
-    {token for f in FAMILIES.values() for token in f"{f.special} {f.added} {f.bos} {f.eos}".split()}
-)
+TOKENS = sorted({token for f in FAMILIES.values() for token in f"{f.special} {f.added} {f.bos} {f.eos}".split()})
 SPELT = (
     "Hello¦ there¦12345¦東京の¦天気。¦👍🏽¦👩\u200d👩\u200d👧¦é¦e\u0301¦\u3000¦\u200b¦\ufeff¦\x00¦\x1c¦�¦"
     " ¦  ¦\n¦\n\n¦ \n¦\t¦\r\n¦{{ 7*7 }}¦{% if x %}¦{# no #}¦{{ messages }}¦'¦\"¦\\¦"
@@ -558,11 +532,7 @@ def said(role: str, content: str, **more: Any) -> dict[str, Any]:
 
 
 def call(number: int = 1, **arguments: Any) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "id": f"call{number:05}",
-        "function": {"name": "weather", "arguments": arguments},
-    }
+    return {"type": "function", "id": f"call{number:05}", "function": {"name": "weather", "arguments": arguments}}
 
 
 def answered(number: int, content: str) -> dict[str, Any]:
@@ -625,9 +595,7 @@ def conversations(draw: st.DrawFn, thinks: bool, calls: bool, opened: bool) -> M
     return messages
 
 
-def over_conversations(
-    name: str, examples: int, check: Callable[[Messages, str, Any], None], **more: Any
-) -> None:
+def over_conversations(name: str, examples: int, check: Callable[[Messages, str, Any], None], **more: Any) -> None:
     """Runs a check on so many conversations; the same ones each time, unless told otherwise."""
     family = (FAMILIES | OTHERS)[name]
 
@@ -703,18 +671,12 @@ def written_out(messages: Messages) -> Messages:
         text = json.dumps(function["arguments"], ensure_ascii=False)
         return each | {"function": function | {"arguments": text}}
 
-    return [
-        m | {"tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
-    ]
+    return [m | {"tool_calls": [call(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
 
 
 WRITTEN_OUT = [
     QUESTION,
-    said(
-        "assistant",
-        "",
-        tool_calls=[CALL | {"function": {"name": "weather", "arguments": '{"place": "京都"}'}}],
-    ),
+    said("assistant", "", tool_calls=[CALL | {"function": {"name": "weather", "arguments": '{"place": "京都"}'}}]),
     *THOUGHT["call"][2:],
 ]
 # How many turns of each of these are trained on with `assistant` and with `last_assistant`: 0 is a row that is refused.
@@ -817,9 +779,7 @@ def test_each_exception_is_met() -> None:
         for messages in talks:
             for train_on in ("assistant", "last_assistant"):
                 try:
-                    parts |= verdict(
-                        name, messages, train_on, TOOLS if messages[-2]["role"] == "tool" else None
-                    ).parts
+                    parts |= verdict(name, messages, train_on, TOOLS if messages[-2]["role"] == "tool" else None).parts
                 except (JinjaError, TypeError):
                     continue
         assert parts == set(() if why is None else why.before + why.behind + why.lead + why.tail), name
@@ -832,9 +792,7 @@ def test_a_last_letter() -> None:
     tokens = [t for t, marked in zip(tokenizer(name).convert_ids_to_tokens(ids), mask, strict=True) if marked]
     hand, tone = ([f"<0x{byte:02X}>" for byte in letter.encode()] for letter in "👍🏽")
     assert tokens == [*hand, tone[0], "<turn|>", "\n"]
-    labels = chat(name).tokenizer.convert_ids_to_tokens(
-        [i for i in chat(name).encode(messages).labels if i != IGNORE]
-    )
+    labels = chat(name).tokenizer.convert_ids_to_tokens([i for i in chat(name).encode(messages).labels if i != IGNORE])
     assert labels == [*hand, *tone, "<turn|>"]
 
 
@@ -949,9 +907,7 @@ def test_trimmed_offsets_change_nothing(name: str) -> None:
 
     own = copy.deepcopy(tokenizer(name))
     before = [own.backend_tokenizer.post_processor] if own.backend_tokenizer.post_processor else []
-    own.backend_tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=True), *before]
-    )
+    own.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), *before])
     for messages in (TWO, talk("  a ", " b ", " c\n", "\td  "), talk("", ""), *THOUGHT.values()):
         tools = TOOLS if any("tool_calls" in message for message in messages) else None
         rows = []
@@ -1007,9 +963,7 @@ def odd(name: str) -> Chat:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(vocabulary()), bos_token="<s>", eos_token="</s>"
-    )
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(vocabulary()), bos_token="<s>", eos_token="</s>")
     if name == "numbering":
         own.add_tokens(["<|end|>"], special_tokens=True)
     own.chat_template = (ROOT / "tests" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
@@ -1052,10 +1006,7 @@ def test_instructing() -> None:
     )
     # A BOS for each exchange, as Llama 2 was trained.
     expect(
-        own,
-        talk("a", "b", "c", "d"),
-        "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>",
-        [" b </s>", " d </s>"],
+        own, talk("a", "b", "c", "d"), "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>", [" b </s>", " d </s>"]
     )
 
 
@@ -1065,9 +1016,7 @@ def expect(own: Chat, messages: Messages, text: str, trained: list[str]) -> None
         row = own.encode(messages, train_on)
         assert own.tokenizer.decode(row.input_ids) == text
         assert [own.tokenizer.decode(row.input_ids[turn.start : turn.end]) for turn in row.turns] == wanted
-        assert sum(label != IGNORE for label in row.labels) == sum(
-            turn.end - turn.start for turn in row.turns
-        )
+        assert sum(label != IGNORE for label in row.labels) == sum(turn.end - turn.start for turn in row.turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -27,13 +27,7 @@ from finetune.train.callbacks.memory_check import MemoryCheck, optimizer_bytes, 
 Write = Callable[..., Path]
 STATM = Path("/proc/self/statm")
 # What a record says of time.
-CLOCKS = {
-    "tokens_per_second",
-    "peak_memory_gib",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-}
+CLOCKS = {"tokens_per_second", "peak_memory_gib", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -127,10 +121,7 @@ def test_a_resumed_run_with_it_is_the_run_without(write_recipe: Write, without: 
         Path("whole", name).rename(Path("run", name))
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 0
     whole = load_file("whole/adapter_model.safetensors")
-    assert all(
-        torch.equal(tensor, whole[name])
-        for name, tensor in load_file("run/adapter_model.safetensors").items()
-    )
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file("run/adapter_model.safetensors").items())
 
 
 def test_a_stream_is_not_read_for_it(
@@ -214,9 +205,7 @@ def test_nothing_is_left_of_it(
         backward(accelerator, loss)
         state.append("gradients")
         if fails:
-            raise RuntimeError(
-                "[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7340032 bytes."
-            )
+            raise RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7340032 bytes.")
 
     monkeypatch.setattr(MemoryCheck, "on_train_begin", watched)
     fails = False
@@ -242,9 +231,7 @@ def test_memory_that_really_runs_out_is_told_with_three_settings(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """The process may map 16 MiB more than before; the attention scores of one row in one layer have 64."""
-    Path("rows.jsonl").write_text(
-        "".join(json.dumps({"text": "one two three " * 700}) + "\n" for _ in range(size))
-    )
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": "one two three " * 700}) + "\n" for _ in range(size)))
     path = write_recipe(
         model={"name_or_path": "random:gemma2"},
         data={"train": [{"path": "rows.jsonl", "format": "text"}], "deduplicate": False},
@@ -279,9 +266,7 @@ def test_memory_that_really_runs_out_is_told_with_three_settings(
     assert not Path("run/adapter_model.safetensors").exists()
 
 
-def test_an_error_that_is_not_memory_stays_what_it_is(
-    write_recipe: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_is_not_memory_stays_what_it_is(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     def training_step(*args: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -437,16 +422,8 @@ def test_no_memory_check_where_the_backward_pass_could_not_be_taken_back(
             "torch asked for another 3.0 GiB, which are not available",
         ),
         (CUDA, 2 * GIB, "torch asked for 2.5 GiB where 2.0 GiB were free: at least 512 MiB too much"),
-        (
-            CUDA,
-            3 * GIB,
-            "torch asked for another 2.5 GiB, which are not available",
-        ),  # in pieces, or not to be used up
-        (
-            "Tried to allocate 20.00 MiB.",
-            0,
-            "torch asked for 20 MiB where 1 MiB were free: at least 20 MiB too much",
-        ),
+        (CUDA, 3 * GIB, "torch asked for another 2.5 GiB, which are not available"),  # in pieces, or not to be used up
+        ("Tried to allocate 20.00 MiB.", 0, "torch asked for 20 MiB where 1 MiB were free: at least 20 MiB too much"),
         ("CUDA error: out of memory\nmore", 1, "torch says CUDA error: out of memory"),
         ("", None, "torch says no more"),
     ],
@@ -471,12 +448,7 @@ def test_what_is_known_of_an_allocation_that_failed(error: str, free: int | None
 def test_there_are_always_three_settings_that_are_not_in_use(
     args: tuple[int, int, bool, bool], lora: bool, quantised: bool, expected: list[str]
 ) -> None:
-    names = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "packing",
-    )
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing")
     model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
     if lora:
         model = peft.PeftModel(model, peft.LoraConfig(target_modules=["0"]))
@@ -503,10 +475,7 @@ def test_there_are_always_three_settings_that_are_not_in_use(
 
 
 def test_the_estimate_is_what_adam_keeps() -> None:
-    weights = [
-        torch.nn.Parameter(torch.ones(64, 64)),
-        torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16)),
-    ]
+    weights = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
     optimizer = torch.optim.AdamW(weights)
     sum(weight.float().sum() for weight in weights).backward()
     optimizer.step()

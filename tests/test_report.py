@@ -145,9 +145,7 @@ def test_elsewhere_there_are_plain_lines(
         ({"TERM": "xterm-256color", "TTY_COMPATIBLE": "0"}, False),
     ],
 )
-def test_where_a_bar_is_drawn(
-    environment: dict[str, str], drawn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_a_bar_is_drawn(environment: dict[str, str], drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TERM", "CLICOLOR_FORCE", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -257,9 +255,7 @@ def test_the_picture_has_both_losses_and_leaves_out_what_is_none(
 def readings(page: str) -> dict[str, list[str]]:
     """The readings that each curve shows under a pointer, by its title."""
     found = re.findall(r'aria-label="([^"]*?), step [^"]*" data-readings="([^"]*)"', page)
-    return {
-        html.unescape(title): [text for _, text in json.loads(html.unescape(data))] for title, data in found
-    }
+    return {html.unescape(title): [text for _, text in json.loads(html.unescape(data))] for title, data in found}
 
 
 def test_the_page_holds_the_runs_own_numbers(trained: tuple[Path, str]) -> None:
@@ -281,9 +277,7 @@ def test_the_page_holds_the_runs_own_numbers(trained: tuple[Path, str]) -> None:
         + (f"; evaluation {evaluated[r['step']]:.4g}" if r["step"] in evaluated else "")
         for r, mean in zip(losses, means, strict=True)
     ]
-    assert told["Learning rate"] == [
-        f"step {r['step']}: learning rate {r['learning_rate']:.4g}" for r in losses
-    ]
+    assert told["Learning rate"] == [f"step {r['step']}: learning rate {r['learning_rate']:.4g}" for r in losses]
     text = text_of(page)
     ledger = json.loads((run / "ledger.json").read_text())["train"]
     [(why, count)] = ledger["dropped"].items()
@@ -320,10 +314,7 @@ def test_a_run_that_goes_on_or_was_stopped(copied: Path) -> None:
     (copied / "metrics.jsonl").write_bytes(b"".join(lines[:at]) + lines[at][:30])
     text = text_of(page_of(copied))
     assert "Not finished: in progress, or stopped. Step 4 of 6. The last record was written at 20" in text
-    assert (
-        "training.resume_from_checkpoint=true resumes from checkpoint-4, the newest complete checkpoint."
-        in text
-    )
+    assert "training.resume_from_checkpoint=true resumes from checkpoint-4, the newest complete checkpoint." in text
     assert "from its last start to its end" not in text
 
     (copied / "checkpoint-4" / "complete.json").unlink()
@@ -346,9 +337,7 @@ def test_a_run_of_which_little_is_left(trained: tuple[Path, str], tmp_path: Path
 
 
 def test_many_evaluations_are_shown_by_some_of_them(copied: Path) -> None:
-    samples = [
-        {"step": step, "prompt": "p", "answer": f"answer {step}", "stopped": step > 5} for step in range(101)
-    ]
+    samples = [{"step": step, "prompt": "p", "answer": f"answer {step}", "stopped": step > 5} for step in range(101)]
     (copied / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     page = page_of(copied)
     assert re.findall(r"<h3>step (\d+)</h3>", page) == ["0", "20", "40", "60", "80", "100"]
@@ -389,15 +378,12 @@ def test_what_was_made_of_the_run_is_shown(copied: Path) -> None:
     assert "Merged model in merged/ base b/c merged into the original weights adapters run × 0.5" in text
     assert "/home/somebody" not in text
     assert (
-        "merged 2.0 MB 15 8 of 10 nf4 (not kept) 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load"
-        in text
+        "merged 2.0 MB 15 8 of 10 nf4 (not kept) 1.0 MB 20.3 0.37 64.97% 3 merged int8 0.0 MB it does not load" in text
     )
     assert "Missed: nf4: mean KL is 0.37 A note." in text
 
 
-HOSTILE = (
-    "</script><script>document.title = 'hit'</script><img src=x onerror=alert(1)>\u202e\x1b[2J&lt;{{ 7*7 }}"
-)
+HOSTILE = "</script><script>document.title = 'hit'</script><img src=x onerror=alert(1)>\u202e\x1b[2J&lt;{{ 7*7 }}"
 
 
 @pytest.fixture
@@ -520,10 +506,7 @@ def test_a_browser_draws_it_and_asks_for_nothing(hostile: Path, tmp_path: Path) 
     assert done.stdout.count("<svg") == 5
     drawn = re.findall(r'<path d="M[\d. L]+h0">', done.stdout)
     assert len(drawn) == 6  # the training and evaluation losses in one
-    steps = [
-        text
-        for _, text in json.loads(html.unescape(re.findall(r'data-readings="([^"]*)"', page.read_text())[0]))
-    ]
+    steps = [text for _, text in json.loads(html.unescape(re.findall(r'data-readings="([^"]*)"', page.read_text())[0]))]
     told = re.findall(r"<output>([^<]*)</output>", done.stdout)
     assert told[0] in steps[:2]
     assert told[1].startswith("step 6: ")

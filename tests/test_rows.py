@@ -143,9 +143,7 @@ def test_jsonl_that_is_cut_off_anywhere() -> None:
         assert (row, name) == ({"a": "x"}, "rows.jsonl:2")
         # Of a character's three bytes, the last ones may be gone.
         inside = ", inside a string" * in_string(last[:n].decode(errors="ignore"))
-        assert reason == (
-            f"! the file ends in the middle of a row{inside}; the row starts at line 2, byte offset 12"
-        )
+        assert reason == (f"! the file ends in the middle of a row{inside}; the row starts at line 2, byte offset 12")
     # What no further text could mend is not a file that was cut off.
     for line, reason in (
         (b'{"a" 1}', "Expecting ':' delimiter at column 6"),
@@ -221,9 +219,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 DUMPS = st.builds(
-    lambda *how: (
-        lambda value: json.dumps(value, indent=how[0], ensure_ascii=how[1], separators=how[2]).encode()
-    ),
+    lambda *how: lambda value: json.dumps(value, indent=how[0], ensure_ascii=how[1], separators=how[2]).encode(),
     st.sampled_from([None, 0, 2]),
     st.booleans(),
     st.sampled_from([None, (",", ":"), (" ,\n", " :\t")]),
@@ -268,9 +264,7 @@ def test_any_text_is_read_alike_in_all_pieces(text: str) -> None:
 
 
 @QUICK
-@given(
-    values=st.lists(st.dictionaries(TEXTS, VALUES, max_size=3) | VALUES, min_size=1, max_size=4), dumps=DUMPS
-)
+@given(values=st.lists(st.dictionaries(TEXTS, VALUES, max_size=3) | VALUES, min_size=1, max_size=4), dumps=DUMPS)
 def test_json_cut_off_at_every_byte_gives_the_whole_rows_before(values: list[Any], dumps: Any) -> None:
     data = dumps(values)
     text, spans, at = data.decode(), [], data.decode().index("[") + 1
@@ -363,10 +357,7 @@ def test_csv_with_faults() -> None:
         ("rows.csv:5", {"a": "7", "b": "8"}),
     ]
     reason = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
-    assert read("rows.csv", b'text\n"a\nb\n\xff\n')[-1] == (
-        "",
-        f"!! rows.csv:4: not a CSV of UTF-8 text: {reason}",
-    )
+    assert read("rows.csv", b'text\n"a\nb\n\xff\n')[-1] == ("", f"!! rows.csv:4: not a CSV of UTF-8 text: {reason}")
     assert read("rows.csv", b'text\na\n"b"c')[1:] == [
         ("", "!! rows.csv:3: not a CSV of UTF-8 text: ',' expected after '\"'")
     ]
@@ -386,10 +377,7 @@ def test_csv_with_faults() -> None:
 def test_csv_that_is_cut_off(data: bytes, inside: str) -> None:
     assert read("rows.csv", data) == [
         ("rows.csv:2", {"a": "1", "b": "2"}),
-        (
-            "rows.csv:3",
-            f"! the file ends in the middle of a row{inside}; the row starts at line 3, byte offset 8",
-        ),
+        ("rows.csv:3", f"! the file ends in the middle of a row{inside}; the row starts at line 3, byte offset 8"),
     ]
 
 
@@ -397,10 +385,7 @@ def test_parquet() -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    said = [
-        {"a": [{"x": 1}, {"y": [None, {"x": 2}]}], "b": None},
-        {"a": [], "b": {"x": "", "y": False, "z": None}},
-    ]
+    said = [{"a": [{"x": 1}, {"y": [None, {"x": 2}]}], "b": None}, {"a": [], "b": {"x": "", "y": False, "z": None}}]
     parquet.write_table(pa.Table.from_pylist(said), "rows.parquet")
     Path("rows.parquet.gz").write_bytes(gzip.compress(Path("rows.parquet").read_bytes()))
     for name in ("rows.parquet", "rows.parquet.gz"):
@@ -413,9 +398,7 @@ def test_parquet() -> None:
 def test_gzip_cut_off_at_every_byte(kind: str) -> None:
     texts = [f"{i} {math.sin(i)}" for i in range(8)]
     maps = [json.dumps({"text": text}) for text in texts]
-    data = {"jsonl": "\n".join(maps), "json": f"[{','.join(maps)}]", "csv": "\n".join(["text", *texts, ""])}[
-        kind
-    ]
+    data = {"jsonl": "\n".join(maps), "json": f"[{','.join(maps)}]", "csv": "\n".join(["text", *texts, ""])}[kind]
     packed, name = gzip.compress(data.encode()), f"rows.{kind}.gz"
     assert [row["text"] for _, row in read(name, packed)] == texts
     kept = Counter[int]()
@@ -485,10 +468,7 @@ def test_fingerprint_of_files() -> None:
     first = fingerprint(DataSource(path="a/*.jsonl"))
     # Neither the folder nor the pattern counts, nor how the rows are used.
     assert fingerprint(DataSource(path="b/[12].jsonl", columns={"text": "n"})) == first
-    assert (
-        len({first, fingerprint(DataSource(path="a/1.jsonl")), fingerprint(DataSource(path="a/2.jsonl"))})
-        == 3
-    )
+    assert len({first, fingerprint(DataSource(path="a/1.jsonl")), fingerprint(DataSource(path="a/2.jsonl"))}) == 3
     raw(b'{"n": 3}', "b/2.jsonl")
     assert fingerprint(DataSource(path="b/*.jsonl")) != first
     Path("a/2.jsonl").rename("a/3.jsonl")
@@ -590,9 +570,7 @@ def test_a_key_twice_on_the_hub(hub: list[dict[str, Any]]) -> None:
 def test_a_hub_dataset_of_decoded_texts_whose_files_are_not_there(
     hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = [
-        {"m": [{"content": value, "arguments": value}]} for value in ({"x": 1}, "plain", '{"x": 1}', None)
-    ]
+    said = [{"m": [{"content": value, "arguments": value}]} for value in ({"x": 1}, "plain", '{"x": 1}', None)]
     raw("\n".join(map(json.dumps, said)).encode(), "owner/name/train.jsonl")
     monkeypatch.setattr(hub_rows, "_rows_of_files", lambda *_: None)
     decoded = (
@@ -644,9 +622,7 @@ def test_fingerprint_of_the_hub(hub: list[dict[str, Any]], monkeypatch: pytest.M
     # A stream is known by its commit.
     got = []
     for commit in ("c0ffee", "c0ffee", "decaf"):
-        monkeypatch.setattr(
-            "datasets.load_dataset_builder", lambda *_, hash=commit, **__: SimpleNamespace(hash=hash)
-        )
+        monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, hash=commit, **__: SimpleNamespace(hash=hash))
         hub_rows._load_hub.cache_clear()
         got.append(fingerprint(DataSource(path="owner/name", streaming=True)))
     assert got[0] == got[1] != got[2]
@@ -682,12 +658,7 @@ def message(**keys: Any) -> dict[str, Any]:
 
 def test_known_format_and_columns() -> None:
     source = DataSource(path="x", columns={"messages": "said", "text": "{n}: {said}"})
-    assert map_columns(source, {"said": "a", "n": 1}) == {
-        "said": "a",
-        "n": 1,
-        "messages": "a",
-        "text": "1: a",
-    }
+    assert map_columns(source, {"said": "a", "n": 1}) == {"said": "a", "n": 1, "messages": "a", "text": "1: a"}
     assert detect_format(source, {"messages": [], "text": ""}) == "messages"
     # What `columns` fills in is meant to be read, whatever else is there.
     row = {"instruction": "", "output": "", "text": "", "prompt": "", "completion": "", "messages": []}
@@ -715,10 +686,7 @@ def test_known_format_and_columns() -> None:
         ({"tool_calls": [CALL]}, {"tool_calls": [CALL]}),
         ({"tool_calls": [{"name": "f", "arguments": {"x": 1}}]}, {"tool_calls": [CALL]}),
         (
-            {
-                "tool_calls": [{"id": "7", "function": {"name": "f", "arguments": '{"x": 1}'}}],
-                "content": None,
-            },
+            {"tool_calls": [{"id": "7", "function": {"name": "f", "arguments": '{"x": 1}'}}], "content": None},
             {"content": "", "tool_calls": [{"id": "7", **CALL}]},
         ),
         ({"tool_calls": json.dumps([CALL, CALL])}, {"tool_calls": [CALL, CALL]}),
@@ -746,9 +714,7 @@ def test_messages(keys: dict[str, Any], got: dict[str, Any]) -> None:
 def test_roles() -> None:
     assert message(role="developer") == {"role": "system"}
     assert message(role="Developer") == {"role": "Developer"}
-    turns = [
-        {"from": role, "value": ""} for role in ("developer", "human", "gpt", "observation", "tool", "Human")
-    ]
+    turns = [{"from": role, "value": ""} for role in ("developer", "human", "gpt", "observation", "tool", "Human")]
     roles = [m["role"] for m in FORMATS["sharegpt"]({"conversations": turns})["messages"]]
     assert roles == ["system", "user", "assistant", "tool", "tool", "Human"]
 
@@ -756,10 +722,7 @@ def test_roles() -> None:
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        (
-            {"reasoning": "a", "thinking": "b"},
-            "a message's reasoning_content, thinking and reasoning differ; keep one",
-        ),
+        ({"reasoning": "a", "thinking": "b"}, "a message's reasoning_content, thinking and reasoning differ; keep one"),
         ({"thinking": ["a"]}, "a message's reasoning_content is list, not text"),
         ({"name": 7}, "a message's name is int, not text"),
         ({"tool_call_id": 7}, "a message's tool_call_id is int, not text"),
@@ -768,10 +731,7 @@ def test_roles() -> None:
         ({"weight": 0.5}, "a message's weight is 0.5; write 0 or 1"),
         ({"loss_weight": [0]}, "a message's loss_weight is [0]; write 0 or 1"),
         *(
-            (
-                {"tool_calls": calls},
-                'a message\'s tool_calls are not calls; write [{"name": ..., "arguments": {...}}]',
-            )
+            ({"tool_calls": calls}, 'a message\'s tool_calls are not calls; write [{"name": ..., "arguments": {...}}]')
             for calls in ("f", 7, ["f"], [{}], [{"name": ""}], [{"function": {"arguments": {}}}])
         ),
         (
@@ -829,9 +789,7 @@ def test_sharegpt_calls(value: str, got: dict[str, Any]) -> None:
 def test_alpaca_history() -> None:
     row = {"instruction": "c", "input": "d", "output": "e", "system": "s", "history": [["a", "b"]]}
     said = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c\n\nd"), ("assistant", "e")]
-    assert FORMATS["alpaca"](row) == {
-        "messages": [{"role": role, "content": content} for role, content in said]
-    }
+    assert FORMATS["alpaca"](row) == {"messages": [{"role": role, "content": content} for role, content in said]}
     assert len(FORMATS["alpaca"](row | {"history": None})["messages"]) == 3
     for history in ("a", ["a", "b"], [["a"]], [["a", "b", "c"]]):
         assert fault(lambda history=history: FORMATS["alpaca"](row | {"history": history}), LabelError) == (
@@ -926,9 +884,7 @@ def test_real_content_parts_and_weights() -> None:
 
 
 @needs_real
-@pytest.mark.parametrize(
-    ("name", "count"), [("alpaca_en_demo.json", 999), ("identity_placeholders.json", 91)]
-)
+@pytest.mark.parametrize(("name", "count"), [("alpaca_en_demo.json", 999), ("identity_placeholders.json", 91)])
 def test_real_alpaca(name: str, count: int) -> None:
     said, got = real(name, "alpaca")
     assert len(got) == count

@@ -174,8 +174,7 @@ def loud(architecture: str, folder: Path, writes: float = 10_000) -> str:
         for name, parameter in model.named_parameters():
             reads = ["input_layernorm", "pre_feedforward_layernorm", "model.norm"]
             if any(
-                word in name
-                for word in [*reads, "post_attention_layernorm"][: 4 if architecture == "gemma" else 3]
+                word in name for word in [*reads, "post_attention_layernorm"][: 4 if architecture == "gemma" else 3]
             ):
                 parameter.fill_(2_000)
                 parameter[3] = -1
@@ -206,9 +205,7 @@ def largest(model: Any, part: str = "") -> float:
 
 
 # Double quantisation would round the scales of all blocks to the largest, which is that of the loud coordinate.
-@pytest.mark.parametrize(
-    "quantization", [None, NF4 | {"bnb_4bit_use_double_quant": False}], ids=["float16", "nf4"]
-)
+@pytest.mark.parametrize("quantization", [None, NF4 | {"bnb_4bit_use_double_quant": False}], ids=["float16", "nf4"])
 @pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3"])
 def test_the_residual_stream_of_a_gemma_is_float32_where_float16_overflows(
     architecture: str, quantization: dict[str, Any] | None, tmp_path: Path
@@ -227,9 +224,7 @@ def test_the_residual_stream_of_a_gemma_is_float32_where_float16_overflows(
     assert largest(wide) > 65_504
     # What is multiplied is float16.
     seen = []
-    wide.model.layers[1].mlp.up_proj.register_forward_hook(
-        lambda m, x, out: seen.extend([x[0].dtype, out.dtype])
-    )
+    wide.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, x, out: seen.extend([x[0].dtype, out.dtype]))
     loss_of(wide)
     assert seen == [torch.float16] * 2
 
@@ -390,9 +385,7 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 def test_flex_attention_soft_caps() -> None:
     """Compiling it takes 20 seconds."""
     with torch.no_grad():
-        torch.testing.assert_close(
-            capped("flex_attention")(IDS).logits, capped("eager")(IDS).logits, rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(capped("flex_attention")(IDS).logits, capped("eager")(IDS).logits, rtol=0, atol=1e-4)
 
 
 NAMES = "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa"
@@ -401,13 +394,7 @@ NAMES = "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_at
 @pytest.mark.parametrize(
     ("attention", "architecture", "device", "float32", "line"),
     [
-        (
-            "sdpa",
-            "gemma2",
-            H100,
-            False,
-            "sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention",
-        ),
+        ("sdpa", "gemma2", H100, False, "sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention"),
         ("spda", "llama", H100, False, f"spda, which transformers does not have; write one of {NAMES}"),
         (
             "flash_attention_2",
@@ -430,13 +417,7 @@ NAMES = "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_at
             True,
             "flash_attention_2, which computes only in bfloat16 and float16, and here it is float32; remove it",
         ),
-        (
-            "flex_attention",
-            "llama",
-            CPU,
-            True,
-            "flex_attention, which has no backward pass on a CPU; remove it",
-        ),
+        ("flex_attention", "llama", CPU, True, "flex_attention, which has no backward pass on a CPU; remove it"),
     ],
 )
 def test_an_attention_that_is_not_lawful_is_refused(
@@ -500,9 +481,7 @@ def test_gelu_in_gemma_1s_first_configs_is_its_tanh_approximation(tmp_path: Path
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["hidden_act"] == "gelu_pytorch_tanh"
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"hidden_act": "gelu", "hidden_activation": None})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "hidden_activation": None}))
     again = load_base(str(tmp_path), torch.float32)
     with torch.no_grad():
         # Gates near 1, where the two are apart.
@@ -565,14 +544,10 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     kept: list[Any] = []
     finish = finetune.train.run._save_finished_run
     monkeypatch.setattr(
-        finetune.train.run,
-        "_save_finished_run",
-        lambda trainer, *rest: (kept.append(trainer), finish(trainer, *rest)),
+        finetune.train.run, "_save_finished_run", lambda trainer, *rest: (kept.append(trainer), finish(trainer, *rest))
     )
     path = write_recipe(
-        model={"name_or_path": bases(name)},
-        lora={} if lora else None,
-        training={"learning_rate": 1e-2, "max_steps": 2},
+        model={"name_or_path": bases(name)}, lora={} if lora else None, training={"learning_rate": 1e-2, "max_steps": 2}
     )
     assert main([str(path)]) == 0
     trained = kept[0].model.eval()
@@ -593,9 +568,7 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     if lora:
         saved = load_file("run/adapter_model.safetensors")
         layers = [
-            n
-            for n, m in again.model.get_base_model().get_decoder().named_modules()
-            if "_proj" in n.split(".")[-1]
+            n for n, m in again.model.get_base_model().get_decoder().named_modules() if "_proj" in n.split(".")[-1]
         ]
         assert len(saved) == 2 * len(layers) == 2 * 7 * base.config.get_text_config().num_hidden_layers
         assert [n for n in saved if "lora_" not in n or "vision" in n or "lm_head" in n or "embed" in n] == []
@@ -657,13 +630,10 @@ def test_what_a_recipe_leaves_out_itself_stays_left_out(
     assert beside == ["model.vision_tower", "model.multi_modal_projector"]
     # Names that the vision tower has as well.
     options = peft.LoraConfig(
-        target_modules=["q_proj", "k_proj", "o_proj"],
-        exclude_modules=compatibility.exclude_modules(beside, wanted),
+        target_modules=["q_proj", "k_proj", "o_proj"], exclude_modules=compatibility.exclude_modules(beside, wanted)
     )
     end = ".lora_A.default"
-    adapted = [
-        n.removesuffix(end) for n, _ in peft.get_peft_model(model, options).named_modules() if n.endswith(end)
-    ]
+    adapted = [n.removesuffix(end) for n, _ in peft.get_peft_model(model, options).named_modules() if n.endswith(end)]
     assert all("language_model" in name for name in adapted)
     count = {name: sum(n.endswith(name) for n in adapted) for name in ("q_proj", "k_proj", "o_proj")}
     assert count == left

@@ -223,10 +223,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_called_damaged(tmp_path: Path) 
     descriptor = os.open(path, os.O_RDONLY)
     (tmp_path / "out").mkdir()
     writer = ShardWriter(tmp_path / "out", 10**9, 4000)
-    for reads in (
-        lambda: read_tensor(descriptor, header["a"]),
-        lambda: writer.copy("a", descriptor, header["a"]),
-    ):
+    for reads in (lambda: read_tensor(descriptor, header["a"]), lambda: writer.copy("a", descriptor, header["a"])):
         with pytest.raises(ModelError) as error:
             reads()
         assert str(error.value) == "model.safetensors is damaged: it ends within a tensor"

@@ -73,8 +73,7 @@ def assert_same(one: str, other: str, steps: int) -> None:
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert curve(one) == curve(other)
     schedulers = [
-        torch.load(Path(run, f"checkpoint-{steps}", "scheduler.pt"), weights_only=True)
-        for run in (one, other)
+        torch.load(Path(run, f"checkpoint-{steps}", "scheduler.pt"), weights_only=True) for run in (one, other)
     ]
     assert schedulers[0] == schedulers[1]
 
@@ -88,11 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "QLoRA": {
         "model": {"name_or_path": "random:gemma2"},
         "lora": {"lora_dropout": 0.1, "trainable_token_indices": [4, 5]},
-        "quantization": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_quant_storage": "float32",
-        },
+        "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "float32"},
     },
 }
 WAYS: dict[str, dict[str, Any]] = {
@@ -137,13 +132,7 @@ def test_the_pairs_are_all_there() -> None:
     ],
 )
 def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
-    write_recipe: Write,
-    processes: Processes,
-    ranks: int,
-    kind: str,
-    packed: bool,
-    way: str,
-    stops: tuple[int, ...],
+    write_recipe: Write, processes: Processes, ranks: int, kind: str, packed: bool, way: str, stops: tuple[int, ...]
 ) -> None:
     steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
     # Three steps an epoch, the last of them not filled.
@@ -168,9 +157,7 @@ def test_resumed_at_step_k_it_is_the_run_that_was_not_stopped(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saves", ["steps", "best"])
-def test_the_best_weights_are_those_of_the_best_step(
-    write_recipe: Write, processes: Processes, saves: str
-) -> None:
+def test_the_best_weights_are_those_of_the_best_step(write_recipe: Write, processes: Processes, saves: str) -> None:
     best = WAYS["the best at its end"] | {"save_strategy": saves, "save_steps": 1, "save_total_limit": 2}
     # In full fine-tuning some weights belong to no layer, which FSDP 2 leaves gathered after an evaluation.
     path = write_recipe(training=best | {"max_steps": 6}, **({"lora": None} if saves == "best" else {}))
@@ -190,9 +177,7 @@ def test_the_best_weights_are_those_of_the_best_step(
         assert step < 6
         last = {"checkpoint-6"} if saves == "steps" else set()
         assert last | {f"checkpoint-{step}"} <= {p.name for p in Path(run).glob("checkpoint-*")}
-        final, saved = (
-            tensors(Path(run, where), "*model.safetensors") for where in ("", f"checkpoint-{step}")
-        )
+        final, saved = (tensors(Path(run, where), "*model.safetensors") for where in ("", f"checkpoint-{step}"))
         assert final.keys() == saved.keys()
         assert [name for name in saved if not torch.equal(final[name], saved[name])] == []
 
@@ -213,9 +198,7 @@ def test_weights_in_parts_are_saved_as_they_are_kept(write_recipe: Write, proces
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on(
-    write_recipe: Write, processes: Processes, before: int, after: int
-) -> None:
+def test_another_number_of_ranks_goes_on(write_recipe: Write, processes: Processes, before: int, after: int) -> None:
     """With as many rows a step; numbers are summed in another order, so not to the bit."""
     path = write_recipe(training={"max_steps": 4, "save_strategy": "steps", "save_steps": 2})
     size = {n: f"training.per_device_train_batch_size={4 // n}" for n in (1, 2)}
@@ -230,9 +213,7 @@ def test_another_number_of_ranks_goes_on(
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-5) for name in other)
     trained = [[r.get("trained_tokens") for r in curve(run)] for run in ("run", "whole")]
     assert trained[0] == trained[1]
-    refused = processes.run(
-        "train", str(path), "training.output_dir=whole", f"{RESUME[:-4]}run/checkpoint-2", code=2
-    )
+    refused = processes.run("train", str(path), "training.output_dir=whole", f"{RESUME[:-4]}run/checkpoint-2", code=2)
     assert "a step was " in refused
 
 
@@ -240,9 +221,7 @@ def test_another_number_of_ranks_goes_on(
 # Killed, terminated, out of disk
 
 
-def _killed_and_resumed(
-    processes: Processes, command: list[str], seed: int, seconds: float, ranks: int
-) -> str:
+def _killed_and_resumed(processes: Processes, command: list[str], seed: int, seconds: float, ranks: int) -> str:
     """One run killed once, at a random moment or, every third, while it saves; then brought to its end."""
     rng, saves = random.Random(seed), seed % 3 == 0
     shutil.rmtree("run", ignore_errors=True)
@@ -277,9 +256,7 @@ def _killed_and_resumed(
         pytest.param(range(6, 31), marks=pytest.mark.soak, id="25"),
     ],
 )
-def test_killed_at_any_moment_it_ends_at_the_same_bits(
-    write_recipe: Write, processes: Processes, seeds: range
-) -> None:
+def test_killed_at_any_moment_it_ends_at_the_same_bits(write_recipe: Write, processes: Processes, seeds: range) -> None:
     path = write_recipe(
         model={"name_or_path": "random:gemma2"},
         training={"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3},
@@ -327,11 +304,7 @@ def test_terminated_it_saves_and_goes_on_to_the_same_bits(
     ],
 )
 def test_terminated_at_an_evaluation_or_an_epochs_end(
-    write_recipe: Write,
-    monkeypatch: pytest.MonkeyPatch,
-    step: int,
-    training: dict[str, Any],
-    evaluated: list[int],
+    write_recipe: Write, monkeypatch: pytest.MonkeyPatch, step: int, training: dict[str, Any], evaluated: list[int]
 ) -> None:
     """It is saved once, when all that was due is done, and goes on to the same bits."""
     best = {"metric_for_best_model": "loss", "greater_is_better": True} if "eval_steps" in training else {}
@@ -349,9 +322,7 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
     write_marker = checkpoint.write_marker
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", signalled)
-        patch.setattr(
-            "finetune.train.trainer.write_marker", lambda *args: (saved.append(args[1]), write_marker(*args))
-        )
+        patch.setattr("finetune.train.trainer.write_marker", lambda *args: (saved.append(args[1]), write_marker(*args)))
         assert main(command) == 143
     assert saved.count(step) == 1
     assert checkpoint.is_whole(Path(f"run/checkpoint-{step}"))
@@ -366,9 +337,7 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
 
 def test_what_an_optimizer_keeps_in_8_bits_is_kept_so(write_recipe: Write) -> None:
     """For tensors of at least 4096 numbers; bitsandbytes keeps smaller ones in 32 bits."""
-    path = write_recipe(
-        lora=None, training={"optim": "adamw_8bit", "save_strategy": "steps", "save_steps": 2}
-    )
+    path = write_recipe(lora=None, training={"optim": "adamw_8bit", "save_strategy": "steps", "save_steps": 2})
     assert main([str(path)]) == 0
     kept = tensors("run/checkpoint-4", "state-*")
     assert {tensor.dtype for tensor in kept.values()} == {torch.uint8, torch.float32}
@@ -379,9 +348,7 @@ def test_what_an_optimizer_keeps_in_8_bits_is_kept_so(write_recipe: Write) -> No
     assert_same("run", "whole", 4)
 
 
-def test_an_optimizer_that_cannot_be_saved_is_refused(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_optimizer_that_cannot_be_saved_is_refused(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write_recipe(training={"optim": "galore_adamw", "optim_target_modules": ["mlp"]}))]) == 2
     assert "training.optim: is galore_adamw, whose state cannot be saved; write" in capsys.readouterr().err
     assert not Path("run").exists()
@@ -395,9 +362,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_saved(write_recipe: Write, 
     shutil.copytree("disk/run", "whole")
     size = sum(file.stat().st_size for file in Path("whole/checkpoint-3").rglob("*"))
     shutil.rmtree("disk/run")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(3.4 * size)}", "tmpfs", "disk"], check=False
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(3.4 * size)}", "tmpfs", "disk"], check=False)
     if mounted.returncode:
         pytest.skip("nothing can be mounted here")
     try:
@@ -469,9 +434,7 @@ def test_the_last_whole_checkpoint_is_never_removed(write_recipe: Write) -> None
     assert main([str(path), "training.output_dir=other"]) == 0
 
 
-def test_a_changed_recipe_is_named_or_refused(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_recipe_is_named_or_refused(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     rows(12)
     data = {"train": [{"path": "rows.jsonl"}]}
     path = write_recipe(data=data, training={"save_strategy": "steps", "save_steps": 2})
@@ -487,9 +450,7 @@ def test_a_changed_recipe_is_named_or_refused(
     assert Path("run/recipe.yaml").read_bytes() == saved
     rows(12)
     capsys.readouterr()
-    assert (
-        main([str(path), RESUME, "training.learning_rate=1e-4", "training.lr_scheduler_type=constant"]) == 0
-    )
+    assert main([str(path), RESUME, "training.learning_rate=1e-4", "training.lr_scheduler_type=constant"]) == 0
     assert "training.learning_rate 0.001 -> 0.0001" in capsys.readouterr().err
     # And it is the new rate that it goes on with.
     rates = {record["step"]: record["learning_rate"] for record in curve("run") if "loss" in record}
@@ -497,9 +458,7 @@ def test_a_changed_recipe_is_named_or_refused(
     assert rates[3] == rates[4] == 1e-4
 
 
-def test_a_pickle_that_would_run_code_is_not_read(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pickle_that_would_run_code_is_not_read(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return (os.mkdir, ("owned",))

@@ -141,11 +141,7 @@ def test_a_function_runs_in_a_fresh_process() -> None:
         ("recipe", RecipeError, "r.yaml:1: a\nr.yaml:2: b"),
         ("missing", FileNotFoundError, "[Errno 2] No such file or directory: '/no/such/file'"),
         ("defect", ProcessFailed, "KeyError: 'name'"),
-        (
-            "kill",
-            ProcessFailed,
-            "its process ended with code -9: it was killed, most likely because memory ran out",
-        ),
+        ("kill", ProcessFailed, "its process ended with code -9: it was killed, most likely because memory ran out"),
         ("exit", ProcessFailed, "its process ended with code 3: last words"),
     ],
 )
@@ -232,10 +228,7 @@ def test_a_folder_that_is_not_replaced(tmp_path: Path) -> None:
         folder.mkdir()
         write_whole(folder / name, "")
     assert fault(file) == "--output: T/file is a file; write the path of a new folder"
-    assert (
-        fault(merged, False)
-        == "--output: T/merged exists; write another path, or add --overwrite to replace it"
-    )
+    assert fault(merged, False) == "--output: T/merged exists; write another path, or add --overwrite to replace it"
     assert fault(run).startswith("--output: T/run was not written by merge or export, and is not replaced;")
     inside = (merged / "checkpoint-2",)
     assert fault(merged, inputs=inside) == (
@@ -299,9 +292,7 @@ def test_reading_records(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     assert read_records(file) == []
     records = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2}]
-    file.write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) + '{"step": 3', "utf-8"
-    )
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) + '{"step": 3', "utf-8")
     assert read_records(file) == records
     file.write_text('{"step": 1}\n{"st\n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(RunError, match=r"metrics.jsonl:2 is damaged; remove the line$"):
@@ -312,9 +303,7 @@ def test_a_file_of_a_run_or_of_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     write_whole(tmp_path / "recipe.yaml", "")
-    assert (
-        run_file(tmp_path, "recipe.yaml") == run_file(checkpoint, "recipe.yaml") == tmp_path / "recipe.yaml"
-    )
+    assert run_file(tmp_path, "recipe.yaml") == run_file(checkpoint, "recipe.yaml") == tmp_path / "recipe.yaml"
     write_whole(checkpoint / "recipe.yaml", "")
     assert run_file(checkpoint, "recipe.yaml") == checkpoint / "recipe.yaml"
     assert run_file(tmp_path, "ledger.json") is None

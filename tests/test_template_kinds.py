@@ -20,9 +20,7 @@ HEADER = "{{ '<|im_start|>assistant\n' }}"
 ASKED = "{% if add_generation_prompt %}" + HEADER + "{% endif %}"
 PLAIN = BODY + ASKED
 BREAD = talk("Which bread keeps longest?", "Rye, kept dry.", "And in a tin?", "A week or so.")
-TOOLS = [
-    {"type": "function", "function": {"name": "tide", "description": "Tide at a port", "parameters": {}}}
-]
+TOOLS = [{"type": "function", "function": {"name": "tide", "description": "Tide at a port", "parameters": {}}}]
 
 
 def with_tokens(template: str, *tokens: str, eos: str | None = None) -> Chat:
@@ -66,9 +64,7 @@ SYSTEM = BODY.replace("{% for", "<|sys|>Be kind.<|im_end|>\n{% for", 1) + HEADER
         (chat(BODY.replace("' }}{% endfor", "' }}{{ '' }}{% endfor") + HEADER), "<|im_end|>"),
         (with_tokens(LLAMA, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
         (
-            with_tokens(
-                COMMAND, *(f"<|{t}|>" for t in ["START", "SYSTEM", "USER", "BOT", "BEGIN", "END", "STOP"])
-            ),
+            with_tokens(COMMAND, *(f"<|{t}|>" for t in ["START", "SYSTEM", "USER", "BOT", "BEGIN", "END", "STOP"])),
             "<|END|><|STOP|>",
         ),
         (with_tokens(ROLES, "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
@@ -125,9 +121,7 @@ THINK_FED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n[t]\n' }}{% endif %}"
 )
 TOOLS_ONLY = PLAIN.replace(
-    "{% for m",
-    "{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% for m",
-    1,
+    "{% for m", "{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% for m", 1
 )
 PREFILLED = BODY + ASKED.replace("assistant\n", "assistant\n{")
 NEEDS_SYSTEM = (
@@ -163,9 +157,7 @@ def test_a_template_whose_rows_alone_are_taken() -> None:
     own, row = chat(NEEDS_SYSTEM), talk("Which?", "Rye.", system="Be brief.")
     assert trained(own, own.encode(row)) == ["Rye.<|im_end|>"]
     assert own.turn_token_ids == [] or own.turn_token_ids
-    with pytest.raises(
-        TemplateError, match="chat template: the chat template refuses it: a system text is needed"
-    ):
+    with pytest.raises(TemplateError, match="chat template: the chat template refuses it: a system text is needed"):
         _ = own.end_of_turn_id
     assert not own.finds_end_of_turn
 
@@ -196,15 +188,11 @@ def test_an_empty_thought_that_is_fed(thought: str) -> None:
     thinking = [*talk("Hi"), said("assistant", "Yes.", reasoning_content="Hm.")]
     assert refusal(own, thinking).startswith("message 2: what inference would feed")
     # The text has a thought of its own behind the empty one.
-    opening = (
-        thought.strip().partition(">")[0] + ">" if thought[0] == "<" else thought.partition("]")[0] + "]"
-    )
+    opening = thought.strip().partition(">")[0] + ">" if thought[0] == "<" else thought.partition("]")[0] + "]"
     assert "what inference would feed" in refusal(own, talk("Hi", f"{opening} hm, yes"))
 
 
-@pytest.mark.parametrize(
-    "fed", ["<think>\n", "[t]", "[t][/u]", "<answer>", "Sure: ", "<think>Fine, so</think>"]
-)
+@pytest.mark.parametrize("fed", ["<think>\n", "[t]", "[t][/u]", "<answer>", "Sure: ", "<think>Fine, so</think>"])
 def test_what_is_fed_but_is_no_empty_thought(fed: str) -> None:
     own = chat(BODY + ASKED.replace("assistant\n", f"assistant\n{fed}"))
     assert "what inference would feed" in refusal(own, BREAD, "last_assistant")
@@ -229,9 +217,7 @@ def test_tags_in_the_fixed_text_of_a_template(text: str) -> None:
         chat(PLAIN.replace("{% for", system + "{% for", 1)),
         chat(PLAIN.replace("+ m.content +", "+ m.content }}" + suffix + "{{ ''")),
     ):
-        assert trained(own, own.encode(talk("6 x 7?", "<result>42</result>"))) == [
-            "<result>42</result><|im_end|>"
-        ]
+        assert trained(own, own.encode(talk("6 x 7?", "<result>42</result>"))) == ["<result>42</result><|im_end|>"]
         own.check_tokens()
         assert own.tokenizer.convert_ids_to_tokens([own.end_of_turn_id]) == ["<|im_end|>"]
 
@@ -250,11 +236,7 @@ CALLS = "{% for c in m.tool_calls or [] %}CALL{% endfor %}"
 
 
 def calling(call: str) -> Chat:
-    body = (
-        "{{ '<|im_start|>' + m.role + '\n' }}"
-        + CALLS.replace("CALL", call)
-        + "{{ m.content + '<|im_end|>\n' }}"
-    )
+    body = "{{ '<|im_start|>' + m.role + '\n' }}" + CALLS.replace("CALL", call) + "{{ m.content + '<|im_end|>\n' }}"
     return chat("{{ bos_token }}{% for m in messages %}" + body + "{% endfor %}" + ASKED)
 
 
@@ -269,10 +251,7 @@ def asked_tide(*arguments: dict[str, Any]) -> list[dict[str, Any]]:
     [
         ("call {{ c.function.name + ' ' + c.function.arguments }} end", 'call tide {"port": "Brest"} end'),
         ("call {{ c.function.name }} {{ c.function.arguments }} end", 'call tide {"port": "Brest"} end'),
-        (
-            "call {{ c.function.name ~ ' ' ~ c.function.arguments | trim }} end",
-            'call tide {"port": "Brest"} end',
-        ),
+        ("call {{ c.function.name ~ ' ' ~ c.function.arguments | trim }} end", 'call tide {"port": "Brest"} end'),
         (
             "{{ c.function.name }}{% if c.function.arguments is string %} {{ c.function.arguments }}{% endif %}",
             'tide {"port": "Brest"}',
@@ -337,19 +316,14 @@ DROPS_TOOL = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m
 )
 def test_a_system_text_that_is_left_out(system: str, texts: tuple[str, ...]) -> None:
     row = talk(*texts, system=system)
-    assert (
-        refusal(chat(DROPS_SYSTEM), row)
-        == "message 1: the chat template leaves out or changes the system's text"
-    )
+    assert refusal(chat(DROPS_SYSTEM), row) == "message 1: the chat template leaves out or changes the system's text"
     for template in (PLAIN, "gemma3", "chatml"):
         assert chat(template).encode(row).trained_tokens
 
 
 def test_a_tool_answer_that_is_left_out() -> None:
     row = [*talk("Tide?"), said("assistant", "I look."), said("tool", "4 m"), said("assistant", "It is 4 m.")]
-    assert (
-        refusal(chat(DROPS_TOOL), row) == "message 3: the chat template leaves out or changes the tool's text"
-    )
+    assert refusal(chat(DROPS_TOOL), row) == "message 3: the chat template leaves out or changes the tool's text"
     assert chat(PLAIN).encode(row).trained_tokens
 
 
@@ -362,9 +336,7 @@ def test_a_text_that_the_template_itself_says() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # A date in the template
 
-DATED = PLAIN.replace(
-    "{% for", "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for", 1
-)
+DATED = PLAIN.replace("{% for", "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for", 1)
 
 
 def test_the_day_of_a_run() -> None:
@@ -429,9 +401,7 @@ def test_shipped_templates_join_parts(name: str) -> None:
         ]
         for asked in (False, True):
             joined, plain = (
-                own.apply_chat_template(
-                    m, tokenize=False, add_generation_prompt=asked, chat_template=template
-                )
+                own.apply_chat_template(m, tokenize=False, add_generation_prompt=asked, chat_template=template)
                 for m in (parts, messages)
             )
             assert joined == plain

@@ -15,13 +15,7 @@ from finetune.cli.commands import main
 from finetune.train.callbacks import trackers
 
 Write = Callable[..., Path]
-TWICE = {
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "logging_steps": 1,
-}
+TWICE = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -97,10 +91,7 @@ def test_wandb_has_one_run_with_all_that_it_is(write_recipe: Write, monkeypatch:
 
     def history(records: list[Any]) -> list[dict[str, Any]]:
         rows = [record.history.item for record in records if record.HasField("history")]
-        return [
-            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row}
-            for row in rows
-        ]
+        return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
     logged = [row for row in history(second) if "train/loss" in row]
     assert [row["train/global_step"] for row in logged] == [3, 4]
@@ -142,9 +133,7 @@ def test_tensorboard_draws_one_curve(write_recipe: Write) -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_goes_on_with_its_run(
-    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_goes_on_with_its_run(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what its small package can do
@@ -157,9 +146,7 @@ def test_mlflow_goes_on_with_its_run(
 
 
 @pytest.mark.slow
-def test_trackio_goes_on_with_its_run(
-    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackio_goes_on_with_its_run(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     assert "trackio" not in sys.modules
     import trackio
@@ -203,10 +190,7 @@ def test_a_tracker_that_cannot_be_reported_to_is_refused(
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(path.parent))
     assert main(["train", str(path), "training.report_to=wandb"]) == 2
-    assert (
-        "is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline"
-        in capsys.readouterr().err
-    )
+    assert "is wandb, and nobody is logged in; run wandb login, or set WANDB_MODE=offline" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
     assert main(["train", str(path), "training.report_to=wandb"]) == 2

@@ -114,12 +114,8 @@ def test_plan_builds_the_model_that_train_trains(sections: dict[str, Any], write
     assert facts(fake) == facts(trained)
 
 
-def test_a_lora_run_leaves_what_the_interface_names(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_recipe(
-        training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    )
+def test_a_lora_run_leaves_what_the_interface_names(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2})
     assert main([str(path), "data.eval_fraction=0.1", "data.seed=3"]) == 0
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
@@ -187,11 +183,7 @@ def test_the_run_answers(
         # int8 quantises activations by batch: four rows and one row differ.
         ("random:gemma3", {"quantization": {"load_in_8bit": True}}, 2e-2),
         ("random:gemma", {"lora": None}, 1e-5),
-        (
-            "random:llama",
-            {"lora": {"trainable_token_indices": {"embed_tokens": [6, 7], "lm_head": [6, 7]}}},
-            1e-5,
-        ),
+        ("random:llama", {"lora": {"trainable_token_indices": {"embed_tokens": [6, 7], "lm_head": [6, 7]}}}, 1e-5),
         ("random:gemma2", {"lora": {"use_dora": True}}, 1e-5),
     ],
     ids=["nf4", "int8", "full", "llama with token rows", "dora"],
@@ -217,9 +209,7 @@ def test_each_way_of_training_learns_and_loads_again(
         },
         **sections,
     )
-    row = {
-        "messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "one two three"}]
-    }
+    row = {"messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "one two three"}]}
     rows.write_text((json.dumps(row) + "\n") * 4)
     overrides = ["data.train=[{path: rows.jsonl}]", "data.eval=[{path: rows.jsonl, format: messages}]"]
     assert main([str(path), *overrides]) == 2  # the very rows that it trains on
@@ -302,14 +292,10 @@ def test_a_resumed_run_keeps_the_day_it_began_on(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a template asks for the date, the rows of another day are others."""
-    turns = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    )
+    turns = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     Path("dated.jinja").write_text(
-        "{{ bos_token }}<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n"
-        + turns
-        + asked,
+        "{{ bos_token }}<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n" + turns + asked,
         encoding="utf-8",
     )
     path = write_recipe(
@@ -338,9 +324,7 @@ def test_a_resumed_run_keeps_the_day_it_began_on(
     assert checkpoint.read_marker(stopped)["day"] == str(date.today() - timedelta(days=1))
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 0, capsys.readouterr().err
     assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4]
-    assert f"Today: {date.today():%d %b %Y}" in load_generator("run").chat.render(
-        [{"role": "user", "content": "a"}]
-    )
+    assert f"Today: {date.today():%d %b %Y}" in load_generator("run").chat.render([{"role": "user", "content": "a"}])
 
 
 def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,10 +333,7 @@ def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFi
     assert "run has no complete checkpoint: starting at step 0" in capsys.readouterr().err.splitlines()
     assert main([str(path), "training.resume_from_checkpoint=true"]) == 2
     assert "run holds a finished run" in capsys.readouterr().err
-    assert (
-        main([str(path), "training.resume_from_checkpoint=run/checkpoint-7", "training.output_dir=other"])
-        == 2
-    )
+    assert main([str(path), "training.resume_from_checkpoint=run/checkpoint-7", "training.output_dir=other"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: training.resume_from_checkpoint: run/checkpoint-7: there is no such folder; other has none"
     )
@@ -370,9 +351,7 @@ def test_sigterm_has_its_own_exit_code(write_recipe: Write, monkeypatch: pytest.
     assert main([str(write_recipe())]) == 143
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(training={"learning_rate": 1e30, "max_steps": 5, "lr_scheduler_type": "constant"})
     assert main([str(path)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -387,9 +366,7 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     path = write_recipe()
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    monkeypatch.setattr(
-        "finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something")
-    )
+    monkeypatch.setattr("finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something"))
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: training.output_dir: run is not empty; choose another directory, delete it, or resume its run with "
@@ -435,17 +412,13 @@ def test_a_norm_that_is_not_finite_is_recorded_as_json(tmp_path: Path) -> None:
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
     record = MetricsLog(tmp_path, 0, None)
     record.on_log(None, state, None, {"grad_norm": float("inf"), "learning_rate": 0.5})
-    assert (
-        tmp_path / "metrics.jsonl"
-    ).read_text() == '{"step": 3, "grad_norm": null, "learning_rate": 0.5}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "grad_norm": null, "learning_rate": 0.5}\n'
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Write) -> None:
     found = []
     for size in (1, 3, 8):
-        path = write_recipe(
-            training={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": size}
-        )
+        path = write_recipe(training={"max_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": size})
         assert main([str(path), "data.eval_fraction=0.15", f"training.output_dir=run{size}"]) == 0
         found.append(next(r["eval_loss"] for r in metrics(Path(f"run{size}")) if "eval_loss" in r))
     # Sums of some hundred float32 losses near 7.
@@ -485,13 +458,9 @@ def test_text_rows_need_no_template(write_recipe: Write) -> None:
 
 def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """It brings its shape and its chat template; trained with a rate of nothing it is what it was."""
-    first = write_recipe(
-        model={"chat_template": "chatml"}, lora={"r": 6, "use_rslora": True, "lora_alpha": 12}
-    )
+    first = write_recipe(model={"chat_template": "chatml"}, lora={"r": 6, "use_rslora": True, "lora_alpha": 12})
     assert main([str(first), "training.output_dir=first"]) == 0
-    recipe = write_recipe(
-        "second.yaml", model={"adapter": "first"}, lora=None, training={"learning_rate": 0.0}
-    )
+    recipe = write_recipe("second.yaml", model={"adapter": "first"}, lora=None, training={"learning_rate": 0.0})
     capsys.readouterr()
     assert main([str(recipe)]) == 0
     said = capsys.readouterr().err
@@ -517,9 +486,7 @@ def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.Ca
     assert main(["check", "run/recipe.yaml"]) == 0
 
 
-def test_an_adapter_that_cannot_be_trained_on(
-    write_recipe: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_that_cannot_be_trained_on(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     def fault(path: Path) -> str:
         capsys.readouterr()
         assert main([str(path)]) == 2
@@ -530,9 +497,7 @@ def test_an_adapter_that_cannot_be_trained_on(
     assert other.endswith("lora.r: is 8, but model.adapter has 4; remove it")
     nothing = fault(write_recipe("c.yaml", model={"adapter": "nowhere"}, lora=None))
     assert 'model.adapter: is "nowhere", where there is no adapter_config.json; write a run' in nothing
-    base = fault(
-        write_recipe("d.yaml", model={"adapter": "first", "name_or_path": "random:gemma2"}, lora=None)
-    )
+    base = fault(write_recipe("d.yaml", model={"adapter": "first", "name_or_path": "random:gemma2"}, lora=None))
     assert base == "error: model.adapter: first was trained on another base than random:gemma2"
     config = json.loads(Path("first/adapter_config.json").read_text())
     Path("first/adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
@@ -547,9 +512,7 @@ def test_an_adapter_that_cannot_be_trained_on(
 
 def test_a_record_that_was_cut_off_does_not_stop_a_resume(write_recipe: Write) -> None:
     """As a full disk or a kill leaves it, of what is written at the end of a file."""
-    path = write_recipe(
-        training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    )
+    path = write_recipe(training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2})
     assert main(["train", str(path), "data.eval_fraction=0.1", "training.max_steps=2"]) == 0
     (Path("run") / "adapter_model.safetensors").unlink()
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -580,15 +543,8 @@ def test_an_evaluation_drops_no_rows(write_recipe: Callable[..., Path], count: i
 def test_fewer_rows_than_a_batch_that_is_dropped(write_recipe: Callable[..., Path], capsys: Any) -> None:
     rows = SAMPLE_ROWS.read_text(encoding="utf-8").splitlines(keepends=True)[:12]
     Path("few.jsonl").write_text("".join(rows), encoding="utf-8")
-    settings = {
-        "per_device_train_batch_size": 16,
-        "dataloader_drop_last": True,
-        "max_steps": -1,
-        "max_length": 512,
-    }
-    recipe = write_recipe(
-        data={"train": [{"path": "few.jsonl"}]}, training=settings | {"num_train_epochs": 2}
-    )
+    settings = {"per_device_train_batch_size": 16, "dataloader_drop_last": True, "max_steps": -1, "max_length": 512}
+    recipe = write_recipe(data={"train": [{"path": "few.jsonl"}]}, training=settings | {"num_train_epochs": 2})
     assert main([str(recipe)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: training.dataloader_drop_last: is true, and 12 rows are fewer than a batch of 16, so that all are "

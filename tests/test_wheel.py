@@ -17,20 +17,8 @@ def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
     clone = tmp_path / "source"
     for name in ("pyproject.toml", "README.md", "LICENSE", "finetune", "data"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, clone / name) if clone.exists() else (
-            clone.mkdir(),
-            copy(ROOT / name, clone / name),
-        )
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path),
-        str(clone),
-    ]
+        copy(ROOT / name, clone / name) if clone.exists() else (clone.mkdir(), copy(ROOT / name, clone / name))
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(clone)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.rmtree(clone)

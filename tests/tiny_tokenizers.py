@@ -34,10 +34,7 @@ ABBREVIATED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = ABBREVIATED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST
 QWEN2 = LLAMA3.replace("{1,3}", "")
-QWEN35 = (
-    ABBREVIATED
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN35 = ABBREVIATED + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -70,9 +67,7 @@ def sentencepiece(special: list[str], space: Any = SPACE, split: Any = None) -> 
         for at in range(1, len(token))
         if token[:at] in ids and token[at:] in ids
     ]
-    found = Tokenizer(
-        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    found = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if space:
         found.normalizer = space
     if split:
@@ -98,9 +93,7 @@ def bytelevel(special: list[str], split: Any, before: Any = None, ignore_merges:
 
 
 def regex(pattern: str) -> Any:
-    return pre.Sequence(
-        [pre.Split(Regex(pattern), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    return pre.Sequence([pre.Split(Regex(pattern), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def begin(tokenizer: Tokenizer, bos: str, behind: str = "") -> Tokenizer:

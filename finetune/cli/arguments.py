@@ -37,9 +37,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="errors only")
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="replaces a value of the recipe"
-    )
+    recipe.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the recipe")
 
     command = argparse.ArgumentParser(
         prog="finetune", description="Fine-tunes language models from YAML recipes.", epilog=EXIT_CODES
@@ -77,30 +75,18 @@ def parser() -> argparse.ArgumentParser:
     flag("--row", metavar="ID", help="the row with this name, or whose name ends so")
     flag = inspect.add_mutually_exclusive_group().add_argument
     flag("--tokens", action="store_true", help="print one token per line, with its id")
-    flag(
-        "--json",
-        action="store_true",
-        help="print a JSON object per row (row, input_ids, labels), then the ledger",
-    )
+    flag("--json", action="store_true", help="print a JSON object per row (row, input_ids, labels), then the ledger")
     flag("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name"
-    )
+    model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
 
     flag = verb("generate", "answer prompts with a run or a model", model).add_argument
     flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
     flag("--system", help="a system message before each prompt")
     flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
     flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
-    flag(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        metavar="T",
-        help="0 (default): the most likely token",
-    )
+    flag("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the most likely token")
     flag(
         "--top-p",
         type=_top_p,
@@ -117,9 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    output.add_argument(
-        "--overwrite", action="store_true", help="replace an output of merge or export, once complete"
-    )
+    output.add_argument("--overwrite", action="store_true", help="replace an output of merge or export, once complete")
 
     flag = verb("merge", "merge a run's adapter into its base's weights", output).add_argument
     flag("folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter")
@@ -145,14 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "export", "write bf16, fp16, int8, nf4, GGUF or Ollama files and measure their loss", output
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
-    flag(
-        "--format",
-        choices=FORMATS,
-        metavar="FORMAT",
-        action="append",
-        default=[],
-        help=f"{FORMATS_HELP}; repeatable",
-    )
+    flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
     flag("--base", choices=("original", "dequantised"), help="as in merge")
     flag(
         "--gate",
@@ -183,11 +160,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--private", action="store_true", default=None, help="make the repository private if it is new")
     flag("--revision", metavar="BRANCH", help="the branch, which is made if it is missing")
     flag("--create-pr", action="store_true", help="open a pull request")
-    flag(
-        "--base-model",
-        metavar="OWNER/NAME",
-        help="the base's id on the Hub, if it was read from a local folder",
-    )
+    flag("--base-model", metavar="OWNER/NAME", help="the base's id on the Hub, if it was read from a local folder")
     return command
 
 

@@ -50,9 +50,7 @@ def run_checks() -> Iterator[CheckResult]:
         try:
             yield from check()
         except Exception as error:
-            yield CheckResult(
-                check.__name__.strip("_"), WRONG, f"{type(error).__name__}: {first_line(error)}"
-            )
+            yield CheckResult(check.__name__.strip("_"), WRONG, f"{type(error).__name__}: {first_line(error)}")
 
 
 def as_text(result: CheckResult) -> str:
@@ -104,9 +102,7 @@ def _extras() -> Iterator[CheckResult]:
             continue
         if missing := [wanted.name for wanted in _requirements(extra) if not _installed(wanted)[1]]:
             do = f"for it run pip install 'finetune[{extra}]'"
-            yield CheckResult(
-                f"[{extra}]", NOTE, f"{', '.join(missing)} not installed, or of another release", do
-            )
+            yield CheckResult(f"[{extra}]", NOTE, f"{', '.join(missing)} not installed, or of another release", do)
         else:
             yield CheckResult(f"[{extra}]", OK, "installed")
 

@@ -82,9 +82,7 @@ class InspectedData:
         if name is None:
             return islice(dataset, count)
         if self.streamed:
-            raise DataError(
-                f"--row {name}: streamed rows have no index; write --rows N, which shows the first N"
-            )
+            raise DataError(f"--row {name}: streamed rows have no index; write --rows N, which shows the first N")
         names = list(dataset["row"])
         end = re.compile(rf"(?<!\d){re.escape(name)}\]?$")
         found = {name} & set(names) or {there for there in names if end.search(there)}

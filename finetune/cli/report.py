@@ -114,13 +114,7 @@ def _sample(record: Any) -> Record:
     if not isinstance(record["step"], int):
         raise TypeError
     lang = "ja" if language("".join(text)) == "Japanese" else None
-    return {
-        "step": record["step"],
-        "prompt": text[0],
-        "answer": text[1],
-        "stopped": record["stopped"],
-        "lang": lang,
-    }
+    return {"step": record["step"], "prompt": text[0], "answer": text[1], "stopped": record["stopped"], "lang": lang}
 
 
 def _state(state: Any) -> Record:
@@ -153,9 +147,7 @@ def _progress(run: Path, records: list[Record], newest: str | None, state: Recor
         at = datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
         sentences.append(f"The last record was written at {at:%Y-%m-%d %H:%M} UTC.")
     if newest:
-        sentences.append(
-            f"training.resume_from_checkpoint=true resumes from {newest}, the newest complete checkpoint."
-        )
+        sentences.append(f"training.resume_from_checkpoint=true resumes from {newest}, the newest complete checkpoint.")
     else:
         sentences.append("It has no complete checkpoint.")
     return sentences
@@ -182,9 +174,7 @@ def _figures(records: list[Record]) -> list[tuple[str, str]]:
     if trained := points(records, "trained_tokens"):
         figures.append((f"{trained[-1][1]:,.0f}", "tokens trained on, repetitions included"))
     if speeds:
-        figures.append(
-            (number(statistics.median(value for _, value in speeds)), "tokens per second (median)")
-        )
+        figures.append((number(statistics.median(value for _, value in speeds)), "tokens per second (median)"))
     if shares := points(records, "mfu"):
         share = statistics.median(value for _, value in shares)
         figures.append((f"{share:.0%}", "model FLOPs utilisation (median)"))
@@ -240,10 +230,7 @@ def _samples(file: Path) -> Record | None:
 def _evaluation(report: Any) -> Record | None:
     if "answers" not in report:
         return None
-    return {
-        "intro": visible(intro(report)),
-        "tables": [(title, _visible(rows)) for title, rows in tables(report)],
-    }
+    return {"intro": visible(intro(report)), "tables": [(title, _visible(rows)) for title, rows in tables(report)]}
 
 
 def _merged(record: Any) -> TableRows:

@@ -161,8 +161,7 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
         if waiting:
             flush(writer)
     account = {
-        name: getattr(ledger, name)
-        for name in ("read", "lost_tokens", "mended", "dropped", "bad", "unread", "first")
+        name: getattr(ledger, name) for name in ("read", "lost_tokens", "mended", "dropped", "bad", "unread", "first")
     }
     (folder / "account.json").write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
 

@@ -125,10 +125,7 @@ class Chat:
     # Text
 
     def render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tools: Sequence[Tool] | None = None,
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
     ) -> str:
         """The conversation as the template writes it.
 
@@ -218,10 +215,7 @@ class Chat:
     # Conversations
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        train_on: str = "assistant",
-        tools: Sequence[Tool] | None = None,
+        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[Tool] | None = None
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
@@ -243,10 +237,7 @@ class Chat:
         return self.label(rendered, self._tokenize_one(rendered.text))
 
     def render_turns(
-        self,
-        messages: Sequence[Message],
-        train_on: str = "assistant",
-        tools: Sequence[Tool] | None = None,
+        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[Tool] | None = None
     ) -> RenderedChat:
         """The rendered conversation with its turns: the first half of `encode`, with the same arguments.
 
@@ -458,9 +449,7 @@ class Chat:
     # -----------------------------------------------------------------------------------------------------------
     # Checks
 
-    def _special_token_spans(
-        self, rendered: RenderedChat, ids: Ids, places: list[int]
-    ) -> list[tuple[int, int]]:
+    def _special_token_spans(self, rendered: RenderedChat, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
         """The (start, end) in characters of each special token, which stand at `places` of `ids`."""
         found = ids[places].tolist()
         distinct = set(found)
@@ -472,9 +461,7 @@ class Chat:
             raise LabelError("its special tokens are not those that its text spells out")
         return spans
 
-    def _check_no_special_tokens(
-        self, special_ids: Iterable[int], messages: Sequence[Message], text: str
-    ) -> None:
+    def _check_no_special_tokens(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
         """Refuses a row whose own text holds a special token, which the tokenizer would not read as text."""
         whole = "\0".join([text, *(part for message in messages for part in authored_texts(message))])
         for token in (self._special_tokens[i] for i in special_ids):

@@ -27,9 +27,7 @@ def matches_filter(source_filter: Row, row: Row) -> bool:
     """
     for column in source_filter:
         if column not in row:
-            raise LabelError(
-                f"filter: there is no column {column!r}", f"there are {', '.join(map(str, row))}"
-            )
+            raise LabelError(f"filter: there is no column {column!r}", f"there are {', '.join(map(str, row))}")
     for column, wanted in source_filter.items():
         held = row[column] if isinstance(row[column], list) else [row[column]]
         wanted = wanted if isinstance(wanted, list) else [wanted]

@@ -54,9 +54,7 @@ def _hub(source: DataSource) -> tuple[Any, str]:
 
 
 @functools.cache
-def _load_hub(
-    path: str, config: str | None, split: str, revision: str | None, stream: bool
-) -> tuple[Any, str]:
+def _load_hub(path: str, config: str | None, split: str, revision: str | None, stream: bool) -> tuple[Any, str]:
     import datasets
 
     try:

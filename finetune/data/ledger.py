@@ -134,10 +134,7 @@ class Ledger:
     def as_dict(self) -> Account:
         """The counts as `ledger.json` holds them."""
         languages = {
-            name: {
-                **counts,
-                "tokens_per_character": round(counts["tokens"] / max(1, counts["characters"]), 4),
-            }
+            name: {**counts, "tokens_per_character": round(counts["tokens"] / max(1, counts["characters"]), 4)}
             for name, counts in sorted(self.languages.items())
         }
         return {

@@ -222,9 +222,7 @@ def _chosen(key: str, value: object) -> bool:
     """True if a mask chooses its message."""
     strict = key in ("train", "training")
     if (strict and not isinstance(value, bool)) or value not in (0, 1):
-        raise LabelError(
-            f"a message's {key} is {value!r}", f"write {'true or false' if key in _FLAGS else '0 or 1'}"
-        )
+        raise LabelError(f"a message's {key} is {value!r}", f"write {'true or false' if key in _FLAGS else '0 or 1'}")
     return bool(value) is not (key == "masked")
 
 
@@ -238,14 +236,10 @@ def _is_parts(content: object, role: object) -> bool:
         return content.get("type") in _PARTS and len(content) > 1
     if not isinstance(content, list):
         return False
-    return role != "tool" or all(
-        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
-    )
+    return role != "tool" or all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
-def _read_parts(
-    parts: list[Any], role: object, unread: set[str]
-) -> tuple[list[Message], str | None, str, list[Row]]:
+def _read_parts(parts: list[Any], role: object, unread: set[str]) -> tuple[list[Message], str | None, str, list[Row]]:
     """A message's parts as the messages of tools that come before its text, its text, its reasoning and its calls.
 
     The text is None where the parts are results of tools alone.
@@ -266,9 +260,7 @@ def _read_parts(
             texts.append(_text_of(part, ("text", "value", "content"), "text"))
         elif kind in _REASONING_PARTS:
             if "".join(texts) or calls:
-                raise LabelError(
-                    "a message's reasoning stands behind its text", "write it in a message before"
-                )
+                raise LabelError("a message's reasoning stands behind its text", "write it in a message before")
             keys |= {"reasoning", "thinking", "reasoning_content"}
             reasoning.append(_text_of(part, tuple(sorted(keys - {"type"})), "reasoning"))
         elif kind in _CALL_PARTS:
@@ -360,14 +352,9 @@ def _tool_calls(calls: Any, unread: set[str]) -> list[Row]:
             detail = f"those of {function['name']} are {arguments!r:.60}"
             raise LabelError("a tool call's arguments are not a map", detail)
         check_json(arguments, "a tool call's arguments")
-        read = {"id", "call_id", "type", "name", *_ARGUMENTS} | (
-            {"function"} if function is not call else set()
-        )
+        read = {"id", "call_id", "type", "name", *_ARGUMENTS} | ({"function"} if function is not call else set())
         unread |= {
-            f"messages.tool_calls.{key}"
-            for each in (call, function)
-            for key in each.keys() - read
-            if holds(each[key])
+            f"messages.tool_calls.{key}" for each in (call, function) for key in each.keys() - read if holds(each[key])
         }
         if function is not call and any(holds(call.get(key)) for key in ("name", *_ARGUMENTS)):
             raise LabelError("a tool call has a name or arguments inside and outside `function`", "keep one")

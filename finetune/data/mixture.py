@@ -114,9 +114,7 @@ def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) ->
     return _evaluation(section, _cached(Preparation(section, chat, max_length), section.eval), {})[0]
 
 
-def _cached(
-    preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None
-) -> list[CachedSource]:
+def _cached(preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None) -> list[CachedSource]:
     """The prepared rows of `data.train` or `data.eval`."""
     train = preparation.section.train
     # Rows are drawn by the place of their source: two sources may be equal.
@@ -146,9 +144,7 @@ def _held_out(section: DataSection, rows: list[SourceRow]) -> dict[SourceRow, No
     texts = list(dict.fromkeys(cached.digests(row)[0] for cached, row in rows))
     count = max(1, round(len(texts) * section.eval_fraction))
     if count >= len(texts):
-        raise DataError(
-            f"data.eval_fraction: {section.eval_fraction} of {len(texts)} rows leaves none to train on"
-        )
+        raise DataError(f"data.eval_fraction: {section.eval_fraction} of {len(texts)} rows leaves none to train on")
     chosen = set(random.Random(section.seed).sample(texts, count))
     return {(cached, row): None for cached, row in rows if cached.digests(row)[0] in chosen}
 
@@ -161,11 +157,7 @@ def _evaluation(
     for cached in sources:
         cached.count_into(ledger)
     ledger.read += len(held_out)
-    drawn = [
-        (cached, row)
-        for cached in sources
-        for row in _drawn(section, cached, list(range(len(cached))), ledger)
-    ]
+    drawn = [(cached, row) for cached in sources for row in _drawn(section, cached, list(range(len(cached))), ledger)]
     rows = [*held_out, *drawn]
     origins = [origin for cached, row in rows for origin in cached.origins(row)]
     evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows), origins)
@@ -252,10 +244,7 @@ def _yielded(
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
     source, result = waiting.pop()
     ledger.keep_row(
-        source.path,
-        [result.ledger_values(piece) for piece in result.pieces],
-        result.pieces[0].cut,
-        result.lost,
+        source.path, [result.ledger_values(piece) for piece in result.pieces], result.pieces[0].cut, result.lost
     )
     for piece in result.pieces:
         yield {"row": result.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
@@ -290,6 +279,4 @@ def _kept(
 
 
 def _leak(row: str) -> DataError:
-    return DataError(
-        f"{row}: this row is also in the evaluation rows; take it out, or write data.deduplicate: true"
-    )
+    return DataError(f"{row}: this row is also in the evaluation rows; take it out, or write data.deduplicate: true")

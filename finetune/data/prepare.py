@@ -18,14 +18,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat import IGNORE, Chat, Encoded, Ids, RenderedChat
-from finetune.data.formats import (
-    FORMATS,
-    check_columns,
-    detect_format,
-    map_columns,
-    matches_filter,
-    unread_columns,
-)
+from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
 from finetune.data.json_rows import Row
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
@@ -44,9 +37,7 @@ LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "language")
 OPENING_REMOVED = "rows without an opening assistant message"
 CLOSING_REMOVED = "rows without what follows the last answer"
 TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
-ROW_PER_EXCHANGE = (
-    "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
-)
+ROW_PER_EXCHANGE = "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
 SAME_ROLE_MERGED = "rows with messages of one role merged"
 
 
@@ -184,9 +175,7 @@ def _render(
             raise LabelError("its prompt or completion is not text")
     else:
         if row.get("chat_template_kwargs"):
-            raise LabelError(
-                "it has chat_template_kwargs, variables of the chat template, which are not supported"
-            )
+            raise LabelError("it has chat_template_kwargs, variables of the chat template, which are not supported")
         converted = FORMATS[form](row)
         result.unread += converted.get("unread", [])
     if "messages" in converted:
@@ -202,8 +191,7 @@ def _render(
         return _render_messages(preparation, converted, train_on or "assistant", result)
     if train_on in ("assistant", "last_assistant"):
         raise DataError(
-            f"{source.path}: data.train_on: {train_on} needs chats, these rows have no turns; "
-            "write completion or all"
+            f"{source.path}: data.train_on: {train_on} needs chats, these rows have no turns; write completion or all"
         )
     result.language = language(converted["prompt"] + converted["completion"])
     encoded = chat.encode_text(converted["prompt"], converted["completion"], source.special_tokens)
@@ -212,9 +200,7 @@ def _render(
     return encoded
 
 
-def _render_messages(
-    preparation: Preparation, converted: Row, train_on: str, result: RowResult
-) -> list[RenderedChat]:
+def _render_messages(preparation: Preparation, converted: Row, train_on: str, result: RowResult) -> list[RenderedChat]:
     chat = preparation.chat
     if train_on != "all":
         for message in converted["messages"][: converted.get("prompt_messages", 0)]:
@@ -272,9 +258,7 @@ def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start, end in zip(users, [*users[1:], len(messages)], strict=True):
         part = [
-            message | {"train": i > start and message.get("train", True)}
-            if message["role"] == "assistant"
-            else message
+            message | {"train": i > start and message.get("train", True)} if message["role"] == "assistant" else message
             for i, message in enumerate(messages[:end])
         ]
         if any(message.get("train") for message in part):
@@ -297,11 +281,7 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, result
             before = merged[-1] if merged else {"role": None}
             mergeable = is_text_only(before) and is_text_only(message) and message["role"] != "tool"
             mergeable &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
-            if (
-                mergeable
-                and before["role"] == message["role"]
-                and before.get("train") == message.get("train")
-            ):
+            if mergeable and before["role"] == message["role"] and before.get("train") == message.get("train"):
                 merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
             else:
                 merged.append(message)
@@ -327,9 +307,7 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, result
     return [*messages[:first], *messages[asked:last]]
 
 
-def _labelled(
-    preparation: Preparation, chunk: list[_Rendered], tokenized: Future[list[Ids]]
-) -> Iterator[RowResult]:
+def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Future[list[Ids]]) -> Iterator[RowResult]:
     ids = iter(tokenized.result())
     for result, item in chunk:
         if item is None:
@@ -349,9 +327,7 @@ def _labelled(
         except LabelError as error:
             if preparation.section.on_bad_row == "error":
                 _check_template(preparation.chat, error)
-                raise DataError(
-                    f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip"
-                ) from error
+                raise DataError(f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip") from error
             result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
@@ -368,9 +344,7 @@ def _check_template(chat: Chat, error: LabelError) -> None:
             raise
 
 
-def _fit(
-    preparation: Preparation, item: RenderedChat | Encoded, encoded: Encoded, result: RowResult
-) -> list[Encoded]:
+def _fit(preparation: Preparation, item: RenderedChat | Encoded, encoded: Encoded, result: RowResult) -> list[Encoded]:
     """The row as rows of at most `max_length` tokens, by `data.on_overflow`."""
     chat, max_length = preparation.chat, preparation.max_length
     on_overflow, trained = preparation.section.on_overflow, encoded.trained_tokens

@@ -14,10 +14,7 @@ from finetune.data.turns import FENCE, Message, Tool
 from finetune.system.errors import LabelError
 
 QUESTION, ANSWER = "Hello there", "Good day"
-PLAIN: tuple[Message, ...] = (
-    {"role": "user", "content": QUESTION},
-    {"role": "assistant", "content": ANSWER},
-)
+PLAIN: tuple[Message, ...] = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
 _TOOL: Tool = {
     "type": "function",
     "function": {

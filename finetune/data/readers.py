@@ -183,9 +183,7 @@ def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    with reworded(
-        DataError, f"{name}: not a whole Parquet file", pyarrow.ArrowException, OSError, ValueError
-    ):
+    with reworded(DataError, f"{name}: not a whole Parquet file", pyarrow.ArrowException, OSError, ValueError):
         table = parquet.ParquetFile(file)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise DataError(f"{name}: two columns have one name: {', '.join(table.schema_arrow.names)}")

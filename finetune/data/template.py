@@ -79,9 +79,7 @@ def set_system_role(tokenizer: Any, system_role: str) -> None:
     if system_role == "template":
         return
     if tokenizer.chat_template is None:
-        raise TemplateError(
-            f"model.system_role: {system_role} needs a chat template; name one in model.chat_template"
-        )
+        raise TemplateError(f"model.system_role: {system_role} needs a chat template; name one in model.chat_template")
     several = isinstance(tokenizer.chat_template, dict)
     templates = tokenizer.chat_template if several else {"": tokenizer.chat_template}
     given = {name: _prelude(tokenizer, text, system_role) + text for name, text in templates.items()}

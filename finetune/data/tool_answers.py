@@ -27,9 +27,7 @@ def check_answer_rendered(answer: Any, text: str, message: int) -> None:
 def _parts(value: Any) -> Iterator[Any]:
     """Yields a value of JSON and all values in it, keys of maps too."""
     yield value
-    for part in (
-        [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
+    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _parts(part)
 
 

@@ -33,13 +33,7 @@ _MARKS = re.compile(f"{_MARK}[a-j]+z")
 
 
 def turn_end(
-    render: Render,
-    special: Special,
-    endings: Sequence[str],
-    messages: Sequence[Message],
-    i: int,
-    text: str,
-    start: int,
+    render: Render, special: Special, endings: Sequence[str], messages: Sequence[Message], i: int, text: str, start: int
 ) -> int:
     """The index of the character behind the end-of-turn token of turn `i`.
 
@@ -94,8 +88,7 @@ def turn_end(
         raise LabelError(reason, message=i)
     # An assistant message without text stays so: gpt-oss's template takes none beside reasoning and a call.
     empty = [
-        not isinstance(m["content"], str) or (m["role"] == "assistant" and not m["content"].strip())
-        for m in later
+        not isinstance(m["content"], str) or (m["role"] == "assistant" and not m["content"].strip()) for m in later
     ]
     fenced = [m if e else m | {"content": FENCE + m["content"]} for m, e in zip(later, empty, strict=True)]
     if fenced and FENCE in _split_behind_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
@@ -251,9 +244,7 @@ def _leaves_out_arguments(render: Render, before: Sequence[Message], message: Me
     maps = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or ()]
     if all(not arguments or next(_texts(arguments), None) is not None for arguments in maps):
         return False
-    shown = render(
-        [*before, with_arguments([message], lambda arguments: {FENCE: FENCE} if arguments else {})[0]]
-    )
+    shown = render([*before, with_arguments([message], lambda arguments: {FENCE: FENCE} if arguments else {})[0]])
     return FENCE not in shown
 
 
@@ -307,7 +298,6 @@ def _marked(message: Message, names: bool = True) -> tuple[Message, dict[str, st
         marked["tool_plan"] = mark(message["tool_plan"], "tool plan")
     if calls:
         marked["tool_calls"] = [
-            each | {"function": call(each["function"])} if "function" in each else call(each)
-            for each in calls
+            each | {"function": call(each["function"])} if "function" in each else call(each) for each in calls
         ]
     return marked, part_of_mark

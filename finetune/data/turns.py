@@ -192,9 +192,7 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
     prefix = render(messages[:i], add_generation_prompt=True)
     if text.startswith(prefix):
         return len(prefix)
-    reason = (
-        "what inference would feed before this turn is not what stands before it in the whole conversation"
-    )
+    reason = "what inference would feed before this turn is not what stands before it in the whole conversation"
     if i + 1 < len(messages):
         raise TurnRewrittenLater(reason, LAST_ONLY, i)
     raise LabelError(reason, message=i)
@@ -221,9 +219,7 @@ _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
 _CLOSED_THOUGHT = re.compile(rf"\s*({_TAG})\s*\w*\s*({_TAG})\s*")
 
 
-def after_closed_thought(
-    render: Render, messages: Sequence[Message], i: int, text: str
-) -> tuple[str, int] | None:
+def after_closed_thought(render: Render, messages: Sequence[Message], i: int, text: str) -> tuple[str, int] | None:
     """The prompt that inference feeds before turn `i`, and where the turn begins in `text`; else None.
 
     Some templates feed an empty thought that no finished turn has. The answer then follows that thought.
@@ -255,12 +251,5 @@ def _closing_tags(tag: str) -> set[str]:
     closing = {f"{tag[0]}/{tag[1:]}", f"{tag[:2]}/{tag[2:]}"}
     if tag.startswith("<|") and not tag.endswith("|>"):
         closing.add(f"<{tag[2:-1]}|>")
-    words = (
-        ("START", "END"),
-        ("start", "end"),
-        ("BEGIN", "END"),
-        ("begin", "end"),
-        ("bo", "eo"),
-        ("BO", "EO"),
-    )
+    words = (("START", "END"), ("start", "end"), ("BEGIN", "END"), ("begin", "end"), ("bo", "eo"), ("BO", "EO"))
     return closing | {tag.replace(first, last, 1) for first, last in words if first in tag}

@@ -101,19 +101,13 @@ def check_address(base_url: str, key: str) -> None:
             "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put "
             "a key into the environment variable OPENAI_API_KEY"
         )
-    if (
-        url.scheme not in ("http", "https")
-        or not url.host
-        or url.path.rstrip("/").endswith("/chat/completions")
-    ):
+    if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/chat/completions"):
         raise EvaluateError(
             f"evaluate.judge.base_url: {base_url!r} is not where an API begins; write what stands before "
             "/chat/completions, such as http://localhost:8000/v1"
         )
     if not all("!" <= character <= "~" for character in key):
-        raise EvaluateError(
-            "OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew"
-        )
+        raise EvaluateError("OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew")
 
 
 @dataclass
@@ -227,9 +221,7 @@ class Endpoint:
                 return None
             counts = body.get("usage") or {}
             tokens = _token_counts([counts.get("prompt_tokens"), counts.get("completion_tokens")])
-            return Reply(
-                self._without_key(content), choice.get("finish_reason") == "length", tokens, cached=False
-            )
+            return Reply(self._without_key(content), choice.get("finish_reason") == "length", tokens, cached=False)
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 

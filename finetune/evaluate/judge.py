@@ -274,9 +274,7 @@ def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: s
     mark = next(mark for mark in marks if mark not in texts)
     conversation = "\n".join(f"<{role} {mark}>\n{content}\n</{role} {mark}>" for role, content in turns)
     # One substitution for all values: a placeholder inside a text stays text.
-    return string.Template(rubric).substitute(
-        mark=mark, conversation=conversation, first=first, second=second
-    )
+    return string.Template(rubric).substitute(mark=mark, conversation=conversation, first=first, second=second)
 
 
 def grade_in(reply: str) -> str | None:

@@ -47,9 +47,7 @@ def find_tasks(tasks: Sequence[str]) -> Tasks:
     with quiet():
         manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
         if missing := [name for name in names if not manager.match_tasks([name])]:
-            raise EvaluateError(
-                f"evaluate.lm_eval.tasks: there is no task {missing[0]}; `lm-eval ls tasks` lists them"
-            )
+            raise EvaluateError(f"evaluate.lm_eval.tasks: there is no task {missing[0]}; `lm-eval ls tasks` lists them")
     return Tasks(manager, names)
 
 

@@ -75,9 +75,7 @@ class Score:
         return _exp(self.loss)
 
 
-def score(
-    model: Any, rows: Sequence[LabelledRow], reference: Path | None = None, keep: Path | None = None
-) -> Score:
+def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None, keep: Path | None = None) -> Score:
     """A model's loss on rows, computed one row at a time, and its distance from a reference.
 
     Args:
@@ -140,10 +138,7 @@ def _kl(expected_NV: torch.Tensor, found_NV: torch.Tensor) -> torch.Tensor:
 
 
 def score_groups(
-    model: Any,
-    groups: Mapping[str, Sequence[LabelledRow]],
-    reference: Path | None = None,
-    keep: Path | None = None,
+    model: Any, groups: Mapping[str, Sequence[LabelledRow]], reference: Path | None = None, keep: Path | None = None
 ) -> dict[str, dict[str, Any]]:
     """The fields of a model's `Score`, and its perplexity, on each of several groups of rows.
 
@@ -156,9 +151,7 @@ def score_groups(
     """
     scores = {}
     for name, rows in groups.items():
-        before, after = (
-            path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep)
-        )
+        before, after = (path and path.with_name(f"{path.stem}-{name}{path.suffix}") for path in (reference, keep))
         existing = before if before and before.exists() else None
         result = score(model, rows, existing, after)
         scores[name] = {"perplexity": result.perplexity, **asdict(result)}

@@ -164,9 +164,7 @@ def read_reference(path: str) -> dict[str, list[str]]:
         name = _row_id(row, place)
         answers = row.get("answers") or [row.get("answer")]
         if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
-            raise EvaluateError(
-                f"{fault}it has no answer; write answer (text), or answers (a list, one a turn)"
-            )
+            raise EvaluateError(f"{fault}it has no answer; write answer (text), or answers (a list, one a turn)")
         if name in found:
             raise EvaluateError(f"{fault}{name} is answered above already; remove one")
         found[name] = answers

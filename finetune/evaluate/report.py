@@ -133,11 +133,7 @@ def as_markdown(report: EvaluationReport) -> str:
 def as_html(report: EvaluationReport) -> str:
     """The report as one HTML page without other files: its tables and all answers side by side."""
     return render(
-        "evaluate/answers.html.jinja",
-        report=report,
-        intro=intro(report),
-        tables=tables(report),
-        describe=_describe,
+        "evaluate/answers.html.jinja", report=report, intro=intro(report), tables=tables(report), describe=_describe
     )
 
 
@@ -159,18 +155,14 @@ def intro(report: EvaluationReport) -> str:
     text = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} prompts from {report['prompts']}"
     text += f"; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
     if not report["same_tokens"]:
-        text += (
-            " The models split the rows into different tokens, so perplexity and accuracy cannot be compared."
-        )
+        text += " The models split the rows into different tokens, so perplexity and accuracy cannot be compared."
     return text
 
 
 def _loss_rows(models: list[ModelReport]) -> list[list[str]]:
     """Tokens, perplexity and accuracy of each group of rows, three columns a model."""
     rows = [["rows", *(head for m in models for head in (f"{m['name']}: tokens", "perplexity", "accuracy"))]]
-    groups = dict.fromkeys(
-        (kind, name) for m in models for kind, parts in m["loss"].items() for name in parts
-    )
+    groups = dict.fromkeys((kind, name) for m in models for kind, parts in m["loss"].items() for name in parts)
     # One source, or one language, is all rows again.
     single = {kind for kind in ("source", "language") if sum(k == kind for k, _ in groups) < 2}
     for kind, name in groups:
@@ -232,9 +224,7 @@ def _judge_rows(judge: JudgeReport | None) -> list[list[str]]:
 def _task_rows(models: list[ModelReport]) -> list[list[str]]:
     rows = [["task", *(m["name"] for m in models)]]
     names = dict.fromkeys(name for m in models for name in m["tasks"])
-    return rows + [
-        [name, *(f"{m['tasks'][name]:.4g}" if name in m["tasks"] else "" for m in models)] for name in names
-    ]
+    return rows + [[name, *(f"{m['tasks'][name]:.4g}" if name in m["tasks"] else "" for m in models)] for name in names]
 
 
 def _describe(answer: ModelAnswer) -> str:
@@ -256,8 +246,6 @@ def _escaped(line: str) -> str:
     """A line that Markdown shows as it is: no emphasis, tag, character reference, list, heading or code."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)
     # What would begin a list or underline a heading. The backslash goes behind the number of a list, not before it.
-    escaped = re.sub(
-        r"^(\s*)(?:([-+=])|(\d+)(?=[.)]))", lambda m: f"{m[1]}{m[3] or ''}\\{m[2] or ''}", escaped
-    )
+    escaped = re.sub(r"^(\s*)(?:([-+=])|(\d+)(?=[.)]))", lambda m: f"{m[1]}{m[3] or ''}\\{m[2] or ''}", escaped)
     # Four spaces would begin a block of code.
     return re.sub(r"^\s+", lambda spaces: "\u00a0" * len(spaces[0].expandtabs(4)), escaped)

@@ -112,9 +112,7 @@ def evaluate(
     """
     file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
     if file is None:
-        raise EvaluateError(
-            f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts"
-        )
+        raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
     loaded = load_recipe(file)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
     subjects = [_subject(model, loaded)]
@@ -123,9 +121,7 @@ def evaluate(
     # Faults of the judge and of the tasks show before a model has answered for hours.
     settings = section.judge
     if settings and not (settings.reference or compare):
-        raise EvaluateError(
-            "evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference"
-        )
+        raise EvaluateError("evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference")
     judge = _judge(settings) if settings else None
     evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say))
     prompts, source = evaluation.prompts(subjects[-1])
@@ -273,8 +269,7 @@ def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int 
         "limit": limit,
         "same_tokens": all(result.rows == results[0].rows for result in results),
         "models": [
-            {"name": r.name, "loss": _loss_groups(r.loss), "answers": _summary(r), "tasks": r.tasks}
-            for r in results
+            {"name": r.name, "loss": _loss_groups(r.loss), "answers": _summary(r), "tasks": r.tasks} for r in results
         ],
         "answers": [_answer_report(results, i) for i in range(len(results[0].answers))],
     }
@@ -287,12 +282,7 @@ def _answer_report(results: list[ModelResult], i: int) -> AnswerReport:
         "prompt": answers[0][0].prompt,
         "asked": list(answers[0][0].messages),
         "models": [
-            {
-                "text": a.text,
-                "tokens": a.tokens,
-                "stopped": a.stopped,
-                "language": cast(LanguageReport, language),
-            }
+            {"text": a.text, "tokens": a.tokens, "stopped": a.stopped, "language": cast(LanguageReport, language)}
             for a, language in answers
         ],
     }

@@ -14,9 +14,7 @@ from finetune.system.numbers import file_size, markdown_table
 
 # Written as calls because a key is no Python name.
 Activations = TypedDict("Activations", {"largest": float, "in": str | None, "overflow": str | None})
-TokenDifference = TypedDict(
-    "TokenDifference", {"text": str, "at": int, "trained": list[int], "llama.cpp": list[int]}
-)
+TokenDifference = TypedDict("TokenDifference", {"text": str, "at": int, "trained": list[int], "llama.cpp": list[int]})
 
 
 class ScoreFigures(TypedDict, total=False):
@@ -134,18 +132,8 @@ def _folder_cells(model: ModelFigures) -> Sequence[str]:
 def _gguf_table(files: list[ModelFigures]) -> list[str]:
     """GGUF files as llama.cpp has measured them, by language; one that was not kept is in parentheses."""
     languages = sorted({name for file in files for name in file.get("groups", {})})
-    header = (
-        "GGUF",
-        "size",
-        "perplexity",
-        "KL mean",
-        "KL 99%",
-        "top-1",
-        *(f"KL {name}" for name in languages),
-    )
-    rows: list[tuple[str, ...]] = [
-        (*header, "they stop", "token ids", "prompts", "tokens/s, prompt", "answer")
-    ]
+    header = ("GGUF", "size", "perplexity", "KL mean", "KL 99%", "top-1", *(f"KL {name}" for name in languages))
+    rows: list[tuple[str, ...]] = [(*header, "they stop", "token ids", "prompts", "tokens/s, prompt", "answer")]
     for file in files:
         name = file["name"].removeprefix("gguf:")
         name = name if file["kept"] else f"({name})"

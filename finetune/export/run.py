@@ -25,13 +25,7 @@ from finetune.hub.card import export_card
 from finetune.merge.run import merge
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
-from finetune.model.provenance import (
-    adapter_base_sections,
-    base_reference,
-    environment_of,
-    is_adapter,
-    merged_run,
-)
+from finetune.model.provenance import adapter_base_sections, base_reference, environment_of, is_adapter, merged_run
 from finetune.recipe.export_formats import FORMATS_HELP, gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
@@ -303,9 +297,7 @@ def _notes(models: Sequence[ModelFigures], source: str) -> list[str]:
         "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
         "Token ids: of ten conversations."
     ]
-    merges = [
-        model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None
-    ]
+    merges = [model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None]
     if len(merges) == 2:
         near, far = sorted(merges, key=lambda model: model["kl"] or 0.0)
         low, high = sorted(merges, key=lambda model: model["perplexity"])

@@ -221,9 +221,7 @@ def _usage(
     # vLLM serves no adapters that change more than the layers they are attached to.
     more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
     in_vllm = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
-    prompt, system = _example_prompt(
-        next((p for p in places if (p / "chat_template.jinja").is_file()), places[0])
-    )
+    prompt, system = _example_prompt(next((p for p in places if (p / "chat_template.jinja").is_file()), places[0]))
     bits = training["quantization"]
     # bitsandbytes computes in float32 by default. Float16 is not shown: outside this toolkit a Gemma overflows in it.
     if bits and bits.get("load_in_4bit") and training["environment"].get("dtype") == "bfloat16":
@@ -267,17 +265,12 @@ def _example_prompt(folder: Path) -> tuple[str | None, bool]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     config = read_json(folder / "tokenizer_config.json")
-    tokens = {
-        key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)
-    }
+    tokens = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
     question = {"role": "user", "content": "(question)"}
     for messages in ([{"role": "system", "content": "(system)"}, question], [question]):
         try:
             rendered, _ = render_jinja_template(
-                [messages],
-                chat_template=file.read_text(encoding="utf-8"),
-                add_generation_prompt=True,
-                **tokens,
+                [messages], chat_template=file.read_text(encoding="utf-8"), add_generation_prompt=True, **tokens
             )
         except (TemplateError, ValueError):
             continue

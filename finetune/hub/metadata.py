@@ -98,9 +98,7 @@ def evaluation_metadata(
     return data | ({"language": languages} if languages else {})
 
 
-def result_metadata(
-    name: str, recipe: Sections, figures: list[tuple[str, str, float]], rows: str
-) -> Metadata:
+def result_metadata(name: str, recipe: Sections, figures: list[tuple[str, str, float]], rows: str) -> Metadata:
     """Results, which the Hub shows beside the card.
 
     Args:

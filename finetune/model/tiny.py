@@ -28,9 +28,7 @@ def make_random(architecture: str, into: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-    tokenizer.chat_template = load_template(
-        "chatml" if architecture == "llama" else architecture.replace("2", "")
-    )
+    tokenizer.chat_template = load_template("chatml" if architecture == "llama" else architecture.replace("2", ""))
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,

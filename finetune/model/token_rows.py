@@ -67,9 +67,7 @@ def lighten_trainable_tokens(model: Any) -> None:
             module.forward_adapters = MethodType(_token_rows_forward, module)
 
 
-def _token_rows_forward(
-    layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
-) -> Any:
+def _token_rows_forward(layer: Any, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
     """In place of `TrainableTokensLayer.forward_adapters`.
 
     Args:

@@ -39,9 +39,7 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
     choice = (recipe.model.dtype, recipe.model.attn_implementation)
     if line := compatibility.describe_choices(choice, precision.asked, model, devices.device_of()):
         say(line)
-    adapter = (
-        Path(recipe.model.adapter).expanduser() if recipe.lora is not None and recipe.model.adapter else None
-    )
+    adapter = Path(recipe.model.adapter).expanduser() if recipe.lora is not None and recipe.model.adapter else None
     unlearned: list[int] = []
     if adapter is not None:
         trained_on = provenance.environment_of(adapter).get("base_fingerprint")
@@ -50,9 +48,7 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
     elif chat and recipe.lora is not None and recipe.lora.get("trainable_token_indices") == "auto":
         # Sharded loading gives the other ranks empty weights.
         first = distributed.rank() == 0
-        unlearned = distributed.broadcast_from_first(
-            unlearned_tokens(model, chat.turn_token_ids) if first else []
-        )
+        unlearned = distributed.broadcast_from_first(unlearned_tokens(model, chat.turn_token_ids) if first else [])
         if unlearned:
             names = ", ".join(chat.tokenizer.convert_ids_to_tokens(unlearned))
             say(f"turn tokens that the base never learned, their embedding rows are trained too: {names}")
@@ -67,18 +63,12 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
     else:
         quantised = "" if recipe.quantization is None else " on a quantised base"
         trained, total = model.get_nb_trainable_parameters()
-        say(
-            f"model: {base.name}, LoRA{quantised}: {trained:,} of {total:,} parameters are trained{frozen_note}"
-        )
+        say(f"model: {base.name}, LoRA{quantised}: {trained:,} of {total:,} parameters are trained{frozen_note}")
     return model
 
 
 def trainable_model(
-    recipe: Recipe,
-    model: Any,
-    precision: Precision,
-    unlearned: Sequence[int] = (),
-    adapter: Path | None = None,
+    recipe: Recipe, model: Any, precision: Precision, unlearned: Sequence[int] = (), adapter: Path | None = None
 ) -> Any:
     """The base model made ready for training: what is frozen, the adapter, and the type of each parameter.
 
@@ -115,9 +105,7 @@ def trainable_model(
         options = dict(recipe.lora)
         options["exclude_modules"] = compatibility.exclude_modules(frozen, options.get("exclude_modules"))
         if options.get("trainable_token_indices") == "auto":
-            options["trainable_token_indices"] = (
-                trainable_token_indices(model, list(unlearned)) if unlearned else None
-            )
+            options["trainable_token_indices"] = trainable_token_indices(model, list(unlearned)) if unlearned else None
         with reworded(ModelError, "lora", ValueError):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     lighten_trainable_tokens(model)

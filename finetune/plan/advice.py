@@ -24,9 +24,7 @@ _LORA_OVERRIDES = ["lora.r=16", "lora.lora_alpha=16"]
 _Change = tuple[list[str], Callable[[StepSettings], StepSettings]]
 
 
-def changes_that_fit(
-    predictor: Predictor, settings: StepSettings, hardware: Hardware
-) -> list[tuple[str, int]]:
+def changes_that_fit(predictor: Predictor, settings: StepSettings, hardware: Hardware) -> list[tuple[str, int]]:
     """Up to three changes, each of which makes a recipe fit, with the bytes that each GPU needs then.
 
     Those that change the trained model least come first.
@@ -41,9 +39,7 @@ def changes_that_fit(
     return list(fitting.items())
 
 
-def _changes(
-    predictor: Predictor, settings: StepSettings, hardware: Hardware
-) -> Iterator[tuple[str, StepSettings]]:
+def _changes(predictor: Predictor, settings: StepSettings, hardware: Hardware) -> Iterator[tuple[str, StepSettings]]:
     """Changes to try, with the changed settings: single ones, combined ones, shorter rows, more GPUs."""
     changes = list(_single_changes(predictor, settings, hardware))
     if not settings.checkpointing:

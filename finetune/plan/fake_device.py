@@ -70,9 +70,7 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
             return torch._softmax(x, dim, True)
         return cpu_softmax(x, dim, _stacklevel, dtype)
 
-    def matmul(
-        a: Any, b: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None
-    ) -> Any:
+    def matmul(a: Any, b: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
         if threshold > 0:
             state.threshold = threshold
         return bnb.MatMul8bitLt.apply(a, b, out, bias, state)

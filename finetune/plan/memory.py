@@ -200,9 +200,7 @@ def _gemm_4bit(*args: Any, **kwargs: Any) -> Any:
     return _gemm_4bit_default_impl(*args, **kwargs)
 
 
-def _int8_quant(
-    tensor: torch.Tensor, threshold: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _int8_quant(tensor: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantises without outliers, whose number depends on values."""
     rows = tensor.numel() // tensor.shape[-1]
     outliers = tensor.new_empty(0, dtype=torch.int64) if threshold else None
@@ -210,9 +208,7 @@ def _int8_quant(
     return packed, tensor.new_empty(rows, dtype=torch.float32), outliers
 
 
-def _int8_mixed(
-    a: torch.Tensor, ca: Any, cb: Any, sca: Any, scb: Any, outliers: Any = None, bias: Any = None
-) -> Any:
+def _int8_mixed(a: torch.Tensor, ca: Any, cb: Any, sca: Any, scb: Any, outliers: Any = None, bias: Any = None) -> Any:
     """Multiplies without outliers, as `_int8_quant`."""
     product = torch.ops.bitsandbytes.int8_scaled_mm.default(ca, cb, sca, scb, bias=bias, dtype=a.dtype)
     return product, a.new_empty(0)

@@ -110,9 +110,7 @@ class Predictor:
         if model.mixed_precision == "bf16" and settings.recipe.lora is None and not replicated:
             # FSDP gathers float32 weights in bfloat16, where one GPU makes bfloat16 copies of them. So these parts are
             # those of a bfloat16 model. (There is no such model for float16, for which the copies stay counted.)
-            in_bf16 = replace(
-                settings.recipe, model=settings.recipe.model.model_copy(update={"dtype": "bfloat16"})
-            )
+            in_bf16 = replace(settings.recipe, model=settings.recipe.model.model_copy(update={"dtype": "bfloat16"}))
             parts |= {
                 name: size
                 for name, size in self.step(replace(settings, recipe=in_bf16)).parts.items()
@@ -149,9 +147,7 @@ class Predictor:
     def _model(self, recipe: Recipe, depth: int) -> FakeModel:
         key = (recipe.to_yaml(), depth)
         if key not in self._models:
-            self._models[key] = FakeModel(
-                recipe, _with_layers(self.config, depth), self.hardware, self.arguments
-            )
+            self._models[key] = FakeModel(recipe, _with_layers(self.config, depth), self.hardware, self.arguments)
         return self._models[key]
 
     def _run(self, settings: StepSettings, depth: int) -> StepCost:

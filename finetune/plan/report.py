@@ -55,11 +55,7 @@ def as_text(plan: MemoryPlan) -> list[str]:
     assert fit.required is not None
     kind = "full fine-tuning" if recipe.lora is None else "LoRA"
     kind += "" if recipe.quantization is None else " on a quantised base"
-    source = (
-        "its longest rows"
-        if plan.rows is not None
-        else "training.max_length; the rows are not on this machine"
-    )
+    source = "its longest rows" if plan.rows is not None else "training.max_length; the rows are not on this machine"
     lines = [
         f"{recipe.model.name_or_path}: {kind}, {settings.optim}, "
         f"{'with' if settings.checkpointing else 'without'} gradient checkpointing",
@@ -111,9 +107,7 @@ def _strategy(fit: HardwareFit) -> str:
         return f"{fit.strategy}: no, {fit.unsupported}"
     verdict = "fits" if fit.memory_suffices else "does not fit"
     changed = f" with {' '.join(fit.overrides)}" if fit.overrides else ""
-    return (
-        f"{fit.strategy}: {memory(fit.required.total)} on each GPU, {verdict}{changed} (partly by a formula)"
-    )
+    return f"{fit.strategy}: {memory(fit.required.total)} on each GPU, {verdict}{changed} (partly by a formula)"
 
 
 def _batch(rows: int) -> str:

@@ -230,9 +230,7 @@ class FakeModel:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(
-        self, batch: Batch, tracker: MemoryTracker, trained: list[torch.nn.Parameter]
-    ) -> None:
+    def _forward_backward(self, batch: Batch, tracker: MemoryTracker, trained: list[torch.nn.Parameter]) -> None:
         """Runs the forward and backward pass of a batch."""
         # Whether each row is one sequence, so that no mask is made, depends on values, which fake tensors lack.
         one_sequence: Patches = []
@@ -257,10 +255,7 @@ class FakeModel:
 
 @contextmanager
 def _tracked_parts(
-    decoder: torch.nn.Module,
-    first_layer: torch.nn.Module,
-    trained: list[torch.nn.Parameter],
-    tracker: MemoryTracker,
+    decoder: torch.nn.Module, first_layer: torch.nn.Module, trained: list[torch.nn.Parameter], tracker: MemoryTracker
 ) -> Iterator[None]:
     """Sets the tracker's part and phase by hooks while the model runs."""
     outer_parts: list[str] = []

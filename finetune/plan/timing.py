@@ -43,8 +43,7 @@ def measure(path: str, overrides: Sequence[str], say: Say) -> list[float]:
         run = train(load_recipe(path, [*overrides, *own]), say)
         records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
     seconds = [
-        (after["num_tokens"] - before["num_tokens"]) / after["tokens_per_second"]
-        for before, after in pairwise(records)
+        (after["num_tokens"] - before["num_tokens"]) / after["tokens_per_second"] for before, after in pairwise(records)
     ]
     if not seconds:
         raise PlanError("--measure: the recipe has too few rows for a step that can be timed; leave it out")

@@ -38,9 +38,7 @@ def check_model(tree: RecipeTree, model: Section) -> None:
     shipped = sorted(path.stem for path in _CHAT_TEMPLATES.glob("*.jinja"))
     if template not in shipped:
         problem = f"is {tree.shown('model.chat_template')}, and there is no such template"
-        tree.fault(
-            "model.chat_template", f"{problem}; write {', '.join(shipped)} or the path of a .jinja file"
-        )
+        tree.fault("model.chat_template", f"{problem}; write {', '.join(shipped)} or the path of a .jinja file")
 
 
 def _model_problem(name: str) -> str:
@@ -158,12 +156,7 @@ def check_hub(tree: RecipeTree, hub: Section, model: Section) -> None:
         return
     if is_hub_id(hub.get("base_model") or "") and not is_local_base(base):
         tree.fault("hub.base_model", f"is given, but {base} is on the Hub itself; remove it")
-    if (
-        hub.get("repo_id")
-        and not hub.get("base_model")
-        and is_local_base(base)
-        and base not in PACKAGED_BASES
-    ):
+    if hub.get("repo_id") and not hub.get("base_model") and is_local_base(base) and base not in PACKAGED_BASES:
         message = f"is given, but {base} is only on this machine; add base_model: its id on the Hub"
         tree.fault("hub.repo_id", message)
 
@@ -238,9 +231,7 @@ def _check_evaluation(tree: RecipeTree, data: Section, training: Section) -> Non
     for name, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
         key = f"training.{name}"
         if not evaluated and training.get(name, off) != off:
-            message = (
-                f"is {tree.shown(key)}, with nothing to evaluate on; add data.eval or data.eval_fraction"
-            )
+            message = f"is {tree.shown(key)}, with nothing to evaluate on; add data.eval or data.eval_fraction"
             tree.fault(key, message)
 
     def rows(source: Section) -> Section:

@@ -61,25 +61,17 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
         cure = "restore the file that the run wrote, or train anew in another training.output_dir"
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
 
-    changes = {
-        key: values for name in old if name in new for key, *values in _changed(old[name], new[name], name)
-    }
+    changes = {key: values for name in old if name in new for key, *values in _changed(old[name], new[name], name)}
     stateful = any(side["training"]["lr_scheduler_type"] in _STATEFUL_SCHEDULES for side in (old, new))
     refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, stateful)}
     faults = _structural_faults(old, new, processes)
     # A refused key of these sections explains why the rows differ; otherwise the files themselves have changed.
-    other_files = not same_rows and not any(
-        key.startswith(("model.", "data.", "training.")) for key in refused
-    )
+    other_files = not same_rows and not any(key.startswith(("model.", "data.", "training.")) for key in refused)
     if other_files:
         # Evaluation rows are taken out of the training rows, so they may be the reason, too.
         refused |= {key for key in changes if key.startswith("data.eval")}
     faults = [
-        *(
-            f"{key} was {_shown(was)} and is {_shown(now)}"
-            for key, (was, now) in changes.items()
-            if key in refused
-        ),
+        *(f"{key} was {_shown(was)} and is {_shown(now)}" for key, (was, now) in changes.items() if key in refused),
         *faults,
     ]
     cures = ["write the old values"] if faults else []
@@ -106,8 +98,7 @@ def _structural_faults(old: Sections, new: Sections, processes: tuple[int, int])
             was, now = ("given", "absent") if section in old else ("absent", "given")
             faults.append(f"{section} was {was} and is {now}")
     before, after = (
-        [*(side["training"][name] for name in _BATCH), count]
-        for side, count in zip((old, new), processes, strict=True)
+        [*(side["training"][name] for name in _BATCH), count] for side, count in zip((old, new), processes, strict=True)
     )
     if math.prod(before) != math.prod(after):
         step = f"{' x '.join(map(str, before))} = {math.prod(before)} rows and is {math.prod(after)}"
@@ -178,9 +169,7 @@ def _sections(text: str) -> Sections:
     training = sections["training"]
     accelerator = training["accelerator_config"] or {}
     if isinstance(accelerator, dict):  # not the path of a file
-        training["accelerator_config"] = _filled(
-            "training.accelerator_config", accelerator, AcceleratorConfig
-        )
+        training["accelerator_config"] = _filled("training.accelerator_config", accelerator, AcceleratorConfig)
     if not all(isinstance(training[name], int) for name in _BATCH):
         raise ValueError(f"training.{' or training.'.join(_BATCH)} is not a number")
     if "quantization" in sections and "bnb_4bit_compute_dtype" not in tree["quantization"]:

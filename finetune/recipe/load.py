@@ -9,14 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from finetune.recipe.checks import (
-    adapter_lora,
-    check_evaluate,
-    check_hub,
-    check_model,
-    check_rules,
-    check_source,
-)
+from finetune.recipe.checks import adapter_lora, check_evaluate, check_hub, check_model, check_rules, check_source
 from finetune.recipe.schema import (
     DEFAULT_MAX_LENGTH,
     DataSection,
@@ -30,24 +23,8 @@ from finetune.recipe.schema import (
     ModelSection,
     PricesSection,
 )
-from finetune.recipe.upstream import (
-    Keys,
-    XlaFsdp,
-    check_quantization,
-    check_section,
-    unknown_key,
-    upstream_keys,
-)
-from finetune.recipe.yaml_tree import (
-    Node,
-    RecipeTree,
-    Section,
-    Sections,
-    override,
-    quoted,
-    read_file,
-    scalar_text,
-)
+from finetune.recipe.upstream import Keys, XlaFsdp, check_quantization, check_section, unknown_key, upstream_keys
+from finetune.recipe.yaml_tree import Node, RecipeTree, Section, Sections, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 
 # The sections that are not an upstream configuration.
@@ -124,9 +101,7 @@ class Recipe:
 @functools.cache
 def _known_keys() -> Keys:
     """The keys of every section; computed at the first call, because it imports trl and peft."""
-    own: Section = {
-        name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()
-    }
+    own: Section = {name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()}
     sections = own | upstream_keys()
     inner: dict[str, type[BaseModel]] = {
         "source": DataSource,

@@ -117,9 +117,7 @@ class ExportSection(BaseModel):
     """Quantises GGUF files with an importance matrix; auto: both ways, and the better file is kept."""
     imatrix_data: ImatrixDataSection | None = None
     """The text that the matrix is computed from; absent: the run's training rows."""
-    gate: dict[
-        Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]
-    ] = {}
+    gate: dict[Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]] = {}
     """Limits that each format must meet."""
 
 

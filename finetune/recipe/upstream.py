@@ -44,15 +44,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "test_size val_size validation_split": "write eval_fraction",
         "train_on_inputs": "write train_on: all, or assistant",
     },
-    "source": {
-        "file dataset data_files": "write path",
-        "name subset": "write config",
-        "type": "write format",
-    },
-    "export": {
-        "format types": "write formats",
-        "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}",
-    },
+    "source": {"file dataset data_files": "write path", "name subset": "write config", "type": "write format"},
+    "export": {"format types": "write formats", "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}"},
     "evaluate": {
         "questions prompt_file": "write prompts",
         "max_tokens max_length": "write max_new_tokens",
@@ -232,12 +225,7 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
         value = child.plain()
         kinds = (hints[name], *typing.get_args(hints[name]))
         # Most YAML readers take 2e-4 for text, so recipes quote it.
-        if (
-            isinstance(value, str)
-            and float in kinds
-            and str not in kinds
-            and re.fullmatch(NUMBER_PATTERN, value)
-        ):
+        if isinstance(value, str) and float in kinds and str not in kinds and re.fullmatch(NUMBER_PATTERN, value):
             value = float(value)
         try:
             # As JSON, whose types are YAML's: enums are text, tuples are lists.

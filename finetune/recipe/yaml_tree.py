@@ -232,9 +232,7 @@ def _merged(base: Node, node: Node) -> Node:
     if not (isinstance(base.value, dict) and isinstance(node.value, dict)):
         return node
     under = base.value
-    over = {
-        name: _merged(under[name], child) if name in under else child for name, child in node.value.items()
-    }
+    over = {name: _merged(under[name], child) if name in under else child for name, child in node.value.items()}
     return Node(under | over, node.origin)
 
 
@@ -324,9 +322,7 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
         tree.faults.append((origin, f"{key}: a secret is written out; {instead}"))
         template = "(secret)"
-    elif variables and (
-        named or SECRET_PATTERN.search(text) or any(map(SECRET_NAME_PATTERN.search, variables))
-    ):
+    elif variables and (named or SECRET_PATTERN.search(text) or any(map(SECRET_NAME_PATTERN.search, variables))):
         template = node.value
     else:
         return Node(value, origin)

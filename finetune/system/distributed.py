@@ -202,9 +202,7 @@ def _print(lines: Sequence[str]) -> None:
 def is_lost_rank(error: BaseException) -> bool:
     """True for an error that only says that another rank has ended."""
     text = str(error)
-    return (
-        world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _LOST_MESSAGES)
-    )
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _LOST_MESSAGES)
 
 
 # Of gloo and NCCL.

@@ -135,9 +135,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     write_whole(Path(answer_file), text)
 
 
-def _start(
-    names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None
-) -> subprocess.Popen[str]:
+def _start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> subprocess.Popen[str]:
     """The process that runs `answer(*names)`; tests replace this function to fork one that has done the imports."""
     code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
     command = [sys.executable, "-W", "ignore", "-c", code, *names]

@@ -21,9 +21,7 @@ def duration(seconds: float) -> str:
     """An estimate of a time: `0.35 s`, `42 s`, `3.5 min`, `12 h`, `1.5 days`."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    unit, name = next(
-        (u, n) for u, n in ((60, "min"), (3600, "h"), (86400, "days")) if seconds < 120 * u or u == 86400
-    )
+    unit, name = next((u, n) for u, n in ((60, "min"), (3600, "h"), (86400, "days")) if seconds < 120 * u or u == 86400)
     return f"{seconds / unit:.1f} {name}" if seconds < 10 * unit else f"{seconds / unit:,.0f} {name}"
 
 

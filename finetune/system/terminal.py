@@ -56,14 +56,7 @@ def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterato
         shown: False hides it.
         unit: "bytes" shows sizes and speed.
     """
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = interactive_console() if shown and total else None
     if console is None:
@@ -71,9 +64,7 @@ def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterato
         return
     done = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     title_column = TextColumn("{task.description}", markup=False)
-    with Progress(
-        title_column, BarColumn(), done, TimeRemainingColumn(), console=console, transient=True
-    ) as progress:
+    with Progress(title_column, BarColumn(), done, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)
 

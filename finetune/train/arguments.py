@@ -65,13 +65,9 @@ def _check_fsdp(recipe: Recipe, precision: Precision) -> None:
             "layer; write false, and training.gradient_checkpointing: true in the recipe"
         )
     if optim.startswith(("adafactor", "lion", "ademamix", "paged")) or "8bit" in optim or "bnb" in optim:
-        raise RunError(
-            f"training.optim: is {optim}, which cannot step on sharded weights; write adamw_torch_fused"
-        )
+        raise RunError(f"training.optim: is {optim}, which cannot step on sharded weights; write adamw_torch_fused")
     if training.get("save_only_model"):
-        raise RunError(
-            "training.save_only_model: is true, but a sharded run always saves its full state; remove it"
-        )
+        raise RunError("training.save_only_model: is true, but a sharded run always saves its full state; remove it")
     if bits.get("load_in_8bit"):
         raise RunError(
             "quantization.load_in_8bit: is true, but such weights cannot be sharded; write load_in_4bit: true, or "
@@ -110,9 +106,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
         values |= _on_tpu()
     elif not torch.accelerator.is_available():
         if values["fp16"]:
-            raise RunError(
-                "model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32"
-            )
+            raise RunError("model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32")
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
     packs = bool(values.get("packing"))
     if values.get("padding_free") and not packs:
@@ -133,9 +127,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
 def _on_tpu() -> dict[str, Any]:
     """The arguments for torch_xla's sharding over all chips of one process (SPMD)."""
     if not is_torch_xla_available():
-        raise RunError(
-            "training.fsdp_config: xla needs torch_xla, which is not installed; remove it, or run on a TPU"
-        )
+        raise RunError("training.fsdp_config: xla needs torch_xla, which is not installed; remove it, or run on a TPU")
     import torch_xla.runtime
 
     torch_xla.runtime.use_spmd()

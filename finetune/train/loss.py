@@ -49,9 +49,7 @@ class _TokenLogProbs(torch.autograd.Function):
         is_top1_N = torch.empty_like(log_probs_N, dtype=torch.bool)
         grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else None
         grad_rows_NK = (
-            hidden_NH.new_empty(count, len(rows_KH), dtype=torch.float32)
-            if rows_KH is not None and need_rows
-            else None
+            hidden_NH.new_empty(count, len(rows_KH), dtype=torch.float32) if rows_KH is not None and need_rows else None
         )
         step = max(1, _TILE // vocabulary)
         product, scratch = _two_buffers(buffers, step, weight_VH)
@@ -173,11 +171,7 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return (
-                trl_forward(*args, labels=labels, **kwargs)
-                if labels is not None
-                else trl_forward(*args, **kwargs)
-            )
+            return trl_forward(*args, labels=labels, **kwargs) if labels is not None else trl_forward(*args, **kwargs)
         from trl.trainer.utils import FusedCausalLMOutput
 
         items = kwargs.pop("num_items_in_batch", None)
@@ -193,18 +187,14 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
         # Scattering keeps a batch without trained tokens connected to the model, with a loss of zero.
         log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
-        return FusedCausalLMOutput(
-            loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
-        )
+        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     # `generate` checks its arguments against the signature that trl copied from the model's own class.
     forward.__wrapped__ = trl_forward.__func__  # type: ignore[attr-defined]
     return forward
 
 
-def _output_layer(
-    head: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def _output_layer(head: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The weight, the bias, the trained rows, and the indices of those in the weight."""
     adapter = getattr(head, "token_adapter", None)
     if adapter is None:

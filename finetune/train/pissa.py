@@ -59,7 +59,5 @@ def convert_to_lora(folder: Path, initial: dict[str, torch.Tensor]) -> None:
         config["rank_pattern"] = {name: 2 * rank for name, rank in (config.get("rank_pattern") or {}).items()}
         growth = math.sqrt(2) if config.get("use_rslora") else 2
         config["lora_alpha"] *= growth
-        config["alpha_pattern"] = {
-            name: alpha * growth for name, alpha in (config.get("alpha_pattern") or {}).items()
-        }
+        config["alpha_pattern"] = {name: alpha * growth for name, alpha in (config.get("alpha_pattern") or {}).items()}
     write_whole(folder / ADAPTER_CONFIG, json.dumps(config, ensure_ascii=False, indent=2) + "\n")

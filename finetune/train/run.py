@@ -117,9 +117,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
     )
     if main and trackers.tracker_names(recipe.training.get("report_to")):
         config.project = recipe.training.get("project", "finetune")
-        config.run_name = trackers.set_run_identity(
-            output, config.run_name, config.project, start is not None
-        )
+        config.run_name = trackers.set_run_identity(output, config.run_name, config.project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
     if check is not None and main:
         check(recipe, config, None if rows.streamed else rows.train.dataset, base)
@@ -216,9 +214,7 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
 # Model, trainer and callbacks
 
 
-def _load_model(
-    recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: SFTConfig, say: Say
-) -> Any:
+def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: SFTConfig, say: Say) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
     model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
     stops = eos_tokens(model.generation_config, rows.tokenizer)
@@ -240,9 +236,7 @@ def _ends_of_turns(rows: _Rows) -> list[int]:
     return labels[-1:]
 
 
-def _make_trainer(
-    recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig
-) -> Trainer:
+def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> Trainer:
     data, evaluation = rows.train, rows.evaluation
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
@@ -342,9 +336,7 @@ def environment(precision: Precision, base: Base) -> Environment:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     identity = base.identity
     found: Environment = {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -67,11 +67,7 @@ def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
             # After a pass without gradients torch 2.13 leaves the outermost weights gathered: values written to them
             # are lost with the next pass.
             module.reshard()
-    return {
-        _unwrapped_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {_unwrapped_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def saved_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,8 +155,7 @@ def save_state(folder: Path, model: Any, optimizer: Any, scheduler: Any, counter
             else:
                 values.setdefault(name, {})[key] = value
     groups = [
-        {name: value for name, value in group.items() if name not in _FROM_RECIPE}
-        for group in optimizer.param_groups
+        {name: value for name, value in group.items() if name not in _FROM_RECIPE} for group in optimizer.param_groups
     ]
     metadata = {"pieces": pieces, "values": values, "groups": groups, "logged": counters}
     text = {name: json.dumps(value) for name, value in metadata.items()}
@@ -208,9 +203,7 @@ class _SavedState:
         if not paths:
             raise RunError(f"{folder} holds no state to resume from (state-*.safetensors)")
         self.files: list[Any] = [safe_open(path, framework="pt") for path in paths]
-        self.metadata = [
-            {name: json.loads(text) for name, text in file.metadata().items()} for file in self.files
-        ]
+        self.metadata = [{name: json.loads(text) for name, text in file.metadata().items()} for file in self.files]
         self.keys = [set(file.keys()) for file in self.files]
         self.models: list[Any] = [safe_open(path, framework="pt") for path in _model_files(folder)]
 
@@ -322,11 +315,7 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
                 continue
             value = stored.unplaced(whole_key, distributed.rank())
             assert value is not None
-            if (
-                value.dim()
-                and isinstance(parameter, DTensor)
-                and len(stored.files) != distributed.world_size()
-            ):
+            if value.dim() and isinstance(parameter, DTensor) and len(stored.files) != distributed.world_size():
                 raise RunError(
                     f"{folder}: the optimizer's {key} was sharded over {len(stored.files)} processes and there are "
                     f"{distributed.world_size()}; start {len(stored.files)}"

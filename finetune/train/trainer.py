@@ -368,11 +368,7 @@ def _function_that_ties(model: Any) -> Callable[[], None]:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             places.setdefault(id(parameter), []).append((module, name))
-    groups = [
-        group
-        for group in places.values()
-        if len(group) > 1 and group[0][0]._parameters[group[0][1]] is not None
-    ]
+    groups = [group for group in places.values() if len(group) > 1 and group[0][0]._parameters[group[0][1]] is not None]
 
     def tie() -> None:
         for (module, name), *others in groups:

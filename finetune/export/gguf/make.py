@@ -15,12 +15,7 @@ from finetune.export.gguf.imatrix.files import Importance, check_fits, read_imat
 from finetune.export.gguf.llama_cpp.measure import Measurement, TokenizedText, measure
 from finetune.export.gguf.quantize import ImportanceMatrix
 from finetune.export.gguf.tokenizer.source import trained_tokenizer
-from finetune.export.gguf.tokenizer.vocabulary import (
-    TokenizerMetadata,
-    expected_ids,
-    probe_texts,
-    read_tokenizer,
-)
+from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata, expected_ids, probe_texts, read_tokenizer
 from finetune.export.gguf.write import check_writable, write_gguf
 from finetune.export.report import ModelFigures
 from finetune.export.transformers import saved_dtype
@@ -81,12 +76,7 @@ def read_writable_tokenizer(model: Path) -> TokenizerMetadata:
 
 
 def imatrix_source(
-    model: Path,
-    types: Sequence[str],
-    compared: Sequence[LabelledRow],
-    options: ExportSection,
-    trained: Path,
-    say: Say,
+    model: Path, types: Sequence[str], compared: Sequence[LabelledRow], options: ExportSection, trained: Path, say: Say
 ) -> Importance | Calibration | None:
     """A matrix that was made elsewhere, or the rows that one is to be collected from; None where no type needs one.
 
@@ -197,9 +187,7 @@ def _importance(model: Path, source: Importance | Calibration, say: Say, progres
     return collect_importance(model, source.rows, saved_dtype(model), source.source, progress)
 
 
-def _matrices_to_try(
-    file_type: str, importance: Importance | None, always: bool
-) -> list[ImportanceMatrix | None]:
+def _matrices_to_try(file_type: str, importance: Importance | None, always: bool) -> list[ImportanceMatrix | None]:
     if importance is None or file_type in _WITHOUT_MATRIX:
         return [None]
     return [importance.matrix] if always else [importance.matrix, None]

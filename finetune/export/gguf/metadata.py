@@ -21,11 +21,7 @@ from finetune.system.errors import ExportError
 _FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3_text": 6}
 # llama.cpp recognises models of 27B by their number of layers, and scales their scores by hidden_size / heads.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
-_ACTIVATION = {
-    "gemma": "gelu_pytorch_tanh",
-    "gemma2": "gelu_pytorch_tanh",
-    "gemma3_text": "gelu_pytorch_tanh",
-}
+_ACTIVATION = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
 
 
 def read_config(model: Path) -> Any:
@@ -57,9 +53,7 @@ def read_config(model: Path) -> Any:
         why = " ".join(str(error).split())
         raise ExportError(f"{file} is damaged, or no config of a model: {why}") from error
     if getattr(config, "quantization_config", None):
-        raise ExportError(
-            f"{file}: the weights are quantised (quantization_config); write a merged model in 16 bit"
-        )
+        raise ExportError(f"{file}: the weights are quantised (quantization_config); write a merged model in 16 bit")
     checked_model_type({"model_type": config.model_type})
     return config
 
@@ -215,9 +209,7 @@ def _check_computable(config: Any) -> None:
                 f"with {config.num_hidden_layers} layers only {scale} is computed",
             )
         if not set(config.layer_types) <= {"sliding_attention", "full_attention"}:
-            _refuse(
-                config, "layer_types", sorted(set(config.layer_types)), "known are sliding and full attention"
-            )
+            _refuse(config, "layer_types", sorted(set(config.layer_types)), "known are sliding and full attention")
         if "sliding_attention" in config.layer_types and not config.sliding_window:
             _refuse(config, "sliding_window", config.sliding_window, "layers of sliding attention need one")
 

@@ -94,9 +94,7 @@ def _type_by_rule(
 ) -> GGMLQuantizationType:
     part, layer, plain = name.split(".")[-2], _layer(name), TYPES[kind][1]
     if part == "output" or (part == "token_embd" and tied):
-        return (
-            GGMLType.Q8_0 if plain == GGMLType.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else GGMLType.Q6_K
-        )
+        return GGMLType.Q8_0 if plain == GGMLType.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else GGMLType.Q6_K
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     if part in ("attn_v", "ffn_down") and kind in ("Q4_K_M", "Q5_K_M") and more:
         return GGMLType.Q6_K
@@ -160,9 +158,7 @@ def quantize_rows(
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
         if not np.isfinite(half).all():
-            raise ExportError(
-                f"{np.abs(rows).max():,.0f} does not fit float16 (65,504 at most); write BF16 or Q8_0"
-            )
+            raise ExportError(f"{np.abs(rows).max():,.0f} does not fit float16 (65,504 at most); write BF16 or Q8_0")
         return half.view(np.uint8)
     if kind == GGMLType.BF16:
         bits = rows.view(np.uint32)
@@ -182,9 +178,7 @@ def quantize_rows(
         column_weights.ctypes.data if column_weights is not None else None,
     )
     if written != out.nbytes or not ggml.ggml_validate_row_data(int(kind), out.ctypes.data, out.nbytes):
-        raise ExportError(
-            f"cannot be quantised to {kind.name}; its largest value is {np.abs(rows).max():,.0f}"
-        )
+        raise ExportError(f"cannot be quantised to {kind.name}; its largest value is {np.abs(rows).max():,.0f}")
     return out
 
 
@@ -236,19 +230,13 @@ def _why_unusable(ggml: ctypes.CDLL) -> str:
     ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
     for kind in _USED_TYPES:
         named = ggml.ggml_type_name(int(kind)) or b""
-        if named.decode().lower() != kind.name.lower() or ggml.ggml_row_size(int(kind), 256) != row_bytes(
-            kind, 256
-        ):
+        if named.decode().lower() != kind.name.lower() or ggml.ggml_row_size(int(kind), 256) != row_bytes(kind, 256):
             return f"type {int(kind)} is not its {kind.name}"
     # Two rows of whole numbers up to 127, which Q8_0 holds as they are, behind a scale of 1.
     numbers = np.stack([np.arange(96, 128), -np.arange(96, 128)]).astype(np.float32)
     out = np.zeros((2, 34), dtype=np.uint8)
     expected = np.concatenate(
-        [
-            np.tile(np.frombuffer(np.float16(1).tobytes(), np.uint8), (2, 1)),
-            numbers.astype(np.int8).view(np.uint8),
-        ],
-        1,
+        [np.tile(np.frombuffer(np.float16(1).tobytes(), np.uint8), (2, 1)), numbers.astype(np.int8).view(np.uint8)], 1
     )
     ggml.ggml_quantize_chunk(int(GGMLType.Q8_0), numbers.ctypes.data, out.ctypes.data, 0, 2, 32, None)
     return "" if np.array_equal(out, expected) else "its ggml_quantize_chunk does not what was expected"

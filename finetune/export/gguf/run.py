@@ -58,9 +58,7 @@ class GgufExport:
         """
         place = folder / self.subfolder
         place.mkdir()
-        plan = replace(
-            self.plan, measurement=replace(self.plan.measurement, against=against, reference=reference)
-        )
+        plan = replace(self.plan, measurement=replace(self.plan.measurement, against=against, reference=reference))
         figures, notes = make_files(plan, place, work, say, progress)
         if self.modelfile:
             _write_ollama_folder(place / plan.best_file, folder / "ollama", self.modelfile)

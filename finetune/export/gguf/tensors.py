@@ -26,9 +26,7 @@ ARCHITECTURES = {
 _BIAS_KEYS = {"attn": "attention_bias", "ffn": "mlp_bias"}
 # What stands before a text model's names, in checkpoints old and new, with a vision tower or without.
 _PREFIX = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
-_NOT_TEXT = re.compile(
-    r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model)\.|.*\.rotary_emb\.inv_freq$"
-)
+_NOT_TEXT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model)\.|.*\.rotary_emb\.inv_freq$")
 
 
 def checked_model_type(config: dict[str, Any]) -> str:
@@ -39,9 +37,7 @@ def checked_model_type(config: dict[str, Any]) -> str:
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ExportError(
-            f"GGUF: a model of type {kind} is not written; known are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise ExportError(f"GGUF: a model of type {kind} is not written; known are {', '.join(sorted(ARCHITECTURES))}")
     return str(kind)
 
 

@@ -37,13 +37,7 @@ from finetune.export.gguf.quantize import (
     row_bytes,
     tensor_types,
 )
-from finetune.export.gguf.tensors import (
-    ARCHITECTURES,
-    converted_values,
-    expected_shapes,
-    gguf_names,
-    head_dim,
-)
+from finetune.export.gguf.tensors import ARCHITECTURES, converted_values, expected_shapes, gguf_names, head_dim
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
@@ -213,9 +207,7 @@ def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -
         return False
     with _open_files(model, [one, other]) as files:
         return all(
-            torch.equal(
-                *(read_tensor(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other))
-            )
+            torch.equal(*(read_tensor(files[t.file], t, start, min(start + _SLICE, t.count)) for t in (one, other)))
             for start in range(0, one.count, _SLICE)
         )
 

@@ -137,17 +137,13 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         """The bytes that the optimizer's first step will add; a resumed run holds them already."""
         trainer = self.trainer
         # The state of a weight in CPU memory (fsdp_offload_params) stays there.
-        weights = [
-            w for w in _trained_parameters(trainer.model_wrapped) if w.device.type == trainer.args.device.type
-        ]
+        weights = [w for w in _trained_parameters(trainer.model_wrapped) if w.device.type == trainer.args.device.type]
         return 0 if trainer.optimizer.state else optimizer_bytes(trainer.args.optim, weights)
 
     def _worst_rank(self, need: int) -> tuple[int, int]:
         """The needed and the available bytes on the rank that has the least left."""
         device = self.trainer.args.device
-        pairs = self.trainer.accelerator.gather(
-            torch.tensor([[need, _available_bytes(device)]], device=device)
-        )
+        pairs = self.trainer.accelerator.gather(torch.tensor([[need, _available_bytes(device)]], device=device))
         worst: list[int] = max(pairs.tolist(), key=lambda pair: pair[0] - pair[1])
         return worst[0], worst[1]
 
@@ -213,9 +209,7 @@ def smaller_settings(args: Any, model: Any, longest: int) -> list[str]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in str(error) for text in texts
-    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def _trained_parameters(model: Any) -> list[Any]:

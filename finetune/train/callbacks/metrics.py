@@ -109,11 +109,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                 self.bar.update(self.task, note=note)
             else:
                 done = state.global_step - self.first_step
-                left = (
-                    (time.monotonic() - self.start_time)
-                    / max(1, done)
-                    * (state.max_steps - state.global_step)
-                )
+                left = (time.monotonic() - self.start_time) / max(1, done) * (state.max_steps - state.global_step)
                 self.say(f"step {state.global_step}/{state.max_steps}: {note}, {clock(left)} left")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -50,9 +50,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         packages = _PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise RunError(
-                f"training.report_to: is {name}, which is not installed; run pip install {packages[0]}"
-            )
+            raise RunError(f"training.report_to: is {name}, which is not installed; run pip install {packages[0]}")
     online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
     if "wandb" in names and online and not _wandb_has_key():
         raise RunError(
@@ -121,9 +119,7 @@ def set_run_identity(output: Path, name: str | None, project: str, resumed: bool
 class Samples(TrainerCallback):  # type: ignore[misc]
     """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers."""
 
-    def __init__(
-        self, output: Path, trainer: Trainer, chat: Chat, stop_ids: Sequence[int], start_step: int
-    ) -> None:
+    def __init__(self, output: Path, trainer: Trainer, chat: Chat, stop_ids: Sequence[int], start_step: int) -> None:
         self.path, self.trainer, self.chat, self.stop_ids = output / "samples.jsonl", trainer, chat, stop_ids
         self.start_step = start_step
         self.prompts: list[list[int]] = []

@@ -122,9 +122,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
     if path.endswith(_ROW_FILES) or not is_file(path):
         # Rows that cannot be rendered, such as those with a special token in their text, are skipped.
         section = DataSection(train=[DataSource(path=path)], on_bad_row="skip")
-        return _sampled_rows(
-            build_datasets(section, chat, DEFAULT_MAX_LENGTH)[0], rows, spare
-        ), f"rows of {name.name}"
+        return _sampled_rows(build_datasets(section, chat, DEFAULT_MAX_LENGTH)[0], rows, spare), f"rows of {name.name}"
     generator, kept = random.Random(0), list[str]()
     try:
         with name.open(encoding="utf-8") as file:
@@ -140,9 +138,7 @@ def _rows_of_path(chat: Chat, path: str, rows: int, spare: int) -> tuple[list[li
         raise ExportError(f"imatrix_data.path: {path} is no text in UTF-8 (byte {error.start:,})") from error
     generator.shuffle(kept)
     # The name of a special token in a text is text.
-    ids = [
-        chat.tokenizer(text, split_special_tokens=True)["input_ids"][:CHUNK] for text in kept if text.strip()
-    ]
+    ids = [chat.tokenizer(text, split_special_tokens=True)["input_ids"][:CHUNK] for text in kept if text.strip()]
     return ids, f"passages of {name.name}"
 
 
@@ -191,15 +187,10 @@ def collect_importance(
         ExportError: The model cannot be loaded or run, or its activations are not finite.
     """
     total = sum(map(len, rows))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        progress_bar("importance matrix", total, progress) as advance,
-    ):
+    with tempfile.TemporaryDirectory() as folder, progress_bar("importance matrix", total, progress) as advance:
         task = _Task(model, [list(row) for row in rows], dtype, Path(folder, "sums.npz"))
         try:
-            fresh_process.call(
-                _collect, task, on_line=lambda line: advance(int(line) if line.isdigit() else 0)
-            )
+            fresh_process.call(_collect, task, on_line=lambda line: advance(int(line) if line.isdigit() else 0))
         except fresh_process.ProcessFailed as error:
             raise ExportError(f"{model}: no importance matrix: {error}") from error
         except (FinetuneError, OSError) as error:

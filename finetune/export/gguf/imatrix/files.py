@@ -130,9 +130,7 @@ def read_imatrix(file: Path) -> Importance:
         raise ExportError(f"{file} cannot be read: {error.strerror or error}") from error
     for name, own in found.sums.items():
         if not np.isfinite(own).all() or (own < 0).any():
-            raise ExportError(
-                f"{file} is damaged: {name} has sums of squares that are negative or not finite"
-            )
+            raise ExportError(f"{file} is damaged: {name} has sums of squares that are negative or not finite")
         if found.counts[name] < 1:
             raise ExportError(f"{file}: {name} was given no token; collect the matrix from more text")
     return Importance(without_zeros(found.sums, str(file)), found.counts, found.datasets, found.chunk_size)
@@ -180,18 +178,14 @@ def _read_gguf(file: Path) -> Importance:
                 raise ExportError(f"{file} is damaged: it has no {name}{end} in float32")
         own, count = (np.array(tensor.data, np.float64).ravel() for tensor in pair if tensor)
         if len(count) != 1:
-            raise ExportError(
-                f"{file}: {name} is of {len(count)} experts; models with experts are not written"
-            )
+            raise ExportError(f"{file}: {name} is of {len(count)} experts; models with experts are not written")
         sums[name] = own
         counts[name] = round(float(count[0])) if np.isfinite(count[0]) else 0
     if not sums:
         raise ExportError(f"{file} holds no importance matrix: it has no tensor")
     datasets = fields.get("imatrix.datasets") or []
     size = fields.get("imatrix.chunk_size")
-    return Importance(
-        sums, counts, tuple(map(str, datasets)), size if isinstance(size, int) and size > 0 else CHUNK
-    )
+    return Importance(sums, counts, tuple(map(str, datasets)), size if isinstance(size, int) and size > 0 else CHUNK)
 
 
 def _write_dat(importance: Importance, file: Path) -> None:
@@ -243,7 +237,5 @@ def _read_dat(file: Path) -> Importance:
     except UnicodeDecodeError as error:
         raise ExportError(f"{file} is damaged, or no importance matrix: a name is not UTF-8") from error
     if not sums or place < len(data):
-        raise ExportError(
-            f"{file} is damaged, or no importance matrix: {len(data) - place:,} bytes are left over"
-        )
+        raise ExportError(f"{file} is damaged, or no importance matrix: {len(data) - place:,} bytes are left over")
     return Importance(sums, counts, datasets)

@@ -289,13 +289,9 @@ class Llama:
         words[flash] = words[keys] = words[values] = 0  # off, float32, float32
         context = self._library.llama_init_from_model(self._model, options)
         if not context:
-            raise LlamaCppError(
-                f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.first_error()}"
-            )
+            raise LlamaCppError(f"llama.cpp cannot make a context of {self._wanted} tokens: {_log.first_error()}")
         self._context = context
-        made = [
-            int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")
-        ]
+        made = [int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")]
         if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
             raise unknown_release(f"{_CONTEXT_CHANGED}: asked for it made {made}, cache {_log.cache}")
         self._library.llama_set_n_threads(context, cpu_count(), cpu_count())

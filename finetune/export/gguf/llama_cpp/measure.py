@@ -144,9 +144,7 @@ def _load_and_measure(task: _Task) -> ModelFigures:
             conversations=[server.tokenize(_rendered(server, item)) for item in on.conversations],
             answers=[answer["ids"] for answer in answers],
             stopped=sum(answer["ended"] for answer in answers),
-            question=Question(
-                prompt=question, ids=answer["ids"], answer=answer["text"], ended=answer["ended"]
-            ),
+            question=Question(prompt=question, ids=answer["ids"], answer=answer["text"], ended=answer["ended"]),
             prompt_speed=round(timed["prompt_speed"], 2),
             speed=round(timed["speed"], 2),
         )

@@ -223,9 +223,7 @@ def go_string(text: str) -> str:
     def sign(c: str) -> str:
         if c in named or c.isprintable():
             return named.get(c, c)
-        return (
-            rf"\x{ord(c):02x}" if c < "\x80" else rf"\u{ord(c):04x}" if c <= "\uffff" else rf"\U{ord(c):08x}"
-        )
+        return rf"\x{ord(c):02x}" if c < "\x80" else rf"\u{ord(c):04x}" if c <= "\uffff" else rf"\U{ord(c):08x}"
 
     return '"' + "".join(map(sign, text)) + '"'
 
@@ -245,10 +243,7 @@ _TRIM_RIGHT = '{{ template "trim_right" . }}'
 
 def _trimmers() -> list[str]:
     """Definitions of templates that write a text without trailing blanks, and without surrounding blanks."""
-    return [
-        _trimmer("trim_right", "{{ else }}{{ . }}", right=True),
-        _trimmer("trim", "{{ else }}" + _TRIM_RIGHT),
-    ]
+    return [_trimmer("trim_right", "{{ else }}{{ . }}", right=True), _trimmer("trim", "{{ else }}" + _TRIM_RIGHT)]
 
 
 def _trimmer(name: str, rest: str, right: bool = False) -> str:
@@ -262,9 +257,7 @@ def _trimmer(name: str, rest: str, right: bool = False) -> str:
         end = f"(len (slice . {n}))"
         piece, other = (f"slice . {end}", f"slice . 0 {end}") if right else (f"slice . 0 {n}", f"slice . {n}")
         blanks = " ".join(go_string(c) for c in BLANKS if len(c.encode()) == n)
-        text += (
-            "{{ " + ("" if n == 1 else "else ") + f"if and (ge (len .) {n}) (eq ({piece}) {blanks})" + " }}"
-        )
+        text += "{{ " + ("" if n == 1 else "else ") + f"if and (ge (len .) {n}) (eq ({piece}) {blanks})" + " }}"
         text += "{{ template " + go_string(name) + f" ({other})" + " }}"
     return text + rest + "{{ end }}{{ end }}"
 
@@ -368,9 +361,7 @@ def _with_system_text(scheme: Scheme, whole: Render) -> Scheme:
     if not (scheme.blank_counts or start.startswith(scheme.bare)):
         raise OllamaError("the chat template has a system text of its own in place of an empty one")
     try:
-        *_, middle, behind, _ = _split_at(
-            whole([user, answer, system, again], True), _USER, _ANSWER, _SYSTEM, _AGAIN
-        )
+        *_, middle, behind, _ = _split_at(whole([user, answer, system, again], True), _USER, _ANSWER, _SYSTEM, _AGAIN)
     except Exception:  # refused there, or left out: `.System` has all system texts
         return scheme
     later = middle.removeprefix(scheme.answer[1])

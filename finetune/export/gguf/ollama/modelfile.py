@@ -44,12 +44,7 @@ def write_modelfile(model: Path, output: Path, file: str, add_bos: bool, system:
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(model)
     text = modelfile_text(
-        tokenizer,
-        file,
-        add_bos,
-        system,
-        read_json(model / "config.json"),
-        read_json(model / "generation_config.json"),
+        tokenizer, file, add_bos, system, read_json(model / "config.json"), read_json(model / "generation_config.json")
     )
     (output / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
 
@@ -78,9 +73,7 @@ def modelfile_text(
     if not tokenizer.chat_template:
         raise OllamaError("the model has no chat template; name one in model.chat_template when training")
     if Path(file).name != file or file != file.strip() or not file.isprintable() or set(file) & set('\\:"'):
-        raise OllamaError(
-            f"{file!r} cannot stand in a Modelfile; the file needs a plain name such as model.gguf"
-        )
+        raise OllamaError(f"{file!r} cannot stand in a Modelfile; the file needs a plain name such as model.gguf")
 
     def render(messages: Any, add_generation_prompt: bool = False, **others: Any) -> str:
         made: str = tokenizer.apply_chat_template(
@@ -123,9 +116,7 @@ def _survives_quotes(text: str) -> bool:
 
 def _quoted(text: str) -> str:
     if not _survives_quotes(text):
-        raise OllamaError(
-            f"{text!r} cannot stand in a Modelfile, which has no way to write all of its characters"
-        )
+        raise OllamaError(f"{text!r} cannot stand in a Modelfile, which has no way to write all of its characters")
     return f'"""{text}"""' if set(text) & set('"\r\n') else f'"{text}"'
 
 

@@ -23,12 +23,7 @@ SPACE = "▁"
 BYTE_TOKENS = dict.fromkeys(f"<0x{i:02X}>" for i in range(256))  # in order, and quickly found
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
-_SPLIT_SPACES = {
-    "type": "Split",
-    "pattern": {"String": " "},
-    "behavior": "MergedWithPrevious",
-    "invert": False,
-}
+_SPLIT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CASED = (
@@ -44,9 +39,10 @@ _GPT2 = "ByteLevel"  # its own regex
 _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, str]] = {
     (rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}",): ("llama-bpe", "smaug-bpe"),
     (rf"{_SHORT}|{_WORDS}|\p{{N}}|{_SIGNS}|{_BLANKS}",): ("", "qwen2"),
-    (
-        rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}",
-    ): ("", "qwen35"),
+    (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}",): (
+        "",
+        "qwen35",
+    ),
     (rf"{_CASED % ('', '')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",): ("tekken", ""),
     (rf"{_CASED % (_SHORT + '?', _SHORT + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",): (
         "",
@@ -73,15 +69,9 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
         ExportError: llama.cpp cannot read it, or would normalise texts otherwise.
     """
     if missing := [token for token in BYTE_TOKENS if token not in source.ids]:
-        raise source.refuse(
-            f"byte tokens are missing ({', '.join(missing[:3])}...), without which llama.cpp fails"
-        )
+        raise source.refuse(f"byte tokens are missing ({', '.join(missing[:3])}...), without which llama.cpp fails")
     key = "tokenizer.ggml."
-    metadata = {
-        key + "model": "llama",
-        key + "pre": "default",
-        key + "add_space_prefix": _adds_space_prefix(source),
-    }
+    metadata = {key + "model": "llama", key + "pre": "default", key + "add_space_prefix": _adds_space_prefix(source)}
     # A token's first merge counts; what no merge makes comes behind all of them.
     scores = [-float(len(source.merges) + i) for i in range(rows)]
     ranks: dict[str, int] = {}
@@ -127,17 +117,13 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
     if source.tokenizer.chat_template is None:
         names = tuple(source.added)
         again = [token + space for token in names for space in (" ", SPACE)]
-        source.differs(
-            "a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE))
-        )
+        source.differs("a text that begins with spaces gets one more", lambda text: text.startswith((" ", SPACE)))
         special = names if scheme == "first" else again
         source.differs("a text behind a special token begins with a space more", contains_any(*special))
         return True
     edges = "|".join(re.escape(token) for token in sorted(source.added, key=len, reverse=True))
     pieces = list(enumerate(re.split(edges, source.opening)))
-    wanted = {
-        (scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece
-    }
+    wanted = {(scheme == "always" or i == 0) and not piece.startswith((" ", SPACE)) for i, piece in pieces if piece}
     source.differs(
         "a text alone begins with as many spaces as it has, as texts in a conversation do"
         if wanted == {False}
@@ -158,9 +144,7 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
         seen.add(token)
         last = token
     if mixed:
-        source.differs(
-            f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used"
-        )
+        source.differs(f"{len(mixed)} tokens ({mixed[0]!r} is one) have merges of several ranks, of which one is used")
     parts = source.ids.keys() - source.added.keys()
     more = [
         (token[:at], token[at:])
@@ -172,9 +156,7 @@ def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
     ]
     if more:
         left, right = min(more)
-        source.differs(
-            f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}"
-        )
+        source.differs(f"llama.cpp joins what no merge joins: {len(more):,} pairs, such as {left!r} and {right!r}")
 
 
 def byte_level(source: TokenizerFiles) -> dict[str, Any]:
@@ -195,9 +177,7 @@ def byte_level(source: TokenizerFiles) -> dict[str, Any]:
     if changes not in ([], [{"type": "NFC"}]):
         raise source.refuse(f"its normalizer is {shown_steps(changes)}, which llama.cpp lacks")
     if changes:
-        source.differs(
-            "llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t
-        )
+        source.differs("llama.cpp does not compose characters (NFC)", lambda t: unicodedata.normalize("NFC", t) != t)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _pre_tokenizer_name(source),
@@ -210,10 +190,7 @@ def _pre_tokenizer_name(source: TokenizerFiles) -> str:
     steps = source.parts("pre_tokenizer")
     how: list[str] = []
     for step in steps:
-        if step["type"] == "Split" and (step["behavior"], step["invert"]) in (
-            ("Isolated", False),
-            ("Removed", True),
-        ):
+        if step["type"] == "Split" and (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True)):
             how.append(step["pattern"].get("Regex", ""))
         elif step["type"] == "Digits" and step["individual_digits"]:
             how.append(r"\p{N}")
@@ -233,21 +210,15 @@ def _pre_tokenizer_name(source: TokenizerFiles) -> str:
         name = names[whole]
         found = _tokens_without_merges(source)
         if found:
-            source.differs(
-                f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not"
-            )
+            source.differs(f"{len(found)} tokens ({found[0]!r} is one) are a whole word's without merges, or not")
     in_llama_cpp = (
         how[0]
         .replace(_CASED % ("", ""), _CASED_IN_LLAMA_CPP % ("", ""))
         .replace(_CASED % (_SHORT + "?", _SHORT + "?"), _CASED_IN_LLAMA_CPP % (_SHORT + "?", _SHORT + "?"))
     )
     if in_llama_cpp != how[0]:
-        split, llama_split = (
-            Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], in_llama_cpp)
-        )
-        source.differs(
-            f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: split(t) != llama_split(t)
-        )
+        split, llama_split = (Split(Regex(pattern), "isolated").pre_tokenize_str for pattern in (how[0], in_llama_cpp))
+        source.differs(f"{name}: llama.cpp knows capitals from A to Z alone", lambda t: split(t) != llama_split(t))
     return name
 
 

@@ -42,9 +42,7 @@ class TokenizerFiles:
         steps = [json.loads(whole.__getstate__())] if whole else []
         while any(step["type"] == "Sequence" for step in steps):
             inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}.get(name, "processors")
-            steps = [
-                part for step in steps for part in (step[inner] if step["type"] == "Sequence" else [step])
-            ]
+            steps = [part for step in steps for part in (step[inner] if step["type"] == "Sequence" else [step])]
         return steps
 
     def differs(self, what: str, concerns: Callable[[str], bool] = lambda text: False) -> None:
@@ -112,9 +110,7 @@ def read_bpe(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         vocab = {str(token): int(i) for token, i in model["vocab"].items()}
         merges = [
             (str(left), str(right))
-            for left, right in (
-                pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]
-            )
+            for left, right in (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         ]
         later = {str(token["content"]): int(token["id"]) for token in added}
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -96,10 +96,7 @@ def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) ->
         before = "" if bos else tokenizer.eos_token
         first = tokenizer.tokenize(f"{tokenizer.eos_token}a", add_special_tokens=False)[1]
         before += " " if first.startswith(SPACE) else ""
-    return [
-        (before + text, tokenizer(bos + before + text, add_special_tokens=False)["input_ids"])
-        for text in texts
-    ]
+    return [(before + text, tokenizer(bos + before + text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def read_tokenizer(model: Path) -> TokenizerMetadata:
@@ -117,9 +114,7 @@ def read_tokenizer(model: Path) -> TokenizerMetadata:
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     source = TokenizerFiles(file, tokenizer, merges, dict(tokenizer.get_vocab()), added)
     if any(source.ids.get(token) != i for token, i in vocab.items()):
-        raise source.refuse(
-            f"{type(tokenizer).__name__} gives its tokens other ids than the file; save it anew"
-        )
+        raise source.refuse(f"{type(tokenizer).__name__} gives its tokens other ids than the file; save it anew")
     _check_bpe_model(source)
     metadata, used = _special_tokens(source, model)
     rows = _embedding_rows(source, model, used)
@@ -130,9 +125,7 @@ def read_tokenizer(model: Path) -> TokenizerMetadata:
     types = [UNUSED] * rows
     unknown = tokenizer.unk_token
     for token, i in source.ids.items():
-        types[i] = (
-            CONTROL if i in used else UNKNOWN if token == unknown else _token_type(source, token, by_bytes)
-        )
+        types[i] = CONTROL if i in used else UNKNOWN if token == unknown else _token_type(source, token, by_bytes)
     metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
     metadata |= {"tokenizer.ggml.tokens": _token_texts(source, types), "tokenizer.ggml.token_type": types}
     _special_by_name(source, used)
@@ -148,8 +141,7 @@ def _check_bpe_model(source: TokenizerFiles) -> None:
         flags = [name for name in ("lstrip", "rstrip", "single_word") if getattr(item, name)]
         if flags:
             source.differs(
-                f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are",
-                contains_any(token),
+                f"{token} is {' and '.join(flags)}: llama.cpp leaves blanks where they are", contains_any(token)
             )
 
 
@@ -182,9 +174,7 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
     before, after = _added_around(source)
     for name, added, wanted in (("bos", before, bos), ("eos", after, eos)):
         if added not in ([], [wanted]):
-            raise source.refuse(
-                f"its post_processor adds {added} where llama.cpp adds {name}_token alone ({wanted})"
-            )
+            raise source.refuse(f"its post_processor adds {added} where llama.cpp adds {name}_token alone ({wanted})")
     metadata: dict[str, Any] = {key + "add_bos_token": bool(before), key + "add_eos_token": bool(after)}
     stops = _stop_ids(model)
     turn = None
@@ -195,9 +185,7 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
         metadata[key + "add_bos_token"] = bool(before) and source.opening.startswith(tokenizer.bos_token)
         metadata[key + "add_eos_token"] = False
         if bool(before) != metadata[key + "add_bos_token"] or after:
-            source.differs(
-                "a text alone gets no BOS or EOS, so that conversations are what the template writes"
-            )
+            source.differs("a text alone gets no BOS or EOS, so that conversations are what the template writes")
     others = [i for i in dict.fromkeys([turn, *stops]) if i not in (None, eos)]
     # Without a BOS of its own, llama.cpp would name one by a number that means nothing here.
     metadata |= {key + "bos_token_id": eos if bos is None else bos, key + "eos_token_id": eos}
@@ -224,9 +212,7 @@ def _added_around(source: TokenizerFiles) -> tuple[list[int], list[int]]:
     if not steps:
         return [], []
     if len(steps) > 1 or steps[0]["type"] != "TemplateProcessing":
-        raise source.refuse(
-            f"its post_processor is {shown_steps(steps)}; llama.cpp knows TemplateProcessing alone"
-        )
+        raise source.refuse(f"its post_processor is {shown_steps(steps)}; llama.cpp knows TemplateProcessing alone")
     around: tuple[list[int], list[int]] = ([], [])
     behind = False
     for piece in steps[0]["single"]:
@@ -277,8 +263,7 @@ def _chat_templates(source: TokenizerFiles) -> dict[str, Any]:
             for name, text in named.items()
         }
     written = {
-        "tokenizer.chat_template" + (f".{name}" if name != "default" else ""): text
-        for name, text in named.items()
+        "tokenizer.chat_template" + (f".{name}" if name != "default" else ""): text for name, text in named.items()
     }
     if len(named) > 1:
         written["tokenizer.chat_templates"] = [name for name in named if name != "default"]
@@ -287,18 +272,12 @@ def _chat_templates(source: TokenizerFiles) -> dict[str, Any]:
 
 def _special_by_name(source: TokenizerFiles, used: set[int]) -> None:
     """Notes tokens that llama.cpp treats otherwise because of their names."""
-    stops = [
-        token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used
-    ]
+    stops = [token for token in _STOPS_BY_NAME.split() if token in source.ids and source.ids[token] not in used]
     if stops:
         source.differs(f"llama.cpp ends an answer at {', '.join(stops)} too, because of the name")
-    plain = [
-        t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added
-    ]
+    plain = [t for t in f"{_STOPS_BY_NAME} {_CONTROL_BY_NAME}".split() if t in source.ids and t not in source.added]
     if plain:
-        source.differs(
-            f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain)
-        )
+        source.differs(f"llama.cpp takes {', '.join(plain)} for special, because of the name", contains_any(*plain))
 
 
 def _token_type(source: TokenizerFiles, token: str, by_bytes: bool) -> int:
