@@ -246,7 +246,7 @@ USER = {"role": "user", "content": "a"}
         ("messages", {}, "it has no messages"),
         ("messages", {"messages": []}, "it has no messages"),
         ("messages", {"messages": None}, "it has no messages"),
-        ("messages", {"messages": "Hi"}, "it has no messages; it is a text that is not JSON"),
+        ("messages", {"messages": "Hi"}, "it has no messages; it is a text, not a list"),
         ("messages", said("Hi"), "its messages are not a list of maps"),
         ("messages", said([USER]), "its messages are not a list of maps"),
         ("messages", said({}), "message 1: unknown role None; known are system, user, assistant, tool"),

@@ -3,16 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from finetune.data.chat import IGNORE, Chat
-from finetune.data.formats import FORMATS
+from finetune.data.formats import COLUMNS_READ, FORMATS
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.model.load import load_tokenizer
-from finetune.recipe.schema import DataSection, DataSource, ModelSection
-from finetune.system.errors import DataError, LabelError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Column, DataSection, DataSource, ModelSection
+from finetune.system.errors import DataError, LabelError, RecipeError
 
 ASKED = {"role": "user", "content": "Tide at Brest?"}
 SAID = {"role": "assistant", "content": "Four metres."}
@@ -110,8 +111,10 @@ def test_masks(keys: dict[str, Any], train: bool | None) -> None:
         ({"weight": 1, "loss": False}, "a message's weight and loss differ; keep one"),
         (
             {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]},
-            "a message's train_detail chooses parts of its text; write train: true or false",
+            "a message's train_detail cannot be obeyed; write train: true or false",
         ),
+        ({"mask": 1}, "a message's mask cannot be obeyed; write train: true or false"),
+        ({"train_on_turn": False}, "a message's train_on_turn cannot be obeyed; write train: true or false"),
     ],
 )
 def test_masks_that_cannot_be_obeyed(keys: dict[str, Any], reason: str) -> None:
@@ -452,9 +455,9 @@ def test_columns_that_are_read_elsewhere_are_not_counted() -> None:
     ("columns", "row", "reason"),
     [
         (
-            {"messages": "m", "sytem": "s"},
+            {"messages": "m", "history": "s"},
             {"m": PAIR, "s": "S"},
-            "columns: sytem: the format messages does not read it; "
+            "columns: history: the format messages does not read it; "
             "it reads messages, system, system_prompt, tools, functions",
         ),
         (
@@ -467,3 +470,16 @@ def test_columns_that_are_read_elsewhere_are_not_counted() -> None:
 )
 def test_a_column_that_no_format_reads(columns: dict[str, str], row: dict[str, Any], reason: str) -> None:
     assert fault(lambda: prepare(row, chat(), columns=columns)) == f"rows.jsonl: {reason}"
+
+
+def test_a_recipe_names_only_columns_that_a_format_reads() -> None:
+    assert {*get_args(Column)} == {column for columns in COLUMNS_READ.values() for column in columns}
+    Path("rows.jsonl").write_text("{}", encoding="utf-8")
+    data = "data: {train: [{path: rows.jsonl, columns: {messages: m, KEY: s}}]}"
+    training = "training: {max_steps: 1, output_dir: run}"
+    recipe = f"model: {{name_or_path: 'random:llama'}}\nlora: {{r: 4}}\n{data}\n{training}\n"
+    for key, words in (("sytem", "system"), ("zzz", ", ".join(get_args(Column)))):
+        Path("recipe.yaml").write_text(recipe.replace("KEY", key), encoding="utf-8")
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("recipe.yaml")
+        assert str(caught.value) == f"recipe.yaml:3: data.train.0.columns.{key}: is unknown; write {words}"

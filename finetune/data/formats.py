@@ -90,7 +90,7 @@ def _turns(row: Row, column: str) -> Row:
     unread: set[str] = set()
     turns = decoded(row.get(column))
     if not isinstance(turns, list) or not turns:
-        detail = "it is a text that is not JSON" if isinstance(turns, str) else ""
+        detail = "it is a text, not a list" if isinstance(turns, str) else ""
         raise LabelError(f"it has no {column}", detail)
     return _chat(row, _with_system(row, read_messages(turns, unread)), unread)
 
@@ -152,7 +152,7 @@ _COLUMNS = {
 
 _OF_CHATS = ("system", "system_prompt", "tools", "functions")
 # The columns that a format reads.
-_READ = {
+COLUMNS_READ = {
     "messages": ("messages", *_OF_CHATS),
     "sharegpt": ("conversations", *_OF_CHATS),
     "alpaca": ("instruction", "input", "output", "history", *_OF_CHATS),
@@ -168,7 +168,7 @@ def check_columns(source: DataSource, form: str) -> None:
     Raises:
         DataError: It does not.
     """
-    read = _READ[form]
+    read = COLUMNS_READ[form]
     for target in source.columns:
         if target not in read:
             raise DataError(
@@ -178,7 +178,7 @@ def check_columns(source: DataSource, form: str) -> None:
 
 def unread_columns(source: DataSource, form: str, row: Row) -> list[str]:
     """The columns of a row, as it was before `columns`, that hold something and are read by nothing."""
-    read = {*_READ[form]} - source.columns.keys() | source.filter.keys()
+    read = {*COLUMNS_READ[form]} - source.columns.keys() | source.filter.keys()
     for spec in source.columns.values():
         read |= {*(_fields(spec) or [spec])}
     return [str(column) for column in row if column not in read and holds(row[column])]

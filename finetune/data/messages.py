@@ -29,10 +29,11 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _FLAGS = ("train", "training", "loss", "masked")
 _WEIGHTS = ("loss_weight", "weight", "loss_scale")
 _FIRST = ("train", "training", "loss_weight", "weight")
-_PART_OF_A_TEXT = ("train_detail", "training_detail")
+# Masks of parts of a text, or of no agreed meaning: to ignore them might be to train on what they leave out.
+_OTHER_MASKS = ("train_detail", "training_detail", "mask", "loss_mask", "trainable", "train_on_turn")
 _KEYS = {
     *("role", "from", "content", "value", "name", "tool_call_id", "tool_calls", "function_call", "tool_plan"),
-    *(*_REASONING_KEYS, *_FLAGS, *_WEIGHTS, *_PART_OF_A_TEXT),
+    *(*_REASONING_KEYS, *_FLAGS, *_WEIGHTS, *_OTHER_MASKS),
 }
 _PLAIN = {"role", "content"}
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -202,9 +203,9 @@ def _blank(value: object) -> bool:
 
 def _train(turn: Row, role: object, unread: set[str]) -> bool | None:
     """True or false where a message's masks choose it or leave it out; None where it has none."""
-    for key in _PART_OF_A_TEXT:
+    for key in _OTHER_MASKS:
         if holds(turn.get(key)):
-            raise LabelError(f"a message's {key} chooses parts of its text", "write train: true or false")
+            raise LabelError(f"a message's {key} cannot be obeyed", "write train: true or false")
     known = [key for key in (*_FLAGS, *_WEIGHTS) if turn.get(key) is not None]
     if role != "assistant":
         # Other messages are not trained on, whatever their weight.

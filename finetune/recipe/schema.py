@@ -9,6 +9,23 @@ from finetune.recipe.export_formats import FORMATS
 # trl's default of `training.max_length` (1.16), known without importing trl.
 DEFAULT_MAX_LENGTH = 1024
 
+# The columns that the formats of rows read.
+Column = Literal[
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "text",
+    "system",
+    "system_prompt",
+    "tools",
+    "functions",
+]
+
 _SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
@@ -50,7 +67,7 @@ class DataSource(BaseModel):
     """Branch, tag or commit on the Hub."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
     """The format of the rows; absent: detected from the columns."""
-    columns: dict[str, str] = {}
+    columns: dict[Column, str] = {}
     """Fields of the format to columns of the source, or to format strings over the row."""
     raw: bool = False
     """Trains on prompt_completion rows as plain text, without the chat template."""

@@ -301,6 +301,10 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
         elif kind == "extra_forbidden":
             within = place.split(".")[-2]
             unknown_key(tree, place, within if within in keys else "source", keys)
+        elif error["loc"][-1:] == ("[key]",):
+            names = re.findall(r"'([^']*)'", error["msg"])
+            near = difflib.get_close_matches(str(error["input"]), names, n=1)
+            tree.fault(place, f"is unknown; write {', '.join(near or names)}")
         elif kind == "unexpected_keyword_argument":
             tree.fault(place, "is unknown; write a parameter that peft documents")
         else:
