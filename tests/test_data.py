@@ -386,7 +386,7 @@ def test_ledger_exactly() -> None:
     assert 30 < long <= 40
     assert got.ledger.as_dict() == {
         "rows": {"read": 7, "kept": 3, "repeated": 0, "cut": 0, "split": 0},
-        "mended": {"rows without what follows the last answer": 1},
+        "mended": {"rows whose messages after the last assistant turn were removed": 1},
         "dropped": {"with nothing to train on": 1, "exact duplicates": 1},
         "bad": {"the assistant's text is empty": 1, "it has no messages": 1},
         "unread": {},
@@ -418,7 +418,7 @@ def test_ledger_exactly() -> None:
     }
     assert got.ledger.summary() == (
         f"3 of 7 rows, {sum(lengths)} tokens, {trained} trained on ({trained / sum(lengths):.0%}), longest {long}; "
-        "1 rows without what follows the last answer; 1 with nothing to train on; "
+        "1 rows whose messages after the last assistant turn were removed; 1 with nothing to train on; "
         "1 exact duplicates; 1 the assistant's text is empty; 1 it has no messages"
     )
     assert evaluation == Prepared(None, Ledger())
@@ -525,7 +525,7 @@ def test_a_greeting() -> None:
     room = len(own.tokenizer("<bos>" + turns[1], add_special_tokens=False)["input_ids"])
     got = prepare(template="chatml", on_overflow="split", max_length=room)
     assert texts(got, own) == ["<bos>" + turn for turn in turns]
-    assert got.ledger.mended == {"rows without an opening assistant message": 1}
+    assert got.ledger.mended == {"rows whose opening assistant message was removed": 1}
 
 
 def test_text_that_is_too_long() -> None:

@@ -429,8 +429,8 @@ def test_the_report_says_what_was_compared_and_with_what(exported: Path, run: Pa
     assert (found["gate"], found["missed"]) == ({}, [])
     tokens = found["models"][0]["tokens"]
     assert found["notes"][0] == (
-        f"Perplexity: of {tokens:,} trained tokens of held-out rows of the run. KL (nats a token) and top-1: of the first "
-        f"{tokens:,}, against the model named in the last column. Answers: greedy, to the beginnings of at most "
+        f"Perplexity: on {tokens:,} trained tokens of held-out rows of the run. KL (nats per token) and top-1: on the first "
+        f"{tokens:,}, against the model named in the last column. Answers: greedy, to the prompts of at most "
         "ten rows, each at most 64 tokens. Token ids: of ten conversations."
     )
     # Only of float16, which alone can overflow.
@@ -774,8 +774,8 @@ def test_a_limit_on_what_was_not_measured_is_missed() -> None:
 
 def test_only_what_must_be_the_same_is_held_to_it() -> None:
     line = "nf4: does not predict as its adapter does: mean KL is 0.25, and rounding alone gives less than 0.02"
-    assert missed_limits(FOUND, {}, same=True) == [line]
-    assert missed_limits(FOUND, {}) == missed_limits(FOUND | {"kl": 0.02}, {}, same=True) == []
+    assert missed_limits(FOUND, {}, must_match=True) == [line]
+    assert missed_limits(FOUND, {}) == missed_limits(FOUND | {"kl": 0.02}, {}, must_match=True) == []
 
 
 def test_a_comparison_counts_answers_and_conversations_that_are_equal() -> None:
@@ -953,12 +953,12 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
         (
             "merged",
             [],
-            "no format was asked for; write --format with bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama",
+            "no format is given; write --format with bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama",
         ),
         (
             "merged",
             ["--format=bf16", "--base=dequantised"],
-            "--base dequantised: merged is merged already; name the run to merge it otherwise",
+            "--base dequantised: merged is a whole model, not a run; leave out --base, or export the run that it was merged from",
         ),
         (
             "run",
@@ -1060,7 +1060,7 @@ def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path, copy: Copy,
     assert (where, len(rows)) == ("sample rows of this project", 32)
     assert len(said) == 1
     assert re.fullmatch(
-        r"the run's rows are not here \(.*recipe.yaml:\d+: data.train.0.path: is .*gone.jsonl.*, and there is no such file; .*\); "
+        r"the run's rows cannot be read \(.*recipe.yaml:\d+: data.train.0.path: is .*gone.jsonl.*, and there is no such file; .*\); "
         "the project's sample rows are used",
         said[0],
     )

@@ -282,7 +282,7 @@ def test_where_float32_does_not_fit_files_are_held_against_the_model_as_it_is(
     assert export(tmp_path / "tiny", tmp_path / "out", "gguf:F16") == 0
     assert asked == [("as trained", False), ("as trained, in float32", True), ("as trained", True)]
     assert [(on.against, on.reference and on.reference.name) for on in ons] == [("as trained", "merged.bin")]
-    assert "as trained, in float32: it was killed; GGUF files are held against as trained\n" in capsys.readouterr().err
+    assert "as trained, in float32: it was killed; GGUF files are compared with as trained\n" in capsys.readouterr().err
 
 
 def with_rows(model: Path, *sources: Options, **section: Any) -> Path:

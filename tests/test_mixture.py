@@ -208,8 +208,8 @@ def test_an_opening_and_a_closing() -> None:
     ]
     train, _ = build_datasets(section(jsonl("a.jsonl", *rows)), chat("chatml"), None)
     assert train.ledger.mended == {
-        "rows without an opening assistant message": 2,
-        "rows without what follows the last answer": 2,
+        "rows whose opening assistant message was removed": 2,
+        "rows whose messages after the last assistant turn were removed": 2,
     }
     ask, end = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
     assert texts(train, chat("chatml")) == [
@@ -219,7 +219,7 @@ def test_an_opening_and_a_closing() -> None:
     ]
     # Where everything is trained on, what follows the last answer is, too.
     train, _ = build_datasets(section("a.jsonl", train_on="all"), chat("chatml"), None)
-    assert train.ledger.mended == {"rows without an opening assistant message": 2}
+    assert train.ledger.mended == {"rows whose opening assistant message was removed": 2}
     assert texts(train, chat("chatml"))[1].endswith("<|im_start|>user\nThanks<|im_end|>\n")
 
 

@@ -1,6 +1,6 @@
 """Prepares the rows of one source: encoded rows of at most `max_length` tokens, with a `RowResult` for each row read.
 
-Rows are rendered and labelled in this thread while the tokenizer, which needs no Python, works on others in a second.
+This thread renders and labels rows while a second thread tokenises the next ones; the tokenizer releases Python's lock.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from finetune.data.turns import Message, is_text_only, texts_in
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError, LabelError, TemplateError, TurnRewrittenLater
 
-# Rows that are tokenised together: enough to keep every core busy, few enough to hold.
+# The number of rows that are tokenised in one call, by the tokenizer's own threads. At most four chunks are in memory.
 _CHUNK = 64
 
-# The arguments of `Ledger.keep` behind the source.
+# The arguments of `Ledger.keep` after `source`, in order.
 LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "language")
 
-# The kinds of change that the ledger counts as mended.
-OPENING_REMOVED = "rows without an opening assistant message"
-CLOSING_REMOVED = "rows without what follows the last answer"
+# The changes to rows that the ledger counts as mended.
+OPENING_REMOVED = "rows whose opening assistant message was removed"
+CLOSING_REMOVED = "rows whose messages after the last assistant turn were removed"
 TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
 ROW_PER_EXCHANGE = "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
 SAME_ROLE_MERGED = "rows with messages of one role merged"
@@ -45,9 +45,16 @@ SAME_ROLE_MERGED = "rows with messages of one role merged"
 class RowResult:
     """The result of one row that was read.
 
-    It has become `pieces` (several when split), or was `dropped` or is `bad` for the reason given, with the `detail` of
-    this row. `unread` names keys that hold something and are read by nothing. `lost` is the number
-    of tokens that would have been trained on if the row fitted `max_length`.
+    Attributes:
+        row: The row's name, such as `data/chat.jsonl:12`.
+        pieces: The encoded rows that it became; several if it was split.
+        mended: The changes that were made to it.
+        unread: Its keys that hold a value and that no code reads.
+        dropped: The reason for which it was dropped, or "".
+        bad: The reason for which it cannot be used, or "".
+        detail: What is true of this row only, beside the reason `bad`.
+        lost: The trained tokens that did not fit `max_length`.
+        language: The language of its text: `ja`, `en` or `other`.
     """
 
     row: str
@@ -79,7 +86,7 @@ class RowResult:
 
     @property
     def digests(self) -> tuple[bytes, bytes]:
-        """Two hashes of 16 bytes: of the row's token ids, and of its token ids and labels."""
+        """Two hashes of 16 bytes: one of the token ids, one of the token ids and the labels."""
         text = hashlib.blake2b(digest_size=16)
         for piece in self.pieces:
             text.update(piece.input_ids.tobytes())
@@ -91,7 +98,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How the rows of a recipe are prepared: by its `data` section, for at most `max_length` tokens (None: any)."""
+    """The settings for preparing rows: the `data` section, the chat template, the longest row in tokens (None: any)."""
 
     section: DataSection
     chat: Chat
@@ -99,7 +106,7 @@ class Preparation:
 
 
 def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]:
-    """Yields the result of each row of one of the recipe's sources, in its order.
+    """Yields the result of each row of a source, in the order of the source.
 
     Raises:
         DataError: The source cannot be used; or a row cannot, and `data.on_bad_row` is `error`.
@@ -120,12 +127,12 @@ def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-# A row's result so far, and what is to be done with it: None where the result is final.
+# A row's result so far, and its chats to tokenise, its encoded text, or the error to raise; None: the result is final.
 _Rendered = tuple[RowResult, "list[RenderedChat] | Encoded | Exception | None"]
 
 
 def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendered]:
-    """Yields each row rendered, or in its place the error, so that errors are raised in the order of the rows."""
+    """Yields each row rendered, or the error in its place, so that errors are raised in the order of the rows."""
     form: str | None = source.format
     mapped, checked = False, ""
     for name, row in read_rows(source):
@@ -142,7 +149,7 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
             except LabelError as error:
                 if mapped:
                     raise
-                # No row has had these columns yet: the recipe is wrong, not the row.
+                # No row before had these columns either: the recipe is wrong, not the row.
                 raise DataError(f"{source.path}: {error}") from error
             mapped = True
             form = form or detect_format(source, row)
@@ -234,7 +241,7 @@ def _render_messages(preparation: Preparation, converted: Row, train_on: str, re
 
 
 def _keys_not_rendered(chat: Chat, rendered: RenderedChat) -> Iterator[str]:
-    """Yields the keys of messages that go to the template, which leaves them out."""
+    """Yields the keys of messages that the template gets and does not render."""
     for key in ("name", "tool_call_id"):
         if any(key in message for message in rendered.messages):
             messages = [{k: v for k, v in m.items() if k != key} for m in rendered.messages]
@@ -254,7 +261,7 @@ def _leaves_out_tools(chat: Chat, rendered: RenderedChat) -> bool:
 
 
 def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yields for each exchange the conversation up to its end, in which it alone is trained on."""
+    """Yields the conversation up to the end of each exchange, with labels on that exchange only."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start, end in zip(users, [*users[1:], len(messages)], strict=True):
         part = [
@@ -266,7 +273,7 @@ def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _answers(exchange: list[Message]) -> Iterator[list[Message]]:
-    """Yields for each assistant message to train on the conversation up to it, in which it alone is trained on."""
+    """Yields the conversation up to each assistant message that is trained on, with labels on that message only."""
     for end, message in enumerate(exchange):
         if message["role"] == "assistant" and message.get("train", True):
             before = [m | {"train": False} if m["role"] == "assistant" else m for m in exchange[:end]]
@@ -274,7 +281,7 @@ def _answers(exchange: list[Message]) -> Iterator[list[Message]]:
 
 
 def _mended(section: DataSection, messages: list[Message], train_on: str, result: RowResult) -> list[Message]:
-    """The messages without those that cannot be trained with, and merged by role if the recipe says so; counted."""
+    """The messages that training can use, merged by role if the recipe says so; counts each change in the result."""
     if section.merge_same_role:
         merged: list[Message] = []
         for message in messages:
@@ -295,12 +302,12 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, result
     asked = next((i for i in range(first, len(roles)) if roles[i] != "assistant"), first)
     last = len(roles) - roles[::-1].index("assistant")
     if first < asked < last:
-        # No prompt comes before an opening assistant message, so inference has nothing to feed.
+        # An opening assistant message answers no prompt, so inference could never produce it.
         result.mended.append(OPENING_REMOVED)
     else:
         asked = first
     if last < len(roles) and train_on != "all":
-        # No trained token comes behind what follows the last answer.
+        # Messages after the last assistant turn hold no trained token and precede none.
         result.mended.append(CLOSING_REMOVED)
     else:
         last = len(roles)
@@ -319,7 +326,7 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             if isinstance(item, Encoded):
                 result.pieces = _fit(preparation, item, item, result)
             else:
-                # Each chat takes its ids before any is labelled, so that an error leaves the next rows' ids in place.
+                # All ids of the row are taken before a chat is labelled: an error must not leave some for the next row.
                 for rendered, tokens in [(rendered, next(ids)) for rendered in item]:
                     encoded = preparation.chat.label(rendered, tokens)
                     result.pieces += _fit(preparation, rendered, encoded, result)
@@ -334,7 +341,7 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
 
 
 def _check_template(chat: Chat, error: LabelError) -> None:
-    """Raises a fault of the template, which is no fault of the row: the plainest conversation has it, too."""
+    """Raises TemplateError if the shortest conversation has the same error: the template is wrong, not the row."""
     if chat.tokenizer.chat_template is None:
         return
     try:
@@ -412,14 +419,14 @@ def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | No
 def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
     """The conversation as several, each from a user message on, with the system message before it.
 
-    Each holds as many exchanges as fit. An exchange that does not fit by itself is left out, and the row counts as cut.
+    Each holds as many exchanges as fit. An exchange longer than `max_length` is left out, and the row counts as cut.
     """
     messages = list(item.messages)
     system = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(system) :]
     # An assistant's message before the first user's belongs to the first exchange.
     starts = [0, *[i for i, message in enumerate(body) if message["role"] == "user"][1:]]
-    # Only the whole conversation knows which turn is its last.
+    # Decided for the whole conversation: `train_on: last_assistant` means its last turn, not that of each piece.
     trained = {turn.message - len(system) for turn in whole.turns}
     body = [
         message | {"train": i in trained} if message["role"] == "assistant" else message

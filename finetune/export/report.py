@@ -7,18 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# pydantic reads the TypedDicts of Python before 3.12 from this package alone.
+# Before Python 3.12 pydantic accepts only the TypedDict of this package.
 from typing_extensions import TypedDict
 
 from finetune.system.numbers import file_size, markdown_table
 
-# Written as calls because a key is no Python name.
+# Written as calls because `in` and `llama.cpp` are not Python identifiers.
 Activations = TypedDict("Activations", {"largest": float, "in": str | None, "overflow": str | None})
 TokenDifference = TypedDict("TokenDifference", {"text": str, "at": int, "trained": list[int], "llama.cpp": list[int]})
 
 
 class ScoreFigures(TypedDict, total=False):
-    """Figures on some rows: loss and KL in nats a token."""
+    """Figures on some rows; loss and KL in nats per token."""
 
     perplexity: float
     tokens: int
@@ -47,7 +47,7 @@ class Question(TypedDict):
 
 
 class ModelFigures(ScoreFigures, total=False):
-    """One model of the report; where `error` is there, the model could not be measured and figures are missing."""
+    """One model of the report. With the key `error` the model could not be measured, and figures are missing."""
 
     name: str
     against: str | None
@@ -67,7 +67,7 @@ class ModelFigures(ScoreFigures, total=False):
     conversations_equal: int
     perplexity_ratio: float
     activations: Activations
-    # Of a GGUF file.
+    # For GGUF files only.
     largest: float | None
     same_texts: Agreement
     same_prompts: Agreement
@@ -110,7 +110,7 @@ def as_markdown(report: Report) -> str:
 
 
 def _row(model: ModelFigures, cells: Sequence[str], columns: int, name: str | None = None) -> tuple[str, ...]:
-    """A model's line of a table: name, size, and its other cells, or the error that it could not be measured for."""
+    """A model's row of a table: its name, size and other cells, or the error in their place."""
     start = (name or model["name"], file_size(model["bytes"]))
     return (*start, model["error"], *[""] * (columns - 3)) if "error" in model else (*start, *cells)
 
@@ -130,7 +130,7 @@ def _folder_cells(model: ModelFigures) -> Sequence[str]:
 
 
 def _gguf_table(files: list[ModelFigures]) -> list[str]:
-    """GGUF files as llama.cpp has measured them, by language; one that was not kept is in parentheses."""
+    """The table of GGUF files, with the KL by language; files that were not kept are in parentheses."""
     languages = sorted({name for file in files for name in file.get("groups", {})})
     header = ("GGUF", "size", "perplexity", "KL mean", "KL 99%", "top-1", *(f"KL {name}" for name in languages))
     rows: list[tuple[str, ...]] = [(*header, "they stop", "token ids", "prompts", "tokens/s, prompt", "answer")]

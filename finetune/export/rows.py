@@ -15,12 +15,12 @@ from finetune.system.errors import DataError, LabelError, RecipeError, TemplateE
 from finetune.system.files import run_file
 from finetune.system.terminal import Say
 
-# More rows would change the figures by less than two samples of rows differ.
+# With more rows the figures would change by less than they differ between two samples of rows.
 _ROWS = 32
 
 
 class HeldOutRows(NamedTuple):
-    """Encoded rows, and the name of where they are from."""
+    """Encoded rows, and a description of their origin."""
 
     rows: list[LabelledRow]
     source: str
@@ -29,11 +29,11 @@ class HeldOutRows(NamedTuple):
 def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
     """Rows that a run was not trained on, encoded by its own tokenizer.
 
-    Where the run held none out, these are rows that it was trained on; where its data are not here, sample rows.
+    If the run held no rows out, the rows are from its training; if its data cannot be read, they are sample rows.
 
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
-        say: Gets a line where the run's data are not here.
+        say: Called with a line if the run's data cannot be read.
     """
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
     if recipe_file := run_file(model, "recipe.yaml"):
@@ -46,7 +46,7 @@ def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
                 rows = _first_rows(training.dataset)
                 return HeldOutRows(rows, "rows that the run was trained on (it held none out)")
         except (RecipeError, DataError, TemplateError, LabelError) as error:
-            say(f"the run's rows are not here ({first_line(error)}); the project's sample rows are used")
+            say(f"the run's rows cannot be read ({first_line(error)}); the project's sample rows are used")
     return HeldOutRows(encoded_sample_rows(chat)[:_ROWS], SAMPLE_ROWS)
 
 

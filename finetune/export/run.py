@@ -51,21 +51,24 @@ def export(
 ) -> Path:
     """Writes a folder for each format, and `report.json` and `report.md` on what each one lost; returns `output`.
 
-    A run is merged first, and the merged model compared with the adapter on the base that it was trained on; each
-    format is compared with the merged model. What is absent is taken from the run's recipe, section `export`.
+    A run is merged first. The merged model is compared with the run's adapter on its base, and each format with the
+    merged model. Defaults for `formats`, `base` and `gate` are in the section `export` of the run's recipe.
 
     Args:
-        model: A run or one of its checkpoints, or a folder with a whole model.
+        model: A run, one of its checkpoints, or a folder with a whole model.
         output: A folder that does not exist yet.
-        formats: Of `export_formats.FORMATS`.
-        base: For a run on a quantised base, original or dequantised, as `finetune.merge.merge` takes it.
-        gate: Limits: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` returns those that are missed.
-        overwrite: Replaces what an earlier export left in `output`, once all is done.
-        say: Gets a line for each step.
-        progress: Shows bars on a terminal.
+        formats: Names from `export_formats.FORMATS`.
+        base: For a run on a quantised base, `original` or `dequantised`, as `finetune.merge.merge` takes it.
+        gate: Limits by name: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` returns the missed ones.
+        overwrite: Replaces an earlier export in `output`, after the new one is complete.
+        say: Called with a line for each step.
+        progress: Shows progress bars on a terminal.
+
+    Returns:
+        `output`.
 
     Raises:
-        ExportError: There is no such model, format or limit, or a format cannot be written of this model.
+        ExportError: The model, a format or a limit does not exist, or this model cannot be written in a format.
         MergeError, ModelError, RunError: As `merge` raises them.
     """
     model, output = Path(model), Path(output)
@@ -80,9 +83,12 @@ def export(
     if unknown := gate.keys() - LIMITS.keys():
         raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
-        raise ExportError(f"no format was asked for; write --format with {FORMATS_HELP}")
+        raise ExportError(f"no format is given; write --format with {FORMATS_HELP}")
     if base and not is_run:
-        raise ExportError(f"--base {base}: {model} is merged already; name the run to merge it otherwise")
+        raise ExportError(
+            f"--base {base}: {model} is a whole model, not a run; leave out --base, or export the run that it was "
+            "merged from"
+        )
     run = model if is_run else merged_run(model)
 
     with whole_folder(output, overwrite, [model]) as folder:
@@ -90,17 +96,17 @@ def export(
         work.mkdir()
         rows = held_out(run or model, say)
         exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress)
-        whole = exporting.add_whole_models(base or options.base)
+        source = exporting.add_source_models(base or options.base)
         gguf = None
         if gguf_types(formats):
-            # Refuses what cannot be written before hours are spent.
+            # Checks the model and loads its tokenizer before the hours that the other formats take.
             from finetune.export.gguf.run import prepare_gguf
 
-            gguf = prepare_gguf(whole.folder, run or model, formats, rows, options, work, say)
-        exporting.write_weight_formats(whole)
-        exact = exporting.add_gguf_reference(whole, gguf) if gguf else whole
-        exporting.measure_folders(whole, output)
-        notes = exporting.write_gguf(gguf, exact, whole) if gguf else []
+            gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say)
+        exporting.write_weight_formats(source)
+        gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
+        exporting.measure_folders(source, output)
+        notes = exporting.write_gguf(gguf, gguf_reference, source) if gguf else []
         exporting.write_report(exporting.report(output.name, notes))
     say(f"exported: {output}")
     return output
@@ -108,10 +114,19 @@ def export(
 
 @dataclass
 class _Export:
-    """One export while its folder is filled.
+    """An export in progress.
 
-    `run` is the run that `model` is or was merged from, where it is known; `jobs` are the folders to measure, the one
-    that the others' token ids are compared with first; `models` are the figures of those measured, by name.
+    Attributes:
+        model: The run or model that is exported.
+        run: The run that `model` is, or that it was merged from, if that is known.
+        formats: The formats to write.
+        gate: The limits that the report checks.
+        rows: The rows that all models are measured on.
+        folder: The folder that is filled; it is renamed to the output at the end.
+        work: A folder inside it that is removed at the end.
+        jobs: The folders to measure. The first one's token ids are those of the training.
+        models: The figures of the models measured so far, by name.
+        missed: A line for each limit that is missed and each broken file.
     """
 
     model: Path
@@ -127,11 +142,13 @@ class _Export:
     models: dict[str, ModelFigures] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
 
-    def add_whole_models(self, base: str) -> Job:
-        """Adds the adapter and the merged models, which it writes; returns the model that the formats are made from.
+    def add_source_models(self, base: str) -> Job:
+        """Adds jobs for the adapter and for the whole models; merges a run. Returns the job of the formats' source.
+
+        A run on a quantised base is merged into both bases, to report which of the two is nearer to the adapter.
 
         Args:
-            base: Into which base an adapter is merged for the formats: original or dequantised.
+            base: The base of the merged model that the formats are made from: `original` or `dequantised`.
         """
         against: dict[str, Any] = {}
         if self.run:
@@ -153,31 +170,31 @@ class _Export:
             self.jobs.append(Job(f"merged, {kind} base", merged, _dtype(merged), **against, keep=kept))
         return self.jobs[1]
 
-    def write_weight_formats(self, whole: Job) -> None:
-        """Writes the formats that are folders for transformers, and adds them."""
+    def write_weight_formats(self, source: Job) -> None:
+        """Writes the formats that are folders for transformers, and adds a job for each."""
         for name in self.formats:
             if name in WEIGHT_FORMATS:
                 self.say(f"{name}: writing")
                 place = self.folder / name
                 place.mkdir()
-                write_format(whole.folder, place, name, self.progress)
-                self.jobs.append(Job(name, place, _dtype(place), whole.name, whole.keep))
+                write_format(source.folder, place, name, self.progress)
+                self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep))
 
-    def add_gguf_reference(self, whole: Job, gguf: GgufExport) -> Job:
-        """Adds the model that GGUF files are compared with: in float32, as llama.cpp computes, if memory allows it."""
-        size = sum(path.stat().st_size for path in whole.folder.glob("*.safetensors"))
-        exact = replace(whole, groups=gguf.groups)
-        if whole.dtype != "float32" and size * 2 * 1.3 <= machine_memory()[1]:
-            name, keep = f"{whole.name}, in float32", self.work / "exact.bin"
-            exact = Job(name, whole.folder, "float32", keep=keep, groups=gguf.groups)
-            self.jobs.append(exact)
+    def add_gguf_reference(self, source: Job, gguf: GgufExport) -> Job:
+        """The job of the model that GGUF files are compared with: in float32, as llama.cpp computes, if that fits."""
+        size = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+        reference = replace(source, groups=gguf.groups)
+        if source.dtype != "float32" and size * 2 * 1.3 <= machine_memory()[1]:
+            name, keep = f"{source.name}, in float32", self.work / "exact.bin"
+            reference = Job(name, source.folder, "float32", keep=keep, groups=gguf.groups)
+            self.jobs.append(reference)
         else:
-            self.jobs[self.jobs.index(whole)] = exact
-        return exact
+            self.jobs[self.jobs.index(source)] = reference
+        return reference
 
-    def measure_folders(self, whole: Job, output: Path) -> None:
-        """Measures all jobs in their order; limits are for what is kept, and not for the other way to merge."""
-        limited = {self.jobs[0].name, whole.name, *self.formats}
+    def measure_folders(self, source: Job, output: Path) -> None:
+        """Measures all jobs in order. No limit applies to the model merged into the other base, which is not kept."""
+        limited = {self.jobs[0].name, source.name, *self.formats}
         for job in self.jobs:
             self.say(f"{job.name}: measuring")
             if job.against and "error" in self.models[job.against]:
@@ -185,30 +202,31 @@ class _Export:
             figures = measure(job, self.rows.rows)
             if "error" in figures:
                 figures["error"] = figures["error"].replace(str(self.folder), str(output))
-            same = job.against == _ADAPTER and not self._on_quantised_base()
-            self._add_figures(figures, job.name in limited, same)
+            # A merge into a base that was not rounded must predict as the adapter does.
+            must_match = job.against == _ADAPTER and not self._on_quantised_base()
+            self._add_figures(figures, job.name in limited, must_match)
 
-    def _add_figures(self, figures: ModelFigures, limited: bool, same: bool = False) -> None:
-        """Adds a measured model, compared with the one that it names, and the limits that it misses."""
+    def _add_figures(self, figures: ModelFigures, limited: bool, must_match: bool = False) -> None:
+        """Adds a model's figures, its comparison with the model `against`, and the limits that it misses."""
         against = figures["against"]
         if against:
             add_comparison(figures, self.models[against], self.models[self.jobs[0].name])
         self.models[figures["name"]] = figures
         if limited:
-            self.missed += missed_limits(figures, self.gate if against else {}, same)
+            self.missed += missed_limits(figures, self.gate if against else {}, must_match)
 
-    def write_gguf(self, gguf: GgufExport, exact: Job, whole: Job) -> list[str]:
+    def write_gguf(self, gguf: GgufExport, reference: Job, source: Job) -> list[str]:
         """Writes and measures the GGUF files; returns notes for the report."""
         from finetune.export.gguf.make import gguf_faults
 
-        error = self.models[exact.name].get("error")
-        if error and exact.name != whole.name:
-            # In float32 the model is twice as large, and most likely too large. No predictions by language are kept.
-            self.say(f"{exact.name}: {error}; GGUF files are held against {whole.name}")
-            exact = replace(whole, reference=None, groups=gguf.groups)
-            measure(exact, self.rows.rows)
-        reference = None if "error" in self.models[exact.name] else exact.keep
-        files, notes = gguf.write(self.folder, exact.name, reference, self.work, self.say, self.progress)
+        error = self.models[reference.name].get("error")
+        if error and reference.name != source.name:
+            # The model in float32 most likely exceeds the memory. `source` is measured again, on the rows by language.
+            self.say(f"{reference.name}: {error}; GGUF files are compared with {source.name}")
+            reference = replace(source, reference=None, groups=gguf.groups)
+            measure(reference, self.rows.rows)
+        predictions = None if "error" in self.models[reference.name] else reference.keep
+        files, notes = gguf.write(self.folder, reference.name, predictions, self.work, self.say, self.progress)
         for file in files:
             self._add_figures(file, limited=file["kept"])
             if file["kept"]:
@@ -236,7 +254,7 @@ class _Export:
         }
 
     def write_report(self, report: Report) -> None:
-        """Writes the report and a model card in each folder, and removes what is not kept."""
+        """Writes the report and a model card in each folder, and removes the working folder."""
         for name in self.formats:
             if name in WEIGHT_FORMATS:
                 (self.folder / name / "README.md").write_text(export_card(report, name), encoding="utf-8")
@@ -263,14 +281,14 @@ def _export_section(model: Path) -> ExportSection:
         return ExportSection()
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8")).get("export") or {}
-        # YAML takes 1e-06, as the recipe is written, for text.
+        # The recipe is written with numbers such as 1e-06, which PyYAML reads as text.
         return ExportSection.model_validate(saved, strict=False)
     except (yaml.YAMLError, ValidationError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
 
 
 def _check_gguf(section: ModelSection) -> None:
-    """Refuses what can be told by its config alone to be no GGUF file, before it is merged."""
+    """Refuses a missing package, and a base whose config alone shows that it has no GGUF form, before the merge."""
     for package in ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
             raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
@@ -280,7 +298,7 @@ def _check_gguf(section: ModelSection) -> None:
 
 
 def _dtype(model: Path) -> str:
-    """The type that a model is measured in: the one that a run was trained in, or that of a folder's files."""
+    """The dtype to measure a model in: the one that a run was trained in, or that of a folder's weights."""
     if not is_adapter(model):
         return saved_dtype(model)
     trained = environment_of(model).get("dtype") or resolve_dtype(adapter_base_sections(model)[0])
@@ -288,13 +306,15 @@ def _dtype(model: Path) -> str:
 
 
 def _notes(models: Sequence[ModelFigures], source: str) -> list[str]:
-    """Notes below the table: the meaning of its columns, and which of two ways to merge is better."""
+    """Notes below the table: the meaning of its columns, and which merged model is nearer to the adapter."""
     tokens = max((model.get("tokens", 0) for model in models), default=0)
     compared = max((model.get("compared", 0) for model in models), default=0)
-    distances = f"KL (nats a token) and top-1: of the first {compared:,}, against the model named in the last column. "
+    distances = (
+        f"KL (nats per token) and top-1: on the first {compared:,}, against the model named in the last column. "
+    )
     notes = [
-        f"Perplexity: of {tokens:,} trained tokens of {source}. {distances if compared else ''}"
-        "Answers: greedy, to the beginnings of at most ten rows, each at most 64 tokens. "
+        f"Perplexity: on {tokens:,} trained tokens of {source}. {distances if compared else ''}"
+        "Answers: greedy, to the prompts of at most ten rows, each at most 64 tokens. "
         "Token ids: of ten conversations."
     ]
     merges = [model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None]

@@ -1,8 +1,8 @@
-"""Models measured after an export: each is loaded in a fresh process and compared with the one before it.
+"""Measures the models of an export, each in a fresh process, and compares each with the one that it was made from.
 
-Compared is what a user meets: predictions on rows that were held out, greedy answers, whether they end, and the token
-ids of conversations. A fresh process also shows that the folder holds all that it needs, and no two models share the
-memory.
+The measured values are those that a user would notice: predictions on held-out rows, greedy answers, whether they end,
+and the token ids of conversations. The fresh process also proves that the folder is complete, and keeps two models out
+of one memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from finetune.system.errors import FinetuneError, first_line
 
 # An answer that has not ended after so many tokens counts as one that does not end.
 ANSWER_TOKENS = 64
-# How many rows' prompts are answered, and how many sample conversations are tokenized.
+# The number of prompts that are answered, and of sample conversations that are tokenised.
 ANSWERS = 10
 CONVERSATIONS = 10
-# Nats a token. Above it, a model that was merged without rounding its base does not answer as its adapter does: the
-# rounding of bfloat16 alone gives less than a tenth of this.
+# Nats per token. A larger mean KL between adapter and merged model means a wrong merge, if the base was not quantised:
+# the rounding of bfloat16 alone gives less than a tenth of this.
 _MAX_MERGE_KL = 0.02
 
 # Each limit of `--gate`: the figure that it limits, and the figure's name in messages.
@@ -42,8 +42,14 @@ LIMITS: dict[str, tuple[Literal["kl", "kl_p99", "top1", "perplexity_ratio"], str
 class Job:
     """One model to measure.
 
-    `reference` and `keep` are files of predictions, to compare with and to write; `against` is the report's name for
-    the model that made `reference`. `groups` are more rows, by name; the result has figures for each.
+    Attributes:
+        name: Its name in the report.
+        folder: The run or whole model.
+        dtype: The dtype to load it in, such as `bfloat16`.
+        against: The report's name for the model that it is compared with.
+        reference: The file with that model's predictions.
+        keep: The file to write this model's predictions to.
+        groups: Further rows, by name; the result has figures for each group.
     """
 
     name: str
@@ -64,11 +70,11 @@ class _Task:
 
 
 def measure(job: Job, rows: list[LabelledRow]) -> ModelFigures:
-    """Loads a model in a fresh process and measures it; `error` in the result where it cannot be loaded or run.
+    """Loads a model in a fresh process and measures it; the result has `error` if it cannot be loaded or run.
 
     Args:
         job: The model.
-        rows: The rows that it predicts; it also answers the prompts of the first ten.
+        rows: The rows to compute the loss on. The prompts of the first ten are answered.
     """
     size = sum(path.stat().st_size for path in job.folder.glob("*.safetensors"))
     model: ModelFigures = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": size}
@@ -150,12 +156,12 @@ def _watch_activations(model: Any) -> Activations:
 
 
 def add_comparison(model: ModelFigures, reference: ModelFigures, trained: ModelFigures) -> None:
-    """Adds to a model's figures those that need another model.
+    """Adds the figures that compare a model with another one.
 
     Args:
         model: The model's figures, which are changed.
         reference: The figures of the model that it is compared with.
-        trained: The figures of the model whose token ids are those of the training.
+        trained: The figures of the model that was trained, for the token ids.
     """
     if "error" in model:
         return
@@ -170,13 +176,13 @@ def _equal(ids: list[list[int]], other_ids: list[list[int]]) -> int:
     return sum(a == b for a, b in zip(ids, other_ids, strict=True))
 
 
-def missed_limits(model: ModelFigures, gate: dict[str, float], same: bool = False) -> list[str]:
-    """One line for each limit that a model misses.
+def missed_limits(model: ModelFigures, gate: dict[str, float], must_match: bool = False) -> list[str]:
+    """A line for each limit that a model misses.
 
     Args:
         model: Its figures.
         gate: Limits by the names of `LIMITS`.
-        same: It must also predict what its reference predicts, up to rounding.
+        must_match: Its predictions must also equal those of its reference, up to rounding.
     """
     name = model["name"]
     if "error" in model:
@@ -194,7 +200,7 @@ def missed_limits(model: ModelFigures, gate: dict[str, float], same: bool = Fals
             f"{name}: {different} of {count} conversations give other token ids than in training; "
             "its tokenizer or chat template was changed"
         )
-    if same and kl > _MAX_MERGE_KL:
+    if must_match and kl > _MAX_MERGE_KL:
         lines.append(
             f"{name}: does not predict as its adapter does: mean KL is {kl:.3g}, and rounding alone gives "
             f"less than {_MAX_MERGE_KL}"

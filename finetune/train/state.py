@@ -1,8 +1,9 @@
 """Saves and loads what a run needs to resume exactly: trained weights, optimizer, scheduler, counters.
 
-Each rank writes one safetensors file with the pieces that it holds; of copies, the first rank that holds one writes it.
-A piece is stored under its parameter's name with its place in it, so any number of ranks can read it. No pickle is
-read: torch's own sharded checkpoints keep their index in one (torch 2.13 `FileSystemReader.read_metadata`).
+Each rank writes one safetensors file, `state-RANK-of-RANKS.safetensors`, with the parts of tensors that it holds; where
+several ranks hold the same part, the first of them writes it. A part is stored under its parameter's name with its
+position, so any number of ranks can read the files. No tensor is pickled; torch's own sharded checkpoints pickle
+their index (torch 2.13 `FileSystemReader.read_metadata`).
 """
 
 from __future__ import annotations
@@ -26,12 +27,22 @@ from finetune.system.errors import RunError, reworded
 from finetune.system.files import ADAPTER_WEIGHTS
 
 WEIGHT = "weight"
-# The entries of a parameter group that come from the recipe; all others are the optimizer's state.
+# The entries of a parameter group that the recipe decides. All others are the optimizer's state.
 _FROM_RECIPE = ("params", "lr", "initial_lr", "weight_decay", "betas", "eps")
 
 
 class Counters(TypedDict):
-    """The counters of one process: since the last logged record (`loss`, `metrics`), or since the first step."""
+    """The counters of one process. The keys are stored in checkpoints.
+
+    Attributes:
+        loss: The summed training loss since the last logged record.
+        total: The summed training loss until that record (`_total_loss_scalar` of transformers' Trainer).
+        step: The step of that record.
+        metrics: trl's values since that record, which it averages when it logs.
+        tokens: The input tokens that all processes have seen.
+        trained: The trained tokens that this process has seen.
+        energy: The energy that this process's GPU has used, in millijoules.
+    """
 
     loss: float
     total: float
@@ -44,13 +55,13 @@ class Counters(TypedDict):
 
 @dataclass(frozen=True)
 class Box:
-    """The place of a piece in its tensor: its first index and its length in each dimension."""
+    """A rectangular part of a tensor: its first index and its length in each dimension."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def within(self, other: Box) -> tuple[slice, ...] | None:
-        """The overlap of both as slices into this one; None where they do not overlap."""
+    def overlap(self, other: Box) -> tuple[slice, ...] | None:
+        """The slices of this part that `other` covers, too; None if the two do not overlap."""
         slices = []
         for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True):
             low, high = max(a, b), min(a + n, b + m)
@@ -61,17 +72,17 @@ class Box:
 
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters by the names that they had before the model was wrapped."""
+    """The trained parameters by name, without what torch.compile and activation checkpointing add to names."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # After a pass without gradients torch 2.13 leaves the outermost weights gathered: values written to them
-            # are lost with the next pass.
+            # After a forward pass without gradients torch 2.13 leaves the root module's weights gathered, and the next
+            # forward pass would overwrite values written to them.
             module.reshard()
     return {_unwrapped_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def saved_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter and buffer of a saved model once, by its name before the model was wrapped."""
+    """Each parameter and buffer that a saved model holds, once, by its name as in `trained_parameters`."""
     saved = set(model.state_dict())  # which also frees what FSDP 2 has gathered
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if (plain := _unwrapped_name(name)) in saved:
@@ -88,7 +99,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """The part of a tensor that this rank holds, and its place."""
+    """The part of a tensor that this rank holds, and its position in the tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, Box((0,) * tensor.dim(), tuple(tensor.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -98,7 +109,7 @@ def _local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
 
 
 def _writes_part(tensor: torch.Tensor, main: bool) -> bool:
-    """True if this rank writes its part: of the ranks that hold a copy, the first one does."""
+    """True if this rank is the first of those that hold this part of the tensor, so that it writes it."""
     if not isinstance(tensor, DTensor):
         return main
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -121,11 +132,11 @@ def save_state(folder: Path, model: Any, optimizer: Any, scheduler: Any, counter
     """Writes this rank's state file, and on the first rank the scheduler's.
 
     Args:
-        folder: The checkpoint; its model or adapter files are written already and are not repeated.
-        model: The model, wrapped or not.
-        optimizer: Its optimizer.
-        scheduler: Its learning rate scheduler.
-        counters: This rank's.
+        folder: The checkpoint. Weights that its model or adapter files hold already are not written again.
+        model: The model, which FSDP or DDP may have wrapped.
+        optimizer: The model's optimizer.
+        scheduler: The learning rate scheduler.
+        counters: The counters of this rank.
     """
     parameters = trained_parameters(model)
     rank = distributed.rank()
@@ -137,14 +148,16 @@ def save_state(folder: Path, model: Any, optimizer: Any, scheduler: Any, counter
 
     def keep(key: str, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
         part, box = _local_part(tensor)
-        shared = tensor.shape == parameter.shape
-        if not _writes_part(tensor if shared else parameter, rank == 0) or (shared and not part.numel()):
+        # Moments have the parameter's shape and are sharded like it; a step count or a quantisation map is not.
+        like_parameter = tensor.shape == parameter.shape
+        written_here = _writes_part(tensor if like_parameter else parameter, rank == 0)
+        if not written_here or (like_parameter and not part.numel()):
             return
-        if shared:
+        if like_parameter:
             pieces[f"{key}/{name}"] = [list(box.start), list(tensor.shape)]
         part = part.detach().cpu().contiguous()
-        # All 8-bit states share one quantisation map, and safetensors refuses shared memory.
-        tensors[f"{key}/{name}"] = part if shared else part.clone()
+        # 8-bit optimizer states share one quantisation map, and safetensors refuses tensors that share memory.
+        tensors[f"{key}/{name}"] = part if like_parameter else part.clone()
 
     for name, parameter in parameters.items():
         if in_model_files.get(_name_in_model_file(name)) != (list(parameter.shape), parameter.dtype):
@@ -207,8 +220,8 @@ class _SavedState:
         self.keys = [set(file.keys()) for file in self.files]
         self.models: list[Any] = [safe_open(path, framework="pt") for path in _model_files(folder)]
 
-    def boxes(self, key: str) -> Iterator[tuple[Any, Box, list[int]]]:
-        """The stored pieces of a tensor: the file, the place of the piece, the shape of the whole tensor."""
+    def parts(self, key: str) -> Iterator[tuple[Any, Box, list[int]]]:
+        """Yields each stored part of a tensor: its file, its position, the shape of the whole tensor."""
         for file, metadata in zip(self.files, self.metadata, strict=True):
             if key in metadata["pieces"]:
                 start, shape = metadata["pieces"][key]
@@ -222,20 +235,20 @@ class _SavedState:
         """
         local, box = _local_part(into)
         count = 0
-        for file, piece, shape in self.boxes(key):
+        for file, piece, shape in self.parts(key):
             if shape != list(into.shape):
                 raise RunError(f"{self.folder}: {key} has shape {shape}, and in this run {list(into.shape)}")
-            source, target = piece.within(box), box.within(piece)
+            source, target = piece.overlap(box), box.overlap(piece)
             if source is not None and target is not None:
                 values = _read(file, key, source)
                 local[target] = values.to(local.device)
                 count += values.numel()
         if count != local.numel() and count:
             raise RunError(f"{self.folder}: a part of {key} is missing")
-        return bool(count) or (local.numel() == 0 and any(True for _ in self.boxes(key)))
+        return bool(count) or (local.numel() == 0 and any(True for _ in self.parts(key)))
 
-    def unplaced(self, key: str, rank: int) -> torch.Tensor | None:
-        """The tensor stored under `key` without a place: the rank's own, or the one that all ranks share."""
+    def unsharded(self, key: str, rank: int) -> torch.Tensor | None:
+        """The tensor stored under `key` without a position: from the rank's own file, or the first that has it."""
         for i in (rank, *range(len(self.files))):
             if i < len(self.files) and key in self.keys[i]:
                 tensor: torch.Tensor = self.files[i].get_tensor(key)
@@ -244,8 +257,8 @@ class _SavedState:
 
 
 @contextmanager
-def damaged_files(folder: Path) -> Iterator[None]:
-    """Raises torch's failure to read a checkpoint (it is damaged, or would run code) as an error of one line.
+def damage_reported(folder: Path) -> Iterator[None]:
+    """Turns torch's errors at reading a checkpoint into one line; a pickle that would run code is such an error.
 
     Raises:
         RunError: A file is damaged.
@@ -261,7 +274,7 @@ def _read(file: Any, key: str, region: tuple[slice, ...]) -> torch.Tensor:
 
 
 def load_weights(folder: Path, model: Any) -> None:
-    """Loads the trained weights of a checkpoint into the model, on each rank its part.
+    """Loads the trained weights of a checkpoint into the model; each rank loads the parts that it holds.
 
     Raises:
         RunError: A weight is missing or has another shape.
@@ -286,12 +299,12 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
 
     Args:
         folder: The checkpoint.
-        model: The model, wrapped or not.
-        optimizer: Its optimizer, or accelerate's wrapper of it.
-        scheduler: Its learning rate scheduler.
+        model: The model, which FSDP or DDP may have wrapped.
+        optimizer: The model's optimizer, or accelerate's wrapper of it.
+        scheduler: The learning rate scheduler.
 
     Returns:
-        This rank's counters; after another number of ranks, its share of theirs.
+        The counters of this rank. If another number of ranks wrote the checkpoint, the counters are divided anew.
 
     Raises:
         RunError: A part is missing, has another shape, or can only be read by as many ranks as wrote it.
@@ -308,12 +321,12 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
         for key in keys.get(name, ()):
             whole_key = f"{key}/{name}"
             if any(whole_key in metadata["pieces"] for metadata in stored.metadata):
-                file = next(file for file, _, _ in stored.boxes(whole_key))
+                file = next(file for file, _, _ in stored.parts(whole_key))
                 found[key] = torch.zeros_like(parameter, dtype=_stored_dtype(file, whole_key))
                 if not stored.fill(whole_key, found[key]):
                     raise RunError(f"{folder}: a part of {whole_key} is missing")
                 continue
-            value = stored.unplaced(whole_key, distributed.rank())
+            value = stored.unsharded(whole_key, distributed.rank())
             assert value is not None
             if value.dim() and isinstance(parameter, DTensor) and len(stored.files) != distributed.world_size():
                 raise RunError(
@@ -334,7 +347,7 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
 
 
 def _counters_of_this_rank(saved: list[Counters]) -> Counters:
-    """The counters of one rank, from those that each of the former ranks saved."""
+    """The counters of this rank, from those that each rank of the checkpoint saved."""
     rank, count = distributed.rank(), distributed.world_size()
     if len(saved) == count:
         return saved[rank]
@@ -356,7 +369,7 @@ def _counters_of_this_rank(saved: list[Counters]) -> Counters:
 
 
 def _optimizer_keys(stored: _SavedState) -> dict[str, list[str]]:
-    """The names of the tensors that the optimizer keeps for each parameter, in one order on all ranks."""
+    """The names of the optimizer's tensors for each parameter, in the same order on all ranks."""
     keys: dict[str, list[str]] = {}
     for stored_key in sorted(set().union(*stored.keys)):
         key, _, name = stored_key.partition("/")
@@ -367,11 +380,11 @@ def _optimizer_keys(stored: _SavedState) -> dict[str, list[str]]:
 
 def _load_scheduler(folder: Path, scheduler: Any, optimizer: Any) -> None:
     base = list(getattr(scheduler, "base_lrs", []))
-    with damaged_files(folder):
+    with damage_reported(folder):
         scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
     rates = list(scheduler._last_lr)
     if lambdas := getattr(scheduler, "lr_lambdas", None):
-        # The recipe's learning rate, also where it has changed since; upstream would keep the old one.
+        # The recipe's learning rate, which may have changed since; torch would restore the old one.
         scheduler.base_lrs = base
         rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, lambdas, strict=True)]
         scheduler._last_lr = rates

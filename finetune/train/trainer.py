@@ -28,7 +28,7 @@ from finetune.train.checkpoint import MarkerFields, rotate, write_marker
 from finetune.train.meter import Meter
 from finetune.train.state import (
     Counters,
-    damaged_files,
+    damage_reported,
     full_tensor,
     load_optimizer,
     load_weights,
@@ -204,11 +204,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.millijoules = counters.get("energy", 0.0)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with damaged_files(Path(checkpoint or ".")):
+        with damage_reported(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with damaged_files(Path(checkpoint or ".")):
+        with damage_reported(Path(checkpoint or ".")):
             super()._load_scaler(checkpoint)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:

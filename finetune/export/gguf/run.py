@@ -1,4 +1,4 @@
-"""The GGUF files of an export and its folder for Ollama: first all that can be refused, then the files."""
+"""Writes the GGUF files of an export and its folder for Ollama, after `prepare_gguf` has checked that it can."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from finetune.recipe.export_formats import gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.terminal import Say
 
-# Rows of each language, where files are compared by language.
+# The rows of each language in the comparison by language.
 _ROWS_PER_LANGUAGE = 8
 
 
 @dataclass(frozen=True)
 class GgufExport:
-    """GGUF files that can be written: the plan, the name of their folder, and the Modelfile for Ollama if asked for."""
+    """Checked GGUF files to write: the plan, the folder's name, and the Modelfile if the format ollama is asked for."""
 
     plan: GgufPlan
     subfolder: str
@@ -74,7 +74,7 @@ def prepare_gguf(
     work: Path,
     say: Say,
 ) -> GgufExport:
-    """Checks all that can be refused before a weight is read.
+    """Checks that the files can be written, before a weight is read.
 
     Args:
         model: A folder with a whole model.
