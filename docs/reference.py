@@ -16,7 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
-from finetune.recipe.upstream import INSTEAD, QUANTIZATION, XlaFsdp
+from finetune.recipe.unknown_keys import INSTEAD
+from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
 _MADE = "<!-- Made by docs/reference.py: change the code that it reads, then run it again. -->\n"

@@ -19,7 +19,7 @@ from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.recipe import checks, upstream
+from finetune.recipe import checks, unknown_keys, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
@@ -916,7 +916,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
 
     fields = {f.name: f for f in dataclasses.fields({"training": SFTConfig, "lora": LoraConfig}[section])}
     taken = recipe_module._known_keys()[section]
-    refused = upstream.INSTEAD[section]
+    refused = unknown_keys.INSTEAD[section]
     assert taken.keys() | (refused.keys() & fields.keys()) == fields.keys()
     assert not taken.keys() & refused.keys()
     # In one recipe, for the report has a line for each.
@@ -938,7 +938,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
 
 def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
     keys = recipe_module._known_keys()
-    for section, table in upstream.INSTEAD.items():
+    for section, table in unknown_keys.INSTEAD.items():
         for name, instead in table.items():
             assert name not in keys[section]
             first = instead.removeprefix("write ").split()[0].rstrip(":,;")

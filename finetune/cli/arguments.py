@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from finetune import __version__
-from finetune.recipe.export_formats import FORMATS, FORMATS_HELP
+from finetune.recipe.export_formats import FORMATS, FORMATS_HELP, QUANTIZED_FORMATS, TRANSFORMERS_FORMATS
 
 
 class ExitCode(IntEnum):
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flag("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
-    flag("--quantize", choices=("int8", "nf4"), help="load the weights in 8 or 4 bit")
+    flag("--quantize", choices=QUANTIZED_FORMATS, help="load the weights in 8 or 4 bit")
     flag("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
     flag("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs")
     flag("--compile", action="store_true", help="compile the model: slow first, then faster")
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--stream-base", action="store_true", help="fetch the base from the Hub file by file, and keep none")
 
     flag = verb(
-        "export", "write bf16, fp16, int8, nf4, GGUF or Ollama files and measure their loss", output
+        "export", f"write {', '.join(TRANSFORMERS_FORMATS)}, GGUF or Ollama files and measure their loss", output
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
     flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")

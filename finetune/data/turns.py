@@ -2,7 +2,8 @@
 
 A turn begins where the prompt that inference would feed ends. Where the turn is the message's text and an end-of-turn
 token, its end is read from the text. Otherwise the conversation is rendered once more with a marker behind each text of
-the message. A conversation whose turns cannot be proved so raises `LabelError`.
+the message. A conversation whose turns cannot be proved so raises `LabelError`. `chat.py` proves the same
+prefix in tokens.
 """
 
 from __future__ import annotations

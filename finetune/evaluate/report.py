@@ -9,9 +9,9 @@ from finetune.data.turns import Message
 from finetune.system.numbers import markdown_table
 from finetune.system.pages import render
 
-# What `prompts` says in the report where no file of prompts was given.
+# `prompts` in the report of an evaluation without a file of prompts.
 HELD_OUT_ROWS = "the held-out rows"
-# How many answers the Markdown shows, and how many characters of each; the page shows everything.
+# The Markdown shows this many answers, and this many characters of each; the HTML page shows everything.
 _SHOWN_ANSWERS = 10
 _SHOWN_CHARACTERS = 600
 
@@ -25,7 +25,7 @@ class LossPart(TypedDict):
 
 
 class LanguageShare(TypedDict):
-    """How many answers are in the wanted language, and the 95% interval of that share."""
+    """How many of the judged answers are in the wanted language, and the 95% confidence interval of that share."""
 
     right: int
     judged: int
@@ -34,7 +34,7 @@ class LanguageShare(TypedDict):
 
 
 class AnswerSummary(TypedDict, total=False):
-    """Figures over all answers of a model; empty where nothing was asked."""
+    """Figures over all answers of a model; empty if there were no prompts."""
 
     count: int
     language: LanguageShare
@@ -79,29 +79,8 @@ class AnswerReport(TypedDict):
     models: list[ModelAnswer]
 
 
-class JudgeReport(TypedDict):
-    """The fields of a `Preference`, the judge's name, what it was compared with, and what the requests cost."""
-
-    mean: float
-    standard_error: float | None
-    pairs: int
-    grades: dict[str, int]
-    disagreements: int
-    first_place: float
-    malformed: int
-    refused: int
-    requests: int
-    sent: dict[str, Any]
-    cached: dict[str, Any]
-    verdicts: list[dict[str, Any]]
-    notes: list[str]
-    model: str
-    cost: str
-    against: str
-
-
 class EvaluationReport(TypedDict):
-    """`report.json` of an evaluation; the model that was asked about is the last of `models`."""
+    """`report.json` of an evaluation; the last of `models` is the evaluated model, the first what it is compared with."""
 
     finetune: str
     recipe: str
@@ -111,7 +90,8 @@ class EvaluationReport(TypedDict):
     same_tokens: bool
     models: list[ModelReport]
     answers: list[AnswerReport]
-    judge: NotRequired[JudgeReport]
+    judge: NotRequired[dict[str, Any]]
+    """The fields of `judge.Preference`, its notes, the judge's `model`, `cost`, and `against`: the reference's name."""
 
 
 def as_markdown(report: EvaluationReport) -> str:
@@ -131,7 +111,7 @@ def as_markdown(report: EvaluationReport) -> str:
 
 
 def as_html(report: EvaluationReport) -> str:
-    """The report as one HTML page without other files: its tables and all answers side by side."""
+    """The report as one self-contained HTML page: its tables and all answers side by side."""
     return render(
         "evaluate/answers.html.jinja", report=report, intro=intro(report), tables=tables(report), describe=_describe
     )
@@ -150,7 +130,7 @@ def tables(report: EvaluationReport) -> list[tuple[str, list[list[str]]]]:
 
 
 def intro(report: EvaluationReport) -> str:
-    """One or two sentences: how many prompts from where, the limits, and whether perplexities can be compared."""
+    """The text above the tables: number and origin of the prompts, limits, and a note on incomparable perplexities."""
     count, limit = len(report["answers"]), report["limit"]
     text = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} prompts from {report['prompts']}"
     text += f"; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
@@ -160,10 +140,10 @@ def intro(report: EvaluationReport) -> str:
 
 
 def _loss_rows(models: list[ModelReport]) -> list[list[str]]:
-    """Tokens, perplexity and accuracy of each group of rows, three columns a model."""
+    """Tokens, perplexity and accuracy of each group of rows: three columns per model."""
     rows = [["rows", *(head for m in models for head in (f"{m['name']}: tokens", "perplexity", "accuracy"))]]
     groups = dict.fromkeys((kind, name) for m in models for kind, parts in m["loss"].items() for name in parts)
-    # One source, or one language, is all rows again.
+    # A single source or language has the figures of all rows.
     single = {kind for kind in ("source", "language") if sum(k == kind for k, _ in groups) < 2}
     for kind, name in groups:
         if kind not in single:
@@ -206,7 +186,7 @@ def _share(share: LanguageShare) -> str:
     return f"{part:.1%} ({share['right']} of {share['judged']}; {interval})"
 
 
-def _judge_rows(judge: JudgeReport | None) -> list[list[str]]:
+def _judge_rows(judge: dict[str, Any] | None) -> list[list[str]]:
     if judge is None:
         return []
     error = "" if judge["standard_error"] is None else f" ± {judge['standard_error']:.2f}"
@@ -245,7 +225,7 @@ def _quoted(text: str) -> list[str]:
 def _escaped(line: str) -> str:
     """A line that Markdown shows as it is: no emphasis, tag, character reference, list, heading or code."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)
-    # What would begin a list or underline a heading. The backslash goes behind the number of a list, not before it.
+    # Characters that begin a list or underline a heading. In `1.` the backslash goes after the number.
     escaped = re.sub(r"^(\s*)(?:([-+=])|(\d+)(?=[.)]))", lambda m: f"{m[1]}{m[3] or ''}\\{m[2] or ''}", escaped)
     # Four spaces would begin a block of code.
     return re.sub(r"^\s+", lambda spaces: "\u00a0" * len(spaces[0].expandtabs(4)), escaped)

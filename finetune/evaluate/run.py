@@ -24,7 +24,6 @@ from finetune.evaluate.report import (
     AnswerReport,
     AnswerSummary,
     EvaluationReport,
-    JudgeReport,
     LanguageReport,
     LanguageShare,
     LossPart,
@@ -133,7 +132,7 @@ def evaluate(
     if settings and judge:
         # The report is written again: what is there already stays if the judge fails.
         preference = _preference(judge, results, reference, output / "judge", say, progress)
-        report["judge"] = cast(JudgeReport, preference | {"against": settings.reference or results[0].name})
+        report["judge"] = preference | {"against": settings.reference or results[0].name}
         _write(report, output)
     say(f"written: {output}")
     return report

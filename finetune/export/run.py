@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from finetune import __version__
 from finetune.export.report import ModelFigures, Report, as_json, as_markdown
 from finetune.export.rows import HeldOutRows, held_out
-from finetune.export.transformers import FORMATS as WEIGHT_FORMATS
 from finetune.export.transformers import saved_dtype, write_format
 from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
 from finetune.hub.card import export_card
@@ -26,7 +25,7 @@ from finetune.merge.run import merge
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import adapter_base_sections, base_reference, environment_of, is_adapter, merged_run
-from finetune.recipe.export_formats import FORMATS_HELP, gguf_types
+from finetune.recipe.export_formats import FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
@@ -173,7 +172,7 @@ class _Export:
     def write_weight_formats(self, source: Job) -> None:
         """Writes the formats that are folders for transformers, and adds a job for each."""
         for name in self.formats:
-            if name in WEIGHT_FORMATS:
+            if name in TRANSFORMERS_FORMATS:
                 self.say(f"{name}: writing")
                 place = self.folder / name
                 place.mkdir()
@@ -256,7 +255,7 @@ class _Export:
     def write_report(self, report: Report) -> None:
         """Writes the report and a model card in each folder, and removes the working folder."""
         for name in self.formats:
-            if name in WEIGHT_FORMATS:
+            if name in TRANSFORMERS_FORMATS:
                 (self.folder / name / "README.md").write_text(export_card(report, name), encoding="utf-8")
         shutil.rmtree(self.work)
         (self.folder / "report.md").write_text(as_markdown(report), encoding="utf-8")

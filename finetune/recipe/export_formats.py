@@ -1,17 +1,24 @@
-"""The formats that a model can be exported in."""
+"""The names of the formats that a model can be exported in.
+
+The formats in `TRANSFORMERS_FORMATS` are written by `export/transformers.py`, GGUF files and Ollama's folder by
+`export/gguf/`. `export/verify.py` measures each of them.
+"""
 
 from collections.abc import Sequence
 
+# bitsandbytes' 8 and 4 bit.
+QUANTIZED_FORMATS = ("int8", "nf4")
+TRANSFORMERS_FORMATS = ("bf16", "fp16", *QUANTIZED_FORMATS)
 # llama.cpp's types, and those of `gguf:all`.
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_NL", "Q3_K_M", "IQ3_S", "Q2_K")
 GGUF_ALL = ("IQ3_S", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-# All formats in words, for messages.
-FORMATS_HELP = "bf16, fp16, int8, nf4, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
-FORMATS = ("bf16", "fp16", "int8", "nf4", "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
+FORMATS = (*TRANSFORMERS_FORMATS, "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
+# `FORMATS` in a sentence, for messages.
+FORMATS_HELP = f"{', '.join(TRANSFORMERS_FORMATS)}, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
 
 
 def gguf_types(formats: Sequence[str]) -> list[str]:
-    """The GGUF types that formats stand for, each once; for Ollama alone the one that fits most machines."""
+    """The GGUF types that formats stand for, each once; for `ollama` alone Q4_K_M, which fits most machines."""
     types: list[str] = []
     for name in formats:
         if name.startswith("gguf:"):

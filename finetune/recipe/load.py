@@ -23,7 +23,8 @@ from finetune.recipe.schema import (
     ModelSection,
     PricesSection,
 )
-from finetune.recipe.upstream import Keys, XlaFsdp, check_quantization, check_section, unknown_key, upstream_keys
+from finetune.recipe.unknown_keys import Keys, unknown_key
+from finetune.recipe.upstream import XlaFsdp, check_quantization, check_section, upstream_keys
 from finetune.recipe.yaml_tree import Node, RecipeTree, Section, Sections, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 

@@ -1,4 +1,4 @@
-"""Keys and values that trl, peft and transformers take, and what to write in place of other names."""
+"""The keys of `training`, `lora` and `quantization`: which exist, their types, and values that upstream refuses."""
 
 import copy
 import dataclasses
@@ -7,7 +7,6 @@ import json
 import re
 import typing
 import warnings
-from collections.abc import Mapping
 from enum import Enum
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union
@@ -15,118 +14,13 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.recipe.unknown_keys import INSTEAD, Keys, unknown_key
 from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section, Sections
-
-# The keys of each section and the types of their values. Under "" are the sections themselves, under "source" the keys
-# of an entry of `data.train`, under "fsdp_config", "judge", "lm_eval" and "prices" those of the maps of that name.
-Keys = Mapping[str, Mapping[str, Any]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
-# The values of `init_lora_weights` that take a part out of the base's weights begin so.
+# The beginnings of those values of `init_lora_weights` that move a part of the base's weights into the adapter.
 INITS_FROM_BASE = ("pissa", "olora", "mica")
-# What to write instead of keys that upstream renamed or removed, that other trainers use, or that a recipe must not
-# set. Keys of another section are found without this table.
-_LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
-_WORDS: dict[str, dict[str, str]] = {
-    "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
-    "model": {
-        "name path model base_model model_name_or_path id": "write name_or_path",
-        "torch_dtype precision": "write dtype",
-        "use_flash_attention_2": "write attn_implementation: flash_attention_2",
-        "device_map": _LAUNCH,
-        "adapter_name_or_path lora_model_dir": "write adapter",
-        "token": "run `hf auth login`",
-    },
-    "data": {
-        "path dataset datasets train_file": "write train: [{path: ...}]",
-        "test validation eval_file": "write eval: [{path: ...}]",
-        "test_size val_size validation_split": "write eval_fraction",
-        "train_on_inputs": "write train_on: all, or assistant",
-    },
-    "source": {"file dataset data_files": "write path", "name subset": "write config", "type": "write format"},
-    "export": {"format types": "write formats", "max_kl max_kl_p99 min_top1 max_perplexity_ratio": "write gate: {...}"},
-    "evaluate": {
-        "questions prompt_file": "write prompts",
-        "max_tokens max_length": "write max_new_tokens",
-        "max_samples": "write limit",
-    },
-    "judge": {
-        "api_key key token": "set OPENAI_API_KEY in the environment",
-        "url api_base endpoint": "write base_url",
-        "name": "write model",
-    },
-    "lm_eval": {"task": "write tasks: [...]"},
-    "prices": {"prompt_tokens": "write input", "completion_tokens": "write output"},
-    "training": {
-        "max_seq_length": "write max_length",
-        "evaluation_strategy do_eval": "write eval_strategy",
-        "per_gpu_train_batch_size batch_size": "write per_device_train_batch_size",
-        "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
-        "no_cuda": "write use_cpu",
-        "lr": "write learning_rate",
-        "epochs": "write num_train_epochs",
-        "lr_scheduler": "write lr_scheduler_type",
-        "use_liger": "write use_liger_kernel",
-        "warmup_ratio": "write warmup_steps; below 1 it is a share of all steps",
-        "group_by_length": "write train_sampling_strategy: group_by_length",
-        "adafactor": "write optim: adafactor",
-        "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
-        "torchdynamo": "write torch_compile_backend",
-        "overwrite_output_dir": "write another output_dir, or remove that folder",
-        "logging_dir": "set TENSORBOARD_LOGGING_DIR in the environment",
-        "save_safetensors": "remove it; safetensors is the only format",
-        "half_precision_backend fp16_backend fp16_opt_level": "remove it; torch's autocast is the only one",
-        "dataset_batch_size dataset_kwargs num_of_sequences": "remove it; the data section prepares the rows",
-        "use_mps_device use_ipex jit_mode_eval tpu_num_cores": "remove it; the device is found",
-        "dataset_text_field": "write columns: {text: COLUMN} in the source",
-        "truncation_mode": "write data.on_overflow",
-        "completion_only_loss assistant_only_loss": "write data.train_on",
-        "chat_template_path": "write model.chat_template",
-        "eos_token": "write model.chat_template, which ends the turns",
-        "pad_token": "remove it; the tokenizer's is used",
-        "model_init_kwargs": "write the sections model and quantization",
-        "do_train do_predict": "remove it; a recipe trains",
-        "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
-        "hub_token": "run `hf auth login`",
-        "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
-            "write the section hub: {repo_id: owner/name}"
-        ),
-    },
-    "fsdp_config": {
-        "version reshard_after_forward cpu_offload offload_params auto_wrap_policy min_num_params state_dict_type "
-        "activation_checkpointing cpu_ram_efficient_loading fsdp_version fsdp_reshard_after_forward "
-        "fsdp_offload_params fsdp_auto_wrap_policy fsdp_min_num_params fsdp_state_dict_type "
-        "fsdp_activation_checkpointing fsdp_cpu_ram_efficient_loading": _LAUNCH,
-        "transformer_layer_cls_to_wrap fsdp_transformer_layer_cls_to_wrap": (
-            "remove it; the layer is found from the model"
-        ),
-        "xla_fsdp_settings": "remove it; it has no effect with xla_fsdp_v2",
-    },
-    "lora": {
-        "rank lora_r": "write r",
-        "alpha": "write lora_alpha",
-        "dropout": "write lora_dropout",
-        "target lora_target target_linear": "write target_modules",
-        "base_model_name_or_path": "write model.name_or_path",
-        "revision": "write model.revision",
-        "peft_type task_type": "remove it; it is LoRA on a causal language model",
-        "inference_mode": "remove it; a recipe trains",
-        "loftq_config": "remove it; LoftQ changes the base's weights, which an adapter's files do not hold",
-        "auto_mapping peft_version": "remove it; peft writes it",
-        "eva_config corda_config lora_ga_config": "remove it; inits that need a pass over the rows are not supported",
-        "runtime_config": "remove it; it has no form in YAML",
-    },
-    "quantization": {
-        "load_4bit bits quant_method": "write load_in_4bit: true or load_in_8bit: true",
-        "load_8bit": "write load_in_8bit",
-    },
-}
-INSTEAD = {
-    section: {name: instead for names, instead in table.items() for name in names.split()}
-    for section, table in _WORDS.items()
-}
-
 # `BitsAndBytesConfig.__init__` of transformers 5.23 has no type hints and takes any other word in `**kwargs`.
 QUANTIZATION: Section = {
     "load_in_8bit": bool,
@@ -193,7 +87,7 @@ def upstream_keys() -> Sections:
 
 
 def _narrowed(hint: Any, choices: Any) -> Any:
-    """An upstream type without members that accept anything: `str` beside an enum, `dict` beside a dataclass."""
+    """An upstream type without the members that accept anything: `str` next to an enum, `dict` next to a dataclass."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
     if choices:
         return Union[(Literal[tuple(choices)], *(m for m in members if m is type(None)))]
@@ -239,31 +133,6 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
     if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
         _ask_upstream(tree, section, valid)
     return valid
-
-
-def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
-    """Adds a fault for a key that its section does not have, with the key that was probably meant.
-
-    Args:
-        tree: The recipe; takes the fault.
-        key: The dotted key.
-        section: The section's name, or "" for a section that is unknown.
-        keys: The known keys of all sections.
-    """
-    name, known = key.rpartition(".")[2], keys[section]
-    elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
-    near = difflib.get_close_matches(name, known, n=1)
-    owner = {"training": "trl.SFTConfig", "lora": "peft.LoraConfig"}.get(section)
-    if name in INSTEAD[section]:
-        tree.fault(key, f"is not a recipe's key; {INSTEAD[section][name]}")
-    elif elsewhere:
-        tree.fault(key, f"is unknown; write {' or '.join(elsewhere)}")
-    elif near:
-        tree.fault(key, f"is unknown; write {near[0]}")
-    elif owner:
-        tree.fault(key, f"is unknown; write a parameter of {owner}")
-    else:
-        tree.fault(key, f"is unknown; write one of {', '.join(known)}")
 
 
 _EXPECTED = {
@@ -358,7 +227,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
 
 
 def check_quantization(tree: RecipeTree, bits: Section) -> None:
-    """Adds faults for keys of `quantization` that have no effect, or another one than they seem to have."""
+    """Adds faults for keys of `quantization` without effect, and for a 4-bit type that upstream would choose otherwise."""
     four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
     if bool(four) == bool(eight):
         have = "has both load_in_4bit and" if four else "has neither load_in_4bit nor"

@@ -1,4 +1,16 @@
-"""Marks complete checkpoints, finds the one to resume from, and checks that a directory is free for a run."""
+"""Marks complete checkpoints, finds the one to resume from, and checks that a directory is free for a run.
+
+The files of a `checkpoint-N` folder:
+
+    adapter_model.safetensors, adapter_config.json   the adapter; in full fine-tuning the model's own files instead
+    tokenizer.json, chat_template.jinja, ...         the tokenizer
+    state-RANK-of-RANKS.safetensors                  optimizer, counters, and trained weights that no file above holds
+    scheduler.pt, scaler.pt                          learning rate scheduler; gradient scaler in fp16
+    rng_state.pth, rng_state_RANK.pth                random number generators
+    trainer_state.json                               transformers' log and step
+    recipe.yaml                                      the recipe of the run
+    complete.json                                    the step, and the size of each file; written last
+"""
 
 from __future__ import annotations
 
@@ -12,15 +24,15 @@ from finetune.system.errors import RunError
 from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
 from finetune.system.terminal import Say
 
-# Written last: a `checkpoint-N` without it is incomplete, whatever else it holds.
+# Written last: a `checkpoint-N` folder without it is incomplete.
 MARKER = "complete.json"
 
-# A finished run has one of these in its root; they are moved there last.
+# The run directory of a finished run has one of these; they are moved there last.
 WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 class MarkerFields(TypedDict):
-    """The processes that a checkpoint was made with, the digest of its training rows, and the run's first day."""
+    """The number of processes, the digest of the training rows, and the first day of the run."""
 
     processes: int
     rows: str | None
@@ -38,7 +50,7 @@ def check_output(output: Path, resume: str | bool) -> None:
     """Refuses an output directory that is not empty, unless its run is to be resumed.
 
     Raises:
-        RunError: It holds something, or it is a file.
+        RunError: It holds files of another run, or of this run without `resume`; or it is a file.
     """
     if output.is_dir() and any(output.iterdir()):
         if is_finished(output) and resume is True:
@@ -60,7 +72,7 @@ def is_finished(output: Path) -> bool:
 
 
 def write_marker(folder: Path, step: int, fields: MarkerFields) -> None:
-    """Marks a checkpoint as complete; all that it holds must be on the disk already."""
+    """Marks a checkpoint as complete; its files must have been written and synced before."""
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     marker: Marker = {"step": step, **fields, "files": sizes}
     write_whole(folder / MARKER, json.dumps(marker) + "\n")
@@ -71,8 +83,8 @@ def rotate(run: Path, limit: int | None, best: Path | None) -> None:
 
     Args:
         run: The run directory.
-        limit: How many complete checkpoints are kept; None: all.
-        best: The best checkpoint, which is kept, as the newest is.
+        limit: The number of complete checkpoints to keep; None keeps all.
+        best: The best checkpoint, which is kept like the newest.
     """
     every = checkpoints(run)
     kept = [folder for folder in every if is_whole(folder)]
@@ -102,7 +114,7 @@ def first_day(start: Path | None) -> date:
 
 
 def is_whole(folder: Path) -> bool:
-    """True if the checkpoint is complete and its files have the sizes that they had then."""
+    """True if the checkpoint is marked as complete and its files have the sizes in the marker."""
     return not _why_not_whole(folder)
 
 
@@ -129,10 +141,10 @@ def checkpoint_to_resume(run: Path, wanted: str | bool, say: Say) -> Path | None
     Args:
         run: The run directory.
         wanted: The option's value: a folder, or True for the newest checkpoint that can be resumed from.
-        say: Told which checkpoints are skipped, and why.
+        say: Called with a line for each checkpoint that is skipped.
 
     Raises:
-        RunError: `wanted` names a folder that is no complete checkpoint.
+        RunError: `wanted` names a folder that is not a complete checkpoint with a state.
     """
     if wanted is True:
         for folder in reversed(checkpoints(run)):
