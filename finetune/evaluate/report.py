@@ -80,7 +80,7 @@ class AnswerReport(TypedDict):
 
 
 class EvaluationReport(TypedDict):
-    """`report.json` of an evaluation; the last of `models` is the evaluated model, the first what it is compared with."""
+    """`report.json` of an evaluation; the last of `models` is evaluated, any other is what it is compared with."""
 
     finetune: str
     recipe: str
