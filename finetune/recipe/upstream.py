@@ -227,7 +227,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
 
 
 def check_quantization(tree: RecipeTree, bits: Section) -> None:
-    """Adds faults for keys of `quantization` without effect, and for a 4-bit type that is left to upstream's default."""
+    """Adds faults for keys of `quantization` without effect, and for a 4-bit type left to upstream's default."""
     four, eight = bits.get("load_in_4bit"), bits.get("load_in_8bit")
     if bool(four) == bool(eight):
         have = "has both load_in_4bit and" if four else "has neither load_in_4bit nor"
