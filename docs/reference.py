@@ -21,7 +21,14 @@ from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
 _MADE = "<!-- Made by docs/reference.py: change the code that it reads, then run it again. -->\n"
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_PLAIN = {
+    Any: "any value",
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+}
 # In the order of a recipe, by path.
 _SECTIONS = {
     "model": schema.ModelSection,

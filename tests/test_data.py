@@ -902,16 +902,6 @@ def test_a_row_for_each_exchange_or_answer_behind_a_fed_thought() -> None:
     assert next(iter(mended)).startswith("rows with a row for each exchange")
 
 
-def test_variables_of_the_template_in_a_row() -> None:
-    jsonl(talk("6 x 7?", "42") | {"chat_template_kwargs": {"enable_thinking": False}})
-    assert fault(prepare) == (
-        "rows.jsonl:1: it has chat_template_kwargs, variables of the chat template, which are not supported; "
-        "mend the row, or write data.on_bad_row: skip"
-    )
-    jsonl(talk("a", "b") | {"chat_template_kwargs": {}}, talk("c", "d") | {"chat_template_kwargs": None})
-    assert len(trained(prepare())) == 2
-
-
 def test_special_tokens_where_the_source_allows_them() -> None:
     jsonl({"prompt": "<|im_start|>area(r) = <|im_end|>", "completion": "3.14 * r * r"})
     source = {"format": "prompt_completion", "raw": True}

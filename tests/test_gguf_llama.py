@@ -1,11 +1,13 @@
 """llama.cpp's figures of a GGUF file: those of a right one beside transformers', and those of wrong ones."""
 
+import copy
 import importlib.util
 import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.samples import LabelledRow
+from finetune.data.template_variables import set_default_variables
 from finetune.evaluate.perplexity import score
 from finetune.export import verify
 from finetune.export.gguf.llama_cpp import library, server
@@ -30,6 +33,7 @@ from finetune.export.gguf.llama_cpp.measure import (
     measure,
 )
 from finetune.export.gguf.llama_cpp.server import Server
+from finetune.export.gguf.tokenizer.vocabulary import _chat_templates
 from finetune.export.report import as_json, as_markdown
 from finetune.model.load import load_base
 from finetune.model.locate import locate
@@ -192,6 +196,22 @@ def test_the_report_of_folders_shows_it_too(found: dict[str, Any], tokenizer: An
     assert "\nGGUF files are measured by llama.cpp, against merged; in parentheses: not kept.\n" in text
     assert "| (tiny.F32) |" in as_markdown(report | {"models": [given | {"kept": False}]})
     assert '"prompt_speed"' in as_json(report)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_default_of_the_template_goes_before_what_the_server_sets(
+    model: Any, tokenizer: Any, tmp_path: Path, thinks: bool
+) -> None:
+    own, asked = copy.deepcopy(tokenizer), [{"role": "user", "content": QUESTION}]
+    off = "{%- if enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}"
+    own.chat_template = TEMPLATE.removesuffix("{%- endif -%}") + off + "{%- endif -%}"
+    set_default_variables(own, {"enable_thinking": thinks})
+    source: Any = SimpleNamespace(tokenizer=own)
+    written = _chat_templates(source)["tokenizer.chat_template"]
+    with Server(write_gguf(model, tokenizer, tmp_path / "own.gguf", template=written), 256) as server:
+        shown = server.render(asked)
+    assert shown == rendered(own, asked, True).text.removeprefix("<s>")
+    assert shown.endswith("\n" if thinks else "</think>\n\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,18 +14,17 @@ import hashlib
 import importlib.metadata
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2.exceptions import TemplateError as JinjaError
-from transformers.utils import chat_template_utils
 
 from finetune.data.probes import ANSWER, PLAIN, probes, spelt_tokens
+from finetune.data.rendering import Renderer
 from finetune.data.tool_calls import with_arguments_as_rendered
 from finetune.data.turn_ends import turn_end
 from finetune.data.turns import (
@@ -36,13 +35,11 @@ from finetune.data.turns import (
     authored_texts,
     check_all_rendered,
     check_unicode,
-    is_text_only,
     message_holding,
     special_spans,
     texts_in,
     trained_messages,
     turn_start,
-    without_train_key,
 )
 from finetune.system.errors import LabelError, TemplateError, TurnRewrittenLater
 
@@ -93,6 +90,7 @@ class RenderedChat:
     turns: list[tuple[int, int, int]]
     trained: frozenset[int]  # the indices of the messages that are trained on
     tools: Sequence[Tool] | None = None
+    variables: Mapping[str, Any] | None = None
 
 
 class Chat:
@@ -102,12 +100,16 @@ class Chat:
         tokenizer: A fast tokenizer; its `chat_template` is the one that is saved with the model.
         day: The day that a template is told which asks for the date, at midnight; None: the time of each rendering.
 
+    Attributes:
+        render: Renders a conversation with the template.
+
     Raises:
         TemplateError: The tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, day: date | None = None) -> None:
         self.tokenizer, self.day = tokenizer, day
+        self.render = Renderer(tokenizer, day)
         if not tokenizer.is_fast:
             raise TemplateError(
                 f"{type(tokenizer).__name__} is a slow tokenizer, and labels need a fast one; "
@@ -121,93 +123,13 @@ class Chat:
         self._splits_text[[i for i in self._special_tokens if i != tokenizer.unk_token_id]] = True
         self._tokenize_tail = functools.lru_cache(maxsize=256)(self._tokenize_one)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Text
-
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
-    ) -> str:
-        """The conversation as the template writes it.
-
-        Args:
-            messages: The conversation.
-            add_generation_prompt: Whether the start of an assistant turn follows.
-            tools: The functions that may be called.
-
-        Raises:
-            LabelError: The template refuses these messages, or fails on them.
-            TemplateError: The tokenizer has no chat template.
-        """
-        if self.tokenizer.chat_template is None:
-            raise TemplateError(
-                "model.chat_template: this model has no chat template of its own; write the one of its family "
-                "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file"
-            )
-        if not messages:
-            raise LabelError("no message stands before it, and a chat template renders no empty conversation")
-        try:
-            shown = [without_train_key(message) for message in messages]
-            with self._clock():
-                if tools is None and all(map(is_text_only, messages)):
-                    # As apply_chat_template renders such messages, which copies each of them at each call (5.23).
-                    given = {"messages": shown, "add_generation_prompt": add_generation_prompt}
-                    return str(self._compiled.render(**given, tools=None, documents=None, **self._variables))
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        shown,
-                        tools=list(tools) if tools else None,
-                        tokenize=False,
-                        add_generation_prompt=add_generation_prompt,
-                    )
-                )
-        except JinjaError as error:
-            # What a template says behind a semicolon is taken as the detail of this conversation.
-            reason, _, detail = (error.message or "").partition("; ")
-            raise LabelError(f"the chat template refuses it: {reason}", detail) from error
-        except Exception as error:
-            # A template is anybody's program: it may divide by a length of 0 as well.
-            reason, _, detail = str(error).partition("; ")
-            raise LabelError(f"the chat template fails on it: {reason}", detail) from error
-
-    @cached_property
-    def _template(self) -> str:
-        return str(self.tokenizer.get_chat_template())
-
-    @cached_property
-    def _compiled(self) -> Any:
-        return chat_template_utils._compile_jinja_template(self._template)
-
-    @contextlib.contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Lets a template that asks for the date be told `day`."""
-        if self.day is None or not self._asks_for_date:
-            yield
-            return
-        midnight = datetime.combine(self.day, time())
-        # transformers compiles each template once, so apply_chat_template renders this one, too (5.23).
-        known = self._compiled.globals
-        before = known["strftime_now"]
-        known["strftime_now"] = midnight.strftime
-        try:
-            yield
-        finally:
-            known["strftime_now"] = before
-
-    @cached_property
-    def _asks_for_date(self) -> bool:
-        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
-
-    @cached_property
-    def _variables(self) -> dict[str, str]:
-        return dict(self.tokenizer.special_tokens_map)
-
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides which tokens a conversation becomes: tokenizer, template, libraries."""
         template = json.dumps(self.tokenizer.chat_template)
-        parts = [self.tokenizer.backend_tokenizer.to_str(), template, self._variables]
+        parts = [self.tokenizer.backend_tokenizer.to_str(), template, self.render.special_tokens]
         parts += [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
-        if self._asks_for_date:
+        if self.render.asks_for_date:
             parts.append(str(self.day or date.today()))
         return hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
@@ -215,7 +137,11 @@ class Chat:
     # Conversations
 
     def encode(
-        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[Tool] | None = None
+        self,
+        messages: Sequence[Message],
+        train_on: str = "assistant",
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
@@ -228,16 +154,21 @@ class Chat:
             messages: The conversation; a message's `train` goes before `train_on`.
             train_on: `assistant`, `last_assistant` or `all`.
             tools: The functions that may be called.
+            variables: Variables of the template, `chat_template_kwargs`.
 
         Raises:
             LabelError: It cannot be proved that the tokens before each turn are those that inference would feed.
             TemplateError: The tokenizer has no chat template.
         """
-        rendered = self.render_turns(messages, train_on, tools)
+        rendered = self.render_turns(messages, train_on, tools, variables)
         return self.label(rendered, self._tokenize_one(rendered.text))
 
     def render_turns(
-        self, messages: Sequence[Message], train_on: str = "assistant", tools: Sequence[Tool] | None = None
+        self,
+        messages: Sequence[Message],
+        train_on: str = "assistant",
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> RenderedChat:
         """The rendered conversation with its turns: the first half of `encode`, with the same arguments.
 
@@ -246,11 +177,13 @@ class Chat:
             TemplateError: As for `encode`.
         """
         trained = trained_messages(messages, train_on)
-        render = partial(self.render, tools=tools)
+        render = partial(self.render, tools=tools, variables=variables)
+        # A variable may change what ends a turn.
+        endings = () if variables else self._endings
         messages = with_arguments_as_rendered(render, messages)
         text = render(messages)
         check_unicode(messages, text)
-        check_all_rendered(render, messages, text, self._template)
+        check_all_rendered(render, messages, text, self.render.template)
         turns = []
         for i, message in enumerate(messages):
             # With `all`, a turn with `train: false` must be found as well, so that its labels can be removed.
@@ -265,13 +198,13 @@ class Chat:
                     if i + 1 < len(messages):
                         raise TurnRewrittenLater(error.reason, error.detail, i) from error
                     fed, start = found
-                end = turn_end(render, self._special, self._endings, messages, i, text, start)
+                end = turn_end(render, self._special, endings, messages, i, text, start)
                 if fed:
                     # The row is the prompt as it is fed, and the turn behind it.
                     text = fed + text[start:]
                     start, end = len(fed), end + len(fed) - start
                 turns.append((i, start, end))
-        return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools)
+        return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools, variables)
 
     def tokenize(self, texts: Sequence[str]) -> list[Ids]:
         """The token ids of each text; no special token is added."""

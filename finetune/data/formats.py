@@ -150,7 +150,7 @@ _COLUMNS = {
 }
 
 
-_OF_CHATS = ("system", "system_prompt", "tools", "functions")
+_OF_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 # The columns that a format reads.
 COLUMNS_READ = {
     "messages": ("messages", *_OF_CHATS),
@@ -207,8 +207,15 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
 
 
 def _chat(row: Row, messages: list[Message], unread: set[str]) -> Row:
-    """The messages, the keys that are not read, and the row's tools in OpenAI's form, which templates expect."""
+    """The messages, the keys that are not read, the template's variables, and the tools in OpenAI's form."""
     chat: Row = {"messages": messages} | ({"unread": sorted(unread)} if unread else {})
+    variables = decoded(row.get("chat_template_kwargs"))
+    if holds(variables):
+        if not isinstance(variables, dict):
+            raise LabelError("its chat_template_kwargs are not a map", 'write {"enable_thinking": false}')
+        check_json(variables, "its chat_template_kwargs")
+        # A column of maps has null where a row lacks a key.
+        chat["variables"] = {name: value for name, value in variables.items() if value is not None}
     tools, functions = decoded(row.get("tools")), decoded(row.get("functions"))
     wrapped, others = _wrapped(tools), _wrapped(functions)
     if wrapped and others and wrapped != others:

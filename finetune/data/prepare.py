@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -181,8 +182,6 @@ def _render(
         if not all(isinstance(text, str) for text in converted.values()):
             raise LabelError("its prompt or completion is not text")
     else:
-        if row.get("chat_template_kwargs"):
-            raise LabelError("it has chat_template_kwargs, variables of the chat template, which are not supported")
         converted = FORMATS[form](row)
         result.unread += converted.get("unread", [])
     if "messages" in converted:
@@ -215,19 +214,21 @@ def _render_messages(preparation: Preparation, converted: Row, train_on: str, re
                 message.setdefault("train", False)
     train_on = "assistant" if train_on == "completion" else train_on
     messages = _mended(preparation.section, converted["messages"], train_on, result)
-    tools = converted.get("tools")
+    render = partial(
+        chat.render_turns, train_on=train_on, tools=converted.get("tools"), variables=converted.get("variables")
+    )
     chat.check_tokens()
     try:
-        chats = [chat.render_turns(messages, train_on, tools)]
+        chats = [render(messages)]
     except TurnRewrittenLater:
         if train_on != "assistant":
             raise
         chats = []
         for exchange in _exchanges(messages):
             try:
-                chats.append(chat.render_turns(exchange, train_on, tools))
+                chats.append(render(exchange))
             except TurnRewrittenLater:
-                chats += [chat.render_turns(part, train_on, tools) for part in _answers(exchange)]
+                chats += map(render, _answers(exchange))
         result.mended.append(ROW_PER_EXCHANGE)
     for i, message in enumerate(messages):
         parts = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
@@ -242,20 +243,20 @@ def _render_messages(preparation: Preparation, converted: Row, train_on: str, re
 
 def _keys_not_rendered(chat: Chat, rendered: RenderedChat) -> Iterator[str]:
     """Yields the keys of messages that the template gets and does not render."""
+    render = partial(chat.render, tools=rendered.tools, variables=rendered.variables)
     for key in ("name", "tool_call_id"):
         if any(key in message for message in rendered.messages):
             messages = [{k: v for k, v in m.items() if k != key} for m in rendered.messages]
             # A template that fails without a key reads it.
             with contextlib.suppress(LabelError):
-                whole = chat.render(rendered.messages, tools=rendered.tools)
-                if chat.render(messages, tools=rendered.tools) == whole:
+                if render(messages) == render(rendered.messages):
                     yield f"messages.{key}"
 
 
 def _leaves_out_tools(chat: Chat, rendered: RenderedChat) -> bool:
-    messages = rendered.messages
+    render = partial(chat.render, rendered.messages, variables=rendered.variables)
     try:
-        return chat.render(messages) == chat.render(messages, tools=rendered.tools)
+        return render() == render(tools=rendered.tools)
     except LabelError:
         return False  # the template fails without them
 
@@ -438,7 +439,7 @@ def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int
         part = body[starts[begin] : starts[end] if end < len(starts) else len(body)]
         if not any(message.get("train") for message in part):
             return None
-        return chat.encode(system + part, train_on, item.tools)
+        return chat.encode(system + part, train_on, item.tools, item.variables)
 
     def too_long(begin: int, end: int) -> bool:
         encoded = encode(begin, end)

@@ -60,7 +60,7 @@ def answer_prompts(
     conversations = {i: prompt.messages for i, prompt in enumerate(prompts)}
     turn = 0
     while conversations:
-        ids = {i: generator.prompt_ids(list(messages)) for i, messages in conversations.items()}
+        ids = {i: generator.prompt_ids(messages, prompts[i].variables) for i, messages in conversations.items()}
         for i, tokens in _in_batches(generator, ids, max_new_tokens, advance):
             stopped = bool(tokens) and tokens[-1] in generator.stop_ids
             content = tokens[:-1] if stopped else tokens

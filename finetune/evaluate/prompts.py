@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
+from finetune.data.json_rows import Row
 from finetune.data.readers import read_rows
 from finetune.data.turns import Message
 from finetune.recipe.schema import DataSection, DataSource
@@ -19,11 +20,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for an answer; `follow_ups` are the user's questions after each answer."""
+    """A conversation that waits for an answer.
+
+    Attributes:
+        name: The row's name.
+        messages: The conversation.
+        follow_ups: The user's questions after each answer.
+        variables: The row's `chat_template_kwargs`.
+    """
 
     name: str
     messages: tuple[Message, ...]
     follow_ups: tuple[str, ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
@@ -51,9 +60,9 @@ def _prompt(name: str, row: dict[str, Any]) -> Prompt:
     if isinstance(turns, list) and turns and all(isinstance(text, str) and text for text in turns):
         return Prompt(name, ({"role": "user", "content": turns[0]},), tuple(turns[1:]))
     with contextlib.suppress(LabelError):
-        messages = _before_last_answer(FORMATS["messages"](row)["messages"])
-        if messages:
-            return Prompt(name, messages)
+        chat = FORMATS["messages"](row)
+        if messages := _before_last_answer(chat["messages"]):
+            return Prompt(name, messages, variables=chat.get("variables", {}))
     raise EvaluateError(
         f"evaluate.prompts: {name}: it has no prompt; write prompt (text), turns (a list of texts) or messages"
     )
@@ -76,10 +85,10 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
         DataError: A source cannot be read.
     """
     prompts = [
-        (number, Prompt(name.rpartition("/")[2], asked))
+        (number, Prompt(name.rpartition("/")[2], asked, variables=chat.get("variables", {})))
         for number, source in enumerate(section.eval or section.train)
-        for name, messages in _conversations(source)
-        if name in names and (asked := _before_last_answer(messages))
+        for name, chat in _conversations(source)
+        if name in names and (asked := _before_last_answer(chat["messages"]))
     ]
     return [prompt for _, prompt in spread_evenly(prompts, lambda numbered: numbered[0], limit)]
 
@@ -95,7 +104,7 @@ def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int
     return [items[i] for i in sorted(chosen)]
 
 
-def _conversations(source: DataSource) -> Iterator[tuple[str, list[Message]]]:
+def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
     form: str | None = source.format
     for name, row in read_rows(source):
         # A faulty row was reported when the rows were prepared.
@@ -106,7 +115,7 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, list[Message]]]:
             form = form or detect_format(source, row)
             converted = {} if source.raw else FORMATS[form](row)
             if "messages" in converted:
-                yield name, converted["messages"]
+                yield name, converted
 
 
 def _before_last_answer(messages: list[Message]) -> tuple[Message, ...]:

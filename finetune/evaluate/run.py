@@ -159,7 +159,9 @@ def _base_of(run: str) -> _Subject:
         raise EvaluateError(f"--compare {BASE}: {run} is not a run; write the name of a model")
     section, quantization = adapter_base_sections(folder)
     if template := run_file(folder, "chat_template.jinja"):
-        section = section.model_copy(update={"chat_template": str(template), "system_role": "template"})
+        # The saved template holds both choices already.
+        saved = {"chat_template": str(template), "system_role": "template", "chat_template_kwargs": {}}
+        section = section.model_copy(update=saved)
     return _Subject(section.name_or_path, sections=(section, quantization), title=title)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,20 @@ class Generator:
     stop_ids: tuple[int, ...]
     compiled: bool = False
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """The model's input for a conversation: its rendering, or the bare text if there is no chat template.
 
+        Args:
+            messages: The conversation.
+            variables: Variables of the template, which go before the defaults that it was saved with.
+
         Raises:
-            LabelError: The chat template refuses the messages.
+            LabelError: The chat template refuses the messages, or reads no such variable.
         """
         tokenizer = self.chat.tokenizer
         if tokenizer.chat_template is None:
             return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        text = self.chat.render(messages, add_generation_prompt=True)
+        text = self.chat.render(messages, add_generation_prompt=True, variables=variables)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer_ids(self, messages: Sequence[Message], sampling: Sampling, streamer: Any = None) -> list[int]:

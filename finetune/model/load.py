@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat import Chat
 from finetune.data.template import load_template, set_system_role
+from finetune.data.template_variables import set_default_variables
 from finetune.model import precision
 from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
-    """The base's tokenizer, with the recipe's chat template where it names one, and a padding token.
+    """The base's tokenizer, with the recipe's chat template and its variables, and a padding token.
 
     Args:
         section: The recipe's.
@@ -31,7 +32,7 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
 
     Raises:
         ModelError: There is none to load.
-        TemplateError: The template file cannot be read.
+        TemplateError: The template file cannot be read, or takes no such system role or variable.
     """
     from transformers import AutoTokenizer
 
@@ -46,6 +47,7 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
     elif section.adapter and adapter_template.is_file():
         tokenizer.chat_template = load_template(str(adapter_template))
     set_system_role(tokenizer, section.system_role)
+    set_default_variables(tokenizer, section.chat_template_kwargs)
     if tokenizer.pad_token is None:
         # Padding is masked in attention and labels, so the choice of the token changes nothing.
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,6 +1,6 @@
 """The sections of a recipe that are ours: keys, types, defaults, and a sentence about each key."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -44,6 +44,8 @@ class ModelSection(BaseModel):
     """As in `from_pretrained`; absent: chosen for the model and this device."""
     chat_template: str | None = None
     """A shipped template's name or a `.jinja` file; absent: the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template (`enable_thinking`, ...) and their values, which become its saved defaults."""
     system_role: Literal["template", "fold", "turn", "error"] = "template"
     """How a system message is rendered: by the template, in the first user turn, as its own turn, or refused."""
     adapter: str | None = None

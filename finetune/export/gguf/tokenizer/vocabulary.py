@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.chat import Chat
 from finetune.data.samples import sample_rows
+from finetune.data.template_variables import with_values_forced
 from finetune.export.gguf.tokenizer.merges import BYTE_TOKENS, SPACE, byte_fallback, byte_level
 from finetune.export.gguf.tokenizer.source import (
     Difference,
@@ -256,6 +257,8 @@ def _chat_templates(source: TokenizerFiles) -> dict[str, Any]:
     named = templates if isinstance(templates, dict) else {"default": templates}
     if "default" not in named:
         raise source.refuse(f"its chat templates are {', '.join(named)}; one must be named default")
+    # llama.cpp's server sets this variable in every request, to true where a template can think (xllamacpp 2026.10).
+    named = {name: with_values_forced(text, ["enable_thinking"]) for name, text in named.items()}
     if source.tokenizer.bos_token is None:
         # llama.cpp gives templates the text of what it holds for BOS, where transformers gives them nothing.
         named = {
