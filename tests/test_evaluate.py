@@ -381,8 +381,8 @@ def test_a_model_without_a_template_is_named(bare: Path, run: Path, capsys: pyte
     capsys.readouterr()
     assert main(["evaluate", str(run), "--compare", "bare"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: bare has no chat template; write --recipe with one whose model.name_or_path is bare, and whose "
-        "model.chat_template names it"
+        "error: bare has no chat template; write --recipe with a recipe that has model.name_or_path: bare and "
+        "model.chat_template"
     )
 
 
@@ -464,7 +464,7 @@ def test_what_was_answered_is_kept_where_the_judge_fails(run: Path, capsys: pyte
     [
         (
             {"judge": {"base_url": "http://localhost/v1/chat/completions", "model": "m"}},
-            "evaluate.judge.base_url: 'http://localhost/v1/chat/completions' is not where an API begins",
+            "evaluate.judge.base_url: 'http://localhost/v1/chat/completions' is not the base URL of an API",
         ),
         ({"lm_eval": {"tasks": ["nosuch.yaml"]}}, "evaluate.lm_eval.tasks: nosuch.yaml: No such file"),
     ],

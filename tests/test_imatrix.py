@@ -524,7 +524,7 @@ def test_rows_that_measure_are_left_out(run: Path) -> None:
     )
     assert where == "12 sample rows of this project"
     assert not any(row in training for row in found)
-    assert said == ["all of the run's rows are compared; the matrix is made from the project's sample rows"]
+    assert said == ["all of the run's rows are compared; the matrix is computed from the project's sample rows"]
     sample = [
         LabelledRow(row, row)
         for row in [*training, *calibration_rows(run, apart_from=[LabelledRow(r, r) for r in training])[0]]
@@ -546,7 +546,7 @@ def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path) -> None:
     assert where == "12 sample rows of this project"
     assert len(said) == 1
     assert "gone.jsonl" in said[0]
-    assert said[0].endswith("the matrix is made from the project's sample rows")
+    assert said[0].endswith("the matrix is computed from the project's sample rows")
     (run / "recipe.yaml").unlink()
     assert calibration_rows(run, rows=12) == (found, where)
 

@@ -761,9 +761,7 @@ def test_what_a_local_server_is_given_for_a_key_may_be_said(run: Run) -> None:
 def test_a_key_that_cannot_be_sent_is_refused_unseen(key: str) -> None:
     with pytest.raises(EvaluateError) as caught:
         Judge("http://localhost:8000/v1", "m", key=key)
-    assert str(caught.value) == (
-        "OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew"
-    )
+    assert str(caught.value) == ("OPENAI_API_KEY: it holds a character that no key has, such as a space; set it anew")
 
 
 @pytest.mark.parametrize(
@@ -782,7 +780,7 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
     with pytest.raises(EvaluateError) as caught:
         Judge(url, "m")
     assert str(caught.value) == (
-        f"evaluate.judge.base_url: {url!r} is not where an API begins; write what stands before /chat/completions, "
+        f"evaluate.judge.base_url: {url!r} is not the base URL of an API; write the part before /chat/completions, "
         "such as http://localhost:8000/v1"
     )
 

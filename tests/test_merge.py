@@ -742,8 +742,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "other base weights": (
         other_weights,
         [],
-        "run: was trained on another base: the weights in base are not those that environment.json knows by "
-        "base_fingerprint; write the directory of the very base",
+        "run: was trained on another base: the weights in base are not those that environment.json records in "
+        "base_fingerprint; write the directory of that base",
     ),
     "weights and config of two models": (
         two_models,
@@ -795,12 +795,13 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "key of no layer": (
         lambda: change_adapter(lambda t: t.update({KEY.replace("layers.0", "layers.2"): t[KEY].clone()})),
         [],
-        f"run: {KEY.replace('layers.0', 'layers.2')} leads to no part of its base; was it trained on another model?",
+        f"run: {KEY.replace('layers.0', 'layers.2')} belongs to no layer of its base; name the base that it was "
+        "trained on",
     ),
     "key missing": (
         lambda: change_adapter(lambda t: t.pop(KEY)),
         [],
-        f"run: {KEY} is missing from adapter_model.safetensors; is it of another base, or cut off?",
+        f"run: {KEY} is missing from adapter_model.safetensors: it is damaged, or of another base",
     ),
     "no such layers": (
         lambda: configure("run/adapter_config.json", target_modules=["query"]),
@@ -820,7 +821,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "layer_replication": (
         lambda: configure("run/adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
         [],
-        "run: layer_replication has no merged form; answer with the adapter instead",
+        "run: layer_replication has no merged form; use the adapter without a merge",
     ),
     "not LoRA": (ia3, [], "run: peft_type is IA3; only LORA is merged"),
     "lora_bias without a bias": (
@@ -831,8 +832,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "quantised base": (
         lambda: configure("base/config.json", quantization_config={"quant_method": "awq", "bits": 4}),
         [],
-        "base: its weights are quantised already, and what is merged into them is rounded again; name the model that "
-        "it was made from in model.name_or_path",
+        "base: its weights are quantised already, and a merge would round them again; write the model that they "
+        "were made from in model.name_or_path",
     ),
     "dequantised without quantisation": (
         lambda: None,

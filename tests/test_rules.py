@@ -415,7 +415,7 @@ NAMES = "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_at
             "gemma3",
             H100,
             True,
-            "flash_attention_2, which computes only in bfloat16 and float16, and here it is float32; remove it",
+            "flash_attention_2, which computes only in bfloat16 and float16, not in float32 as this run; remove it",
         ),
         ("flex_attention", "llama", CPU, True, "flex_attention, which has no backward pass on a CPU; remove it"),
     ],

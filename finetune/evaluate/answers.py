@@ -28,7 +28,7 @@ class Answer:
         text: The answer.
         tokens: Its length in tokens, its stop token included.
         stopped: A stop token ended it; otherwise `max_new_tokens` cut it off.
-        repetition: As `repetition` returns it.
+        repetition: The share of repeated 4-grams; see `repetition`.
     """
 
     prompt: str
@@ -49,8 +49,8 @@ def answer_prompts(
 
     Args:
         generator: The model that answers.
-        prompts: Each with one turn or several.
-        max_new_tokens: Where an answer is cut off.
+        prompts: The prompts, each with one turn or several.
+        max_new_tokens: The most tokens of an answer.
         advance: Called with the number of new answers.
 
     Raises:
@@ -86,7 +86,7 @@ def _in_batches(
 ) -> list[tuple[int, list[int]]]:
     import torch
 
-    # The longest first, so that too little memory shows at once.
+    # The longest first, so that a lack of memory shows at once.
     waiting = sorted(ids, key=lambda i: -len(ids[i]))
     size, answered = _BATCH_SIZE, []
     while waiting:

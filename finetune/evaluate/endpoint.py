@@ -24,7 +24,7 @@ from finetune.system.errors import EvaluateError, RefusedReply
 from finetune.system.files import write_whole
 from finetune.system.terminal import Say
 
-# How often a request is sent before it fails, and the most seconds between two attempts.
+# The attempts before a request fails, and the most seconds between two attempts.
 _MAX_TRIES = 6
 _MAX_WAIT = 60.0
 # Shorter keys are not removed from replies: local servers take any word as a key, such as "no".
@@ -38,11 +38,11 @@ class Usage:
     """The tokens and the cost of some replies.
 
     Attributes:
-        replies: How many there are.
-        input_tokens: Their input tokens.
-        output_tokens: Their output tokens.
-        untold: Replies without token counts; they are in neither sum.
-        cost: In USD; None where the prices or the tokens of a reply are not known.
+        replies: The number of replies.
+        input_tokens: The sum of their input tokens.
+        output_tokens: The sum of their output tokens.
+        untold: The number of replies without token counts, which are in neither sum.
+        cost: In USD; None if the prices or the tokens of a reply are not known.
     """
 
     replies: int
@@ -63,10 +63,10 @@ class Reply:
     """A reply of the model.
 
     Attributes:
-        text: Its text.
-        cut: `max_tokens` ended it.
-        tokens: Its input and output tokens; None where the endpoint does not say.
-        cached: It was on disk already.
+        text: The text.
+        cut: True if `max_tokens` cut it off.
+        tokens: The numbers of input and output tokens; None if the endpoint does not report them.
+        cached: True if the reply was read from the cache.
     """
 
     text: str
@@ -85,17 +85,17 @@ def usage(replies: Sequence[Reply], prices: tuple[float, float] | None) -> Usage
 
 
 def check_address(base_url: str, key: str) -> None:
-    """Refuses an address and a key that no request can be sent with.
+    """Refuses an address or a key that cannot be used for requests.
 
     Raises:
-        EvaluateError: The address is not the start of an API or holds what may be a secret, or the key cannot be in a
-            header.
+        EvaluateError: The address is not that of an API or may hold a secret, or the key has a character that an HTTP
+            header cannot have.
     """
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         url = httpx2.URL("")
-    # The message does not show it, as it may hold a secret.
+    # The message does not show the address, which may hold a secret.
     if url.userinfo or url.query or url.fragment:
         raise EvaluateError(
             "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put "
@@ -103,27 +103,27 @@ def check_address(base_url: str, key: str) -> None:
         )
     if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/chat/completions"):
         raise EvaluateError(
-            f"evaluate.judge.base_url: {base_url!r} is not where an API begins; write what stands before "
+            f"evaluate.judge.base_url: {base_url!r} is not the base URL of an API; write the part before "
             "/chat/completions, such as http://localhost:8000/v1"
         )
     if not all("!" <= character <= "~" for character in key):
-        raise EvaluateError("OPENAI_API_KEY: it holds a space, a line break or a letter that no key has; set it anew")
+        raise EvaluateError("OPENAI_API_KEY: it holds a character that no key has, such as a space; set it anew")
 
 
 @dataclass
 class Endpoint:
-    """One model at one address, and the settings that it takes; threads share it.
+    """A model at an address, with the settings that the endpoint accepts; threads share it.
 
     Attributes:
         base_url: The start of the API, such as http://localhost:8000/v1.
-        model: The model's name there.
+        model: The model's name at the endpoint.
         key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
         timeout: Seconds without a byte after which a request fails.
         max_tokens: The longest reply.
         cache: An existing folder for the replies.
         say: Called with a line when a request is repeated or a setting is left out.
-        stop: Set once no more requests may be sent.
-        requests: How many were sent, failed ones included.
+        stop: Set when no more requests may be sent.
+        requests: The number of requests sent, failed ones included.
     """
 
     base_url: str
@@ -154,9 +154,9 @@ class Endpoint:
 
         Raises:
             RefusedReply: The endpoint refuses these messages.
-            EvaluateError: It cannot be reached, or refuses every request.
+            EvaluateError: The endpoint cannot be reached, or refuses every request.
         """
-        # The settings as the recipe has them: which of them the endpoint takes is known only after a request.
+        # The cache's key has all settings of the recipe; which the endpoint accepts is known only after a request.
         request = [self._url, self.model, 0, self.max_tokens, messages]
         path = self.cache / f"{hashlib.sha256(json.dumps(request).encode()).hexdigest()}.json"
         with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
@@ -195,7 +195,7 @@ class Endpoint:
                 fault = f"HTTP {status} {self._error_text(text)}".rstrip()
                 if status in (400, 413, 422):
                     raise RefusedReply(f"the endpoint refused it: {fault}")
-                # Some endpoints answer 200 with an error of the service behind them.
+                # Some endpoints answer 200 with an error of their upstream service in the body.
                 if status != 429 and status < 500 and not (status == 200 and _error_in(text)):
                     raise EvaluateError(self._permanent_error(status, fault))
                 pause = _retry_after(response.headers.get("Retry-After", ""))

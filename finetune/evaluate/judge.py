@@ -57,7 +57,7 @@ _ASK_AGAIN = {
     "同じ二つの回答をもう一度、一文以内で評価し、最後の行に判定を書いてください。"
     '形式は {"grade": "..."} で、「...」には表にある七つの名前のいずれか一つを入れます。',
 }
-# How often the judge is asked about one pair in one order before the pair is left out.
+# The requests about a pair in one order before the pair is left out.
 _MAX_ASKED = 3
 # The hexadecimal digits of the code in the prompt's tags.
 _MARK_LENGTH = 16
@@ -80,16 +80,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge model and how it is asked.
+    """A judge model and the settings of its requests.
 
     Attributes:
-        base_url: The start of the API: the address before `/chat/completions`.
-        model: The model's name there.
+        base_url: The address of the API before `/chat/completions`.
+        model: The model's name at that address.
         language: The language of the rubric, `en` or `ja`.
         key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
         timeout: Seconds without a byte after which a request fails.
         workers: Concurrent requests.
-        max_tokens: The longest reply; a model that thinks first needs room for that.
+        max_tokens: The most tokens of a reply; a reasoning model needs more.
         prices: USD for a million input and a million output tokens.
 
     Raises:
@@ -115,14 +115,14 @@ class Judge:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """The result of one pair; of two values, the first is with the model's answer in first place.
+    """The result of one pair. In tuples, the first value is from the order with the model's answer in first place.
 
     Attributes:
         id: The pair's name.
-        score: From 1.5 (the model's answer is much better) to -1.5; None where the pair is left out.
+        score: From 1.5 (the model's answer is much better) to -1.5; None if the pair is left out.
         grades: The judge's grades of the answer in first place.
         replies: The judge's last replies.
-        fault: Why the pair is left out.
+        fault: The reason for which the pair is left out.
     """
 
     id: str
@@ -146,10 +146,10 @@ class Preference:
     Attributes:
         mean: The mean score, from 1.5 (the model's answers are much better) to -1.5 (much worse).
         standard_error: The standard error of the mean over pairs; None for a single pair.
-        pairs: How many pairs have a score.
-        grades: How often the model's answers got each grade, two for each pair.
-        disagreements: Pairs whose two orders prefer different answers: the judge went by position.
-        first_place: What the first position is worth: the mean grade of the answers that stand there.
+        pairs: The number of pairs with a score.
+        grades: The number of times that the model's answers got each grade, two for each pair.
+        disagreements: Pairs whose two orders prefer different answers, because the judge followed the position.
+        first_place: The position bias: the mean grade of the answers in first place.
         malformed: Pairs left out because the judge named no grade.
         refused: Pairs left out because the endpoint refused them, such as one that is too long.
         requests: Requests sent by this call, failed ones included.
@@ -257,9 +257,9 @@ def compare(
 
 
 def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: str) -> str:
-    """The judge's prompt: the rubric, then the conversation and both answers between tags that no text can close.
+    """The judge's prompt: the rubric, then the conversation and both answers between tags that no text can forge.
 
-    The tags hold a code, a hash of the texts that occurs in none of them.
+    The tags hold a code that occurs in none of the texts: a hash of them.
 
     Args:
         prompt: The conversation before the answers.
@@ -301,9 +301,9 @@ class _Outcome:
 def _ask_all(prompts: list[str], judge: Judge, endpoint: Endpoint, progress: bool) -> dict[str, _Outcome]:
     """The outcome of each prompt.
 
-    Prompts are sent one at a time until a request was needed: an error of the endpoint then shows once, and the threads
-    that send the rest know which settings it takes. They are daemons, so that Ctrl-C waits for no reply; a reply that
-    still comes before the process ends is kept.
+    Until the first reply that is not cached, prompts are sent one at a time: an error of the endpoint then shows once,
+    and the threads that send the rest know which settings it accepts. They are daemons, so that Ctrl-C waits for no
+    reply; a reply that arrives before the process ends is kept.
     """
     waiting = deque(prompts)
     outcomes: dict[str, _Outcome] = {}

@@ -1,7 +1,7 @@
 """Checks that an answer is in the language that its prompt asks for.
 
-The script decides first, then single characters between Japanese and Chinese, and py3langid between languages of one
-script: from 20 letters on it is right as often as lingua, thirty times as fast, and 5 MB with its model in place of 96.
+The script decides first; single characters tell Japanese from Chinese; py3langid tells languages of one script apart.
+From 20 letters on py3langid was right as often as lingua, thirty times as fast, and with 5 MB in place of 96.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class LanguageVerdict:
     """The languages of a prompt and its answer, as ISO 639-1 codes.
 
     Attributes:
-        right: The answer is in the wanted language; None where it holds nothing to judge or any language is right.
-        wanted: The language that the prompt asks for; None where it leaves the language open.
-        found: The language of most of the answer; None where it cannot be told.
+        right: True if the answer is in the wanted language; None if the answer has no text to judge, or if any
+            language is right.
+        wanted: The language that the prompt asks for; None if it leaves the language open.
+        found: The language of most of the answer; None if it is not recognised.
         why: The reason, in words.
     """
 
@@ -111,7 +112,7 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
     middle = share + square / (2 * count)
     half = z * (share * (1 - share) / count + square / (4 * count * count)) ** 0.5
     whole = 1 + square / count
-    # At 0 and 1 the formula gives the bound itself, but for rounding.
+    # At 0 and 1 the formula gives the bound up to rounding.
     return (middle - half) / whole if right else 0.0, (middle + half) / whole if right < count else 1.0
 
 
@@ -120,7 +121,7 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
 
 
 def wanted_language(prompt: str) -> str | None:
-    """ISO 639-1 code of the language that an answer should be in; None where the prompt leaves it open.
+    """The ISO 639-1 code of the language that an answer should be in; None if the prompt leaves it open.
 
     It is the language that the prompt names when it asks for a translation or an answer, or else the prompt's own.
     """
@@ -129,7 +130,7 @@ def wanted_language(prompt: str) -> str | None:
         text = f"{text[:_READ]}\n{text[-_READ:]}"
     matches = [match for rule in _REQUESTS for match in rule.finditer(text)]
     requests = [match for match in matches if not _ABOUT.search(match.groupdict().get("about") or "")]
-    # Behind the colon of a request stands the text to work on.
+    # The text to work on comes after the colon of a request.
     end = text.find(":", min((match.end() for match in requests), default=0))
     named = {_NAMES[match["to"].lower()] for match in requests if end < 0 or match.start() < end}
     if len(named) == 1:
@@ -139,7 +140,7 @@ def wanted_language(prompt: str) -> str | None:
     parts = [(part, code) for part in re.split(r"\n+|(?<=[:：])", prompt) if (code := language_of(part))]
     if len({code for _, code in parts}) < 2:
         return language_of(prompt)
-    # The request stands before the text to work on, or behind it.
+    # The request comes before the text to work on, or after it.
     return next((code for part, code in (parts[0], parts[-1]) if _ASKING.search(part.strip())), parts[0][1])
 
 
@@ -194,13 +195,13 @@ _REQUESTS = _rules(
     "<JA>の(?:メール|手紙|文章|作文|詩|記事|スピーチ|要約|エッセイ|自己紹介文?)を[^。?!\n]{0,10}?<ASK>",
     "(?:用|[译譯][成为為])(?:[简簡繁][体體])?<JA>(?![^。?!,\n]{0,4}的)",
 )
-# Words by which a request asks about a language and not for an answer in it.
+# Words that show that a request is about a language, not for an answer in it.
 [_ABOUT] = _rules(
     r"\b(?:<PIECES>|verbs?|nouns?|adjectives?|grammar|particles?|tenses?|plurals?|articles?|kanji|characters?|alphabet|"
     r"letters?|pronunciation|pronouns?|how|why|who|differences?|mean\w*|used?|written|called|vocabulary)\b|"
     "使わ|使う|呼ば|言わ|言う|いう|何と|なん|どう|意味|書かれ|話され|違い|発音"
 )
-# Questions about a language: an answer in it is as good as one about it.
+# Questions about a language, which may be answered in that language or in the prompt's.
 _OPEN = _rules(
     r"\bhow (?:do|does|would|can|should|to)\b[^.?!\n]*\b(?:say|write|spell|pronounce|express|translate)\b[^.?!\n]*<IN>",
     r"\bwhat(?:'s| is| are)\b[^.?!\n]*\b(?:translation|<PIECES>)\b[^.?!\n]*\b(?:in|for)\b[^.?!\n]*<EN>",
@@ -241,7 +242,7 @@ _QUOTED = re.compile(
     r"\([^()\n]*\)|「[^「」\n]*」|『[^『』\n]*』|“[^“”\n]*”|\"[^\"\n]*\"|《[^《》\n]*》|【[^【】\n]*】|\[[^\[\]\n]*\]"
 )
 _SENTENCE = re.compile(r"(?<=[。!?])|(?<=[.])\s")
-# A Latin word with a Japanese particle behind it, such as Webで.
+# A Latin word followed by a Japanese particle, such as Webで.
 _JOINED = re.compile(r"[a-zA-Z0-9)」\"](?:[はがをにでとのもや]|から|など|って|です|だ|という)")
 # Words in names that are not capitalised.
 _PARTICLES = {"da", "de", "del", "della", "der", "di", "do", "du", "la", "le", "of", "van", "von"}

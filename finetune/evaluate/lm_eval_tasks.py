@@ -33,7 +33,7 @@ def find_tasks(tasks: Sequence[str]) -> Tasks:
         tasks: Names of the harness's tasks, or paths of `.yaml` files that define a task.
 
     Raises:
-        EvaluateError: The harness is not installed or has no such task, or a file defines none.
+        EvaluateError: The harness is not installed or has no task of that name, or a file does not define a task.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -56,13 +56,13 @@ def run_tasks(generator: Generator, tasks: Tasks, limit: int | None = None) -> d
 
     Args:
         generator: The model.
-        tasks: As `find_tasks` returns them.
+        tasks: The tasks that `find_tasks` returned.
         limit: The most questions of each task.
     """
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # It would run git in the current folder, which complains where that is not a repository.
+    # The harness would run git in the current folder, which prints an error outside a repository.
     evaluator.get_git_commit_hash = lambda: None
     tokenizer = generator.chat.tokenizer
     with quiet():

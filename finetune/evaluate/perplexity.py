@@ -16,7 +16,7 @@ import torch
 from finetune.data.chat import IGNORE
 from finetune.data.samples import LabelledRow
 
-# The most bytes of predictions that are kept for a reference: 2,048 tokens of a vocabulary of 262,144.
+# The most bytes of predictions in a file: 2,048 tokens with a vocabulary of 262,144.
 _KEPT_BYTES = 2**31
 
 
@@ -51,15 +51,15 @@ def row_losses(model: Any, rows: Sequence[LabelledRow]) -> Iterator[LossSum]:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's loss and its distance from a reference; the distance is None where there is no reference.
+    """A model's loss and its distance from a reference; the distance is None without a reference.
 
     Attributes:
-        tokens: How many tokens were predicted.
-        loss: Mean cross-entropy, in nats a token; NaN where a prediction is not finite.
-        compared: How many tokens were compared with the reference.
-        kl: Mean of KL(reference || this), in nats a token; NaN where a prediction is not finite.
-        kl_p99: Its 99th percentile.
-        top1: The share of tokens for which both hold the same token most likely.
+        tokens: The number of predicted tokens.
+        loss: Mean cross-entropy, in nats per token; NaN where a prediction is not finite.
+        compared: The number of tokens compared with the reference.
+        kl: Mean of KL(reference || this), in nats per token; NaN where a prediction is not finite.
+        kl_p99: The 99th percentile of the same KL.
+        top1: The share of tokens for which both models predict the same most likely token.
     """
 
     tokens: int
@@ -82,8 +82,8 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
         model: A causal language model, on its device.
         rows: Each must have a token to predict.
         reference: The file of predictions that `keep` wrote for another model, on the same rows.
-        keep: Writes this model's predictions there: float32 log-probabilities (N, V); their shape goes into a JSON file
-            next to it. N is limited by what 2 GiB hold.
+        keep: The file to write this model's predictions to: float32 log-probabilities (N, V), with their shape in a
+            JSON file next to it. N is as large as fits 2 GiB.
 
     Raises:
         ValueError: The reference has another vocabulary.
@@ -132,7 +132,7 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
 def _kl(expected_NV: torch.Tensor, found_NV: torch.Tensor) -> torch.Tensor:
     """KL(expected || found) of each of N tokens, from log-probabilities."""
     probs = expected_NV.exp()
-    # A token that the reference holds impossible adds nothing, where 0 * inf would be NaN.
+    # A token of probability 0 in the reference adds nothing; 0 * inf would be NaN.
     terms = (probs * (expected_NV - found_NV)).masked_fill_(probs == 0, 0.0)
     return terms.sum(dim=-1, dtype=torch.float64)
 
@@ -145,9 +145,9 @@ def score_groups(
     Args:
         model: As for `score`.
         groups: Rows, by name.
-        reference: The file of another model's predictions on other rows; those on a group are read from the file next
-            to it that has the group's name, where there is one.
-        keep: The file of this model's predictions, in the same way.
+        reference: The file of another model's predictions. Those on a group are in a file next to it with the group's
+            name, if the group was measured.
+        keep: The file of this model's predictions; those on a group are written next to it, too.
     """
     scores = {}
     for name, rows in groups.items():

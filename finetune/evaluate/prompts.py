@@ -79,10 +79,11 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
     Args:
         section: The recipe's `data` section.
         names: The names of the held-out rows.
-        limit: The most prompts; as many of each source as of the others.
+        limit: The most prompts, in equal parts from all sources.
 
     Raises:
         DataError: A source cannot be read.
+        LabelError: A row cannot be converted into messages.
     """
     prompts = [
         (number, Prompt(name.rpartition("/")[2], asked, variables=chat.get("variables", {})))

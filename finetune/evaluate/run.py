@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from finetune.evaluate.judge import Judge
     from finetune.evaluate.lm_eval_tasks import Tasks
 
-# The `model` and `quantization` sections by which a model without an adapter is loaded.
+# The sections `model` and `quantization` to load a model without an adapter with.
 LoadOptions = tuple[ModelSection, dict[str, Any] | None]
 # A row's source and its language.
 Origin = tuple[str, str]
-# What `compare` is for the run's own base, which answers through the run's chat template.
+# The value of `compare` for the run's own base, which answers through the run's chat template.
 BASE = "base"
 
 
@@ -95,15 +95,15 @@ def evaluate(
     Args:
         model: A run, a directory of weights, or a base model's name.
         output: A folder. An earlier report in it is replaced; the judge's replies there are used again.
-        recipe: The recipe with the held-out rows and the `evaluate` section; absent, the run's own.
+        recipe: The recipe with the held-out rows and the `evaluate` section; by default the run's own.
         compare: Another model, shown first in the report; `base` is the run's base.
-        limit: The most rows and the most prompts; it comes before the recipe's `evaluate.limit`.
+        limit: The most rows and the most prompts; it overrides the recipe's `evaluate.limit`.
         say: Called with a line for each step.
         progress: Shows progress bars on a terminal.
 
     Raises:
-        EvaluateError: There is no recipe, it holds out no rows and names no prompts, or the judge or lm-eval cannot
-            be used.
+        EvaluateError: The model has no recipe, the recipe holds out no rows and names no prompts, or the judge or
+            lm-eval cannot be used.
         ModelError: A model cannot be found or loaded.
         RecipeError: The recipe has faults.
         DataError: Rows or prompts cannot be read.
@@ -117,7 +117,7 @@ def evaluate(
     subjects = [_subject(model, loaded)]
     if compare:
         subjects.insert(0, _base_of(model) if compare == BASE else _subject(compare, loaded))
-    # Faults of the judge and of the tasks show before a model has answered for hours.
+    # Errors in the settings of the judge and the tasks must show before hours of generation.
     settings = section.judge
     if settings and not (settings.reference or compare):
         raise EvaluateError("evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference")
@@ -130,7 +130,7 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     _write(report, output)
     if settings and judge:
-        # The report is written again: what is there already stays if the judge fails.
+        # The report is written a second time: its first form stays if the judge fails.
         preference = _preference(judge, results, reference, output / "judge", say, progress)
         report["judge"] = preference | {"against": settings.reference or results[0].name}
         _write(report, output)
@@ -187,7 +187,7 @@ class _Evaluation:
     _rows: dict[str, list[HeldOutRow]] = field(default_factory=dict)
 
     def prompts(self, subject: _Subject) -> tuple[list[Prompt], str]:
-        """The prompts, and the name of where they are from."""
+        """The prompts, and a description of their origin for the report."""
         if path := self.recipe.evaluate.prompts:
             return read_prompts(path, self.limit), Path(path).name
         section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
@@ -200,10 +200,11 @@ class _Evaluation:
         return held_out_prompts(self.recipe.data, {row.name for row in rows}, self.limit), HELD_OUT_ROWS
 
     def held_out(self, chat: Chat) -> list[HeldOutRow]:
-        """The rows that the recipe evaluates on; models with the same tokenizer and chat template share them.
+        """The rows that the recipe evaluates on; they are built once per tokenizer and chat template.
 
         Raises:
-            TemplateError: There are conversations, and no template to render them.
+            TemplateError: The rows are conversations, and the model has no chat template.
+            DataError: A source cannot be read.
         """
         if chat.fingerprint not in self._rows:
             found = evaluation_rows(self.recipe.data, chat, self.recipe.max_length)
@@ -231,8 +232,8 @@ class _Evaluation:
             if generator.chat.tokenizer.chat_template is not None:
                 raise
             raise EvaluateError(
-                f"{name} has no chat template; write --recipe with one whose model.name_or_path is {name}, and whose "
-                "model.chat_template names it"
+                f"{name} has no chat template; write --recipe with a recipe that has model.name_or_path: {name} and "
+                "model.chat_template"
             ) from error
         labelled = [row for row in rows if any(label != IGNORE for label in row.row.labels[1:])]
         chosen = spread_evenly(labelled, lambda row: row.origin, self.limit)
@@ -334,7 +335,7 @@ def _share(rights: list[bool]) -> LanguageShare:
 
 
 def _judge(settings: JudgeSection) -> Judge:
-    """The judge of the recipe; settings that no request can be sent with are refused here."""
+    """The judge of the recipe. Raises EvaluateError for settings that cannot be used."""
     from finetune.evaluate.judge import Judge
 
     same = settings.model_dump(exclude={"reference", "prices"})

@@ -34,6 +34,9 @@ def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
         say: Called with a line if the run's data cannot be read.
+
+    Raises:
+        ModelError: The model has no tokenizer that can be loaded.
     """
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
     if recipe_file := run_file(model, "recipe.yaml"):

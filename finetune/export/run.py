@@ -68,7 +68,8 @@ def export(
 
     Raises:
         ExportError: The model, a format or a limit does not exist, or this model cannot be written in a format.
-        MergeError, ModelError, RunError: As `merge` raises them.
+        MergeError, ModelError, RunError: The run cannot be merged; see `finetune.merge.merge`.
+        DataError, TemplateError: The rows of an importance matrix cannot be read or rendered.
     """
     model, output = Path(model), Path(output)
     is_run = is_adapter(model)

@@ -34,7 +34,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class TrainingValues(TypedDict):
-    """The values of a card about the training; empty where a file does not exist."""
+    """The values of a card about the training; a value is empty if its file does not exist."""
 
     checkpoint: int | None
     sources: list[str]
@@ -50,13 +50,13 @@ class TrainingValues(TypedDict):
 def folder_card(
     folder: Path, repo: str | None = None, base: BaseReference | None = None, terms: License | None = None
 ) -> str:
-    """The card of a run, a checkpoint, a merged model, an export or one format of an export.
+    """The card of a run, a checkpoint, a merged model, an export, or one format of an export.
 
     Args:
         folder: The folder.
-        repo: Its repository on the Hub, owner/name; absent, the card calls it by the folder's name.
-        base: The base model; absent, as `base_reference` finds it.
-        terms: The license as metadata of the card; absent, as the base's id implies.
+        repo: Its repository on the Hub, owner/name; by default the card calls it by the folder's name.
+        base: The base model; by default the one that `base_reference` finds.
+        terms: The license as metadata of the card; by default the license that the base's id implies.
 
     Raises:
         RunError: A file of the folder is damaged.
@@ -85,7 +85,13 @@ def mark_generated(text: str) -> str:
 def model_card(
     folder: Path, repo: str | None = None, base: BaseReference | None = None, terms: License | None = None
 ) -> str:
-    """The card of a run, of one of its checkpoints, or of a merged model; the arguments are those of `folder_card`.
+    """The card of a run, of one of its checkpoints, or of a merged model.
+
+    Args:
+        folder: The folder.
+        repo: Its repository on the Hub, owner/name; by default the card calls it by the folder's name.
+        base: The base model; by default the one that `base_reference` finds.
+        terms: The license as metadata of the card; by default the license that the base's id implies.
 
     Raises:
         RunError: A file of the folder is damaged.
@@ -130,10 +136,10 @@ def export_card(
     Args:
         report: `report.json` of the export.
         kind: The format; None for the whole export.
-        folder: The folder; absent, the card is made from the report alone.
+        folder: The folder; None: the card is made from the report alone.
         repo: Its repository on the Hub, owner/name.
-        base: The base model; absent, as the report says.
-        terms: As `folder_card` takes them.
+        base: The base model; by default the one that the report names.
+        terms: The license as metadata of the card; by default the license that the base's id implies.
 
     Raises:
         RunError: A file of the folder is damaged.
@@ -163,7 +169,7 @@ def export_card(
         "folders": folders,
         "picture": bool(run and repo and run_file(run, "loss.png")),
     }
-    # The first of these folders that has a chat template. A GGUF file holds that of the model that it was made from.
+    # `_usage` takes the first folder with a chat template; a GGUF file has the one of the model that it was made from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
     values["use"] = _usage(places, target, use, base, training, {}) | {"files": files, "modelfile": modelfile}
     data = base_metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
@@ -179,12 +185,12 @@ def export_card(
 
 
 def _training_values(folder: Path, run: Path | None, recipe: Sections) -> TrainingValues:
-    """The values about the training, as far as their files exist: recipe, ledger, losses, environment, time."""
+    """The values about the training, from the files that exist: recipe, ledger, losses, environment, time."""
     file = run and run_file(run, "metrics.jsonl")
     metrics = read_records(file) if file else []
     step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
     if step:
-        # The card of a checkpoint tells nothing of later steps.
+        # The card of a checkpoint leaves out the steps after it.
         metrics = [m for m in metrics if m["step"] <= int(step[1]) and "train_runtime" not in m]
     recipe_file = (run and run_file(run, "recipe.yaml")) or run_file(folder, "recipe.yaml")
     return {
@@ -219,12 +225,12 @@ def _usage(
         adapter: The adapter's `adapter_config.json`; empty for full weights.
     """
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
-    # vLLM serves no adapters that change more than the layers they are attached to.
+    # vLLM serves only plain LoRA adapters, without other trained tensors.
     more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
     in_vllm = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
     prompt, system = _example_prompt(next((p for p in places if (p / "chat_template.jinja").is_file()), places[0]))
     bits = training["quantization"]
-    # bitsandbytes computes in float32 by default. Float16 is not shown: outside this toolkit a Gemma overflows in it.
+    # bitsandbytes computes in float32 by default. Float16 is not suggested: outside this toolkit Gemma overflows in it.
     if bits and bits.get("load_in_4bit") and training["environment"].get("dtype") == "bfloat16":
         bits = {"bnb_4bit_compute_dtype": "bfloat16"} | bits
     return {
@@ -258,7 +264,7 @@ def _gguf_files(place: Path) -> tuple[list[str], list[str] | None]:
 
 
 def _example_prompt(folder: Path) -> tuple[str | None, bool]:
-    """The rendered prompt for a system message and a question, and false where the template takes no system message."""
+    """A rendered prompt (None without a template), and True if the template renders a system message in it."""
     file = folder / "chat_template.jinja"
     if not file.is_file():
         return None, False

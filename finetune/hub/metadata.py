@@ -29,7 +29,7 @@ def base_metadata(
         base: The base model.
         relation: The Hub's word for what the model is to its base: adapter, finetune, merge or quantized.
         library: The library that loads it: peft, transformers or gguf.
-        terms: The license; absent, as the base's id implies.
+        terms: The license; by default the one that the base's id implies.
         recipe: The recipe's sections.
     """
     terms = license_of(base.hub) if terms is None else terms
@@ -99,12 +99,12 @@ def evaluation_metadata(
 
 
 def result_metadata(name: str, recipe: Sections, figures: list[tuple[str, str, float]], rows: str) -> Metadata:
-    """Results, which the Hub shows beside the card.
+    """Results, which the Hub shows next to the card.
 
     Args:
         name: The model's name.
         recipe: The recipe's sections; the results name its data sets.
-        figures: For each result its type, its name and its value.
+        figures: The type, name and value of each result.
         rows: The rows that they were measured on.
     """
     from huggingface_hub import EvalResult

@@ -69,19 +69,19 @@ def make_payload(
     Args:
         folder: A run, one of its checkpoints, a merged model, an export, or one of its formats.
         repo_id: The repository, owner/name.
-        base_model: The Hub id of the base; absent, as the folder's files say.
+        base_model: The Hub id of the base; by default the one that the folder's files name.
         say: Called with a line for a missing license or an edited card.
-        ask: Asks the Hub for the license of a base whose id does not imply it.
+        ask: Reads the license of the base from the Hub if its id does not imply one.
 
     Raises:
         PushError: The folder holds nothing to push, its base has no id on the Hub, or a file holds a token.
         RunError: A file of the folder is damaged.
     """
     if not folder.is_dir():
-        raise PushError(f"{folder}: there is no such folder; write a run, a merged model or an export")
+        raise PushError(f"{folder}: the folder does not exist; write a run, a merged model or an export")
     formats = _format_folders(folder)
     if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
-        # Programs look for a model's files at the top of a repository.
+        # Programs expect a model's files at the root of a repository.
         folder = formats[0]
     found = dict(_pushed_files(folder))
     if not any(fnmatchcase(Path(name).name, weights) for name in found for weights in _WEIGHTS):
@@ -164,7 +164,7 @@ def _file_content(name: str, path: Path, paths: _LocalPaths, base: provenance.Ba
         config = json.loads(text) | {"base_model_name_or_path": base.hub, "revision": base.revision}
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     elif name.endswith(".json") and "\\u" in text:
-        # A path could be written with such escapes.
+        # JSON escapes could hide a path.
         text = json.dumps(json.loads(text), ensure_ascii=False, indent=1) + "\n"
     return paths.rewritten(name, text).encode()
 
@@ -251,11 +251,11 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
     looks_secret = isinstance(content, bytes) and SECRET_PATTERN.search(text)
     if looks_secret or any(token and token in text for token in (get_token(), *secrets)):
         raise PushError(
-            f"{folder / name} holds a token, and is not pushed; remove it and revoke the token, which a file has held"
+            f"{folder / name} holds a token, and nothing is pushed; remove the token from it, and revoke it"
         )
     if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.find_in(head)):
         raise PushError(
-            f"{folder / name} names {path}, a path of this machine, and is not pushed; make the file again without it"
+            f"{folder / name} names {path}, a path of this machine, and nothing is pushed; write the file without it"
         )
 
 

@@ -37,11 +37,11 @@ def push(
 
     Args:
         folder: A run, one of its checkpoints, a merged model, an export, or one of its formats.
-        repo_id: The repository, owner/name; absent, the recipe's. It is created if it does not exist.
-        private: Creates a private repository; absent, as the recipe says.
+        repo_id: The repository, owner/name; by default the recipe's. It is created if it does not exist.
+        private: Creates a private repository; by default `hub.private` of the recipe.
         revision: The branch; it is created if it does not exist.
         create_pr: Opens a pull request with the commit in place of changing the branch.
-        base_model: The Hub id of the base; absent, as the folder's files say.
+        base_model: The Hub id of the base; by default the one that the folder's files name.
         say: Called with a line for each thing that differs from a plain push.
         progress: Shows progress bars on a terminal.
 

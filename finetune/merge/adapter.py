@@ -1,6 +1,6 @@
-"""An adapter: which tensors of its base it changes, as PEFT tells, and the arithmetic of the changes.
+"""The changes of an adapter: which tensors of the base it changes, found through PEFT, and the arithmetic.
 
-The arithmetic is that of PEFT's `merge_and_unload()` to the bit: the update of a linear layer is added in float32 and
+The results equal those of PEFT's `merge_and_unload()` to the bit: the update of a linear layer is added in float32 and
 rounded once; that of an embedding or of stacked experts is rounded before it is added.
 
 Suffixes name the dimensions of a tensor: O output features, I input features, R rank, E experts; N rows and W width
@@ -35,7 +35,7 @@ class Change:
     """One adapter's change of one tensor.
 
     Attributes:
-        adapter: The adapter's number.
+        adapter: The adapter's position among those of the merge, from 0.
         kind: lora (a linear layer's weight), embedding, experts (a parameter of one expert or several), rows (trained
             token rows), value (a trained tensor that replaces the base's), base (the base's own tensor, saved with the
             adapter) or bias.
@@ -62,18 +62,19 @@ class Change:
 
 
 def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, Change]], set[str]]:
-    """The changes of an adapter, each after the name of its tensor in memory; and the tensors that stay tied.
+    """The changes of an adapter, each with the name of its tensor in memory; and the tied tensors that stay tied.
 
     Args:
         folder: The adapter's folder.
-        number: The adapter's number among several.
-        model: Its base on the meta device; PEFT wraps it, so it cannot be used for anything else afterwards.
+        number: The adapter's position in a merge of several, from 0.
+        model: The base on the meta device; PEFT wraps it, so it cannot be used for anything else afterwards.
 
     Returns:
         The changes, and the names of tied tensors that take over the changes of the tensor that they are tied to.
 
     Raises:
         MergeError: The adapter was trained on another base, is damaged, or has a part that cannot be merged.
+        ModelError: The adapter's file cannot be read.
     """
     import peft
 
@@ -105,7 +106,7 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
-    """The tensors of an adapter's file and its `peft.PeftConfig`, which has a merged form."""
+    """The tensors of an adapter's file and its `peft.PeftConfig`, after a check that it can be merged."""
     import peft
 
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -138,7 +139,7 @@ def _refuse_unmergeable(folder: Path, options: Any) -> None:
         )
     for name in ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"):
         if getattr(options, name, None):
-            raise MergeError(f"{folder}: {name} has no merged form; answer with the adapter instead")
+            raise MergeError(f"{folder}: {name} has no merged form; use the adapter without a merge")
 
 
 def _base_name(key: str) -> str:
@@ -147,7 +148,7 @@ def _base_name(key: str) -> str:
 
 
 def _layer_changes(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Change]], set[str]]:
-    """The changes of all layers that PEFT wrapped, and the tensors whose token rows are another's."""
+    """The changes of all layers that PEFT wrapped, and the tied tensors that share another tensor's token rows."""
     from peft.tuners.lora import layer as lora
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -203,13 +204,13 @@ def _lora_change(folder: Path, name: str, module: Any, number: int) -> Change:
 def _check_tensors(
     folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, Any], changes: Sequence[tuple[str, Change]]
 ) -> None:
-    """Refuses an adapter's file that lacks a tensor, has one too many or one of another shape than PEFT expects."""
+    """Refuses an adapter's file with a missing tensor, an unknown one, or one of another shape than PEFT expects."""
     used = {key for _, change in changes for key in change.keys.values()}
     for key in sorted(stored.keys() - used - expected.keys()):
-        raise MergeError(f"{folder}: {key} leads to no part of its base; was it trained on another model?")
+        raise MergeError(f"{folder}: {key} belongs to no layer of its base; name the base that it was trained on")
     for key in sorted(used | expected.keys()):
         if key not in stored:
-            raise MergeError(f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}; is it of another base, or cut off?")
+            raise MergeError(f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}: it is damaged, or of another base")
         if tuple(expected[key].shape) != stored[key].shape:
             raise MergeError(
                 f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
@@ -219,7 +220,7 @@ def _check_tensors(
 
 
 def _changed_alike(folder: Path, stored: dict[str, StoredTensor], target: list[Change], source: list[Change]) -> bool:
-    """True if two tied layers were changed alike; PEFT 0.21 ties their adapters only until it casts them."""
+    """True if two tied layers got the same change. PEFT 0.21 ties their adapters, but a cast separates them."""
 
     def tensors(side: list[Change]) -> dict[str, torch.Tensor]:
         keys = {role: key for change in side if change.kind != "base" for role, key in change.keys.items()}
@@ -244,14 +245,14 @@ def _changed_alike(folder: Path, stored: dict[str, StoredTensor], target: list[C
 
 
 class Adapter:
-    """An adapter's open file and its weight in a merge; all its numbers are checked to be finite before the first use.
+    """An adapter's open file and its weight in a merge. All its numbers are checked to be finite when it is opened.
 
     Args:
         folder: The adapter's folder.
         weight: The factor of its changes.
 
     Raises:
-        MergeError: On entering, if a number is not finite or a tensor is not of floating point numbers.
+        MergeError: From `with`: a number is not finite, or a tensor is not of floating point.
     """
 
     def __init__(self, folder: Path, weight: float) -> None:
@@ -277,7 +278,11 @@ class Adapter:
         os.close(self.descriptor)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """A whole tensor in its shape, or its numbers `start` to `stop`, flat."""
+        """A whole tensor in its shape, or its numbers `start` to `stop`, flat.
+
+        Raises:
+            ModelError: The file is damaged.
+        """
         return read_tensor(self.descriptor, self.header[name], start, stop)
 
 
@@ -287,10 +292,10 @@ def check_combination(name: str, changes: Sequence[Change], adapters: Sequence[A
     Args:
         name: The tensor's name, for the message.
         changes: The changes, of all adapters.
-        adapters: The adapters, by their numbers.
+        adapters: The adapters of the merge, in order.
 
     Raises:
-        MergeError: They are of different kinds, or one of them is a DoRA's that is weighted or not alone.
+        MergeError: They are of different kinds, or one is of a DoRA adapter that is weighted or not alone.
     """
     products = [c for c in changes if c.kind in PRODUCTS]
     if len({(c.kind, c.transposed, c.experts, c.swapped) for c in products}) > 1:
@@ -307,8 +312,8 @@ class Update:
         name: The tensor's name, for messages.
         changes: The changes, which `check_combination` passed.
         shape: The tensor's shape.
-        adapters: The adapters, by their numbers.
-        read_base: Returns rows `start` to `stop` of the base's tensor, in the type that the run held it in and in
+        adapters: The adapters of the merge, in order.
+        read_base: Returns rows `start` to `stop` of the base's tensor, in the dtype that the run held it in, in
             memory that may be changed.
 
     Raises:
@@ -345,7 +350,7 @@ class Update:
         for change in products:
             adapter = self.adapters[change.adapter]
             a_RI, b_OR = (adapter.read(change.keys[role]).float() for role in ("A", "B"))
-            # Of several adapters one product is formed, as PEFT's add_weighted_adapter(combination_type="cat") does.
+            # Several adapters give one product, as in PEFT's add_weighted_adapter(combination_type="cat").
             pairs.append((a_RI if alone else a_RI * adapter.weight * change.scaling, b_OR))
         if first.kind == "experts" and first.experts > 1:
             delta = functools.reduce(torch.add, (_expert_product(a, b, first) for a, b in pairs))
@@ -365,7 +370,7 @@ class Update:
         Adds the base to `delta`, which holds the updated weight afterwards.
         """
         assert self.delta is not None
-        # Laid out as the base's weight, because sums over a row depend on it.
+        # In the memory layout of the base's weight, on which the rounding of sums over a row depends.
         self.delta = self.delta.contiguous()
         for start, stop in row_ranges(self.shape[0], self.shape[1]):
             self.delta[start:stop] += self._base_rows(start, stop)
@@ -375,7 +380,7 @@ class Update:
         return factor_O.view((1, -1) if change.transposed else (-1, 1))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the merged tensor, (stop - start, W), in the type that the run held the base in."""
+        """Rows `start` to `stop` of the merged tensor, (stop - start, W), in the run's dtype of the base."""
         part_NW = self._base_rows(start, stop)
         if self.factor is not None and self.delta is not None:
             factor = self.factor if self.factor.shape[0] == 1 else self.factor[start:stop]

@@ -1,8 +1,8 @@
-"""The plan of a merge or an export: where the base is, what adapters change, every tensor to write; and the config,
-tokenizer and other files of the output, which are written at once.
+"""Plans a merge or an export: where the base is, what adapters change, every tensor to write. Also writes the config,
+tokenizer and other small files of the output.
 
-transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process, and no
-module that imports them is imported at the top of this package's files.
+transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process, and the
+files of this package import nothing at their top that imports them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TOKENIZER_FILES = [
     "chat_template*",
     "additional_chat_templates",
 ]
-# A multimodal model needs its processor, and one with code of its own that code.
+# For multimodal models and models with code of their own.
 _OTHER_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
 _SMALL_FILES = ["config.json", "generation_config.json", *_TOKENIZER_FILES, *_OTHER_FILES]
 
@@ -75,22 +75,22 @@ class MergeRequest:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that a merge or export needs to know before it reads a weight.
+    """The plan of a merge or an export, made before a weight is read.
 
     Attributes:
-        base: The base as the run calls it.
+        base: The base's name in the run's recipe.
         path: The base's directory, or its id on the Hub.
         revision: Its revision on the Hub.
         folder: Its directory; None if its weights are fetched file by file.
-        trust_remote_code: Whether the base's own code may run.
+        trust_remote_code: True if code from the base's repository may run.
         stored: The base's tensors, in the order of its files.
         tensors: The tensors to write, in the same order.
         fused: Tensors to write that are fused in memory and changed.
         adapters: The adapters' folders and weights.
         quantization: The arguments of `transformers.BitsAndBytesConfig` of the export, or of the run's base.
-        held: The name of the type that the run held the base in.
-        dtype: The name of the type to write.
-        untied: True if tied embeddings are stored apart.
+        held: The name of the dtype that the run held the base in.
+        dtype: The name of the dtype to write.
+        untied: True if tied embeddings become two stored tensors.
     """
 
     base: str
@@ -112,13 +112,14 @@ def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
     """`make_plan` in another process, so that transformers and PEFT leave nothing in this one's memory.
 
     Raises:
-        MergeError: As `make_plan` raises it, or the process failed.
-        ModelError, RunError: As `make_plan` raises them.
+        MergeError: An adapter was trained on another base or cannot be merged, or the process failed.
+        ModelError: The base cannot be found or read.
+        RunError: A file of the run is damaged.
     """
     try:
         return fresh_process.call(make_plan, request, keep_stderr=False)
     except fresh_process.ProcessFailed as failure:
-        raise MergeError(f"{request.model}: it cannot be planned how to write it: {failure}") from failure
+        raise MergeError(f"{request.model}: planning failed: {failure}") from failure
 
 
 def make_plan(request: MergeRequest) -> MergePlan:
@@ -166,7 +167,10 @@ def make_plan(request: MergeRequest) -> MergePlan:
 def fused_converters(plan: MergePlan) -> tuple[dict[str, Any], Any]:
     """The base's `WeightConverter`s by source pattern, and its config.
 
-    Neither has a form in JSON, so that the process which writes makes them again where a plan has fused tensors.
+    Neither can be written as JSON, so the process that writes a plan with fused tensors computes them again.
+
+    Raises:
+        ModelError: The base's config cannot be loaded.
     """
     from finetune.model.locate import read_config
 
@@ -186,7 +190,7 @@ class _Base:
     Attributes:
         section: The `model` section that names it.
         quantization: The run's `quantization` section.
-        trained_dtype: The name of the type that the run trained in, as far as it tells.
+        trained_dtype: The name of the dtype that the run trained in, if it is recorded.
         path: Its directory, or its id on the Hub.
         revision: Its revision on the Hub.
         folder: Its directory; None if its weights stay on the Hub.
@@ -227,8 +231,8 @@ def _locate_base(request: MergeRequest) -> _Base:
         config = read_config(str(folder or path), revision, section.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
-            f"{section.name_or_path}: its weights are quantised already, and what is merged into them is rounded "
-            "again; name the model that it was made from in model.name_or_path"
+            f"{section.name_or_path}: its weights are quantised already, and a merge would round them again; "
+            "write the model that they were made from in model.name_or_path"
         )
     dtype = environment.get("dtype")
     return _Base(section, quantization, dtype, path, revision, folder, stored, config)
@@ -241,7 +245,7 @@ def _check_same_base(adapters: Sequence[tuple[str, float]], name: str, folder: P
         if environment_of(Path(adapter)).get("base_fingerprint") not in (None, actual):
             raise MergeError(
                 f"{adapter}: was trained on another {name}: the weights in {folder} are not those that "
-                "environment.json knows by base_fingerprint; write the directory of the very base"
+                "environment.json records in base_fingerprint; write the directory of that base"
             )
 
 
@@ -269,7 +273,8 @@ def _all_changes(
         for follows, changed in of_each:
             if name not in follows and changed & {name, tied.get(name)}:
                 raise MergeError(
-                    f"{name} is tied to {tied.get(name)}, which only one of the adapters keeps; merge them apart"
+                    f"{name} is tied to {tied.get(name)}, and only one of the adapters keeps that; merge them one "
+                    "after the other"
                 )
     return changes, all_follows
 
@@ -303,7 +308,7 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
     from huggingface_hub import get_safetensors_metadata, model_info
 
     try:
-        # Says what is wrong with a repository; the next call says only that there is no file.
+        # This call reports what is wrong with a repository; the next one reports only a missing file.
         model_info(repo, revision=revision)
         metadata = get_safetensors_metadata(repo, revision=revision)
     except Exception as error:
@@ -369,7 +374,7 @@ def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) ->
         folder = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
         generation = GenerationConfig.from_pretrained(str(folder)) if folder else GenerationConfig()
         generation.eos_token_id = eos_tokens(generation, tokenizer)
-        # As JSON, because upstream refuses to save what many bases have: a temperature without sampling.
+        # As JSON, because transformers refuses to save a temperature without sampling, which many bases have.
         generation.to_json_file(into / "generation_config.json")
 
 

@@ -1,8 +1,7 @@
-"""A base and adapters to merged weights, one tensor at a time: the model is never in memory, and one product at most.
+"""Merges adapters into their base, one tensor at a time: at most one tensor and one product are in memory.
 
-Every number is that of PEFT's `merge_and_unload()`, with one exception: if only one of two tied embeddings was trained,
-PEFT changes both, and here the other one stays as it is and the two are stored apart. So the merged model answers as
-the adapter does.
+Every number equals that of PEFT's `merge_and_unload()`, with one exception: if only one of two tied embeddings was
+trained, PEFT changes both, unlike the run itself. Here the other one keeps its values, and both are stored.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ def merge(
     Args:
         run: A run directory, one of its checkpoints, or any folder with a PEFT adapter.
         output: The folder to write, which must not exist yet.
-        dtype: float32, bfloat16 or float16. By default the type that the run trained in; only then is every number
-            PEFT's.
-        base: original, or dequantised: the rounded weights that a 4- or 8-bit run trained against.
+        dtype: `float32`, `bfloat16` or `float16`. By default the dtype that the run trained in, in which every number
+            equals PEFT's.
+        base: `original`, or `dequantised`: the rounded weights that a 4- or 8-bit run trained on.
         adapters: Further adapters of the same base and their weights; the run's own has weight 1 unless it is listed.
         max_shard_size: The size at which a new weight file begins, such as 5GB or 500MB.
         stream_base: Fetches the weight files of a base on the Hub one by one, and removes each when it is used up.
         overwrite: Replaces the result of an earlier merge or export in `output`, once the new one is complete.
         say: Called with each line for the user.
-        progress: Shows a bar if there is a terminal.
+        progress: Shows a progress bar on a terminal.
 
     Returns:
         `output`.
@@ -101,7 +100,7 @@ def _check_adapters(run: Path, others: Sequence[tuple[str, float]]) -> None:
         reason = whole if (run / "config.json").is_file() else "no finished run"
         raise MergeError(f"{run} holds no adapter (adapter_config.json): {reason}")
     if len({os.path.realpath(path) for path, _ in others}) < len(others):
-        raise MergeError("--adapter: one of them is given twice; add its weights up")
+        raise MergeError("--adapter: an adapter is given twice; give it once, with the sum of its weights")
     for path, weight in others:
         if not math.isfinite(weight):
             raise MergeError(f"--adapter {path}={weight}: write a number")

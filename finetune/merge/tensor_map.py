@@ -1,7 +1,7 @@
 """The tensors of a checkpoint on disk and those of the model in memory: names, types, ties, fused and quantised ones.
 
-transformers renames tensors when it loads them, fuses experts that are stored one by one, and ties embeddings. All of
-this is asked of transformers, with a model on the meta device.
+transformers renames tensors when it loads them, fuses experts that are stored one by one, and ties embeddings. All
+of this is read from transformers, with a model on the meta device.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class OutputTensor:
     Attributes:
         name: Its name on disk.
         source: The name of the base's tensor that it is made from.
-        held: The type that the run held it in.
-        written: The type to write it in.
+        held: The dtype that the run held it in.
+        written: The dtype to write it in.
         changes: What the adapters change.
         quantised: "linear" or "conv1d" (which is transposed before it is quantised) for a weight that is quantised in
             a 4- or 8-bit base or export; else empty.
@@ -53,8 +53,8 @@ class FusedTensors:
         sources: The names on disk by the converter's pattern, in the converter's order.
         stored_as: The name on disk by the name that the reversed converter gives.
         target: The parameter's name in memory, or the first one's if the converter makes several.
-        held: The type that the run held it in.
-        written: The type to write it in.
+        held: The dtype that the run held it in.
+        written: The dtype to write it in.
         changes: What the adapters change, by the name in memory.
     """
 
@@ -146,7 +146,7 @@ class TensorNames:
         for name in sorted(stored, key=dot_natural_key):
             in_memory, pattern = self._in_memory(name)
             if in_memory not in self.state:
-                continue  # of another head of the same checkpoint; it is copied
+                continue  # the tensor belongs to another head of the checkpoint; it is copied
             if pattern is not None:
                 self.fused[in_memory].append((pattern, name))
                 continue
@@ -190,7 +190,7 @@ class TensorNames:
                 break
         if self._in_memory(name) == (name, None):
             return name
-        raise MergeError(f"{name} has to be stored apart, but no name on disk leads to it")
+        raise MergeError(f"{name} must become a tensor of its own, but transformers loads it from no name on disk")
 
 
 def quantised_weights(
@@ -243,7 +243,7 @@ def plan_tensors(
         The tensors; those that are fused in memory and changed; True if tied embeddings are stored apart.
 
     Raises:
-        MergeError: A changed tensor or one of the model's is not in the base's files.
+        MergeError: A changed tensor, or another tensor of the model, is not in the base's files.
     """
     ties = _resolve_ties(names, changes, follows, held, written)
     _check_complete(names, ties)
@@ -262,7 +262,7 @@ def plan_tensors(
         elif name is not None:
             types = (held.by_name[name], written.by_name[name])
         elif entry.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            # Copied: it is fused in memory and not changed, or it is no part of this model.
+            # Copied: it is fused in memory and not changed, or it does not belong to this model.
             types = (held.default, written.default)
         else:
             types = (entry.dtype, entry.dtype)
@@ -280,7 +280,7 @@ class _Ties:
         changes: All changes by name in memory, with those that tied tensors take over.
         stored_apart: Tensors that the base does not store, by the name on disk of the one that they were tied to.
         known: The names in memory of tied tensors that need no tensor of the base's files.
-        untied: True if tied tensors are two from now on.
+        untied: True if tied tensors become two stored tensors.
     """
 
     changes: dict[str, list[Change]]
@@ -292,7 +292,7 @@ class _Ties:
 def _resolve_ties(
     names: TensorNames, changes: Mapping[str, list[Change]], follows: set[str], held: TensorTypes, written: TensorTypes
 ) -> _Ties:
-    """Decides for each tied tensor that is changed: it takes over the other's changes, or is stored apart."""
+    """Decides for each tied tensor that is changed: it takes over the other's changes, or becomes a separate tensor."""
     result = dict(changes)
     stored_apart: dict[str, list[OutputTensor]] = defaultdict(list)
     known, untied = set(), False

@@ -41,9 +41,9 @@ def write_weights(
         plan: The tensors.
         into: The folder to write to.
         max_bytes: The size in bytes at which a new shard begins.
-        dequantise: Starts from the rounded values that a run on a quantised base computed with.
+        dequantise: Merges into the rounded weights that a run on a quantised base trained on.
         quantised: Writes the weights that bitsandbytes quantises in 4 or 8 bit.
-        progress: Shows a bar if there is a terminal.
+        progress: Shows a progress bar on a terminal.
 
     Raises:
         MergeError: An adapter holds NaN or infinity, adapters cannot be combined, a merged weight is not finite or does
@@ -56,7 +56,7 @@ def write_weights(
     _check_room(into, total, plan)
     # bitsandbytes keeps up to five more tensors for a weight, whose names begin with its name.
     header_bytes = sum((len(json.dumps(name)) + 200) * (6 if quantised else 1) for name, _, _ in names) + 1000
-    # In the order of the base's files, so that each of a streamed base is used up early.
+    # In the order of the base's files, so that each file of a streamed base can be removed early.
     place = {name: number for number, name in enumerate(plan.stored)}
     work: list[tuple[int, OutputTensor | FusedTensors]] = [(place[item.source], item) for item in plan.tensors]
     work += [(max(place[name] for name in _sources(group)), group) for group in plan.fused]
@@ -85,7 +85,7 @@ def _sources(group: FusedTensors) -> list[str]:
 
 
 def _check_room(into: Path, total: int, plan: MergePlan) -> None:
-    """Refuses to start if the disk has not room for `total` bytes and the fetched files of a streamed base."""
+    """Refuses to start if the disk lacks room for `total` bytes and the fetched files of a streamed base."""
     free, needed = shutil.disk_usage(into).free, total
     if plan.folder is None:
         per_file = Counter[str]()

@@ -40,7 +40,7 @@ def check_device(place: str) -> None:
         place: `cpu`, `auto`, or a device as torch writes it, such as `cuda:1`.
 
     Raises:
-        ModelError: There is no such device; the message lists those that there are.
+        ModelError: This machine has no such device; the message lists those that it has.
     """
     import torch
 
@@ -48,13 +48,13 @@ def check_device(place: str) -> None:
     kind = accelerator.type if accelerator else "cpu"
     count = torch.accelerator.device_count() if accelerator else 0
     available = ["cpu", *(f"{kind}:{i}" for i in range(count)), "auto"]
-    # Without a number it is the current one.
+    # `cuda` without a number is the current GPU.
     if place not in (*available, kind):
         raise ModelError(f"--device: is {place}, which this machine does not have; write {', '.join(available)}")
 
 
 def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> None:
-    """Refuses an attention that transformers does not have, or that leaves out a part of the model.
+    """Refuses an attention that transformers does not have, or that leaves out the model's soft-capping.
 
     Args:
         wanted: The name; None leaves the choice to transformers.
@@ -62,7 +62,7 @@ def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn
         key: The key or flag that holds the name, for the message.
 
     Raises:
-        ModelError: There is no attention of that name, or it is sdpa and the model soft-caps its attention scores.
+        ModelError: The name is unknown, or it is sdpa and the model soft-caps its attention scores.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -94,13 +94,13 @@ def check_attention(
     Args:
         wanted: The name; None leaves the choice to transformers.
         config: The model's config.
-        device: The device that is to run it.
-        float32: True if its inputs are float32, by the weights' type and autocast.
-        training: True if gradients are taken.
+        device: The device that runs the model.
+        float32: True if the inputs of attention are float32, by the weights' dtype and autocast.
+        training: True if gradients are computed.
         key: The key or flag that holds the name, for the message.
 
     Raises:
-        ModelError: With what to write instead.
+        ModelError: The attention is refused; the message says what to write instead.
     """
     check_attention_name(wanted, config, key)
     flash = wanted is not None and re.fullmatch(r"flash_attention_\d", wanted)
@@ -111,7 +111,7 @@ def check_attention(
         )
     if flash and float32:
         raise ModelError(
-            f"{key}: is {wanted}, which computes only in bfloat16 and float16, and here it is float32; remove it"
+            f"{key}: is {wanted}, which computes only in bfloat16 and float16, not in float32 as this run; remove it"
         )
     if wanted == "flex_attention" and training and device.capability is None:
         raise ModelError(f"{key}: is {wanted}, which has no backward pass on a CPU; remove it")
@@ -120,7 +120,7 @@ def check_attention(
 def non_text_modules(model: Any) -> list[str]:
     """The names of a causal model's modules that text does not pass through: vision towers, projectors.
 
-    An adapter there would never get a gradient, nor would the weights themselves, and DDP would wait for it.
+    Parameters there would never get a gradient, for which DDP would wait.
     """
     if model.config.get_text_config() is model.config:
         return []
@@ -136,7 +136,7 @@ def non_text_modules(model: Any) -> list[str]:
 
 
 def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | list[str] | None:
-    """The `peft.LoraConfig.exclude_modules` that excludes all modules below `names`, and those in `wanted`.
+    """The value of `peft.LoraConfig.exclude_modules` that excludes all modules below `names`, and those in `wanted`.
 
     Args:
         names: Full names of modules, as `non_text_modules` returns them.
@@ -156,8 +156,8 @@ def describe_choices(wanted: tuple[str, str | None], dtype: torch.dtype, model: 
     """One line with the dtype and attention that the recipe left open; None if it left neither open.
 
     Args:
-        wanted: `model.dtype` and `model.attn_implementation` as the recipe has them.
-        dtype: The type that the run computes in.
+        wanted: The recipe's `model.dtype` and `model.attn_implementation`.
+        dtype: The dtype that the run computes in.
         model: The loaded model.
         device: The device that it is on.
     """

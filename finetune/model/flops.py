@@ -14,14 +14,13 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0) -> float:
     """The floating point operations of a training step per token: forward and backward, without recomputation.
 
-    For each weight that multiplies the token 2, for the gradient of its input 2 more, and for the weight's own gradient
-    2 more if it is trained; in attention the same for each token that it attends to. This is the numerator of model
-    FLOPs utilisation, but frozen weights count with what they cost, and each token attends only to those before it.
-    Not counted are operations that are no matrix products (scans of state space models), the unpacking of 4-bit
-    weights, token rows and norms.
+    Each weight that multiplies the token counts 2, the gradient of its input 2, and the gradient of the weight itself 2
+    if it is trained; attention counts the same for each token that is attended to. This is the numerator of model FLOPs
+    utilisation (MFU), except that frozen weights count only what they cost and that attention is causal. Only matrix
+    products are counted: no scans of state space models, unpacking of 4-bit weights, token rows or norms.
 
     Args:
-        model: The model as it is trained, with its adapter, on one process with whole weights.
+        model: The model with its adapter, in one process with unsharded weights.
         lengths: The number of rows of each length in tokens.
         scored: The share of the tokens whose logits are computed.
 
@@ -43,7 +42,7 @@ def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0)
         unused = "original_module." in name or "lora_embedding_A" in name or "trainable_tokens" in name
         if parameter.ndim < 2 or unused or any(part in f".{name}" for part in skipped):
             continue
-        # A 4-bit weight is stored flat.
+        # A 4-bit weight is stored as one flat tensor.
         state = getattr(parameter, "quant_state", None)
         count = float(state.shape.numel() if state is not None else parameter.numel())
         if id(parameter) in head:
@@ -64,14 +63,14 @@ def first_number(config: Any, *names: str) -> int:
 
 
 def _active_share(config: Any) -> float:
-    """The share of a model's experts that computes a token; 0 if it is unknown."""
+    """The share of a model's experts that each token is routed to; 0 if it is unknown."""
     experts = first_number(config, *EXPERT_COUNTS)
     active = first_number(config, "num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
     return active / experts if experts else 0.0
 
 
 def _attention(config: Any, lengths: Mapping[int, int]) -> float:
-    """The operations per token of the products of queries with keys and of weights with values, of all layers."""
+    """The operations per token of attention in all layers: queries times keys, and attention weights times values."""
     tokens = sum(length * rows for length, rows in lengths.items())
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     heads = getattr(config, "num_attention_heads", 0)
@@ -91,6 +90,6 @@ def _attention(config: Any, lengths: Mapping[int, int]) -> float:
 
 
 def _pairs(length: int, window: int) -> int:
-    """The pairs of a row's tokens of which one attends to the other, or to itself."""
+    """The number of pairs of tokens in a row of which the later attends to the earlier or to itself."""
     short = min(length, window)
     return short * (short + 1) // 2 + (length - short) * window

@@ -40,7 +40,7 @@ class Generator:
 
     Attributes:
         model: The model.
-        chat: Renders conversations with its tokenizer.
+        chat: The tokenizer and chat template.
         stop_ids: The tokens at which an answer ends.
         compiled: True if torch compiles the model.
     """
@@ -72,7 +72,7 @@ class Generator:
         Args:
             messages: The conversation.
             sampling: How tokens are chosen.
-            streamer: `transformers.generate`'s, which gets each token at once.
+            streamer: The `streamer` of `transformers.generate`, which gets each token as soon as it is chosen.
 
         Raises:
             LabelError: The chat template refuses the messages.
@@ -189,19 +189,21 @@ def load_generator(
     Args:
         name: A run or model directory, or what `model.name_or_path` takes.
         adapter: False answers with the run's base alone, through the run's chat template.
-        dtype: float32, bfloat16 or float16; by default the type that the run was trained in.
-        quantize: int8 or nf4, by bitsandbytes.
+        dtype: `float32`, `bfloat16` or `float16`; by default the dtype that the run was trained in.
+        quantize: `int8` or `nf4`, by bitsandbytes.
         attn: `attn_implementation`.
-        device: The device that the model is on; by default a GPU if there is one; auto spreads it over all GPUs.
-        compiled: Lets torch compile the model for a cache of fixed size: faster answers after slow first ones.
-        as_is: Computes as another program will: every value of a full model has type `dtype`, even if the device only
-            emulates it.
+        device: The device to load the model on; by default a GPU if there is one; `auto` spreads it over all GPUs.
+        compiled: Compiles the model with torch, for a cache of fixed size: slow first answers, faster later ones.
+        as_is: Computes in `dtype` throughout, as other programs do, even if the device only emulates that dtype.
         sections: For a model without an adapter: the `model` and `quantization` sections of the recipe that says how to
             load it and which chat template to use.
-        locate_base: Locates a base; a caller that loads several models passes one that knows those located before.
+        locate_base: Locates a base; a caller that loads several models passes one that keeps those located before.
 
     Raises:
-        ModelError: There is no such run or model, it cannot be loaded, or this device cannot compute in this way.
+        ModelError: The run or model does not exist or cannot be loaded, or this device cannot compute in the dtype or
+            attention.
+        RunError: A file of the run is damaged.
+        TemplateError: The chat template cannot be used.
     """
     import torch
 
@@ -230,7 +232,7 @@ def load_generator(
     if quantize and stored_quantised:
         raise ModelError(f"{name} is quantised already; leave out --quantize")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Quantised weights cannot be moved once they are loaded.
+    # Quantised weights cannot be moved to another device later.
     placed_when_loaded = place == "auto" or quantization or stored_quantised
     device_map = place if place == "auto" else {"": place}
     model = load_base(

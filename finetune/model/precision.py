@@ -1,4 +1,4 @@
-"""Decides the types of a run: of its weights, and of what it computes."""
+"""Decides the dtypes of a run: that of its weights, and that of its computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.system.errors import ModelError
 
 @dataclass(frozen=True)
 class Precision:
-    """The types of a run: what `model.dtype` means here, what weights are loaded in, what autocast computes in."""
+    """The dtypes of a run: of `model.dtype` on this device, of the loaded weights, and of autocast."""
 
     asked: torch.dtype
     loaded: torch.dtype  # float32 for full fine-tuning in float16: the gradient scaler needs float32 weights
@@ -24,15 +24,19 @@ class Precision:
 
     @property
     def in_float32(self) -> bool:
-        """True where attention gets float32 inputs."""
+        """True if attention gets float32 inputs."""
         return self.asked == torch.float32 and self.computes == "no"
 
 
 def decide_precision(recipe: Recipe, device: Device | None = None) -> Precision:
-    """The types that a recipe is trained in on a device; absent, on this machine's.
+    """The dtypes that a recipe is trained in.
+
+    Args:
+        recipe: The recipe.
+        device: The device to train on; by default this machine's.
 
     Raises:
-        ModelError: The device does not compute in a type that the recipe asks for; the message names the key.
+        ModelError: The device does not compute in a dtype that the recipe asks for; the message names the key.
     """
     device = device or devices.device_of()
     asked = choose_dtype(recipe.model.dtype, device)
@@ -61,12 +65,12 @@ EXCEEDS_FLOAT16 = {"gemma", "gemma2", "gemma3_text"}
 
 
 def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch.dtype:
-    """The type to load weights in.
+    """The dtype to load weights in.
 
     Args:
-        wanted: A type's name, or `auto`: bfloat16 on a GPU that computes in it, float16 on another, else float32.
-        device: Where the model runs.
-        key: The option that says `wanted`, for the message.
+        wanted: A dtype's name, or `auto`: bfloat16 on a GPU that computes in it, float16 on another, else float32.
+        device: The device that the model runs on.
+        key: The option that `wanted` is the value of, for the message.
 
     Raises:
         ModelError: The device does not compute in it.
@@ -82,16 +86,16 @@ def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch
 
 
 def check_precision(training: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype, device: Device) -> None:
-    """Checks that the device, and weights of a type, can compute in the types that a recipe names.
+    """Checks that a device, with weights of a dtype, can compute in the dtypes that a recipe names.
 
     Args:
         training: The recipe's `training` section.
-        quantization: Its `quantization` section.
-        dtype: The type that the weights are loaded in.
-        device: Where the run computes.
+        quantization: The recipe's `quantization` section.
+        dtype: The dtype that the weights are loaded in.
+        device: The device that the run computes on.
 
     Raises:
-        ModelError: They cannot; the message names the key to change.
+        ModelError: The device or the weights cannot; the message names the key to change.
     """
     for name in ("bf16", "bf16_full_eval"):
         if training.get(name):
@@ -113,7 +117,7 @@ def _refuse_bf16(key: str, value: str, device: Device, instead: str) -> None:
 
 
 def keep_residual_in_float32(model: Any) -> bool:
-    """Keeps the residual stream of a Gemma in float32 where its weights, or autocast, are float16.
+    """Keeps the residual stream of a Gemma in float32, for weights or autocast in float16.
 
     The model computes its norms in float32 already; they only have to take and return it. Matrix products stay in
     float16, for which old GPUs have tensor cores. On Gemma 3 270M losses are within 0.002 of float32's (bfloat16:

@@ -1,4 +1,4 @@
-"""The origin of a folder, by its own files: its base model, that base's license, and the run that it was made from."""
+"""The origin of a folder, read from its files: base model, license of the base, and the run that it was made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError, RunError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE_RECORD, read_json, run_file, sha256
 
-# Licenses by patterns of ids on the Hub. For other ids the base's own page is asked.
+# Licenses by patterns of ids on the Hub. For other ids the license is read from the base's page.
 _LICENSES = {
     r"google/(codegemma|gemma-(2b|7b|1\.1|2|3|3n))(-.*)?": "gemma",
     r"meta-llama/Llama-2-.*": "llama2",
@@ -73,11 +73,11 @@ class MergeRecord(TypedDict):
 
 
 def base_reference(folder: Path, given: str | None = None) -> BaseReference:
-    """The base of a run, a merged model or an export; its name is empty if no file of the folder tells it.
+    """The base of a run, a merged model or an export; its name is empty if no file of the folder names it.
 
     Args:
         folder: The folder.
-        given: The base's id on the Hub, which goes before what the files say.
+        given: The base's id on the Hub, which overrides the files.
 
     Raises:
         RunError: A file of the folder is damaged.
@@ -101,14 +101,14 @@ def hub_id(name: str) -> str | None:
     """A base's id on the Hub; None if it is only on this machine.
 
     Args:
-        name: The base as `model.name_or_path` has it.
+        name: The value of `model.name_or_path`.
     """
     path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     return PACKAGED_BASES.get(name) or (None if not name or path or is_local_base(name) else name)
 
 
 def license_of(base: str | None) -> dict[str, str]:
-    """The license of a base on the Hub, as metadata of a model card; empty if its id does not tell.
+    """The license of a base on the Hub, as metadata of a model card; empty if the id implies none.
 
     Args:
         base: The id.
@@ -120,8 +120,8 @@ def license_of(base: str | None) -> dict[str, str]:
 def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
     """The `model` and `quantization` sections of an adapter's base.
 
-    They are those of the run's recipe, which is not checked again, because its data may be elsewhere by now. For an
-    adapter that was trained elsewhere PEFT's file names the base.
+    They are read from the run's recipe, without its checks, because the data may have moved since. For an adapter that
+    another tool trained, `adapter_config.json` names the base.
 
     Args:
         folder: The adapter's folder: a run, a checkpoint, or what PEFT saved.
@@ -155,7 +155,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def source_run(folder: Path) -> Path | None:
-    """The run that a folder is, or was merged or exported from; None if it is gone or was trained again since."""
+    """The run that a folder is, or was merged or exported from; None if it is gone or was trained again since.
+
+    Raises:
+        RunError: A record in the folder is damaged.
+    """
     if run_file(folder, "ledger.json"):
         return folder
     merged = merge_record(folder)
@@ -168,7 +172,11 @@ def source_run(folder: Path) -> Path | None:
 
 
 def merged_run(folder: Path) -> Path | None:
-    """The run whose adapter alone, with weight 1, was merged into a model; None if it is gone or was trained again."""
+    """The run of a model that only this run, with weight 1, was merged into; None if it is gone or was trained again.
+
+    Raises:
+        RunError: The merge's record is damaged.
+    """
     record = merge_record(folder)
     if not record or [adapter["weight"] for adapter in record["adapters"]] != [1]:
         return None

@@ -1,4 +1,4 @@
-"""Quantises a weight to bitsandbytes' 4 or 8 bit, as a checkpoint stores it, and back, as a run computes with it.
+"""Quantises weights as bitsandbytes stores them in 4 or 8 bit, and dequantises them as a run computes with them.
 
 Suffixes name the dimensions of a tensor: O output features, I input features.
 """
@@ -15,7 +15,7 @@ INT8: dict[str, Any] = {"load_in_8bit": True}
 
 
 def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a checkpoint stores for a quantised layer, each after the end of its name.
+    """The tensors that a checkpoint stores for a quantised layer, each with the suffix of its name.
 
     Args:
         weight: The layer's weight, in the type that the rest of the model is stored in: (O, I), or (I, O) of a conv1d.

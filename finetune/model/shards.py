@@ -26,9 +26,9 @@ from pydantic import PlainSerializer, PlainValidator
 from finetune.system.errors import ModelError
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 
-# The bytes of a tensor that are in memory at once.
+# The most bytes of a tensor in memory at once.
 SLICE = 2 * 2**20
-# The bytes after which the disk is told to write what it has.
+# The bytes after which written data are synced to the disk.
 _SYNC = 2**28
 _DTYPES = {
     "F64": torch.float64,
@@ -52,7 +52,7 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# A dtype in a dataclass that passes to another process as JSON: there it is its name.
+# The type of a dtype field in a dataclass that passes to another process as JSON, where it is the dtype's name.
 Dtype = Annotated[torch.dtype, PlainValidator(lambda name: getattr(torch, name)), PlainSerializer(dtype_name)]
 
 
@@ -195,7 +195,7 @@ def read_tensor(descriptor: int, stored: StoredTensor, start: int = 0, stop: int
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """True if no element is NaN or infinite. The sum, which is finite then unless it overflows, is 50 times as fast."""
+    """True if no element is NaN or infinite. A finite sum proves that, 50 times as fast as a test of each element."""
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(tensor.isfinite().all())
 
 
@@ -224,7 +224,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class ShardWriter:
-    """Writes tensors to shards as they come; the header of a shard is written last, into room reserved for it.
+    """Writes tensors to shards one after another; the header of a shard is written last, into room reserved for it.
 
     Args:
         folder: An empty folder.
@@ -376,7 +376,7 @@ class ShardWriter:
 
 
 def row_ranges(count: int, width: int = 1, itemsize: int = 4) -> Iterator[tuple[int, int]]:
-    """Ranges `(start, stop)` of rows that cover `count` rows, each of about `SLICE` bytes.
+    """Yields ranges `(start, stop)` that cover `count` rows, each of about `SLICE` bytes.
 
     Args:
         count: The number of rows.

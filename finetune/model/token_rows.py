@@ -1,4 +1,4 @@
-"""Embedding rows of single tokens: which of a chat template's tokens the base never learned, and training their rows.
+"""Embedding rows of single tokens: finds tokens that the base never learned, and trains their rows.
 
 Suffixes name the dimensions of a tensor: B rows of the batch, L tokens, D hidden size, V vocabulary, R trained rows.
 """

@@ -1,4 +1,4 @@
-"""Builds the model that a recipe trains: its base with a new adapter, with an earlier one, or to be trained whole."""
+"""Builds the model that a recipe trains: the base with a new or an earlier adapter, or for full fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from finetune.system.terminal import Say, quiet
 
 
 def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat | None, say: Say) -> Any:
-    """The model to train, its weights loaded, its adapter on it.
+    """The model to train: the base with its weights, and the adapter of the recipe on it.
 
     Args:
-        recipe: What is trained.
-        base: Its base.
-        precision: Its types.
-        chat: How its rows are rendered; None where they are no conversations. With `trainable_token_indices: auto`,
-            turn tokens that the base never learned are trained with the adapter.
-        say: Told what was chosen and what is trained.
+        recipe: The recipe.
+        base: The base model.
+        precision: The dtypes of weights and computation.
+        chat: The tokenizer and chat template; None if the rows are plain text. With `trainable_token_indices: auto`,
+            the embedding rows of turn tokens that the base never learned are trained with the adapter.
+        say: Called with lines on the choices that were made and the number of trained parameters.
 
     Raises:
-        ModelError: The base cannot be loaded; `lora` or an earlier adapter does not fit it.
+        ModelError: The base cannot be loaded, or `lora` or an earlier adapter does not fit it.
+        RunError: A file of the earlier adapter is damaged.
     """
     model = load_model(recipe, precision.loaded, base)
     choice = (recipe.model.dtype, recipe.model.attn_implementation)
@@ -70,16 +71,16 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
 def trainable_model(
     recipe: Recipe, model: Any, precision: Precision, unlearned: Sequence[int] = (), adapter: Path | None = None
 ) -> Any:
-    """The base model made ready for training: what is frozen, the adapter, and the type of each parameter.
+    """The base prepared for training: frozen parameters, the adapter, and the dtype of each parameter.
 
     `train` calls it with loaded weights, `plan` on the meta device.
 
     Args:
-        recipe: Its `lora` and `quantization` sections are read.
-        model: The base, of `precision.loaded`; it is changed.
-        precision: The recipe's types.
+        recipe: The recipe; only its sections `lora` and `quantization` are read.
+        model: The base, in `precision.loaded`; it is changed in place.
+        precision: The recipe's dtypes.
         unlearned: The tokens whose embedding rows are trained with `lora.trainable_token_indices: auto`.
-        adapter: The folder of an adapter to train further; absent, a new one is made.
+        adapter: The folder of an adapter to continue; None makes a new one.
 
     Raises:
         ModelError: `lora` or the adapter does not fit the base.
@@ -116,11 +117,11 @@ def trainable_model(
 
 
 def _trained_dtype(name: str, parameter: torch.Tensor, recipe: Recipe, precision: Precision) -> torch.dtype:
-    """The type in which a parameter of an adapter is trained.
+    """The dtype in which a parameter of an adapter is trained.
 
-    It is float32, but on a quantised base that computes in bfloat16 it is bfloat16, as QLoRA and trl have it; not so
-    DoRA's magnitudes, whose steps are smaller than bfloat16 can hold. PEFT gives token rows the base's type (0.21), in
-    which small steps are rounded away.
+    It is float32. On a quantised base that computes in bfloat16 it is bfloat16, as in QLoRA and trl, except for DoRA's
+    magnitudes, whose steps are too small for bfloat16. PEFT 0.21 would give token rows the base's dtype, in which small
+    steps are rounded away.
     """
     if precision.asked != torch.bfloat16 or "trainable_tokens" in name:
         return torch.float32

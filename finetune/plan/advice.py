@@ -25,9 +25,14 @@ _Change = tuple[list[str], Callable[[StepSettings], StepSettings]]
 
 
 def changes_that_fit(predictor: Predictor, settings: StepSettings, hardware: Hardware) -> list[tuple[str, int]]:
-    """Up to three changes, each of which makes a recipe fit, with the bytes that each GPU needs then.
+    """Up to three changes, each of which makes a recipe fit, with the bytes that each GPU then needs.
 
-    Those that change the trained model least come first.
+    Changes that alter the trained model least come first.
+
+    Args:
+        predictor: The predictor of the recipe's memory.
+        settings: The settings that do not fit.
+        hardware: The GPU or CPU to fit into.
     """
     fitting: dict[str, int] = {}
     for text, changed in _changes(predictor, settings, hardware):

@@ -112,8 +112,9 @@ def plan(
         use_rows: False: takes rows of `training.max_length` tokens without looking for the real ones.
 
     Raises:
-        ModelError: The hardware cannot compute as the recipe says, nor in another dtype; or there is no such base.
-        PlanError: The memory of such a base cannot be computed, or the length of rows is not known.
+        ModelError: The base does not exist, or the hardware cannot compute as the recipe says in any dtype.
+        PlanError: The memory of this architecture cannot be computed, or the length of the rows is not known.
+        DataError, TemplateError: The rows cannot be read or rendered.
     """
     hardware = hardware or this_machine()
     base = Base.of(recipe.model, say)

@@ -25,7 +25,7 @@ def measure(path: str, overrides: Sequence[str], say: Say) -> list[float]:
 
     Raises:
         PlanError: There are too few rows for so many steps.
-        FinetuneError: The run fails; see `train`.
+        FinetuneError: The run fails; see `finetune.train.train`.
     """
     with tempfile.TemporaryDirectory() as folder:
         own = [

@@ -150,7 +150,7 @@ _EXPECTED = {
 }
 _PATTERNS = {
     r"^pissa_niter_[0-9]+$": "pissa_niter_N",
-    r"^https?://": "where an API begins, such as http://localhost:8000/v1",
+    r"^https?://": "the base URL of an API, such as http://localhost:8000/v1",
 }
 
 

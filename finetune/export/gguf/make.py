@@ -78,19 +78,19 @@ def read_writable_tokenizer(model: Path) -> TokenizerMetadata:
 def imatrix_source(
     model: Path, types: Sequence[str], compared: Sequence[LabelledRow], options: ExportSection, trained: Path, say: Say
 ) -> Importance | Calibration | None:
-    """A matrix that was made elsewhere, or the rows that one is to be collected from; None where no type needs one.
+    """The finished matrix of the recipe, or the rows to compute one from; None if no type is quantised with one.
 
     Args:
         model: A folder with a whole model.
-        types: Of `export_formats.GGUF_TYPES`.
-        compared: Rows that measure what was lost, which no matrix is collected from.
-        options: The recipe's section, with the matrix's file or data.
-        trained: The run whose conversations it is collected from, or the model itself.
-        say: Gets a line where the run's data are not here.
+        types: GGUF types, from `export_formats.GGUF_TYPES`.
+        compared: The rows that the files are measured on, which the matrix must not be computed from.
+        options: The recipe's section `export`, which may name the matrix's file or data.
+        trained: The run with the conversations, or the model itself.
+        say: Called with a line if the run's data cannot be read.
 
     Raises:
-        ExportError: There is no such matrix, it is of another model, or there are no rows.
-        DataError: The rows cannot be read.
+        ExportError: The matrix does not exist or is of another model, or there are no rows.
+        DataError, ModelError, TemplateError: The rows cannot be read or rendered.
     """
     if options.imatrix == "never" or set(types) <= set(_WITHOUT_MATRIX):
         return None

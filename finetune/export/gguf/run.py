@@ -50,11 +50,11 @@ class GgufExport:
             against: The report's name for the model that the files are compared with.
             reference: That model's predictions; None where it could not be measured.
             work: A folder for files that are not kept.
-            say: Gets a line for each step.
-            progress: Shows bars on a terminal.
+            say: Called with a line for each step.
+            progress: Shows progress bars on a terminal.
 
         Raises:
-            ExportError, ModelError: As `make_files`.
+            ExportError, ModelError: A file cannot be written; see `make_files`.
         """
         place = folder / self.subfolder
         place.mkdir()
@@ -82,11 +82,13 @@ def prepare_gguf(
         formats: All formats of the export.
         held_out: The rows that the files are measured on.
         options: The recipe's section.
-        work: A folder for the Modelfile until its GGUF file is there.
-        say: Gets a line where the run's data are not here.
+        work: A folder for the Modelfile until its GGUF file is written.
+        say: Called with a line if the run's data cannot be read.
 
     Raises:
-        ExportError, OllamaError, ModelError, DataError: The files cannot be written as asked.
+        ExportError: The model has no GGUF form, or no importance matrix can be made.
+        OllamaError: The chat template has no form in Ollama's syntax.
+        ModelError, RunError, DataError, TemplateError: The model's tokenizer or the run's rows cannot be used.
     """
     types, name = gguf_types(formats), _file_stem(trained)
     tokenizer = read_writable_tokenizer(model)

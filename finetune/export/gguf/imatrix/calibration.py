@@ -61,20 +61,21 @@ def calibration_rows(
 ) -> tuple[list[list[int]], str]:
     """Token ids of rows to collect a matrix from, and the name of their source; the same rows at each call.
 
-    They are drawn from the conversations that the run was trained on, whole and as rendered, or from a file. Where the
-    run's data are not here, or all of them are compared, they are the project's sample rows.
+    They are drawn from the conversations that the run was trained on, rendered whole, or from a file. If the run's data
+    cannot be read, or all its rows are in `apart_from`, they are the project's sample rows.
 
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
-        path: A file or dataset of rows, as `data.train` takes it, or a text; absent: the run's training rows.
-        rows: How many at most.
-        max_tokens: How many tokens at most, of all rows together; the row that goes beyond is cut.
-        apart_from: Rows that exports are measured on, which are left out.
-        say: Gets a line where the run's data are not here.
+        path: A file or dataset of rows, as `data.train` takes it, or a text file; None: the run's training rows.
+        rows: The most rows.
+        max_tokens: The most tokens of all rows together; the row that exceeds them is cut.
+        apart_from: Rows to leave out, because exports are measured on them.
+        say: Called with a line if the run's data cannot be read.
 
     Raises:
-        ExportError: There is no row left, or no such file.
+        ExportError: No row is left, or the file does not exist.
         DataError: The file cannot be read as rows.
+        ModelError, TemplateError: The tokenizer or its chat template cannot be used.
     """
     chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
     if path is not None:
@@ -83,7 +84,7 @@ def calibration_rows(
         found, where = _rows_of_run(model, chat, rows, len(apart_from), say)
     compared = {tuple(row.input_ids) for row in apart_from}
     if path is None and all(tuple(ids) in compared for ids in found):
-        say("all of the run's rows are compared; the matrix is made from the project's sample rows")
+        say("all of the run's rows are compared; the matrix is computed from the project's sample rows")
         found, where = _shuffled_sample_rows(chat), SAMPLE_ROWS
     chosen: list[list[int]] = []
     left = max_tokens
@@ -108,7 +109,7 @@ def _rows_of_run(
             return _sampled_rows(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             reason = first_line(error)
-            say(f"the run's rows are not here ({reason}); the matrix is made from the project's sample rows")
+            say(f"the run's rows cannot be read ({reason}); the matrix is computed from the project's sample rows")
     return _shuffled_sample_rows(chat), SAMPLE_ROWS
 
 

@@ -38,6 +38,7 @@ def write_modelfile(model: Path, output: Path, file: str, add_bos: bool, system:
     Raises:
         OllamaError: The chat template cannot be written in Go's syntax, or a text cannot stand in a Modelfile; then no
             file is written.
+        RunError: The tokenizer's configuration is damaged.
     """
     from transformers import AutoTokenizer
 

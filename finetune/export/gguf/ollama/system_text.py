@@ -20,7 +20,7 @@ _ROWS = 1000
 def common_system_text(model: Path) -> str:
     """The system message of all training conversations of a run, judged by their first rows.
 
-    Empty where some have another or none, and where the run's rows are not here.
+    It is empty if some have another or none, or if the run's rows cannot be read.
 
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
