@@ -591,15 +591,15 @@ def test_dates_are_no_text() -> None:
     day = datetime.datetime(2024, 5, 1)
     called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": [day]}}]}
     assert fault(lambda: FORMATS["messages"]({"messages": [called]}), LabelError) == (
-        "a tool call's arguments hold a datetime, which JSON has not; write it as a text"
+        "a tool call's arguments hold a datetime, which JSON does not have; write it as text"
     )
     said = {"messages": [{"role": "tool", "content": {"day": day}}]}
     assert fault(lambda: FORMATS["messages"](said), LabelError) == (
-        "a tool's answers hold a datetime, which JSON has not; write it as a text"
+        "a tool's answers hold a datetime, which JSON does not have; write it as text"
     )
     tools = [TOOL | {"since": day}]
     assert fault(lambda: FORMATS["messages"]({"messages": [{}], "tools": tools}), LabelError) == (
-        "its tools hold a datetime, which JSON has not; write it as a text"
+        "its tools hold a datetime, which JSON does not have; write it as text"
     )
 
 

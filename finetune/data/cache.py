@@ -1,7 +1,7 @@
-"""Caches the prepared rows of each source on disk, under a hash of everything that decides what they are.
+"""Caches the prepared rows of each source on disk, under a hash of all that they depend on.
 
-So old tokens are never used for a changed template, tokenizer, row or option. One process prepares a source while
-others wait for it.
+So a changed template, tokenizer, row or option never gets old tokens. One process prepares a source while others wait
+for it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from finetune.system.terminal import Say
 class CachedSource:
     """The prepared rows of one source: their tokens are on disk, only their counts are in memory.
 
-    A row is one that was read. It has one or, when split, several pieces, which are rows for the trainer.
+    A row here is one that was read. It has one piece, or several if it was split; a piece is a row for the trainer.
 
     Args:
-        preparation: How rows are prepared.
+        preparation: The settings for preparing rows.
         source: The source.
-        place: The index of the source among those of `data.train` and, behind them, `data.eval`.
-        say: Gets lines on the progress of a long preparation.
+        place: The index of the source in `[*data.train, *data.eval]`.
+        say: Called with lines on the progress of a long preparation.
 
     Raises:
         DataError: The source cannot be used or has no rows, a row cannot be used and `data.on_bad_row` is `error`, or
@@ -53,7 +53,7 @@ class CachedSource:
             raise DataError(f"{source.path}: it holds no rows")
         self.dataset = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         number = self.dataset.data.column("number").to_numpy()
-        # Where each row begins among the pieces, and the number of all pieces.
+        # The index of each row's first piece, and at the end the number of all pieces.
         self._edges = np.flatnonzero(np.diff(number, prepend=-1, append=-1)).tolist() if len(number) else [0]
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Turns a dataset's row into messages: `filter`, `columns` and the formats that are known.
+"""Converts a dataset's row into messages: `filter`, `columns`, and the known formats.
 
-A format returns `{"messages": [...]}`, with `tools` where the row has some, `prompt_messages` (a count) where the first
-messages are a prompt, and `unread` (keys of messages that are not read); without chat turns `{"prompt": str,
-"completion": str}`. Names are those of chat templates.
+A format returns `{"messages": [...]}` in the names of chat templates, with `tools` if the row has some,
+`prompt_messages` (a count) if the first messages are a prompt, and `unread` (keys of messages that no code reads).
+For rows without chat turns it returns `{"prompt": str, "completion": str}`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finetune.system.errors import DataError, LabelError
 def matches_filter(source_filter: Row, row: Row) -> bool:
     """True if each column of a filter holds its value, or one of its values; a list may hold it as an item.
 
-    `true` is not 1, and a number is not its digits: the cells of a CSV are text.
+    Types must agree: `true` is not 1, and a number is not its digits (the cells of a CSV are text).
 
     Raises:
         LabelError: The row lacks a column of the filter.
@@ -37,7 +37,7 @@ def matches_filter(source_filter: Row, row: Row) -> bool:
 
 
 def map_columns(source: DataSource, row: Row) -> Row:
-    """The row with the source's `columns`, each another column's value or a format string filled in over the row.
+    """The row with the source's `columns` added: each the value of another column, or a format string over the row.
 
     Raises:
         LabelError: The row lacks a column, or one in a format string holds neither text nor a number.
@@ -61,9 +61,9 @@ def detect_format(source: DataSource, row: Row) -> str:
     """The name of the format that a row's columns belong to.
 
     Raises:
-        DataError: They belong to no known format.
+        DataError: No known format has such columns.
     """
-    # A format whose columns the recipe fills in goes before the others.
+    # A format whose columns the recipe's `columns` name comes first.
     filled = {name: columns for name, columns in _COLUMNS.items() if set(columns) & source.columns.keys()}
     for name, columns in (filled or _COLUMNS).items():
         if all(column in row for column in columns):
@@ -101,7 +101,7 @@ def _alpaca(row: Row) -> Row:
     parts: list[Any] = [part for part in (row["instruction"], row.get("input")) if holds(part)]
     if not all(isinstance(part, str) for part in parts):
         raise LabelError("its instruction or input is not text")
-    # Earlier answers are trained on as any assistant turn, as LLaMA-Factory does.
+    # Earlier answers are trained on like any assistant turn, as in LLaMA-Factory.
     history = decoded(row.get("history")) or []
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
         raise LabelError("its history is not a list of exchanges", 'write [["question", "answer"], ...]')

@@ -1,8 +1,8 @@
 """Reads the rows of a dataset on the Hub, one at a time, each with a name (`owner/name[train]:12`).
 
-`datasets` makes typed columns of JSON files, and some texts do not survive it (5.2): in a column of mixed types "42"
-becomes the number 42 and '{"a": 1}' a map; quoted dates become timestamps. Where a dataset has such a column, its rows
-are read from its files.
+`datasets` converts JSON files to typed columns, which changes some texts (5.2): in a column of mixed types "42" becomes
+the number 42 and '{"a": 1}' a map; quoted dates become timestamps. The rows of a dataset with such a column are read
+from its files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from finetune.recipe.schema import DataSource
 from finetune.system import hub_errors
 from finetune.system.errors import DataError, LabelError, first_line, reworded
 
-# Kinds of columns whose cells may not be what a JSON file holds, as `repr` writes them.
+# The types of columns whose cells may differ from the JSON file, as `repr` writes them.
 _CHANGED = re.compile(r"Json\(|'(timestamp|date|time)")
-# The keys under which a text may stand that `datasets` has decoded to a map.
+# The keys of texts that `datasets` may have decoded to a map.
 _TEXT_KEYS = ("content", "value")
 
 
@@ -32,7 +32,7 @@ def read_hub(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
         DataError: The source as a whole cannot be read.
     """
     rows = _hub(source)[0]
-    # A stream may break off in any of the libraries that fetch and unpack it.
+    # Any of the libraries that fetch and unpack a stream may raise its own error.
     with reworded(DataError, f"{source.path}: the Hub dataset cannot be read", Exception):
         found = _rows_of_files(source, rows) if _CHANGED.search(repr(rows.features)) else None
         for number, row in enumerate(_rows_of_columns(rows) if found is None else found):
@@ -61,7 +61,7 @@ def _load_hub(path: str, config: str | None, split: str, revision: str | None, s
         rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=stream)
         if not stream:
             return rows, rows._fingerprint
-        # A stream has no fingerprint of its own; a builder's hash is the commit of its repository (datasets 5.2).
+        # A stream has no fingerprint; the builder's hash is the commit of its repository (datasets 5.2).
         return rows, datasets.load_dataset_builder(path, config, revision=revision).hash
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if words := hub_errors.hub_problem(f"datasets/{path}", error):
@@ -75,7 +75,7 @@ def _load_hub(path: str, config: str | None, split: str, revision: str | None, s
 
 def _rows_of_columns(rows: Any) -> Iterator[Row | LabelError]:
     kinds = rows.features or {}
-    # A column of JSON holds its maps as they were written.
+    # A column of type JSON keeps its maps unchanged.
     exact = {column for column, kind in kinds.items() if "Json(" in repr(kind)}
     for row in rows:
         doubtful = next((c for c in exact if _decoded_text(kinds[c], row[c], c)), None)

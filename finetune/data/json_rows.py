@@ -1,6 +1,6 @@
-"""Reads rows of JSON and JSON Lines from a file, in pieces, each with a name that a person can find.
+"""Reads rows of JSON and JSON Lines from a file, in pieces, each with the name of its place.
 
-An object that has a key twice makes its row a bad one: `json` would keep the last value and drop the others.
+A row is bad if an object in it has a key twice, because `json` would silently keep only the last value.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _parse(decoder: _Decoder, line: bytes, number: int, offset: int) -> Row | La
 
 _NOT_BLANK = re.compile(r"[^ \t\n\r]")
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-# Where a JSON text that goes on may end: in an escape; in a word, before a number's fraction or exponent. Each with its
-# beginnings, so that an error does not depend on where a piece of the file ends.
+# The ends of a JSON text that the next piece may continue: inside an escape, a word, or a number before its fraction or
+# exponent. Each beginning is listed, so that an error does not depend on where a piece of the file ends.
 _ESCAPE = re.compile(r"\\?u[0-9a-fA-F]{0,4}")
 _UNFINISHED_TOKEN = re.compile(
     "|".join(word[:n] for word in _WORDS for n in range(1, len(word))) + r"|\.|[eE][+-]?|[ \t\n\r]*"
@@ -126,7 +126,7 @@ class _Window:
         self._name, self._file, self.read = name, file, 0
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._decoder = _Decoder()
-        # The number of line breaks in the dropped text, and of characters behind the last of them.
+        # The number of line breaks in the dropped text, and of characters after the last of them.
         self._lines, self._column = 0, 0
 
     def more(self) -> bool:
@@ -176,7 +176,7 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self._name}[{number}]: not JSON that can be read: {error}") from error
             else:
-                # A number may go on behind the text that was read.
+                # A number may continue after the text that was read.
                 if type(value) not in (int, float) or not _UNFINISHED_TOKEN.fullmatch(self.text, end):
                     self.pos = end
                     return (isinstance(value, dict) and self._decoder.fault) or value
@@ -193,7 +193,7 @@ class _Window:
 
 
 def read_json(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelError]]:
-    """Yields the rows of a list of JSON; in place of one that cannot be read, a `LabelError`.
+    """Yields the rows of a JSON list; in place of one that cannot be read, a `LabelError`.
 
     Raises:
         DataError: The file is not a list, or not JSON.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _PUNCTUATION = re.compile(r"[\u2010-\u206f]+")
-# Words that are in every English text of a few sentences, and in no other language.
+# Words of which every English text of a few sentences has one, and that other languages lack.
 _ENGLISH = re.compile(r"\b(?:the|and|you|your|with|that|this|from|what|how|who|which)\b", re.IGNORECASE)
 _KANA = re.compile(r"[\u3041-\u30ff\uff66-\uff9f]+")
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from finetune.system.pages import cell
 
-# A set of rows that loses more than this share of its trained tokens to `max_length` says so.
+# If `max_length` costs more than this share of the trained tokens, the summary says so.
 MUCH_LOST = 0.1
 _ROW_COUNTS = ("read", "kept", "repeated", "cut", "split")
 Table = list[tuple[Any, ...]]
@@ -42,9 +42,9 @@ class Account(TypedDict):
 class Ledger:
     """The counts of one set of rows (training or evaluation).
 
-    Each row `read` is `kept`, `dropped` or `bad`, the latter two with the reason. A row that is split is kept as
-    several, and a row may be `repeated` by its source's weight. `lost_tokens` is the number of tokens that would have
-    been trained on if their rows fitted. `unread` counts the rows with a key that nothing reads. `first` names the
+    Each row that is `read` is `kept`, `dropped` or `bad`, the latter two with a reason. A split row is kept as several
+    rows, and a row may be `repeated` by its source's weight. `lost_tokens` counts the tokens that would have been
+    trained on if their rows fitted. `unread` counts the rows with a key that nothing reads. `first` names the
     first row for each reason under `dropped` and `bad`.
     """
 
@@ -103,8 +103,8 @@ class Ledger:
 
         Args:
             source: The path of its source.
-            pieces: For each piece the arguments of `keep` behind the source.
-            cut: Whether a part of the row was left out.
+            pieces: For each piece the arguments of `keep` after `source`.
+            cut: True if a part of the row was left out.
             lost: The number of tokens to train on in that part.
         """
         self.split += len(pieces) > 1

@@ -1,6 +1,6 @@
-"""Turns the messages of a row into messages as chat templates expect them: roles, parts, reasoning, tool calls, masks.
+"""Converts the messages of a row to the form that chat templates expect: roles, parts, reasoning, tool calls, masks.
 
-What a message holds is read, or its key is added to `unread`, or it raises `LabelError`.
+Each key of a message is read, or added to `unread`, or raises `LabelError`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from finetune.data.json_rows import Row, decode_json
 from finetune.data.turns import ROLES, Message
 from finetune.system.errors import LabelError
 
-# Other names of the four roles. The messages of some hold a tool call alone.
+# Other names of the four roles. Messages of some of these roles hold only a tool call.
 _ROLES = {
     "developer": "system",
     "human": "user",
@@ -29,7 +29,7 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _FLAGS = ("train", "training", "loss", "masked")
 _WEIGHTS = ("loss_weight", "weight", "loss_scale")
 _FIRST = ("train", "training", "loss_weight", "weight")
-# Masks of parts of a text, or of no agreed meaning: to ignore them might be to train on what they leave out.
+# Masks of parts of a text, or without an agreed meaning. They are refused: ignored, they might change the labels.
 _OTHER_MASKS = ("train_detail", "training_detail", "mask", "loss_mask", "trainable", "train_on_turn")
 _KEYS = {
     *("role", "from", "content", "value", "name", "tool_call_id", "tool_calls", "function_call", "tool_plan"),
@@ -51,7 +51,7 @@ def holds(value: object) -> bool:
 
 
 def one_of(source: Row, keys: tuple[str, ...], whose: str) -> Any:
-    """The value that a map holds under one of some keys; null where it holds none.
+    """The value that a map holds under one of several keys; None if it has none of them.
 
     Raises:
         LabelError: Two of the keys have values that differ.
@@ -66,7 +66,7 @@ def one_of(source: Row, keys: tuple[str, ...], whose: str) -> Any:
 
 
 def decoded(value: object) -> Any:
-    """The value of a string of JSON; any other value as it is.
+    """The value of a JSON string; any other value unchanged.
 
     Raises:
         LabelError: An object in the string has a key twice.
@@ -82,7 +82,7 @@ def decoded(value: object) -> Any:
 
 
 def check_json(value: object, whose: str) -> None:
-    """Checks that a value that a chat template may print as JSON holds nothing else, such as a date of a column.
+    """Checks that a value, which a chat template may print as JSON, holds only JSON's types and no date, for example.
 
     Raises:
         LabelError: It holds another value.
@@ -94,7 +94,7 @@ def check_json(value: object, whose: str) -> None:
         for inner in value:
             check_json(inner, whose)
     elif value is not None and not isinstance(value, str | int | float):
-        raise LabelError(f"{whose} hold a {type(value).__name__}, which JSON has not", "write it as a text")
+        raise LabelError(f"{whose} hold a {type(value).__name__}, which JSON does not have", "write it as text")
 
 
 def read_messages(turns: object, unread: set[str]) -> list[Message]:
@@ -102,7 +102,7 @@ def read_messages(turns: object, unread: set[str]) -> list[Message]:
 
     Args:
         turns: The list.
-        unread: Gets the names of keys that hold something and are not read.
+        unread: A set to which keys with a value that no code reads are added.
 
     Raises:
         LabelError: They are not a list of maps, or one of them cannot be read.
@@ -211,7 +211,7 @@ def _train(turn: Row, role: object, unread: set[str]) -> bool | None:
         # Other messages are not trained on, whatever their weight.
         unread |= {f"messages.{key}" for key in known if key in _WEIGHTS and turn[key] != 0}
         known = [key for key in known if key in _FLAGS]
-    # Of the first four, the first that is there decides; the others must agree with it.
+    # The first of the first four keys that the message has decides; the others must agree with it.
     known = [*[key for key in known if key in _FIRST][:1], *[key for key in known if key not in _FIRST]]
     chosen = {key: _chosen(key, turn[key]) for key in known}
     if len(set(chosen.values())) > 1:
@@ -243,7 +243,7 @@ def _is_parts(content: object, role: object) -> bool:
 def _read_parts(parts: list[Any], role: object, unread: set[str]) -> tuple[list[Message], str | None, str, list[Row]]:
     """A message's parts as the messages of tools that come before its text, its text, its reasoning and its calls.
 
-    The text is None where the parts are results of tools alone.
+    The text is None if all parts are results of tools.
     """
     results: list[Message] = []
     texts: list[str] = []

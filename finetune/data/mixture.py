@@ -1,7 +1,7 @@
 """Builds the training and the evaluation rows of a recipe: mixed from its sources, held out, counted; or streamed.
 
-The sources are prepared once and cached. Which of their rows are used is decided anew at each start, and is the same on
-every rank and machine.
+The sources are prepared once and cached. The rows to use are chosen at each start, with the same result on every rank
+and machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from finetune.system.terminal import Say
 if TYPE_CHECKING:
     import datasets
 
-# The columns for the trainer; the other columns of a prepared file are for the ledger.
+# The columns that the trainer gets. The other columns of a prepared file are for the ledger.
 COLUMNS = ["row", "input_ids", "labels"]
 DUPLICATE = "exact duplicates"
 LEAKED = "also in the evaluation rows"
 # A source and the index of one of its rows.
 SourceRow = tuple[CachedSource, int]
-# Rows of a stream are shuffled among this many.
+# The size of the buffer in which the rows of a stream are shuffled.
 _SHUFFLE_BUFFER = 1000
 
 
@@ -40,12 +40,12 @@ _SHUFFLE_BUFFER = 1000
 class Prepared:
     """Rows for the trainer, with the columns `row` (its name), `input_ids` and `labels`, and their ledger.
 
-    A stream's rows are read, and counted in the ledger, while one goes through it.
+    The rows of a stream are read and counted in the ledger during iteration.
     """
 
     dataset: datasets.Dataset | datasets.IterableDataset | None
     ledger: Ledger = field(default_factory=Ledger)
-    # A hash of token ids and labels of all rows, in their order; of a stream, of its sources.
+    # A hash of the token ids and labels of all rows, in order; for a stream, a hash of its sources.
     digest: str = ""
     # The source and language of each evaluation row.
     origins: list[tuple[str, str]] = field(default_factory=list)
@@ -60,10 +60,10 @@ def build_datasets(
     side or the other, chosen by `data.seed`; a row and its copies go to the same side.
 
     Args:
-        section: The recipe's `data`.
+        section: The recipe's `data` section.
         chat: The tokenizer and its chat template.
-        max_length: The number of tokens that a row may have; None: any.
-        say: Gets lines on the progress of a long preparation.
+        max_length: The most tokens of a row; None: no limit.
+        say: Called with lines on the progress of a long preparation.
 
     Raises:
         DataError: A source or row cannot be used, or nothing is left to train on.
@@ -103,7 +103,12 @@ def build_datasets(
 
 
 def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
-    """The evaluation rows of `build_datasets`; reads the training rows only if the former are a part of them.
+    """The evaluation rows of `build_datasets`; reads the training rows only if they are held out of them.
+
+    Args:
+        section: The recipe's `data` section.
+        chat: The tokenizer and its chat template.
+        max_length: The most tokens of a row; None: no limit.
 
     Raises:
         DataError: A source or row cannot be used.
@@ -117,7 +122,7 @@ def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) ->
 def _cached(preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None) -> list[CachedSource]:
     """The prepared rows of `data.train` or `data.eval`."""
     train = preparation.section.train
-    # Rows are drawn by the place of their source: two sources may be equal.
+    # Rows are drawn by the index of their source, because two sources may be equal.
     first = 0 if sources is train else len(train)
     return [CachedSource(preparation, source, place, say) for place, source in enumerate(sources, first)]
 
@@ -215,7 +220,7 @@ def _stream(preparation: Preparation, eval_texts: set[bytes]) -> Prepared:
 
     ledger = Ledger()
     rows = partial(_streamed, preparation, eval_texts)
-    # Errors in the first rows are raised now, and a stream without rows does not start.
+    # Errors in the first rows, and a stream without rows, are reported before training starts.
     if next(rows(tried := Ledger()), None) is None:
         raise DataError(f"no row is left to train on: {tried.summary()}")
     ints = datasets.List(datasets.Value("int32"))

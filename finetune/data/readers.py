@@ -1,8 +1,8 @@
-"""Reads rows from files or the Hub, one at a time, each with a name that a person can find (`data/chat.jsonl:12`).
+"""Reads rows from files or the Hub, one at a time, each with the name of its place (`data/chat.jsonl:12`).
 
 A source that cannot be read raises `DataError`; one row that cannot be read is yielded as a `LabelError`. Files are
-read in pieces, so memory is that of a few rows however long the file is. A file that ends too early yields its whole
-rows, then a `LabelError` for the row in which it ends.
+read in pieces, so only a few rows are in memory. A file that is cut off yields its complete rows, then a `LabelError`
+for the incomplete one.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Lines:
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.offset = file, 0
         self.ended = False
-        # Of the current line: the file ends in it; the file is known to be cut off in it.
+        # About the current line: the file ends in it; the file is known to be cut off in it.
         self.last = self.cut = False
 
     def __iter__(self) -> Iterator[str]:
@@ -152,7 +152,7 @@ def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErro
     header: list[str] = []
     while True:
         line, offset = reader.line_num + 1, lines.offset
-        # The limit of a cell (131,072 characters) holds for the whole process, so it is set back for other code.
+        # The csv module's limit of a cell (131,072 characters) is global, so it is restored for other code.
         limit = csv.field_size_limit(2**31 - 1)
         try:
             cells = next(reader)

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.language import language
 
-# The name of the sample rows in reports, where a source's path stands for other rows.
+# The name of the sample rows in reports, which name other rows by the path of their source.
 SAMPLE_ROWS = "sample rows of this project"
 
 
@@ -35,7 +35,7 @@ class LabelledRow:
 
 
 def encoded_sample_rows(chat: Chat) -> list[LabelledRow]:
-    """The sample conversations as encoded rows; as plain text where the tokenizer has no chat template.
+    """The sample conversations as encoded rows; as plain text if the tokenizer has no chat template.
 
     Raises:
         LabelError: The chat template refuses them.
@@ -55,15 +55,15 @@ def encoded_sample_rows(chat: Chat) -> list[LabelledRow]:
 def rows_by_language(
     rows: Sequence[LabelledRow], where: str, chat: Chat, count: int = 16
 ) -> dict[str, tuple[list[LabelledRow], str]]:
-    """Rows by language, sorted by its name, each group with the name of where its rows are from.
+    """Rows grouped by language, sorted by its name, each group with a description of its origin.
 
-    English and Japanese are always there: where `rows` has none of one, sample rows take their place.
+    English and Japanese are always present: if `rows` has none of one, the group is made of sample rows.
 
     Args:
         rows: Encoded rows.
-        where: The name of where they are from.
+        where: The description of their origin.
         chat: The tokenizer that encoded them.
-        count: How many sample rows at most take the place of a missing language.
+        count: The most sample rows for a missing language.
 
     Raises:
         LabelError: The chat template refuses the sample rows.

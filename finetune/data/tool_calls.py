@@ -9,23 +9,23 @@ from typing import Any
 from finetune.data.turns import Message, Render
 from finetune.system.errors import LabelError
 
-_KEY, _VALUE = "qjxkeyvzw", "qjxvaluevzw"  # letters, which no template's filter escapes
+_KEY, _VALUE = "qjxkeyvzw", "qjxvaluevzw"  # only letters, because template filters may escape other characters
 
 
 def with_arguments_as_rendered(render: Render, messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages with the arguments of their tool calls as the template takes them: maps, else texts of JSON.
+    """The messages with the arguments of tool calls in the form that the template takes: maps, or else JSON text.
 
     Args:
         render: The chat template.
-        messages: The conversation, its arguments maps.
+        messages: The conversation, with arguments as maps.
 
     Raises:
-        LabelError: The template writes maps as Python does, and takes no text either.
+        LabelError: The template prints maps as Python does, and does not take text either.
     """
     calling = [i for i, message in enumerate(messages) if _arguments(message)]
     if not calling:
         return messages
-    # A template may leave out a call once a user speaks after it: the last one stands at the end.
+    # A template may leave out a call that a user message follows, so the last call is put at the end.
     last = calling[-1]
     sample, as_map, as_text = messages[: last + 1], {_KEY: _VALUE}, json.dumps({_KEY: _VALUE})
     reason = ""

@@ -16,7 +16,7 @@ from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
 from finetune.system.errors import RunError
 
-# Settings that need a single process, and why.
+# Settings that need a single process, with the reason.
 _ONE_PROCESS_ONLY = {
     "auto_find_batch_size": "each of which would find its own",
     "save_on_each_node": "only one of which writes files",
@@ -27,7 +27,7 @@ def check_launch(recipe: Recipe, precision: Precision) -> None:
     """Checks that the launcher's file and the recipe fit together.
 
     Raises:
-        RunError: They do not; the message names the key to change in one of the two.
+        RunError: They contradict each other; the message names the key to change.
     """
     file, training = distributed.LAUNCHER_FILE, recipe.training
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -85,22 +85,22 @@ def check_base(recipe: Recipe, base: Base, precision: Precision) -> None:
     """Checks, before any row is read, that the base can be located and its attention runs on this device.
 
     Raises:
-        ModelError: It cannot; the message names the key to change.
+        ModelError: One of them fails; the message names the key to change.
     """
     wanted = recipe.model.attn_implementation
     compatibility.check_attention(wanted, base.config, devices.device_of(), precision.in_float32)
 
 
 def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
-    """The recipe's `training` section as trl takes it; making it joins the processes of the run.
+    """The recipe's `training` section as trl's SFTConfig, which joins the processes of the run when it is made.
 
     Raises:
-        RunError: This machine cannot compute in the recipe's type, or has no TPU.
+        RunError: This machine cannot train in the recipe's dtype, or has no TPU.
     """
     values = dict(recipe.training)
     for own_key in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
         values.pop(own_key, None)
-    # SFTConfig sets bf16 unless it is told otherwise.
+    # By default SFTConfig sets bf16.
     values["bf16"], values["fp16"] = (precision.computes == word for word in ("bf16", "fp16"))
     if values.get("fsdp_config"):
         values |= _on_tpu()
@@ -110,10 +110,10 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
     packs = bool(values.get("packing"))
     if values.get("padding_free") and not packs:
-        # Our rows fit already, and trl 1.16 refuses a length that it does not apply.
+        # The prepared rows fit already, and trl 1.16 refuses a max_length that it does not apply.
         values["max_length"] = None
     if not (packs or values.get("eval_packing") or values.get("shuffle_dataset")):
-        # Our rows are prepared already; trl would process each once more.
+        # The rows are tokenised already; trl would process each of them again.
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}
     if any(source.streaming for source in recipe.data.train):
         # Each rank reads the stream and takes its share. With upstream's default the first rank reads for all, padded.

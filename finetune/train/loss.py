@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# Logits held at once, in two buffers: 2^26 float32 are 256 MiB. With fewer rows a matrix product reads the weight too
-# often: with a weight of 262,144 x 640, 256 rows were 1.2 times as fast per row as 128 (two threads).
+# The most logits in memory at once, in two buffers: 2^26 float32 are 256 MiB. With fewer rows the matrix products would
+# read the weight too often: with a weight of 262,144 x 640, 256 rows were 1.2 times as fast per row as 128.
 _TILE = 2**26
 # The columns of the product that are computed at once, so that its tiles stay in cache (1.2 times as fast as all).
 _COLUMNS = 2**13
@@ -117,7 +117,7 @@ class _TokenLogProbs(torch.autograd.Function):
 def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -> list[torch.Tensor]:
     """Two buffers for `step` rows of scores, in the weight's type and in float32, kept in `buffers` between calls.
 
-    Fresh memory of this size goes back to the system after each use; allocating it again took a tenth of a step.
+    The allocator returns memory of this size to the system after each use; to allocate it anew took a tenth of a step.
     """
     if not buffers:
         shape = (step, weight.shape[0])
@@ -126,11 +126,11 @@ def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -
 
 
 def use_token_head(model: Any) -> bool:
-    """Replaces trl's fused head of `model` (a causal LM that trl has patched) where this one is better.
+    """Replaces trl's fused head of `model` (a causal LM that trl has patched) if this one is faster or required.
 
     Returns:
-        True if it did: the output layer is frozen, but for token rows, there is no router loss, and either the model is
-        on a CPU or PEFT trains rows of its output layer.
+        True if it did: the output layer is frozen except for token rows, there is no router loss, and the model is on a
+        CPU or PEFT trains rows of its output layer.
     """
     from peft.utils.other import TrainableTokensWrapper
 

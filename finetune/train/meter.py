@@ -15,11 +15,11 @@ class Meter:
     """Adds speed and memory to each logged record, before trackers get it."""
 
     def __init__(self, flops_per_token: float = 0.0, flops_per_second: float = 0.0) -> None:
-        """Makes a meter.
+        """Starts to count energy.
 
         Args:
-            flops_per_token: Floating point operations that training takes per token; 0 where it is not known.
-            flops_per_second: The peak of all GPUs of the run together; 0 where it is not known.
+            flops_per_token: Floating point operations of training per token; 0 if unknown.
+            flops_per_second: The peak of all GPUs of the run together; 0 if unknown.
         """
         self.flops_per_token, self.flops_per_second = flops_per_token, flops_per_second
         self.last = (0.0, 0.0)  # time and tokens of the last record
@@ -41,7 +41,7 @@ class Meter:
         logs["peak_memory_gib"] = round(_peak_memory() / GIB, 3)
 
     def spent_millijoules(self) -> int:
-        """The energy that this process's GPU took since the last call."""
+        """The energy that this process's GPU used since the last call."""
         before, self.counter = self.counter, energy_millijoules()
         return self.counter - before
 

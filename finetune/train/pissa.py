@@ -1,4 +1,4 @@
-"""Converts adapters that start as a part of the base's weights (PiSSA, OLoRA) to plain LoRA on the unchanged base.
+"""Converts adapters that were initialised from the base's weights (PiSSA, OLoRA) to plain LoRA on the unchanged base.
 
 PiSSA and OLoRA subtract a product from each weight and train it, so that such an adapter does not work on the base
 itself. Together with the first product, the trained one is a plain adapter of twice the rank:
@@ -23,9 +23,9 @@ from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_whole
 
 
 def initial_adapter(model: Any) -> dict[str, torch.Tensor] | None:
-    """Copies of the adapter's first values, by the names under which PEFT saves them.
+    """Copies of the adapter's initial values, by the names under which PEFT saves them.
 
-    Call it before the first step. None where the adapter does not start as a part of its base.
+    Call it before the first step. Returns None if the adapter was not initialised from the base's weights.
     """
     init = getattr(model, "peft_config", {}).get("default", None)
     init = getattr(init, "init_lora_weights", True)
@@ -42,8 +42,8 @@ def convert_to_lora(folder: Path, initial: dict[str, torch.Tensor]) -> None:
     """Rewrites the adapter in a folder as plain LoRA: twice the rank, the same scaling, DoRA magnitudes unchanged.
 
     Args:
-        folder: `adapter_model.safetensors` and `adapter_config.json`, as PEFT saves them.
-        initial: From `initial_adapter`; A is (rank, in), B is (out, rank).
+        folder: The folder with PEFT's `adapter_model.safetensors` and `adapter_config.json`.
+        initial: The result of `initial_adapter`; A is (rank, in), B is (out, rank).
     """
     file = folder / ADAPTER_WEIGHTS
     tensors = load_file(file)

@@ -86,9 +86,9 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
     """Trains a recipe; returns its run directory.
 
     Args:
-        recipe: What is trained.
-        say: Gets a line for each step.
-        check: Called before any weight is read; it raises where memory cannot suffice.
+        recipe: The recipe.
+        say: Called with a line for each stage of the run.
+        check: Called before any weight is read; it raises if memory cannot suffice.
 
     Raises:
         RunError: The output directory is in use, there is no checkpoint to resume, the longest batch does not fit into
@@ -242,7 +242,7 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
     trainer = Trainer(
         model=model,
         args=config,
-        # Without an end, a stream is one long epoch: a resumed run finds its place by counting, in whichever round.
+        # An endless stream is one long epoch, in which a resumed run finds its place by counting rows.
         train_dataset=data.dataset.repeat(None) if rows.streamed and data.dataset else data.dataset,
         eval_dataset=evaluation.dataset,
         processing_class=rows.tokenizer,
@@ -267,8 +267,8 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
             "are dropped; write false, or lower training.per_device_train_batch_size"
         )
     if recipe.lora is not None:
-        # trl casts a quantised model's adapter to bfloat16 whatever the run computes in (sft_trainer.py, 1.16), which
-        # also rounds its first values.
+        # trl 1.16 (sft_trainer.py) casts a quantised model's adapter to bfloat16 in every run, which also rounds its
+        # initial values.
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = trained[name]

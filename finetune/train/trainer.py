@@ -46,17 +46,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     save_total_limit: int | None = None
     # The prepared dataset, whose `row` column names each row.
     named_rows: Any = ()
-    # The run's `recipe.yaml`, which each checkpoint gets a copy of.
+    # The text of the run's `recipe.yaml`, which is written to each checkpoint.
     recipe_yaml = ""
     # Further fields of a checkpoint's marker.
     marker_fields: MarkerFields = {"processes": 1, "rows": None}  # noqa: RUF012 (replaced, never changed)
     # The counters of the checkpoint that the run was resumed from.
     resumed_counters: Counters | None = None
-    # The adapter's first values, where it began as a part of its base.
+    # The adapter's initial values, if it was initialised from the base's weights (PiSSA, OLoRA).
     initial_adapter: dict[str, torch.Tensor] | None = None
     # Rows without labels at the end of the training rows.
     padding_rows = 0
-    # True once a signal came: the current step is the last.
+    # True after a signal: the current step is the last.
     stopping = False
     # Tokens with a label that this process has trained on.
     trained_tokens = torch.tensor(0)
@@ -67,7 +67,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         drop_last = self.args.dataloader_drop_last
-        # Upstream drops an evaluation's last rows too (transformers 5.23), so that its loss is not that of all rows.
+        # transformers 5.23 drops the last rows of an evaluation too, whose loss would then not be that of all rows.
         self.args.dataloader_drop_last = drop_last and is_training
         try:
             loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
@@ -80,7 +80,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def pad_to_ranks(self) -> None:
         """Adds rows without labels at the end of both datasets, so that all ranks have the same number.
 
-        Upstream repeats rows from the beginning instead, so that two ranks do not train as one does.
+        accelerate repeats rows from the beginning instead, so that two ranks would not train as one does.
         """
         count, args = self.accelerator.num_processes, self.args
         if count > 1 and not args.dataloader_drop_last and hasattr(self.train_dataset, "__len__"):
@@ -102,14 +102,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             # accelerate fails on a class that the model does not have (Gemma 3 4B without images).
             plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
             if (policy := plugin.mixed_precision_policy) is not None:
-                # accelerate rounds outputs too, the loss among them, and sums gradients in the lower type.
+                # accelerate would round all outputs, also the loss, and sum gradients in the lower precision.
                 plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         if not (self.is_fsdp_enabled and hasattr(self.model, "peft_config")):
             return super()._prepare_for_training(*args, **kwargs)
-        # Beneath an adapter accelerate 1.15 shards the output layer separately and gathers it when it is called. The
-        # fused head reads the weight without a call: trained, it would get the gradient of its own rank alone. Hidden
-        # from accelerate, both embeddings stay in the group of the whole model. And transformers 5.23 ties by names
-        # that a layer no longer has once PEFT has wrapped it.
+        # In a PEFT model accelerate 1.15 shards the output layer as a unit of its own, gathered when it is called. The
+        # fused head reads its weight without a call, so a trained weight would only get its own rank's gradient. With
+        # these methods hidden from accelerate, both embeddings stay in the unit of the whole model. And transformers
+        # 5.23 ties weights by names that change when PEFT wraps a layer.
         hidden = {
             "get_input_embeddings": lambda: None,
             "get_output_embeddings": lambda: None,
@@ -135,14 +135,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         else:
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            # A pickle of all arguments (tokens too) that nothing reads, and PEFT's empty model card.
+            # A pickle of all arguments (access tokens too) that nothing reads, and PEFT's empty model card.
             for name in ("training_args.bin", "README.md"):
                 Path(output_dir or self.args.output_dir, name).unlink(missing_ok=True)
             if self.initial_adapter is not None:
                 pissa.convert_to_lora(Path(output_dir or self.args.output_dir), self.initial_adapter)
 
     def _save_sharded_model(self, output_dir: str | None) -> None:
-        # Upstream writes nothing where ranks hold shards, or the frozen base with each adapter.
+        # Upstream writes nothing if ranks hold shards, or writes the frozen base with each adapter.
         wanted = set(trained_parameters(self.model)) if hasattr(self.model, "peft_config") else None
         dtype = getattr(torch, str(self.model.config.dtype).removeprefix("torch."))
         state: dict[str, torch.Tensor] = {}
@@ -150,7 +150,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if wanted is None or name in wanted or ".lora_" in name:
                 gathered = full_tensor(tensor.detach())
                 if self.args.should_save:
-                    # accelerate keeps float32 weights where a run computes in bfloat16; files have the config's type.
+                    # accelerate keeps weights in float32 for computation in bfloat16; files have the config's dtype.
                     casts = wanted is None and gathered.is_floating_point()
                     state[name] = gathered.to("cpu", dtype if casts else gathered.dtype)
         if self.args.should_save:
@@ -174,7 +174,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 files.write_whole(folder / "recipe.yaml", self.recipe_yaml)
                 write_marker(folder, self.last_saved_step, self.marker_fields)
         if self.args.should_save:
-            # Older ones are removed only now: until its marker is written, this one does not count.
+            # Older checkpoints are removed only now: without its marker, the new one would not count.
             best = self.state.best_model_checkpoint
             rotate(Path(self.args.output_dir), self.save_total_limit, Path(best) if best else None)
 
@@ -213,7 +213,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         best: bool = super()._determine_best_metric(*args, **kwargs)
-        # With `save_strategy: best` this decides whether to save; a stopped run is always saved.
+        # With `save_strategy: best` this decides if a checkpoint is saved; a stopped run must always save one.
         return best or self.stopping
 
     def _load_best_model(self) -> None:
@@ -236,7 +236,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = dict(inputs)
         labels = batch["labels"]
-        # A sum on the GPU, which is not waited for.
+        # Summed on the GPU, without a synchronisation.
         self.trained_tokens = self.trained_tokens.to(labels.device) + (labels != IGNORE).sum()
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
@@ -264,12 +264,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 logs["energy_wh"] = round(energy / 3.6e6, 4)
             self.meter.measure(logs, self._total_train_tokens)
         if "train_loss" in logs:
-            # The mean over all steps, those before a resume too.
+            # The mean over all steps, also those before a resume.
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Upstream takes the mean of batch means, which changes with the batch size; this is over all trained tokens.
+        # transformers averages the means of batches, which depends on the batch size; this is the mean over all tokens.
         self._evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         loss, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
@@ -296,7 +296,7 @@ class RestoreCounters(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restores them; upstream has just set them to zero."""
+        """Restores the counters, which transformers has just set to zero."""
         if counters := self.trainer.resumed_counters:
             self.trainer._tr_loss += counters["loss"]
             self.trainer._total_loss_scalar = counters["total"]
@@ -307,8 +307,8 @@ class RestoreCounters(TrainerCallback):  # type: ignore[misc]
 class EpochOrder(torch.utils.data.Sampler[int]):
     """The rows of an epoch in an order that depends on seed and epoch alone; padding rows come last.
 
-    The epoch is the trainer's, which is right in a resumed run too: upstream's sampler does not get it on several
-    ranks (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
+    The epoch is read from the trainer, so it is right in a resumed run: on several ranks upstream's sampler is not told
+    the epoch (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
     """
 
     def __init__(self, trainer: Trainer, dataset: Any) -> None:
@@ -336,7 +336,7 @@ class EpochOrder(torch.utils.data.Sampler[int]):
 def _own_process_group(init: Callable[[int], None] | None, worker: int) -> None:
     """Moves a dataloader worker into its own process group.
 
-    A launcher signals the whole group, and the step that is finished after a signal needs the worker.
+    A launcher signals the whole process group, but the step that is finished after a signal still needs the worker.
     """
     os.setpgrp()
     if init:

@@ -35,10 +35,10 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         self.trainer, self.say = trainer, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says how much memory the longest batch needs.
+        """Reports how much memory the longest batch needs.
 
         Raises:
-            RunError: It does not fit; the message says by how much, and which settings help.
+            RunError: The batch does not fit; the message says by how much, and which settings help.
         """
         trainer, cuda = self.trainer, args.device.type == "cuda"
         # These optimizers change weights in the backward pass, which cannot be undone; XLA compiles for each length.
@@ -78,7 +78,7 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         """As many rows as a batch has, the longest of the run, longest first: no padded batch is larger."""
         dataset, count = self.trainer.train_dataset, self.trainer._train_batch_size
         if isinstance(dataset, datasets.IterableDataset):
-            # Reading a row of a stream counts it, so a row of `max_length` is made up.
+            # Reading a row of a stream counts it, so a row of `max_length` tokens is invented.
             length = self.trainer.args.max_length or 0
             ids = self.trainer.processing_class(_TEXT, add_special_tokens=False)["input_ids"]
             row = (ids * length)[:length]
@@ -98,7 +98,7 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         """
         trainer, model, device = self.trainer, self.trainer.model_wrapped, self.trainer.args.device
         cuda = device.type == "cuda"
-        # While it accumulates, FSDP 2 holds unsharded gradients, which only a pass can make.
+        # During accumulation FSDP 2 holds unsharded gradients, which only a backward pass can create.
         passes = 2 if accumulates and trainer.is_fsdp_enabled else 1
         if accumulates and passes == 1:
             for parameter in _trained_parameters(model):
@@ -111,14 +111,14 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         for last in (False, True)[-passes:]:
             [batch], items = trainer.get_batch_samples(iter([self._collate(rows)]), 1, device)
             with nullcontext() if last else trainer.accelerator.no_sync(model):
-                # trl's own step: our Trainer's would count tokens.
+                # trl's own step, because our Trainer's counts tokens.
                 SFTTrainer.training_step(trainer, model, batch, items)
         if cuda:
             return before, torch.cuda.max_memory_allocated(device)
         return before, process_peak_memory()
 
     def _extrapolated(self, rows: list[dict[str, Any]]) -> int:
-        """An estimate in bytes for a batch that did not fit; 0 where no part of it fits either.
+        """An estimate in bytes for a batch that did not fit; 0 if no part of it fits either.
 
         It is measured on the longest row, or on half of the only row. Memory beyond weights and gradients is taken to
         grow with the number of tokens; eager attention grows faster.

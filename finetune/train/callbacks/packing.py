@@ -18,9 +18,9 @@ def check_row_counts(dataset: Any, prepared: Prepared, use: str) -> None:
     """Checks that trl's dataset, packed or not, holds the ledger's rows, tokens and labels.
 
     Args:
-        dataset: The trainer's.
+        dataset: The trainer's dataset.
         prepared: The rows that it was made from.
-        use: A verb for the message: train, evaluate.
+        use: A verb for the message: `train` or `evaluate`.
 
     Raises:
         DataError: The numbers differ.
@@ -54,7 +54,7 @@ class PackedRowsCheck(TrainerCallback):  # type: ignore[misc]
         """Measures whether a row's log-probabilities depend on the row before it.
 
         Raises:
-            ModelError: They do, or the model takes no packed rows.
+            ModelError: They do depend on it, or the model takes no packed rows.
         """
         key = "training.packing" if args.packing else "training.padding_free"
         model = self.trainer.model.eval()

@@ -1,4 +1,4 @@
-"""Experiment trackers: one curve however often a run is resumed, and answers to the same prompts at each evaluation.
+"""Experiment trackers: a resumed run continues its curve, and each evaluation logs answers to the same prompts.
 
 Upstream's callbacks log the numbers (transformers 5.23 `integrations/integration_utils.py`). This module adds the run's
 name and id, its recipe, ledger and environment, its samples and its finished files.
@@ -77,15 +77,15 @@ _IDS_SET_HERE: set[str] = set()
 
 
 def set_run_identity(output: Path, name: str | None, project: str, resumed: bool) -> str:
-    """Sets the run's id for trackers that let one be chosen; returns the run's name. A resumed run keeps both.
+    """Sets the run's id for trackers that accept one, and returns the run's name. A resumed run keeps both.
 
     They are passed in environment variables, which upstream's callbacks read.
 
     Args:
         output: The run directory.
-        name: `training.run_name`; absent, the directory's name and the id.
+        name: `training.run_name`; by default the directory's name and the id.
         project: `training.project`.
-        resumed: Whether the run is resumed from a checkpoint.
+        resumed: True if the run is resumed from a checkpoint.
     """
     file = output / _TRACKING
     known = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
@@ -231,11 +231,11 @@ def configure_trackers(trainer: Trainer, start_step: int) -> bool:
     wants_artifact = False
     for tracker in list(trainer.callback_handler.callbacks):
         if isinstance(tracker, upstream.WandbCallback):
-            # Upstream would make another trainer to save the model with, and a pickle of its arguments.
+            # transformers would make another trainer to save the model, and write a pickle of its arguments.
             wants_artifact = tracker._log_model.is_enabled
             tracker._log_model = upstream.WandbLogModel.FALSE
         elif isinstance(tracker, upstream.TensorBoardCallback) and trainer.is_world_process_zero():
-            # Steps that a resumed run repeats are drawn once.
+            # Steps that a resumed run repeats are logged once.
             purge = start_step + 1 if start_step else None
             tracker.tb_writer = tracker._SummaryWriter(log_dir=tracker.logging_dir, purge_step=purge)
     return wants_artifact
