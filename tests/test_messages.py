@@ -260,8 +260,11 @@ def test_parts(content: Any, keys: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ([{"type": "text", "text": "a"}, {"type": "reasoning", "text": "b"}], "a message's reasoning stands behind"),
-        ([{"type": "tool_call", "value": CALL["function"]}, {"type": "text", "text": "a"}], "a message's text stands"),
+        ([{"type": "text", "text": "a"}, {"type": "reasoning", "text": "b"}], "a message's reasoning comes after"),
+        (
+            [{"type": "tool_call", "value": CALL["function"]}, {"type": "text", "text": "a"}],
+            "a message's text comes after",
+        ),
         ([{"type": "image_url", "image_url": "x"}], "a message has parts that are not text; the type of one is"),
         ([{"type": "refusal", "refusal": "No."}], "a message has parts that are not text; the type of one is"),
         ([{"type": "redacted_thinking", "data": "x"}], "a message has parts that are not text; the type of one is"),
@@ -289,7 +292,7 @@ def test_results_of_tools_as_parts() -> None:
     assert (got[2], unread) == (answer, ["messages.content.is_error"])
     late = [{"type": "text", "text": "So?"}, result]
     assert fault(lambda: messages(ASKED, CALLED, {"role": "user", "content": late})).startswith(
-        "a tool's result stands behind a text"
+        "a tool's result comes after a text"
     )
 
 

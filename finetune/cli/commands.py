@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """The parsed command line; a recipe's overrides may stand behind options, too."""
+    """The parsed command line; a recipe's overrides may come after options, too."""
     command_line = parser()
     args, rest = command_line.parse_known_args(words)
     if any(word.startswith("-") or "=" not in word or "overrides" not in args for word in rest):

@@ -35,7 +35,7 @@ class CheckResult:
         name: What was checked.
         state: "ok", "note" or "wrong".
         found: What was found.
-        do: What to do about it; empty where nothing helps or is needed.
+        do: What to do about it; empty if nothing helps or is needed.
     """
 
     name: str
@@ -71,7 +71,7 @@ def _python() -> Iterator[CheckResult]:
 
 
 def _installed(wanted: Requirement) -> tuple[str, bool]:
-    """The installed version of a package, empty where there is none, and whether it meets the requirement."""
+    """The installed version of a package, empty if there is none, and whether it meets the requirement."""
     try:
         version = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:

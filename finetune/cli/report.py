@@ -64,7 +64,7 @@ def as_html(run: Path) -> str:
 
 
 def _read(file: Path, convert: Callable[[Any], T], parse: Callable[[str], Any] = json.loads) -> T | None:
-    """`convert(parse(text))` of a file; None where there is no such file."""
+    """`convert(parse(text))` of a file; None if there is no such file."""
     if not file.is_file():
         return None
     try:

@@ -185,7 +185,7 @@ def unread_columns(source: DataSource, form: str, row: Row) -> list[str]:
 
 
 def _fields(spec: str) -> list[str]:
-    """The columns in a format string; empty where it is the name of a column."""
+    """The columns in a format string; empty if it is the name of a column."""
     return re.findall(r"\{(\w+)\}", spec)
 
 
@@ -194,7 +194,7 @@ def _fields(spec: str) -> list[str]:
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
-    """The messages behind the system text that a column holds, unless they begin with it."""
+    """The messages after the system text that a column holds, unless they begin with it."""
     text = one_of(row, ("system", "system_prompt"), "its columns")
     if not holds(text):
         return messages

@@ -114,7 +114,7 @@ def without_null_keys(cell: object) -> object:
 def _rows_of_files(source: DataSource, rows: Any) -> Iterator[Row | LabelError] | None:
     """The rows as the dataset's JSON files hold them, with null for the columns that a row lacks.
 
-    None where the files do not hold one row for each row of the dataset.
+    None if the files do not hold one row for each row of the dataset.
     """
     import datasets
 

@@ -43,7 +43,7 @@ class _Decoder(json.JSONDecoder):
         return row
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
-        """The value at `idx` and the index behind it; sets `fault`."""
+        """The value at `idx` and the index after it; sets `fault`."""
         self._twice = None
         return super().raw_decode(s, idx)
 
@@ -110,7 +110,7 @@ _UNFINISHED_TOKEN = re.compile(
 
 
 def _unfinished(error: json.JSONDecodeError) -> str | None:
-    """Words for an error on where a JSON text ends; None where more text could not make it valid."""
+    """Words for an error on where a JSON text ends; None if more text could not make it valid."""
     if error.msg.startswith("Invalid \\"):
         return ", inside a string" if _ESCAPE.fullmatch(error.doc, error.pos) else None
     if error.msg.startswith("Unterminated string"):

@@ -190,7 +190,7 @@ def _same(one: Any, other: Any, whose: str) -> Any:
 
 
 def _reasoning(turn: Row) -> Row:
-    """The `reasoning_content` of a message, under whichever name; empty where it has none."""
+    """The `reasoning_content` of a message, under whichever name; empty if it has none."""
     texts = [turn[key] for key in _REASONING_KEYS if not _blank(turn.get(key))]
     if any(text != texts[0] for text in texts):
         raise LabelError("a message's reasoning_content, thinking and reasoning differ", "keep one")
@@ -202,7 +202,7 @@ def _blank(value: object) -> bool:
 
 
 def _train(turn: Row, role: object, unread: set[str]) -> bool | None:
-    """True or false where a message's masks choose it or leave it out; None where it has none."""
+    """True or false where a message's masks choose it or leave it out; None if it has none."""
     for key in _OTHER_MASKS:
         if holds(turn.get(key)):
             raise LabelError(f"a message's {key} cannot be obeyed", "write train: true or false")
@@ -257,11 +257,11 @@ def _read_parts(parts: list[Any], role: object, unread: set[str]) -> tuple[list[
         keys = {"type", "text", "value", "content"}
         if kind in _TEXT_PARTS:
             if calls:
-                raise LabelError("a message's text stands behind a tool call", "write it in a message before")
+                raise LabelError("a message's text comes after a tool call", "write it in an earlier message")
             texts.append(_text_of(part, ("text", "value", "content"), "text"))
         elif kind in _REASONING_PARTS:
             if "".join(texts) or calls:
-                raise LabelError("a message's reasoning stands behind its text", "write it in a message before")
+                raise LabelError("a message's reasoning comes after its text", "write it in an earlier message")
             keys |= {"reasoning", "thinking", "reasoning_content"}
             reasoning.append(_text_of(part, tuple(sorted(keys - {"type"})), "reasoning"))
         elif kind in _CALL_PARTS:
@@ -271,7 +271,7 @@ def _read_parts(parts: list[Any], role: object, unread: set[str]) -> tuple[list[
             if role not in ("user", "tool"):
                 raise LabelError(f"a {role} message holds the result of a tool", "write it in a tool message")
             if "".join(texts):
-                raise LabelError("a tool's result stands behind a text", "write it in a message before")
+                raise LabelError("a tool's result comes after a text", "write it in an earlier message")
             results.append(_result_of_part(part, kind, unread))
             continue
         unread |= {f"messages.content.{key}" for key in part.keys() - keys if holds(part[key])}

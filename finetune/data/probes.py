@@ -23,7 +23,7 @@ _TOOL: Tool = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
     },
 }
-# A token that a template spells at the beginning of a line, or behind another token.
+# A token that a template spells at the beginning of a line, or after another token.
 _TOKEN = re.compile(r"(?:^|\n|>)[ \t]*(?=(<\|?\w+\|?>))")
 
 
@@ -53,7 +53,7 @@ def probes(render: Callable[..., str]) -> Iterator[Probe]:
 
 
 def spelt_tokens(text: str) -> list[str]:
-    """The parts of a rendered probe that look like tokens of turns: behind its texts, at the edge of a line.
+    """The parts of a rendered probe that look like tokens of turns: after its texts, at the edge of a line.
 
     A pair such as `<result>` and `</result>`, and a tag inside a sentence, is text that the template says to the model.
     """

@@ -75,7 +75,7 @@ class Renderer:
                     )
                 )
         except JinjaError as error:
-            # What a template says behind a semicolon is taken as the detail of this conversation.
+            # What a template says after a semicolon is taken as the detail of this conversation.
             reason, _, detail = (error.message or "").partition("; ")
             raise LabelError(f"the chat template refuses it: {reason}", detail) from error
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Finds the end of an assistant turn in a rendered conversation: the character behind its end-of-turn token.
+"""Finds the end of an assistant turn in a rendered conversation: the character after its end-of-turn token.
 
 Where the turn is the message's text and a known ending, its end is read from the text. Otherwise the conversation is
-rendered once more with a marker behind each text of the message. A turn whose end cannot be proved raises `LabelError`.
+rendered once more with a marker after each text of the message. A turn whose end cannot be proved raises `LabelError`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MARKS = re.compile(f"{_MARK}[a-j]+z")
 def turn_end(
     render: Render, special: Special, endings: Sequence[str], messages: Sequence[Message], i: int, text: str, start: int
 ) -> int:
-    """The index of the character behind the end-of-turn token of turn `i`.
+    """The index of the character after the end-of-turn token of turn `i`.
 
     Args:
         render: The chat template.
@@ -133,8 +133,8 @@ class _Headers(NamedTuple):
 
     Attributes:
         opening: Those that begin a conversation, and so a turn.
-        last: The one before the first message's text; empty where there is none.
-        behind: All that stand behind the text of the last message without being asked for, in their order.
+        last: The one before the first message's text; empty if there is none.
+        behind: All that come after the text of the last message without being asked for, in their order.
     """
 
     opening: frozenset[str]
@@ -183,7 +183,7 @@ def _before_the_next_header(ends: Sequence[tuple[str, int]], headers: _Headers, 
     Some templates write the next answer's header whether it is asked for or not.
 
     Args:
-        ends: The special tokens behind a turn's text, and where each ends.
+        ends: The special tokens after a turn's text, and where each ends.
         headers: The tokens of headers.
         unasked: Whether a header may stand there without being asked for.
     """
@@ -198,7 +198,7 @@ def _before_the_next_header(ends: Sequence[tuple[str, int]], headers: _Headers, 
 
 
 def _known_end(content: str, endings: Sequence[str], text: str, start: int) -> int:
-    """The index behind the ending of a turn that is its message's text and a known ending; 0 where it is not that."""
+    """The index after the ending of a turn that is its message's text and a known ending; 0 if it is not that."""
     for written in (content, content.strip()):
         # Mistral's templates write a blank before the text.
         for first in (start, start + 1) if text[start : start + 1] == " " else (start,):
@@ -224,7 +224,7 @@ def _closes_turn(render: Render, token: str, prompt: str, headers: _Headers, is_
 
 
 def _split_behind_marks(text: str, count: int) -> tuple[str, str]:
-    """Splits a text behind its `count`-th mark; both parts come without any mark."""
+    """Splits a text after its `count`-th mark; both parts come without any mark."""
     ends = [match.end() for match in _MARKS.finditer(text)][:count]
     cut = ends[-1] if ends else 0
     return _MARKS.sub("", text[:cut]), _MARKS.sub("", text[cut:])
@@ -258,7 +258,7 @@ def _assistant_parts(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _marked(message: Message, names: bool = True) -> tuple[Message, dict[str, str]]:
-    """The message with a mark behind each of its texts, and for each mark the name of that part of the message.
+    """The message with a mark after each of its texts, and for each mark the name of that part of the message.
 
     What follows the last mark in a rendered conversation ends the turn.
 
@@ -285,7 +285,7 @@ def _marked(message: Message, names: bool = True) -> tuple[Message, dict[str, st
         arguments = function.get("arguments")
         has_text = isinstance(arguments, str) or next(_texts(arguments), None) is not None
         if names or not has_text:
-            # The name may stand before its arguments or behind them.
+            # The name may come before its arguments or after them.
             function = function | {"name": mark(str(function.get("name", "")), "tool call")}
         return function | {"arguments": mark_all(arguments)} if has_text else function
 

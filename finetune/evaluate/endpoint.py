@@ -212,7 +212,7 @@ class Endpoint:
                 raise EvaluateError("stopped")
 
     def _parsed(self, text: str) -> Reply | None:
-        """The reply in a chat completion; None where the text is something else."""
+        """The reply in a chat completion; None if the text is something else."""
         try:
             body = json.loads(text)
             choice = body["choices"][0]
@@ -271,7 +271,7 @@ def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] 
 
 
 def _error_in(text: str) -> str:
-    """The message of an error in a JSON body; empty where there is none."""
+    """The message of an error in a JSON body; empty if there is none."""
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
@@ -280,7 +280,7 @@ def _error_in(text: str) -> str:
 
 
 def _retry_after(value: str) -> float | None:
-    """The seconds of a Retry-After header, a number or a date; None where it cannot be read."""
+    """The seconds of a Retry-After header, a number or a date; None if it cannot be read."""
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return min(float(value), _MAX_WAIT)
     try:
@@ -291,7 +291,7 @@ def _retry_after(value: str) -> float | None:
 
 
 def _token_counts(counts: object) -> tuple[int, int] | None:
-    """Input and output tokens; None where the endpoint does not say."""
+    """Input and output tokens; None if the endpoint does not say."""
     if isinstance(counts, list) and len(counts) == 2 and all(isinstance(n, int) for n in counts):
         return counts[0], counts[1]
     return None

@@ -278,7 +278,7 @@ def judge_prompt(prompt: Sequence[Message], first: str, second: str, language: s
 
 
 def grade_in(reply: str) -> str | None:
-    """The grade in the last line of a reply; None where that line is not a grade in the required form."""
+    """The grade in the last line of a reply; None if that line is not a grade in the required form."""
     plain = re.sub(r"```(?:\w+(?=\n))?|[`*]", "", reply).strip()
     match = _GRADE_LINE.search(plain)
     return _BY_LOWER_CASE.get((match["json"] or match["plain"]).lower()) if match else None

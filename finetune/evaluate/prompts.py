@@ -120,7 +120,7 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 
 def _before_last_answer(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages that the last answer of a conversation answers; empty where they do not end with a user's text."""
+    """The messages that the last answer of a conversation answers; empty if they do not end with a user's text."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     last = len(plain)
     if plain[-1]["role"] != "user":

@@ -17,7 +17,7 @@ _SHOWN_CHARACTERS = 600
 
 
 class LossPart(TypedDict):
-    """The loss on one group of rows; `perplexity` is None where it is infinite, which JSON cannot hold."""
+    """The loss on one group of rows; `perplexity` is None if it is infinite, which JSON cannot hold."""
 
     tokens: int
     perplexity: float | None

@@ -213,7 +213,7 @@ class _LocalPaths:
         return text
 
     def find_in(self, data: bytes) -> str | None:
-        """A path of this machine that the bytes hold; None where they hold none."""
+        """A path of this machine that the bytes hold; None if they hold none."""
         return next((path for path in self.deep if f"{path}/".encode() in data), None)
 
 
@@ -260,7 +260,7 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
 
 
 def _license_on_hub(base: str) -> dict[str, str]:
-    """The license that the base's own card on the Hub names; empty where it cannot be read."""
+    """The license that the base's own card on the Hub names; empty if it cannot be read."""
     from huggingface_hub import HfApi
 
     with hub_errors.quiet_hub_client(bars=False):

@@ -85,7 +85,7 @@ class Base:
 
     @property
     def identity(self) -> BaseIdentity:
-        """The fingerprint of a local base, or the commit of one on the Hub; empty where neither is known."""
+        """The fingerprint of a local base, or the commit of one on the Hub; empty if neither is known."""
         if self.fingerprint is not None:
             return {"base_fingerprint": self.fingerprint}
         from huggingface_hub import try_to_load_from_cache

@@ -117,7 +117,7 @@ def _more_gpus(settings: StepSettings, hardware: Hardware) -> Iterator[tuple[str
 
 
 def with_fsdp(settings: StepSettings, hardware: Hardware) -> tuple[StepSettings, list[str]] | None:
-    """The settings under FSDP, and the overrides that FSDP needs; None where it cannot shard the weights."""
+    """The settings under FSDP, and the overrides that FSDP needs; None if it cannot shard the weights."""
     recipe, overrides = settings.recipe, list[str]()
     if settings.optim.startswith(_NOT_SHARDED) or "8bit" in settings.optim or "bnb" in settings.optim:
         overrides.append("training.optim=adamw_torch_fused")
@@ -149,7 +149,7 @@ def _joined(overrides: list[str]) -> str:
 
 
 def why_unsupported(recipe: Recipe, config: Any, device: Device) -> str:
-    """Why a recipe as it is written cannot be trained on a device, in one line; empty where it can."""
+    """Why a recipe as it is written cannot be trained on a device, in one line; empty if it can."""
     try:
         precision = decide_precision(recipe, device)
         compatibility.check_attention(recipe.model.attn_implementation, config, device, precision.in_float32)

@@ -18,7 +18,7 @@ Patches = list[tuple[object, dict[str, object]]]
 
 @contextmanager
 def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
-    """Replaces functions of libraries that choose by device, so that they take a GPU's way, until the context ends.
+    """Replaces library functions that branch on the device, so that they run as on a GPU, until the context ends.
 
     Fake tensors are on the CPU because torch 2.13 without CUDA crashes when it takes gradients of fake CUDA tensors.
 
@@ -30,8 +30,8 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
     | bitsandbytes 0.50 `autograd/_functions.py`, `matmul` | 8-bit activations are multiplied with 8-bit weights |
 
     Args:
-        on_gpu: False: only the loops over tiles of our own loss are shortened.
-        tracker: Counts what the shortened loops and replaced kernels leave out.
+        on_gpu: False only shortens the loops over tiles of our own loss.
+        tracker: The tracker to which the memory that shortened loops and replaced kernels leave out is added.
     """
 
     def few_tiles(*bounds: int) -> Iterator[int]:

@@ -67,7 +67,7 @@ class RowLengths:
 
 
 def row_lengths(recipe: Recipe, say: Say, base: Base | None = None) -> RowLengths | None:
-    """The lengths of the rows that would be trained on; None where they or the tokenizer are not on this machine.
+    """The lengths of the rows that would be trained on; None if they or the tokenizer are not on this machine.
 
     Args:
         recipe: The recipe.

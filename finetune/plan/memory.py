@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 PAGED = "paged"
 
 _aten = torch.ops.aten
-# The CPU's attention kernels take arguments of the same shapes as GPU kernels, of which alone torch 2.13 counts FLOPs.
+# torch 2.13 counts FLOPs of attention only for GPU kernels; the CPU's take arguments of the same shapes.
 _attention_flops: Any = sdpa_flop_count
 _attention_backward_flops: Any = sdpa_backward_flop_count
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,8 +35,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Starts with no tensors.
 
         Args:
-            on_gpu: Count as a GPU's kernels allocate, not as the CPU's do.
-            trained: How many tokens of a batch are trained on; None: all.
+            on_gpu: True counts what a GPU's kernels allocate, False what the CPU's do.
+            trained: The number of trained tokens in a batch; None: all.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.on_gpu = on_gpu

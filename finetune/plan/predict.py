@@ -20,7 +20,7 @@ from finetune.system.errors import FinetuneError, PlanError, first_line
 from finetune.system.numbers import GIB
 from finetune.system.terminal import quiet
 
-# torch logs a stack where a fake operator fails; we report it in one line.
+# torch logs a stack trace if a fake operator fails; here it is reported in one line.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 # Memory of a CUDA context with the libraries that a run loads, which torch does not count. An assumption: published
 # figures are 0.3 GiB (T4) to 0.6 GiB (H100).
@@ -53,9 +53,9 @@ class RequiredMemory:
 class Predictor:
     """Predicts steps of one base on one hardware; builds each model once, and runs each step once.
 
-    Decoder layers are alike, so the model is run with a few of them (one of each type, and one more) and again with one
-    more layer; the difference counts for each further layer. The tests hold this against the whole model to the byte. A
-    model whose layers differ in size is run whole.
+    Decoder layers are alike, so the model is run with a few of them (one of each type, and one more), and again with
+    one more layer; the difference counts for each further layer. Tests check that this equals a run of the whole model
+    to the byte. A model whose layers differ in size is run whole.
     """
 
     def __init__(self, config: Any, hardware: Hardware, arguments: SFTConfig) -> None:
@@ -98,9 +98,9 @@ class Predictor:
         """The memory under FSDP 2, by a formula on top of the cost on one GPU.
 
         Each decoder layer is a unit, and the rest of the model is one. Weights, their gradients and the optimizer's
-        state are divided by the number of GPUs. Gathered are, in the type that is computed in, the rest (embeddings),
-        two layers, one of them prefetched, and the gradients of one layer. 4-bit weights are sharded only if they are
-        stored as floats.
+        state are divided by the number of GPUs. Gathered, in the dtype of computation, are the rest of the model
+        (embeddings), two layers, one of them prefetched, and the gradients of one layer. 4-bit weights are sharded only
+        if they are stored as floats.
         """
         count, quantized = settings.gpus, settings.recipe.quantization or {}
         replicated = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")

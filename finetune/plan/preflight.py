@@ -30,7 +30,7 @@ _CERTAIN = 0.9
 def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base | None = None) -> None:
     """Refuses a run that cannot fit into the free memory.
 
-    A run that is small beside the free memory passes without a prediction. So does one for which it fails.
+    A run that is small compared with the free memory passes without a prediction, as does one whose prediction fails.
 
     Args:
         recipe: The recipe.
@@ -39,7 +39,7 @@ def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base 
         base: The recipe's base, if it was located already.
 
     Raises:
-        PlanError: It does not fit; the message says what to change.
+        PlanError: The run does not fit; the message says what to change.
     """
     hardware = this_machine(free=True)
     processes = distributed.world_size()
@@ -47,7 +47,7 @@ def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base 
         hardware = replace(hardware, memory=hardware.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         shortage = _shortage(recipe, arguments, dataset, hardware, base)
-    except Exception:  # whatever fails here is no reason not to try the run
+    except Exception:  # a failed prediction is no reason to refuse the run
         return
     if shortage is None:
         return

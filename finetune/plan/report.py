@@ -30,7 +30,7 @@ _LAUNCH = (5e-6, 25e-6)
 
 
 def step_seconds(plan: MemoryPlan) -> tuple[float, float] | None:
-    """Seconds of a step with all its batches, from and to; None where the speed of the hardware is not known."""
+    """Seconds of a step with all its batches, from and to; None if the speed of the hardware is not known."""
     if plan.measured:
         return min(plan.measured), max(plan.measured)
     speed = plan.fit.hardware.tflops(plan.mixed_precision) * 1e12
@@ -43,7 +43,7 @@ def step_seconds(plan: MemoryPlan) -> tuple[float, float] | None:
 
 
 def _filled(plan: MemoryPlan) -> float:
-    """The mean length of rows as a share of the longest; 1 where the rows are not known, or packed."""
+    """The mean length of rows as a share of the longest; 1 if the rows are not known, or packed."""
     if plan.rows is None or plan.settings.batch.packed:
         return 1.0
     return plan.rows.tokens / plan.rows.count / plan.rows.longest

@@ -28,11 +28,11 @@ class HardwareFit:
 
     Attributes:
         hardware: The GPU or CPU.
-        required: The memory that is needed, with `overrides`; None where the recipe cannot run there at all.
-        unsupported: Why the recipe as it is written cannot run there, apart from memory; empty where it can.
-        overrides: Changes of the recipe with which it can.
-        largest_batch: In rows of the recipe's length; 0 where none fits or it was not searched for.
-        longest_rows: In tokens, with the recipe's batch; 0 where none fit or they were not searched for.
+        required: The memory that the recipe needs with `overrides`; None if it cannot run there at all.
+        unsupported: The reason, other than memory, for which the recipe as written cannot run there; empty if it can.
+        overrides: Changes of the recipe with which it can run there.
+        largest_batch: The largest batch that fits, in rows of the recipe's length; 0 if none fits or none was searched.
+        longest_rows: The longest rows in tokens that fit with the recipe's batch; 0 if none fit or none were searched.
         strategy: "ddp" or "fsdp" for several GPUs.
     """
 
@@ -61,18 +61,18 @@ class MemoryPlan:
 
     Attributes:
         recipe: The recipe.
-        settings: Of a step on its longest batch, on one GPU.
-        rows: The lengths of its rows; None where they are not on this machine.
-        fit: One GPU of the kind that was asked for.
-        gpu_count: How many of them.
-        strategies: With several of them, DDP and FSDP.
-        all_gpus: Each known GPU; with several, under FSDP.
-        advice: Overrides that make it fit, with the bytes that are needed then.
+        settings: The settings of a step on the longest batch, on one GPU.
+        rows: The lengths of the rows; None if they are not on this machine.
+        fit: The result for one GPU of the chosen kind.
+        gpu_count: The number of GPUs.
+        strategies: The results for several GPUs, under DDP and FSDP.
+        all_gpus: The results for each known GPU; for several, under FSDP.
+        advice: Overrides that make the recipe fit, with the bytes that each GPU then needs.
         flops: Floating-point operations of the longest batch.
         operators: Operators of a batch.
-        steps: Optimizer steps of the run; None where they are not known.
-        mixed_precision: What autocast computes in, as accelerate names it.
-        measured: Seconds of steps that were timed.
+        steps: Optimizer steps of the run; None if they are not known.
+        mixed_precision: accelerate's name for the dtype of autocast.
+        measured: The seconds of steps that were timed.
     """
 
     recipe: Recipe
@@ -109,7 +109,7 @@ def plan(
         hardware: The GPU to plan for; by default this machine's GPU or CPU.
         gpu_count: The number of such GPUs.
         say: Called with lines about the preparation of the rows, if they are on this machine.
-        use_rows: False: takes rows of `training.max_length` tokens without looking for the real ones.
+        use_rows: False plans for rows of `training.max_length` tokens, without reading the real rows.
 
     Raises:
         ModelError: The base does not exist, or the hardware cannot compute as the recipe says in any dtype.
@@ -205,7 +205,7 @@ class _Candidates:
 
 
 def _steps(arguments: SFTConfig, rows: RowLengths | None, recipe: Recipe, gpu_count: int) -> int | None:
-    """The number of optimizer steps of a run; None where it depends on rows that are not known."""
+    """The number of optimizer steps of a run; None if it depends on rows that are not known."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     if rows is None:

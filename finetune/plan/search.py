@@ -10,7 +10,7 @@ from finetune.plan.settings import StepSettings, with_length, with_rows
 
 # The largest batch that the plan searches for.
 MOST_ROWS = 1024
-# Lengths of rows are searched for in multiples of so many tokens.
+# Lengths of rows are searched in multiples of this number of tokens.
 STRIDE = 64
 # Layers whose memory is known after a few tokens. Those that pass a state from block to block of a row take minutes.
 _ATTENTION_LAYERS = {"all", "full_attention", "sliding_attention", "chunked_attention"}
@@ -35,7 +35,7 @@ def largest_batch(predictor: Predictor, settings: StepSettings, limit: float, ex
 def longest_rows(predictor: Predictor, settings: StepSettings, limit: float) -> int:
     """The longest rows in tokens, a multiple of 64, for which the settings' batch fits and which the base can read.
 
-    It is 0 where no rows fit, and for bases with layers other than attention, which are not searched.
+    It is 0 if no rows fit, and for bases with layers other than attention, which are not searched.
     """
     if set(layer_types(predictor.config)) - _ATTENTION_LAYERS:
         return 0
@@ -50,7 +50,7 @@ def longest_rows(predictor: Predictor, settings: StepSettings, limit: float) -> 
 
 
 def _largest_within(required: Callable[[int], int], limit: float, start: int, most: int, tries: int) -> int:
-    """A number for which `required` is within the limit, close to the largest one; 0 where there is none.
+    """A number for which `required` is within the limit, close to the largest one; 0 if there is none.
 
     `required` is convex: the maximum of lines (in rows) or parabolas (in length). So between two numbers it lies below
     their chord, and the number at which the chord meets the limit is within it.
@@ -60,7 +60,7 @@ def _largest_within(required: Callable[[int], int], limit: float, start: int, mo
         limit: The most bytes.
         start: The number to begin with.
         most: The largest number to consider.
-        tries: How often a number beyond the chord is tried, which shortens the chord.
+        tries: The most numbers beyond the chord to try; each of them shortens the chord.
     """
     low, high = 0, start
     while (fits := required(high) <= limit) and high < most:

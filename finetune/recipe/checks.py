@@ -42,7 +42,7 @@ def check_model(tree: RecipeTree, model: Section) -> None:
 
 
 def _model_problem(name: str) -> str:
-    """The end of a fault about a base model's name; empty where the model exists or may be on the Hub."""
+    """The end of a fault about a base model's name; empty if the model exists or may be on the Hub."""
     path = os.path.expanduser(name)
     scheme, _, rest = name.partition(":")
     if scheme == "random":
@@ -102,10 +102,10 @@ def check_source(tree: RecipeTree, key: str, source: Section) -> None:
 
 
 def adapter_lora(tree: RecipeTree, folder: str, given: Section, known: Mapping[str, Any]) -> Section:
-    """The `lora` section that a saved adapter was made with; adds faults where it differs from the recipe's.
+    """The `lora` section that a saved adapter was made with; adds a fault for each difference from the recipe's.
 
     Args:
-        tree: Takes the faults.
+        tree: The recipe, to which faults are added.
         folder: `model.adapter`.
         given: The recipe's own `lora` section.
         known: The keys of a `lora` section.

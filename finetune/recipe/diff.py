@@ -18,7 +18,7 @@ from finetune.recipe.yaml_tree import Section, Sections, scalar_text
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say
 
-# Not mentioned: no number of the run depends on them.
+# Changes that are not logged, because no number of the run depends on them.
 _UNMENTIONED = {"training.output_dir", "training.resume_from_checkpoint", "training.disable_tqdm"}
 # Every other key of model, lora and quantization decides what the numbers in a checkpoint mean.
 _FREE = {"model.attn_implementation", "model.trust_remote_code", "lora.lora_dropout"}
@@ -39,13 +39,13 @@ _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int]) -> None:
-    """Logs what a recipe changed since the run began; refuses changes that a checkpoint cannot be resumed with.
+    """Logs what a recipe changed since the run began; refuses changes with which a checkpoint cannot be resumed.
 
     Args:
         saved: The run's `recipe.yaml`; without it nothing is checked.
         recipe: The recipe to resume with.
-        say: Takes one line with all changes; not called where there are none.
-        same_rows: Whether the training rows are those of the run so far.
+        say: Called with one line that lists all changes, if there are any.
+        same_rows: True if the training rows are those of the run so far.
         processes: The number of processes when the checkpoint was written, and now.
 
     Raises:

@@ -58,12 +58,12 @@ class Recipe:
     quantization: Section | None
     origins: dict[str, str] = field(compare=False)
     path: Path = field(compare=False)
-    # What is written in place of secret values: `${NAME}`.
+    # The text `${NAME}` that is written in place of each secret value, by key.
     _templates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens of a row, `training.max_length`; None where there is no limit."""
+        """The most tokens of a row, `training.max_length`; None if there is no limit."""
         length: int | None = self.training.get("max_length", DEFAULT_MAX_LENGTH)
         return length
 
@@ -148,7 +148,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `section.key=value`, the value in YAML. A map is merged, everything else is replaced.
 
     Raises:
-        RecipeError: With all faults, one line each: `FILE:LINE: section.key: what is there; what to write`.
+        RecipeError: The recipe has faults. Each is a line `FILE:LINE: section.key: what is there; what to write`.
     """
     path = Path(path)
     tree = RecipeTree(Node({}, str(path)))

@@ -119,7 +119,7 @@ def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
     """Adds a fault for a key that its section does not have, with the key that was probably meant.
 
     Args:
-        tree: The recipe; takes the fault.
+        tree: The recipe, to which the fault is added.
         key: The dotted key.
         section: The section's name, or "" for a section that is unknown.
         keys: The known keys of all sections.

@@ -100,7 +100,7 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
     """The keys of a section that are known and have values of the right type; adds faults for all others.
 
     Args:
-        tree: The recipe; takes the faults.
+        tree: The recipe, to which the faults are added.
         section: The section's name.
         keys: The known keys of all sections.
     """

@@ -35,7 +35,7 @@ class Node:
 
     value: Any
     origin: str
-    # What to show in place of a secret value, such as `${NAME}`.
+    # The text to show in place of a secret value, such as `${NAME}`.
     template: str | None = None
 
     def plain(self) -> Any:
@@ -45,7 +45,7 @@ class Node:
         return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
 
     def child(self, name: str) -> "Node | None":
-        """The child of a map by its name, or of a list by its index; None where there is none."""
+        """The child of a map by its name, or of a list by its index; None if there is none."""
         children = self.value
         if isinstance(children, list):
             children = {str(i): item for i, item in enumerate(children)}
@@ -176,7 +176,7 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
 
     Args:
         path: The file.
-        tree: Takes the faults.
+        tree: The recipe, to which faults are added.
         chain: The resolved paths of the files that led here by `extends`.
         origin: The line that says `extends`.
     """
@@ -214,7 +214,7 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
 
 
 def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
-    """The nodes of a text, None where it is empty; `key` is its place in the recipe."""
+    """The nodes of a text, None if it is empty; `key` is its place in the recipe."""
     try:
         root = yaml.compose(text, Loader=_Loader)
         return _convert(root, file, file, key, tree) if root else None

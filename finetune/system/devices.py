@@ -23,14 +23,14 @@ class Device:
 
 
 def device_of(place: str | None = None) -> Device:
-    """The device of a place such as `cpu` or `cuda:1`; for None and `auto` the current GPU, or the CPU."""
+    """The device named by `cpu`, `cuda:1` and so on; for None and `auto` the current GPU, or else the CPU."""
     import torch
 
     place = "cuda" if place in (None, "auto") else place
     if not torch.cuda.is_available() or not place.startswith("cuda"):
         return Device()
     with torch.cuda.device(torch.device(place)):
-        # By default torch counts a GPU that only emulates it.
+        # By default torch returns True also for a GPU that only emulates bfloat16.
         own = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device(torch.cuda.get_device_name(), own, torch.cuda.get_device_capability())
 
@@ -40,10 +40,10 @@ class Hardware:
     """A GPU, or the CPU of this machine, to train on.
 
     Attributes:
-        name: Its name in `GPUS`, or the driver's name.
-        memory: In bytes, as torch counts it, without the driver's share.
-        device: What it computes in.
-        tflops_16bit: TFLOP/s of dense matrix products of 16-bit numbers; 0 where it is not known.
+        name: The name in `GPUS`, or the driver's name.
+        memory: Bytes, as torch reports them, without the driver's share.
+        device: Its name and capabilities.
+        tflops_16bit: TFLOP/s of dense matrix products of 16-bit numbers; 0 if it is not known.
         tflops_32bit: The same of 32-bit numbers.
     """
 
@@ -59,7 +59,7 @@ class Hardware:
         return self.device.capability is not None
 
     def tflops(self, mixed_precision: str) -> float:
-        """TFLOP/s under accelerate's `mixed_precision` ("no", "fp16" or "bf16"); 0 where it is not known."""
+        """TFLOP/s under accelerate's `mixed_precision` ("no", "fp16" or "bf16"); 0 if it is not known."""
         return self.tflops_32bit if mixed_precision == "no" else self.tflops_16bit
 
 
@@ -85,7 +85,7 @@ GPUS = {
 
 
 def known_gpu(name: str) -> Hardware | None:
-    """The entry of `GPUS` for a driver's name such as `NVIDIA A100-SXM4-40GB`; None where there is none."""
+    """The entry of `GPUS` for a driver's name such as `NVIDIA A100-SXM4-40GB`; None if there is none."""
     # An L40S is not an L4, nor an A100 an A10. An A10G counts as an A10. GPUs in laptops and on PCIe are slower.
     if re.search(r"laptop|pcie", name, re.IGNORECASE) and not re.search(r"\ba100\b", name, re.IGNORECASE):
         return None
@@ -109,7 +109,7 @@ def this_machine(free: bool = False) -> Hardware:
 def machine_memory() -> tuple[int, int]:
     """The memory that this process may use and what is free of it, in bytes; a container's limit counts.
 
-    Free is what the kernel can give without swapping; where it does not say (not Linux), all of it.
+    Free memory is what the kernel can give without swapping; on systems other than Linux, all of the memory.
     """
     import psutil
 
@@ -158,7 +158,7 @@ def process_peak_memory() -> int:
 
 
 def energy_millijoules() -> int:
-    """The energy that this process's GPU has used since its driver was loaded; 0 where that is not known."""
+    """The energy that this process's GPU has used since its driver was loaded; 0 if that is not known."""
     import torch
 
     if not torch.cuda.is_available():

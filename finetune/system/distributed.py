@@ -1,7 +1,7 @@
-"""A run on several ranks: what they must agree on, and how an error on one rank ends all of them.
+"""Coordinates the ranks of a run: values that must agree on all of them, and errors of one rank that end all of them.
 
-A rank that waits inside a collective handles no signal. So a rank that fails leaves its error in the launcher's store
-(`TCPStore`), where a thread of each rank polls for it. If the store does not answer, the first machine is gone.
+A rank that waits in a collective cannot handle a signal. So a rank that fails writes its error to the launcher's store
+(`TCPStore`), which a thread of each rank polls. If the store does not answer, the first machine has failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOST_RANK = (
 )
 # The store outlives a restart of the ranks (`--max_restarts`), so the key names the restart.
 _FAULT = f"finetune/fault/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-# Seconds that other ranks wait with their error for rank 0's, which is most often the same.
+# The seconds that other ranks wait for rank 0 to report, whose error is most often the same.
 _WAIT_FOR_RANK_0 = 2.0
 # Seconds until the rank that reported ends, and the launcher with it: the others poll twice a second.
 _WAIT_FOR_OTHERS = 1.5
@@ -38,7 +38,7 @@ _left = threading.Event()
 
 
 def check_launcher() -> None:
-    """Refuses DeepSpeed, for which transformers would blame the recipe.
+    """Refuses DeepSpeed, before transformers reports it as an error of the recipe.
 
     Raises:
         RunError: The launcher's file chooses DeepSpeed.
@@ -48,7 +48,7 @@ def check_launcher() -> None:
 
 
 def rank() -> int:
-    """The rank of this process; 0 where it is the only one."""
+    """The rank of this process; 0 if it is the only one."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -58,12 +58,12 @@ def world_size() -> int:
 
 
 def uses_fsdp() -> bool:
-    """True where the launcher chose FSDP."""
+    """True if the launcher chose FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank; a value that can be pickled. A collective: every rank must call it."""
+    """Rank 0's value, on every rank; it must be picklable. A collective: every rank must call it."""
     if world_size() == 1:
         return value
     from torch.distributed import broadcast_object_list
@@ -77,10 +77,10 @@ def check_same(facts: dict[str, Any]) -> None:
     """Refuses a run whose ranks differ in any of `facts`. A collective: every rank must call it.
 
     Args:
-        facts: A name for the message to a value that can be pickled and compared.
+        facts: Picklable values to compare, by the name that the message shows.
 
     Raises:
-        RunError: Two ranks differ; on every rank, with the first difference.
+        RunError: Two ranks differ. It is raised on every rank and names the first difference.
     """
     if world_size() == 1:
         return
@@ -164,7 +164,7 @@ def _watch() -> None:
 
 
 def end_all_ranks(lines: Sequence[str], code: int) -> None:
-    """Prints an error on one rank, however many have met it, and ends this process; does nothing on one process.
+    """Prints an error once, even if several ranks have it, and ends this process; does nothing in a run of one process.
 
     Args:
         lines: The error.
@@ -205,7 +205,7 @@ def is_lost_rank(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and any(word in text for word in _LOST_MESSAGES)
 
 
-# Of gloo and NCCL.
+# Messages of gloo and NCCL.
 _LOST_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -1,7 +1,7 @@
-"""One tree of errors that the user can mend; the command line prints their lines and exits with 2.
+"""The errors that a user can mend; the command line prints their lines and exits with 2.
 
-Any other exception is a defect of this package. `str(error)` is one line, of a `RecipeError` one for each fault: where,
-what was there, what to write instead.
+Any other exception is a bug of this package. `str(error)` is one line (`RecipeError`: one for each fault): where, what
+was there, what to write instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LabelError(FinetuneError):
 
     Args:
         reason: The fault in a few words that are the same for each row with this fault; the ledger counts by them.
-        detail: What holds for this row alone, or what to write instead.
+        detail: A part that differs from row to row, or what to write instead.
         message: The index of the message at fault; None: the row as a whole.
     """
 

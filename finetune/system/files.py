@@ -1,4 +1,4 @@
-"""Files and folders that exist only when they are complete, reading them back, and the cache directory."""
+"""Writes files and folders that exist only when they are complete, reads them, and locates the cache directory."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to fill; on leaving it is synced and renamed to `output`, on an error removed.
 
-    What a killed process left behind is removed by the next one. A lock keeps two processes apart.
+    The remains of a killed process are removed by the next one. A lock keeps two processes apart.
 
     Args:
         output: The folder to make.
-        overwrite: Whether an earlier output of merge or export may be replaced.
+        overwrite: True if an earlier output of merge or export may be replaced.
         inputs: The folders that are read, none of which `output` may be or contain.
 
     Raises:
@@ -158,8 +158,8 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made by the first process that needs it, while others wait.
 
     Args:
-        name: Its path in `cache_dir()`; must change whenever what `make` writes changes.
-        make: Fills the folder that it is given. Temporary files may go next to it: they are removed afterwards.
+        name: Its path in `cache_dir()`; it must change whenever the contents that `make` writes change.
+        make: Fills the folder that it is given. Temporary files next to that folder are removed afterwards.
     """
     from filelock import FileLock
 
@@ -226,7 +226,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def run_file(folder: Path, name: str) -> Path | None:
-    """A file of a run, looked for above the folder too where that is a checkpoint; None where there is none."""
+    """A file of a run, looked for above the folder too where that is a checkpoint; None if there is none."""
     folders = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
     return next((place / name for place in folders if (place / name).is_file()), None)
 

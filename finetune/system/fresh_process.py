@@ -1,4 +1,4 @@
-"""Functions called in a fresh Python process, which leaves nothing in this one's memory.
+"""Calls functions in a fresh Python process, so that their imports and data leave nothing in this one's memory.
 
     >>> result = call(measure_folder, Job(folder="exports/bf16", dtype="bfloat16"))
 
@@ -26,7 +26,7 @@ from finetune.system.terminal import silence_upstream
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-# In the fresh process: where `report` writes, which is this process's standard output.
+# In the fresh process: the stream that `report` writes to, the original standard output.
 _parent: IO[str] | None = None
 
 
@@ -35,7 +35,7 @@ class ProcessFailed(Exception):
 
     Attributes:
         code: The process's exit code, or minus the number of the signal that ended it.
-        stderr: What it wrote to standard error, where that was kept.
+        stderr: What the process wrote to standard error, if it was kept.
 
     `str()` is one line that says why.
     """

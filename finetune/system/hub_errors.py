@@ -1,4 +1,4 @@
-"""Errors of the Hub in words that say what to do, and its client kept quiet."""
+"""Rewords errors of the Hub so that they say what to do, and hides its client's log lines and progress bars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def hub_problem(repo: str, error: BaseException) -> str | None:
-    """The problem with a repository, to be put after its name; None for an error that is not the Hub's.
+    """The problem with a repository, as a phrase that follows its name; None if the error is not from the Hub.
 
     Libraries raise their own errors from those of the Hub's client, so the whole chain is searched.
 
     Args:
-        repo: The repository, `owner/name`, of a dataset `datasets/owner/name`.
+        repo: The repository: `owner/name`, or `datasets/owner/name`.
         error: Any error.
 
     Source: huggingface_hub 2.4 `utils/_http.py`, `hf_raise_for_status`; `errors.py`.

@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 def silence_upstream() -> None:
     """Hides the warnings, log lines and bars of libraries in this process and those that it starts.
 
-    To be called before they are imported, for they read the variables then. A variable that the user has set stays.
+    Call it before they are imported, because they read the variables then. Variables that the user has set are kept.
     """
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR)
@@ -32,7 +32,7 @@ def silence_upstream() -> None:
 
 
 def interactive_console() -> Any:
-    """Standard error as a rich `Console`; None where it is no terminal that can redraw a line.
+    """Standard error as a rich `Console`; None if it is no terminal that can redraw a line.
 
     `FORCE_COLOR`, which notebooks and CI set, makes rich take a file or a pipe for a terminal. A command in a cell of a
     notebook has a terminal, but the cell keeps every line that was ever drawn.
@@ -52,8 +52,8 @@ def progress_bar(title: str, total: int, shown: bool, unit: str = "") -> Iterato
 
     Args:
         title: The text before the bar.
-        total: How many there are.
-        shown: False hides it.
+        total: The number of steps.
+        shown: False hides the bar.
         unit: "bytes" shows sizes and speed.
     """
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -136,7 +136,7 @@ def _why_not_whole(folder: Path) -> str:
 
 
 def checkpoint_to_resume(run: Path, wanted: str | bool, say: Say) -> Path | None:
-    """The checkpoint that `training.resume_from_checkpoint` names; None where a run starts at step 0.
+    """The checkpoint that `training.resume_from_checkpoint` names; None if a run starts at step 0.
 
     Args:
         run: The run directory.

@@ -25,7 +25,7 @@ from finetune.system.terminal import Say
 
 # Types that an importance matrix does not change.
 _WITHOUT_MATRIX = ("F32", "F16", "BF16", "Q8_0")
-# A file that agrees on fewer tokens than this is broken: 2 bits of a small model agree on about half.
+# The least top-1 agreement; below it a file is broken. A small model in 2 bits agrees on about half of the tokens.
 _MIN_TOP1 = 0.2
 # Nats of the log-probability that differs most. F32 weights give transformers' float32 numbers but for the order of
 # sums and llama.cpp's table for GELU: Gemma 3 270M's differ by 0.05 at most, of 262,144 tokens at 1,059 places.
@@ -34,7 +34,7 @@ _MAX_DIFFERENCE = 0.2
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token ids that an importance matrix is collected from, and the name of where they are from."""
+    """The token ids that an importance matrix is computed from, and a description of their origin."""
 
     rows: Sequence[Sequence[int]]
     source: str
@@ -68,7 +68,7 @@ def read_writable_tokenizer(model: Path) -> TokenizerMetadata:
     """The tokenizer of a model that can be written as GGUF, as far as is known without reading its weights.
 
     Raises:
-        ExportError, ModelError: It cannot.
+        ExportError, ModelError: The tokenizer or config cannot be written as GGUF.
     """
     tokenizer = read_tokenizer(model)
     check_writable(model, tokenizer.fields)
@@ -109,11 +109,11 @@ def make_files(
     """Writes `NAME-TYPE.gguf` for each type, the matrix and `test.log`; returns figures of all files tried, and notes.
 
     Args:
-        plan: What to write.
+        plan: The files to write.
         folder: An empty folder for the files.
         work: A folder for files that are not kept.
-        say: Gets a line for each step.
-        progress: Shows bars on a terminal.
+        say: Called with a line for each step.
+        progress: Shows progress bars on a terminal.
 
     Raises:
         ExportError, ModelError: The matrix cannot be collected, or a file cannot be written.
@@ -194,7 +194,7 @@ def _matrices_to_try(file_type: str, importance: Importance | None, always: bool
 
 
 def _kl(figures: ModelFigures) -> float:
-    """A file's mean KL, of which the better file has less; infinity where it could not be measured."""
+    """A file's mean KL, of which the better file has less; infinity if it could not be measured."""
     kl = figures.get("kl")
     return math.inf if kl is None or math.isnan(kl) else kl
 

@@ -1,4 +1,4 @@
-"""A model's config as GGUF metadata; a model that llama.cpp computes otherwise than transformers is refused.
+"""Converts a model's config to GGUF metadata; refuses models that llama.cpp computes differently from transformers.
 
 Source: llama.cpp, src/models/*.cpp and src/llama-model.cpp as of October 2026; transformers 5.23 for the configs.
 """
@@ -28,7 +28,7 @@ def read_config(model: Path) -> Any:
     """The text model's config of a checkpoint, as transformers reads it, old keys and new ones.
 
     Raises:
-        ExportError: There is none, it is damaged, or of a family that is not written.
+        ExportError: The config is missing, damaged, or of a family that cannot be written.
     """
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
-"""Quantises tensors by llama.cpp's library; llama.cpp's rules for the type of each tensor in a file.
+"""Quantises tensors with llama.cpp's library, and applies llama.cpp's rules for the type of each tensor in a file.
 
-`ggml_quantize_chunk` is taken from the shared library of an installed llama.cpp package. It is no documented interface
-of these packages, so it is tried before it is used.
+`ggml_quantize_chunk` is taken from the shared library of an installed llama.cpp package. It is not a documented
+interface of these packages, so it is tested before it is used.
 
 Source: llama.cpp, src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`) as of October 2026.
 """
@@ -65,10 +65,10 @@ def tensor_types(
 
     Args:
         shapes: The shape of each tensor of the file, by llama.cpp's name; the last length is a row's.
-        kind: Of `TYPES`.
-        architecture: llama.cpp's name for it.
-        groups: How many query heads share a key head.
-        matrix: There is an importance matrix.
+        kind: The file's type, from `TYPES`.
+        architecture: llama.cpp's name of the architecture.
+        groups: The number of query heads that share a key head.
+        matrix: True if there is an importance matrix.
     """
     layers = 1 + max((_layer(name) for name in shapes), default=0)
     # 70B models: their attn_v is small, and worth more bits.
@@ -144,7 +144,7 @@ def quantize_rows(
     Args:
         kind: The type.
         rows: float32 (n, columns), finite.
-        weights: float32 (columns), the importance of each column; absent, the type's own measure.
+        weights: float32 (columns), the importance of each column; None: the type's own measure.
 
     Raises:
         ExportError: A value does not fit the type, or there is no library (see `ggml_library`).
@@ -215,7 +215,7 @@ def _shared_libraries(folder: Path) -> list[Path]:
 
 
 def _why_unusable(ggml: ctypes.CDLL) -> str:
-    """The reason why a library cannot be used; empty where it quantises as expected."""
+    """The reason why a library cannot be used; empty if it quantises as expected."""
     for symbol in _SYMBOLS:
         if not hasattr(ggml, symbol):
             return f"it has no {symbol}"
@@ -232,7 +232,7 @@ def _why_unusable(ggml: ctypes.CDLL) -> str:
         named = ggml.ggml_type_name(int(kind)) or b""
         if named.decode().lower() != kind.name.lower() or ggml.ggml_row_size(int(kind), 256) != row_bytes(kind, 256):
             return f"type {int(kind)} is not its {kind.name}"
-    # Two rows of whole numbers up to 127, which Q8_0 holds as they are, behind a scale of 1.
+    # Two rows of whole numbers up to 127, which Q8_0 holds as they are, after a scale of 1.
     numbers = np.stack([np.arange(96, 128), -np.arange(96, 128)]).astype(np.float32)
     out = np.zeros((2, 34), dtype=np.uint8)
     expected = np.concatenate(

@@ -48,7 +48,7 @@ class GgufExport:
         Args:
             folder: The folder of the export.
             against: The report's name for the model that the files are compared with.
-            reference: That model's predictions; None where it could not be measured.
+            reference: That model's predictions; None if it could not be measured.
             work: A folder for files that are not kept.
             say: Called with a line for each step.
             progress: Shows progress bars on a terminal.

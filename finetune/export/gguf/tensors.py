@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
 }
 _BIAS_KEYS = {"attn": "attention_bias", "ffn": "mlp_bias"}
-# What stands before a text model's names, in checkpoints old and new, with a vision tower or without.
+# What comes before a text model's names, in checkpoints old and new, with a vision tower or without.
 _PREFIX = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
 _NOT_TEXT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model)\.|.*\.rotary_emb\.inv_freq$")
 

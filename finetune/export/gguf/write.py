@@ -78,16 +78,16 @@ def write_gguf(
 ) -> None:
     """Writes the text model of a checkpoint as a GGUF file, which appears when it is complete and on the disk.
 
-    All is checked before a byte is written: what llama.cpp would compute otherwise, missing tensors, other shapes.
-    llama.cpp requires an importance matrix for none of `TYPES`; IQ3_S without one is hardly of use.
+    Before a byte is written, the config, the names and the shapes of all tensors are checked. llama.cpp requires an
+    importance matrix for none of `TYPES`, but IQ3_S is hardly of use without one.
 
     Args:
         model: A folder with config.json, safetensors and tokenizer.
         file: The file, which must not exist; its folder must.
-        kind: Of `TYPES`.
+        kind: The file's type, from `TYPES`.
         imatrix: The mean squared input of each column, by the weight's name in the file.
-        progress: Shows a bar on a terminal.
-        vocabulary: The tokenizer as `read_tokenizer` returns its fields; absent, it is read.
+        progress: Shows a progress bar on a terminal.
+        vocabulary: The tokenizer's fields that `read_tokenizer` returned; by default they are read.
 
     Raises:
         ExportError: The model cannot be written as GGUF, `imatrix` is of another model, there is no llama.cpp to
@@ -136,7 +136,7 @@ def check_writable(model: Path, vocabulary: dict[str, Any]) -> None:
     """Refuses a model that cannot be written as GGUF, without reading its weights.
 
     Raises:
-        ExportError, ModelError: As `write_gguf`.
+        ExportError, ModelError: The model has no GGUF form, or a file is damaged; see `write_gguf`.
     """
     config = read_config(model)
     model_metadata(config)
@@ -202,7 +202,7 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
 
 
 def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
-    """True where two tensors hold equal values; compared slice by slice."""
+    """True if two tensors hold equal values; compared slice by slice."""
     if other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with _open_files(model, [one, other]) as files:

@@ -179,10 +179,10 @@ def collect_importance(
 
     Args:
         model: A folder with a whole model.
-        rows: Token ids; each row is read alone.
-        dtype: The type that the model computes in.
-        source: What the rows are, for the file.
-        progress: Shows a bar on a terminal.
+        rows: The token ids of each row; rows do not attend to each other.
+        dtype: The dtype that the model computes in.
+        source: The description of the rows that the file records.
+        progress: Shows a progress bar on a terminal.
 
     Raises:
         ExportError: The model cannot be loaded or run, or its activations are not finite.
@@ -266,7 +266,7 @@ def squared_input_sums(
             length, tokens = max(map(len, batch)), sum(map(len, batch))
             ids = [[*row, *[0] * (length - len(row))] for row in batch]
             real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
-            # A token attends to those before it; padding is behind all tokens, and needs no mask.
+            # A token attends to those before it; padding is after all tokens, and needs no mask.
             decoder(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
             done(tokens)
     for hook in hooks:

@@ -33,7 +33,7 @@ _CONTEXT_CHANGED = "llama_context_params is laid out otherwise"
 class _ParameterStruct(ctypes.Structure):
     """A parameter struct of llama.cpp, larger than that of any release.
 
-    Such structs are passed in memory, and no release reads behind the fields that it knows.
+    Such structs are passed in memory, and no release reads beyond the fields that it knows.
     """
 
     _fields_ = (("words", ctypes.c_uint64 * 128),)
@@ -168,7 +168,7 @@ def cpu_count() -> int:
 
 
 class Llama:
-    """A GGUF file in llama.cpp, on all cores; for a fresh process, because a fault in llama.cpp ends the process.
+    """A GGUF file in llama.cpp, on all cores. Use it in a fresh process, because a fault in llama.cpp ends the process.
 
     Keys and values are cached in float32, without flash attention (a user's default is float16 with flash attention),
     so that differences from another model's predictions come from the file alone.
@@ -178,7 +178,7 @@ class Llama:
         context: The most tokens of a row or an answer.
 
     Raises:
-        LlamaCppError: As `llama_library` raises it; or llama.cpp cannot load the file.
+        LlamaCppError: xllamacpp is missing or of an unknown release, or llama.cpp cannot load the file.
     """
 
     def __init__(self, file: Path, context: int = 512) -> None:
@@ -248,7 +248,7 @@ class Llama:
         self._past = 0
 
     def feed(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator[Logits]:
-        """Feeds tokens behind those already fed; yields the logits (V) of those that are wanted, in order.
+        """Feeds tokens after those already fed; yields the logits (V) of those that are wanted, in order.
 
         Raises:
             LlamaCppError: A token is not in the vocabulary, the context is too small, or llama.cpp fails.

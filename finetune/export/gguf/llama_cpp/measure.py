@@ -64,7 +64,7 @@ class Measurement:
     against: str | None = None
     """The report's name for the model that made `reference`."""
     reference: Path | None = None
-    """A file of that model's predictions on the same rows; None where there are none."""
+    """A file of that model's predictions on the same rows; None if there are none."""
     keep: Path | None = None
     """Where to keep the file's own predictions."""
 
@@ -78,7 +78,7 @@ class _Task:
 
 
 def measure(file: Path, name: str, measurement: Measurement) -> ModelFigures:
-    """Runs a GGUF file in llama.cpp, in a fresh process; `error` in the result where it cannot be loaded or run.
+    """Runs a GGUF file in llama.cpp, in a fresh process; the result has `error` if it cannot be loaded or run.
 
     The result has the keys of `verify.measure` and: `largest`, the largest difference of a log-probability from the
     reference's; `same_texts` and `same_prompts` with `count`, `equal` and the first `differences`; `question`;
@@ -86,8 +86,8 @@ def measure(file: Path, name: str, measurement: Measurement) -> ModelFigures:
 
     Args:
         file: A GGUF file.
-        name: The report's name for it.
-        measurement: What it is measured on.
+        name: The file's name in the report.
+        measurement: The rows and texts that it is measured on.
     """
     size = file.stat().st_size if file.is_file() else 0
     figures: ModelFigures = {"name": name, "against": measurement.against, "dtype": "gguf", "bytes": size}

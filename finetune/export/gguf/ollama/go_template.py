@@ -1,7 +1,7 @@
-"""Translates a Jinja chat template into Ollama's Go syntax: learned from what it renders, and proved on the same texts.
+"""Translates a Jinja chat template into Ollama's Go syntax, learned from rendered conversations and proved on them.
 
 Ollama renders conversations by Go's text/template, not Jinja, for a model with a `TEMPLATE`. No template is known here
-by name. A set of conversations is rendered by Jinja; the texts before and behind each role's text, the place of the
+by name. A set of conversations is rendered by Jinja; the texts before and after each role's text, the place of the
 system text and what is trimmed make a `Scheme`, and the scheme must give the same text for all of them.
 
 What Ollama does with a conversation before it renders it (template/template.go, server/prompt.go and server/routes.go
@@ -51,7 +51,7 @@ class Scheme:
     """A chat template as pieces of text around each message's own text, without the BOS that the tokenizer adds."""
 
     user: tuple[str, str]
-    """Before and behind a user's text."""
+    """Before and after a user's text."""
     answer: tuple[str, str]
     prompt: str
     """The generation prompt."""
@@ -64,7 +64,7 @@ class Scheme:
     start: str = ""
     """The text before the system text: from the beginning, or within the user turn."""
     after: str = ""
-    """The text behind the system text, up to the next turn or the user's text."""
+    """The text after the system text, up to the next turn or the user's text."""
     later: str = ""
     """The text before a system text that is not in front."""
     blank_counts: bool = True
@@ -181,7 +181,7 @@ def _beginning(scheme: Scheme, given: str, extends: bool) -> list[str]:
     Args:
         scheme: The scheme.
         given: The actions for a system text that is there.
-        extends: A system text stands behind the text of a conversation without one, and does not replace it.
+        extends: A system text comes after the text of a conversation without one, and does not replace it.
     """
     bare, lead = _text(scheme.bare), _text(scheme.start.removesuffix(scheme.later))
     if scheme.place == "front" and extends:
@@ -302,7 +302,7 @@ def _check_equal(rendered: str, trained: str, messages: Sequence[Message]) -> No
 
 
 def _split_at(text: str, *texts: str) -> list[str]:
-    """The pieces before, between and behind texts that each occur once, in this order."""
+    """The pieces before, between and after texts that each occur once, in this order."""
     places = re.fullmatch("(.*)" + "".join(f"{re.escape(part)}(.*)" for part in texts), text, re.DOTALL)
     if places is None or any(text.count(part) != 1 for part in texts):
         raise OllamaError("the chat template leaves out, repeats or moves the text of a message")

@@ -1,7 +1,7 @@
 """Writes a Modelfile for a GGUF file, from which `ollama create` makes a model that is prompted as it was trained.
 
 How Ollama reads a value of a Modelfile (parser/parser.go, 2026): it ends at a line break, or, if it began with three
-quotes, at the first line break behind three quotes; blanks around it are dropped, nothing can be escaped, and a
+quotes, at the first line break after three quotes; blanks around it are dropped, nothing can be escaped, and a
 character that Go does not count as printable is dropped without a message, such as the ideographic space and the joiner
 within an emoji. Line breaks and tabs stay. A system text that would be changed goes into the template, whose strings
 can be escaped.
@@ -102,7 +102,7 @@ def modelfile_text(
 
 
 def _writes_the_date(render: Callable[..., str]) -> bool:
-    """True where the template writes the date: without transformers' function for it, it fails or writes less."""
+    """True if the template writes the date: without transformers' function for it, it fails or writes less."""
     hello = [{"role": "user", "content": "Hi"}]
     try:
         return render(hello) != render(hello, strftime_now="")
@@ -122,7 +122,7 @@ def _quoted(text: str) -> str:
 
 
 def _stops(tokenizer: Any, scheme: Scheme, generation: dict[str, Any]) -> list[str]:
-    """The stop texts: the first special token behind an answer, and each EOS."""
+    """The stop texts: the first special token after an answer, and each EOS."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = special_spans(special, scheme.answer[1])
     stops = [scheme.answer[1][slice(*ends[0])]] if ends else []

@@ -36,7 +36,7 @@ def common_system_text(model: Path) -> str:
 
 
 def _texts(source: DataSource) -> Iterator[str]:
-    """The system message of each row that can be read; empty where a row has none."""
+    """The system message of each row that can be read; empty if a row has none."""
     for _, row in islice(read_rows(source), _ROWS):
         if isinstance(row, LabelError):
             continue

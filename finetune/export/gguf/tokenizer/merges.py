@@ -1,4 +1,4 @@
-"""A BPE tokenizer's merges as GGUF metadata, and the differences that stay.
+"""Converts a BPE tokenizer's merges to GGUF metadata, and reports the differences that remain.
 
 Its tokenizer `llama` joins any two neighbours that make a token, the one with the highest score first; given the ranks
 of the merges as scores, that is what a BPE with byte fallback does. Its `gpt2` knows merges, but splits texts by none
@@ -72,7 +72,7 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
         raise source.refuse(f"byte tokens are missing ({', '.join(missing[:3])}...), without which llama.cpp fails")
     key = "tokenizer.ggml."
     metadata = {key + "model": "llama", key + "pre": "default", key + "add_space_prefix": _adds_space_prefix(source)}
-    # A token's first merge counts; what no merge makes comes behind all of them.
+    # A token's first merge counts; what no merge makes comes after all of them.
     scores = [-float(len(source.merges) + i) for i in range(rows)]
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(source.merges):
@@ -88,7 +88,7 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
 
 
 def _adds_space_prefix(source: TokenizerFiles) -> bool:
-    """True where llama.cpp is to write a space before a text and behind each special token."""
+    """True if llama.cpp is to write a space before a text and after each special token."""
     steps = [*source.parts("normalizer"), *source.parts("pre_tokenizer")]
     steps = [step for step in steps if step != _SPLIT_SPACES]  # of which there are none left
     spaces = steps[0] if len(steps) == 1 else {}
@@ -113,7 +113,7 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
         for token in [token for token, item in source.added.items() if item.normalized]:
             source.differs(f"{token} is looked for once a space was put before the text", contains_any(token))
         return True
-    # Metaspace writes none before a space, and `first` none behind a special token.
+    # Metaspace writes none before a space, and `first` none after a special token.
     if source.tokenizer.chat_template is None:
         names = tuple(source.added)
         again = [token + space for token in names for space in (" ", SPACE)]

@@ -62,7 +62,7 @@ class TokenizerMetadata(NamedTuple):
 
     @property
     def add_bos(self) -> bool:
-        """True where llama.cpp puts a BOS before every prompt."""
+        """True if llama.cpp puts a BOS before every prompt."""
         return bool(self.fields["tokenizer.ggml.add_bos_token"])
 
 
@@ -77,7 +77,7 @@ def probe_texts() -> list[str]:
 def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) -> list[tuple[str, list[int]]]:
     """Pairs of a text for llama.cpp, with special tokens added and parsed, and the trained tokenizer's ids of it.
 
-    With a chat template a text stands behind BOS, as it does in a conversation; without one it stands alone.
+    With a chat template a text comes after BOS, as it does in a conversation; without one it stands alone.
 
     Args:
         model: The folder.
@@ -208,7 +208,7 @@ def _special_tokens(source: TokenizerFiles, model: Path) -> tuple[dict[str, Any]
 
 
 def _added_around(source: TokenizerFiles) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor adds before and behind a text."""
+    """The ids that the post-processor adds before and after a text."""
     steps = [step for step in source.parts("post_processor") if step["type"] != "ByteLevel"]
     if not steps:
         return [], []
