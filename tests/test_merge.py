@@ -28,7 +28,7 @@ import finetune.model.shards
 from finetune import __version__
 from finetune.cli.commands import main
 from finetune.merge import tensor_map
-from finetune.merge.adapter import Change
+from finetune.merge.changes import Change
 from finetune.merge.plan import MergePlan, MergeRequest, make_plan, plan_in_fresh_process
 from finetune.merge.run import merge
 from finetune.model.load import load_base

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from finetune.merge.adapter import Change, changes_of
+from finetune.merge.changes import Change, changes_of
 from finetune.merge.tensor_map import (
     FusedTensors,
     OutputTensor,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.merge.adapter import Change
+from finetune.merge.changes import Change
 from finetune.model.shards import Dtype, StoredTensor
 from finetune.system.errors import MergeError
 from finetune.system.terminal import quiet

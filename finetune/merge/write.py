@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from finetune.merge.adapter import Adapter, Change, Update, check_combination
+from finetune.merge.adapter import Adapter, Update, check_combination
+from finetune.merge.changes import Change
 from finetune.merge.plan import MergePlan, fetch_error, fused_converters
 from finetune.merge.tensor_map import FusedTensors, OutputTensor
 from finetune.model.quantization import dequantised, quantise
