@@ -309,9 +309,11 @@ def planned_json(path: Path, *argv: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def required(path: Path, gpu: str, overrides: list[str]) -> int:
     recipe = load_recipe(path, overrides)
-    arguments = step_arguments(recipe)
-    predictor = Predictor(base_config(recipe.model), GPUS[gpu], arguments)
-    return predictor.required_memory(step_settings(recipe, arguments, row_lengths(recipe, lambda line: None))).total
+    arguments, config = step_arguments(recipe), base_config(recipe.model)
+    predictor = Predictor(config, GPUS[gpu], arguments)
+    return predictor.required_memory(
+        step_settings(recipe, arguments, row_lengths(recipe, lambda line: None, config))
+    ).total
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Write) -> None:

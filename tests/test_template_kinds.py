@@ -406,3 +406,29 @@ def test_shipped_templates_join_parts(name: str) -> None:
             )
             assert joined == plain
             assert "[{" not in joined
+
+
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [
+        ("chatml", "<|im_start|>tool\n{}<|im_end|>\n"),
+        ("llama3", "<|start_header_id|>tool<|end_header_id|>\n\n{}<|eot_id|>"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ({"height": 4, "by": ["é", "<b>"]}, '{"height": 4, "by": ["é", "<b>"]}'),
+        ([{"height": 4}, 5, "x"], '[{"height": 4}, 5, "x"]'),
+        ([{"type": "text", "text": "4"}, {"type": "text", "text": " m"}], "4 m"),
+        ({}, "{}"),
+        ([], ""),
+        (None, ""),
+        ("4 m", "4 m"),
+    ],
+)
+def test_shipped_templates_write_the_answer_of_a_tool_as_json(name: str, turn: str, answer: Any, shown: str) -> None:
+    own, template = tokenizer(), load_template(name)
+    messages = [*talk("Tide?", "I look."), {"role": "tool", "content": answer}]
+    text = own.apply_chat_template(messages, tokenize=False, chat_template=template)
+    assert text.endswith(turn.replace("{}", shown))

@@ -50,6 +50,17 @@ class Prepared:
     # The source and language of each evaluation row.
     origins: list[tuple[str, str]] = field(default_factory=list)
 
+    def highest_token_id(self) -> int:
+        """The highest token id in the rows; 0 where there are none, and for a stream, which is not read yet."""
+        import datasets
+        import pyarrow.compute as pc
+
+        if not isinstance(self.dataset, datasets.Dataset):
+            return 0
+        columns = self.dataset.select_columns(["input_ids"]).with_format("arrow")
+        batches = columns.iter(batch_size=1000)
+        return max((pc.max(pc.list_flatten(batch["input_ids"])).as_py() for batch in batches), default=0)
+
 
 def build_datasets(
     section: DataSection, chat: Chat, max_length: int | None, say: Say = lambda line: None

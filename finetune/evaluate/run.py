@@ -33,6 +33,7 @@ from finetune.evaluate.report import (
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
 from finetune.model.provenance import adapter_base_sections, is_adapter
+from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
 from finetune.system.errors import EvaluateError, TemplateError
@@ -235,6 +236,9 @@ class _Evaluation:
                 f"{name} has no chat template; write --recipe with a recipe that has model.name_or_path: {name} and "
                 "model.chat_template"
             ) from error
+        check_token_ids(
+            [max(row.row.input_ids, default=0) for row in rows], generator.chat.tokenizer, generator.model.config
+        )
         labelled = [row for row in rows if any(label != IGNORE for label in row.row.labels[1:])]
         chosen = spread_evenly(labelled, lambda row: row.origin, self.limit)
         result.rows = [row.row for row in chosen]

@@ -29,6 +29,7 @@ from finetune.merge.tensor_map import (
     weight_converters,
 )
 from finetune.model.provenance import adapter_base_sections, environment_of
+from finetune.model.resize import RESIZED_FROM
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
 from finetune.recipe.schema import ModelSection
 from finetune.system import fresh_process
@@ -211,14 +212,14 @@ class _Base:
 def _locate_base(request: MergeRequest) -> _Base:
     """The base, whose weights are fetched if they are on the Hub and are not to be streamed."""
     # Imports transformers.
-    from finetune.model.locate import locate, read_config
+    from finetune.model.locate import Base, read_config
 
     run = Path(request.model)
     section, quantization, environment = ModelSection(name_or_path=request.model), None, {}
     if request.adapters:
         (section, quantization), environment = adapter_base_sections(run), environment_of(run)
-    path = locate(section.name_or_path)
     revision = environment.get("base_commit") or section.revision
+    path = Base.of(section.model_copy(update={"revision": revision})).path
     folder = Path(path) if Path(path).is_dir() else None
     if folder and request.stream:
         raise MergeError(f"--stream-base: {section.name_or_path} is on this machine already; leave it out")
@@ -335,6 +336,7 @@ def _write_small_files(request: MergeRequest, base: _Base, written: torch.dtype,
     folder = base.folder or _download(base.path, base.revision, weights=False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        part.pop(RESIZED_FROM, None)
         if "torch_dtype" in part or "dtype" in part or part is config:
             part.pop("torch_dtype", None)
             part["dtype"] = dtype_name(written)

@@ -14,6 +14,7 @@ from finetune.model.load import eos_tokens, load_base, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.provenance import adapter_base_sections, environment_of, is_adapter
 from finetune.model.quantization import INT8, NF4
+from finetune.model.resize import check_token_ids
 from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
@@ -59,12 +60,16 @@ class Generator:
 
         Raises:
             LabelError: The chat template refuses the messages, or reads no such variable.
+            ModelError: The model's embedding has no row for one of the tokens.
         """
         tokenizer = self.chat.tokenizer
         if tokenizer.chat_template is None:
-            return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        text = self.chat.render(messages, add_generation_prompt=True, variables=variables)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+        else:
+            text = self.chat.render(messages, add_generation_prompt=True, variables=variables)
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_token_ids([tokenizer.pad_token_id, *ids], tokenizer, self.model.config)
+        return ids
 
     def answer_ids(self, messages: Sequence[Message], sampling: Sampling, streamer: Any = None) -> list[int]:
         """The tokens of an answer; the last one is a stop token, unless the limit cut the answer off.

@@ -36,7 +36,7 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = (base or Base.of(section)).path
+    path = (base or Base.of(section)).original.path
     with load_errors(section.name_or_path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code

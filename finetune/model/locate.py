@@ -1,7 +1,8 @@
 """Locates a base model: a Hub id, a directory, or what is converted into a directory once.
 
 A `.gguf` file, `package:MODULE` (a GGUF inside a Python package) and `random:ARCH` (a tiny seeded model for tests and
-smoke runs) become safetensors directories under the user's cache directory, and are then used like any other.
+smoke runs) become safetensors directories under the user's cache directory, and are then used like any other. So does,
+with `model.resize_embeddings`, a model whose tokenizer has more tokens than its embeddings have rows.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
 from finetune.data.samples import sample_rows
+from finetune.model.resize import needed_rows, write_resized
 from finetune.model.tiny import RANDOM_ARCHITECTURES, make_random
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
@@ -48,20 +50,47 @@ class Base:
     revision: str | None = None
     trust_remote_code: bool = False
     say: Say = field(default=lambda line: None, compare=False)
+    resize_embeddings: bool = False
 
     @classmethod
     def of(cls, section: ModelSection, say: Say = lambda line: None) -> Base:
-        """The base of a recipe; `say` is called before a GGUF file is converted, which takes about a minute."""
-        return cls(section.name_or_path, section.revision, section.trust_remote_code, say)
+        """The base of a recipe; `say` is called before a model is converted or copied, which takes a minute."""
+        return cls(section.name_or_path, section.revision, section.trust_remote_code, say, section.resize_embeddings)
+
+    @cached_property
+    def original(self) -> Base:
+        """The base as it is stored, whose embeddings are not resized; it has the tokenizer."""
+        return replace(self, resize_embeddings=False) if self.resize_embeddings else self
 
     @cached_property
     def path(self) -> str:
         """The Hub id or directory that `from_pretrained` takes.
 
         Raises:
-            ModelError: The base does not exist or cannot be converted.
+            ModelError: The base does not exist, or cannot be converted or resized.
         """
-        return locate(self.name, self.say)
+        return self._resized_path() if self.resize_embeddings else locate(self.name, self.say)
+
+    def _resized_path(self) -> str:
+        """The copy with a row for each token of the tokenizer; the base itself where it has these rows."""
+        from transformers import AutoTokenizer
+
+        path, trust = self.original.path, self.trust_remote_code
+        with load_errors(self.name), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=self.revision, trust_remote_code=trust)
+        rows = needed_rows(tokenizer)
+        if rows <= self.original.config.get_text_config().vocab_size:
+            return path
+        # The config has been read, so that the commit of a model on the Hub is known.
+        [identity] = self.original.identity.values() or [f"{path} {self.revision}"]
+        key = hashlib.sha256(f"{identity} {rows}".encode()).hexdigest()[:16]
+
+        def write(into: Path) -> None:
+            self.say(f"{self.name}: copying it with {rows:,} embedding rows, once")
+            with load_errors(self.name):
+                write_resized(path, self.revision, trust, rows, into)
+
+        return str(made_once(f"resized-{Path(path).name}-{key}-v{_CACHE_VERSION}", write))
 
     @cached_property
     def config(self) -> Any:

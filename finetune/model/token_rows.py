@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from finetune.system.errors import ModelError
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,9 +46,46 @@ def trainable_token_indices(model: Any, token_ids: list[int]) -> list[int] | dic
     """
     if model.config.get_text_config().tie_word_embeddings:
         return token_ids
+    return dict.fromkeys(_names_of_embeddings(model), token_ids)
+
+
+def _names_of_embeddings(model: Any) -> list[str]:
+    """The names of the input and the output embedding in their parents."""
     names = {id(module): name for name, module in model.named_modules()}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {names[id(module)].rsplit(".", 1)[-1]: token_ids for module in ends}
+    return [names[id(module)].rsplit(".", 1)[-1] for module in ends]
+
+
+def with_new_tokens(model: Any, options: dict[str, Any], new: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
+    """The `peft.LoraConfig.trainable_token_indices` that trains the rows of new tokens, too.
+
+    Args:
+        model: A causal model, without an adapter.
+        options: The arguments of `LoraConfig`, with the `trainable_token_indices` to add to.
+        new: The tokens whose rows were added to both embeddings; at least one.
+
+    Returns:
+        What was to be trained already, if `modules_to_save` trains both embeddings whole.
+
+    Raises:
+        ModelError: `modules_to_save` trains one of the two embeddings whole.
+    """
+    given = options.get("trainable_token_indices")
+    names = _names_of_embeddings(model)
+    whole = [name for name in names if name in (options.get("modules_to_save") or ())]
+    if len(whole) == 1:
+        raise ModelError(
+            f"lora.modules_to_save: trains {whole[0]} and not the other embedding; with model.resize_embeddings write "
+            f"both ({', '.join(names)}), or none"
+        )
+    if whole:
+        return given
+    indices = trainable_token_indices(model, [*new])
+    if isinstance(indices, list) and not isinstance(given, dict):
+        return sorted({*(given or ()), *new})
+    # PEFT takes a list for rows of the input embedding.
+    chosen = given if isinstance(given, dict) else {names[0]: given or []}
+    return {name: sorted({*chosen.get(name, ()), *new}) for name in dict.fromkeys([*chosen, *names])}
 
 
 def lighten_trainable_tokens(model: Any) -> None:

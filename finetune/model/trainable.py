@@ -14,7 +14,13 @@ from finetune.model import compatibility, provenance
 from finetune.model.load import load_model
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, keep_residual_in_float32
-from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
+from finetune.model.resize import RESIZED_FROM, new_tokens
+from finetune.model.token_rows import (
+    lighten_trainable_tokens,
+    trainable_token_indices,
+    unlearned_tokens,
+    with_new_tokens,
+)
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
 from finetune.system.errors import ModelError, reworded
@@ -53,6 +59,8 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
         if unlearned:
             names = ", ".join(chat.tokenizer.convert_ids_to_tokens(unlearned))
             say(f"turn tokens that the base never learned, their embedding rows are trained too: {names}")
+    if recipe.lora is not None and adapter is None and (new := new_tokens(model.config)):
+        say(f"embeddings: {len(new):,} new rows, which are trained too")
     frozen = compatibility.non_text_modules(model)
     model = trainable_model(recipe, model, precision, unlearned, adapter)
     if adapter is not None:
@@ -88,6 +96,8 @@ def trainable_model(
     if precision.computes == "fp16" and precision.loaded == torch.float32:
         keep_residual_in_float32(model)  # autocast rounds as float16 weights would
     frozen = compatibility.non_text_modules(model)
+    new = new_tokens(model.config)
+    vars(model.config.get_text_config()).pop(RESIZED_FROM, None)  # it is saved with a model that is trained whole
     if recipe.lora is None:
         for name in frozen:
             model.get_submodule(name).requires_grad_(False)
@@ -107,6 +117,8 @@ def trainable_model(
         options["exclude_modules"] = compatibility.exclude_modules(frozen, options.get("exclude_modules"))
         if options.get("trainable_token_indices") == "auto":
             options["trainable_token_indices"] = trainable_token_indices(model, list(unlearned)) if unlearned else None
+        if new:
+            options["trainable_token_indices"] = with_new_tokens(model, options, new)
         with reworded(ModelError, "lora", ValueError):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     lighten_trainable_tokens(model)

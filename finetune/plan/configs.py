@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
 from typing import Any
 
+from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
+from finetune.model.resize import needed_rows, resized_config
+from finetune.plan.lengths import has_tokenizer
 from finetune.recipe.schema import ModelSection
 from finetune.system.devices import GPUS, Hardware, gpu_of_size
 from finetune.system.errors import PlanError
@@ -47,6 +51,10 @@ def base_config(section: ModelSection, base: Base | None = None) -> Any:
     Raises:
         ModelError: It has no config that can be loaded.
     """
+    if section.resize_embeddings and has_tokenizer(section):
+        original = base.original if base else Base.of(section).original
+        config = copy.deepcopy(base_config(section.model_copy(update={"resize_embeddings": False}), original))
+        return resized_config(config, needed_rows(load_tokenizer(section, original)))
     from transformers import AutoConfig
 
     name = section.name_or_path

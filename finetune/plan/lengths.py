@@ -17,6 +17,7 @@ from finetune.data.chat import IGNORE, Chat
 from finetune.data.mixture import build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
+from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe
 from finetune.system.files import cache_dir
 from finetune.system.terminal import Say
@@ -66,23 +67,25 @@ class RowLengths:
         return int(np.sort(self.trained)[::-1][:count].sum())
 
 
-def row_lengths(recipe: Recipe, say: Say, base: Base | None = None) -> RowLengths | None:
+def row_lengths(recipe: Recipe, say: Say, config: Any, base: Base | None = None) -> RowLengths | None:
     """The lengths of the rows that would be trained on; None if they or the tokenizer are not on this machine.
 
     Args:
         recipe: The recipe.
         say: Called with lines about the preparation of the rows.
+        config: The base's config.
         base: The recipe's base, if it was located already.
 
     Raises:
         DataError: A source cannot be read.
         TemplateError: The chat template cannot be read or used.
-        ModelError: The tokenizer cannot be loaded.
+        ModelError: The tokenizer cannot be loaded, or rows hold tokens that the base's embedding has no row for.
     """
-    if not all(_is_file(source) for source in recipe.data.train) or not _has_tokenizer(recipe.model):
+    if not all(_is_file(source) for source in recipe.data.train) or not has_tokenizer(recipe.model):
         return None
     tokenizer = load_tokenizer(recipe.model, base)
     data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
+    check_token_ids([tokenizer.pad_token_id, data.highest_token_id()], tokenizer, config)
     return RowLengths.of(data.dataset)
 
 
@@ -90,7 +93,7 @@ def _is_file(source: Any) -> bool:
     return not source.streaming and bool(glob.glob(str(Path(source.path).expanduser()), recursive=True))
 
 
-def _has_tokenizer(section: Any) -> bool:
+def has_tokenizer(section: Any) -> bool:
     """True if the tokenizer can be loaded without a download or a conversion of the base."""
     kind, _, rest = section.name_or_path.partition(":")
     if kind == "random":

@@ -119,7 +119,7 @@ def plan(
     hardware = hardware or this_machine()
     base = Base.of(recipe.model, say)
     arguments, config = step_arguments(recipe), base_config(recipe.model, base)
-    rows = row_lengths(recipe, say, base) if use_rows else None
+    rows = row_lengths(recipe, say, config, base) if use_rows else None
     candidates = _Candidates(recipe, config, arguments, step_settings(recipe, arguments, rows), gpu_count)
 
     predictor, settings, fit = candidates.on(hardware)

@@ -48,6 +48,8 @@ class ModelSection(BaseModel):
     """Variables of the chat template (`enable_thinking`, ...) and their values, which become its saved defaults."""
     system_role: Literal["template", "fold", "turn", "error"] = "template"
     """How a system message is rendered: by the template, in the first user turn, as its own turn, or refused."""
+    resize_embeddings: bool = False
+    """Gives each token of the tokenizer a row of the embeddings, where it has more; the new rows are trained."""
     adapter: str | None = None
     """A run, or a folder with a LoRA adapter, to continue training; its `lora` settings and chat template are used."""
     trust_remote_code: bool = False

@@ -28,6 +28,7 @@ from finetune.model import flops
 from finetune.model.load import eos_tokens, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
+from finetune.model.resize import check_token_ids, tokens_of_any_row
 from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
 from finetune.recipe.load import Recipe
@@ -185,11 +186,15 @@ def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Pa
 def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
     tokenizer = load_tokenizer(recipe.model, base)
     chat = Chat(tokenizer, day)
-    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
     streamed = any(source.streaming for source in recipe.data.train)
+    special_tokens = any(source.special_tokens for source in recipe.data.train)
+    check_token_ids(tokens_of_any_row(chat, streamed, special_tokens), tokenizer, base.config)
+    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
     say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
+    highest = [prepared.highest_token_id() for prepared in (train_rows, evaluation)]
+    check_token_ids(highest, tokenizer, base.config)
     conversations = any(source.format != "text" and not source.raw for source in recipe.data.train)
     has_conversations = conversations and tokenizer.chat_template is not None
     return _Rows(tokenizer, chat, has_conversations, train_rows, evaluation, streamed)
