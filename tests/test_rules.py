@@ -116,7 +116,6 @@ NO_BF16 = "but Tesla T4 does not compute in bfloat16, only emulates it; write"
     [
         ("model.dtype=bfloat16", f"model.dtype: is bfloat16, {NO_BF16} float16 or float32"),
         ("training.bf16=true", f"training.bf16: is true, {NO_BF16} fp16: true"),
-        ("training.bf16_full_eval=true", f"training.bf16_full_eval: is true, {NO_BF16} fp16_full_eval: true"),
         (
             f"quantization={json.dumps(NF4 | {'bnb_4bit_compute_dtype': 'bfloat16'})}",
             f"quantization.bnb_4bit_compute_dtype: is bfloat16, {NO_BF16} float16",

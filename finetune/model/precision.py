@@ -97,9 +97,8 @@ def check_precision(training: dict[str, Any], quantization: dict[str, Any], dtyp
     Raises:
         ModelError: The device or the weights cannot; the message names the key to change.
     """
-    for name in ("bf16", "bf16_full_eval"):
-        if training.get(name):
-            _refuse_bf16(f"training.{name}", "true", device, f"{name.replace('bf', 'fp')}: true")
+    if training.get("bf16"):
+        _refuse_bf16("training.bf16", "true", device, "fp16: true")
     if "bfloat16" in str(quantization.get("bnb_4bit_compute_dtype")):
         _refuse_bf16("quantization.bnb_4bit_compute_dtype", "bfloat16", device, "float16")
     if training.get("fp16") and dtype == torch.bfloat16:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from finetune.data.chat import Chat
 from finetune.model import compatibility, provenance
@@ -22,6 +24,7 @@ from finetune.model.token_rows import (
     with_new_tokens,
 )
 from finetune.recipe.load import Recipe
+from finetune.recipe.yaml_tree import Section
 from finetune.system import devices, distributed
 from finetune.system.errors import ModelError, reworded
 from finetune.system.terminal import Say, quiet
@@ -119,13 +122,55 @@ def trainable_model(
             options["trainable_token_indices"] = trainable_token_indices(model, list(unlearned)) if unlearned else None
         if new:
             options["trainable_token_indices"] = with_new_tokens(model, options, new)
-        with reworded(ModelError, "lora", ValueError):
+        if options.get("layers_to_transform") is not None:
+            _check_layers(options["layers_to_transform"], model)
+            if options.get("target_modules") == "all-linear":
+                options["target_modules"] = _linear_modules(model)
+        # peft 0.21 raises all of these for a value that does not fit the base.
+        refusals = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, RuntimeError)
+        with reworded(ModelError, "lora", *refusals, re.error):
+            _check_names(recipe.lora, model)
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     lighten_trainable_tokens(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(_trained_dtype(name, parameter, recipe, precision))
     return model
+
+
+def _check_layers(wanted: int | list[int], model: Any) -> None:
+    """Refuses layers that the model does not have, of which PEFT passes over all but the last one in silence."""
+    count = model.config.get_text_config().num_hidden_layers
+    if absent := [layer for layer in ([wanted] if isinstance(wanted, int) else wanted) if layer >= count]:
+        raise ModelError(f"lora.layers_to_transform: names layer {absent[0]}, but the base has layers 0 to {count - 1}")
+
+
+def _check_names(lora: Section, model: Any) -> None:
+    """Refuses names that nothing in the base has; PEFT 0.21 passes over them in silence if another name is found."""
+    modules, parameters = ([name for name, _ in found] for found in (model.named_modules(), model.named_parameters()))
+    for key, names in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
+        for wanted in lora[key] if isinstance(lora.get(key), list) else ():
+            if not any(name.endswith(wanted) for name in names):
+                raise ModelError(f"lora.{key}: names {wanted}, which the base does not have")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules + parameters):
+                raise ModelError(f"lora.{key}: {pattern} matches no module of the base")
+
+
+def _linear_modules(model: Any) -> list[str]:
+    """The last parts of the names that `target_modules: all-linear` stands for.
+
+    PEFT 0.21 refuses all-linear beside `layers_to_transform` (`tuners/lora/config.py`), and of full names it takes
+    every layer, whatever `layers_to_transform` says (`tuners_utils.py`, `check_target_module_exists`).
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    return sorted(linear)
 
 
 def _trained_dtype(name: str, parameter: torch.Tensor, recipe: Recipe, precision: Precision) -> torch.dtype:

@@ -177,11 +177,10 @@ def supported_variant(recipe: Recipe, device: Device) -> tuple[Recipe, list[str]
             model = model.model_copy(update={"dtype": right})
             overrides.append(f"model.dtype={right}")
         short = {"bfloat16": "bf16", "float16": "fp16"}[wrong]
-        for name in (short, f"{short}_full_eval"):
-            if training.get(name):
-                override(f"training.{name}", False)
-                if name == "bf16" and model.dtype == "float32":
-                    override("training.fp16", True)
+        if training.get(short):
+            override(f"training.{short}", False)
+            if short == "bf16" and model.dtype == "float32":
+                override("training.fp16", True)
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
             if str(bits.get(name)).removeprefix("torch.") == wrong:
                 override(f"quantization.{name}", right)

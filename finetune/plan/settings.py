@@ -16,7 +16,7 @@ from finetune.system.terminal import quiet
 # The keys of `training` that decide about memory and the number of steps.
 # fmt: off
 _MEMORY_KEYS = (
-    "output_dir", "optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1",
+    "output_dir", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_grad_norm",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "packing",
     "packing_strategy", "padding_free", "pad_to_multiple_of",

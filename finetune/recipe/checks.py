@@ -228,11 +228,23 @@ def _check_evaluation(tree: RecipeTree, data: Section, training: Section) -> Non
     # From the tree, which has values of the wrong type too: those have their own fault.
     written = [tree.at("data").child(name) for name in ("eval", "eval_fraction")]
     evaluated = any(node and node.value for node in written)
-    for name, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
+    needs: dict[str, tuple[Any, ...]] = {
+        "eval_strategy": ("no",),
+        "eval_on_start": (False,),
+        "load_best_model_at_end": (False,),
+    }
+    needs["save_strategy"] = ("no", "steps", "epoch")
+    for name, off in needs.items():
         key = f"training.{name}"
-        if not evaluated and training.get(name, off) != off:
+        if not evaluated and training.get(name, off[0]) not in off:
             message = f"is {tree.shown(key)}, with nothing to evaluate on; add data.eval or data.eval_fraction"
             tree.fault(key, message)
+    if training.get("save_strategy") == "best":
+        key = "training.save_strategy"
+        if training.get("eval_strategy", "no") == "no":
+            tree.fault(key, "is best, but nothing is evaluated while training; add eval_strategy: steps")
+        if training.get("metric_for_best_model") is None and not training.get("load_best_model_at_end"):
+            tree.fault(key, "is best, and nothing says by which metric; add metric_for_best_model: loss")
 
     def rows(source: Section) -> Section:
         return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})

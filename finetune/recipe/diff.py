@@ -27,7 +27,7 @@ _FIXED = {
     *("seed", "data_seed", "train_sampling_strategy", "shuffle_dataset", "dataloader_drop_last"),
     *("max_length", "packing", "packing_strategy", "accelerator_config", "auto_find_batch_size"),
     # The optimizer's state of each weight.
-    *("optim", "optim_args", "optim_target_modules"),
+    *("optim", "optim_args"),
 }
 # These schedules load their learning rate and options from the checkpoint, and cannot load another schedule's (torch
 # 2.13, transformers 5.23); all others are computed from the step.

@@ -24,7 +24,9 @@ from finetune.recipe.schema import (
     PricesSection,
 )
 from finetune.recipe.unknown_keys import Keys, unknown_key
-from finetune.recipe.upstream import XlaFsdp, check_quantization, check_section, upstream_keys
+from finetune.recipe.upstream import check_quantization, check_section
+from finetune.recipe.upstream_objects import check_objects
+from finetune.recipe.upstream_types import INNER, upstream_keys
 from finetune.recipe.yaml_tree import Node, RecipeTree, Section, Sections, override, quoted, read_file, scalar_text
 from finetune.system.errors import RecipeError
 
@@ -106,11 +108,11 @@ def _known_keys() -> Keys:
     sections = own | upstream_keys()
     inner: dict[str, type[BaseModel]] = {
         "source": DataSource,
-        "fsdp_config": XlaFsdp,
         "judge": JudgeSection,
         "lm_eval": LmEvalSection,
         "imatrix_data": ImatrixDataSection,
         "prices": PricesSection,
+        **INNER,
     }
     within = {name: section.model_fields for name, section in inner.items()}
     return {"": sections, **within, **sections}
@@ -126,6 +128,8 @@ def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
         if node is None or (isinstance(node.value, dict) and required not in node.value):
             tree.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
     sections = {section: check_section(tree, section, keys) for section in keys[""]}
+    if not any(message.startswith("training") for _, message in tree.faults):
+        check_objects(tree, sections["training"])
     check_model(tree, sections["model"])
     for key in ("data.train", "data.eval"):
         sources = tree.at(key).plain()

@@ -74,6 +74,13 @@ _WORDS: dict[str, dict[str, str]] = {
         "pad_token": "remove it; the tokenizer's is used",
         "model_init_kwargs": "write the sections model and quantization",
         "do_train do_predict": "remove it; a recipe trains",
+        "trust_remote_code": "write model.trust_remote_code",
+        "optim_target_modules": "remove it; only GaLore and APOLLO read it, whose state cannot be saved",
+        "bf16_full_eval fp16_full_eval": "remove it; it would round the weights, which are saved after the evaluation",
+        "enable_jit_checkpoint": "remove it; on SIGTERM a run always saves a checkpoint",
+        "label_names": "remove it; rows have labels",
+        "length_column_name": "remove it; the length of a row is that of its tokens",
+        "remove_unused_columns": "remove it; rows have no other columns",
         "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
         "hub_token": "run `hf auth login`",
         "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
@@ -103,6 +110,7 @@ _WORDS: dict[str, dict[str, str]] = {
         "auto_mapping peft_version": "remove it; peft writes it",
         "eva_config corda_config lora_ga_config": "remove it; inits that need a pass over the rows are not supported",
         "runtime_config": "remove it; it has no form in YAML",
+        "megatron_config megatron_core": "remove it; models are loaded by transformers, not by Megatron",
     },
     "quantization": {
         "load_4bit bits quant_method": "write load_in_4bit: true or load_in_8bit: true",
@@ -124,12 +132,12 @@ def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
         section: The section's name, or "" for a section that is unknown.
         keys: The known keys of all sections.
     """
-    name, known = key.rpartition(".")[2], keys[section]
+    name, known, instead = key.rpartition(".")[2], keys[section], INSTEAD.get(section, {})
     elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
     near = difflib.get_close_matches(name, known, n=1)
     owner = {"training": "trl.SFTConfig", "lora": "peft.LoraConfig"}.get(section)
-    if name in INSTEAD[section]:
-        tree.fault(key, f"is not a recipe's key; {INSTEAD[section][name]}")
+    if name in instead:
+        tree.fault(key, f"is not a recipe's key; {instead[name]}")
     elif elsewhere:
         tree.fault(key, f"is unknown; write {' or '.join(elsewhere)}")
     elif near:

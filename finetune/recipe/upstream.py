@@ -1,23 +1,22 @@
 """The keys of `training`, `lora` and `quantization`: which exist, their types, and values that upstream refuses."""
 
 import copy
-import dataclasses
 import difflib
 import json
 import re
 import typing
 import warnings
-from enum import Enum
-from types import SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, Union
+from collections.abc import Hashable
+from types import SimpleNamespace
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.unknown_keys import INSTEAD, Keys, unknown_key
-from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section, Sections
+from finetune.recipe.unknown_keys import Keys, unknown_key
+from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section
 
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 # The beginnings of those values of `init_lora_weights` that move a part of the base's weights into the adapter.
 INITS_FROM_BASE = ("pissa", "olora", "mica")
@@ -36,64 +35,19 @@ QUANTIZATION: Section = {
 }
 
 
+# What SFTConfig would check against this machine, and what it is told instead.
+_OF_THE_MACHINE_FIXED = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
+_OF_THE_MACHINE = {*_OF_THE_MACHINE_FIXED, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
+
+
 class XlaFsdp(BaseModel):
     """The keys of `training.fsdp_config`: sharding on a TPU, which the launcher cannot choose."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     xla: bool = False
     xla_fsdp_v2: bool = False
     xla_fsdp_grad_ckpt: bool = False
-
-
-def upstream_keys() -> Sections:
-    """The keys of `training`, `lora` and `quantization`, and the types of their values."""
-    from peft import LoraConfig
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-    from trl import SFTConfig
-
-    def fields(section: str, config: type) -> Section:
-        types = typing.get_type_hints(config)
-        taken = [f for f in dataclasses.fields(config) if f.name not in INSTEAD[section]]
-        return {f.name: _narrowed(types[f.name], f.metadata.get("choices")) for f in taken}
-
-    training, lora = fields("training", SFTConfig), fields("lora", LoraConfig)
-    reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
-    # The inits that `get_peft_model` can compute alone. Without a pass over rows peft 0.21 refuses eva, corda and
-    # lora_ga, or leaves them at the default; loftq replaces the base's weights by rounded ones that are not saved.
-    # peft's hint spells the pattern of pissa_niter as a literal.
-    inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
-    pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
-    return {
-        "training": {
-            **training,
-            # The trainer also takes true, for the newest checkpoint.
-            "resume_from_checkpoint": str | bool | None,
-            "output_dir": str,
-            "report_to": reports | list[reports],
-            **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
-            "gradient_accumulation_steps": PositiveInt,
-            "max_length": PositiveInt | None,
-            "fsdp_config": XlaFsdp | None,
-        },
-        "lora": {
-            **lora,
-            "r": PositiveInt,
-            "init_lora_weights": bool | inits | pissa,
-            "trainable_token_indices": lora["trainable_token_indices"] | Literal["auto", "none"],
-        },
-        "quantization": QUANTIZATION,
-    }
-
-
-def _narrowed(hint: Any, choices: Any) -> Any:
-    """An upstream type without the members that accept anything: `str` next to an enum, `dict` next to a dataclass."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
-    if choices:
-        return Union[(Literal[tuple(choices)], *(m for m in members if m is type(None)))]
-    enum = any(isinstance(m, type) and issubclass(m, Enum) for m in members)
-    loose = (str,) if enum else (dict,) if any(map(dataclasses.is_dataclass, members)) else ()
-    return Union[tuple(m for m in members if m not in loose)]  # noqa: UP007 (not a fixed list)
 
 
 def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
@@ -117,13 +71,13 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
             unknown_key(tree, key, section, keys)
             continue
         value = child.plain()
-        kinds = (hints[name], *typing.get_args(hints[name]))
+        kinds = _members(hints[name])
         # Most YAML readers take 2e-4 for text, so recipes quote it.
         if isinstance(value, str) and float in kinds and str not in kinds and re.fullmatch(NUMBER_PATTERN, value):
             value = float(value)
         try:
             # As JSON, whose types are YAML's: enums are text, tuples are lists.
-            checked = TypeAdapter(hints[name], config=_STRICT).validate_json(json.dumps(value))
+            checked = TypeAdapter(hints[name], config=STRICT).validate_json(json.dumps(value))
         except ValidationError as error:
             _explain(tree, key, error.errors(include_url=False), keys)
         else:
@@ -133,6 +87,11 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
     if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
         _ask_upstream(tree, section, valid)
     return valid
+
+
+def _members(hint: Any) -> set[Any]:
+    """The types of a union and those within them."""
+    return {hint}.union(*(_members(member) for member in typing.get_args(hint) if isinstance(member, Hashable)))
 
 
 _EXPECTED = {
@@ -150,6 +109,7 @@ _EXPECTED = {
 }
 _PATTERNS = {
     r"^pissa_niter_[0-9]+$": "pissa_niter_N",
+    r"^\w+=[^=,]+(,\w+=[^=,]+)*$": "NAME=VALUE, several of them with commas between",
     r"^https?://": "the base URL of an API, such as http://localhost:8000/v1",
 }
 
@@ -178,6 +138,7 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
             tree.fault(place, "is unknown; write a parameter that peft documents")
         else:
             message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            message = re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), message)
             choices = re.findall(r"'[^']*'", message)
             if len(choices) > 9:
                 message = (difflib.get_close_matches(f"'{error['input']}'", choices, n=1) or [message])[0]
@@ -190,24 +151,39 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
             tree.fault(place, f"is {tree.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
 
 
+def checked_config(training: Section) -> Any:
+    """The `SFTConfig` of a recipe's `training` section: its values, and nothing of this machine.
+
+    It opens no device, joins no process group and sets no global flag.
+
+    Raises:
+        Exception: SFTConfig refuses a value; of any type.
+    """
+    from trl import SFTConfig
+
+    config = type("SFTConfig", (SFTConfig,), {"device": SimpleNamespace(type="cpu")})
+    given = {name: value for name, value in training.items() if name not in _OF_THE_MACHINE}
+    return config(**copy.deepcopy(given), **_OF_THE_MACHINE_FIXED)
+
+
 def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
     """Adds faults for values that the upstream configuration refuses or warns that it ignores."""
     from peft import LoraConfig
-    from trl import SFTConfig
 
-    if section == "training":
-        # Checks values only: opens no device, joins no process group, sets no global flag.
-        config = type("SFTConfig", (SFTConfig,), {"device": SimpleNamespace(type="cpu")})
-        fixed = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
-        skipped = {*fixed, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
-    else:
-        config, fixed, skipped = LoraConfig, {"task_type": "CAUSAL_LM"}, {"trainable_token_indices"}
+    def lora(arguments: Section) -> None:
+        # `trainable_model` lists the modules where it has to.
+        listed = {"target_modules": ["linear"]} if arguments.get("target_modules") == "all-linear" else {}
+        LoraConfig(**copy.deepcopy(arguments) | listed, task_type="CAUSAL_LM")
+
+    training = section == "training"
+    config, owner = (checked_config, "SFTConfig") if training else (lora, "LoraConfig")
+    skipped = _OF_THE_MACHINE if training else {"trainable_token_indices"}
 
     def complaints(arguments: Section) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                config(**copy.deepcopy(arguments), **fixed)
+                config(arguments)
             except Exception as error:  # of any type; it is about these values
                 return [str(error)]
         return [str(warning.message) for warning in caught if "ignored" in str(warning.message)]
@@ -219,7 +195,7 @@ def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
             named = named or [name for name in left if text in complaints({name: left[name]})]
             key = f"{section}.{min(named, key=text.find)}" if named else section
             there = f"is {tree.shown(key)}" if named else "is refused"
-            tree.fault(key, f"{there}; {config.__name__} says: {text}")
+            tree.fault(key, f"{there}; {owner} says: {text}")
             # Keys that have a fault are taken out, to find further ones.
             left = {name: value for name, value in left.items() if name not in (named or left)}
         if not left:

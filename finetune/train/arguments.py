@@ -14,7 +14,7 @@ from finetune.model.locate import Base
 from finetune.model.precision import Precision
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
-from finetune.system.errors import RunError
+from finetune.system.errors import RunError, reworded
 
 # Settings that need a single process, with the reason.
 _ONE_PROCESS_ONLY = {
@@ -33,11 +33,6 @@ def check_launch(recipe: Recipe, precision: Precision) -> None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision.computes):
         raise RunError(f'{file}: mixed_precision is {launched}; write "no", the recipe decides')
-    optim = str(training.get("optim", ""))
-    if optim.startswith(("galore", "apollo")):
-        raise RunError(
-            f"training.optim: is {optim}, whose state cannot be saved; write adamw_torch_fused, or adamw_8bit"
-        )
     if distributed.world_size() > 1:
         for key, why in _ONE_PROCESS_ONLY.items():
             if training.get(key):
@@ -86,7 +81,13 @@ def check_base(recipe: Recipe, base: Base, precision: Precision) -> None:
 
     Raises:
         ModelError: One of them fails; the message names the key to change.
+        RunError: `training.router_aux_loss_coef` is given, and the base has no experts.
     """
+    coefficient = recipe.training.get("router_aux_loss_coef")
+    if coefficient and not hasattr(base.config.get_text_config(), "output_router_logits"):
+        raise RunError(
+            f"training.router_aux_loss_coef: is {coefficient}, but {base.name} has no experts to balance; remove it"
+        )
     wanted = recipe.model.attn_implementation
     compatibility.check_attention(wanted, base.config, devices.device_of(), precision.in_float32)
 
@@ -95,7 +96,7 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
     """The recipe's `training` section as trl's SFTConfig, which joins the processes of the run when it is made.
 
     Raises:
-        RunError: This machine cannot train in the recipe's dtype, or has no TPU.
+        RunError: This machine cannot train in the recipe's dtype, or has no TPU, or SFTConfig refuses a value here.
     """
     values = dict(recipe.training)
     for own_key in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
@@ -107,6 +108,8 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
     elif not torch.accelerator.is_available():
         if values["fp16"]:
             raise RunError("model.dtype, training.fp16: float16 is trained on a GPU only; on a CPU write float32")
+        if values.get("activation_offloading"):
+            raise RunError("training.activation_offloading: is true, but no GPU holds activations; remove it")
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
     packs = bool(values.get("packing"))
     if values.get("padding_free") and not packs:
@@ -118,7 +121,8 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
     if any(source.streaming for source in recipe.data.train):
         # Each rank reads the stream and takes its share. With upstream's default the first rank reads for all, padded.
         values["accelerator_config"] = {"dispatch_batches": False} | (values.get("accelerator_config") or {})
-    config = SFTConfig(**values, disable_tqdm=True)
+    with reworded(RunError, "training", ValueError, ImportError):  # what depends on this machine: tf32, bf16
+        config = SFTConfig(**values, disable_tqdm=True)
     # Several GPUs in one process would be torch's DataParallel.
     config._n_gpu = min(1, config.n_gpu)
     return config

@@ -34,7 +34,7 @@ from finetune.recipe import diff
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH
 from finetune.system import devices, distributed, files
-from finetune.system.errors import PushError, RunError
+from finetune.system.errors import PushError, RunError, reworded
 from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
@@ -244,14 +244,15 @@ def _ends_of_turns(rows: _Rows) -> list[int]:
 def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> Trainer:
     data, evaluation = rows.train, rows.evaluation
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = Trainer(
-        model=model,
-        args=config,
-        # An endless stream is one long epoch, in which a resumed run finds its place by counting rows.
-        train_dataset=data.dataset.repeat(None) if rows.streamed and data.dataset else data.dataset,
-        eval_dataset=evaluation.dataset,
-        processing_class=rows.tokenizer,
-    )
+    with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
+        trainer = Trainer(
+            model=model,
+            args=config,
+            # An endless stream is one long epoch, in which a resumed run finds its place by counting rows.
+            train_dataset=data.dataset.repeat(None) if rows.streamed and data.dataset else data.dataset,
+            eval_dataset=evaluation.dataset,
+            processing_class=rows.tokenizer,
+        )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.named_rows = [] if rows.streamed else data.dataset
     trainer.meter = _make_meter(recipe, precision, model, data)
