@@ -886,7 +886,7 @@ def test_the_section_is_read_and_written_out_again(recipe: Callable[[str], Path]
         ),
         (
             "export: {gate: {kl: 1}}",
-            "r.yaml:3: export.gate.kl: is 1; write 'max_kl', 'max_kl_p99', 'min_top1' or 'max_perplexity_ratio'",
+            "r.yaml:3: export.gate.kl: is unknown; write max_kl, max_kl_p99, min_top1, max_perplexity_ratio",
         ),
         ("export: {base: rounded}", """r.yaml:3: export.base: is "rounded"; write 'original' or 'dequantised'"""),
         ("export: {format: [nf4]}", "r.yaml:3: export.format: is not a recipe's key; write formats"),

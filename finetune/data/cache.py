@@ -113,7 +113,7 @@ def _prepared(preparation: Preparation, source: DataSource, say: Say) -> Path:
 
 
 def _key(preparation: Preparation, source: DataSource) -> str:
-    """A hash of everything that decides what the prepared rows of a source are; of our code, that of this package."""
+    """A hash of all that a source's prepared rows depend on: settings, template, tokenizer, rows, and this code."""
     section, names = preparation.section, {"train_on", "on_overflow", "on_bad_row", "merge_same_role"}
     options = section.model_dump(include=names)
     reading = source.model_dump(include={"path", "format", "columns", "raw", "special_tokens", "filter"})

@@ -89,7 +89,7 @@ def _rows_of_columns(rows: Any) -> Iterator[Row | LabelError]:
 
 
 def _decoded_text(kind: Any, cell: object, key: str) -> bool:
-    """True if a cell holds a map where its kind is JSON and its key is one of a message's text."""
+    """True if a cell of type JSON, under a key of a message's text, holds a map."""
     if cell is None:
         return False
     if "Json(" in repr(kind)[:5]:

@@ -29,7 +29,7 @@ def cut_off(inside: str, line: int, offset: int) -> CutOff:
 
 
 class _Decoder(json.JSONDecoder):
-    """Decodes JSON, and notes a key that an object has twice, of which `json` keeps the last value alone."""
+    """Decodes JSON, and notes a key that an object has twice, of which `json` keeps only the last value."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)

@@ -119,7 +119,7 @@ def read_messages(turns: object, unread: set[str]) -> list[Message]:
 
 
 def _read(turn: Row, unread: set[str]) -> list[Message]:
-    """One message; several where it holds the results of tools as parts."""
+    """The message as one, or as several if its parts hold results of tools."""
     own, role = _role_of(turn, unread)
     content: Any = turn.get("content")
     if content is None or not isinstance(turn.get("value"), str | None):
@@ -170,7 +170,7 @@ def _read(turn: Row, unread: set[str]) -> list[Message]:
 
 
 def _role_of(turn: Row, unread: set[str]) -> tuple[object, object]:
-    """A message's role as it is written, and as templates know it."""
+    """A message's role as the row writes it, and the role of chat templates that it stands for."""
     roles = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
     known = [_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
     if len(known) == 2 and known[0] != known[1]:
@@ -190,7 +190,7 @@ def _same(one: Any, other: Any, whose: str) -> Any:
 
 
 def _reasoning(turn: Row) -> Row:
-    """The `reasoning_content` of a message, under whichever name; empty if it has none."""
+    """The `reasoning_content` of a message, under any of its three names; empty if it has none."""
     texts = [turn[key] for key in _REASONING_KEYS if not _blank(turn.get(key))]
     if any(text != texts[0] for text in texts):
         raise LabelError("a message's reasoning_content, thinking and reasoning differ", "keep one")

@@ -53,7 +53,7 @@ class RowResult:
         unread: Its keys that hold a value and that no code reads.
         dropped: The reason for which it was dropped, or "".
         bad: The reason for which it cannot be used, or "".
-        detail: What is true of this row only, beside the reason `bad`.
+        detail: What is particular to this row, in addition to the reason in `bad`.
         lost: The trained tokens that did not fit `max_length`.
         language: The language of its text: `ja`, `en` or `other`.
     """

@@ -72,7 +72,7 @@ def _files(source: DataSource) -> list[str]:
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Raises what the system says of a file that cannot be read as `DataError`."""
+    """Turns the system's errors at reading a file into a `DataError`."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:

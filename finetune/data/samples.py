@@ -29,7 +29,7 @@ class LabelledRow:
 
     @property
     def prompt(self) -> list[int]:
-        """The token ids before the first label; half of the row where its first tokens already have labels."""
+        """The token ids before the first label; half of the row if its first tokens already have labels."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
         return self.input_ids[: first if first > 1 else max(1, len(self.input_ids) // 2)]
 

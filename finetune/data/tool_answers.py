@@ -1,4 +1,4 @@
-"""Checks that a chat template writes a tool's answer that is a map or a list, and not a text, as JSON has it."""
+"""Checks that a chat template writes a tool's answer as JSON, if the answer is a map or a list."""
 
 from __future__ import annotations
 

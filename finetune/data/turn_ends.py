@@ -240,7 +240,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _leaves_out_arguments(render: Render, before: Sequence[Message], message: Message) -> bool:
-    """True if a template drops the arguments of calls that hold no text which could be marked."""
+    """True if a template drops the arguments of calls without a text that could be marked."""
     maps = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or ()]
     if all(not arguments or next(_texts(arguments), None) is not None for arguments in maps):
         return False

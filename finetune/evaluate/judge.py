@@ -351,7 +351,7 @@ def _ask_all(prompts: list[str], judge: Judge, endpoint: Endpoint, progress: boo
 
 
 def _ask_for_grade(prompt: str, language: str, endpoint: Endpoint, client: httpx2.Client) -> _Outcome:
-    """Asks until the judge names a grade; each further request holds its last reply and what is wrong with it."""
+    """Asks until the judge names a grade; each further request holds its last reply and the fault in it."""
     messages = [{"role": "user", "content": prompt}]
     replies: list[Reply] = []
     line = ""

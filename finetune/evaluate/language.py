@@ -84,7 +84,7 @@ def language_verdict(prompt: str, answer: str) -> LanguageVerdict:
 
 
 def language_of(text: str) -> str | None:
-    """ISO 639-1 code of the language of most of a text; None if it holds nothing to judge or cannot be told."""
+    """The ISO 639-1 code of the language of most of a text; None if the text is too short or not recognised."""
     return _most(_lengths(text, None))
 
 

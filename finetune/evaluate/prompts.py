@@ -95,7 +95,7 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
 
 
 def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int | None) -> list[T]:
-    """At most `limit` items in their order, as many of each group as of the others where it has that many."""
+    """At most `limit` items in order, in equal numbers from all groups, as far as each has that many."""
     seen: Counter[Hashable] = Counter()
     ranks = []
     for item in items:
@@ -120,7 +120,7 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 
 def _before_last_answer(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages that the last answer of a conversation answers; empty if they do not end with a user's text."""
+    """The messages before the last answer of a conversation; empty if they do not end with a user's text."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     last = len(plain)
     if plain[-1]["role"] != "user":

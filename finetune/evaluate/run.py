@@ -62,7 +62,7 @@ class HeldOutRow(NamedTuple):
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to evaluate and how it is loaded; `title` is its name in the report where that differs from `model`."""
+    """A model to evaluate and how to load it; `title` is its name in the report, if that differs from `model`."""
 
     model: str
     adapter: bool = True

@@ -27,7 +27,7 @@ def base_metadata(
 
     Args:
         base: The base model.
-        relation: The Hub's word for what the model is to its base: adapter, finetune, merge or quantized.
+        relation: The model's relation to its base in the Hub's words: adapter, finetune, merge or quantized.
         library: The library that loads it: peft, transformers or gguf.
         terms: The license; by default the one that the base's id implies.
         recipe: The recipe's sections.

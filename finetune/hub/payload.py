@@ -213,12 +213,12 @@ class _LocalPaths:
         return text
 
     def find_in(self, data: bytes) -> str | None:
-        """A path of this machine that the bytes hold; None if they hold none."""
+        """A path of this machine that occurs in the bytes; None if none does."""
         return next((path for path in self.deep if f"{path}/".encode() in data), None)
 
 
 def _shortened(path: str) -> str:
-    """A path relative to the working directory where it is inside of it, or else its last part."""
+    """A path relative to the working directory, or only its last part if it lies outside."""
     inside = os.path.relpath(path) if os.path.isabs(path) else path
     return Path(path).name if inside.startswith("..") else inside
 

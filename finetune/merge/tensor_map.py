@@ -128,7 +128,7 @@ class TensorNames:
         tied: The name of the tensor that another one is tied to, by the other's.
 
     Raises:
-        MergeError: A tensor has not the shape that the model's config gives it.
+        MergeError: A tensor has another shape than the model's config gives it.
 
     Source: transformers 5.23 `core_model_loading.convert_and_load_state_dict_in_model`, "Rename the key".
     """

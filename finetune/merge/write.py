@@ -48,7 +48,7 @@ def write_weights(
 
     Raises:
         MergeError: An adapter holds NaN or infinity, adapters cannot be combined, a merged weight is not finite or does
-            not fit float16, or the disk has not enough room.
+            not fit float16, or the disk lacks room.
         ModelError: A file of the base is damaged or cannot be fetched.
     """
     names = [(item.name, item.source, item.written) for item in plan.tensors]
@@ -103,7 +103,7 @@ def _check_room(into: Path, total: int, plan: MergePlan) -> None:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes one tensor after another; the attributes are the arguments of `write_weights` and what it opened."""
+    """Writes one tensor after another; the attributes are the arguments of `write_weights` and the files it opened."""
 
     plan: MergePlan
     base: _BaseFiles

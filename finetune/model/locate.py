@@ -1,4 +1,4 @@
-"""Locates a base model: a Hub id, a directory, or what is converted into a directory once.
+"""Locates a base model: a Hub id, a directory, or a source that is converted into a directory once.
 
 A `.gguf` file, `package:MODULE` (a GGUF inside a Python package) and `random:ARCH` (a tiny seeded model for tests and
 smoke runs) become safetensors directories under the user's cache directory, and are then used like any other. So does,

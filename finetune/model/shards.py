@@ -89,7 +89,7 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
         offset: The offset at which the tensors' bytes begin in the file, to which the header's offsets are added.
 
     Raises:
-        ModelError: A type is unknown, or a tensor has not the bytes that its shape needs.
+        ModelError: A dtype is unknown, or a tensor's bytes do not match its shape.
     """
     tensors = {}
     for name, entry in header.items():

@@ -125,7 +125,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak, self.at_peak = self.total, dict(self.now)
 
     def _masked(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows that a boolean mask selects: the trained tokens, whose number a fake tensor does not know."""
+        """The rows that a boolean mask selects: as many as trained tokens, since a fake mask has no values."""
         count = mask.numel() if self.trained is None else self.trained
         self.spike(count * mask.dim() * 8)  # their indices, in int64
         return tensor.new_empty((count, *tensor.shape[mask.dim() :]))

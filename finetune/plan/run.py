@@ -1,4 +1,4 @@
-"""Plans a run: the memory it needs by part, the hardware that it fits, what to change where it does not."""
+"""Plans a run: the memory that it needs by part, the hardware that it fits, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """True if it fits the GPU that was asked for; with several, under DDP or FSDP."""
+        """True if the recipe fits the chosen GPU, or several of them under DDP or FSDP."""
         return any(fit.fits for fit in self.strategies or [self.fit])
 
 
@@ -170,7 +170,7 @@ class _Candidates:
         return self.predictors[key], replace(self.settings, recipe=recipe), fit
 
     def sharded(self, hardware: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
-        """The same for all GPUs, under FSDP where there are several and it can shard the weights."""
+        """The result of `on` for all GPUs, under FSDP if there are several and FSDP can shard the weights."""
         predictor, settings, fit = self.on(hardware)
         settings = replace(settings, gpus=self.gpu_count)
         if self.gpu_count > 1 and (variant := with_fsdp(settings, hardware)):

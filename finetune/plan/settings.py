@@ -29,7 +29,7 @@ class StepSettings:
     """The settings that decide how much memory a step takes, apart from the base and the hardware.
 
     Attributes:
-        recipe: The recipe; of its `training` section only what the other attributes do not say.
+        recipe: The recipe. Values of its `training` section that another attribute has are read from that attribute.
         batch: The longest batch.
         optim: Name of the optimizer, as in `training.optim`.
         checkpointing: True with gradient checkpointing.

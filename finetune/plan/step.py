@@ -147,7 +147,7 @@ class FakeModel:
         """The `ModuleList` of the text model's layers, found by its length because its name differs by model.
 
         Raises:
-            PlanError: There is none.
+            PlanError: The model has no such list.
         """
         decoder, depth = self.causal.get_decoder(), self.causal.config.get_text_config().num_hidden_layers
         for module in (decoder or self.causal).modules():

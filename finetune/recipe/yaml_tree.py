@@ -1,4 +1,4 @@
-"""YAML to a tree of values that know the line they were written on, and the faults found in it."""
+"""Reads YAML into a tree of values with the line of each, and collects the faults found in it."""
 
 import json
 import os

@@ -119,7 +119,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 
 def check_apart(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuses an output folder that would replace what it is made from.
+    """Refuses an output folder that would replace one of its inputs.
 
     Raises:
         RunError: It is one of `inputs` or a folder above one.
@@ -226,7 +226,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def run_file(folder: Path, name: str) -> Path | None:
-    """A file of a run, looked for above the folder too where that is a checkpoint; None if there is none."""
+    """A file of a run, also looked for in the parent folder of a checkpoint; None if there is none."""
     folders = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
     return next((place / name for place in folders if (place / name).is_file()), None)
 

@@ -107,7 +107,7 @@ def report(line: str) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a fresh process, which finds this package even where it is not installed."""
+    """The environment of a fresh process, which can import this package even if it is not installed."""
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 

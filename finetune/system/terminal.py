@@ -32,7 +32,7 @@ def silence_upstream() -> None:
 
 
 def interactive_console() -> Any:
-    """Standard error as a rich `Console`; None if it is no terminal that can redraw a line.
+    """Standard error as a rich `Console`; None if it is not a terminal that can redraw a line.
 
     `FORCE_COLOR`, which notebooks and CI set, makes rich take a file or a pipe for a terminal. A command in a cell of a
     notebook has a terminal, but the cell keeps every line that was ever drawn.

@@ -307,8 +307,8 @@ class RestoreCounters(TrainerCallback):  # type: ignore[misc]
 class EpochOrder(torch.utils.data.Sampler[int]):
     """The rows of an epoch in an order that depends on seed and epoch alone; padding rows come last.
 
-    The epoch is read from the trainer, so it is right in a resumed run: on several ranks upstream's sampler is not told
-    the epoch (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
+    The epoch is read from the trainer, so it is right in a resumed run: on several ranks upstream's sampler does not
+    get the epoch (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
     """
 
     def __init__(self, trainer: Trainer, dataset: Any) -> None:

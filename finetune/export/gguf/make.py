@@ -42,7 +42,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """The GGUF files to write of a model, and what they are measured on."""
+    """The GGUF files to write for a model, and the rows that they are measured on."""
 
     model: Path
     """A folder with a whole model."""
@@ -52,7 +52,7 @@ class GgufPlan:
     """The files are called `NAME-TYPE.gguf`."""
     tokenizer: TokenizerMetadata
     imatrix: Importance | Calibration | None
-    """The importance matrix, or what it is collected from; None for no matrix."""
+    """The importance matrix, or the rows to compute it from; None for no matrix."""
     always_matrix: bool
     """Files without the matrix are not tried."""
     measurement: Measurement
@@ -194,7 +194,7 @@ def _matrices_to_try(file_type: str, importance: Importance | None, always: bool
 
 
 def _kl(figures: ModelFigures) -> float:
-    """A file's mean KL, of which the better file has less; infinity if it could not be measured."""
+    """A file's mean KL (less is better); infinity if it could not be measured."""
     kl = figures.get("kl")
     return math.inf if kl is None or math.isnan(kl) else kl
 

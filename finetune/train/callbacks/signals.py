@@ -26,8 +26,8 @@ class Stopped(KeyboardInterrupt):
 def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """Makes SIGINT and SIGTERM finish the current step, save a checkpoint and stop; a second SIGINT stops at once.
 
-    All ranks stop at the same step, whichever of them got the signal. The list that is yielded holds the
-    signal's number once one has come.
+    All ranks stop at the same step, even if only one got the signal. Yields a list, empty until a signal comes, then
+    with its number.
     """
     stopped: list[int] = []
     first_signal_at = 0.0

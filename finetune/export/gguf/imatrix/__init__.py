@@ -1,1 +1,1 @@
-"""The importance matrix: what it is computed from, and its files."""
+"""The importance matrix: its computation from rows, and its file formats."""

@@ -2,7 +2,7 @@
 
 llama.cpp's server (`server.py`) returns no logits, nor the ids of a text in which nothing is a control token. So they
 come from the C interface of xllamacpp's shared library, whose structs change from release to release: a field is found
-by the default values around it, and llama.cpp is asked afterwards what it made of the values.
+by the default values around it, and a check afterwards shows that llama.cpp took the values.
 """
 
 from __future__ import annotations

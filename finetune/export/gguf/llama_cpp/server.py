@@ -1,4 +1,4 @@
-"""Runs a GGUF file in llama.cpp's server, from the package xllamacpp; it listens on this machine alone."""
+"""Runs a GGUF file in llama.cpp's server, from the package xllamacpp; it listens on the loopback address only."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Python's `str.strip` does. Go's text/template gives up at a depth of 100,000, so
 template trims together with another text is trimmed apart here; the two differ where one of them is nothing but blanks
 (a system text folded into a question by `model.system_role: fold`).
 
-Tools are left out: Go writes JSON otherwise than Jinja does. Ollama refuses a request with tools then.
+Tools are left out, because Go writes JSON differently from Jinja. Ollama then refuses requests with tools.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Scheme:
     trims: frozenset[str]
     """The roles whose texts are trimmed."""
     place: Literal["refused", "front", "inside", "anywhere"] = "refused"
-    """The place of the system text: none; before the first turn; in the first user turn; a turn wherever it stands."""
+    """The place of the system text: none; before the first turn; in the first user turn; a turn of its own anywhere."""
     start: str = ""
     """The text before the system text: from the beginning, or within the user turn."""
     after: str = ""

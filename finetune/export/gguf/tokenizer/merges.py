@@ -133,7 +133,7 @@ def _adds_space_prefix(source: TokenizerFiles) -> bool:
 
 
 def _check_merges(source: TokenizerFiles, ranks: dict[str, int]) -> None:
-    """Notes tokens that llama.cpp would merge by their scores otherwise than by the trained merges."""
+    """Notes tokens that llama.cpp, by their scores, would merge differently from the trained tokenizer."""
     pairs, last = set(source.merges), ""
     mixed = []
     seen: set[str] = set()

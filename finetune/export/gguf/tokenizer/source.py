@@ -14,7 +14,7 @@ from finetune.system.terminal import quiet
 
 @dataclass(frozen=True)
 class Difference:
-    """A way in which llama.cpp tokenizes otherwise than the trained tokenizer, whatever the file's metadata."""
+    """A difference of llama.cpp's tokens from the trained tokenizer's that no metadata of the file can remove."""
 
     what: str
     """One line for the report."""
