@@ -173,7 +173,7 @@ FAULTS = {
             "write one, two or the path of a .jinja file",
             "r.yaml:7: model.atn_implementation: is unknown; write attn_implementation",
             "r.yaml:8: model.zzz: is unknown; write one of name_or_path, revision, dtype, "
-            "attn_implementation, chat_template, system_role, resize_embeddings, adapter, trust_remote_code",
+            "attn_implementation, chat_template, chat_template_kwargs, system_role, resize_embeddings, adapter, trust_remote_code",
         ],
     ),
     "the data": (
@@ -811,6 +811,7 @@ def test_to_yaml() -> None:
         "  dtype: auto  # default\n"
         "  attn_implementation: null  # default\n"
         "  chat_template: null  # default\n"
+        "  chat_template_kwargs: {}  # default\n"
         "  system_role: template  # default\n"
         "  resize_embeddings: false  # default\n"
         "  adapter: null  # default\n"

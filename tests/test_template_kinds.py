@@ -3,14 +3,19 @@
 import copy
 import json
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from test_chat import chat, prove, refusal, said, talk, tokenizer, trained
 
 from finetune.data.chat import Chat
+from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.template import load_template
+from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import LabelError, TemplateError
+from finetune.train.run import _ends_of_turns, _Rows
 
 BODY = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -432,3 +437,64 @@ def test_shipped_templates_write_the_answer_of_a_tool_as_json(name: str, turn: s
     messages = [*talk("Tide?", "I look."), {"role": "tool", "content": answer}]
     text = own.apply_chat_template(messages, tokenize=False, chat_template=template)
     assert text.endswith(turn.replace("{}", shown))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Templates that fail on any conversation
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["read first", "streamed"])
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            "\n{% for m in messages %}",
+            "chat template: line 2: Unexpected end of template. Jinja was looking for the following tags: 'endfor' or "
+            "'else'. The innermost block that needs to be closed is 'for'.",
+        ),
+        ("{{ bos_token | shout }}", "chat template: line 1: No filter named 'shout'."),
+        ("{{ shout(messages) }}", "chat template: the chat template refuses it: 'shout' is undefined"),
+        ("{{ messages[0].content + 1 }}", None),
+    ],
+)
+def test_a_template_that_fails_on_any_conversation(
+    template: str, fault: str | None, on_bad_row: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"messages": talk("Rye?", "Dry.")}, {"messages": talk("Oats?", "Damp.")}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    section = DataSection(train=[DataSource(path="rows.jsonl", streaming=streaming)], on_bad_row=on_bad_row)
+    with pytest.raises(TemplateError) as caught:
+        build_datasets(section, chat(template), None)
+    words = 'chat template: the chat template fails on it: can only concatenate str (not "int") to str'
+    assert str(caught.value) == (fault or words)
+
+
+def test_rows_that_a_template_refuses_beside_one_that_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [talk("Rye?", "Dry."), talk("Oats?", "Damp.", system="Be kind.")]
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    template = "{% if messages[0].role != 'system' %}{{ shout(messages) }}{% endif %}" + PLAIN
+    train, _ = build_datasets(DataSection(train=[DataSource(path=str(path))], on_bad_row="skip"), chat(template), None)
+    assert train.ledger.bad == {"the chat template refuses it: 'shout' is undefined": 1}
+    assert train.ledger.kept == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The EOS of a run
+
+
+def test_the_end_of_turn_of_templates_that_only_rows_show() -> None:
+    """A template that refuses all conversations it is asked with, and writes the next header unasked."""
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('a system text is needed') }}{% endif %}"
+    own = chat(needs + BODY + HEADER)
+    row = own.encode(talk("Rye?", "Dry.", "Oats?", "Damp.", system="Be kind."))
+    rows = Prepared(Dataset.from_dict({"labels": [row.labels.tolist()]}))
+    assert not own.finds_end_of_turn
+    ends = _ends_of_turns(_Rows(own.tokenizer, own, True, rows, Prepared(None), False))
+    assert own.tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>"]
+    # Where the template shows it, it is known without rows.
+    own = chat(BODY + HEADER)
+    assert own.tokenizer.convert_ids_to_tokens(own.end_of_turn_id) == "<|im_end|>"
+    assert _ends_of_turns(_Rows(own.tokenizer, own, True, rows, Prepared(None), False)) == []

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.cache import CachedSource
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import Preparation, RowResult, prepare
+from finetune.data.prepare import Preparation, RowResult, check_template, prepare
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
 from finetune.system.terminal import Say
@@ -83,7 +83,7 @@ def build_datasets(
     preparation = Preparation(section, chat, max_length)
     eval_sources = _cached(preparation, section.eval, say)
     if any(source.streaming for source in section.train):
-        evaluation, eval_texts = _evaluation(section, eval_sources, {})
+        evaluation, eval_texts = _evaluation(section, chat, eval_sources, {})
         return _stream(preparation, eval_texts), evaluation
     sources = _cached(preparation, section.train, say)
     ledger = Ledger()
@@ -91,7 +91,7 @@ def build_datasets(
         cached.count_into(ledger)
     rows = _distinct(section, sources, ledger)
     held_out = _held_out(section, rows)
-    evaluation, eval_texts = _evaluation(section, eval_sources, held_out)
+    evaluation, eval_texts = _evaluation(section, chat, eval_sources, held_out)
     ledger.read -= len(held_out)
 
     chosen: list[SourceRow] = []
@@ -109,7 +109,7 @@ def build_datasets(
         chosen += [(cached, row) for row in _drawn(section, cached, left, ledger)]
     train = Prepared(_dataset(chosen, ledger), ledger, _digest(chosen))
     if not ledger.trained_tokens:
-        raise DataError(f"no row is left to train on: {ledger.summary()}")
+        raise _no_rows(chat, "no row is left to train on", ledger)
     return train, evaluation
 
 
@@ -127,7 +127,7 @@ def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) ->
     """
     if section.eval_fraction is not None:
         return build_datasets(section, chat, max_length)[1]
-    return _evaluation(section, _cached(Preparation(section, chat, max_length), section.eval), {})[0]
+    return _evaluation(section, chat, _cached(Preparation(section, chat, max_length), section.eval), {})[0]
 
 
 def _cached(preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None) -> list[CachedSource]:
@@ -166,7 +166,7 @@ def _held_out(section: DataSection, rows: list[SourceRow]) -> dict[SourceRow, No
 
 
 def _evaluation(
-    section: DataSection, sources: list[CachedSource], held_out: dict[SourceRow, None]
+    section: DataSection, chat: Chat, sources: list[CachedSource], held_out: dict[SourceRow, None]
 ) -> tuple[Prepared, set[bytes]]:
     """The evaluation rows, and the digests of their texts."""
     ledger = Ledger()
@@ -178,7 +178,7 @@ def _evaluation(
     origins = [origin for cached, row in rows for origin in cached.origins(row)]
     evaluation = Prepared(_dataset(rows, ledger), ledger, _digest(rows), origins)
     if section.eval and not ledger.trained_tokens:
-        raise DataError(f"data.eval: no row is left to evaluate on: {ledger.summary()}")
+        raise _no_rows(chat, "data.eval: no row is left to evaluate on", ledger)
     return evaluation, {cached.digests(row)[0] for cached, row in rows}
 
 
@@ -233,7 +233,7 @@ def _stream(preparation: Preparation, eval_texts: set[bytes]) -> Prepared:
     rows = partial(_streamed, preparation, eval_texts)
     # Errors in the first rows, and a stream without rows, are reported before training starts.
     if next(rows(tried := Ledger()), None) is None:
-        raise DataError(f"no row is left to train on: {tried.summary()}")
+        raise _no_rows(preparation.chat, "no row is left to train on", tried)
     ints = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"row": datasets.Value("string"), "input_ids": ints, "labels": ints})
     stream = datasets.IterableDataset.from_generator(lambda: rows(ledger), features=features)
@@ -292,6 +292,17 @@ def _kept(
             break
         else:
             del streams[i]
+
+
+def _no_rows(chat: Chat, fault: str, ledger: Ledger) -> DataError:
+    """The error for rows of which none is left.
+
+    Raises:
+        TemplateError: The chat template has the fault of the bad rows with any conversation.
+    """
+    for reason in ledger.bad:
+        check_template(chat, reason)
+    return DataError(f"{fault}: {ledger.summary()}")
 
 
 def _leak(row: str) -> DataError:

@@ -334,21 +334,29 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             result.dropped = "" if result.pieces else result.dropped
         except LabelError as error:
             if preparation.section.on_bad_row == "error":
-                _check_template(preparation.chat, error)
+                check_template(preparation.chat, error.reason)
                 raise DataError(f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip") from error
             result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
 
 
-def _check_template(chat: Chat, error: LabelError) -> None:
-    """Raises TemplateError if the shortest conversation has the same error: the template is wrong, not the row."""
+def check_template(chat: Chat, reason: str) -> None:
+    """Checks that a fault of a row is the row's: the shortest conversations do not all have it.
+
+    Args:
+        chat: The tokenizer and its chat template.
+        reason: The fault of a row that is a conversation.
+
+    Raises:
+        TemplateError: The fault is the template's.
+    """
     if chat.tokenizer.chat_template is None:
         return
     try:
         _ = chat.end_of_turn_id
     except TemplateError as fault:
-        if isinstance(fault.__cause__, LabelError) and fault.__cause__.reason == error.reason:
+        if isinstance(fault.__cause__, LabelError) and fault.__cause__.reason == reason:
             raise
 
 

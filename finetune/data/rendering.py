@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
 from finetune.data.template_variables import variable_fault
@@ -74,6 +75,9 @@ class Renderer:
                         **variables or {},
                     )
                 )
+        except TemplateSyntaxError as error:
+            # No conversation can be rendered. A filter that Jinja lacks is such an error, too.
+            raise TemplateError(f"chat template: line {error.lineno}: {error.message}") from error
         except JinjaError as error:
             # What a template says after a semicolon is taken as the detail of this conversation.
             reason, _, detail = (error.message or "").partition("; ")
