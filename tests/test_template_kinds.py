@@ -4,6 +4,7 @@ import copy
 import json
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from test_chat import chat, prove, refusal, said, talk, tokenizer, trained
 
 from finetune.data.chat import Chat
 from finetune.data.mixture import Prepared, build_datasets
+from finetune.data.samples import encoded_sample_rows, sample_rows
 from finetune.data.template import load_template
+from finetune.export.verify import _token_ids
+from finetune.hub.card import _example_prompt
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import LabelError, TemplateError
 from finetune.train.run import _ends_of_turns, _Rows
@@ -498,3 +502,18 @@ def test_the_end_of_turn_of_templates_that_only_rows_show() -> None:
     own = chat(BODY + HEADER)
     assert own.tokenizer.convert_ids_to_tokens(own.end_of_turn_id) == "<|im_end|>"
     assert _ends_of_turns(_Rows(own.tokenizer, own, True, rows, Prepared(None), False)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Templates that take no conversation without tools, in a model card and in an export's figures
+
+
+def test_sample_conversations_that_a_template_refuses_are_plain_text(tmp_path: Path) -> None:
+    template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + PLAIN
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    assert _example_prompt(tmp_path) == (None, False)
+    own = chat(template)
+    first = json.loads(sample_rows().read_text(encoding="utf-8").splitlines()[0])["messages"]
+    text = "\n".join(message["content"] for message in first)
+    assert own.tokenizer.decode(encoded_sample_rows(own)[0].input_ids) == f"<bos>{text}<eos>"
+    assert own.tokenizer.decode(_token_ids(SimpleNamespace(chat=own))[0]) == f"<bos>{text}"

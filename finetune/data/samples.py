@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.data.chat import IGNORE, Chat
 from finetune.data.language import language
+from finetune.system.errors import LabelError, TemplateError
 
 # The name of the sample rows in reports, which name other rows by the path of their source.
 SAMPLE_ROWS = "sample rows of this project"
@@ -35,19 +36,17 @@ class LabelledRow:
 
 
 def encoded_sample_rows(chat: Chat) -> list[LabelledRow]:
-    """The sample conversations as encoded rows; as plain text if the tokenizer has no chat template.
+    """The sample conversations as encoded rows; as plain text those that no chat template takes.
 
-    Raises:
-        LabelError: The chat template refuses them.
+    A template may need tools or thinking, which the samples have not, and the tokenizer may have none.
     """
     rows = []
     for line in sample_rows().read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
-        encoded = (
-            chat.encode(messages)
-            if chat.tokenizer.chat_template is not None
-            else chat.encode_text("", "\n".join(message["content"] for message in messages))
-        )
+        try:
+            encoded = chat.encode(messages)
+        except (LabelError, TemplateError):
+            encoded = chat.encode_text("", "\n".join(message["content"] for message in messages))
         rows.append(LabelledRow(encoded.input_ids.tolist(), encoded.labels.tolist()))
     return rows
 
@@ -64,9 +63,6 @@ def rows_by_language(
         where: The description of their origin.
         chat: The tokenizer that encoded them.
         count: The most sample rows for a missing language.
-
-    Raises:
-        LabelError: The chat template refuses the sample rows.
     """
 
     def of(row: LabelledRow) -> str:

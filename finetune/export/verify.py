@@ -18,7 +18,7 @@ from finetune.data.samples import LabelledRow, sample_rows
 from finetune.evaluate.perplexity import score, score_groups
 from finetune.export.report import Activations, ModelFigures, ScoreFigures
 from finetune.system import fresh_process
-from finetune.system.errors import FinetuneError, first_line
+from finetune.system.errors import FinetuneError, LabelError, TemplateError, first_line
 
 # An answer that has not ended after so many tokens counts as one that does not end.
 ANSWER_TOKENS = 64
@@ -114,13 +114,15 @@ def _load_and_measure(task: _Task) -> ModelFigures:
 
 
 def _token_ids(generator: Any) -> list[list[int]]:
-    """Sample conversations, rendered and tokenized by the folder's chat template and tokenizer."""
+    """Sample conversations, rendered and tokenized by the folder's chat template and tokenizer, or as plain text."""
     tokenizer = generator.chat.tokenizer
     ids = []
     for line in sample_rows().read_text(encoding="utf-8").splitlines()[:CONVERSATIONS]:
         messages = json.loads(line)["messages"]
-        plain = tokenizer.chat_template is None
-        text = "\n".join(m["content"] for m in messages) if plain else generator.chat.render(messages)
+        try:
+            text, plain = generator.chat.render(messages), False
+        except (LabelError, TemplateError):  # it has no template, or one that needs more than these messages have
+            text, plain = "\n".join(message["content"] for message in messages), True
         ids.append(list(tokenizer(text, add_special_tokens=plain)["input_ids"]))
     return ids
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, sample_rows
 from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance
 from finetune.export.gguf.imatrix.files import Importance, check_fits, read_imatrix, write_imatrix
@@ -21,6 +22,7 @@ from finetune.export.report import ModelFigures
 from finetune.export.transformers import saved_dtype
 from finetune.export.verify import CONVERSATIONS
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
+from finetune.system.errors import LabelError, TemplateError
 from finetune.system.terminal import Say
 
 # Types that an importance matrix does not change.
@@ -202,6 +204,7 @@ def _kl(figures: ModelFigures) -> float:
 def _with_texts(plan: GgufPlan) -> Measurement:
     """The measurement with texts, sample conversations, and their beginnings up to the last answers, as trained."""
     tokenizer = trained_tokenizer(plan.model)
+    chat = Chat(tokenizer)
     texts = [
         TokenizedText(text, ids)
         for text, ids in expected_ids(plan.model, plan.tokenizer.fields, probe_texts())
@@ -211,12 +214,14 @@ def _with_texts(plan: GgufPlan) -> Measurement:
     prompts: list[TokenizedText] = []
     for line in sample_rows().read_text(encoding="utf-8").splitlines()[:CONVERSATIONS]:
         messages = json.loads(line)["messages"]
-        if tokenizer.chat_template is None:
+        try:
+            rendered = [(messages, whole, chat.render(messages))]
+            rendered.append((messages[:-1], prompts, chat.render(messages[:-1], add_generation_prompt=True)))
+        except (LabelError, TemplateError):  # there is no template, or it needs more than these messages have
             text = "\n".join(message["content"] for message in messages)
             whole.append(TokenizedText(text, list(tokenizer(text)["input_ids"])))
             continue
-        for part, into, ask in ((messages, whole, False), (messages[:-1], prompts, True)):
-            text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask)
+        for part, into, text in rendered:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             into.append(TokenizedText(text, list(ids), messages=part))
     return replace(plan.measurement, texts=texts, conversations=whole, prompts=prompts)
