@@ -1,7 +1,7 @@
 """The files of a push: those of a run, a merged model or an export that are on a list, and the model card.
 
-In text files the base is named by its id on the Hub, and paths of this machine are shortened to their last part. A file
-that holds a token stops the push.
+In text files the base is named by its id on the Hub; absolute paths become relative to the working directory, or keep
+only their last part. A file that holds an access token stops the push.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune.system.terminal import Say
 # The files of a full model's weights.
 MODEL_FILES = (MODEL_WEIGHTS, "model-*-of-*.safetensors")
 _WEIGHTS = (*MODEL_FILES, ADAPTER_WEIGHTS, "*.gguf")
-# The only files that are pushed: no checkpoints, optimizer states, pickles or caches, whatever their names are.
+# The only files that are pushed. All others stay: checkpoints, optimizer states, sampled answers, pickles, caches.
 _PUSHED = (
     *_WEIGHTS,
     *(ADAPTER_CONFIG, "config.json", "generation_config.json", WEIGHTS_INDEX),

@@ -95,8 +95,8 @@ class Update:
         changes: The changes, which `check_combination` passed.
         shape: The tensor's shape.
         adapters: The adapters of the merge, in order.
-        read_base: Returns rows `start` to `stop` of the base's tensor, in the dtype that the run held it in, in
-            memory that may be changed.
+        read_base: Returns a copy of rows `start` to `stop` of the base's tensor, in the dtype in which the run loaded
+            it; the copy is changed in place.
 
     Raises:
         MergeError: The product has another shape.

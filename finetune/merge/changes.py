@@ -50,7 +50,7 @@ class Change:
 
 
 def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, Change]], set[str]]:
-    """The changes of an adapter, each with the name of its tensor in memory; and the tied tensors that stay tied.
+    """The changes of an adapter, each with the name of its tensor in memory; and the tensors that stay tied.
 
     Args:
         folder: The adapter's folder.
@@ -58,7 +58,7 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
         model: The base on the meta device; PEFT wraps it, so it cannot be used for anything else afterwards.
 
     Returns:
-        The changes, and the names of tied tensors that take over the changes of the tensor that they are tied to.
+        The changes, and the names of tied tensors without changes of their own: they share the changed tensor.
 
     Raises:
         MergeError: The adapter was trained on another base, is damaged, or has a part that cannot be merged.

@@ -124,8 +124,9 @@ class TensorNames:
 
     Attributes:
         on_disk_of: The name on disk by the name in memory.
-        fused: The fused tensors by the name in memory of the first parameter that they make: pattern, name on disk.
-        tied: The name of the tensor that another one is tied to, by the other's.
+        fused: For the first parameter that a fused tensor is split into, by its name in memory: the pattern of the
+            rule and the tensor's name on disk.
+        tied: For each tied tensor the name of the tensor whose weights it shares.
 
     Raises:
         MergeError: A tensor has another shape than the model's config gives it.

@@ -14,7 +14,7 @@ from finetune.system.terminal import quiet
 # The key of our copy's text config with the number of rows that its base has; no other model has it.
 RESIZED_FROM = "finetune_resized_from"
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-# Written anew, or of weights that are written anew.
+# Not copied: `save_pretrained` writes them, or they index weights that it writes.
 _OWN_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -31,11 +31,11 @@ def check_token_ids(token_ids: Iterable[int | None], tokenizer: Any, config: Any
 
     Args:
         token_ids: The tokens that occur.
-        tokenizer: The model's.
-        config: The model's.
+        tokenizer: The model's tokenizer.
+        config: The model's config.
 
     Raises:
-        ModelError: It has not.
+        ModelError: A token that occurs has no row.
     """
     highest = max((token for token in token_ids if token is not None), default=0)
     rows = getattr(config.get_text_config(), "vocab_size", None) or highest + 1
@@ -53,8 +53,8 @@ def tokens_of_any_row(chat: Chat, streamed: bool, special_tokens: bool) -> list[
 
     Args:
         chat: The tokenizer and its chat template.
-        streamed: Whether rows are read while training; then all added tokens that rows may hold are returned, too.
-        special_tokens: Whether text may spell special tokens.
+        streamed: True if rows are read while training: then all added tokens that rows may hold are returned, too.
+        special_tokens: True if text may spell special tokens.
     """
     tokenizer = chat.tokenizer
     has_template = tokenizer.chat_template is not None
@@ -85,18 +85,18 @@ def new_tokens(config: Any) -> list[int]:
 def write_resized(path: str, revision: str | None, trust_remote_code: bool, rows: int, into: Path) -> None:
     """Writes a copy of a model whose input and output embeddings have more rows.
 
-    A new row is the mean of the old ones, as that of transformers' `mean_resizing` is but for a noise of 1e-9. It is
-    summed in float64, so that each machine and each rank gets the same bits. The model is loaded whole, on the CPU.
+    Each new row is the mean of the old rows, like transformers' `mean_resizing` without its noise of 1e-9. It is summed
+    in float64, so that each machine and each rank gets the same bits. The model is loaded whole, on the CPU.
 
     Args:
         path: The model's directory, or its id on the Hub.
         revision: Its revision on the Hub.
-        trust_remote_code: Whether its own code may run.
+        trust_remote_code: True if its own code may run.
         rows: The rows to have.
         into: The folder to write to.
 
     Raises:
-        ModelError: The model is quantised, lacks weights, or has a further table of a row for each token.
+        ModelError: The model is quantised, lacks weights, or has a third table with a row for each token.
     """
     import torch
     from huggingface_hub import snapshot_download

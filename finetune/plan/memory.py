@@ -51,7 +51,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phases: dict[str, dict[str, int]] = {}
         self.flops = 0
         self.operators = 0  # without views, which make no tensor
-        self.times = 1  # each operator counts so often; see `fake_device.emulate_device`
+        self.times = 1  # the factor of each operator's FLOPs; see `fake_device.emulate_device`
         self._live: dict[int, list[Any]] = {}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Predicts the memory and FLOPs of a training step on given hardware, for any batch and settings."""
+"""Predicts the memory and FLOPs of a training step, on given hardware, from steps on fake tensors (plan/step.py)."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ class Predictor:
         computed = 2 if model.mixed_precision != "no" else 4
         parts = dict(cost.parts)
         if model.mixed_precision == "bf16" and settings.recipe.lora is None and not replicated:
-            # FSDP gathers float32 weights in bfloat16, where one GPU makes bfloat16 copies of them. So these parts are
-            # those of a bfloat16 model. (There is no such model for float16, for which the copies stay counted.)
+            # FSDP gathers float32 weights in bfloat16, and makes no bfloat16 copies of them as autocast does on one
+            # GPU. So these parts are those of a bfloat16 model. With fp16 the copies are counted, which is too much.
             in_bf16 = replace(settings.recipe, model=settings.recipe.model.model_copy(update={"dtype": "bfloat16"}))
             parts |= {
                 name: size

@@ -158,7 +158,7 @@ class FakeModel:
         )
 
     def step(self, batch: Batch, optim: str, checkpointing: bool, accumulates: bool) -> StepCost:
-        """The cost of a step of a run in progress, when the optimizer has its state.
+        """The cost of any step after the first, when the optimizer has its state.
 
         Args:
             batch: The shape of the batch.
@@ -232,7 +232,7 @@ class FakeModel:
 
     def _forward_backward(self, batch: Batch, tracker: MemoryTracker, trained: list[torch.nn.Parameter]) -> None:
         """Runs the forward and backward pass of a batch."""
-        # Whether each row is one sequence, so that no mask is made, depends on values, which fake tensors lack.
+        # transformers reads the values of position_ids to find packed rows. Fake tensors have no values, so it is told.
         one_sequence: Patches = []
         if not batch.packed:
             one_sequence = [(masking_utils, {"find_packed_sequence_indices": lambda ids: None})]

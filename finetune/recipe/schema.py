@@ -39,7 +39,7 @@ class ModelSection(BaseModel):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of the loaded weights; auto: bfloat16 or float16, as the GPU computes in it, float32 on a CPU."""
+    """The dtype of the loaded weights; auto: bfloat16 on GPUs that compute in it, else float16; float32 on a CPU."""
     attn_implementation: str | None = None
     """As in `from_pretrained`; absent: chosen for the model and this device."""
     chat_template: str | None = None
@@ -49,7 +49,7 @@ class ModelSection(BaseModel):
     system_role: Literal["template", "fold", "turn", "error"] = "template"
     """How a system message is rendered: by the template, in the first user turn, as its own turn, or refused."""
     resize_embeddings: bool = False
-    """Gives each token of the tokenizer a row of the embeddings, where it has more; the new rows are trained."""
+    """Grows the embeddings if the tokenizer has more tokens than they have rows; the new rows are trained."""
     adapter: str | None = None
     """A run, or a folder with a LoRA adapter, to continue training; its `lora` settings and chat template are used."""
     trust_remote_code: bool = False
@@ -101,9 +101,9 @@ class DataSection(BaseModel):
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
     """The tokens that are trained on; absent: assistant, completion or all, by the format."""
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
-    """The treatment of a row longer than `training.max_length`."""
+    """For a row longer than `training.max_length`: keep the turns that fit, make several rows, drop it, or stop."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """The treatment of a row that cannot be read or whose labels cannot be proved."""
+    """For a row that cannot be read or whose labels cannot be proved: stop, or count it and go on."""
     merge_same_role: bool = False
     """Merges consecutive messages of one role."""
     deduplicate: bool = True

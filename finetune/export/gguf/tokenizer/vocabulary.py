@@ -93,7 +93,8 @@ def expected_ids(model: Path, metadata: dict[str, Any], texts: Iterable[str]) ->
     bos = tokenizer.bos_token if metadata["tokenizer.ggml.add_bos_token"] else ""
     before = ""
     if metadata["tokenizer.ggml.model"] == "llama" and not metadata["tokenizer.ggml.add_space_prefix"]:
-        # Behind nothing, or without a space, some tokenizers write one; no conversation has such places.
+        # Some tokenizers insert a space at the start of a text. A conversation never starts with plain text, so the
+        # text gets a prefix.
         before = "" if bos else tokenizer.eos_token
         first = tokenizer.tokenize(f"{tokenizer.eos_token}a", add_special_tokens=False)[1]
         before += " " if first.startswith(SPACE) else ""
