@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Generator:
             config = CompileConfig()
             config._compile_all_devices = True  # transformers 5.23 would leave a CPU out, and only warn
             options |= {"cache_implementation": "static", "compile_config": config}
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), quiet(), _without_router_logits(self.model.config.get_text_config()):
             return self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
@@ -175,6 +176,24 @@ class Generator:
             raise failure[0]
         if not result or result[-1] not in self.stop_ids:
             yield CUT_OFF
+
+
+@contextmanager
+def _without_router_logits(config: Any) -> Iterator[None]:
+    """Turns off the router's logits of a model with experts, with which `generate` fails on a padded batch.
+
+    Its load balancing loss takes the mask of all tokens so far and the logits of the new one.
+
+    Source: transformers 5.23 `models/mixtral/modeling_mixtral.py`, `load_balancing_loss_func`.
+    """
+    wanted = getattr(config, "output_router_logits", False)
+    if wanted:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if wanted:
+            config.output_router_logits = wanted
 
 
 def load_generator(

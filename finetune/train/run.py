@@ -43,11 +43,14 @@ from finetune.train.callbacks.memory_check import MemoryCheck
 from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_losses
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import Stopped, stop_on_signals
+from finetune.train.callbacks.soft import soft, softly
 from finetune.train.loss import use_token_head
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
 from finetune.train.trainer import RestoreCounters, Trainer, layer_classes, saving
 
+# What trl sets in a config with experts.
+_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 # Called with the recipe, the trainer's arguments, the training rows (None for a stream) and the base.
 MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base], None]
 
@@ -151,8 +154,9 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         if rows.streamed and main:
             rows.write_ledgers(output)
             say(f"data: {rows.train.ledger.summary()}")
-        _save_finished_run(trainer, output)
-        trackers.close_trackers(trainer, output, wants_artifact)
+        _save_finished_run(trainer, output, say)
+        with softly("the end of the trackers' runs", say):
+            trackers.close_trackers(trainer, output, wants_artifact)
     distributed.leave_group()
     say(f"saved: {output}")
     if main and recipe.hub.repo_id:
@@ -244,6 +248,8 @@ def _ends_of_turns(rows: _Rows) -> list[int]:
 def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> Trainer:
     data, evaluation = rows.train, rows.evaluation
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    text_config = model.config.get_text_config()
+    router = {name: getattr(text_config, name) for name in _ROUTER_KEYS if hasattr(text_config, name)}
     with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
         trainer = Trainer(
             model=model,
@@ -280,6 +286,10 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
                 parameter.data = trained[name]
     trainer.initial_adapter = initial_adapter(trainer.model)
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
+    # trl 1.16 turns the router's logits on in the config (`SFTTrainer.__init__`), and asks for them with every batch
+    # anyway (`compute_loss`). Left on, they make `generate` fail on a padded batch, here and with what is saved.
+    for name, value in router.items():
+        setattr(text_config, name, value)
     return trainer
 
 
@@ -317,15 +327,16 @@ def _add_callbacks(
         trainer.add_callback(PackedRowsCheck(trainer))
     trainer.add_callback(MemoryCheck(trainer, say))
     start_step = checkpoint.read_marker(start)["step"] if start else 0
-    trainer.add_callback(trackers.RunDocuments(output, trainer))
+    trainer.add_callback(soft(trackers.RunDocuments(output, trainer), "the documents for trackers", say))
     if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):
         stop_ids = trainer.model.generation_config.eos_token_id
-        trainer.add_callback(trackers.Samples(output, trainer, rows.chat, stop_ids, start_step))
-    trainer.add_callback(MetricsLog(output, start_step, trainer))
-    wants_artifact = trackers.configure_trackers(trainer, start_step)
-    trainer.add_callback(progress)
+        samples = trackers.Samples(output, trainer, rows.chat, stop_ids, start_step)
+        trainer.add_callback(soft(samples, "samples", say))
+    trainer.add_callback(soft(MetricsLog(output, start_step, trainer), "metrics.jsonl", say))
+    wants_artifact = trackers.configure_trackers(trainer, start_step, say)
+    trainer.add_callback(soft(progress, "the progress display", say))
     if recipe.hub.repo_id and recipe.hub.every_n_saves:
-        trainer.add_callback(uploads)
+        trainer.add_callback(soft(uploads, "hub: the push of a checkpoint", say))
     return wants_artifact
 
 
@@ -371,7 +382,7 @@ def _just_evaluated(trainer: Trainer) -> bool:
     return any("eval_loss" in r and r["step"] == trainer.state.global_step for r in trainer.state.log_history)
 
 
-def _save_finished_run(trainer: Trainer, output: Path) -> None:
+def _save_finished_run(trainer: Trainer, output: Path, say: Say) -> None:
     """Writes the finished run's files. The weights are moved last: a run that has them has all else."""
     part = output / ".finished"
     with saving(part), quiet():
@@ -380,12 +391,14 @@ def _save_finished_run(trainer: Trainer, output: Path) -> None:
             trainer.model.generation_config.save_pretrained(part)
     if not trainer.args.should_save:
         return
-    draw_losses(output / "metrics.jsonl", output / "loss.png")
+    with softly("loss.png", say):
+        draw_losses(output / "metrics.jsonl", output / "loss.png")
     for path in sorted(part.iterdir()):
         files.sync(path)
         if path.name not in checkpoint.WEIGHTS:
             path.replace(output / path.name)
-    files.write_whole(output / "README.md", model_card(output))
+    with softly("README.md", say):
+        files.write_whole(output / "README.md", model_card(output))
     for path in sorted(part.iterdir()):
         path.replace(output / path.name)
     shutil.rmtree(part)

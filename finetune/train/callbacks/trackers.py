@@ -26,7 +26,8 @@ from finetune.data.samples import LabelledRow
 from finetune.model.generate import Generator
 from finetune.system import files
 from finetune.system.errors import RunError
-from finetune.system.terminal import quiet
+from finetune.system.terminal import Say, quiet
+from finetune.train.callbacks.soft import soft
 from finetune.train.trainer import Trainer
 
 _TRACKING = "tracking.json"
@@ -226,10 +227,13 @@ def _as_code(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def configure_trackers(trainer: Trainer, start_step: int) -> bool:
+def configure_trackers(trainer: Trainer, start_step: int, say: Say) -> bool:
     """Configures the trackers before training; returns whether wandb is to get the finished run as an artifact."""
     wants_artifact = False
+    names = {kind: name for name, kind in upstream.INTEGRATION_TO_CALLBACK.items()}
     for tracker in list(trainer.callback_handler.callbacks):
+        if name := names.get(type(tracker)):
+            soft(tracker, name, say, retried=False)
         if isinstance(tracker, upstream.WandbCallback):
             # transformers would make another trainer to save the model, and write a pickle of its arguments.
             wants_artifact = tracker._log_model.is_enabled
