@@ -1,4 +1,4 @@
-"""What is not the run's result may fail: it is said once, and the weights are those of a run in which it did not."""
+"""Failures next to the result: each is said once, and the weights are those of a run in which nothing failed."""
 
 from collections.abc import Callable
 from pathlib import Path
