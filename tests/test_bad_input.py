@@ -41,7 +41,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     ),
     "unknown role": (
         lines(chat(("user", "a"), ("bot", "b"))),
-        "rows.jsonl:1: message 2: unknown role 'bot'; known are system, user, assistant, tool" + MEND,
+        "rows.jsonl:1: message 2: unknown role 'bot'; known are system, developer, user, assistant, tool" + MEND,
     ),
     "invalid UTF-8": (
         lines(GOOD) + b'{"messages": "caf\xe9"}\n',

@@ -272,8 +272,8 @@ SHOUTS = load_template("chatml").replace("~ content -}}", "~ content | upper -}}
     [
         (
             HUMAN.replace("### Assistant:{% endif %}", "### Assistant:<think>{% endif %}"),
-            "message 2: what inference would feed before this turn is not what stands before it in the whole "
-            "conversation",
+            "message 2: inference feeds the beginning of a thought before this turn, which has none; add "
+            "reasoning_content, or switch thinking off by chat_template_kwargs",
         ),
         (SHOUTS, "message 1: the chat template leaves out or changes the user's text"),
         (
@@ -434,10 +434,10 @@ def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
             "message 1: its text holds <|im_end|>, which is a special token of this tokenizer",
         ),
         (talk("\ud800", "b"), "message 1: its text holds a lone surrogate ('\\ud800'), which is no character"),
-        ([said("human", "a")], "message 1: unknown role 'human'; known are system, user, assistant, tool"),
-        ([said(None, "a")], "message 1: unknown role None; known are system, user, assistant, tool"),
-        ([said(["user"], "a")], "message 1: unknown role ['user']; known are system, user, assistant, tool"),
-        ([{"content": "a"}], "message 1: unknown role None; known are system, user, assistant, tool"),
+        ([said("human", "a")], "message 1: unknown role 'human'; known are system, developer, user, assistant, tool"),
+        ([said(None, "a")], "message 1: unknown role None; known are system, developer, user, assistant, tool"),
+        ([said(["user"], "a")], "message 1: unknown role ['user']; known are system, developer, user, assistant, tool"),
+        ([{"content": "a"}], "message 1: unknown role None; known are system, developer, user, assistant, tool"),
         ([said("user", None)], "message 1: its content is NoneType, not text"),
         ([said("user", 7)], "message 1: its content is int, not text"),
         ([said("user", [["a"]])], "message 1: its content is list, not text"),
@@ -462,7 +462,7 @@ def test_rows_that_are_refused(messages: list[dict[str, Any]], reason: str) -> N
 
 
 def test_an_error_has_its_parts_as_fields() -> None:
-    roles = "known are system, user, assistant, tool"
+    roles = "known are system, developer, user, assistant, tool"
     for messages, parts in (
         ([said("user", "a"), said("a; message 3: b", "c")], (1, "unknown role 'a; message 3: b'", roles)),
         ([], (None, "there is no assistant message", "")),

@@ -249,7 +249,7 @@ USER = {"role": "user", "content": "a"}
         ("messages", {"messages": "Hi"}, "it has no messages; it is a text, not a list"),
         ("messages", said("Hi"), "its messages are not a list of maps"),
         ("messages", said([USER]), "its messages are not a list of maps"),
-        ("messages", said({}), "message 1: unknown role None; known are system, user, assistant, tool"),
+        ("messages", said({}), "message 1: unknown role None; known are system, developer, user, assistant, tool"),
         ("messages", said({"role": "user", "content": 7}), "message 1: its content is int, not text"),
         ("messages", said({"role": "user", "content": {"a": 1}}), "message 1: its content is dict, not text"),
         ("messages", said({"role": "user", "content": [["a"]]}), "a message has parts that are not text"),
@@ -284,7 +284,7 @@ USER = {"role": "user", "content": "a"}
         (
             "sharegpt",
             {"conversations": [{"from": ["human"], "value": "a"}]},
-            "message 1: unknown role ['human']; known are system, user, assistant, tool",
+            "message 1: unknown role ['human']; known are system, developer, user, assistant, tool",
         ),
         (
             "sharegpt",
@@ -365,7 +365,9 @@ def test_a_reason_is_whole_whatever_the_row_holds() -> None:
     jsonl(talk("a", "b"), {"messages": [{"role": "x; message 1: y", "content": "a"}]})
     ledger = prepare(on_bad_row="skip").ledger
     assert ledger.bad == {"unknown role 'x; message 1: y'": 1}
-    assert ledger.first == {"unknown role 'x; message 1: y'": "rows.jsonl:2; known are system, user, assistant, tool"}
+    assert ledger.first == {
+        "unknown role 'x; message 1: y'": "rows.jsonl:2; known are system, developer, user, assistant, tool"
+    }
 
 
 def test_ledger_exactly() -> None:
@@ -401,6 +403,8 @@ def test_ledger_exactly() -> None:
         "trained_tokens": trained,
         "trained_share": round(trained / sum(lengths), 4),
         "lost_trained_tokens": 0,
+        "thinking_tokens": 0,
+        "trained_thinking_tokens": 0,
         "length": {"p5": short, "p25": short, "p50": middle, "p75": long, "p95": long, "p100": long},
         "histogram": [{"from": 1 + 4 * i, "to": 4 + 4 * i, "rows": n} for i, n in enumerate(counted)],
         "sources": {

@@ -461,13 +461,13 @@ def test_columns_that_are_read_elsewhere_are_not_counted() -> None:
             {"messages": "m", "history": "s"},
             {"m": PAIR, "s": "S"},
             "columns: history: the format messages does not read it; "
-            "it reads messages, system, system_prompt, tools, functions",
+            "it reads messages, system, system_prompt, tools, functions, chat_template_kwargs",
         ),
         (
             {"text": "t", "prompt": "t"},
             {"t": "a", "completion": "b"},
             "columns: text: the format prompt_completion does not read it; "
-            "it reads prompt, completion, system, system_prompt, tools, functions",
+            "it reads prompt, completion, system, system_prompt, tools, functions, chat_template_kwargs",
         ),
     ],
 )

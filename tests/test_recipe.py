@@ -833,6 +833,7 @@ def test_to_yaml() -> None:
         "  eval: []  # default\n"
         "  eval_fraction: null  # default\n"
         "  train_on: null  # default\n"
+        "  train_on_thinking: true  # default\n"
         "  on_overflow: truncate_turns  # default\n"
         "  on_bad_row: error  # default\n"
         "  merge_same_role: false  # default\n"

@@ -315,7 +315,8 @@ EXCEPTIONS: dict[str, Why | None] = {
     "qwen3_8": NEMOTRON._replace(
         reason="inference feeds `<think>` and a line break, and trl trains them: provable where the turn thinks, since "
         "the two line breaks of an empty thought are one token",
-        refused="message 2: a token straddles the start of the turn; the text begins with 'Hello!'",
+        refused="message 2: inference feeds the beginning of a thought before this turn, which has none; add "
+        "reasoning_content, or switch thinking off by chat_template_kwargs",
     ),
     "qwen3_instruct_2507": BREAK,
     "qwen3_vl": BREAK,

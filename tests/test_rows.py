@@ -712,11 +712,11 @@ def test_messages(keys: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def test_roles() -> None:
-    assert message(role="developer") == {"role": "system"}
+    assert message(role="developer") == {"role": "developer"}
     assert message(role="Developer") == {"role": "Developer"}
     turns = [{"from": role, "value": ""} for role in ("developer", "human", "gpt", "observation", "tool", "Human")]
     roles = [m["role"] for m in FORMATS["sharegpt"]({"conversations": turns})["messages"]]
-    assert roles == ["system", "user", "assistant", "tool", "tool", "Human"]
+    assert roles == ["developer", "user", "assistant", "tool", "tool", "Human"]
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_an_empty_thought_that_is_fed(thought: str) -> None:
     assert trained(own, row) == ["A week or so.<|im_end|>"]
     assert own.tokenizer.convert_ids_to_tokens([own.end_of_turn_id]) == ["<|im_end|>"]
     thinking = [*talk("Hi"), said("assistant", "Yes.", reasoning_content="Hm.")]
-    assert refusal(own, thinking).startswith("message 2: what inference would feed")
+    assert refusal(own, thinking).startswith("message 2: inference feeds a closed thought before this turn")
     # The text has a thought of its own behind the empty one.
     opening = thought.strip().partition(">")[0] + ">" if thought[0] == "<" else thought.partition("]")[0] + "]"
     assert "what inference would feed" in refusal(own, talk("Hi", f"{opening} hm, yes"))
@@ -204,7 +204,8 @@ def test_an_empty_thought_that_is_fed(thought: str) -> None:
 @pytest.mark.parametrize("fed", ["<think>\n", "[t]", "[t][/u]", "<answer>", "Sure: ", "<think>Fine, so</think>"])
 def test_what_is_fed_but_is_no_empty_thought(fed: str) -> None:
     own = chat(BODY + ASKED.replace("assistant\n", f"assistant\n{fed}"))
-    assert "what inference would feed" in refusal(own, BREAD, "last_assistant")
+    reason = "inference feeds the beginning of a thought" if fed == "<think>\n" else "what inference would feed"
+    assert reason in refusal(own, BREAD, "last_assistant")
 
 
 # ---------------------------------------------------------------------------------------------------------------

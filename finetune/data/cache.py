@@ -114,7 +114,8 @@ def _prepared(preparation: Preparation, source: DataSource, say: Say) -> Path:
 
 def _key(preparation: Preparation, source: DataSource) -> str:
     """A hash of all that a source's prepared rows depend on: settings, template, tokenizer, rows, and this code."""
-    section, names = preparation.section, {"train_on", "on_overflow", "on_bad_row", "merge_same_role"}
+    section = preparation.section
+    names = {"train_on", "train_on_thinking", "on_overflow", "on_bad_row", "merge_same_role"}
     options = section.model_dump(include=names)
     reading = source.model_dump(include={"path", "format", "columns", "raw", "special_tokens", "filter"})
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]

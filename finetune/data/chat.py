@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from finetune.data.probes import ANSWER, PLAIN, probes, spelt_tokens
 from finetune.data.rendering import Renderer
+from finetune.data.thinking import check_thinking_apart, thinking_spans
 from finetune.data.tool_calls import with_arguments_as_rendered
 from finetune.data.turn_ends import turn_end
 from finetune.data.turns import (
@@ -38,6 +39,7 @@ from finetune.data.turns import (
     message_holding,
     special_spans,
     texts_in,
+    thought_fault,
     trained_messages,
     turn_start,
 )
@@ -72,11 +74,18 @@ class Encoded:
     turns: tuple[Turn, ...] = ()
     characters: int = 0  # the length of the text that became these tokens
     cut: bool = False  # the end of the row, or an exchange of it, was left out
+    thinking: tuple[tuple[int, int], ...] = ()  # `input_ids[start:end]` are the tokens of a thinking text
 
     @property
     def trained_tokens(self) -> int:
         """The number of tokens that have a label."""
         return int(np.count_nonzero(self.labels != IGNORE))
+
+    @property
+    def thinking_tokens(self) -> tuple[int, int]:
+        """The number of tokens of thinking, and the number of those that have a label."""
+        labels = [self.labels[start:end] for start, end in self.thinking]
+        return sum(map(len, labels)), sum(int(np.count_nonzero(part != IGNORE)) for part in labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,8 @@ class RenderedChat:
     trained: frozenset[int]  # the indices of the messages that are trained on
     tools: Sequence[Tool] | None = None
     variables: Mapping[str, Any] | None = None
+    # The (start, end) in characters of each thinking text of a message that is trained on.
+    thinking: Sequence[tuple[int, int]] = ()
 
 
 class Chat:
@@ -142,6 +153,7 @@ class Chat:
         train_on: str = "assistant",
         tools: Sequence[Tool] | None = None,
         variables: Mapping[str, Any] | None = None,
+        train_on_thinking: bool = True,
     ) -> Encoded:
         """`input_ids` and `labels` of a conversation.
 
@@ -155,13 +167,14 @@ class Chat:
             train_on: `assistant`, `last_assistant` or `all`.
             tools: The functions that may be called.
             variables: Variables of the template, `chat_template_kwargs`.
+            train_on_thinking: False removes the labels of `reasoning_content`.
 
         Raises:
             LabelError: It cannot be proved that the tokens before each turn are those that inference would feed.
             TemplateError: The tokenizer has no chat template.
         """
         rendered = self.render_turns(messages, train_on, tools, variables)
-        return self.label(rendered, self._tokenize_one(rendered.text))
+        return self.label(rendered, self._tokenize_one(rendered.text), train_on_thinking)
 
     def render_turns(
         self,
@@ -184,7 +197,7 @@ class Chat:
         text = render(messages)
         check_unicode(messages, text)
         check_all_rendered(render, messages, text, self.render.template)
-        turns = []
+        whole, turns = text, []
         for i, message in enumerate(messages):
             # With `all`, a turn with `train: false` must be found as well, so that its labels can be removed.
             if i in trained or (train_on == "all" and message.get("train") is False):
@@ -204,19 +217,22 @@ class Chat:
                     text = fed + text[start:]
                     start, end = len(fed), end + len(fed) - start
                 turns.append((i, start, end))
-        return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools, variables)
+        # A turn that was moved behind a closed thought has no thinking, and comes last.
+        thinking = thinking_spans(render, messages, trained, whole)
+        return RenderedChat(text, messages, train_on, turns, frozenset(trained), tools, variables, thinking)
 
     def tokenize(self, texts: Sequence[str]) -> list[Ids]:
         """The token ids of each text; no special token is added."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-    def label(self, rendered: RenderedChat, ids: Ids) -> Encoded:
+    def label(self, rendered: RenderedChat, ids: Ids, train_on_thinking: bool = True) -> Encoded:
         """The labels of a rendered conversation: the second half of `encode`.
 
         Args:
             rendered: The conversation.
             ids: The token ids of its text, of shape (T,).
+            train_on_thinking: As for `encode`.
 
         Raises:
             LabelError: As for `encode`.
@@ -235,6 +251,8 @@ class Chat:
             start = self._end_of(ids, at, self._tokenize_tail(rendered.text[tail:first]))
             start = start or self._end_of(ids, 0, self._tokenize_one(rendered.text[:first]))
             if not start:
+                if fault := thought_fault(rendered.messages[i], rendered.text[:first]):
+                    raise LabelError(*fault, i)
                 text = rendered.messages[i]["content"][:12]
                 detail = f"the text begins with {text!r}"
                 raise LabelError("a token straddles the start of the turn", detail, i)
@@ -245,9 +263,25 @@ class Chat:
         for turn in turns:
             span = slice(turn.start, turn.end)
             labels[span] = ids[span] if turn.message in rendered.trained else IGNORE
+        thinking = self._thinking_tokens(rendered, ids)
+        if not train_on_thinking:
+            check_thinking_apart(rendered.messages, rendered.trained)
+            for first, end in thinking:
+                labels[first:end] = IGNORE
         labels[:1] = IGNORE  # no token comes before it from which it could be predicted
         trained = tuple(turn for turn in turns if turn.message in rendered.trained)
-        return Encoded(ids, labels, trained, len(rendered.text))
+        return Encoded(ids, labels, trained, len(rendered.text), thinking=thinking)
+
+    def _thinking_tokens(self, rendered: RenderedChat, ids: Ids) -> tuple[tuple[int, int], ...]:
+        """The (start, end) in tokens of each thinking text; a token at its edge belongs to it."""
+        if not rendered.thinking:
+            return ()
+        encoding = self._backend.encode(rendered.text, add_special_tokens=False)
+        if encoding.ids != ids.tolist():
+            raise LabelError("the tokenizer makes other tokens of it the second time")
+        starts, ends = np.array(encoding.offsets).T
+        spans = [np.flatnonzero((starts < end) & (ends > start)) for start, end in rendered.thinking]
+        return tuple((int(span[0]), int(span[-1]) + 1) for span in spans)
 
     @staticmethod
     def _end_of(ids: Ids, at: int, part: Ids) -> int:

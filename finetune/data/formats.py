@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.data.json_rows import Row
 from finetune.data.messages import check_json, decoded, function_in, holds, one_of, read_messages
-from finetune.data.turns import Message
+from finetune.data.turns import INSTRUCTING, Message
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError
 
@@ -199,7 +199,7 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
     if not holds(text):
         return messages
     first = messages[0] if messages else {}
-    if first.get("role") != "system":
+    if first.get("role") not in INSTRUCTING:
         return [{"role": "system", "content": text}, *messages]
     if first["content"] != text:
         raise LabelError("its column system and its first message differ", "keep one")

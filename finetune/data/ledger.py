@@ -32,6 +32,8 @@ class Account(TypedDict):
     trained_tokens: int
     trained_share: float
     lost_trained_tokens: int
+    thinking_tokens: int
+    trained_thinking_tokens: int
     length: dict[str, int]
     histogram: list[Bin]
     sources: dict[str, dict[str, int]]
@@ -63,6 +65,8 @@ class Ledger:
     tokens: int = 0
     trained_tokens: int = 0
     lost_tokens: int = 0
+    thinking_tokens: int = 0
+    trained_thinking_tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     sources: dict[str, Counter[str]] = field(default_factory=dict)
     languages: dict[str, Counter[str]] = field(default_factory=dict)
@@ -75,6 +79,8 @@ class Ledger:
         turns: int = 0,
         ends: int = 0,
         characters: int = 0,
+        thinking: int = 0,
+        trained_thinking: int = 0,
         language: str = "other",
     ) -> None:
         """Counts one row for the trainer.
@@ -86,6 +92,8 @@ class Ledger:
             turns: The number of assistant turns that are trained on.
             ends: The number of those turns whose end-of-turn token has a label.
             characters: The length of its text.
+            thinking: The number of tokens of the thinking in the turns that are trained on.
+            trained_thinking: The number of those that have a label.
             language: Its language.
         """
         self.kept += 1
@@ -94,6 +102,8 @@ class Ledger:
         self.trained_tokens += trained_tokens
         self.turns += turns
         self.ends += ends
+        self.thinking_tokens += thinking
+        self.trained_thinking_tokens += trained_thinking
         counts = {"rows": 1, "tokens": length}
         self.sources.setdefault(source, Counter()).update(counts | {"trained_tokens": trained_tokens})
         self.languages.setdefault(language, Counter()).update(counts | {"characters": characters})
@@ -150,6 +160,8 @@ class Ledger:
             "trained_tokens": self.trained_tokens,
             "trained_share": round(self.trained_tokens / self.tokens, 4) if self.tokens else 0,
             "lost_trained_tokens": self.lost_tokens,
+            "thinking_tokens": self.thinking_tokens,
+            "trained_thinking_tokens": self.trained_thinking_tokens,
             "length": {f"p{round(p * 100)}": self.percentile(p) for p in (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)},
             "histogram": [{"from": low, "to": high, "rows": rows} for low, high, rows in self.histogram()],
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
@@ -168,6 +180,10 @@ class Ledger:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             parts.append(f"keys that are not read: {', '.join(names[:8])}{more}")
         share = self.trained_tokens / self.tokens if self.tokens else 0
+        if self.thinking_tokens:
+            untrained = self.thinking_tokens - self.trained_thinking_tokens
+            share_of = f", {untrained:,} not trained on" if untrained else ""
+            parts.append(f"{self.thinking_tokens:,} tokens of thinking{share_of}")
         lost = self.lost_tokens / max(1, self.lost_tokens + self.trained_tokens)
         if lost > MUCH_LOST:
             parts.append(
@@ -188,11 +204,17 @@ def facts(account: Account) -> Table:
     """The account's totals, as (count, name); those that are 0 are left out."""
     rows, turns, ends = account["rows"], account["turns_trained"], account["end_of_turns_trained"]
     trained, lost = account["trained_tokens"], account["lost_trained_tokens"]
+    thinking = account.get("thinking_tokens", 0)
     counts = [(rows[name], f"rows {name}") for name in _ROW_COUNTS]
     counts += [
         (account["tokens"], "tokens"),
         (trained, f"tokens trained on ({trained / max(1, account['tokens']):.0%})"),
         (lost, f"tokens to train on are lost to training.max_length ({lost / max(1, lost + trained):.0%})"),
+        # A run of an earlier version has no such counts.
+        (
+            thinking,
+            f"tokens of thinking ({account.get('trained_thinking_tokens', 0) / max(1, thinking):.0%} trained on)",
+        ),
         (turns, f"turns trained on, {'all' if ends == turns else f'{ends:,}'} with their end-of-turn token"),
     ]
     return [(count, name) for count, name in counts if count]

@@ -13,7 +13,6 @@ from finetune.system.errors import LabelError
 
 # Other names of the four roles. Messages of some of these roles hold only a tool call.
 _ROLES = {
-    "developer": "system",
     "human": "user",
     "gpt": "assistant",
     "model": "assistant",

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.adapt import adapt
 from finetune.data.chat import IGNORE, Chat, Encoded, Ids, RenderedChat
 from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
 from finetune.data.json_rows import Row
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
 from finetune.data.readers import read_rows
-from finetune.data.turns import Message, is_text_only, texts_in
+from finetune.data.turns import INSTRUCTING, Message, is_text_only, texts_in
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError, LabelError, TemplateError, TurnRewrittenLater
 
@@ -32,7 +33,7 @@ from finetune.system.errors import DataError, LabelError, TemplateError, TurnRew
 _CHUNK = 64
 
 # The arguments of `Ledger.keep` after `source`, in order.
-LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "language")
+LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "thinking", "trained_thinking", "language")
 
 # The changes to rows that the ledger counts as mended.
 OPENING_REMOVED = "rows whose opening assistant message was removed"
@@ -83,7 +84,7 @@ class RowResult:
         """The `LEDGER_VALUES` of one of the pieces."""
         ends = sum(int(piece.labels[turn.end - 1] == piece.input_ids[turn.end - 1]) for turn in piece.turns)
         trained, turns = piece.trained_tokens, len(piece.turns)
-        return len(piece.input_ids), trained, turns, ends, piece.characters, self.language
+        return len(piece.input_ids), trained, turns, ends, piece.characters, *piece.thinking_tokens, self.language
 
     @property
     def digests(self) -> tuple[bytes, bytes]:
@@ -213,11 +214,12 @@ def _render_messages(preparation: Preparation, converted: Row, train_on: str, re
             if message["role"] == "assistant":
                 message.setdefault("train", False)
     train_on = "assistant" if train_on == "completion" else train_on
-    messages = _mended(preparation.section, converted["messages"], train_on, result)
-    render = partial(
-        chat.render_turns, train_on=train_on, tools=converted.get("tools"), variables=converted.get("variables")
-    )
+    tools = converted.get("tools")
     chat.check_tokens()
+    messages, variables, changes = adapt(chat.render, converted["messages"], tools, converted.get("variables"))
+    result.mended += changes
+    messages = _mended(preparation.section, messages, train_on, result)
+    render = partial(chat.render_turns, train_on=train_on, tools=tools, variables=variables)
     try:
         chats = [render(messages)]
     except TurnRewrittenLater:
@@ -299,7 +301,7 @@ def _mended(section: DataSection, messages: list[Message], train_on: str, result
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         return messages
-    first = 1 if roles[0] == "system" else 0
+    first = 1 if roles[0] in INSTRUCTING else 0
     asked = next((i for i in range(first, len(roles)) if roles[i] != "assistant"), first)
     last = len(roles) - roles[::-1].index("assistant")
     if first < asked < last:
@@ -329,7 +331,7 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             else:
                 # All ids of the row are taken before a chat is labelled: an error must not leave some for the next row.
                 for rendered, tokens in [(rendered, next(ids)) for rendered in item]:
-                    encoded = preparation.chat.label(rendered, tokens)
+                    encoded = preparation.chat.label(rendered, tokens, preparation.section.train_on_thinking)
                     result.pieces += _fit(preparation, rendered, encoded, result)
             result.dropped = "" if result.pieces else result.dropped
         except LabelError as error:
@@ -382,7 +384,7 @@ def _fit(preparation: Preparation, item: RenderedChat | Encoded, encoded: Encode
             pieces = _cut_turns(encoded, max_length)
             reason = f"with no trained turn that ends within training.max_length {max_length}"
         else:
-            pieces = _split_turns(item, encoded, chat, max_length)
+            pieces = _split_turns(item, encoded, preparation, max_length)
             reason = f"with no exchange that fits into training.max_length {max_length}"
     result.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
     result.dropped = reason
@@ -402,7 +404,9 @@ def _slice(encoded: Encoded, start: int, end: int, **changes: Any) -> Encoded:
     labels = encoded.labels[start:end].copy()
     labels[:1] = IGNORE
     characters = round(encoded.characters * len(ids) / len(encoded.input_ids))
-    return replace(encoded, input_ids=ids, labels=labels, characters=characters, **changes)
+    # Only text without turns, which has no thinking, is cut at its start.
+    thinking = tuple((first, min(last, end)) for first, last in encoded.thinking if first < end)
+    return replace(encoded, input_ids=ids, labels=labels, characters=characters, thinking=thinking, **changes)
 
 
 def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | None) -> list[Encoded]:
@@ -425,13 +429,13 @@ def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | No
     return [piece for piece in pieces if piece.trained_tokens]
 
 
-def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int) -> list[Encoded]:
+def _split_turns(item: RenderedChat, whole: Encoded, preparation: Preparation, max_length: int) -> list[Encoded]:
     """The conversation as several, each from a user message on, with the system message before it.
 
     Each holds as many exchanges as fit. An exchange longer than `max_length` is left out, and the row counts as cut.
     """
     messages = list(item.messages)
-    system = messages[:1] if messages[0]["role"] == "system" else []
+    system = messages[:1] if messages[0]["role"] in INSTRUCTING else []
     body = messages[len(system) :]
     # An assistant's message before the first user's belongs to the first exchange.
     starts = [0, *[i for i, message in enumerate(body) if message["role"] == "user"][1:]]
@@ -447,7 +451,9 @@ def _split_turns(item: RenderedChat, whole: Encoded, chat: Chat, max_length: int
         part = body[starts[begin] : starts[end] if end < len(starts) else len(body)]
         if not any(message.get("train") for message in part):
             return None
-        return chat.encode(system + part, train_on, item.tools, item.variables)
+        return preparation.chat.encode(
+            system + part, train_on, item.tools, item.variables, preparation.section.train_on_thinking
+        )
 
     def too_long(begin: int, end: int) -> bool:
         encoded = encode(begin, end)

@@ -98,6 +98,11 @@ class Renderer:
         return dict(self.tokenizer.special_tokens_map)
 
     @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of all special tokens of the tokenizer."""
+        return frozenset(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+
+    @cached_property
     def asks_for_date(self) -> bool:
         """True if the template writes today's date."""
         return "strftime_now" in json.dumps(self.tokenizer.chat_template)

@@ -19,7 +19,8 @@ from finetune.system.errors import LabelError, TurnRewrittenLater
 Message = dict[str, Any]
 Tool = dict[str, Any]  # a function that may be called, in OpenAI's form
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+INSTRUCTING = ("system", "developer")  # the roles of texts that instruct the model before its user does
 FENCE = "xwqvkjzwx"  # is put before the texts of other messages
 # A text of so many characters that stands once in a conversation's texts and in its template is rendered where it is.
 _LONG_ENOUGH = 16
@@ -196,6 +197,8 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
     reason = "what inference would feed before this turn is not what stands before it in the whole conversation"
     if i + 1 < len(messages):
         raise TurnRewrittenLater(reason, LAST_ONLY, i)
+    if fault := thought_fault(messages[i], prefix):
+        raise LabelError(*fault, i)
     raise LabelError(reason, message=i)
 
 
@@ -217,7 +220,34 @@ def without_whitespace(text: str) -> str:
 
 # An opening tag, a word at most, and the tag that closes it: `<think>\n\n</think>`, `<|channel>thought\n<channel|>`.
 _TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
-_CLOSED_THOUGHT = re.compile(rf"\s*({_TAG})\s*\w*\s*({_TAG})\s*")
+_THOUGHT = rf"\s*({_TAG})\s*\w*\s*({_TAG})\s*"
+_CLOSED_THOUGHT, _ENDS_CLOSED = re.compile(_THOUGHT), re.compile(rf"{_THOUGHT}\Z")
+# The opening of a thought at the end of a prompt: `<think>\n`, `[THINK]`, `<|channel>thought\n`.
+_ENDS_OPEN = re.compile(r"(?:<[^<>/\s]*(?:think|thought|reason)[^<>\s]*>|\[think\]|<\|channel>)\s*\w*\s*\Z", re.I)
+
+
+def has_thinking(message: Message) -> bool:
+    """True if a message has thinking of its own."""
+    return bool((message.get("reasoning_content") or "").strip())
+
+
+def thought_fault(message: Message, prompt: str) -> tuple[str, str] | None:
+    """The reason why an answer cannot follow a prompt that opens or closes a thought, and the cure; None where it can.
+
+    Args:
+        message: An assistant's message.
+        prompt: The rendered prompt that inference would feed before it.
+    """
+    prompt = prompt[-200:]
+    found = _ENDS_CLOSED.search(prompt)
+    closed = found is not None and found[2] in _closing_tags(found[1])
+    if closed and has_thinking(message):
+        cure = "remove its reasoning_content, or switch thinking on by chat_template_kwargs"
+        return "inference feeds a closed thought before this turn, which has thinking", cure
+    if not closed and not has_thinking(message) and _ENDS_OPEN.search(prompt):
+        cure = "add reasoning_content, or switch thinking off by chat_template_kwargs"
+        return "inference feeds the beginning of a thought before this turn, which has none", cure
+    return None
 
 
 def after_closed_thought(render: Render, messages: Sequence[Message], i: int, text: str) -> tuple[str, int] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.adapt import adapt
 from finetune.data.chat import Chat
 from finetune.data.turns import Message
 from finetune.model import compatibility, precision
@@ -67,6 +68,7 @@ class Generator:
         if tokenizer.chat_template is None:
             ids = list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
         else:
+            messages, variables, _ = adapt(self.chat.render, messages, variables=variables)
             text = self.chat.render(messages, add_generation_prompt=True, variables=variables)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         check_token_ids([tokenizer.pad_token_id, *ids], tokenizer, self.model.config)

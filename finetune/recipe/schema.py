@@ -24,6 +24,7 @@ Column = Literal[
     "system_prompt",
     "tools",
     "functions",
+    "chat_template_kwargs",
 ]
 
 _SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -100,6 +101,8 @@ class DataSection(BaseModel):
     """The share of the training rows that is held out for evaluation, where `eval` is absent."""
     train_on: Literal["assistant", "last_assistant", "completion", "all"] | None = None
     """The tokens that are trained on; absent: assistant, completion or all, by the format."""
+    train_on_thinking: bool = True
+    """Trains on the text of an assistant's thinking (`reasoning_content`); false: it is only fed."""
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
     """For a row longer than `training.max_length`: keep the turns that fit, make several rows, drop it, or stop."""
     on_bad_row: Literal["error", "skip"] = "error"

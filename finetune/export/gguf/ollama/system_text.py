@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.readers import read_rows
+from finetune.data.turns import INSTRUCTING
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError, RecipeError
@@ -48,5 +49,5 @@ def _texts(source: DataSource) -> Iterator[str]:
         except LabelError:
             continue
         first = messages[0] if messages and not source.raw else {}
-        content = first["content"] if first.get("role") == "system" else ""
+        content = first["content"] if first.get("role") in INSTRUCTING else ""
         yield content if isinstance(content, str) else ""
