@@ -88,7 +88,7 @@ Without `lora` all weights are trained, without `quantization` the base is loade
 | `training.report_to` | `none` | upstream reports to every tracker that is installed |
 | `training.resume_from_checkpoint` | no | a path, or true for the newest complete checkpoint |
 | `training.bf16`, `training.fp16` | as `model.dtype` | a contradiction is an error |
-| `lora.target_modules` | `all-linear` | of the language model only |
+| `lora.target_modules` | `all-linear` | the language model's attention and MLP, not routers or per-layer embeddings |
 | `lora.trainable_token_indices` | `auto` | the turn tokens that the base has not learned; or `none`, or a list |
 """
 

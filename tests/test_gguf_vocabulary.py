@@ -34,7 +34,7 @@ from finetune.export.gguf.tokenizer.vocabulary import (
     read_tokenizer,
 )
 from finetune.model.locate import locate
-from finetune.model.tiny import RANDOM_ARCHITECTURES
+from finetune.recipe.checks import RANDOM_ARCHITECTURES
 
 TALK = [
     {"role": "user", "content": "今日は\n  晴れ？ It's 42°C"},

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from finetune.data.chat import Chat
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
-from finetune.model.tiny import RANDOM_ARCHITECTURES
 from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
+from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError
 from finetune.train.loss import use_token_head

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from finetune.cli.commands import main
 from finetune.model.flops import _attention, flops_per_token
 from finetune.plan.advice import supported_variant, why_unsupported
 from finetune.plan.configs import _shipped_configs, base_config
+from finetune.plan.layers import layer_kinds, with_layers
 from finetune.plan.lengths import row_lengths
-from finetune.plan.predict import Predictor, RequiredMemory, _with_layers
+from finetune.plan.predict import Predictor, RequiredMemory, _parameters, _plus
 from finetune.plan.preflight import check_memory
 from finetune.plan.report import as_json, as_text, step_seconds
 from finetune.plan.run import HardwareFit, MemoryPlan, plan
@@ -130,6 +132,7 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 TRIED: list[Any] = [("gemma3", "lora", shape) for shape in ("checkpointing", "six rows", "accumulated")]
 TRIED += [("gemma3", "4-bit", "checkpointing"), ("gemma3", "8-bit", "six rows"), ("gemma3", "full", "accumulated")]
+TRIED += [("gemma4", "lora", "six rows"), ("gemma4_moe", "lora", "checkpointing"), ("gemma3n", "full", "plain")]
 TRIED += [("gemma3", "lora", "plain"), ("gemma3", "lora", "packed"), ("gemma2", "lora", "six rows")]
 TRIED += [
     pytest.param(*case, marks=pytest.mark.soak)
@@ -232,13 +235,86 @@ def test_a_few_layers_speak_for_all(write_recipe: Write, base: str, quantized: b
     recipe = load_recipe(path)
     arguments = step_arguments(recipe)
     config = base_config(recipe.model)
-    predictor = Predictor(_with_layers(config, depth or config.num_hidden_layers), GPUS["h100"], arguments)
+    predictor = Predictor(with_layers(config, range(depth or config.num_hidden_layers)), GPUS["h100"], arguments)
     settings = step_settings(recipe, arguments, None)
     for checkpointing in (True, False):
         each = replace(settings, checkpointing=checkpointing)
-        few, all_of_them = predictor.step(each), predictor._run(each, predictor.config.num_hidden_layers)
+        few, all_of_them = predictor.step(each), predictor._run(each, tuple(range(predictor.config.num_hidden_layers)))
         assert few.peak == all_of_them.peak
         assert (few.kept, few.flops) == (all_of_them.kept, all_of_them.flops)
+
+
+# Small models with the patterns of real ones: which layers are global, reuse keys and values, have experts.
+GLOBAL = ["sliding_attention"] * 4 + ["full_attention"]
+PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": (
+        "gemma4_text",
+        {"layer_types": GLOBAL * 6, "num_kv_shared_layers": 15, "use_double_wide_mlp": True, "global_head_dim": 32}
+        | {"vocab_size_per_layer_input": 500, "hidden_size_per_layer_input": 8},
+    ),
+    "gemma4_moe": (
+        "gemma4_text",
+        {"layer_types": GLOBAL * 3, "hidden_size_per_layer_input": 0, "global_head_dim": 32, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+        | {"moe_intermediate_size": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("sections", [{}, pytest.param({"lora": None}, marks=pytest.mark.soak)], ids=["lora", "full"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_few_layers_of_each_kind_speak_for_all(
+    write_recipe: Write, tmp_path: Path, name: str, sections: dict[str, Any]
+) -> None:
+    kind, pattern = PATTERNS[name]
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    depth = len(pattern["layer_types"])
+    config = AutoConfig.for_model(
+        kind, **sizes, num_hidden_layers=depth, num_attention_heads=4, num_key_value_heads=2, **pattern
+    )
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    recipe = load_recipe(write_recipe(model={"name_or_path": str(tmp_path / "base"), "dtype": "bfloat16"}, **sections))
+    arguments = step_arguments(recipe)
+    predictor = Predictor(base_config(recipe.model), GPUS["h100"], arguments)
+    settings = replace(step_settings(recipe, arguments, None), checkpointing=True)
+    few, whole = predictor.step(settings), predictor._run(settings, tuple(range(depth)))
+    assert len(predictor._sample.few) < 6
+    assert few.peak == whole.peak
+    assert (few.kept, few.flops) == (whole.kept, whole.flops)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Gemma4TextConfig",
+        "MllamaConfig",
+        *(
+            pytest.param(config.__name__, marks=pytest.mark.soak)
+            for config in MODEL_FOR_CAUSAL_LM_MAPPING
+            if config.__name__ not in ("Gemma4TextConfig", "MllamaConfig")
+        ),
+    ],
+)
+def test_a_config_is_cut_by_what_it_says_of_its_layers(name: str) -> None:
+    """One layer of each kind: the config is a valid one, and the others add up to the whole model."""
+    try:
+        config = getattr(transformers, name)()
+        whole = _parameters(config)
+    except Exception as error:
+        pytest.skip(f"has no defaults that make a model: {error}")
+    kinds = layer_kinds(config)
+    few = tuple(sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values()))
+    if len(few) == 1:
+        pytest.skip("its config says nothing of single layers")
+    cut = with_layers(config, few)
+    type(cut)(**{key: value for key, value in cut.to_dict().items() if key != "model_type"})
+    size = _parameters(cut)
+    for kind in dict.fromkeys(kinds):
+        others = [i for i, each in enumerate(kinds) if each == kind and i not in few]
+        if others:
+            size += (_parameters(with_layers(config, _plus(few, others[0]))) - _parameters(cut)) * len(others)
+    assert size == whole
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -489,7 +565,7 @@ def test_layers_by_other_names(
         Predictor(base_config(recipe.model), GPUS["l4"], arguments),
         step_settings(recipe, arguments, None),
     )
-    few, whole = predictor.step(settings), predictor._run(settings, 5)
+    few, whole = predictor.step(settings), predictor._run(settings, tuple(range(5)))
     assert (few.peak, few.flops) == (whole.peak, whole.flops)
     with torch.device("meta"):
         held = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -610,8 +686,10 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
     monkeypatch.setattr("finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.3 * GIB))
     monkeypatch.setattr("finetune.plan.preflight.Predictor", breaks)
     recipe = load_recipe(write_recipe())
-    check_memory(recipe, step_arguments(recipe), None)
+    said: list[str] = []
+    check_memory(recipe, step_arguments(recipe), None, say=said.append)
     assert asked
+    assert said == ["memory: not predicted, the longest batch will tell (RuntimeError: no such operator)"]
     streamed = load_recipe(write_recipe(training={"max_length": None}))
     check_memory(streamed, step_arguments(streamed), None)
 

@@ -451,7 +451,11 @@ def test_faults_of_every_section_come_together() -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("random:bert", "; write one of random:gemma, random:gemma2, random:gemma3, random:llama"),
+        (
+            "random:bert",
+            "; write one of random:gemma, random:gemma2, random:gemma3, random:gemma3n, random:gemma4, "
+            "random:gemma4_moe, random:llama",
+        ),
         ("package:no-name", "; write package:MODULE"),
         ("package:no_such_module", ", which is not installed; install the package that has it"),
         ("nope.gguf", ", and there is no such file; write the path of a GGUF file"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.data.template import load_template
 from finetune.model.locate import locate
-from finetune.model.tiny import RANDOM_ARCHITECTURES
+from finetune.recipe.checks import RANDOM_ARCHITECTURES
 
 TEXTS = [
     message["content"]

@@ -23,6 +23,7 @@ not pass through (`non_text_modules`) are neither trained nor adapted, because a
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.model.precision import EXCEEDS_FLOAT16
@@ -133,6 +134,82 @@ def non_text_modules(model: Any) -> list[str]:
             if name != on_the_path and child is not model.get_output_embeddings():
                 found.append(f"{parent}.{name}".lstrip("."))
     return found
+
+
+# Linear layers beside attention and MLP: routers, and what Gemma 3n and 4 have around their layers. vLLM and llama.cpp
+# do not apply an adapter to all of them.
+_BESIDE_PROJECTIONS = re.compile(
+    r"(.*\.)?(per_layer_\w+|altup\w*\..+|laurel\..+|router(\..+)?|\w+_router|gate|shared_expert_gate)"
+)
+# The names of experts' layers in checkpoints, which PEFT's conversion takes for those experts wherever they stand.
+_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """The layers that `lora.target_modules: all-linear` adapts.
+
+    Attributes:
+        modules: Names of linear layers, or their last parts where these mean no other module.
+        experts: Names of parameters with the weights of all experts of a layer, as `peft.LoraConfig.target_parameters`.
+        left_out: The last parts of the names of linear layers and experts that it leaves as they are.
+    """
+
+    modules: list[str]
+    experts: list[str]
+    left_out: list[str]
+
+    def describe(self) -> str | None:
+        """One line with what is adapted and what is not; None where that is every linear layer."""
+        if not self.left_out:
+            return None
+        names = dict.fromkeys(name.rpartition(".")[2] for name in [*self.modules, *self.experts])
+        return (
+            f"lora.target_modules: all-linear is {', '.join(names)}; without an adapter: {', '.join(self.left_out)} "
+            "(lora.target_modules and, for experts, lora.target_parameters choose otherwise)"
+        )
+
+
+def all_linear_targets(model: Any) -> AdapterTargets:
+    """The projections of attention and MLP, and experts where PEFT counts them among the linear layers.
+
+    PEFT's own `all-linear` (0.21) also takes routers and the layers around per-layer embeddings, and doubles the rank
+    of experts' fused gate and up projections.
+
+    Args:
+        model: The causal model without an adapter.
+    """
+    import peft
+    import torch
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from transformers.pytorch_utils import Conv1D
+
+    probe = peft.LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(probe, model, None)
+    experts = sorted(name for name in probe.target_parameters or () if name != "gate.weight")
+    frozen = tuple(f"{name}." for name in non_text_modules(model))
+    modules = {name: module for name, module in model.named_modules() if not name.startswith(frozen)}
+    linear = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
+    ]
+    chosen = [name for name in linear if not _BESIDE_PROJECTIONS.fullmatch(name)]
+    if experts:
+        chosen = [name for name in chosen if name.rpartition(".")[2] not in _EXPERT_LAYERS]
+    left_out = dict.fromkeys(_name_in_layer(name) for name in linear if name not in chosen)
+    if not experts and any(".experts." in name and p.ndim == 3 for name, p in model.named_parameters()):
+        left_out["experts"] = None
+    ends = {name.rpartition(".")[2] for name in chosen}
+    if {name for name in modules if name.rpartition(".")[2] in ends} == set(chosen):
+        chosen = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
+    return AdapterTargets(chosen, experts, list(left_out))
+
+
+def _name_in_layer(name: str) -> str:
+    """A module's name within its layer (`router.proj`); its last part where it is in none."""
+    parts = re.split(r"\.\d+\.", re.sub(r"\.\d+$", "", name))
+    return parts[-1] if len(parts) > 1 else parts[0].rpartition(".")[2]
 
 
 def exclude_modules(names: list[str], wanted: str | list[str] | None) -> str | list[str] | None:

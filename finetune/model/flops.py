@@ -73,20 +73,23 @@ def _attention(config: Any, lengths: Mapping[int, int]) -> float:
     """The operations per token of attention in all layers: queries times keys, and attention weights times values."""
     tokens = sum(length * rows for length, rows in lengths.items())
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    heads = getattr(config, "num_attention_heads", 0)
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    key_and_value = 2 * width
-    if getattr(config, "v_head_dim", None) and getattr(config, "qk_nope_head_dim", None):
-        key_and_value = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     longest, window = max(lengths, default=0), getattr(config, "sliding_window", None)
     flops = 0.0
-    for kind in kinds:
+    for kind, layer in zip(kinds, config.per_layer_config, strict=True):
         if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
             continue
         reach = (window if kind == "sliding_attention" else None) or longest
         pairs = sum(rows * _pairs(length, reach) for length, rows in lengths.items())
-        flops += 6 * heads * key_and_value * pairs / max(1, tokens)
+        flops += 6 * _attention_width(layer) * pairs / max(1, tokens)
     return flops
+
+
+def _attention_width(layer: Any) -> int:
+    """The width of all heads' keys and values together; `layer` is the config of one layer."""
+    heads = getattr(layer, "num_attention_heads", 0)
+    if getattr(layer, "v_head_dim", None) and getattr(layer, "qk_nope_head_dim", None):
+        return int(heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim))
+    return int(2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // max(1, heads)))
 
 
 def _pairs(length: int, window: int) -> int:

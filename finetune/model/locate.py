@@ -20,7 +20,8 @@ from typing import Any, TypedDict
 
 from finetune.data.samples import sample_rows
 from finetune.model.resize import needed_rows, write_resized
-from finetune.model.tiny import RANDOM_ARCHITECTURES, make_random
+from finetune.model.tiny import make_random
+from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
 from finetune.system.errors import ModelError, first_line

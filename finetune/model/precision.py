@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,7 +62,12 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
 
 # The model types whose residual stream exceeds float16's 65,504. Gemma 3 270M on ordinary conversations: 104,086 in the
 # stream and 66,127 before the last norm, but at most 589 in inputs and outputs of matrix products.
-EXCEEDS_FLOAT16 = {"gemma", "gemma2", "gemma3_text"}
+EXCEEDS_FLOAT16 = {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text"}
+# Layers of Gemma 3n and 4 that multiply the residual stream itself, or what is made from it without a norm.
+_READ_THE_STREAM = re.compile(
+    r"(.*\.)?(per_layer_input_gate|per_layer_projection|per_layer_model_projection|router\.proj|altup"
+    r"|altup_projections\.\d+|altup_unembed_projections\.\d+)"
+)
 
 
 def choose_dtype(wanted: str, device: Device, key: str = "model.dtype") -> torch.dtype:
@@ -125,6 +131,7 @@ def keep_residual_in_float32(model: Any) -> bool:
         embed_tokens             float32 out, which starts the stream
         norms that read it       float32 in, the weights' type out     layer(x) = x + post(attention(pre(x)))
         norms that add to it     made float32 before, float32 out
+        layers that read it      computed in float32, outside autocast (Gemma 3n's AltUp, Gemma 4's per-layer inputs)
 
     Returns:
         True if the model is a Gemma.
@@ -159,4 +166,34 @@ def keep_residual_in_float32(model: Any) -> bool:
             layer.post_feedforward_layernorm.register_forward_pre_hook(input_to_float32)
         else:
             layer.post_attention_layernorm.register_forward_hook(to_weight_type)
+        if hasattr(layer, "router"):  # experts beside the MLP
+            layer.pre_feedforward_layernorm_2.register_forward_hook(to_weight_type)
+    for name, module in decoder.named_modules():
+        if not _READ_THE_STREAM.fullmatch(name):
+            continue
+        for part in module.modules():
+            if hasattr(part, "compute_dtype"):  # 4-bit
+                part.compute_dtype = torch.float32
+            elif any(parameter.dtype == torch.int8 for parameter in part.parameters(recurse=False)):
+                raise ModelError(
+                    "quantization.load_in_8bit: is true, but layers of this model read its residual stream, which "
+                    "float16 does not hold; write load_in_4bit: true, or remove quantization"
+                )
+            else:
+                for parameter in part.parameters(recurse=False):
+                    parameter.data = parameter.data.float()
+        for method in ("predict", "correct", "forward"):
+            if hasattr(module, method):
+                _compute_in_float32(module, method)
     return True
+
+
+def _compute_in_float32(module: Any, method: str) -> None:
+    """Makes a module's method compute in float32 where autocast would compute its products in float16."""
+    original = getattr(module, method)
+
+    def in_float32(*inputs: torch.Tensor) -> Any:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return original(*(each.float() for each in inputs))
+
+    setattr(module, method, in_float32)

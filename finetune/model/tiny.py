@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,33 @@ from finetune.data.samples import sample_rows
 from finetune.data.template import load_template
 from finetune.system.terminal import quiet
 
-RANDOM_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "llama")
+# Both kinds of attention layers, and a window that is shorter than ordinary rows.
+_PATTERN: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 32,
+}
+# The last two layers reuse the keys and values of the first two, and each layer reads an embedding of its own.
+_PER_LAYER = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 30.0}
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": _PATTERN | {"query_pre_attn_scalar": 16},
+    "gemma3": _PATTERN | {"query_pre_attn_scalar": 16},
+    "gemma3n": _PATTERN | _PER_LAYER | {"laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
+    "gemma4": _PATTERN | _PER_LAYER | {"global_head_dim": 32, "use_double_wide_mlp": True},
+    "gemma4_moe": _PATTERN
+    | {"hidden_size_per_layer_input": 0, "global_head_dim": 32, "num_global_key_value_heads": 1}
+    | {"attention_k_eq_v": True, "final_logit_softcapping": 30.0}
+    | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "llama": {},
+}
+_MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "gemma4_moe": "gemma4_text",
+}
+_TEMPLATES = {"llama": "chatml", "gemma": "gemma", "gemma2": "gemma"}
 
 
 def make_random(architecture: str, into: Path) -> None:
@@ -28,7 +55,7 @@ def make_random(architecture: str, into: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-    tokenizer.chat_template = load_template("chatml" if architecture == "llama" else architecture.replace("2", ""))
+    tokenizer.chat_template = load_template(_TEMPLATES.get(architecture, "gemma3"))
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -41,19 +68,18 @@ def make_random(architecture: str, into: Path) -> None:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-    }
-    if architecture in ("gemma2", "gemma3"):
-        # Both kinds of attention layers, and a window that is shorter than ordinary rows.
-        shape |= {"query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 4}
-        shape["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    config = AutoConfig.for_model("gemma3_text" if architecture == "gemma3" else architecture, **shape)
+    } | copy.deepcopy(_ARCHITECTURES[architecture])
+    if shape.get("hidden_size_per_layer_input"):
+        shape["vocab_size_per_layer_input"] = len(tokenizer)
+    config = AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Norms as if trained: a test must notice one that is left out.
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.normal_(parameter, 0.0 if "gemma" in architecture else 1.0, 0.1)
+        # Norms and scales as if trained: a test must notice one that is left out.
+        from_zero = architecture in ("gemma", "gemma2", "gemma3")  # these add 1 to the weights of their norms
+        for name, tensor in model.state_dict().items():
+            if "norm" in name or name.endswith(("scale", "layer_scalar")):
+                torch.nn.init.normal_(tensor, 0.0 if from_zero else 1.0, 0.1)
     with quiet():
         model.save_pretrained(into)
     tokenizer.save_pretrained(into)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from finetune.data.chat import Chat
 from finetune.model import compatibility, provenance
@@ -65,6 +65,9 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
     if recipe.lora is not None and adapter is None and (new := new_tokens(model.config)):
         say(f"embeddings: {len(new):,} new rows, which are trained too")
     frozen = compatibility.non_text_modules(model)
+    chooses = recipe.lora is not None and adapter is None and recipe.lora["target_modules"] == "all-linear"
+    if chooses and (line := compatibility.all_linear_targets(model).describe()):
+        say(line)
     model = trainable_model(recipe, model, precision, unlearned, adapter)
     if adapter is not None:
         say(f"training continues from the adapter in {adapter}")
@@ -124,11 +127,13 @@ def trainable_model(
             options["trainable_token_indices"] = with_new_tokens(model, options, new)
         if options.get("layers_to_transform") is not None:
             _check_layers(options["layers_to_transform"], model)
-            if options.get("target_modules") == "all-linear":
-                options["target_modules"] = _linear_modules(model)
+        if options["target_modules"] == "all-linear":
+            targets = compatibility.all_linear_targets(model)
+            options["target_modules"] = targets.modules
+            options["target_parameters"] = [*(options.get("target_parameters") or []), *targets.experts] or None
         # peft 0.21 raises all of these for a value that does not fit the base.
         refusals = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, RuntimeError)
-        with reworded(ModelError, "lora", *refusals, re.error):
+        with reworded(ModelError, "lora", *refusals, re.error), _experts_explained(options):
             _check_names(recipe.lora, model)
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     lighten_trainable_tokens(model)
@@ -136,6 +141,23 @@ def trainable_model(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(_trained_dtype(name, parameter, recipe, precision))
     return model
+
+
+@contextmanager
+def _experts_explained(options: dict[str, Any]) -> Iterator[None]:
+    """Says which option cannot be where PEFT's adapter of experts, `ParamWrapper`, refuses it (0.21)."""
+    try:
+        yield
+    except ValueError as error:
+        key, value = next(
+            ((key, off) for key, off in (("lora_dropout", 0), ("use_dora", "false")) if options.get(key)), ("", "")
+        )
+        if "ParamWrapper" not in str(error) or not key:
+            raise
+        raise ModelError(
+            f"lora.{key}: is {str(options[key]).lower()}, but the adapter is also on the weights of experts, where "
+            f"PEFT has no {key}; write {value}, or name only layers of attention in lora.target_modules"
+        ) from error
 
 
 def _check_layers(wanted: int | list[int], model: Any) -> None:
@@ -156,21 +178,6 @@ def _check_names(lora: Section, model: Any) -> None:
         for pattern in lora.get(key) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules + parameters):
                 raise ModelError(f"lora.{key}: {pattern} matches no module of the base")
-
-
-def _linear_modules(model: Any) -> list[str]:
-    """The last parts of the names that `target_modules: all-linear` stands for.
-
-    PEFT 0.21 refuses all-linear beside `layers_to_transform` (`tuners/lora/config.py`), and of full names it takes
-    every layer, whatever `layers_to_transform` says (`tuners_utils.py`, `check_target_module_exists`).
-    """
-    head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    }
-    return sorted(linear)
 
 
 def _trained_dtype(name: str, parameter: torch.Tensor, recipe: Recipe, precision: Precision) -> torch.dtype:

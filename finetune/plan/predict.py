@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from trl import SFTConfig
 
+from finetune.plan.layers import layer_kinds, with_layers
 from finetune.plan.settings import StepSettings
 from finetune.plan.step import Batch, FakeModel, StepCost
 from finetune.recipe.load import Recipe
@@ -50,12 +51,21 @@ class RequiredMemory:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Layers by number: a few to run, and for each kind one more with the number of layers that it stands for."""
+
+    few: tuple[int, ...]
+    further: list[tuple[int, int]]
+
+
 class Predictor:
     """Predicts steps of one base on one hardware; builds each model once, and runs each step once.
 
-    Decoder layers are alike, so the model is run with a few of them (one of each type, and one more), and again with
-    one more layer; the difference counts for each further layer. Tests check that this equals a run of the whole model
-    to the byte. A model whose layers differ in size is run whole.
+    Many decoder layers are alike, so the model is run with a few of them (one of each kind, and one more) and again
+    with one more layer of each kind; the difference counts for each further layer of that kind. Kinds of one size count
+    as one. The tests hold this against the whole model to the byte. A model whose config does not say how its layers
+    differ, or with too many kinds, is run whole.
     """
 
     def __init__(self, config: Any, hardware: Hardware, arguments: SFTConfig) -> None:
@@ -74,15 +84,15 @@ class Predictor:
                 f"model.name_or_path: is a {config.model_type}, which is not a causal language model; take one that is"
             )
         self.config, self.hardware, self.arguments = config, hardware, arguments
-        self._models: dict[tuple[str, int], FakeModel] = {}
+        self._models: dict[tuple[str, tuple[int, ...]], FakeModel] = {}
         self._costs: dict[Any, StepCost] = {}
 
     def step(self, settings: StepSettings) -> StepCost:
         """The cost of a step on one GPU, without what several GPUs add."""
-        depth, few = int(_text(self.config).num_hidden_layers), len(layer_types(self.config)) + 1
-        if depth <= few + 1 or not self._layers_are_alike:
-            return self._run(settings, depth)
-        return _extrapolate(self._run(settings, few), self._run(settings, few + 1), depth - few)
+        one, more = self._run(settings, self._sample.few), []
+        for layer, count in self._sample.further:
+            more.append((self._run(settings, _plus(self._sample.few, layer)), count))
+        return _extrapolate(one, more)
 
     def required_memory(self, settings: StepSettings) -> RequiredMemory:
         """The memory that each GPU needs."""
@@ -104,7 +114,7 @@ class Predictor:
         """
         count, quantized = settings.gpus, settings.recipe.quantization or {}
         replicated = bool(quantized) and not quantized.get("bnb_4bit_quant_storage")
-        model = self._model(settings.recipe, len(layer_types(self.config)) + 1)
+        model = self._model(settings.recipe, self._sample.few)
         computed = 2 if model.mixed_precision != "no" else 4
         parts = dict(cost.parts)
         if model.mixed_precision == "bf16" and settings.recipe.lora is None and not replicated:
@@ -123,6 +133,9 @@ class Predictor:
         for name in ("adapter", "optimizer", *(() if replicated else ("weights",))):
             parts[name] = parts.get(name, 0) // count
         layer, rest = model.unit_sizes(computed)
+        for further, number in self._sample.further:  # embeddings per layer are outside the layers
+            _, more = self._model(settings.recipe, _plus(self._sample.few, further)).unit_sizes(computed)
+            rest += (more - rest) * number
         parts["gathered"] = 0 if replicated else 2 * layer + rest
         if settings.recipe.lora is None and not accumulates:
             parts["gathered"] += layer * 4 // computed  # gradients are reduced in float32
@@ -138,28 +151,45 @@ class Predictor:
         return RequiredMemory({name: size for name, size in parts.items() if size > 0}, paged)
 
     @functools.cached_property
-    def _layers_are_alike(self) -> bool:
-        """True if all layers have the same number of parameters, so that a few stand for all."""
-        depth, few = int(_text(self.config).num_hidden_layers), len(layer_types(self.config)) + 1
-        one, two, whole = (_parameters(_with_layers(self.config, n)) for n in (few, few + 1, depth))
-        return one + (two - one) * (depth - few) == whole
+    def _sample(self) -> _Sample:
+        """The layers to run in place of all; all of them where fewer do not add up to the whole model's size."""
+        depth = int(_text(self.config).num_hidden_layers)
+        whole = _Sample(tuple(range(depth)), [])
+        try:
+            kinds = layer_kinds(self.config)
+            numbers = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in kinds}
+            few = tuple(sorted(each for kind, found in numbers.items() for each in found[: 1 + (kind == kinds[0])]))
+            further = [
+                (left[0], len(left)) for found in numbers.values() if (left := [i for i in found if i not in few])
+            ]
+            if depth <= len(few) + 1:
+                return whole
+            size = _parameters(with_layers(self.config, few))
+            sizes = [_parameters(with_layers(self.config, _plus(few, layer))) - size for layer, _ in further]
+            if len(set(sizes)) == 1:
+                further = [(further[0][0], depth - len(few))]
+            added = sum(each * count for each, (_, count) in zip(sizes, further, strict=False))
+            is_less = len(few) + (len(few) + 1) * len(further) < depth or len(further) == 1
+            return _Sample(few, further) if is_less and size + added == _parameters(self.config) else whole
+        except Exception:  # the model's code needs something of its layers that the config's lists do not say
+            return whole
 
-    def _model(self, recipe: Recipe, depth: int) -> FakeModel:
-        key = (recipe.to_yaml(), depth)
+    def _model(self, recipe: Recipe, kept: tuple[int, ...]) -> FakeModel:
+        key = (recipe.to_yaml(), kept)
         if key not in self._models:
-            self._models[key] = FakeModel(recipe, _with_layers(self.config, depth), self.hardware, self.arguments)
+            self._models[key] = FakeModel(recipe, with_layers(self.config, kept), self.hardware, self.arguments)
         return self._models[key]
 
-    def _run(self, settings: StepSettings, depth: int) -> StepCost:
-        model = self._model(settings.recipe, depth)
-        key = (id(model), settings.batch, settings.optim, settings.checkpointing, settings.accumulation > 1)
-        if key not in self._costs:
-            try:
+    def _run(self, settings: StepSettings, kept: tuple[int, ...]) -> StepCost:
+        try:
+            model = self._model(settings.recipe, kept)
+            key = (id(model), settings.batch, settings.optim, settings.checkpointing, settings.accumulation > 1)
+            if key not in self._costs:
                 self._costs[key] = model.step(*key[1:])
-            except FinetuneError:
-                raise
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                raise self._failed(settings.batch, error) from error
+        except FinetuneError:
+            raise
+        except Exception as error:  # code of the model or of a library
+            raise self._failed(settings.batch, error) from error
         return self._costs[key]
 
     def _failed(self, batch: Batch, error: Exception) -> PlanError:
@@ -180,9 +210,8 @@ def _text(config: Any) -> Any:
     return config.get_text_config()
 
 
-def layer_types(config: Any) -> list[str]:
-    """The distinct types of layers, such as `sliding_attention`, in their order; ["all"] where the config has none."""
-    return list(dict.fromkeys(getattr(_text(config), "layer_types", None) or ["all"]))
+def _plus(layers: tuple[int, ...], layer: int) -> tuple[int, ...]:
+    return tuple(sorted((*layers, layer)))
 
 
 def _parameters(config: Any) -> int:
@@ -191,36 +220,27 @@ def _parameters(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _with_layers(config: Any, depth: int) -> Any:
-    """A copy of the config with `depth` layers, at least one of each type."""
-    config = copy.deepcopy(config)
-    text = _text(config)
-    layers = text.num_hidden_layers
-    if layers == depth:
-        return config
-    text.num_hidden_layers = depth
-    if types := getattr(text, "layer_types", None):
-        text.layer_types = (layer_types(config) + [types[0]] * depth)[:depth]
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == layers and name != "layer_types":
-            setattr(text, name, value[:depth])
-    return config
+def _extrapolate(one: StepCost, grown: Sequence[tuple[StepCost, int]]) -> StepCost:
+    """The cost with more layers than `one` has.
 
+    Args:
+        one: The cost with a few layers.
+        grown: For each kind of layers, the cost with one layer more of it, and the number of layers to add.
+    """
 
-def _extrapolate(one: StepCost, two: StepCost, layers: int) -> StepCost:
-    """The cost with `layers` more layers than `one`, given `two` with one layer more."""
+    def grow(a: float, *more: float) -> int:
+        return max(0, round(a + sum((b - a) * count for b, (_, count) in zip(more, grown, strict=True))))
 
-    def grow(a: float, b: float) -> int:
-        return max(0, round(a + (b - a) * layers))
+    def parts(a: dict[str, int], *more: dict[str, int]) -> dict[str, int]:
+        names = dict.fromkeys(name for each in (a, *more) for name in each)
+        return {name: grow(a.get(name, 0), *(b.get(name, 0) for b in more)) for name in names}
 
-    def parts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-        return {name: grow(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
-
+    costs = [cost for cost, _ in grown]
     return StepCost(
-        {phase: parts(one.phases[phase], two.phases[phase]) for phase in one.phases},
-        parts(one.kept, two.kept),
-        grow(one.paged, two.paged),
-        grow(one.flops, two.flops),
-        grow(one.gradients, two.gradients),
-        grow(one.operators, two.operators),
+        {phase: parts(one.phases[phase], *(cost.phases[phase] for cost in costs)) for phase in one.phases},
+        parts(one.kept, *(cost.kept for cost in costs)),
+        grow(one.paged, *(cost.paged for cost in costs)),
+        grow(one.flops, *(cost.flops for cost in costs)),
+        grow(one.gradients, *(cost.gradients for cost in costs)),
+        grow(one.operators, *(cost.operators for cost in costs)),
     )

@@ -19,24 +19,29 @@ from finetune.plan.settings import StepSettings, step_settings
 from finetune.recipe.load import Recipe
 from finetune.system import distributed
 from finetune.system.devices import Hardware, this_machine
-from finetune.system.errors import PlanError
+from finetune.system.errors import PlanError, first_line
 from finetune.system.numbers import GIB, memory
+from finetune.system.terminal import Say
 
 # A run is refused only if this share of its predicted memory is not free. Closer cases are left to the memory check
 # with the longest batch, which measures.
 _CERTAIN = 0.9
 
 
-def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base | None = None) -> None:
+def check_memory(
+    recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base | None = None, say: Say = lambda line: None
+) -> None:
     """Refuses a run that cannot fit into the free memory.
 
-    A run that is small compared with the free memory passes without a prediction, as does one whose prediction fails.
+    A run that is small compared with the free memory passes without a prediction. One for which the prediction fails
+    passes with a line that says so; the memory check with the longest batch measures it.
 
     Args:
         recipe: The recipe.
         arguments: Its `training` section as an `SFTConfig`.
         dataset: The prepared rows; None for a stream.
         base: The recipe's base, if it was located already.
+        say: Told why nothing was predicted.
 
     Raises:
         PlanError: The run does not fit; the message says what to change.
@@ -47,7 +52,8 @@ def check_memory(recipe: Recipe, arguments: SFTConfig, dataset: Any, base: Base 
         hardware = replace(hardware, memory=hardware.memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         shortage = _shortage(recipe, arguments, dataset, hardware, base)
-    except Exception:  # a failed prediction is no reason to refuse the run
+    except Exception as error:  # a failed prediction is no reason to refuse the run
+        say(f"memory: not predicted, the longest batch will tell ({type(error).__name__}: {first_line(error)[:200]})")
         return
     if shortage is None:
         return
@@ -83,11 +89,20 @@ def _is_small(config: Any, settings: StepSettings, hardware: Hardware) -> bool:
     """True if a generous estimate fits: 16 bytes per weight, and activations by the sizes in the config."""
     text = config.get_text_config()
     width, depth = text.hidden_size, text.num_hidden_layers
-    inner = getattr(text, "intermediate_size", None) or 4 * width
+    heads = max(getattr(layer, "num_attention_heads", 0) or 1 for layer in text.per_layer_config)
+    head_width = max(getattr(layer, "head_dim", None) or width // heads for layer in text.per_layer_config)
+    inner = max(_largest(getattr(layer, "intermediate_size", None)) or 4 * width for layer in text.per_layer_config)
+    per_layer = getattr(text, "vocab_size_per_layer_input", 0) * getattr(text, "hidden_size_per_layer_input", 0)
     experts = first_number(text, *EXPERT_COUNTS)
-    feed_forward = inner + experts * (getattr(text, "moe_intermediate_size", None) or inner)
-    weights = 2 * text.vocab_size * width + depth * width * (4 * width + 3 * feed_forward)
+    feed_forward = inner + experts * (_largest(getattr(text, "moe_intermediate_size", None)) or inner)
+    layer = width * (4 * max(width, heads * head_width) + 3 * feed_forward) + per_layer
+    weights = 2 * text.vocab_size * width + depth * layer
     length = settings.batch.length
-    per_token = depth * 40 * (width + inner) + 8 * length * depth * text.num_attention_heads
+    per_token = depth * 40 * (width + inner) + 8 * length * depth * heads
     activations = settings.batch.rows * length * per_token
     return bool(16 * weights + activations + 2 * GIB <= hardware.memory)
+
+
+def _largest(sizes: int | list[int] | None) -> int:
+    """The largest size of a config's value, which is one number or one for each layer; 0 if there is none."""
+    return max(sizes) if isinstance(sizes, list) else sizes or 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from finetune.plan.predict import Predictor, layer_types
+from finetune.plan.layers import layer_types
+from finetune.plan.predict import Predictor
 from finetune.plan.settings import StepSettings, with_length, with_rows
 
 # The largest batch that the plan searches for.

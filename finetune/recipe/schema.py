@@ -36,7 +36,8 @@ class ModelSection(BaseModel):
     model_config = _SECTION
 
     name_or_path: str
-    """Hub id, directory, `.gguf` file, `package:MODULE`, or `random:gemma|gemma2|gemma3|llama`."""
+    """Hub id, directory, `.gguf` file, `package:MODULE`, or `random:NAME`, a tiny model with random
+    weights (gemma, gemma2, gemma3, gemma3n, gemma4, gemma4_moe, llama)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -51,8 +51,8 @@ from finetune.train.trainer import RestoreCounters, Trainer, layer_classes, savi
 
 # What trl sets in a config with experts.
 _ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
-# Called with the recipe, the trainer's arguments, the training rows (None for a stream) and the base.
-MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base], None]
+# Called with the recipe, the trainer's arguments, the training rows (None for a stream), the base, and a `say`.
+MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base, Say], None]
 
 
 class Environment(TypedDict):
@@ -124,7 +124,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         config.run_name = trackers.set_run_identity(output, config.run_name, config.project, start is not None)
     config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
     if check is not None and main:
-        check(recipe, config, None if rows.streamed else rows.train.dataset, base)
+        check(recipe, config, None if rows.streamed else rows.train.dataset, base, say)
 
     set_seed(config.seed)
     model = _load_model(recipe, precision, base, rows, config, say)
