@@ -573,15 +573,33 @@ def test_layers_by_other_names(
     assert few.flops > 0
 
 
+EMBEDS = "an embedding model{}; sentence-transformers' SentenceTransformerTrainer trains it"
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("t5", {}, "an encoder-decoder model; transformers' Seq2SeqTrainer trains it"),
+    ("t5gemma", {}, "an encoder-decoder model; transformers' Seq2SeqTrainer trains it"),
+    ("diffusion_gemma", {}, "a diffusion model; transformers 5.23 and trl 1.16 have no loss for it"),
+    ("embedding_gemma2", {}, EMBEDS.format("")),
+    ("gemma3_text", {"use_bidirectional_attention": True}, EMBEDS.format(" (use_bidirectional_attention)")),
+    ("paligemma", {}, "a model of images with text; transformers' Trainer trains it on images"),
+    ("vit", {}, "not a causal language model; take one that is"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "problem"), REFUSED, ids=lambda value: value if type(value) is str else "")
 def test_a_base_that_writes_no_text_is_refused(
-    write_recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_recipe: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    values: dict[str, Any],
+    problem: str,
 ) -> None:
-    AutoConfig.for_model("t5").save_pretrained(tmp_path / "base")
+    AutoConfig.for_model(kind, **values).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").touch()
     path = write_recipe(model={"name_or_path": str(tmp_path / "base")}, data={"train": [{"path": "somebody/rows"}]})
-    assert main(["plan", str(path), "--gpu", "l4"]) == 2
-    assert capsys.readouterr().err == (
-        "error: model.name_or_path: is a t5, which is not a causal language model; take one that is\n"
-    )
+    for command in (["plan", str(path), "--gpu", "l4"], ["train", str(path)]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: model.name_or_path: is a {kind}, {problem}"
 
 
 def test_an_error_of_ours_keeps_its_message(

@@ -422,13 +422,24 @@ NAMES = "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_at
             True,
             "flash_attention_2, which computes only in bfloat16 and float16, not in float32 as this run; remove it",
         ),
+        (
+            "flash_attention_2",
+            "gemma4 of 512",
+            H100,
+            False,
+            "flash_attention_2, which computes heads of up to 256, and some of this gemma4_text have 512; write sdpa "
+            "or remove it",
+        ),
         ("flex_attention", "llama", CPU, True, "flex_attention, which has no backward pass on a CPU; remove it"),
     ],
 )
 def test_an_attention_that_is_not_lawful_is_refused(
     attention: str, architecture: str, device: Device, float32: bool, line: str
 ) -> None:
-    config = AutoConfig.from_pretrained(locate(f"random:{architecture}"))
+    if architecture == "gemma4 of 512":
+        config = AutoConfig.for_model("gemma4_text")
+    else:
+        config = AutoConfig.from_pretrained(locate(f"random:{architecture}"))
     with pytest.raises(ModelError) as refused:
         compatibility.check_attention(attention, config, device, float32)
     assert str(refused.value).replace(", flash_attention_4", "") == (

@@ -13,7 +13,7 @@
 | facts | refused |
 |---|---|
 | soft-capped attention scores (Gemma 2) | sdpa |
-| compute capability below 8.0, or computing in float32 | flash_attention_* |
+| compute capability below 8.0, computing in float32, or heads above 256 (Gemma 4) | flash_attention_* |
 | training on a CPU | flex_attention |
 
 A Gemma in float16 keeps its residual stream in float32 (`precision.keep_residual_in_float32`). Modules that text does
@@ -54,6 +54,50 @@ def check_device(place: str) -> None:
         raise ModelError(f"--device: is {place}, which this machine does not have; write {', '.join(available)}")
 
 
+# What trains models that do not write text from left to right, by the type in their config.
+_OTHER_TRAINERS = {
+    "diffusion_gemma": ("a diffusion model", "transformers 5.23 and trl 1.16 have no loss for it"),
+    "embedding_gemma2": ("an embedding model", "sentence-transformers' SentenceTransformerTrainer trains it"),
+    "embedding_gemma2_text": ("an embedding model", "sentence-transformers' SentenceTransformerTrainer trains it"),
+    "gemma4_assistant": ("a draft model for speculative decoding", "train the model that it drafts for"),
+    "gemma4_unified_assistant": ("a draft model for speculative decoding", "train the model that it drafts for"),
+    "paligemma": ("a model of images with text", "transformers' Trainer trains it on images"),
+    "shieldgemma2": ("a classifier of images", "transformers' Trainer trains it on images"),
+}
+
+
+def check_writes_text(config: Any) -> None:
+    """Refuses a model that is no causal language model, by name.
+
+    Args:
+        config: The model's config.
+
+    Raises:
+        ModelError: With what trains such a model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    kind = config.model_type
+    what = _OTHER_TRAINERS.get(kind)
+    both_ways = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all")
+    if what is None and both_ways:
+        # EmbeddingGemma is a gemma3_text.
+        what = ("an embedding model (use_bidirectional_attention)", _OTHER_TRAINERS["embedding_gemma2"][1])
+    if what is None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        encodes = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        what = (
+            ("an encoder-decoder model", "transformers' Seq2SeqTrainer trains it")
+            if encodes
+            else ("not a causal language model", "take one that is")
+        )
+    if what is not None:
+        raise ModelError(f"model.name_or_path: is a {kind}, {what[0]}; {what[1]}")
+
+
+# The longest heads that FlashAttention 2 and 3 compute.
+_FLASH_HEAD_DIM = 256
+
+
 def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn_implementation") -> None:
     """Refuses an attention that transformers does not have, or that leaves out the model's soft-capping.
 
@@ -63,7 +107,8 @@ def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn
         key: The key or flag that holds the name, for the message.
 
     Raises:
-        ModelError: The name is unknown, or it is sdpa and the model soft-caps its attention scores.
+        ModelError: The name is unknown, it is sdpa and the model soft-caps its attention scores, or it is a
+            FlashAttention and the model has longer heads than that computes.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -71,6 +116,13 @@ def check_attention_name(wanted: str | None, config: Any, key: str = "model.attn
     # The name of a kernel on the Hub has a slash.
     if wanted is not None and wanted not in known and "/" not in wanted:
         raise ModelError(f"{key}: is {wanted}, which transformers does not have; write one of {', '.join(known)}")
+    text = config.get_text_config()
+    longest = max(getattr(layer, "head_dim", None) or 0 for layer in text.per_layer_config)
+    if wanted is not None and "flash" in wanted and longest > _FLASH_HEAD_DIM:
+        raise ModelError(
+            f"{key}: is {wanted}, which computes heads of up to {_FLASH_HEAD_DIM}, and some of this {text.model_type} "
+            f"have {longest}; write sdpa or remove it"
+        )
     if wanted == "sdpa" and _soft_capped(config):
         model_type = config.get_text_config().model_type
         family = {"gemma2": "Gemma 2"}.get(model_type, model_type)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from finetune.data.samples import sample_rows
+from finetune.model.compatibility import check_writes_text
 from finetune.model.resize import needed_rows, write_resized
 from finetune.model.tiny import make_random
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
@@ -140,12 +141,14 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
     """The config of the model in a directory or on the Hub.
 
     Raises:
-        ModelError: The model has no config, or it cannot be read.
+        ModelError: The model has no config, it cannot be read, or the model is no causal language model.
     """
     from transformers import AutoConfig
 
     with load_errors(path), quiet():
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    check_writes_text(config)
+    return config
 
 
 @contextlib.contextmanager

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.model.load import load_tokenizer
-from finetune.model.locate import Base
+from finetune.model.locate import Base, read_config
 from finetune.model.resize import needed_rows, resized_config
 from finetune.plan.lengths import has_tokenizer
 from finetune.recipe.schema import ModelSection
 from finetune.system.devices import GPUS, Hardware, gpu_of_size
 from finetune.system.errors import PlanError
-from finetune.system.terminal import quiet
 
 
 def gpu_named(name: str) -> Hardware:
@@ -62,6 +61,5 @@ def base_config(section: ModelSection, base: Base | None = None) -> Any:
     if name in _shipped_configs() and section.revision is None and not folder.is_dir():
         return AutoConfig.for_model(**_shipped_configs()[name])
     if (folder / "config.json").is_file():  # its weights are not needed
-        with quiet():
-            return AutoConfig.from_pretrained(str(folder), trust_remote_code=section.trust_remote_code)
+        return read_config(str(folder), trust_remote_code=section.trust_remote_code)
     return (base or Base.of(section)).config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from finetune.plan.layers import layer_kinds, with_layers
@@ -75,14 +75,7 @@ class Predictor:
             config: The base's transformers config.
             hardware: A GPU or a CPU.
             arguments: The recipe's `training` section as an `SFTConfig`.
-
-        Raises:
-            PlanError: The base is not a causal language model.
         """
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-            raise PlanError(
-                f"model.name_or_path: is a {config.model_type}, which is not a causal language model; take one that is"
-            )
         self.config, self.hardware, self.arguments = config, hardware, arguments
         self._models: dict[tuple[str, tuple[int, ...]], FakeModel] = {}
         self._costs: dict[Any, StepCost] = {}
