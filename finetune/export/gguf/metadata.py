@@ -22,6 +22,7 @@ _FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3_text": 6}
 # llama.cpp recognises models of 27B by their number of layers, and scales their scores by hidden_size / heads.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _ACTIVATION = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
+_ACTIVATION["gemma4_text"] = "gelu_pytorch_tanh"
 
 
 def read_config(model: Path) -> Any:
@@ -67,6 +68,7 @@ def model_metadata(config: Any) -> dict[str, Any]:
     kind = config.model_type
     _check_computable(config)
     size = head_dim(config)
+    groups = config.per_layer_config[0].num_key_value_heads
     found = {
         Keys.LLM.CONTEXT_LENGTH: _context_length(config),
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
@@ -74,16 +76,18 @@ def model_metadata(config: Any) -> dict[str, Any]:
         Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size,
         Keys.LLM.VOCAB_SIZE: config.vocab_size,
         Keys.Attention.HEAD_COUNT: config.num_attention_heads,
-        Keys.Attention.HEAD_COUNT_KV: config.num_key_value_heads,
+        Keys.Attention.HEAD_COUNT_KV: groups,
         Keys.Attention.KEY_LENGTH: size,
         Keys.Attention.VALUE_LENGTH: size,
         Keys.Attention.LAYERNORM_RMS_EPS: float(config.rms_norm_eps),
         Keys.Rope.DIMENSION_COUNT: size,
     }
     found |= _rope_metadata(config)
+    if kind == "gemma4_text":
+        found |= _gemma4_metadata(config)
     if kind == "gemma2":
         found[Keys.LLM.ATTN_LOGIT_SOFTCAPPING] = float(config.attn_logit_softcapping)
-    if kind in ("gemma2", "gemma3_text") and config.final_logit_softcapping:
+    if kind in ("gemma2", "gemma3_text", "gemma4_text") and config.final_logit_softcapping:
         found[Keys.LLM.FINAL_LOGIT_SOFTCAPPING] = float(config.final_logit_softcapping)
     if kind in _FULL_ATTENTION_EVERY and "sliding_attention" in config.layer_types:
         found[Keys.Attention.SLIDING_WINDOW] = config.sliding_window
@@ -97,8 +101,45 @@ def model_metadata(config: Any) -> dict[str, Any]:
     return {key.format(arch=architecture): value for key, value in found.items()}
 
 
+def _gemma4_metadata(config: Any) -> dict[str, Any]:
+    """What Gemma 4 has by layer: heads, keys and values, MLP, experts."""
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    layers = config.per_layer_config
+    # The last layer has full attention (transformers 5.23).
+    sliding, full = layers[slides.index(True) if any(slides) else -1], layers[-1]
+    found = {
+        Keys.Attention.HEAD_COUNT_KV: [layer.num_key_value_heads for layer in layers],
+        Keys.Attention.KEY_LENGTH: full.head_dim,
+        Keys.Attention.VALUE_LENGTH: full.head_dim,
+        Keys.Attention.KEY_LENGTH_SWA: sliding.head_dim,
+        Keys.Attention.VALUE_LENGTH_SWA: sliding.head_dim,
+        Keys.Attention.SHARED_KV_LAYERS: config.num_kv_shared_layers,
+        Keys.Attention.SLIDING_WINDOW: config.sliding_window,
+        Keys.Attention.SLIDING_WINDOW_PATTERN: slides,
+        Keys.LLM.EMBD_LENGTH_PER_LAYER_INP: config.hidden_size_per_layer_input,
+        Keys.Rope.DIMENSION_COUNT: full.head_dim,
+        Keys.Rope.DIMENSION_COUNT_SWA: sliding.head_dim,
+    }
+    if config.use_double_wide_mlp:
+        inner, modes = config.intermediate_size, config.kv_sharing_modes
+        found[Keys.LLM.FEED_FORWARD_LENGTH] = [inner * (2 if mode == "reuse" else 1) for mode in modes]
+    if config.enable_moe_block:
+        found[Keys.LLM.EXPERT_COUNT] = config.num_experts
+        found[Keys.LLM.EXPERT_USED_COUNT] = config.top_k_experts
+        found[Keys.LLM.EXPERT_FEED_FORWARD_LENGTH] = config.moe_intermediate_size
+    return found
+
+
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
-    """The divisors of each rotation frequency of a llama3 model, float32 (head_dim / 2); None for other models."""
+    """The divisors of each rotation frequency, float32 (head_dim / 2); None for models that have none.
+
+    Those of a llama3 model are its scaling. Gemma 4's layers with full attention rotate a part of each head: the other
+    frequencies are divided by so much that they do not rotate.
+    """
+    if config.model_type == "gemma4_text":
+        half = config.per_layer_config[-1].head_dim // 2
+        rotated = int(_full_attention_rope(config).get("partial_rotary_factor", 1.0) * half)
+        return np.where(np.arange(half) < rotated, 1, 1e30).astype(np.float32)
     if _full_attention_rope(config)["rope_type"] != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -122,6 +163,7 @@ def _rope_metadata(config: Any) -> dict[str, Any]:
     rope_type = rope["rope_type"]
     known = {"default", "linear"}
     known |= set() if kind.startswith("gemma") else {"yarn"}
+    known = {"proportional"} if kind == "gemma4_text" else known
     known |= {"llama3"} if ARCHITECTURES[kind] == "llama" else set()
     if rope_type not in known:
         _refuse(config, "rope_type", rope_type, f"known are {', '.join(sorted(known))}")
@@ -165,7 +207,7 @@ def _context_length(config: Any) -> int:
     length: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
-    if config.model_type in _FULL_ATTENTION_EVERY or not window:
+    if config.model_type in (*_FULL_ATTENTION_EVERY, "gemma4_text") or not window:
         return length
     if config.model_type != "mistral" and layers and "sliding_attention" not in layers:
         return length
@@ -179,16 +221,19 @@ def _check_computable(config: Any) -> None:
     def value(key: str) -> Any:
         return getattr(config, key, None)
 
-    key = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
+    key = "hidden_activation" if kind in ("gemma2", "gemma3_text", "gemma4_text") else "hidden_act"
     gate = _ACTIVATION.get(kind, "silu")
     if value(key) != gate:
         _refuse(config, key, value(key), f"only {gate} is computed")
-    if value("use_bidirectional_attention") or value("is_causal") is False:
+    both_ways = value("use_bidirectional_attention")
+    if (both_ways and both_ways != "vision") or value("is_causal") is False:
         _refuse(config, "use_bidirectional_attention", True, "each token sees only those before it")
     if value("attention_bias") and kind != "llama":
         _refuse(config, "attention_bias", True, "it has no place for attn_output.bias")
     ropes = config.rope_parameters
-    for rope in [ropes, *(part for part in ropes.values() if isinstance(part, dict))]:
+    parts = [ropes, *(part for key, part in ropes.items() if isinstance(part, dict) and key != "full_attention")]
+    parts += [_full_attention_rope(config)] if kind != "gemma4_text" else []
+    for rope in parts:
         if (part := rope.get("partial_rotary_factor") or value("partial_rotary_factor") or 1) != 1:
             _refuse(config, "partial_rotary_factor", part, "heads are rotated whole")
     if kind == "qwen2" and config.num_attention_heads * size != config.hidden_size:

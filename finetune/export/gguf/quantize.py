@@ -77,7 +77,7 @@ def tensor_types(
     found = {}
     for name, shape in shapes.items():
         plain = TYPES[kind][1]
-        if len(shape) < 2:
+        if len(shape) < 2 or ".ffn_gate_inp." in name:
             found[name] = GGMLType.F32
         elif plain in UNQUANTIZED:
             found[name] = plain

@@ -18,15 +18,21 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }
+# Vectors of Gemma 4's router, which gguf's table lacks.
+_SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 _BIAS_KEYS = {"attn": "attention_bias", "ffn": "mlp_bias"}
 # What comes before a text model's names, in checkpoints old and new, with a vision tower or without.
 _PREFIX = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
-_NOT_TEXT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model)\.|.*\.rotary_emb\.inv_freq$")
+_NOT_TEXT = re.compile(
+    r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model|audio_tower|embed_vision|embed_audio)\.|.*\.rotary_emb\.inv_freq$"
+)
 
 
 def checked_model_type(config: dict[str, Any]) -> str:
@@ -62,7 +68,11 @@ def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
         if inner in ("lm_head.weight", "lm_head.bias"):
             return inner.replace("lm_head", "output")
         plain = "model." + (f"layers.0.{inner[layer.end() :]}" if layer else inner)
+        if layer and (scale := _SCALES.get(inner[layer.end() :])):
+            return f"blk.{layer[1]}.{scale}"
         found = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+        if found and not plain.endswith((".weight", ".bias")):
+            found += ".weight"
         if found is None or not found.endswith((".weight", ".bias")):
             raise ExportError(f"GGUF: llama.cpp has no place for {name} in a model of type {model_type}")
         return f"blk.{layer[1]}.{found.removeprefix('blk.0.')}" if layer else found
@@ -78,6 +88,8 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     Args:
         config: The text model's config, as transformers reads it.
     """
+    if config.model_type == "gemma4_text":
+        return _gemma4_shapes(config)
     kind, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
     size = head_dim(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -112,13 +124,63 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _gemma4_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """As `expected_shapes`: heads, their keys and values, and the MLP differ by layer."""
+    hidden, per_layer, experts = config.hidden_size, config.hidden_size_per_layer_input, config.num_experts
+    found: dict[str, tuple[int, ...]] = {
+        "output.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+        "token_embd.weight": (config.vocab_size, hidden),
+    }
+    if per_layer:
+        packed = config.num_hidden_layers * per_layer
+        found["per_layer_model_proj.weight"] = (packed, hidden)
+        found["per_layer_proj_norm.weight"] = (per_layer,)
+        found["per_layer_token_embd.weight"] = (config.vocab_size_per_layer_input, packed)
+    modes = config.kv_sharing_modes
+    for number, (own, kind) in enumerate(zip(config.per_layer_config, config.layer_types, strict=True)):
+        shared = modes[number] == "reuse"
+        queries, keys = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
+        inner = own.intermediate_size * (2 if shared and config.use_double_wide_mlp else 1)
+        norms = ["attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"]
+        layer: dict[str, tuple[int, ...]] = {
+            "attn_q": (queries, hidden),
+            "attn_q_norm": (own.head_dim,),
+            "attn_output": (hidden, queries),
+            "ffn_gate": (inner, hidden),
+            "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+            "layer_output_scale": (1,),
+        }
+        if not shared:
+            layer |= {"attn_k": (keys, hidden), "attn_k_norm": (own.head_dim,)}
+        if not shared and not (config.attention_k_eq_v and kind == "full_attention"):
+            layer["attn_v"] = (keys, hidden)
+        if per_layer:
+            layer |= {"inp_gate": (per_layer, hidden), "proj": (hidden, per_layer)}
+            norms.append("post_norm")
+        if config.enable_moe_block:
+            narrow = own.moe_intermediate_size
+            layer |= {
+                "ffn_gate_inp": (experts, hidden),
+                "ffn_gate_up_exps": (experts, 2 * narrow, hidden),
+                "ffn_down_exps": (experts, hidden, narrow),
+            }
+            norms += ["pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"]
+            found |= {f"blk.{number}.ffn_gate_inp.scale": (hidden,), f"blk.{number}.ffn_down_exps.scale": (experts,)}
+        layer |= dict.fromkeys(norms, (hidden,))
+        found |= {f"blk.{number}.{name}.weight": shape for name, shape in sorted(layer.items())}
+    return found
+
+
 def head_dim(config: Any) -> int:
-    """The size of an attention head."""
+    """The size of an attention head; the first layer's where layers differ."""
+    config = config.per_layer_config[0]
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def converted_values(name: str, rows: NDArray[np.float32], config: Any) -> NDArray[np.float32]:
-    """Values as llama.cpp computes with them: 1 is added to Gemma's norms, and Llama's rotated pairs are neighbours.
+    """Values as llama.cpp computes with them: 1 is added to Gemma 1 to 3's norms, Llama's rotated pairs are neighbours.
 
     transformers rotates the number i of a head with i + half of the head, llama.cpp's `llama` 2i with 2i + 1.
 
@@ -128,7 +190,7 @@ def converted_values(name: str, rows: NDArray[np.float32], config: Any) -> NDArr
         config: The text model's config.
     """
     kind = config.model_type
-    if kind.startswith("gemma") and name.endswith("norm.weight"):
+    if kind in ("gemma", "gemma2", "gemma3_text") and name.endswith("norm.weight"):
         return rows + np.float32(1)
     if ARCHITECTURES[kind] == "llama" and name.split(".")[-2] in ("attn_q", "attn_k"):
         rest = rows.shape[1:]

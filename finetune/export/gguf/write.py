@@ -9,6 +9,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -192,7 +193,7 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
     factors = rope_factors(config)
     if factors is not None:
         wanted["rope_freqs.weight"] = factors.shape
-    groups = config.num_attention_heads // config.num_key_value_heads
+    groups = config.num_attention_heads // config.per_layer_config[0].num_key_value_heads
     kinds = tensor_types(wanted, kind, ARCHITECTURES[config.model_type], groups, imatrix is not None)
     _check_matrix(imatrix or {}, wanted, imatrix is not None)
     items = [_Tensor(name, wanted[name], kinds[name], stored[name]) for name in wanted if name in stored]
@@ -255,7 +256,7 @@ def _write_tensors(
         try:
             for item in items:
                 # Rows in whole heads, as Llama's are put in another order within one.
-                rows = item.shape[0] if len(item.shape) > 1 else 1
+                rows = math.prod(item.shape[:-1])
                 step = max(1, _SLICE // item.shape[-1])
                 step = -(-step // head_dim(config)) * head_dim(config) if len(item.shape) > 1 else 1
                 for start in range(0, rows, step):
