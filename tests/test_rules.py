@@ -209,8 +209,13 @@ def largest(model: Any, part: str = "") -> float:
 
 
 # Double quantisation would round the scales of all blocks to the largest, which is that of the loud coordinate.
-@pytest.mark.parametrize("quantization", [None, NF4 | {"bnb_4bit_use_double_quant": False}], ids=["float16", "nf4"])
-@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_moe"])
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [
+        *((name, None) for name in ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_moe")),
+        *((name, NF4 | {"bnb_4bit_use_double_quant": False}) for name in ("gemma", "gemma2", "gemma3", "gemma4")),
+    ],
+)
 def test_the_residual_stream_of_a_gemma_is_float32_where_float16_overflows(
     architecture: str, quantization: dict[str, Any] | None, tmp_path: Path
 ) -> None:
@@ -232,6 +237,16 @@ def test_the_residual_stream_of_a_gemma_is_float32_where_float16_overflows(
     wide.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, x, out: seen.extend([x[0].dtype, out.dtype]))
     loss_of(wide)
     assert seen == [torch.float16] * 2
+
+
+def test_gemma_3n_is_not_trained_on_quantised_weights(write_recipe: Write) -> None:
+    recipe = load_recipe(write_recipe(model={"name_or_path": "random:gemma3n"}, quantization=NF4))
+    with pytest.raises(ModelError) as refused:
+        trainable(recipe, None, lambda line: None)
+    assert str(refused.value) == (
+        "quantization: Gemma 3n clamps weights in place while it trains, which damages quantised ones; "
+        "remove quantization"
+    )
 
 
 def test_an_adapter_on_a_t4_learns_as_in_float32(

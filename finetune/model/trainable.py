@@ -99,6 +99,12 @@ def trainable_model(
     Raises:
         ModelError: `lora` or the adapter does not fit the base.
     """
+    if recipe.quantization is not None and model.config.get_text_config().model_type == "gemma3n_text":
+        # transformers 5.23, `Gemma3nTextAltUp.predict`.
+        raise ModelError(
+            "quantization: Gemma 3n clamps weights in place while it trains, which damages quantised ones; "
+            "remove quantization"
+        )
     if precision.computes == "fp16" and precision.loaded == torch.float32:
         keep_residual_in_float32(model)  # autocast rounds as float16 weights would
     frozen = compatibility.non_text_modules(model)
