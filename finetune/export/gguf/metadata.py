@@ -243,6 +243,9 @@ def _check_computable(config: Any) -> None:
         _refuse(config, name, None, "scores are always capped")
     if kind == "gemma3_text" and config.attn_logit_softcapping:
         _refuse(config, "attn_logit_softcapping", config.attn_logit_softcapping, "scores are never capped")
+    per_layer = kind == "gemma4_text" and config.hidden_size_per_layer_input
+    if per_layer and (rows := config.vocab_size_per_layer_input) != config.vocab_size:
+        _refuse(config, "vocab_size_per_layer_input", rows, "it must be vocab_size")
     if kind in _FULL_ATTENTION_EVERY:
         large = config.num_hidden_layers == _LAYERS_OF_27B[kind]
         scale = config.hidden_size // config.num_attention_heads if large else size
