@@ -102,7 +102,7 @@ def model_metadata(config: Any) -> dict[str, Any]:
 
 
 def _gemma4_metadata(config: Any) -> dict[str, Any]:
-    """What Gemma 4 has by layer: heads, keys and values, MLP, experts."""
+    """The metadata of heads, keys and values, MLP and experts, which differ by layer in Gemma 4."""
     slides = [kind == "sliding_attention" for kind in config.layer_types]
     layers = config.per_layer_config
     # The last layer has full attention (transformers 5.23).
