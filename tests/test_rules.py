@@ -478,6 +478,25 @@ def test_an_attention_that_is_lawful_is_kept(architecture: str, device: Device) 
     )  # answers take no gradient
 
 
+@pytest.mark.parametrize("architecture", RANDOM_ARCHITECTURES)
+def test_logits_are_the_same_with_a_cache_and_with_each_attention(architecture: str) -> None:
+    """Soft caps, partial rotation, K = V, shared keys and values; the row is longer than the window."""
+    path = locate(f"random:{architecture}")
+    eager = load_base(path, torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        whole = eager(IDS, use_cache=False).logits
+        first = eager(IDS[:, :40], use_cache=True)
+        steps, cache = [first.logits], first.past_key_values
+        for i in range(40, IDS.shape[1]):
+            step = eager(IDS[:, i : i + 1], past_key_values=cache, use_cache=True)
+            steps.append(step.logits)
+        # float32: sums in another order.
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)
+        if architecture != "gemma2":
+            sdpa = load_base(path, torch.float32, attn_implementation="sdpa").eval()
+            torch.testing.assert_close(sdpa(IDS, use_cache=False).logits, whole, rtol=0, atol=1e-5)
+
+
 def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
