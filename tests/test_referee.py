@@ -237,7 +237,8 @@ class Why(NamedTuple):
 
 
 NOT_FED = (
-    "message 2: what inference would feed before this turn is not what stands before it in the whole conversation; "
+    "message 2: the prompt that inference would feed before this turn (add_generation_prompt=True) is not the "
+    "beginning of the rendered conversation; "
     "data.train_on: last_assistant trains on the last turn alone"
 )
 BREAK = Why("generation never reaches the line break behind the end-of-turn token", behind=("\n",))

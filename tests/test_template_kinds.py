@@ -146,7 +146,7 @@ def test_thinking_that_is_fed() -> None:
     assert trained(own, encoded) == ["It is dense.\n[/t]\nRye.<|im_end|>"]
     assert own.tokenizer.convert_ids_to_tokens([own.end_of_turn_id]) == ["<|im_end|>"]
     assert own.turn_token_ids
-    assert "what inference would feed" in refusal(own, talk("Which?", "Rye."))
+    assert "the prompt that inference would feed" in refusal(own, talk("Which?", "Rye."))
 
 
 def test_tools_that_are_needed() -> None:
@@ -159,7 +159,7 @@ def test_an_answer_that_is_begun() -> None:
     own = chat(PREFILLED)
     assert trained(own, own.encode(talk("Which?", '{"bread": "rye"}'))) == ['"bread": "rye"}<|im_end|>']
     assert own.tokenizer.convert_ids_to_tokens([own.end_of_turn_id]) == ["<|im_end|>"]
-    assert "what inference would feed" in refusal(own, talk("Which?", "rye"))
+    assert "the prompt that inference would feed" in refusal(own, talk("Which?", "rye"))
 
 
 def test_a_template_whose_rows_alone_are_taken() -> None:
@@ -198,13 +198,15 @@ def test_an_empty_thought_that_is_fed(thought: str) -> None:
     assert refusal(own, thinking).startswith("message 2: inference feeds a closed thought before this turn")
     # The text has a thought of its own behind the empty one.
     opening = thought.strip().partition(">")[0] + ">" if thought[0] == "<" else thought.partition("]")[0] + "]"
-    assert "what inference would feed" in refusal(own, talk("Hi", f"{opening} hm, yes"))
+    assert "the prompt that inference would feed" in refusal(own, talk("Hi", f"{opening} hm, yes"))
 
 
 @pytest.mark.parametrize("fed", ["<think>\n", "[t]", "[t][/u]", "<answer>", "Sure: ", "<think>Fine, so</think>"])
 def test_what_is_fed_but_is_no_empty_thought(fed: str) -> None:
     own = chat(BODY + ASKED.replace("assistant\n", f"assistant\n{fed}"))
-    reason = "inference feeds the beginning of a thought" if fed == "<think>\n" else "what inference would feed"
+    reason = (
+        "inference feeds the beginning of a thought" if fed == "<think>\n" else "the prompt that inference would feed"
+    )
     assert reason in refusal(own, BREAD, "last_assistant")
 
 

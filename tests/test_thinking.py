@@ -98,7 +98,10 @@ NO_END = (
     "message 2: the template ends the turn with '', in which this tokenizer has no special token, so the model could "
     "not learn to stop"
 )
-NOT_FED = "message 2: what inference would feed before this turn is not what stands before it in the whole conversation"
+NOT_FED = (
+    "message 2: the prompt that inference would feed before this turn (add_generation_prompt=True) is not the "
+    "beginning of the rendered conversation"
+)
 # For thinking switched off and on: what is trained on of a turn without thinking and of one with it, or the refusal.
 QWEN = {
     False: ("Rye.<|im_end|>", CLOSED),
@@ -218,7 +221,7 @@ def test_a_conversation_whose_earlier_thinking_is_dropped() -> None:
     ]
     assert "Dense" not in rows[1][0]
     assert list(ledger.mended) == [
-        "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
+        "rows split into one row per exchange, because the chat template renders earlier turns differently"
     ]
     # Each thinking text counts once, in the row in which it is rendered.
     alone = [prepared(chat("gemma4_v5", True), row[:end])[1].thinking_tokens for end in (2,)]

@@ -1,4 +1,4 @@
-"""Turns messages into `input_ids` and `labels`: the only place that decides which tokens are trained on.
+"""Turns messages into `input_ids` and `labels`: decides which tokens of a message are trained on.
 
 A conversation is rendered and tokenised once, whole. The prompt that inference would feed before an assistant turn
 (`add_generation_prompt=True`) must be a prefix of the conversation, in characters (`turns`) and in tokens (here), so
@@ -95,7 +95,7 @@ class RenderedChat:
     text: str
     messages: Sequence[Message]
     train_on: str
-    # For each turn: index of its message, of its first character, of the character behind its end-of-turn token.
+    # For each turn: index of its message, of its first character, of the character after its end-of-turn token.
     turns: list[tuple[int, int, int]]
     trained: frozenset[int]  # the indices of the messages that are trained on
     tools: Sequence[Tool] | None = None
@@ -109,7 +109,7 @@ class Chat:
 
     Args:
         tokenizer: A fast tokenizer; its `chat_template` is the one that is saved with the model.
-        day: The day that a template is told which asks for the date, at midnight; None: the time of each rendering.
+        day: The date, at midnight, for templates that ask for it; None: the time of each rendering.
 
     Attributes:
         render: Renders a conversation with the template.
@@ -341,7 +341,7 @@ class Chat:
     def turn_token_ids(self) -> list[int]:
         """The ids of the special tokens, but for BOS, that the template writes around a user's and an assistant's text.
 
-        It is empty where the template takes none of the conversations that it is asked with before any row.
+        It is empty if the template refuses every conversation of `probes.py`.
 
         Raises:
             TemplateError: The tokenizer has no chat template.
@@ -358,7 +358,7 @@ class Chat:
 
         Raises:
             TemplateError: There is no template; it writes a token that the tokenizer lacks, or ends its turns with
-                none; or it takes none of the conversations that it is asked with before any row.
+                none; or it refuses every conversation of `probes.py`.
         """
         fault: LabelError | None = None
         for messages, tools in probes(self.render):

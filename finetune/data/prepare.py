@@ -39,7 +39,7 @@ LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "thinking",
 OPENING_REMOVED = "rows whose opening assistant message was removed"
 CLOSING_REMOVED = "rows whose messages after the last assistant turn were removed"
 TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
-ROW_PER_EXCHANGE = "rows with a row for each exchange, because the chat template writes earlier turns otherwise"
+ROW_PER_EXCHANGE = "rows split into one row per exchange, because the chat template renders earlier turns differently"
 SAME_ROLE_MERGED = "rows with messages of one role merged"
 
 
@@ -51,7 +51,7 @@ class RowResult:
         row: The row's name, such as `data/chat.jsonl:12`.
         pieces: The encoded rows that it became; several if it was split.
         mended: The changes that were made to it.
-        unread: Its keys that hold a value and that no code reads.
+        unread: Its keys that hold a value and that are ignored.
         dropped: The reason for which it was dropped, or "".
         bad: The reason for which it cannot be used, or "".
         detail: What is particular to this row, in addition to the reason in `bad`.

@@ -27,7 +27,7 @@ from finetune.data.turns import (
 )
 from finetune.system.errors import LabelError, TurnRewrittenLater
 
-# Is put behind each text of an assistant message. It has only letters, so that no template's filter escapes it.
+# Put after each text of an assistant message. It has only letters, so that no template's filter escapes it.
 _MARK = "qjxvzwkqy"
 _MARKS = re.compile(f"{_MARK}[a-j]+z")
 
@@ -68,7 +68,7 @@ def turn_end(
     # A template may write a tool's name in the call and again in the result: the marks of the turn are those that it
     # has as the last one.
     marks = _MARKS.findall(as_last)
-    head, tail = _split_behind_marks(whole, len(marks))
+    head, tail = _split_after_marks(whole, len(marks))
     rendered_marks = _MARKS.findall(whole)[: len(marks)]
     # White space before a mark is not trimmed, so texts are compared without it. A generation prompt may hold the first
     # word already (`<think>`).
@@ -86,30 +86,30 @@ def turn_end(
     if rendered_marks != marks or without_whitespace(head[start:]) != turn or not text.endswith(tail):
         reason = "the chat template changes the assistant's text, so its tokens cannot be found"
         raise LabelError(reason, message=i)
-    # An assistant message without text stays so: gpt-oss's template takes none beside reasoning and a call.
+    # An empty assistant message gets no fence: gpt-oss's template refuses text beside reasoning and a call.
     empty = [
         not isinstance(m["content"], str) or (m["role"] == "assistant" and not m["content"].strip()) for m in later
     ]
     fenced = [m if e else m | {"content": FENCE + m["content"]} for m, e in zip(later, empty, strict=True)]
-    if fenced and FENCE in _split_behind_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
+    if fenced and FENCE in _split_after_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
         raise LabelError("the chat template writes a later message inside its turn", message=i)
-    after = _split_behind_marks(as_last, len(marks))[1]
+    after = _split_after_marks(as_last, len(marks))[1]
     elsewhere = after
     if not later:
         role = "tool" if message.get("tool_calls") else "user"
         with contextlib.suppress(LabelError):
             followed = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
-            elsewhere = _split_behind_marks(followed, len(marks))[1]
-    # The turn ends with what follows its text both here and elsewhere: as the last turn where it is not the last, and
-    # before another message where it is. What a template writes only at the end of a conversation, or before the next
-    # message, does not belong to the turn. A special token may be cut at the end of what is shared: whole ones count.
+            elsewhere = _split_after_marks(followed, len(marks))[1]
+    # The turn is rendered as the last message and before another message. What follows its text in both belongs to the
+    # turn. What a template writes only at the end of a conversation, or only before the next message, does not. A
+    # special token may be cut at the end of what is shared: whole ones count.
     shared = commonprefix([tail, elsewhere])  # noqa: RUF071 - characters are meant
     headers = _headers(render, special, messages[:i])
     spans = special_spans(special.tokens, tail)
     own = _before_the_next_header(
         [(tail[first:end], end) for first, end in spans if end <= len(shared)],
         headers,
-        # A header that was asked for stands between `before` and the turn.
+        # Between `before` and the turn stands the header that `add_generation_prompt` adds.
         unasked=not text[len(before) : start].strip() or len(special_spans(special.tokens, after)) > 1,
     )
     if not own and spans and spans[0][0] <= len(shared) < spans[0][1]:
@@ -134,12 +134,12 @@ class _Headers(NamedTuple):
     Attributes:
         opening: Those that begin a conversation, and so a turn.
         last: The one before the first message's text; empty if there is none.
-        behind: All that come after the text of the last message without being asked for, in their order.
+        after_last: Those after the text of the last message without `add_generation_prompt`, in their order.
     """
 
     opening: frozenset[str]
     last: str
-    behind: tuple[str, ...]
+    after_last: tuple[str, ...]
 
 
 def _headers(render: Render, special: Special, messages: Sequence[Message]) -> _Headers:
@@ -158,38 +158,38 @@ def _headers(render: Render, special: Special, messages: Sequence[Message]) -> _
         text = render(messages)
     lead, found, _ = text.partition(FENCE)
     lead = lead if found else ""
-    behind = text.rpartition(_MARK)[2] if _MARK in text else ""
+    after_last = text.rpartition(_MARK)[2] if _MARK in text else ""
     opening: list[str] = []
     end = None
-    for start, behind_token in special_spans(special.tokens, lead):
-        token = lead[start:behind_token]
+    for start, stop in special_spans(special.tokens, lead):
+        token = lead[start:stop]
         if token in special.outside:
             continue
         if end is not None and lead[end:start].strip():
             break
         opening.append(token)
-        end = behind_token
+        end = stop
     before = [lead[start:end] for start, end in special_spans(special.tokens, lead)]
     return _Headers(
         frozenset(opening),
         before[-1] if before and before[-1] not in special.outside else "",
-        tuple(behind[start:end] for start, end in special_spans(special.tokens, behind)),
+        tuple(after_last[start:end] for start, end in special_spans(special.tokens, after_last)),
     )
 
 
 def _before_the_next_header(ends: Sequence[tuple[str, int]], headers: _Headers, unasked: bool) -> list[int]:
     """The ends of those special tokens that end a turn: those before the header of the next one.
 
-    Some templates write the next answer's header whether it is asked for or not.
+    Some templates write the next answer's header without `add_generation_prompt`, too.
 
     Args:
         ends: The special tokens after a turn's text, and where each ends.
         headers: The tokens of headers.
-        unasked: Whether a header may stand there without being asked for.
+        unasked: True if a header may stand there although `add_generation_prompt` is false.
     """
     own: list[int] = []
     for token, end in ends:
-        begins = token in headers.opening or (token == headers.last and headers.behind[-1:] == (token,))
+        begins = token in headers.opening or (token == headers.last and headers.after_last[-1:] == (token,))
         # A token that ends each turn may also be what begins the conversation.
         if begins and (own or (unasked and token in headers.opening)):
             break
@@ -214,7 +214,7 @@ def _closes_turn(render: Render, token: str, prompt: str, headers: _Headers, is_
 
     gpt-oss ends the last turn with a token of its own, and the others with the one that ends a user's turn.
     """
-    if token in prompt or (is_last and not prompt.strip() and token in headers.behind):
+    if token in prompt or (is_last and not prompt.strip() and token in headers.after_last):
         return False
     closing = ""
     with contextlib.suppress(LabelError):
@@ -223,7 +223,7 @@ def _closes_turn(render: Render, token: str, prompt: str, headers: _Headers, is_
     return is_last or token in closing
 
 
-def _split_behind_marks(text: str, count: int) -> tuple[str, str]:
+def _split_after_marks(text: str, count: int) -> tuple[str, str]:
     """Splits a text after its `count`-th mark; both parts come without any mark."""
     ends = [match.end() for match in _MARKS.finditer(text)][:count]
     cut = ends[-1] if ends else 0

@@ -1,9 +1,7 @@
-"""Finds the assistant turns of a rendered conversation, in characters, by rendering parts of it with its chat template.
+"""Finds where each assistant turn starts in a rendered conversation, and checks that no message is left out.
 
-A turn begins where the prompt that inference would feed ends. Where the turn is the message's text and an end-of-turn
-token, its end is read from the text. Otherwise the conversation is rendered once more with a marker behind each text of
-the message. A conversation whose turns cannot be proved so raises `LabelError`. `chat.py` proves the same
-prefix in tokens.
+A turn starts where the prompt that inference would feed ends. `turn_ends.py` finds where it ends, and `chat.py` proves
+the same prefix in tokens. A conversation whose turns cannot be proved raises `LabelError`.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ Tool = dict[str, Any]  # a function that may be called, in OpenAI's form
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INSTRUCTING = ("system", "developer")  # the roles of texts that instruct the model before its user does
-FENCE = "xwqvkjzwx"  # is put before the texts of other messages
-# A text of so many characters that stands once in a conversation's texts and in its template is rendered where it is.
+FENCE = "xwqvkjzwx"  # put before the texts of other messages
+# A text this long that occurs once in the messages and the template is rendered if it is in the output; else FENCE is
+# needed to find out.
 _LONG_ENOUGH = 16
 LAST_ONLY = "data.train_on: last_assistant trains on the last turn alone"
 
@@ -179,7 +178,7 @@ def _holds(text: str, content: str) -> bool:
 
 
 def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -> int:
-    """The index of the first character of turn `i`, right behind the prompt that inference would feed.
+    """The index of the first character of turn `i`, right after the prompt that inference would feed.
 
     Args:
         render: The chat template.
@@ -189,12 +188,15 @@ def turn_start(render: Render, messages: Sequence[Message], i: int, text: str) -
 
     Raises:
         TurnRewrittenLater: Messages that follow the turn change what comes before it.
-        LabelError: That prompt is no prefix of the text.
+        LabelError: That prompt is not a prefix of the text.
     """
     prefix = render(messages[:i], add_generation_prompt=True)
     if text.startswith(prefix):
         return len(prefix)
-    reason = "what inference would feed before this turn is not what stands before it in the whole conversation"
+    reason = (
+        "the prompt that inference would feed before this turn (add_generation_prompt=True) is not the beginning of "
+        "the rendered conversation"
+    )
     if i + 1 < len(messages):
         raise TurnRewrittenLater(reason, LAST_ONLY, i)
     if fault := thought_fault(messages[i], prefix):
