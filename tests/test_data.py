@@ -903,7 +903,7 @@ def test_a_row_for_each_exchange_or_answer_behind_a_fed_thought() -> None:
     assert all(text.count("[t][/t]") == 1 for text in texts(prepared, own))
     mended = prepared.ledger.mended
     assert list(mended.values()) == [2]
-    assert next(iter(mended)).startswith("rows with a row for each exchange")
+    assert next(iter(mended)).startswith("rows split into one row per exchange")
 
 
 def test_special_tokens_where_the_source_allows_them() -> None:

@@ -265,7 +265,7 @@ def test_each_exchange_alone_where_earlier_thinking_is_hidden() -> None:
     for piece, end in zip(train.dataset, (2, 6), strict=True):
         assert piece["input_ids"] == own.apply_chat_template(row["messages"][:end], return_dict=False)
     assert (train.ledger.read, train.ledger.kept, train.ledger.split) == (1, 2, 1)
-    assert [why.partition(",")[0] for why in train.ledger.mended] == ["rows with a row for each exchange"]
+    assert [why.partition(",")[0] for why in train.ledger.mended] == ["rows split into one row per exchange"]
     last, _ = build_datasets(section(path, train_on="last_assistant"), Chat(own), None)
     assert (last.ledger.kept, last.ledger.mended) == (1, {})
     # One exchange that does not fit is lost, not the others.

@@ -404,10 +404,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
     found: Options = {}
     finish = finetune.train.run._save_finished_run
 
-    def look(trainer: Any, output: Path) -> None:
+    def look(trainer: Any, output: Path, say: Any) -> None:
         found["logits"] = logits(trainer.model)
         found["quantised"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
-        finish(trainer, output)
+        finish(trainer, output, say)
 
     monkeypatch.setattr(finetune.train.run, "_save_finished_run", look)
     return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.data.chat import Chat
 from finetune.system.errors import ModelError
 from finetune.system.terminal import quiet
+
+if TYPE_CHECKING:  # it imports transformers, which a merge's own process never loads
+    from finetune.data.chat import Chat
 
 # The key of our copy's text config with the number of rows that its base has; no other model has it.
 RESIZED_FROM = "finetune_resized_from"
