@@ -79,8 +79,8 @@ def test_the_work_is_what_torch_counts(kind: str, way: str) -> None:
 
 def test_tokens_look_back_as_far_as_their_layer_does() -> None:
     assert [flops._pairs(length, 4) for length in (1, 3, 4, 6)] == [1, 6, 10, 10 + 2 * 4]
-    config = AutoConfig.for_model("gemma3_text", **SIZE)
-    config.layer_types = ["sliding_attention", "full_attention"]
+    kinds = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model("gemma3_text", **SIZE | {"num_hidden_layers": 2, "layer_types": kinds})
     per_pair = 6 * 4 * 2 * 16  # three times a product with keys and one with values, of four heads of 16
     assert flops._attention(config, {10: 3}) == per_pair * (flops._pairs(10, 6) + flops._pairs(10, 10)) / 10
 

@@ -111,7 +111,7 @@ def test_what_llama_cpp_makes_of_each_file_is_in_the_report(exported: Path) -> N
     text = (exported / "report.md").read_text()
     assert "| GGUF | size | perplexity | KL mean | KL 99% | top-1 | KL English | KL Japanese | they stop |" in text
     assert text.count("(Q3_K_M") == 1
-    assert f"top-1: of the first {exact['compared']:,}, against" in text
+    assert f"top-1: on the first {exact['compared']:,}, against" in text
     assert "\nBy language: English: 8 sample rows of this project; Japanese: 8 sample rows of this project.\n" in text
 
 
