@@ -97,6 +97,18 @@ def _forked() -> Iterator[Callable[..., Any]]:
         yield cold
 
 
+@pytest.fixture(autouse=True)
+def _forks_go_on() -> Iterator[None]:
+    """Removes what a test has set of the variables that upstream reads when it is imported.
+
+    With other values each later process of this worker starts cold. lm_eval 0.4 sets HF_XET_HIGH_PERFORMANCE.
+    """
+    before = forks.read_at_import(os.environ)
+    yield
+    for name in forks.read_at_import(os.environ).keys() - before.keys():
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def cold(_forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh processes start as users' do: by importing all that they need."""
