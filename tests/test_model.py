@@ -8,8 +8,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from finetune.data.chat import Chat
+from finetune.data.template import load_template
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
 from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
@@ -35,6 +37,17 @@ def test_random_models_are_made_once_and_load(architecture: str) -> None:
     ids = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "やあ"}]).input_ids.tolist()
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
     assert model.config.vocab_size == len(chat.tokenizer) == 1024
+
+
+def test_a_random_model_is_made_anew_for_another_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached one would have the template of the release that made it."""
+    before = locate("random:llama")
+    monkeypatch.setattr("finetune.model.tiny.load_template", lambda name: load_template(name) + "{# changed #}")
+    after = locate("random:llama")
+    assert after != before
+    assert AutoTokenizer.from_pretrained(after).chat_template.endswith("{# changed #}")
+    monkeypatch.undo()
+    assert locate("random:llama") == before
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
-from finetune.data.samples import sample_rows
 from finetune.model.compatibility import check_writes_text
 from finetune.model.resize import needed_rows, write_resized
-from finetune.model.tiny import make_random
+from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
@@ -187,8 +186,7 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
         if rest not in RANDOM_ARCHITECTURES:
             known = ", ".join(f"random:{name}" for name in RANDOM_ARCHITECTURES)
             raise ModelError(f"model.name_or_path: is {name_or_path}; write one of {known}")
-        sample = sample_rows().read_bytes()
-        name = f"random-{rest}-{hashlib.sha256(sample).hexdigest()[:16]}-v{_CACHE_VERSION}"
+        name = f"random-{rest}-{random_fingerprint(rest)[:16]}-v{_CACHE_VERSION}"
         return str(made_once(name, lambda into: make_random(rest, into)))
     if kind == "package":
         package = _import_gguf_package(rest)

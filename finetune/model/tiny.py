@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ _MODEL_TYPES = {
 _TEMPLATES = {"llama": "chatml", "gemma": "gemma", "gemma2": "gemma"}
 
 
+def random_fingerprint(architecture: str) -> str:
+    """A hash of what a random model is made from: this file, the sample rows and the chat template.
+
+    A model that another release has cached, with another template, is not used again.
+
+    Args:
+        architecture: One of `RANDOM_ARCHITECTURES`.
+    """
+    parts = Path(__file__).read_bytes(), sample_rows().read_bytes(), _template(architecture).encode()
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _template(architecture: str) -> str:
+    return load_template(_TEMPLATES.get(architecture, "gemma3"))
+
+
 def make_random(architecture: str, into: Path) -> None:
     """Saves a seeded model of two or four layers, and a byte-level BPE tokenizer that is trained on the sample rows.
 
@@ -55,7 +72,7 @@ def make_random(architecture: str, into: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-    tokenizer.chat_template = load_template(_TEMPLATES.get(architecture, "gemma3"))
+    tokenizer.chat_template = _template(architecture)
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
