@@ -13,7 +13,8 @@ from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.chat import IGNORE, Chat, Encoded
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE, Encoded
 from finetune.data.template import load_template
 from finetune.model.load import load_tokenizer
 from finetune.model.tiny import _train_tokenizer

@@ -13,7 +13,8 @@ from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.ledger import Ledger
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import read_rows

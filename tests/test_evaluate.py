@@ -16,7 +16,8 @@ from judge_server import Answer, Request, error, grades, serve
 from markdown_it import MarkdownIt
 
 from finetune.cli.commands import main
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
 from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer_prompts, repetition

@@ -16,7 +16,8 @@ import torch
 from gguf_tiny import TEMPLATE, make_model, make_tokenizer, sample_messages, write_gguf
 from transformers import AutoTokenizer
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
 from finetune.data.template_variables import set_default_variables
 from finetune.evaluate.perplexity import score

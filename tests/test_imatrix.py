@@ -20,7 +20,8 @@ from in_process import dies
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import finetune.export.gguf.imatrix.calibration
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.mixture import build_datasets
 from finetune.data.samples import LabelledRow, encoded_sample_rows, rows_by_language
 from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance, squared_input_sums

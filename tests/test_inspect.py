@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.cli.commands import main
 from finetune.cli.inspect import InspectedData, as_text, pieces
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.data.ledger import Ledger
 from finetune.data.mixture import Prepared
 from finetune.model.locate import locate

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import pytest
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.formats import COLUMNS_READ, FORMATS
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.model.load import load_tokenizer

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
 from finetune.evaluate import perplexity
 from finetune.evaluate.perplexity import Score, score

@@ -20,7 +20,8 @@ import finetune.export.transformers
 import finetune.merge.run
 import finetune.train.run
 from finetune.cli.commands import main
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.template import load_template
 from finetune.model.compatibility import exclude_modules, non_text_modules
 from finetune.model.load import load_tokenizer

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers.utils import chat_template_utils
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import LabelError

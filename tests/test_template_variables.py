@@ -13,7 +13,8 @@ from test_data import jsonl, section
 from test_referee import tokenizer
 from transformers import AutoTokenizer
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.mixture import build_datasets
 from finetune.data.template_variables import set_default_variables, split_defaults, variables_read, with_values_forced
 from finetune.evaluate.prompts import held_out_prompts, read_prompts

@@ -14,7 +14,8 @@ from test_referee import tokenizer
 from transformers import PreTrainedConfig
 
 from finetune.data.adapt import adapt
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.ledger import Ledger, facts
 from finetune.data.mixture import build_datasets
 from finetune.data.template_variables import set_default_variables, variables_read

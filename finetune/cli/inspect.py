@@ -12,7 +12,8 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, NamedTuple, TextIO
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.language import language
 from finetune.data.ledger import Account, facts, for_page, histogram, reasons, tables
 from finetune.data.mixture import Prepared, build_datasets

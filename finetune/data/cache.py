@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.chat import Encoded, Ids
+from finetune.data.encoded import Encoded, Ids
 from finetune.data.ledger import Ledger
 from finetune.data.prepare import LEDGER_VALUES, Preparation, prepare
 from finetune.data.readers import fingerprint

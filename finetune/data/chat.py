@@ -21,8 +21,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from finetune.data.encoded import IGNORE, Encoded, Ids, Turn
 from finetune.data.probes import ANSWER, PLAIN, probes, spelt_tokens
 from finetune.data.rendering import Renderer
 from finetune.data.thinking import check_thinking_apart, thinking_spans
@@ -44,48 +44,6 @@ from finetune.data.turns import (
     turn_start,
 )
 from finetune.system.errors import LabelError, TemplateError, TurnRewrittenLater
-
-Ids = npt.NDArray[np.int32]
-
-IGNORE = -100  # the label that torch's cross entropy ignores
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """An assistant turn that is trained on: `input_ids[start:end]` is its text and its end-of-turn token.
-
-    `message` is the index of its message.
-    """
-
-    start: int
-    end: int
-    message: int
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One row of T tokens for the trainer.
-
-    `labels[i]` is `input_ids[i]` where that token is trained on, else -100; both have the shape (T,).
-    """
-
-    input_ids: Ids
-    labels: Ids
-    turns: tuple[Turn, ...] = ()
-    characters: int = 0  # the length of the text that became these tokens
-    cut: bool = False  # the end of the row, or an exchange of it, was left out
-    thinking: tuple[tuple[int, int], ...] = ()  # `input_ids[start:end]` are the tokens of a thinking text
-
-    @property
-    def trained_tokens(self) -> int:
-        """The number of tokens that have a label."""
-        return int(np.count_nonzero(self.labels != IGNORE))
-
-    @property
-    def thinking_tokens(self) -> tuple[int, int]:
-        """The number of tokens of thinking, and the number of those that have a label."""
-        labels = [self.labels[start:end] for start, end in self.thinking]
-        return sum(map(len, labels)), sum(int(np.count_nonzero(part != IGNORE)) for part in labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from finetune.data.adapt import adapt
-from finetune.data.chat import IGNORE, Chat, Encoded, Ids, RenderedChat
+from finetune.data.chat import Chat, RenderedChat
+from finetune.data.encoded import Encoded, Ids
 from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
 from finetune.data.json_rows import Row
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
+from finetune.data.overflow import shorten
 from finetune.data.readers import read_rows
 from finetune.data.turns import INSTRUCTING, Message, is_text_only, texts_in
 from finetune.recipe.schema import DataSection, DataSource
@@ -327,7 +326,7 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Encoded):
-                result.pieces = _fit(preparation, item, item, result)
+                result.pieces = _fit(preparation, None, item, result)
             else:
                 # All ids of the row are taken before a chat is labelled: an error must not leave some for the next row.
                 for rendered, tokens in [(rendered, next(ids)) for rendered in item]:
@@ -362,112 +361,19 @@ def check_template(chat: Chat, reason: str) -> None:
             raise
 
 
-def _fit(preparation: Preparation, item: RenderedChat | Encoded, encoded: Encoded, result: RowResult) -> list[Encoded]:
-    """The row as rows of at most `max_length` tokens, by `data.on_overflow`."""
-    chat, max_length = preparation.chat, preparation.max_length
-    on_overflow, trained = preparation.section.on_overflow, encoded.trained_tokens
+def _fit(preparation: Preparation, rendered: RenderedChat | None, encoded: Encoded, result: RowResult) -> list[Encoded]:
+    """The row as rows of at most `max_length` tokens."""
+    max_length, trained = preparation.max_length, encoded.trained_tokens
     if not trained:
         result.dropped = "with nothing to train on"
         return []
-    if max_length is None or len(encoded.input_ids) <= max_length:
+    length = len(encoded.input_ids)
+    if max_length is None or length <= max_length:
         return [encoded]
-    reason = f"longer than training.max_length {max_length}"
-    if on_overflow == "error":
-        length = f"{len(encoded.input_ids):,} tokens"
-        raise DataError(f"{result.row}: {length}, {reason} (data.on_overflow: error)")
-    pieces: list[Encoded] = []
-    if on_overflow != "drop":
-        if isinstance(item, Encoded):
-            pieces = _cut_text(on_overflow, encoded, max_length, chat.tokenizer.bos_token_id)
-            reason = f"with no trained token within training.max_length {max_length}"
-        elif on_overflow == "truncate_turns":
-            pieces = _cut_turns(encoded, max_length)
-            reason = f"with no trained turn that ends within training.max_length {max_length}"
-        else:
-            pieces = _split_turns(item, encoded, preparation, max_length)
-            reason = f"with no exchange that fits into training.max_length {max_length}"
-    result.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
-    result.dropped = reason
-    return pieces
-
-
-def _cut_turns(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """The row up to the last trained turn that ends within `max_length`."""
-    whole = tuple(turn for turn in encoded.turns if turn.end <= max_length)
-    if not whole:
-        return []
-    return [_slice(encoded, 0, whole[-1].end, turns=whole, cut=True)]
-
-
-def _slice(encoded: Encoded, start: int, end: int, **changes: Any) -> Encoded:
-    ids = encoded.input_ids[start:end]
-    labels = encoded.labels[start:end].copy()
-    labels[:1] = IGNORE
-    characters = round(encoded.characters * len(ids) / len(encoded.input_ids))
-    # Only text without turns, which has no thinking, is cut at its start.
-    thinking = tuple((first, min(last, end)) for first, last in encoded.thinking if first < end)
-    return replace(encoded, input_ids=ids, labels=labels, characters=characters, thinking=thinking, **changes)
-
-
-def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | None) -> list[Encoded]:
-    """A row without turns, cut at `max_length`; with `split` the rest becomes further rows.
-
-    A further row begins with BOS if the text does, then with the last token of the row before, so that each token is
-    trained on once, predicted from the token before it.
-    """
-    if on_overflow != "split":
-        pieces = [_slice(encoded, 0, max_length, turns=(), cut=True)]
-        return [piece for piece in pieces if piece.trained_tokens]
-    first = [bos] if bos is not None and encoded.input_ids[0] == bos else []
-    pieces = [_slice(encoded, 0, max_length, turns=())]
-    step = max_length - len(first) - 1
-    for start in range(max_length - 1, len(encoded.input_ids) - 1, max(1, step)):
-        piece = _slice(encoded, start, start + step + 1, turns=())
-        ids = np.concatenate([first, piece.input_ids])
-        labels = np.concatenate([[IGNORE] * len(first), piece.labels])
-        pieces.append(replace(piece, input_ids=ids.astype(np.int32), labels=labels.astype(np.int32)))
-    return [piece for piece in pieces if piece.trained_tokens]
-
-
-def _split_turns(item: RenderedChat, whole: Encoded, preparation: Preparation, max_length: int) -> list[Encoded]:
-    """The conversation as several, each from a user message on, with the system message before it.
-
-    Each holds as many exchanges as fit. An exchange longer than `max_length` is left out, and the row counts as cut.
-    """
-    messages = list(item.messages)
-    system = messages[:1] if messages[0]["role"] in INSTRUCTING else []
-    body = messages[len(system) :]
-    # An assistant's message before the first user's belongs to the first exchange.
-    starts = [0, *[i for i, message in enumerate(body) if message["role"] == "user"][1:]]
-    # Decided for the whole conversation: `train_on: last_assistant` means its last turn, not that of each piece.
-    trained = {turn.message - len(system) for turn in whole.turns}
-    body = [
-        message | {"train": i in trained} if message["role"] == "assistant" else message
-        for i, message in enumerate(body)
-    ]
-    train_on = item.train_on if item.train_on == "all" else "assistant"
-
-    def encode(begin: int, end: int) -> Encoded | None:
-        part = body[starts[begin] : starts[end] if end < len(starts) else len(body)]
-        if not any(message.get("train") for message in part):
-            return None
-        return preparation.chat.encode(
-            system + part, train_on, item.tools, item.variables, preparation.section.train_on_thinking
+    if preparation.section.on_overflow == "error":
+        raise DataError(
+            f"{result.row}: {length:,} tokens, longer than training.max_length {max_length} (data.on_overflow: error)"
         )
-
-    def too_long(begin: int, end: int) -> bool:
-        encoded = encode(begin, end)
-        return encoded is not None and len(encoded.input_ids) > max_length
-
-    pieces, begin, lost = [], 0, False
-    while begin < len(starts):
-        ends = range(begin + 1, len(starts) + 1)
-        fitting = bisect_left(ends, True, key=lambda end: too_long(begin, end))
-        if not fitting:
-            lost, fitting = True, 1
-        elif piece := encode(begin, begin + fitting):
-            pieces.append(piece)
-        begin += fitting
-    if pieces:
-        pieces[0] = replace(pieces[0], cut=lost)
+    pieces, result.dropped = shorten(encoded, rendered, preparation.chat, preparation.section, max_length)
+    result.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
     return pieces

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
 
 # The most bytes of predictions in a file: 2,048 tokens with a vocabulary of 262,144.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from finetune import __version__
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.mixture import evaluation_rows
 from finetune.data.samples import LabelledRow
 from finetune.evaluate.answers import Answer, answer_prompts

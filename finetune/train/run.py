@@ -19,7 +19,8 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from finetune.data.chat import IGNORE, Chat
+from finetune.data.chat import Chat
+from finetune.data.encoded import IGNORE
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.system import distributed, files
 from finetune.system.errors import RunError, first_line
 from finetune.system.terminal import quiet

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import TrainerCallback
 
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.data.mixture import Prepared
 from finetune.system.errors import DataError, ModelError, first_line
 from finetune.train.trainer import Trainer

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from finetune.data.chat import IGNORE
+from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
 from finetune.data.turns import Message
 from finetune.evaluate.perplexity import score, score_groups
