@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers.integrations import TensorBoardCallback
+from trl import SFTTrainer
 
 import finetune.train.run
 from finetune.cli.commands import main
@@ -57,6 +58,15 @@ def test_each_of_them_fails_without_ending_the_run(
         lines = [line for line in capsys.readouterr().err.splitlines() if "it broke" in line]
         assert sorted(lines) == sorted({f"{what} failed: it broke; the run goes on" for _, _, what in parts})
         assert Path(f"run{i}/adapter_model.safetensors").read_bytes() == whole
+
+
+def test_an_evaluation_after_the_last_step_fails_and_the_run_is_saved(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SFTTrainer, "evaluate", fails)
+    assert main(["train", str(recipe), "training.eval_strategy=no", "training.save_strategy=no"]) == 0
+    assert "the last evaluation failed: it broke; the run goes on" in capsys.readouterr().err
+    assert main(["generate", "run", "--prompt", "Hi", "--max-new-tokens", "1"]) == 0
 
 
 def test_what_protects_the_result_ends_the_run(

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -151,7 +151,10 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
                 f"Go on with: finetune train {recipe.path} training.resume_from_checkpoint=true",
             )
         if rows.evaluation.dataset is not None and not _just_evaluated(trainer):
-            trainer.evaluate()
+            # With several processes, a rank that goes on alone would wait for the others without end.
+            alone = distributed.world_size() == 1
+            with softly("the last evaluation", say) if alone else nullcontext():
+                trainer.evaluate()
         if rows.streamed and main:
             rows.write_ledgers(output)
             say(f"data: {rows.train.ledger.summary()}")
