@@ -1,11 +1,13 @@
 """Evaluation: loss by group of rows, answers in batches, prompts, reports, errors."""
 
+import copy
 import html
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +88,52 @@ def test_answers_in_a_batch_are_those_given_one_by_one(generator: Generator) -> 
     counted: list[int] = []
     found = answer_prompts(generator, prompts, 12, counted.append)
     assert sum(counted) == len(found) == 5
-    assert [a.prompt for a in found] == ["0", "1", "2", "3", "4"]
+    assert [a.prompt.name for a in found] == ["0", "1", "2", "3", "4"]
     for text, one in zip(texts, found, strict=True):
         alone = generator.answer_ids(list(user(text)), Sampling(12))
         assert one.tokens == len(alone)
-        assert one.text == generator.chat.tokenizer.decode(alone, skip_special_tokens=True).strip()
+        assert one.text == generator.text(alone).strip()
 
 
 def test_the_next_question_follows_the_models_own_answer(generator: Generator) -> None:
     prompts = [Prompt("a", user("One?"), ("Two?", "Three?")), Prompt("b", user("Only?"))]
     found = answer_prompts(generator, prompts, 6)
-    assert [(a.prompt, len(a.messages)) for a in found] == [("a", 1), ("a", 3), ("a", 5), ("b", 1)]
+    assert [(a.prompt.name, len(a.messages)) for a in found] == [("a", 1), ("a", 3), ("a", 5), ("b", 1)]
     last = found[2].messages
     assert [m["content"] for m in last] == ["One?", found[0].text, "Two?", found[1].text, "Three?"]
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_functions_and_their_calls_are_part_of_the_prompt(generator: Generator, tmp_path: Path) -> None:
+    """And of what people and the judge read; a call has no language."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Nara"}}}
+    asked = [
+        *user("How warm is Nara?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "12"},
+    ]
+    row = {"messages": [*asked, {"role": "assistant", "content": "12 degrees."}], "tools": tools}
+    [prompt] = read_prompts(lines(tmp_path / "p.jsonl", row))
+    assert [m["role"] for m in prompt.messages] == ["user", "assistant", "tool"]
+    tokenizer = copy.deepcopy(generator.chat.tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.arguments.place }}){% endfor %};{% endfor %}"
+    )
+    calling = Generator(generator.model, Chat(tokenizer), generator.stop_ids)
+    shown = tokenizer.decode(calling.prompt_ids(prompt.messages, prompt.variables, prompt.tools))
+    assert shown == "<bos>[weather]How warm is Nara?;(Nara);12;"
+    [answer] = answer_prompts(calling, [prompt], 2)
+    call_text = '{"name": "weather", "arguments": {"place": "Nara"}}'
+    assert [(m["role"], m["content"]) for m in answer.asked] == [
+        ("tools", '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'),
+        ("user", "How warm is Nara?"),
+        ("assistant", f"[{call_text}]"),
+        ("tool", "12"),
+    ]
+    assert answer.question == "How warm is Nara?"
+    assert (answer.calls, replace(answer, text="call:weather{}").calls) == ([], ["weather"])
 
 
 def test_an_answer_that_ends_says_so(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,19 @@
 """Answers in each type, on each kind of device that is here, compiled or not: through the command line."""
 
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import finetune.cli.generate
 from finetune.cli.commands import main
-from finetune.model.generate import Sampling, load_generator
+from finetune.data.chat import Chat
+from finetune.model.generate import Generator, Sampling, load_generator
 
 Write = Callable[..., Path]
 ASKED = [{"role": "user", "content": "What is a fox, and where does it live?"}]
@@ -114,3 +119,59 @@ def test_what_a_run_says_and_this_device_has_not_is_told_of_the_run(
     assert said.startswith("error: run: model.attn_implementation: is flash_attention_2, which needs a GPU")
     arguments = ["generate", "run", "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "1"]
     assert main([*arguments, "--attn", "sdpa"]) == 0
+
+
+TOOL = {"name": "weather", "description": "The weather at a place.", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_tools_and_variables_reach_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the template renders them; a special token inside the answer is shown, the stop token is not."""
+    generator = load_generator("random:gemma4", device="cpu")
+    chat = generator.chat
+    fed: list[str] = []
+    call = chat.tokenizer.convert_tokens_to_ids("<start_of_turn>")
+
+    def say_a_call(self: Generator, ids: torch.Tensor, *args: object, streamer: Any, **kwargs: object) -> torch.Tensor:
+        fed.append(chat.tokenizer.decode(ids[0]))
+        streamer.put(ids)
+        answer = [call, *chat.tokenizer("ok", add_special_tokens=False)["input_ids"], self.stop_ids[0]]
+        for token in answer:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return torch.tensor([[*ids[0].tolist(), *answer]])
+
+    chat.tokenizer.chat_template = (
+        "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+        "{{ '!' if enable_thinking else '?' }}{{ messages[-1].content }}"
+    )
+    monkeypatch.setattr(finetune.cli.generate, "load_generator", lambda *args, **kwargs: generator)
+    monkeypatch.setattr(Generator, "_generate", say_a_call)
+    Path("tools.json").write_text(json.dumps([TOOL]))
+    flags = ["--tools", "tools.json", "--chat-template-kwargs", '{"enable_thinking": true}']
+    assert main(["generate", "any", "--prompt", "Hi", *flags]) == 0
+    assert fed == ["<bos>weather!Hi"]
+    assert capsys.readouterr().out == "<start_of_turn>ok\n"
+    chat.tokenizer.chat_template = "{{ bos_token }}{{ messages[-1].content }}"
+    generator = replace(generator, chat=Chat(chat.tokenizer))
+    assert main(["generate", "any", "--prompt", "Hi", "--tools", "tools.json"]) == 2
+    assert capsys.readouterr().err == "error: --tools: the chat template leaves the tools out\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--tools", "none.json"], "--tools: none.json: No such file or directory"),
+        (["--tools", "text.json"], "--tools: text.json: its tools are not a list of functions; write "),
+        (["--chat-template-kwargs", "true"], "--chat-template-kwargs: is true; write a map in JSON, such as "),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs: is {; write a map in JSON, such as "),
+    ],
+    ids=["no file", "no function", "no map", "no JSON"],
+)
+def test_tools_and_variables_that_cannot_be_read(
+    flags: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.json").write_text('"weather"')
+    assert main(["generate", "random:gemma3", "--prompt", "Hi", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {fault}")

@@ -84,6 +84,17 @@ def parser() -> argparse.ArgumentParser:
     flag = verb("generate", "answer prompts with a run or a model", model).add_argument
     flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
     flag("--system", help="a system message before each prompt")
+    flag(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="functions that the model may call: a list in JSON, as in a row of data",
+    )
+    flag(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": true}'",
+    )
     flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
     flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
     flag("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the most likely token")

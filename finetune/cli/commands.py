@@ -15,15 +15,12 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.terminal import Say, silence_upstream
-
-if TYPE_CHECKING:
-    from finetune.model.generate import Generator, Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,28 +196,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from finetune.model.generate import Sampling, load_generator
+    from finetune.cli.generate import generate
 
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    generator = load_generator(
-        args.model,
-        adapter=not args.no_adapter,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        attn=args.attn,
-        device=args.device,
-        compiled=args.compile,
-    )
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt is not None:
-        _answer(generator, [*system, {"role": "user", "content": args.prompt}], sampling)
-    elif sys.stdin.isatty():
-        _chat(generator, system, sampling)
-    else:
-        for line in filter(None, map(str.strip, sys.stdin)):
-            print(f"> {line}")
-            _answer(generator, [*system, {"role": "user", "content": line}], sampling)
-            print(flush=True)
+    generate(args, _say)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -333,34 +311,3 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "doctor": _doctor,
     "push": _push,
 }
-
-
-def _chat(generator: Generator, system: list[dict[str, str]], sampling: Sampling) -> None:
-    """Chats on the terminal, with the history as context, until an empty line or the end of input."""
-    _say("an empty line ends the chat")
-    messages = list(system)
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": _answer(generator, messages, sampling)})
-
-
-def _answer(generator: Generator, messages: list[dict[str, str]], sampling: Sampling) -> str:
-    """Prints an answer as it is generated and returns it; says on standard error if it reached the token limit."""
-    from finetune.model.generate import CUT_OFF
-
-    answer = ""
-    for piece in generator.stream(messages, sampling):
-        if piece == CUT_OFF:
-            print(flush=True)
-            _say(f"(did not stop within {sampling.max_new_tokens} tokens)")
-            return answer
-        answer += piece
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return answer

@@ -216,14 +216,21 @@ def _chat(row: Row, messages: list[Message], unread: set[str]) -> Row:
         check_json(variables, "its chat_template_kwargs")
         # A column of maps has null where a row lacks a key.
         chat["variables"] = {name: value for name, value in variables.items() if value is not None}
-    tools, functions = decoded(row.get("tools")), decoded(row.get("functions"))
-    wrapped, others = _wrapped(tools), _wrapped(functions)
+    wrapped, others = wrapped_tools(decoded(row.get("tools"))), wrapped_tools(decoded(row.get("functions")))
     if wrapped and others and wrapped != others:
         raise LabelError("its tools and functions differ", "keep one")
     return chat | ({"tools": wrapped or others} if wrapped or others else {})
 
 
-def _wrapped(tools: Any) -> list[Row]:
+def wrapped_tools(tools: Any) -> list[Row]:
+    """Functions that may be called, in OpenAI's form.
+
+    Args:
+        tools: A list of functions, each alone or under the key `function`; or nothing.
+
+    Raises:
+        LabelError: It is not such a list, or holds what JSON cannot.
+    """
     if not tools:
         return []
     functions = [function_in(tool) for tool in tools] if isinstance(tools, list) else [None]

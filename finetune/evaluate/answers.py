@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Answer:
     """One answer of a model.
 
     Attributes:
-        prompt: The prompt's name.
+        prompt: The prompt.
         messages: The conversation before the answer.
         text: The answer.
         tokens: Its length in tokens, its stop token included.
@@ -31,12 +32,37 @@ class Answer:
         repetition: The share of repeated 4-grams; see `repetition`.
     """
 
-    prompt: str
+    prompt: Prompt
     messages: tuple[Message, ...]
     text: str
     tokens: int
     stopped: bool
     repetition: float
+
+    @property
+    def asked(self) -> list[Message]:
+        """The conversation before the answer as texts alone; functions and their calls are JSON."""
+        tools = [{"role": "tools", "content": _as_json(self.prompt.tools)}] if self.prompt.tools else []
+        return tools + [{"role": message["role"], "content": _as_text(message)} for message in self.messages]
+
+    @property
+    def question(self) -> str:
+        """The last text of the user."""
+        return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), "")
+
+    @property
+    def calls(self) -> list[str]:
+        """The names of the functions that the answer names."""
+        return [name for tool in self.prompt.tools if (name := str(tool["function"]["name"])) in self.text]
+
+
+def _as_text(message: Message) -> str:
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return "\n".join(part for part in (message["content"], _as_json(calls) if calls else "") if part)
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def answer_prompts(
@@ -60,14 +86,15 @@ def answer_prompts(
     conversations = {i: prompt.messages for i, prompt in enumerate(prompts)}
     turn = 0
     while conversations:
-        ids = {i: generator.prompt_ids(messages, prompts[i].variables) for i, messages in conversations.items()}
+        ids = {
+            i: generator.prompt_ids(messages, prompts[i].variables, prompts[i].tools)
+            for i, messages in conversations.items()
+        }
         for i, tokens in _in_batches(generator, ids, max_new_tokens, advance):
             stopped = bool(tokens) and tokens[-1] in generator.stop_ids
             content = tokens[:-1] if stopped else tokens
-            text = generator.chat.tokenizer.decode(content, skip_special_tokens=True).strip()
-            answers[i].append(
-                Answer(prompts[i].name, conversations[i], text, len(tokens), stopped, repetition(content))
-            )
+            text = generator.text(tokens).strip()
+            answers[i].append(Answer(prompts[i], conversations[i], text, len(tokens), stopped, repetition(content)))
         conversations = {
             i: (
                 *messages,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
 from finetune.data.json_rows import Row
 from finetune.data.readers import read_rows
-from finetune.data.turns import Message
+from finetune.data.turns import INSTRUCTING, Message, Tool, without_train_key
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import EvaluateError, LabelError
 
@@ -27,12 +27,27 @@ class Prompt:
         messages: The conversation.
         follow_ups: The user's questions after each answer.
         variables: The row's `chat_template_kwargs`.
+        tools: The functions that may be called.
     """
 
     name: str
     messages: tuple[Message, ...]
     follow_ups: tuple[str, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Tool] = ()
+
+    @classmethod
+    def before_last_answer(cls, name: str, chat: Row) -> Prompt | None:
+        """The prompt that a row's conversation is before its last answer; None if nobody asks there."""
+        messages = [without_train_key(message) for message in chat["messages"]]
+        last = len(messages)
+        if messages[-1]["role"] == "assistant" or messages[-1]["role"] in INSTRUCTING:
+            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+        asked = tuple(messages[:last])
+        texts = all(isinstance(m["content"], str) or m.get("tool_calls") for m in asked)
+        if not asked or not texts or asked[-1]["role"] in ("assistant", *INSTRUCTING):
+            return None
+        return cls(name, asked, variables=chat.get("variables", {}), tools=tuple(chat.get("tools", ())))
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
@@ -60,9 +75,8 @@ def _prompt(name: str, row: dict[str, Any]) -> Prompt:
     if isinstance(turns, list) and turns and all(isinstance(text, str) and text for text in turns):
         return Prompt(name, ({"role": "user", "content": turns[0]},), tuple(turns[1:]))
     with contextlib.suppress(LabelError):
-        chat = FORMATS["messages"](row)
-        if messages := _before_last_answer(chat["messages"]):
-            return Prompt(name, messages, variables=chat.get("variables", {}))
+        if prompt := Prompt.before_last_answer(name, FORMATS["messages"](row)):
+            return prompt
     raise EvaluateError(
         f"evaluate.prompts: {name}: it has no prompt; write prompt (text), turns (a list of texts) or messages"
     )
@@ -86,10 +100,10 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
         LabelError: A row cannot be converted into messages.
     """
     prompts = [
-        (number, Prompt(name.rpartition("/")[2], asked, variables=chat.get("variables", {})))
+        (number, prompt)
         for number, source in enumerate(section.eval or section.train)
         for name, chat in _conversations(source)
-        if name in names and (asked := _before_last_answer(chat["messages"]))
+        if name in names and (prompt := Prompt.before_last_answer(name.rpartition("/")[2], chat))
     ]
     return [prompt for _, prompt in spread_evenly(prompts, lambda numbered: numbered[0], limit)]
 
@@ -117,17 +131,6 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
             converted = {} if source.raw else FORMATS[form](row)
             if "messages" in converted:
                 yield name, converted
-
-
-def _before_last_answer(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages before the last answer of a conversation; empty if they do not end with a user's text."""
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    last = len(plain)
-    if plain[-1]["role"] != "user":
-        last = max((i for i, m in enumerate(plain) if m["role"] == "assistant"), default=0)
-    asked = tuple(plain[:last])
-    texts = all(isinstance(message["content"], str) for message in asked)
-    return asked if asked and texts and asked[-1]["role"] == "user" else ()
 
 
 def reference_answers(path: str, prompts: Sequence[Prompt]) -> list[str]:

@@ -250,7 +250,7 @@ class _Evaluation:
         turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         with progress_bar(f"{name}: answers", turns, self.progress) as advance:
             result.answers = answer_prompts(generator, prompts, self.recipe.evaluate.max_new_tokens, advance)
-        result.verdicts = [language_verdict(a.messages[-1]["content"], a.text) for a in result.answers]
+        result.verdicts = [_language_verdict(a) for a in result.answers]
         if self.tasks:
             from finetune.evaluate.lm_eval_tasks import run_tasks
 
@@ -282,12 +282,18 @@ def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int 
     }
 
 
+def _language_verdict(answer: Answer) -> LanguageVerdict:
+    if answer.calls:
+        return LanguageVerdict(None, None, None, f"it calls {answer.calls[0]}")
+    return language_verdict(answer.question, answer.text)
+
+
 def _answer_report(results: list[ModelResult], i: int) -> AnswerReport:
     """One prompt and every model's answer to it."""
     answers = [(result.answers[i], asdict(result.verdicts[i])) for result in results]
     return {
-        "prompt": answers[0][0].prompt,
-        "asked": list(answers[0][0].messages),
+        "prompt": answers[0][0].prompt.name,
+        "asked": answers[0][0].asked,
         "models": [
             {"text": a.text, "tokens": a.tokens, "stopped": a.stopped, "language": cast(LanguageReport, language)}
             for a, language in answers
@@ -356,7 +362,7 @@ def _preference(
 
     others = reference or [answer.text for answer in results[0].answers]
     pairs = [
-        Pair(answer.messages, answer.text, other, f"{answer.prompt}.{i}")
+        Pair(answer.asked, answer.text, other, f"{answer.prompt.name}.{i}")
         for i, (answer, other) in enumerate(zip(results[-1].answers, others, strict=True))
     ]
     preference = compare(pairs, judge, cache, say, progress)

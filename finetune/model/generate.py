@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.data.adapt import adapt
 from finetune.data.chat import Chat
-from finetune.data.turns import Message
+from finetune.data.tool_calls import with_arguments_as_rendered
+from finetune.data.turns import Message, Tool
 from finetune.model import compatibility, precision
 from finetune.model.load import eos_tokens, load_base, load_tokenizer
 from finetune.model.locate import Base
@@ -53,12 +55,18 @@ class Generator:
     stop_ids: tuple[int, ...]
     compiled: bool = False
 
-    def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
+    ) -> list[int]:
         """The model's input for a conversation: its rendering, or the bare text if there is no chat template.
 
         Args:
             messages: The conversation.
             variables: Variables of the template, which go before the defaults that it was saved with.
+            tools: The functions that may be called.
 
         Raises:
             LabelError: The chat template refuses the messages, or reads no such variable.
@@ -68,26 +76,37 @@ class Generator:
         if tokenizer.chat_template is None:
             ids = list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
         else:
-            messages, variables, _ = adapt(self.chat.render, messages, variables=variables)
-            text = self.chat.render(messages, add_generation_prompt=True, variables=variables)
+            messages, variables, _ = adapt(self.chat.render, messages, tools, variables)
+            render = partial(self.chat.render, tools=tools or None, variables=variables)
+            messages = with_arguments_as_rendered(render, messages)
+            text = render(messages, add_generation_prompt=True)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         check_token_ids([tokenizer.pad_token_id, *ids], tokenizer, self.model.config)
         return ids
 
-    def answer_ids(self, messages: Sequence[Message], sampling: Sampling, streamer: Any = None) -> list[int]:
+    def answer_ids(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        streamer: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
+    ) -> list[int]:
         """The tokens of an answer; the last one is a stop token, unless the limit cut the answer off.
 
         Args:
             messages: The conversation.
             sampling: How tokens are chosen.
             streamer: The `streamer` of `transformers.generate`, which gets each token as soon as it is chosen.
+            variables: As for `prompt_ids`.
+            tools: As for `prompt_ids`.
 
         Raises:
-            LabelError: The chat template refuses the messages.
+            LabelError: As for `prompt_ids`.
         """
         import torch
 
-        ids = torch.tensor([self.prompt_ids(messages)])
+        ids = torch.tensor([self.prompt_ids(messages, variables, tools)])
         torch.manual_seed(sampling.seed)
         drawn = sampling.temperature > 0
         out = self._generate(
@@ -124,6 +143,14 @@ class Generator:
             answers.append(row[:end])
         return answers
 
+    def text(self, answer: Sequence[int]) -> str:
+        """The text of an answer's token ids, without its stop token.
+
+        Other special tokens are shown: they mark a call, or thinking.
+        """
+        stopped = bool(answer) and answer[-1] in self.stop_ids
+        return str(self.chat.tokenizer.decode(answer[:-1] if stopped else answer))
+
     def _generate(self, ids: Any, mask: Any, max_new_tokens: int, **options: Any) -> Any:
         """The prompts and their answers, by `transformers.generate`; `options` are its arguments."""
         import torch
@@ -145,27 +172,42 @@ class Generator:
                 **options,
             )
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    def stream(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
+    ) -> Iterator[str]:
         """The text of an answer, piece by piece; `CUT_OFF` comes last if the limit cut it off.
+
+        Special tokens are part of the text, as those around a call or thinking, but for the stop token.
 
         Args:
             messages: The conversation.
             sampling: How tokens are chosen.
+            variables: As for `prompt_ids`.
+            tools: As for `prompt_ids`.
 
         Raises:
-            LabelError: The chat template refuses the messages.
+            LabelError: As for `prompt_ids`.
         """
         import threading
 
         from transformers import TextIteratorStreamer
 
-        streamer = TextIteratorStreamer(self.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        class Streamer(TextIteratorStreamer):  # type: ignore[misc]
+            def put(streamer, value: Any) -> None:
+                if streamer.next_tokens_are_prompt or int(value[-1]) not in self.stop_ids:
+                    super().put(value)
+
+        streamer = Streamer(self.chat.tokenizer, skip_prompt=True)
         result: list[int] = []
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                result.extend(self.answer_ids(messages, sampling, streamer))
+                result.extend(self.answer_ids(messages, sampling, streamer, variables, tools))
             except BaseException as error:
                 failure.append(error)
                 streamer.end()

@@ -149,7 +149,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
             {
                 "step": state.global_step,
                 "prompt": tokenizer.decode(prompt),
-                "answer": tokenizer.decode(answer, skip_special_tokens=True),
+                "answer": generator.text(answer),
                 "stopped": bool(answer) and answer[-1] in self.stop_ids,
             }
             for prompt, answer in zip(self.prompts, answers, strict=True)
