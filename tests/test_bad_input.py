@@ -101,7 +101,7 @@ def test_no_row_left(write_recipe: Callable[..., Path], capsys: pytest.CaptureFi
         (
             {"name_or_path": "untemplated"},
             "model.chat_template: this model has no chat template of its own; write the one of its family "
-            "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file",
+            "(chatml, functiongemma, gemma, gemma2_system, gemma3, gemma4, llama3) or a .jinja file",
         ),
     ],
     ids=["no weights", "pickle only", "foreign template", "no template"],

@@ -660,7 +660,7 @@ def test_no_template() -> None:
         Chat(own).encode(talk("a", "b"))
     assert str(caught.value) == (
         "model.chat_template: this model has no chat template of its own; write the one of its family "
-        "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file"
+        "(chatml, functiongemma, gemma, gemma2_system, gemma3, gemma4, llama3) or a .jinja file"
     )
 
 
@@ -671,13 +671,13 @@ def test_load_template(tmp_path: Path) -> None:
     with pytest.raises(TemplateError) as caught:
         load_template("gemma33")
     assert str(caught.value) == (
-        "chat template gemma33: No such file or directory; write a .jinja file or one of chatml, gemma, "
-        "gemma2_system, gemma3, llama3"
+        "chat template gemma33: No such file or directory; write a .jinja file or one of chatml, functiongemma, "
+        "gemma, gemma2_system, gemma3, gemma4, llama3"
     )
     file.write_bytes(b"\xff")
     with pytest.raises(TemplateError) as caught:
         load_template(str(file))
     assert str(caught.value) == (
-        f"chat template {file}: not UTF-8 text; write a .jinja file or one of chatml, gemma, gemma2_system, gemma3, "
-        "llama3"
+        f"chat template {file}: not UTF-8 text; write a .jinja file or one of chatml, functiongemma, gemma, "
+        "gemma2_system, gemma3, gemma4, llama3"
     )

@@ -696,7 +696,18 @@ def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
         ("google/gemma-2b-it", "gemma"),
         ("google/gemma-2-9b", "gemma"),
         ("google/gemma-1.1-7b-it", "gemma"),
-        ("google/gemma-4-E2B", None),
+        ("google/gemma-2-2b-jpn-it", "gemma"),
+        ("google/gemma-3-4b-it-qat-q4_0-unquantized", "gemma"),
+        ("google/gemma-3n-E2B-it", "gemma"),
+        ("google/codegemma-2b", "gemma"),
+        ("google/functiongemma-270m-it", "gemma"),
+        ("google/shieldgemma-2b", "gemma"),
+        ("google/translategemma-4b-it", "gemma"),
+        ("google/vaultgemma-1b", "gemma"),
+        ("google/medgemma-27b-text-it", "other"),
+        ("google/gemma-4-E2B", "apache-2.0"),
+        ("google/gemma-4-26B-A4B-it", "apache-2.0"),
+        ("google/gemma-5-E2B", None),
         ("meta-llama/Meta-Llama-3-8B", "llama3"),
         ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1"),
         ("Qwen/Qwen3-4B", "apache-2.0"),
@@ -708,6 +719,14 @@ def test_a_page_that_the_hub_refuses_is_told(run: Path, hub: Hub) -> None:
 )
 def test_terms_are_known_by_the_bases_id(base: str | None, terms: str | None) -> None:
     assert license_of(base).get("license") == terms
+
+
+def test_medgemmas_terms_have_a_name_of_their_own() -> None:
+    assert license_of("google/medgemma-4b-it") == {
+        "license": "other",
+        "license_name": "health-ai-developer-foundations",
+        "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
+    }
 
 
 def test_other_terms_are_those_of_the_bases_page_or_left_out(trained: Path, hub: Hub) -> None:

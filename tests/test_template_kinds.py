@@ -402,7 +402,7 @@ def test_a_bos_in_the_middle_of_raw_text() -> None:
 # Texts as lists of parts
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma", "gemma2_system", "gemma3", "llama3"])
+@pytest.mark.parametrize("name", ["chatml", "gemma", "gemma2_system", "gemma3", "llama3", "functiongemma"])
 def test_shipped_templates_join_parts(name: str) -> None:
     own, template = tokenizer(), load_template(name)
     for system in (None,) if name == "gemma" else (None, " Be kind. ", ""):

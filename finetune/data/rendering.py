@@ -13,6 +13,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
+from finetune.data.template import shipped_templates
 from finetune.data.template_variables import variable_fault
 from finetune.data.turns import Message, Tool, is_text_only, without_train_key
 from finetune.system.errors import LabelError, TemplateError
@@ -52,7 +53,7 @@ class Renderer:
         if self.tokenizer.chat_template is None:
             raise TemplateError(
                 "model.chat_template: this model has no chat template of its own; write the one of its family "
-                "(chatml, gemma, gemma2_system, gemma3, llama3) or a .jinja file"
+                f"({shipped_templates()}) or a .jinja file"
             )
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")

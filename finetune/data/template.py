@@ -13,6 +13,11 @@ from finetune.system.errors import TemplateError, reworded
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
+def shipped_templates() -> str:
+    """The names of the shipped templates, as an error lists them."""
+    return ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
+
+
 def load_template(name_or_path: str) -> str:
     """The text of a shipped template (such as `gemma3`) or of a `.jinja` file.
 
@@ -24,10 +29,9 @@ def load_template(name_or_path: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise TemplateError(
-            f"chat template {name_or_path}: {reason}; write a .jinja file or one of {shipped}"
+            f"chat template {name_or_path}: {reason}; write a .jinja file or one of {shipped_templates()}"
         ) from error
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from finetune.system.errors import LabelError
 
+# The keys of an answer in the form that FunctionGemma's guide shows. Its template writes their values alone.
+_NAMED_ANSWER = {"name", "response"}
+
 
 def check_answer_rendered(answer: Any, text: str, message: int) -> None:
     """Checks that a rendered conversation holds all of a tool's answer, and nothing of it as Python prints it.
@@ -27,7 +30,8 @@ def check_answer_rendered(answer: Any, text: str, message: int) -> None:
 def _parts(value: Any) -> Iterator[Any]:
     """Yields a value of JSON and all values in it, keys of maps too."""
     yield value
-    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+    keys = value if isinstance(value, dict) and value.keys() != _NAMED_ANSWER else ()
+    for part in [*keys, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _parts(part)
 
 

@@ -16,7 +16,9 @@ from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE_RECORD,
 
 # Licenses by patterns of ids on the Hub. For other ids the license is read from the base's page.
 _LICENSES = {
-    r"google/(codegemma|gemma-(2b|7b|1\.1|2|3|3n))(-.*)?": "gemma",
+    r"google/gemma-4-.*": "apache-2.0",
+    r"google/(codegemma|gemma-(2b|7b|1\.1|2|3|3n)|(function|shield|translate|vault)gemma)(-.*)?": "gemma",
+    r"google/medgemma-.*": "health-ai-developer-foundations",
     r"meta-llama/Llama-2-.*": "llama2",
     r"meta-llama/Meta-Llama-3-.*": "llama3",
     r"meta-llama/(Meta-)?Llama-3\.1-.*": "llama3.1",
@@ -27,6 +29,8 @@ _LICENSES = {
     r"mistralai/Mistral-7B-.*": "apache-2.0",
     r"HuggingFaceTB/SmolLM.*": "apache-2.0",
 }
+# Where the terms of a license stand that the Hub has no name for.
+_LINKS = {"health-ai-developer-foundations": "https://developers.google.com/health-ai-developer-foundations/terms"}
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -113,8 +117,10 @@ def license_of(base: str | None) -> dict[str, str]:
     Args:
         base: The id.
     """
-    licenses = (name for pattern, name in _LICENSES.items() if re.fullmatch(pattern, base or ""))
-    return {"license": name} if (name := next(licenses, None)) else {}
+    name = next((name for pattern, name in _LICENSES.items() if re.fullmatch(pattern, base or "")), None)
+    if name in _LINKS:
+        return {"license": "other", "license_name": name, "license_link": _LINKS[name]}
+    return {"license": name} if name else {}
 
 
 def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
