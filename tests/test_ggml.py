@@ -14,7 +14,15 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, quants
 from gguf import GGMLQuantizationType as Kind
 
 from finetune.export.gguf import quantize
-from finetune.export.gguf.quantize import TYPES, ggml_library, quantize_rows, row_bytes, tensor_types
+from finetune.export.gguf.quantize import (
+    TYPES,
+    ModelTraits,
+    ggml_library,
+    is_quantized,
+    quantize_rows,
+    row_bytes,
+    tensor_types,
+)
 from finetune.system.errors import ExportError
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +78,7 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
             "Q6_K": ("Q6_K", "Q6_K", "Q6_K", "Q6_K", "Q6_K"),
             "Q5_K_M": ("Q6_K", f"Q6_K Q5_K@{FEW_18}", f"Q6_K Q5_K@{FEW_18}", "Q5_K", "Q5_K"),
             "Q4_K_M": ("Q6_K", f"Q6_K Q4_K@{FEW_18}", f"Q6_K Q4_K@{FEW_18}", "Q4_K", "Q4_K"),
+            "Q4_0": ("Q6_K", "Q4_0", "Q4_0", "Q4_0", "Q4_0"),
             "IQ4_NL": ("Q6_K", "Q5_K", "IQ4_NL Q5_K@0,1", "IQ4_NL", "IQ4_NL"),
             "Q3_K_M": ("Q6_K", "Q4_K Q5_K@0,1", "Q4_K Q5_K@0", "Q4_K", "Q3_K"),
             "IQ3_S": ("Q6_K", "Q4_K", "IQ3_S", "IQ3_S", "IQ3_S"),
@@ -85,6 +94,7 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
             "Q6_K": ("Q6_K", "Q6_K", "Q6_K", "Q6_K", "Q6_K"),
             "Q5_K_M": ("Q6_K", f"Q6_K Q5_K@{FEW_33}", f"Q6_K Q5_K@{FEW_33}", "Q5_K", "Q5_K"),
             "Q4_K_M": ("Q6_K", f"Q6_K Q4_K@{FEW_33}", f"Q6_K Q4_K@{FEW_33}", "Q4_K", "Q4_K"),
+            "Q4_0": ("Q6_K", "Q4_0", "Q4_0", "Q4_0", "Q4_0"),
             "IQ4_NL": ("Q6_K", "IQ4_NL", "IQ4_NL Q5_K@0,1,2,3", "IQ4_NL", "IQ4_NL"),
             "Q3_K_M": ("Q6_K", "Q4_K Q5_K@0,1", "Q4_K Q5_K@0,1", "Q4_K", "Q3_K"),
             "IQ3_S": ("Q6_K", "IQ3_S", "IQ3_S", "IQ3_S", "IQ3_S"),
@@ -100,6 +110,7 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
             "Q6_K": ("Q8_0", "Q8_0", "Q6_K", "Q6_K", "Q8_0"),
             "Q5_K_M": ("Q8_0", f"Q8_0 Q5_1@{FEW_18}", f"Q6_K Q5_K@{FEW_18}", "Q5_K", "Q5_1"),
             "Q4_K_M": ("Q8_0", f"Q8_0 Q5_0@{FEW_18}", f"Q6_K Q4_K@{FEW_18}", "Q4_K", "Q5_0"),
+            "Q4_0": ("Q8_0", "Q4_0", "Q4_0", "Q4_0", "Q4_0"),
             "IQ4_NL": ("Q8_0", "Q5_1", "IQ4_NL Q5_K@0,1", "IQ4_NL", "IQ4_NL"),
             "Q3_K_M": ("Q8_0", "Q5_0 Q5_1@0,1", "Q4_K Q5_K@0", "Q4_K", "Q4_0"),
             "IQ3_S": ("Q8_0", "Q5_0", "IQ3_S", "IQ3_S", "IQ4_NL"),
@@ -115,6 +126,7 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
             "Q6_K": ("F16", "F16", "Q8_0", "Q8_0", "F16"),
             "Q5_K_M": ("F16", "F16", "Q8_0 Q5_1@1,2,4,5,7", "Q5_1", "F16"),
             "Q4_K_M": ("F16", "F16", "Q8_0 Q5_0@1,2,4,5,7", "Q5_0", "F16"),
+            "Q4_0": ("F16", "F16", "Q4_0", "Q4_0", "F16"),
             "IQ4_NL": ("F16", "F16", "IQ4_NL Q5_1@0", "IQ4_NL", "F16"),
             "Q3_K_M": ("F16", "F16", "Q5_0", "Q5_0", "F16"),
             "IQ3_S": ("F16", "F16", "IQ4_NL", "IQ4_NL", "F16"),
@@ -127,23 +139,86 @@ CHOSEN: dict[str, tuple[dict[str, tuple[int, ...]], str, int, dict[str, tuple[st
 @pytest.mark.parametrize(("model", "kind"), [(model, kind) for model in CHOSEN for kind in QUANTISED])
 def test_each_tensor_gets_the_type_that_llama_cpp_gives_it(model: str, kind: str) -> None:
     found, architecture, groups, chosen = CHOSEN[model]
-    assert summary(tensor_types(found, kind, architecture, groups, matrix=False)) == chosen[kind]
-    # A matrix changes one rule alone.
-    changed = tuple(part.split(" Q5")[0] for part in chosen[kind]) if kind == "IQ4_NL" else chosen[kind]
-    assert summary(tensor_types(found, kind, architecture, groups, matrix=True)) == changed
+    traits = ModelTraits(architecture, groups)
+    assert summary(tensor_types(found, kind, traits, matrix=False)) == chosen[kind]
+    # A matrix changes the first eighth of ffn_down in two types.
+    changed = list(chosen[kind])
+    first = ",".join(str(layer) for layer in range(len([n for n in found if ".ffn_down." in n]) // 8))
+    changed[2] = {"IQ4_NL": "IQ4_NL", "Q4_0": f"Q4_0 Q4_1@{first}"}.get(kind, changed[2])
+    assert summary(tensor_types(found, kind, traits, matrix=True)) == tuple(changed)
+
+
+def gemma4_shapes(layers: int = 9, experts: int = 0) -> dict[str, tuple[int, ...]]:
+    """Each third layer takes its keys for values, and the last two layers share those of others."""
+    found = {name: shape for name, shape in shapes(layers, tied=True).items() if ".attn_v." not in name}
+    for layer in range(layers - 2):
+        if layer % 3 != 2:
+            found[f"blk.{layer}.attn_v.weight"] = (64, 256)
+    for layer in range(layers):
+        found |= {f"blk.{layer}.inp_gate.weight": (256, 256), f"blk.{layer}.proj.weight": (256, 256)}
+        if experts:
+            found[f"blk.{layer}.ffn_gate_inp.weight"] = (experts, 256)
+            found[f"blk.{layer}.ffn_gate_up_exps.weight"] = (experts, 512, 256)
+            found[f"blk.{layer}.ffn_down_exps.weight"] = (experts, 256, 256)
+    found |= {"per_layer_token_embd.weight": (300, 2304), "per_layer_model_proj.weight": (2304, 256)}
+    return found
+
+
+# As `llama_model_quantize` of llama.cpp 0.5.0 gave them, which counts the layers of attn_v that are there.
+GEMMA4_CHOSEN = {
+    "Q8_0": ("Q8_0", "Q8_0", "Q8_0", "Q8_0"),
+    "Q4_K_M": ("Q6_K", "Q4_K Q6_K@2,4", "Q6_K Q4_K@1,2,4,5", "Q4_K"),
+    "Q4_0": ("Q6_K", "Q4_0", "Q4_0", "Q4_0"),
+    "Q2_K": ("Q6_K", "Q4_K", "Q3_K", "Q2_K"),
+}
+
+
+@pytest.mark.parametrize("kind", GEMMA4_CHOSEN)
+@pytest.mark.parametrize("experts", [0, 5])
+def test_gemma_4_s_tensors_get_llama_cpp_s_types(kind: str, experts: int) -> None:
+    found = tensor_types(
+        gemma4_shapes(experts=experts),
+        kind,
+        ModelTraits("gemma4", 4, experts),
+        matrix=False,
+        stored={"per_layer_model_proj.weight": Kind.BF16},
+    )
+    assert found["per_layer_model_proj.weight"] == Kind.BF16  # never quantised
+    embedding, values, down, rest = GEMMA4_CHOSEN[kind]
+    assert {found[f"{name}.weight"].name for name in ("token_embd", "per_layer_token_embd")} == {embedding}
+    assert summary({name: own for name, own in found.items() if name != "per_layer_model_proj.weight"})[1] == values
+    for part in ("ffn_down", "ffn_down_exps")[: 2 if experts else 1]:
+        kinds = [found[f"blk.{layer}.{part}.weight"].name for layer in range(9)]
+        most = max(set(kinds), key=lambda name: (kinds.count(name), name == "Q6_K"))
+        assert " @".join([most]) == down.split()[0]
+        others = [str(layer) for layer, name in enumerate(kinds) if name != most]
+        assert ",".join(others) == down.partition("@")[2]
+    for part in ("inp_gate", "proj", "attn_k", "ffn_up", *(["ffn_gate_up_exps"] if experts else [])):
+        assert {found[f"blk.{layer}.{part}.weight"].name for layer in range(9)} == {rest}
+    if experts:
+        assert {found[f"blk.{layer}.ffn_gate_inp.weight"] for layer in range(9)} == {Kind.F32}
+
+
+def test_a_model_of_eight_experts_gets_more_bits_for_attention() -> None:
+    found = tensor_types(gemma4_shapes(experts=8), "Q4_K_M", ModelTraits("gemma4", 2, 8), matrix=False)
+    kinds = {part: found[f"blk.1.{part}.weight"].name for part in ("attn_k", "attn_v", "attn_output", "attn_q")}
+    assert kinds == {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K", "attn_q": "Q4_K"}
+    found = tensor_types(gemma4_shapes(experts=8), "Q4_0", ModelTraits("gemma4", 2, 8), matrix=False)
+    assert found["blk.1.attn_output.weight"] == Kind.Q4_0
 
 
 def test_small_values_of_a_70b_model_get_more_bits() -> None:
     found = shapes(80)
     wanted = {("llama", 8): "Q5_K", ("llama", 1): "Q3_K", ("qwen2", 1): "Q5_K", ("qwen3", 8): "Q4_K"}
     for (architecture, groups), kind in wanted.items():
-        chosen = tensor_types(found, "Q2_K", architecture, groups, matrix=False)
+        chosen = tensor_types(found, "Q2_K", ModelTraits(architecture, groups), matrix=False)
         assert {chosen[f"blk.{layer}.attn_v.weight"].name for layer in range(80)} == {kind}
 
 
 def test_plain_files_keep_norms_and_biases_in_float32() -> None:
     for kind in ("F32", "F16", "BF16"):
-        found = tensor_types(shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}, kind, "llama", 1, matrix=False)
+        given = shapes(1, hidden=40) | {"blk.0.attn_q.bias": (256,)}
+        found = tensor_types(given, kind, ModelTraits("llama", 1), matrix=False)
         for name, given in found.items():
             assert given == (Kind.F32 if "norm" in name or "bias" in name else TYPES[kind][1])
 
@@ -156,14 +231,24 @@ def rows(count: int = 6, columns: int = 512) -> Any:
     return np.random.default_rng(0).standard_normal((count, columns)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_simple_types_are_those_of_gguf(kind: str) -> None:
     pytest.importorskip("xllamacpp")
     assert np.array_equal(quantize_rows(Kind[kind], rows()), quants.quantize(rows(), Kind[kind]))
 
 
 # How far the numbers of a normal distribution are off, on average, at most.
-ERROR = {"Q8_0": 0.01, "Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "IQ4_NL": 0.08, "Q3_K": 0.2, "IQ3_S": 0.2, "Q2_K": 0.3}
+ERROR = {
+    "Q8_0": 0.01,
+    "Q6_K": 0.02,
+    "Q5_K": 0.04,
+    "Q4_K": 0.08,
+    "Q4_0": 0.1,
+    "IQ4_NL": 0.08,
+    "Q3_K": 0.2,
+    "IQ3_S": 0.2,
+    "Q2_K": 0.3,
+}
 
 
 @pytest.mark.parametrize("kind", ERROR)
@@ -177,7 +262,7 @@ def test_numbers_come_back(kind: str) -> None:
     assert np.array_equal(np.concatenate([quantize_rows(Kind[kind], rows()[i : i + 1]) for i in range(6)]), found)
 
 
-@pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K"])
+@pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K"])
 def test_columns_that_count_more_are_nearer(kind: str) -> None:
     pytest.importorskip("xllamacpp")
     weights = np.where(np.arange(512) % 8 == 0, 100, 0.01).astype(np.float32)
@@ -305,20 +390,27 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes
 def test_files_are_those_of_llama_cpps_own_tool_byte_for_byte(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: nothing to compare with")
     pytest.importorskip("xllamacpp")
-    from test_gguf_write import make, tensors, written
+    from test_gguf_write import GEMMA4, SIZE, make, tensors, written
 
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9}
+    gemma4 = GEMMA4 | wide | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 3}
+    experts = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 256}
     models: dict[str, dict[str, Any]] = {
-        "llama": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "num_key_value_heads": 1},
+        "llama": wide | {"num_key_value_heads": 1},
         "qwen3": {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 20},
+        "gemma4_text": gemma4
+        | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+        | {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": SIZE},
+        "gemma4_text, experts": gemma4 | experts | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     }
     for name, options in models.items():
-        model = make(tmp_path / name, name, options)
+        model = make(tmp_path / name, name.partition(",")[0], options)
         plain = written(model, tmp_path / f"{name}.gguf")
         random = np.random.default_rng(0)
         matrix = {
-            tensor.name: random.random(int(tensor.shape[0])).astype(np.float32)
+            tensor.name: random.random(int(tensor.shape[0] * np.prod(tensor.shape[2:]))).astype(np.float32)
             for tensor in tensors(plain).values()
-            if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+            if len(tensor.shape) > 1 and tensor.name.startswith("blk.") and is_quantized(tensor.name)
         }
         np.savez(tmp_path / "matrix.npz", **matrix)
         for given in (None, matrix):

@@ -208,7 +208,7 @@ def test_what_no_matrix_can_be_made_of_is_refused_before_hours_are_spent(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(locate("random:gemma3"), tmp_path / "tiny")
-    other = files.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": 1})
+    other = files.Importance({"blk.0.attn_q.weight": np.ones(3)}, {"blk.0.attn_q.weight": (1,)})
     files.write_imatrix(other, tmp_path)
     (tmp_path / "imatrix.dat").rename(tmp_path / "other.dat")
     section = {"formats": ["gguf:Q2_K"], "imatrix_data": {"path": str(tmp_path / name)}}
@@ -229,7 +229,7 @@ def test_a_matrix_of_ones_own_does_not_tell_where_its_text_lay(tmp_path: Path) -
         for name, weight in weights
         if weight.ndim == 2 and str(called(name)).startswith("blk.")
     }
-    given = files.Importance(sums, dict.fromkeys(sums, 512), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
+    given = files.Importance(sums, dict.fromkeys(sums, (512,)), ("/home/me/mine.txt", "C:\\me\\b.txt", "c d"))
     files.write_imatrix(given, tmp_path)
     options = ExportSection(imatrix_data=ImatrixDataSection(path=str(tmp_path / "imatrix.gguf")))
     found = imatrix_source(Path(model), ["Q2_K"], [], options, Path(model), print)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import finetune.export.gguf.write
 from finetune.data.samples import sample_rows
 from finetune.export.gguf.metadata import model_metadata, read_config
+from finetune.export.gguf.quantize import is_quantized
 from finetune.export.gguf.tensors import ARCHITECTURES, gguf_names
 from finetune.export.gguf.write import write_gguf
 from finetune.model.locate import locate
@@ -383,15 +384,22 @@ def test_slices_and_shards_change_nothing(
     made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp")
-    for name in ("llama, biases", "gemma3"):
-        whole = written(made(name), tmp_path / "a.gguf", "Q4_K_M").read_bytes()
+    for name in ("llama, biases", "gemma3", "gemma4, experts"):
+        random = np.random.default_rng(0)
+        matrix = {
+            name: random.random(int(tensor.shape[0] * np.prod(tensor.shape[2:]))).astype(np.float32)
+            for name, tensor in tensors(written(made(name), tmp_path / "plain.gguf")).items()
+            if name.startswith("blk.") and len(tensor.shape) > 1 and is_quantized(name)
+        }
+        (tmp_path / "plain.gguf").unlink()
+        whole = written(made(name), tmp_path / "a.gguf", "Q4_0", imatrix=matrix).read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(finetune.export.gguf.write, "_SLICE", 500)
             with quiet():
                 AutoModelForCausalLM.from_pretrained(made(name)).save_pretrained(tmp_path / name, max_shard_size="50KB")
             assert len(list((tmp_path / name).glob("*.safetensors"))) > 2
             (tmp_path / "b").mkdir(exist_ok=True)
-            assert written(tmp_path / name, tmp_path / "b" / "a.gguf", "Q4_K_M").read_bytes() == whole
+            assert written(tmp_path / name, tmp_path / "b" / "a.gguf", "Q4_0", imatrix=matrix).read_bytes() == whole
         (tmp_path / "a.gguf").unlink()
         (tmp_path / "b" / "a.gguf").unlink()
 

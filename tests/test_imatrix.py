@@ -101,7 +101,7 @@ def by_hand(model: Any, rows: list[list[int]]) -> Sums:
 
 
 def summed(model: Any, rows: list[list[int]]) -> Sums:
-    return squared_input_sums(model, model.config.to_dict(), rows, lambda count: None)
+    return squared_input_sums(model, model.config.to_dict(), rows, lambda count: None)[0]
 
 
 def same(ours: Sums, theirs: Sums) -> None:
@@ -138,6 +138,77 @@ def test_padding_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths.clear()
     same(summed(model, ROWS), each)
     assert lengths == [(2, 3), (2, 17), (1, 37), (1, 50)] or lengths == [(2, 3), (1, 17), (1, 37), (1, 50)]
+
+
+GEMMA4 = WINDOW | {"global_head_dim": 32, "hidden_size_per_layer_input": 0}
+EXPERTS = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True}
+EXPERTS |= {"num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 32}
+PER_LAYER = GEMMA4 | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 256}
+PER_LAYER |= {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+
+
+def test_weights_of_gemma_4_that_some_layers_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "gemma4_text", SHAPE | PER_LAYER)
+    for name, ours in (("per_layer_input_gate", "inp_gate"), ("per_layer_projection", "proj")):
+        monkeypatch.setitem(PARTS, name, ours)
+    model = tiny("gemma4_text")
+    theirs = by_hand(model, ROWS)
+    assert {name for name in theirs if ".attn_k." in name} == {"blk.0.attn_k.weight", "blk.1.attn_k.weight"}
+    assert len(theirs) == 9 * 4 - 4
+    assert {name: len(own) for name, own in theirs.items()}["blk.3.ffn_down.weight"] == 2 * 96
+    same(summed(model, ROWS), theirs)
+
+
+def test_each_expert_has_the_sums_of_the_tokens_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "gemma4_text", SHAPE | EXPERTS)
+    model = tiny("gemma4_text")
+    theirs = by_hand(model, ROWS)
+    given: dict[str, list[list[Any]]] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+
+        def keep(module: Any, inputs: Any, number: int = number) -> None:
+            hidden, index, _ = inputs
+            for expert in range(5):
+                x = hidden[(index == expert).any(-1)]
+                gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, -1)
+                for part, own in (("gate_up", x), ("down", module.act_fn(gate) * up)):
+                    name = f"blk.{number}.ffn_{part}_exps.weight"
+                    given.setdefault(name, [[] for _ in range(5)])[expert].append(own.double().numpy())
+
+        hooks.append(layer.experts.register_forward_pre_hook(keep))
+    with torch.inference_mode():
+        for row in ROWS:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    sums, counts = squared_input_sums(model, model.config.to_dict(), ROWS, lambda count: None)
+    assert {name for name in sums if "_exps" in name} == set(given)
+    for name, parts in given.items():
+        assert counts[name] == tuple(sum(map(len, part)) for part in parts)
+        assert sum(counts[name]) == 2 * TOKENS
+        theirs[name] = np.concatenate([(np.concatenate(part) ** 2).sum(0) for part in parts])
+    assert {counts[name] for name in sums if "_exps" not in name} == {(TOKENS,)}
+    same(sums, theirs)
+
+
+def test_an_expert_without_a_token_weighs_all_columns_alike(tmp_path: Path) -> None:
+    sums = {"w": np.array([8.0, 0.0, 0.0, 0.0, 4.0, 6.0]), "v": np.array([2.0])}
+    found = Importance(sums, {"w": (4, 0, 2), "v": (6,)}, ("rows",))
+    assert (found.tokens, found.idle_experts) == (6, (1, 3))
+    assert found.matrix["w"].tolist() == [2, 0, 1, 1, 2, 3]
+    write_imatrix(found, tmp_path)
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    assert tensors["w.in_sum2"].tolist() == [[8, 0], [0, 0], [4, 6]]
+    assert tensors["w.counts"].tolist() == [[4], [0], [2]]
+    again = read_imatrix(tmp_path / "imatrix.gguf")
+    assert again.counts == {"w": (4, 0, 2), "v": (6,)}
+    assert again.matrix["w"].tolist() == [2, 2, 1, 1, 2, 3]  # no column of 0 in an expert with tokens
+    assert read_imatrix(tmp_path / "imatrix.dat").matrix["w"].tolist() == [2, 1, 1, 1, 2, 3]
+    sums["w"][:2] = 0
+    write_imatrix(Importance(sums, found.counts), tmp_path / "..")
+    with pytest.raises(ExportError, match=r"imatrix.gguf: expert 0 of w was given nothing but zeros$"):
+        read_imatrix(tmp_path / ".." / "imatrix.gguf")
 
 
 def test_no_token_is_scored_and_nothing_stays_hooked() -> None:
@@ -234,12 +305,12 @@ def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     found = collect_importance(model, ROWS, "float32", "five rows")
     loaded = load_base(str(model), torch.float32).eval()
     config = json.loads((model / "config.json").read_text())
-    ours = squared_input_sums(loaded, config, ROWS, lambda count: None)
+    ours, _ = squared_input_sums(loaded, config, ROWS, lambda count: None)
     for name, own in ours.items():
         assert np.array_equal(found.sums[name], np.where(own > 0, own, own[own > 0].min()))
         assert found.matrix[name].dtype == np.float32
         np.testing.assert_allclose(found.matrix[name] * TOKENS, found.sums[name], rtol=1e-6)
-    assert found.counts == dict.fromkeys(ours, TOKENS)
+    assert found.counts == dict.fromkeys(ours, (TOKENS,))
     assert (found.datasets, found.chunks) == (("five rows",), 1)
 
 
@@ -268,7 +339,7 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def small() -> Importance:
     sums = {"blk.0.ffn_down.weight": np.array([1.5, 3e9, 1e-6]), "blk.0.attn_q.weight": np.array([12.0, 7.25])}
-    return Importance(sums, {"blk.0.ffn_down.weight": 1030, "blk.0.attn_q.weight": 1030}, ("30 rows", "日本語"))
+    return Importance(sums, {"blk.0.ffn_down.weight": (1030,), "blk.0.attn_q.weight": (1030,)}, ("30 rows", "日本語"))
 
 
 def test_the_gguf_file_is_llama_cpp_s(small: Importance, tmp_path: Path) -> None:
@@ -297,7 +368,7 @@ def entry(name: bytes, chunks: int, values: list[float]) -> bytes:
 
 def test_the_dat_file_is_llama_cpp_s_to_the_byte(tmp_path: Path) -> None:
     write_imatrix(
-        Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": 1024, "a": 256}, ("rows",)), tmp_path
+        Importance({"b": np.array([2.0, 8.0]), "a": np.array([1.0])}, {"b": (1024,), "a": (256,)}, ("rows",)), tmp_path
     )
     body = struct.pack("<i", 2) + entry(b"a", 1, [1 / 256]) + entry(b"b", 2, [2 / 512, 8 / 512])
     assert (tmp_path / "imatrix.dat").read_bytes() == body + struct.pack("<ii4s", 2, 4, b"rows")
@@ -360,7 +431,7 @@ BROKEN = {
     "never hit": (GOOD | {"w.counts": [[0.0]]}, {}, r": w was given no token; collect the matrix from more text"),
     "nan hits": (GOOD | {"w.counts": [[np.nan]]}, {}, r": w was given no token; collect the matrix from more text"),
     "all 0": (GOOD | {"w.in_sum2": [[0.0, 0.0]]}, {}, r": w was given nothing but zeros"),
-    "experts": ({"w.in_sum2": np.ones((4, 2)), "w.counts": np.ones((4, 1))}, {}, r": w is of 4 experts; models with"),
+    "uneven": ({"w.in_sum2": np.ones((4, 2)), "w.counts": np.ones((3, 1))}, {}, r" is damaged: w has 8 sums of 3 matr"),
     "a model": (GOOD, {"kind": "model"}, r" is no importance matrix: its general.type is model"),
     "nothing": ({"v": [[1.0]]}, {}, r" holds no importance matrix: it has no tensor"),
 }

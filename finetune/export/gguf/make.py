@@ -128,7 +128,13 @@ def make_files(
         importance = _importance(plan.model, plan.imatrix, say, progress)
         write_imatrix(importance, folder)
         sources = ", ".join(importance.datasets)
-        notes.append(f"\nImportance matrix: of {max(importance.counts.values()):,} tokens ({sources}).")
+        notes.append(f"\nImportance matrix: of {importance.tokens:,} tokens ({sources}).")
+        idle, experts = importance.idle_experts
+        if idle:
+            notes.append(
+                f"\n{idle:,} of {experts:,} matrices of experts were given none of these tokens: all their columns "
+                "count alike."
+            )
     figures: list[ModelFigures] = []
     for file_type in plan.types:
         tried: list[tuple[ModelFigures, Path]] = []

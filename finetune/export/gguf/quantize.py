@@ -3,7 +3,8 @@
 `ggml_quantize_chunk` is taken from the shared library of an installed llama.cpp package. It is not a documented
 interface of these packages, so it is tested before it is used.
 
-Source: llama.cpp, src/llama-quant.cpp (`llama_tensor_get_type_impl`, `tensor_type_fallback`) as of October 2026.
+Source: llama.cpp, src/llama-quant.cpp (`tensor_allows_quantization`, `llama_tensor_get_type_impl`,
+`tensor_type_fallback`) as of October 2026; conversion/base.py for the tensors that are never quantised.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ from finetune.system.errors import ExportError
 
 GGMLType = GGMLQuantizationType
 ImportanceMatrix = dict[str, NDArray[np.float32]]
-"""The mean squared input of each column of a weight, by llama.cpp's name of the weight."""
+"""The mean squared input of each column of a weight, by llama.cpp's name of the weight; of a weight of experts those of
+one expert after the other."""
 
 # The file types that users write: llama.cpp's number for such a file, and the type of a tensor without another rule.
 TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
@@ -34,6 +37,7 @@ TYPES: dict[str, tuple[LlamaFileType, GGMLQuantizationType]] = {
     "Q6_K": (LlamaFileType.MOSTLY_Q6_K, GGMLType.Q6_K),
     "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, GGMLType.Q5_K),
     "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, GGMLType.Q4_K),
+    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, GGMLType.Q4_0),
     "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, GGMLType.IQ4_NL),
     "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, GGMLType.Q3_K),
     "IQ3_S": (LlamaFileType.MOSTLY_IQ3_S, GGMLType.IQ3_S),
@@ -49,7 +53,13 @@ _FALLBACK = {
     GGMLType.Q5_K: GGMLType.Q5_1,
     GGMLType.Q6_K: GGMLType.Q8_0,
 }
-_USED_TYPES = sorted({kind for _, kind in TYPES.values()} - set(UNQUANTIZED) | set(_FALLBACK.values()))
+# Q4_1 is for Q4_0 files with a matrix.
+_USED_TYPES = sorted(
+    ({kind for _, kind in TYPES.values()} | set(_FALLBACK.values()) | {GGMLType.Q4_1}) - set(UNQUANTIZED)
+)
+# Matrices that are float32 in every file; and those that no file has quantised.
+_FLOAT32 = ("ffn_gate_inp", "altup_correct_coef", "altup_predict_coef")
+_NOT_QUANTIZED = re.compile(r"altup|laurel|per_layer_model_proj")
 _PACKAGES = ("xllamacpp", "llama_cpp")
 _SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_validate_row_data")
 
@@ -58,57 +68,100 @@ _SYMBOLS = ("ggml_quantize_chunk", "ggml_row_size", "ggml_type_name", "ggml_vali
 # Which tensor gets which type
 
 
+@dataclass(frozen=True)
+class ModelTraits:
+    """The facts about a model that llama.cpp's choice of types depends on."""
+
+    architecture: str
+    """llama.cpp's name."""
+    groups: int
+    """The number of query heads that share a key head, in the first layer."""
+    experts: int = 0
+    """The number of experts; 0 for a dense model."""
+
+
 def tensor_types(
-    shapes: Mapping[str, tuple[int, ...]], kind: str, architecture: str, groups: int, matrix: bool
+    shapes: Mapping[str, tuple[int, ...]],
+    kind: str,
+    model: ModelTraits,
+    matrix: bool,
+    stored: Mapping[str, GGMLQuantizationType] | None = None,
 ) -> dict[str, GGMLQuantizationType]:
     """The type of each tensor in a file, by llama.cpp's rules; F16 for rows whose length is no multiple of 32.
 
+    Matrices that llama.cpp never quantises keep the type that they have in the checkpoint.
+
     Args:
-        shapes: The shape of each tensor of the file, by llama.cpp's name; the last length is a row's.
+        shapes: The shape of each tensor of the file, by llama.cpp's name, in the order of layers; the last length is a
+            row's.
         kind: The file's type, from `TYPES`.
-        architecture: llama.cpp's name of the architecture.
-        groups: The number of query heads that share a key head.
+        model: The model.
         matrix: True if there is an importance matrix.
+        stored: The type of each tensor in the checkpoint; F32 for those that it lacks.
     """
     layers = 1 + max((_layer(name) for name in shapes), default=0)
+    # Layers that share the keys and values of another layer have no attn_v, and are not counted.
+    values = [name for name in shapes if name.endswith("attn_v.weight")]
     # 70B models: their attn_v is small, and worth more bits.
-    large = layers == 80 and (architecture == "qwen2" or (architecture == "llama" and groups > 1))
-    tied = "output.weight" not in shapes
+    large = layers == 80 and (model.architecture == "qwen2" or (model.architecture == "llama" and model.groups > 1))
+    plain = TYPES[kind][1]
     found = {}
     for name, shape in shapes.items():
-        plain = TYPES[kind][1]
-        if len(shape) < 2 or ".ffn_gate_inp." in name:
+        part = name.split(".")[-2]
+        if len(shape) < 2 or part in _FLOAT32:
             found[name] = GGMLType.F32
         elif plain in UNQUANTIZED:
             found[name] = plain
+        elif not is_quantized(name):
+            found[name] = (stored or {}).get(name, GGMLType.F32)
+        elif part == "output" or (part in ("token_embd", "per_layer_token_embd") and "output.weight" not in shapes):
+            wide = plain != GGMLType.Q8_0 and shape[-1] % GGML_QUANT_SIZES[plain][0] == 0
+            found[name] = _type_that_fits(GGMLType.Q6_K if wide else GGMLType.Q8_0, shape[-1])
         else:
-            chosen = _type_by_rule(name, shape[-1], kind, layers, groups, tied, matrix)
-            if large and ".attn_v." in name and chosen in (GGMLType.Q3_K, GGMLType.Q4_K):
+            place, count = (values.index(name), len(values)) if name in values else (_layer(name), layers)
+            chosen = _type_by_rule(part, place, count, kind, model, matrix)
+            if large and part == "attn_v" and chosen in (GGMLType.Q3_K, GGMLType.Q4_K):
                 chosen = GGMLType.Q5_K
             found[name] = _type_that_fits(chosen, shape[-1])
     return found
 
 
 def _type_by_rule(
-    name: str, columns: int, kind: str, layers: int, groups: int, tied: bool, matrix: bool
+    part: str, place: int, count: int, kind: str, model: ModelTraits, matrix: bool
 ) -> GGMLQuantizationType:
-    part, layer, plain = name.split(".")[-2], _layer(name), TYPES[kind][1]
-    if part == "output" or (part == "token_embd" and tied):
-        return GGMLType.Q8_0 if plain == GGMLType.Q8_0 or columns % GGML_QUANT_SIZES[plain][0] else GGMLType.Q6_K
-    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    if part in ("attn_v", "ffn_down") and kind in ("Q4_K_M", "Q5_K_M") and more:
+    """The type of a weight of a layer, before it is made to fit its rows.
+
+    Args:
+        part: The last part of its name, such as `attn_v`.
+        place: Its place among the weights of that part.
+        count: The number of these.
+        kind: The file's type.
+        model: The model.
+        matrix: True if there is an importance matrix.
+    """
+    plain = TYPES[kind][1]
+    eight = model.experts == 8  # Mixtral, which llama.cpp tuned these rules for
+    if eight and part in ("attn_v", "attn_k"):
+        return GGMLType.Q8_0
+    if eight and part == "attn_output":
+        return GGMLType.Q5_K if kind in ("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M", "IQ3_S") else plain
+    more = place < count // 8 or place >= 7 * count // 8 or (place - count // 8) % 3 == 2
+    down = part.startswith("ffn_down")  # of experts too
+    if (down or part == "attn_v") and kind in ("Q4_K_M", "Q5_K_M") and more:
         return GGMLType.Q6_K
     if part == "attn_v":
         if kind == "Q3_K_M":
-            return GGMLType.Q5_K if layer < 2 else GGMLType.Q4_K
+            return GGMLType.Q5_K if place < 2 else GGMLType.Q4_K
         few = {"Q2_K": GGMLType.Q3_K}
         many = {"Q2_K": GGMLType.Q4_K, "IQ3_S": GGMLType.Q4_K, "IQ4_NL": GGMLType.Q5_K}
-        return (many if groups >= 4 else few).get(kind, plain)
-    if part == "ffn_down":
+        return (many if model.groups >= 4 else few).get(kind, plain)
+    if down:
         if kind == "Q3_K_M":
-            return GGMLType.Q5_K if layer < layers // 16 else GGMLType.Q4_K
-        if kind == "IQ4_NL" and not matrix and layer < layers // 8:
+            return GGMLType.Q5_K if place < count // 16 else GGMLType.Q4_K
+        if place < count // 8 and (kind, matrix) == ("IQ4_NL", False):
             return GGMLType.Q5_K
+        if place < count // 8 and (kind, matrix) == ("Q4_0", True):
+            return GGMLType.Q4_1
         return GGMLType.Q3_K if kind == "Q2_K" else plain
     if part == "attn_output":
         return {"Q2_K": GGMLType.Q3_K, "Q3_K_M": GGMLType.Q4_K}.get(kind, plain)
@@ -119,6 +172,22 @@ def _type_that_fits(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizatio
     if columns % GGML_QUANT_SIZES[kind][0]:
         kind = _FALLBACK.get(kind, GGMLType.F16)
     return GGMLType.F16 if columns % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def is_quantized(name: str) -> bool:
+    """True if a quantised file holds a layer's matrix of that name quantised."""
+    part = name.split(".")[-2]
+    return part not in _FLOAT32 and not _NOT_QUANTIZED.match(part)
+
+
+def importance_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight's importance: a number for each column, of a weight of experts for each expert too."""
+    return (*shape[:-2], shape[-1])
+
+
+def tensor_order(name: str) -> tuple[int, str]:
+    """The key that sorts tensors as llama.cpp writes them: those of no layer, then by layer, each by name."""
+    return _layer(name), name
 
 
 def _layer(name: str) -> int:

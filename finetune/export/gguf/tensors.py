@@ -81,7 +81,7 @@ def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a text model's tensors, by llama.cpp's names, in llama.cpp's order.
+    """The shapes of a text model's tensors, by llama.cpp's names.
 
     `rope_freqs.weight` is not among them: it is in no checkpoint.
 

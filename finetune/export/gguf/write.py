@@ -1,7 +1,7 @@
 """Writes a merged model as a GGUF file, from its safetensors, a slice at a time.
 
-gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and there are eight files. So the header, a
-list of typed keys and one of tensors, is packed here, whole arrays at a time, with gguf's constants.
+gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and `gguf:all` writes nine files. So the
+header, a list of typed keys and one of tensors, is packed here, whole arrays at a time, with gguf's constants.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
@@ -9,6 +9,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -33,9 +34,13 @@ from finetune.export.gguf.quantize import (
     TYPES,
     UNQUANTIZED,
     ImportanceMatrix,
+    ModelTraits,
     ggml_library,
+    importance_shape,
+    is_quantized,
     quantize_rows,
     row_bytes,
+    tensor_order,
     tensor_types,
 )
 from finetune.export.gguf.tensors import ARCHITECTURES, converted_values, expected_shapes, gguf_names, head_dim
@@ -47,7 +52,7 @@ from finetune.system.terminal import progress_bar
 
 # These words in a model's name change how llama.cpp (October 2026) tokenizes.
 _MISREAD = re.compile("phi-?3|modern-bert", re.IGNORECASE)
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 # Values in a slice. Each thread holds a slice as it was read, in float32, and as it is written.
 _SLICE = 2**20
 
@@ -86,7 +91,7 @@ def write_gguf(
         model: A folder with config.json, safetensors and tokenizer.
         file: The file, which must not exist; its folder must.
         kind: The file's type, from `TYPES`.
-        imatrix: The mean squared input of each column, by the weight's name in the file.
+        imatrix: The mean squared input of each column, by the weight's name in the file; see `ImportanceMatrix`.
         progress: Shows a progress bar on a terminal.
         vocabulary: The tokenizer's fields that `read_tokenizer` returned; by default they are read.
 
@@ -193,13 +198,16 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
     factors = rope_factors(config)
     if factors is not None:
         wanted["rope_freqs.weight"] = factors.shape
+    wanted = {name: wanted[name] for name in sorted(wanted, key=tensor_order)}
     groups = config.num_attention_heads // config.per_layer_config[0].num_key_value_heads
-    kinds = tensor_types(wanted, kind, ARCHITECTURES[config.model_type], groups, imatrix is not None)
+    traits = ModelTraits(ARCHITECTURES[config.model_type], groups, getattr(config, "num_experts", None) or 0)
+    types = {name: _FLOATS[place.dtype] for name, place in stored.items()}
+    kinds = tensor_types(wanted, kind, traits, imatrix is not None, types)
     _check_matrix(imatrix or {}, wanted, imatrix is not None)
-    items = [_Tensor(name, wanted[name], kinds[name], stored[name]) for name in wanted if name in stored]
+    sources: dict[str, StoredTensor | NDArray[np.float32]] = dict(stored)
     if factors is not None:
-        items.append(_Tensor("rope_freqs.weight", factors.shape, Kind.F32, factors))
-    return items
+        sources["rope_freqs.weight"] = factors
+    return [_Tensor(name, shape, kinds[name], sources[name]) for name, shape in wanted.items()]
 
 
 def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
@@ -215,12 +223,12 @@ def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -
 
 def _check_matrix(imatrix: ImportanceMatrix, wanted: Mapping[str, tuple[int, ...]], given: bool) -> None:
     for name, weights in imatrix.items():
-        if name not in wanted or weights.shape != wanted[name][-1:]:
+        if name not in wanted or weights.shape != (math.prod(importance_shape(wanted[name])),):
             raise ExportError(f"GGUF: the importance matrix is of another model: {name} {weights.shape}")
         if not np.isfinite(weights).all():
             raise ExportError(f"GGUF: the importance matrix is damaged: {name} is not finite")
     for name, shape in wanted.items():
-        if given and name.startswith("blk.") and len(shape) == 2 and name not in imatrix:
+        if given and name.startswith("blk.") and len(shape) > 1 and is_quantized(name) and name not in imatrix:
             raise ExportError(f"GGUF: the importance matrix lacks {name}; it is of another model, or damaged")
 
 
@@ -242,9 +250,20 @@ def _write_tensors(
             rows = _float32_rows(item, files, start, stop)
             if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
                 raise ExportError(f"GGUF: {item.name} holds numbers that are not finite")
-            rows = converted_values(item.name, rows, config)
+            rows = converted_values(item.name, rows, config).reshape(-1, item.shape[-1])
             try:
-                return quantize_rows(item.kind, rows.reshape(-1, item.shape[-1]), imatrix.get(item.name))
+                weights = imatrix.get(item.name)
+                if weights is None or len(item.shape) == 2:
+                    return quantize_rows(item.kind, rows, weights)
+                # Each expert's rows with the expert's own weights.
+                height, by_expert = item.shape[-2], weights.reshape(-1, item.shape[-1])
+                edges = [start, *range(start // height * height + height, stop, height), stop]
+                return np.concatenate(
+                    [
+                        quantize_rows(item.kind, rows[begin - start : end - start], by_expert[begin // height])
+                        for begin, end in itertools.pairwise(edges)
+                    ]
+                )
             except ExportError as error:
                 raise ExportError(f"{item.name}: {error}") from error
 

@@ -19,6 +19,7 @@ from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import is_file
 from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
 from finetune.export.gguf.imatrix.files import CHUNK, Importance, check_fits, without_zeros
+from finetune.export.gguf.quantize import is_quantized
 from finetune.export.gguf.tensors import gguf_names
 from finetune.model.load import load_tokenizer
 from finetune.recipe.load import load_recipe
@@ -200,8 +201,9 @@ def collect_importance(
             why = f"{type(error).__name__}: {first_line(error)}"
             raise ExportError(f"{model}: no importance matrix: {why}") from error
         with np.load(task.sums, allow_pickle=False) as arrays:
-            sums = {name: arrays[name] for name in arrays.files}
-    importance = Importance(without_zeros(sums, str(model)), dict.fromkeys(sums, total), (source,))
+            sums = {name.removeprefix("sums/"): arrays[name] for name in arrays.files if name.startswith("sums/")}
+            counts = {name: tuple(arrays[f"counts/{name}"].tolist()) for name in sums}
+    importance = Importance(without_zeros(sums, counts, str(model)), counts, (source,))
     check_fits(importance, model, "the matrix that was just collected")
     return importance
 
@@ -214,17 +216,22 @@ def _collect(task: _Task) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = json.loads((task.model / "config.json").read_text(encoding="utf-8"))
     model = load_base(str(task.model), getattr(torch, task.dtype)).to(device).eval()
-    sums = squared_input_sums(model, config, task.rows, lambda count: fresh_process.report(str(count)))
-    np.savez(task.sums, **sums)  # type: ignore[arg-type]
+    sums, counts = squared_input_sums(model, config, task.rows, lambda count: fresh_process.report(str(count)))
+    arrays = {f"sums/{name}": own for name, own in sums.items()}
+    arrays |= {f"counts/{name}": np.array(own) for name, own in counts.items()}
+    np.savez(task.sums, **arrays)  # type: ignore[arg-type]
 
 
 def squared_input_sums(
     model: Any, config: dict[str, Any], rows: Sequence[Sequence[int]], done: Callable[[int], None]
-) -> dict[str, NDArray[np.float64]]:
-    """Squared inputs of every weight of a layer, by column, float64, summed over the tokens of all rows.
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, tuple[int, ...]]]:
+    """Squared inputs of every weight of a layer that files quantise, by column, float64, and the tokens summed over.
+
+    Both are as in `Importance`.
 
     Args:
-        model: A causal language model of transformers, on its device.
+        model: A causal language model of transformers, on its device; its experts compute one after the other from then
+            on, which is what other implementations compute.
         config: Its config.json.
         rows: Token ids.
         done: Called with the number of tokens of each batch.
@@ -238,33 +245,55 @@ def squared_input_sums(
     translate = gguf_names(config)
     decoder = model.get_decoder()
     sums: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    # In the current batch: a mask of the places that are tokens and not padding, and their number.
-    real, tokens = torch.empty(0), 0
+    counts: dict[str, list[int]] = {}
+    # In the current batch: a mask of the places that are tokens and not padding.
+    real = torch.empty(0)
+    # The weight and the expert of each expert's matrix, by its place in memory.
+    experts: dict[int, tuple[str, int]] = {}
+
+    def add(name: str, expert: int, x: Any) -> None:
+        # Float32 for the squares of a batch, float64 for the sum of batches.
+        sums[name][expert] += x.detach().float().square().sum(0).double()
+        counts[name][expert] += len(x)
 
     def watch(name: str, columns: int) -> Callable[[Any, Any], None]:
         def hook(module: Any, inputs: Any) -> None:
             x = inputs[0]
-            if x.shape != (*real.shape, columns):
+            # A router is given all rows of a batch as one.
+            if x.shape not in ((*real.shape, columns), (real.numel(), columns)):
                 raise ExportError(
                     f"{name} takes {columns:,} columns and was given {list(x.shape)} for {list(real.shape)} tokens"
                 )
-            # Float32 for the squares of a batch, float64 for the sum of batches; indexing makes a copy.
-            squares = x.detach()[real].float().square().sum(0)
-            sums[name] = sums.get(name, 0) + squares.double()
-            counts[name] += tokens
+            add(name, 0, x.reshape(-1, columns)[real.flatten()])
 
         return hook
+
+    class ExpertInputs(torch.overrides.TorchFunctionMode):
+        """Adds the inputs of experts, whose matrices are slices of one parameter and no modules."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.linear and (place := experts.get(args[1].data_ptr())):
+                add(*place, args[0])
+            return func(*args, **(kwargs or {}))
 
     hooks = []
     for path, parameter in model.named_parameters():
         name = translate(path)
-        if name and name.startswith("blk.") and parameter.ndim == 2:
+        if not (name and name.startswith("blk.") and parameter.ndim > 1 and is_quantized(name)):
+            continue
+        columns = parameter.shape[-1]
+        matrices = parameter.detach().reshape(-1, *parameter.shape[-2:])
+        counts[name] = [0] * len(matrices)
+        sums[name] = torch.zeros(len(matrices), columns, dtype=torch.float64, device=model.device)
+        if parameter.ndim == 2:
             module = model.get_submodule(path.rpartition(".")[0])
-            counts[name] = 0
-            hooks.append(module.register_forward_pre_hook(watch(name, parameter.shape[1])))
-    with torch.inference_mode():
-        for batch in _batches(rows):
+            hooks.append(module.register_forward_pre_hook(watch(name, columns)))
+        else:
+            experts |= {matrix.data_ptr(): (name, number) for number, matrix in enumerate(matrices)}
+    if experts:
+        model.set_experts_implementation("eager")
+    with torch.inference_mode(), ExpertInputs():
+        for batch in _batches(rows, padded=not experts):
             length, tokens = max(map(len, batch)), sum(map(len, batch))
             ids = [[*row, *[0] * (length - len(row))] for row in batch]
             real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
@@ -273,10 +302,13 @@ def squared_input_sums(
             done(tokens)
     for hook in hooks:
         hook.remove()
-    for name, count in counts.items():
-        if count != (total := sum(map(len, rows))):
-            raise ExportError(f"{name} was given {count:,} of {total:,} tokens")
-    return {name: _finite(name, column_sums.cpu().numpy()) for name, column_sums in sums.items()}
+    total = sum(map(len, rows))
+    for name, own in counts.items():
+        # Each token is given to as many experts as any other.
+        if not sum(own) or sum(own) % total or (len(own) == 1 and own[0] != total):
+            raise ExportError(f"{name} was given {sum(own):,} of {total:,} tokens")
+    found = {name: _finite(name, column_sums.flatten().cpu().numpy()) for name, column_sums in sums.items()}
+    return found, {name: tuple(own) for name, own in counts.items()}
 
 
 def _finite(name: str, column_sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -285,11 +317,12 @@ def _finite(name: str, column_sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return column_sums
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Batches of rows of similar lengths."""
+def _batches(rows: Sequence[Sequence[int]], padded: bool) -> Iterator[list[Sequence[int]]]:
+    """Batches of rows of similar lengths; of equal lengths where no row may be padded."""
     batch: list[Sequence[int]] = []
     for row in sorted(rows, key=len):
-        if batch and len(row) * (len(batch) + 1) > _BATCH_TOKENS:
+        full = len(row) * (len(batch) + 1) > _BATCH_TOKENS
+        if batch and (full or (not padded and len(row) != len(batch[0]))):
             yield batch
             batch = []
         batch.append(row)

@@ -9,14 +9,15 @@ Source: llama.cpp `tools/imatrix/imatrix.cpp`, `IMatrixCollector`; `tools/quanti
 from __future__ import annotations
 
 import json
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.export.gguf.quantize import ImportanceMatrix
+from finetune.export.gguf.quantize import ImportanceMatrix, importance_shape, is_quantized
 from finetune.export.gguf.tensors import gguf_names
 from finetune.model.shards import read_header, weight_files
 from finetune.system.errors import ExportError, first_line
@@ -35,22 +36,45 @@ class Importance:
     """
 
     sums: dict[str, NDArray[np.float64]]
-    """By llama.cpp's name of the weight (`blk.0.attn_q.weight`); all are above 0."""
-    counts: dict[str, int]
-    """The tokens that each was summed over, at least 1."""
+    """By llama.cpp's name of the weight (`blk.0.attn_q.weight`); those of experts one behind the other. All sums of a
+    count above 0 are above 0."""
+    counts: dict[str, tuple[int, ...]]
+    """The tokens that each was summed over: one number, and of a weight of experts one for each expert. An expert
+    without a token has 0."""
     datasets: tuple[str, ...] = ()
     """The sources of the tokens, in words or names of files."""
     chunk_size: int = CHUNK
 
     @property
+    def means(self) -> dict[str, NDArray[np.float64]]:
+        """The mean squared inputs; 1, the same for all columns, of an expert without a token, as in llama.cpp."""
+        found = {}
+        for name, own in self.sums.items():
+            count = np.array(self.counts[name])[:, None]
+            mean = own.reshape(len(count), -1) / np.maximum(count, 1)
+            found[name] = np.where(count > 0, mean, 1).ravel()
+        return found
+
+    @property
     def matrix(self) -> ImportanceMatrix:
-        """The mean squared inputs, as `quantize_rows` takes them."""
-        return {name: (own / self.counts[name]).astype(np.float32) for name, own in self.sums.items()}
+        """The mean squared inputs, as `write_gguf` takes them."""
+        return {name: mean.astype(np.float32) for name, mean in self.means.items()}
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that a weight was given."""
+        return max(map(max, self.counts.values()))
+
+    @property
+    def idle_experts(self) -> tuple[int, int]:
+        """The number of experts' matrices that no token was given to, and of all experts' matrices."""
+        counts = [count for own in self.counts.values() if len(own) > 1 for count in own]
+        return counts.count(0), len(counts)
 
     @property
     def chunks(self) -> int:
         """The number of chunks of tokens, rounded up, which llama.cpp counts in."""
-        return -(-max(self.counts.values()) // self.chunk_size)
+        return -(-self.tokens // self.chunk_size)
 
 
 def check_fits(importance: Importance, model: Path, source: str) -> None:
@@ -69,14 +93,14 @@ def check_fits(importance: Importance, model: Path, source: str) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     translate = gguf_names(config)
     width = {
-        name: stored.shape[1]
+        name: math.prod(importance_shape(stored.shape))
         for file in weight_files(model)
         for on_disk, stored in read_header(model / file).items()
-        if len(stored.shape) == 2 and (name := translate(on_disk))
+        if len(stored.shape) > 1 and (name := translate(on_disk))
     }
     for name, columns in width.items():
         own = importance.sums.get(name)
-        if own is None and name.startswith("blk."):
+        if own is None and name.startswith("blk.") and is_quantized(name):
             raise ExportError(f"{source}: it has nothing on {name}; use a matrix of this very model")
         if own is not None and len(own) != columns:
             raise ExportError(
@@ -87,18 +111,24 @@ def check_fits(importance: Importance, model: Path, source: str) -> None:
         raise ExportError(f"{source}: {model} has no {other[0]}; use a matrix of this very model")
 
 
-def without_zeros(sums: dict[str, NDArray[np.float64]], source: str) -> dict[str, NDArray[np.float64]]:
-    """The sums with each 0 replaced by the least sum of its weight; see `Importance`.
+def without_zeros(
+    sums: dict[str, NDArray[np.float64]], counts: dict[str, tuple[int, ...]], source: str
+) -> dict[str, NDArray[np.float64]]:
+    """The sums with each 0 replaced by the least sum of its matrix; see `Importance`.
 
     Raises:
-        ExportError: Every input of a tensor is zero.
+        ExportError: Every input of a matrix is zero, though it was given tokens.
     """
     found = {}
     for name, own in sums.items():
-        hit = own > 0
-        if not hit.any():
-            raise ExportError(f"{source}: {name} was given nothing but zeros")
-        found[name] = np.where(hit, own, own[hit].min())
+        matrices = own.reshape(len(counts[name]), -1).copy()
+        for place, (row, count) in enumerate(zip(matrices, counts[name], strict=True)):
+            if not row.any() and count:
+                which = f"expert {place} of {name}" if len(matrices) > 1 else name
+                raise ExportError(f"{source}: {which} was given nothing but zeros")
+            if count:
+                row[row == 0] = row[row > 0].min()
+        found[name] = matrices.ravel()
     return found
 
 
@@ -117,7 +147,7 @@ def read_imatrix(file: Path) -> Importance:
     """A matrix from a file in either format, which its first bytes tell.
 
     A `.dat` file does not hold the number of tokens in a chunk; 512 are assumed, as llama.cpp does. The means do not
-    depend on it.
+    depend on it. It does not tell experts apart either: their sums are those of one weight.
 
     Raises:
         ExportError: There is no such file, it is damaged, no matrix, or holds sums that no quantiser can use.
@@ -131,9 +161,9 @@ def read_imatrix(file: Path) -> Importance:
     for name, own in found.sums.items():
         if not np.isfinite(own).all() or (own < 0).any():
             raise ExportError(f"{file} is damaged: {name} has sums of squares that are negative or not finite")
-        if found.counts[name] < 1:
+        if max(found.counts[name]) < 1:
             raise ExportError(f"{file}: {name} was given no token; collect the matrix from more text")
-    return Importance(without_zeros(found.sums, str(file)), found.counts, found.datasets, found.chunk_size)
+    return replace(found, sums=without_zeros(found.sums, found.counts, str(file)))
 
 
 def _write_gguf(importance: Importance, file: Path) -> None:
@@ -146,8 +176,9 @@ def _write_gguf(importance: Importance, file: Path) -> None:
     writer.add_uint32("imatrix.chunk_count", importance.chunks)
     writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
     for name, own in sorted(importance.sums.items()):
-        writer.add_tensor(f"{name}.in_sum2", own.astype(np.float32).reshape(1, -1))
-        writer.add_tensor(f"{name}.counts", np.array([[importance.counts[name]]], np.float32))
+        counts = np.array(importance.counts[name], np.float32)[:, None]
+        writer.add_tensor(f"{name}.in_sum2", own.astype(np.float32).reshape(len(counts), -1))
+        writer.add_tensor(f"{name}.counts", counts)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -168,7 +199,7 @@ def _read_gguf(file: Path) -> Importance:
     if (kind := fields.get("general.type")) != "imatrix":
         raise ExportError(f"{file} is no importance matrix: its general.type is {kind or 'missing'}")
     sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     for name in sorted({name.rpartition(".")[0] for name in tensors}):
         if name + ".in_sum2" not in tensors and name + ".counts" not in tensors:
             continue  # newer tools store more
@@ -177,10 +208,10 @@ def _read_gguf(file: Path) -> Importance:
             if tensor is None or tensor.tensor_type != GGMLQuantizationType.F32:
                 raise ExportError(f"{file} is damaged: it has no {name}{end} in float32")
         own, count = (np.array(tensor.data, np.float64).ravel() for tensor in pair if tensor)
-        if len(count) != 1:
-            raise ExportError(f"{file}: {name} is of {len(count)} experts; models with experts are not written")
+        if not len(count) or len(own) % len(count):
+            raise ExportError(f"{file} is damaged: {name} has {len(own)} sums of {len(count)} matrices")
         sums[name] = own
-        counts[name] = round(float(count[0])) if np.isfinite(count[0]) else 0
+        counts[name] = tuple(round(float(number)) if np.isfinite(number) else 0 for number in count)
     if not sums:
         raise ExportError(f"{file} holds no importance matrix: it has no tensor")
     datasets = fields.get("imatrix.datasets") or []
@@ -192,11 +223,10 @@ def _write_dat(importance: Importance, file: Path) -> None:
     """Writes entries (name, chunks, columns, means times chunks), the chunks of all, the names of the datasets."""
     with file.open("wb") as out:
         out.write(struct.pack("<i", len(importance.sums)))
-        for name, own in sorted(importance.sums.items()):
-            count = importance.counts[name]
-            chunks = -(-count // importance.chunk_size)
-            out.write(_pack_string(name) + struct.pack("<ii", chunks, len(own)))
-            out.write((own / count * chunks).astype("<f4").tobytes())
+        for name, means in sorted(importance.means.items()):
+            chunks = -(-max(importance.counts[name]) // importance.chunk_size)
+            out.write(_pack_string(name) + struct.pack("<ii", chunks, len(means)))
+            out.write((means * chunks).astype("<f4").tobytes())
         out.write(struct.pack("<i", importance.chunks) + _pack_string(", ".join(importance.datasets)))
 
 
@@ -223,7 +253,7 @@ def _read_dat(file: Path) -> Importance:
         return int.from_bytes(take(4), "little", signed=True)
 
     sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     try:
         for _ in range(number()):
             name = take(number()).decode()
@@ -231,7 +261,7 @@ def _read_dat(file: Path) -> Importance:
             if name in sums or columns < 1:
                 raise ExportError(f"{file} is damaged: {name!r} stands there twice, or without columns")
             sums[name] = np.frombuffer(take(4 * columns), "<f4").astype(np.float64) * CHUNK
-            counts[name] = chunks * CHUNK
+            counts[name] = (chunks * CHUNK,)
         # Older tools end here.
         datasets = (number(), take(number()).decode())[1:] if place < len(data) else ()
     except UnicodeDecodeError as error:
