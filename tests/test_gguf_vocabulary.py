@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoTokenizer
 
 from finetune.data.template import load_template
+from finetune.export.gguf.llama_cpp.server import Server
 from finetune.export.gguf.tokenizer.source import Difference, trained_tokenizer
 from finetune.export.gguf.tokenizer.vocabulary import (
     BYTE,
@@ -45,8 +46,8 @@ K = "tokenizer.ggml."
 STOPS = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def write(metadata: dict[str, Any], file: Path) -> Path:
-    """A model of one layer that knows nothing, around a vocabulary."""
+def write(metadata: dict[str, Any], file: Path, always: int | None = None) -> Path:
+    """A model of one layer that knows nothing, around a vocabulary; `always` is the token that it predicts."""
     out = gguf.GGUFWriter(file, "llama")
     for name in ("context_length", "embedding_length", "feed_forward_length"):
         out.add_uint32(f"llama.{name}", 32)
@@ -58,8 +59,13 @@ def write(metadata: dict[str, Any], file: Path) -> Path:
             out.add_array(key, value)
         else:
             {bool: out.add_bool, int: out.add_uint32, str: out.add_string}[type(value)](key, value)
-    out.add_tensor("token_embd.weight", np.zeros((len(metadata[K + "tokens"]), 32), np.float16))
-    out.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    rows = np.zeros((len(metadata[K + "tokens"]), 32), np.float32)
+    if always is not None:
+        head = rows.copy()
+        head[always] = 1
+        out.add_tensor("output.weight", head)
+    out.add_tensor("token_embd.weight", rows.astype(np.float16) + np.float16(always is not None))
+    out.add_tensor("output_norm.weight", np.full(32, always is not None, np.float32))
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         out.add_tensor(f"blk.0.{name}.weight", np.zeros((32, 32), np.float16))
     for name in ("attn_norm", "ffn_norm"):
@@ -162,7 +168,7 @@ def test_what_the_file_says(cases: dict[str, Case]) -> None:
     said = {
         kind: (
             case.metadata[K + "model"],
-            case.metadata[K + "pre"],
+            case.metadata.get(K + "pre"),
             case.metadata.get(K + "add_space_prefix"),
             case.metadata[K + "add_bos_token"],
             case.metadata[K + "add_eos_token"],
@@ -171,6 +177,7 @@ def test_what_the_file_says(cases: dict[str, Case]) -> None:
     }
     assert said == {
         "gemma, byte fallback": ("llama", "default", False, True, False),
+        "gemma4": ("gemma4", None, False, True, False),
         "llama 2": ("llama", "default", True, True, False),
         "metaspace, first": ("llama", "default", False, True, False),
         "metaspace, always": ("llama", "default", False, True, False),
@@ -208,6 +215,65 @@ def test_types_scores_and_rows(cases: dict[str, Case]) -> None:
     place = dict(zip(tokens, scores, strict=True))
     assert {token: place[token] for token in ranked} == ranked
     assert max(score for token, score in place.items() if token not in ranked) < min(ranked.values())
+
+
+def test_gemma_4_s_tokenizer_is_written_as_by_llama_cpp_s_conversion(cases: dict[str, Case]) -> None:
+    metadata, model = cases["gemma4"].metadata, cases["gemma4"].model
+    whole = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    assert metadata[K + "merges"] == [" ".join(pair) for pair in whole["model"]["merges"]]
+    assert set(metadata[K + "scores"]) == {-1000.0}
+    kind = dict(zip(metadata[K + "tokens"], metadata[K + "token_type"], strict=True))
+    shown = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
+    assert {kind[token] for token in (*shown, '<|"|>')} == {USER_DEFINED}
+    control = ("<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|think|>", "<|tool>", "<tool|>")
+    assert {kind[token] for token in control} == {CONTROL}
+    assert {kind[f"<0x{i:02X}>"] for i in range(256)} == {BYTE}
+    assert set(metadata[K + "token_type"]) == {NORMAL, CONTROL, USER_DEFINED, BYTE}
+    place = metadata[K + "tokens"].index
+    names = ("bos", "eos", "unknown", "padding", "mask")
+    assert {name: metadata[f"{K}{name}_token_id"] for name in names} == dict(
+        zip(names, map(place, ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>")), strict=True)
+    )
+    # What the conversion does not write.
+    assert metadata[K + "eot_token_id"] == place("<turn|>")
+    assert metadata[K + "eom_token_id"] == place("<|tool_response>")
+    assert metadata[K + "eos_token_ids"] == [place(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]
+    assert cases["gemma4"].limits == []
+
+
+def test_gemma_4_s_tokenizer_without_a_bos_is_not_llama_cpp_s(tmp_path: Path, cases: dict[str, Case]) -> None:
+    """llama.cpp adds a BOS to all its texts; one that only the template writes is the same."""
+    model = Path(shutil.copytree(cases["gemma4"].model, tmp_path / "model"))
+    file = model / "tokenizer.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(whole | {"post_processor": None}), encoding="utf-8")
+    metadata, limits = read_tokenizer(model)
+    assert (metadata[K + "model"], metadata[K + "add_bos_token"]) == ("gemma4", True)
+    assert [limit.what for limit in limits] == ["a text alone begins with BOS, as texts in a conversation do"]
+    (model / "chat_template.jinja").unlink()
+    assert read_tokenizer(model).fields[K + "model"] == "llama"
+
+
+def test_a_token_of_gemma_4_across_line_breaks_is_told(tmp_path: Path, cases: dict[str, Case]) -> None:
+    model = Path(shutil.copytree(cases["gemma4"].model, tmp_path / "model"))
+    file = model / "tokenizer.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    whole["model"]["merges"].append(["\n", "・"])
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    (limit,) = read_tokenizer(model)[1]
+    assert limit.what == "llama.cpp joins nothing across line breaks, as '\\n・' does"
+    assert (limit.concerns("a\n・b"), limit.concerns("a\nb")) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["<eos>", "<turn|>", "<|tool_response>", "<|turn>"])
+def test_gemma_4_s_answers_end_at_its_three_stop_tokens(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    """A model that answers any prompt with one token, again and again."""
+    metadata = cases["gemma4"].metadata
+    token = metadata[K + "tokens"].index(name)
+    with Server(write(metadata, tmp_path / "a.gguf", always=token), 64) as server:
+        said = server.answer("Hello", 5)
+    assert said["ids"] == ([token] * 5 if name == "<|turn>" else [token])
+    assert said["ended"] == (name != "<|turn>")
 
 
 def test_where_answers_end(tmp_path: Path, cases: dict[str, Case]) -> None:

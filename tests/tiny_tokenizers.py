@@ -45,20 +45,24 @@ GPT4O = GPT4O.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 @functools.cache
-def pieces() -> tuple[list[str], list[str]]:
-    """Tokens in the order of their merges, and single characters."""
+def pieces() -> tuple[list[str], list[str], list[tuple[str, str]]]:
+    """Tokens in the order of their merges, single characters, and the merges as trained."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = SPACE
     trainer = trainers.BpeTrainer(vocab_size=1800, show_progress=False, limit_alphabet=300)
     trained.train_from_iterator(TEXTS, trainer)
     model = json.loads(trained.to_str())["model"]
-    made = list(dict.fromkeys(left + right for left, right in model["merges"]))
-    return made, [token for token in model["vocab"] if token not in set(made)]
+    merges = [(left, right) for left, right in model["merges"]]
+    made = list(dict.fromkeys(left + right for left, right in merges))
+    return made, [token for token in model["vocab"] if token not in set(made)], merges
 
 
-def sentencepiece(special: list[str], space: Any = SPACE, split: Any = None) -> Tokenizer:
-    """A BPE with byte fallback, whose merges have each pair that makes a token, as converters write them."""
-    made, single = pieces()
+def sentencepiece(special: list[str], space: Any = SPACE, split: Any = None, as_trained: bool = False) -> Tokenizer:
+    """A BPE with byte fallback, whose merges have each pair that makes a token, as converters write them.
+
+    Those of `as_trained` make each token from one pair only, and none of a line break and something else.
+    """
+    made, single, trained = pieces()
     tokens = [*special, *(f"<0x{i:02X}>" for i in range(256)), *made, *single]
     ids = {token: i for i, token in enumerate(tokens)}
     merges = [
@@ -67,6 +71,8 @@ def sentencepiece(special: list[str], space: Any = SPACE, split: Any = None) -> 
         for at in range(1, len(token))
         if token[:at] in ids and token[at:] in ids
     ]
+    if as_trained:
+        merges = [pair for pair in trained if "\n" not in "".join(pair) or not "".join(pair).strip("\n")]
     found = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if space:
         found.normalizer = space
@@ -115,12 +121,13 @@ def save(
     rows: int = 0,
     stops: Any = None,
     plain: tuple[str, ...] = (),
+    model_type: str = "llama",
 ) -> Path:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     whole.chat_template = template
     whole.save_pretrained(folder)
-    config = {"model_type": "llama", "vocab_size": rows or len(whole)}
+    config = {"model_type": model_type, "vocab_size": rows or len(whole)}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if stops is not None:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
@@ -140,6 +147,18 @@ def gemma(folder: Path) -> Path:
     tokenizer = begin(sentencepiece([*GEMMA, "<mask>", "<start_of_turn>"], split=split), "<bos>")
     plain = ("<end_of_turn>", "\n", "\n\n", "\n\n\n", "<b>", "</b>", "▁▁")
     return save(folder, tokenizer, G, load_template("gemma3"), 2400, [1, tokenizer.get_vocab_size()], plain)
+
+
+GEMMA4 = ["<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", '<|"|>']
+GEMMA4 += [f"<{bar}>" for name in ("tool", "tool_call", "tool_response") for bar in (f"|{name}", f"{name}|")]
+
+
+def gemma4(folder: Path) -> Path:
+    split = pre.Split(" ", "merged_with_previous")
+    tokenizer = begin(sentencepiece([*GEMMA, *GEMMA4], split=split, as_trained=True), "<bos>")
+    stops = [tokenizer.token_to_id(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]
+    names = G | {"mask_token": "<mask>", "extra_special_tokens": GEMMA4[1:]}
+    return save(folder, tokenizer, names, load_template("gemma4"), stops=stops, model_type="gemma4_text")
 
 
 def small(folder: Path) -> Path:
@@ -182,6 +201,7 @@ def of(
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "gemma, byte fallback": gemma,
+    "gemma4": gemma4,
     "llama 2": llama2,
     "metaspace, first": mistral,
     "metaspace, always": lambda folder: mistral(folder, "always"),

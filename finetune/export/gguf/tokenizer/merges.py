@@ -1,8 +1,9 @@
 """Converts a BPE tokenizer's merges to GGUF metadata, and reports the differences that remain.
 
 Its tokenizer `llama` joins any two neighbours that make a token, the one with the highest score first; given the ranks
-of the merges as scores, that is what a BPE with byte fallback does. Its `gpt2` knows merges, but splits texts by none
-but its own list of pre-tokenizers, of which the one that splits alike is named.
+of the merges as scores, that is what a BPE with byte fallback does. Its `gemma4` applies the merges themselves, to each
+line of a text. Its `gpt2` knows merges, but splits texts by none but its own list of pre-tokenizers, of which the one
+that splits alike is named.
 
 Source: llama.cpp b11549, src/llama-vocab.cpp.
 """
@@ -85,6 +86,36 @@ def byte_fallback(source: TokenizerFiles, rows: int) -> dict[str, Any]:
         source.differs(f"a text that holds {spelt[0]!r} is read as if it held spaces", contains_any(*spelt))
     _check_merges(source, ranks)
     return metadata | {key + "scores": scores}
+
+
+def is_gemma4(source: TokenizerFiles, model_type: str, bos_first: bool) -> bool:
+    """True for a tokenizer that llama.cpp's `gemma4` can be: its conversion of Gemma 4 writes no other.
+
+    Args:
+        source: A tokenizer with byte fallback.
+        model_type: Of the model's config.
+        bos_first: The model's texts begin with BOS, which llama.cpp then adds whatever the file says.
+    """
+    steps = [step for step in (*source.parts("normalizer"), *source.parts("pre_tokenizer")) if step != _SPLIT_SPACES]
+    return model_type.startswith("gemma4") and bos_first and steps == [_REPLACE]
+
+
+def gemma4(source: TokenizerFiles, rows: int) -> dict[str, Any]:
+    """The metadata of Gemma 4's tokenizer, as llama.cpp's conversion/gemma.py writes it (October 2026).
+
+    Args:
+        source: The tokenizer.
+        rows: The rows of the embedding, each of which gets the same score, which nobody reads.
+    """
+    across = [left + right for left, right in source.merges if "\n" in left + right and (left + right).strip("\n")]
+    if across:
+        source.differs(f"llama.cpp joins nothing across line breaks, as {across[0]!r} does", contains_any(*across))
+    key = "tokenizer.ggml."
+    merges = [f"{left} {right}" for left, right in source.merges]
+    metadata: dict[str, Any] = {key + "model": "gemma4", key + "merges": merges, key + "scores": [-1000.0] * rows}
+    metadata |= {key + "add_space_prefix": False, key + "add_bos_token": True}
+    mask = source.tokenizer.mask_token_id
+    return metadata | ({} if mask is None else {key + "mask_token_id": mask})
 
 
 def _adds_space_prefix(source: TokenizerFiles) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from finetune.data.chat import Chat
 from finetune.data.samples import sample_rows
 from finetune.data.template_variables import with_values_forced
-from finetune.export.gguf.tokenizer.merges import BYTE_TOKENS, SPACE, byte_fallback, byte_level
+from finetune.export.gguf.tokenizer.merges import BYTE_TOKENS, SPACE, byte_fallback, byte_level, gemma4, is_gemma4
 from finetune.export.gguf.tokenizer.source import (
     Difference,
     TokenizerFiles,
@@ -49,6 +49,10 @@ _CONTROL_BY_NAME = (
     "<fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle> "
     "<fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>"
 )
+
+
+# Special tokens that llama.cpp's conversion of Gemma 4 makes visible in an answer, whose parser looks for them.
+_SHOWN_BY_GEMMA4 = '<|channel> <channel|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|>'
 
 
 class TokenizerMetadata(NamedTuple):
@@ -128,7 +132,18 @@ def read_tokenizer(model: Path) -> TokenizerMetadata:
     unknown = tokenizer.unk_token
     for token, i in source.ids.items():
         types[i] = CONTROL if i in used else UNKNOWN if token == unknown else _token_type(source, token, by_bytes)
-    metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
+    config = read_unique_json(model / "config.json")
+    bos_first = source.opening.startswith(tokenizer.bos_token or "\0") or metadata["tokenizer.ggml.add_bos_token"]
+    if by_bytes and is_gemma4(source, str(config.get("model_type")), bos_first):
+        if not metadata["tokenizer.ggml.add_bos_token"]:
+            source.differs("a text alone begins with BOS, as texts in a conversation do")
+        metadata |= gemma4(source, rows)
+        types[source.ids[unknown]] = CONTROL
+        for token in _SHOWN_BY_GEMMA4.split():
+            if token in source.ids:
+                types[source.ids[token]] = USER_DEFINED
+    else:
+        metadata |= byte_fallback(source, rows) if by_bytes else byte_level(source)
     metadata |= {"tokenizer.ggml.tokens": _token_texts(source, types), "tokenizer.ggml.token_type": types}
     _special_by_name(source, used)
     return TokenizerMetadata(metadata, source.differences)
