@@ -25,7 +25,7 @@ from finetune.merge.run import merge
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import adapter_base_sections, base_reference, environment_of, is_adapter, merged_run
-from finetune.recipe.export_formats import FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
+from finetune.recipe.export_formats import COMPRESSED_FORMATS, FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
@@ -77,6 +77,8 @@ def export(
         raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
     options = _export_section(model)
     formats = list(dict.fromkeys(formats or options.formats))
+    if compressed := [name for name in formats if name in COMPRESSED_FORMATS]:
+        _check_compressed(model, is_run, compressed)
     if gguf_types(formats):
         _check_gguf(adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
@@ -285,6 +287,25 @@ def _export_section(model: Path) -> ExportSection:
         return ExportSection.model_validate(saved, strict=False)
     except (yaml.YAMLError, ValidationError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
+
+
+def _check_compressed(model: Path, is_run: bool, formats: Sequence[str]) -> None:
+    """Refuses a missing package, and a model without a layer that servers have a kernel for, before the merge."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ExportError(
+            f"--format {formats[0]}: compressed-tensors is not installed; run pip install 'finetune[compressed]'"
+        )
+    from finetune.merge.tensor_map import skeleton
+    from finetune.model.compressed import quantised_layers
+
+    section = adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model))
+    shape, _ = skeleton(Base.of(section).config, torch.bfloat16, section.trust_remote_code)
+    for kind in formats:
+        if not quantised_layers(shape, kind):
+            raise ExportError(
+                f"--format {kind}: this model has experts, or no linear layer of a shape that vLLM's and SGLang's "
+                "kernels take; write int8, nf4 or bf16"
+            )
 
 
 def _check_gguf(section: ModelSection) -> None:

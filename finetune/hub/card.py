@@ -22,7 +22,7 @@ from finetune.hub.metadata import (
 )
 from finetune.model import provenance
 from finetune.model.provenance import BaseReference
-from finetune.recipe.export_formats import QUANTIZED_FORMATS
+from finetune.recipe.export_formats import COMPRESSED_FORMATS, QUANTIZED_FORMATS
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
@@ -151,7 +151,7 @@ def export_card(
     measured = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     name = _name(place, repo) if folder else report["title"]
     folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
-    small = {kind or "", *folders} - {""} <= set(QUANTIZED_FORMATS) and bool(kind or folders)
+    small = {kind or "", *folders} - {""} <= {*QUANTIZED_FORMATS, *COMPRESSED_FORMATS} and bool(kind or folders)
     only_files = bool(files) and not folders
     relation = "quantized" if only_files or small else "finetune"
     use = "gguf" if only_files else (kind or folders[0]) if small else "whole"

@@ -28,7 +28,9 @@ from finetune.merge.tensor_map import (
     skeleton,
     weight_converters,
 )
+from finetune.model import compressed
 from finetune.model.provenance import adapter_base_sections, environment_of
+from finetune.model.quantization import COMPRESSED
 from finetune.model.resize import RESIZED_FROM
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
 from finetune.recipe.schema import ModelSection
@@ -342,7 +344,10 @@ def _write_small_files(request: MergeRequest, base: _Base, written: torch.dtype,
             part["dtype"] = dtype_name(written)
         if untied and ("tie_word_embeddings" in part or part is config or "vocab_size" in part):
             part["tie_word_embeddings"] = False
-    if request.quantization:
+    if request.quantization and (kind := request.quantization.get(COMPRESSED)):
+        model, _ = skeleton(base.config, written, base.section.trust_remote_code)
+        config["quantization_config"] = compressed.config(model, kind)
+    elif request.quantization:
         from transformers import BitsAndBytesConfig
 
         config["quantization_config"] = BitsAndBytesConfig(**request.quantization).to_dict()

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.merge.changes import Change
+from finetune.model import compressed
+from finetune.model.quantization import COMPRESSED
 from finetune.model.shards import Dtype, StoredTensor
 from finetune.system.errors import MergeError
 from finetune.system.terminal import quiet
@@ -197,14 +199,17 @@ class TensorNames:
 def quantised_weights(
     config: Any, section: ModelSection, held: torch.dtype, quantization: dict[str, Any] | None
 ) -> dict[str, str]:
-    """The weights that bitsandbytes would quantise, by name in memory: "linear" or "conv1d".
+    """The weights to quantise, by name in memory: "linear" or "conv1d".
 
     Args:
         config: The model's config.
         section: The recipe's `model` section.
         held: The type of the model's other weights.
-        quantization: The arguments of `transformers.BitsAndBytesConfig`; None quantises nothing.
+        quantization: As `finetune.model.quantization.quantise` takes it; None quantises nothing.
     """
+    if quantization and (kind := quantization.get(COMPRESSED)):
+        model, _ = skeleton(config, held, section.trust_remote_code)
+        return {f"{name}.weight": "linear" for name in compressed.quantised_layers(model, kind)}
     if not quantization or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return {}
     from transformers import BitsAndBytesConfig

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 # bitsandbytes' 8 and 4 bit.
 QUANTIZED_FORMATS = ("int8", "nf4")
-TRANSFORMERS_FORMATS = ("bf16", "fp16", *QUANTIZED_FORMATS)
+# compressed-tensors': 8-bit floating point, and 4-bit weights with 16-bit activations.
+COMPRESSED_FORMATS = ("fp8", "w4a16")
+TRANSFORMERS_FORMATS = ("bf16", "fp16", *QUANTIZED_FORMATS, *COMPRESSED_FORMATS)
 # llama.cpp's types, and those of `gguf:all`.
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "IQ3_S", "Q2_K")
 GGUF_ALL = ("IQ3_S", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
