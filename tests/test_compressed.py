@@ -117,11 +117,7 @@ def test_its_card_says_how_to_use_it(model: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "fault"),
     [
-        (
-            "gpt2",
-            "fp8",
-            "--format fp8: this model has experts, or no linear layer of a shape",
-        ),
+        ("gpt2", "fp8", "--format fp8: this model has experts, or no linear layer of a shape"),
         ("random:gemma4_moe", "fp8", "--format fp8: this model has experts, or"),
         ("random:llama", "w4a16", "--format w4a16: this model has experts, or no linear layer of a shape"),
     ],
