@@ -119,7 +119,6 @@ def test_its_card_says_how_to_use_it(model: Path) -> None:
     [
         ("gpt2", "fp8", "--format fp8: this model has experts, or no linear layer of a shape"),
         ("random:gemma4_moe", "fp8", "--format fp8: this model has experts, or"),
-        ("random:llama", "w4a16", "--format w4a16: this model has experts, or no linear layer of a shape"),
     ],
 )
 def test_what_has_no_kernel_is_refused(

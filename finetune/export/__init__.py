@@ -1,6 +1,5 @@
 """Exports a run or a model to bf16, fp16, int8, nf4, fp8, w4a16, GGUF and Ollama; measures each file.
 
-
 >>> export("runs/quickstart", "exports", ["bf16", "gguf:Q4_K_M"])
 PosixPath('exports')
 """
