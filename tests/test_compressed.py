@@ -42,6 +42,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def load(folder: Path) -> Any:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -148,6 +148,7 @@ def test_tools_and_variables_reach_the_prompt(
     )
     monkeypatch.setattr(finetune.cli.generate, "load_generator", lambda *args, **kwargs: generator)
     monkeypatch.setattr(Generator, "_generate", say_a_call)
+    monkeypatch.chdir(tmp_path)
     Path("tools.json").write_text(json.dumps([TOOL]))
     flags = ["--tools", "tools.json", "--chat-template-kwargs", '{"enable_thinking": true}']
     assert main(["generate", "any", "--prompt", "Hi", *flags]) == 0
@@ -170,8 +171,9 @@ def test_tools_and_variables_reach_the_prompt(
     ids=["no file", "no function", "no map", "no JSON"],
 )
 def test_tools_and_variables_that_cannot_be_read(
-    flags: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     Path("text.json").write_text('"weather"')
     assert main(["generate", "random:gemma3", "--prompt", "Hi", *flags]) == 2
     assert capsys.readouterr().err.startswith(f"error: {fault}")
