@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "recipes" / "README.md"
 BEGIN, END = "<!-- benchmarks/plan_table.py -->", "<!-- until here -->"
 # The GPUs of recipes that are launched on several, under FSDP.
-SEVERAL = {"fsdp_qlora": 2, "fsdp_sft": 8}
+SEVERAL = {"fsdp_qlora": 2, "fsdp_sft": 8, "gemma4_31b_fsdp_qlora": 2}
 
 
 def plan_of(path: Path) -> MemoryPlan:

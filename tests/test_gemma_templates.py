@@ -276,12 +276,12 @@ FUNCTIONS: dict[str, tuple[list[Row], str, list[str]]] = {
         ["".join(CALLED) + STOP, f"Four metres.{END}"],
     ),
     "one call after the other": (
-        [calling(CALLS[0]), result({"m": 4}), calling(CALLS[1]), result({"m": 5}), SAID],
+        [calling(CALLS[0]), result({"m": 4}, name="tide"), calling(CALLS[1]), result({"m": 5}, name="tide"), SAID],
         f"{CALLED[0]}{FOUR}{CALLED[1]}{FIVE}Four metres.{END}\n",
         [CALLED[0] + STOP, CALLED[1] + STOP, f"Four metres.{END}"],
     ),
     "a text beside a call, and a question after it": (
-        [calling(CALLS[0], text="I look."), result({"m": 4}), SAID, ASKED, SAID],
+        [calling(CALLS[0], text="I look."), result({"m": 4}, tool_call_id="a"), SAID, ASKED, SAID],
         f"I look.{CALLED[0]}{FOUR}Four metres.{END}\n{USER}{MODEL}Four metres.{END}\n",
         [f"I look.{CALLED[0]}{STOP}", *[f"Four metres.{END}"] * 2],
     ),
@@ -320,9 +320,9 @@ def test_functiongemma_knows_the_developer(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ([calling(CALLS[0]), ASKED, SAID], "the answer of a tool must follow its call; message 3 is user"),
         ([SAID, {"role": "critic", "content": "Good."}, SAID], "a message is of the role developer, system, user, "),
-        ([SAID, result("4 m"), SAID], "a tool's answer must name its function; write {'name': "),
+        ([calling(CALLS[0]), result("4 m"), SAID], "a tool's answer must name its function; write its name in "),
     ],
 )
 def test_functiongemma_refuses(messages: list[Row], reason: str) -> None:
-    with pytest.raises(Exception, match=reason.replace("{", r"\{")):
+    with pytest.raises(Exception, match=reason):
         compiled(load_template("functiongemma")).render(messages=[ASKED, *messages], bos_token="<bos>")

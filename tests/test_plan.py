@@ -370,6 +370,12 @@ PARAMETERS = {
     "google/gemma-3-4b-pt": 4_300_079_472,
     "google/gemma-3-12b-it": 12_187_325_040,
     "google/gemma-3-27b-it": 27_432_406_640,
+    "google/functiongemma-270m-it": 268_098_176,
+    "google/gemma-4-E2B": 5_104_297_504,
+    "google/gemma-4-E4B-it": 7_941_100_832,
+    "google/gemma-4-12B": 11_959_730_176,  # in bfloat16 the bytes of its model.safetensors, but for the header
+    "google/gemma-4-26B-A4B": 25_805_933_872,
+    "google/gemma-4-31B": 31_273_086_512,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "Qwen/Qwen3-4B-Base": 4_022_468_096,
 }

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
+from test_gemma_templates import OTHERS
+from test_referee import GEMMA4
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune.export.transformers
@@ -23,9 +25,10 @@ from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
 from finetune.data.template import load_template
-from finetune.model.compatibility import exclude_modules, non_text_modules
+from finetune.model.compatibility import all_linear_targets, exclude_modules, non_text_modules
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
+from finetune.plan.configs import base_config
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system.terminal import quiet
@@ -139,15 +142,20 @@ COMPUTED = [path for path in RECIPES if " 10 A " in head(path)]
 def test_the_memory_is_computed_from_the_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text, recipe = head(path), load_recipe(path)
-    kind, shape = MODELS[recipe.model.name_or_path]
+    name = recipe.model.name_or_path
+    kind, shape = MODELS.get(name, ("", {}))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+        config = AutoConfig.for_model(kind, **shape) if kind else base_config(recipe.model)
+        model = AutoModelForCausalLM.from_config(config)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     excluded = exclude_modules(non_text_modules(model), None) or "none"
+    adapted = all_linear_targets(model).modules
     p = sum(parameter.numel() for parameter in model.parameters())
     q = sum(m.weight.numel() for m in linear.values())
     a = (recipe.lora or {})["r"] * sum(
-        m.in_features + m.out_features for n, m in linear.items() if not re.fullmatch(excluded, n)
+        m.in_features + m.out_features
+        for n, m in linear.items()
+        if not re.fullmatch(excluded, n) and {n, n.rpartition(".")[2]} & {*adapted}
     )
     assert f"for P = {p / 1e9:.2f}e9 parameters" in text
     assert f"(A = {a / 1e6:.0f}e6), gradients, 8-bit moments {10 * a / 1e9:.1f} GB" in text
@@ -272,8 +280,38 @@ def test_the_japanese_rows_are_sound_and_no_prompt_is_among_them() -> None:
     assert (len(prompts), len({*prompts, *firsts})) == (40, 40 + len(rows))
 
 
+def test_the_tool_rows_call_declared_functions_with_valid_arguments() -> None:
+    lines = (ROOT / "data" / "tools_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) >= 40
+    counts = {0: 0, 1: 0, 2: 0}
+    for row in rows:
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row["tools"]}
+        developer, *talking = row["messages"]
+        assert developer == {"role": "developer", "content": rows[0]["messages"][0]["content"]}
+        assert (talking[0]["role"], talking[-1]["role"], "tool_calls" in talking[-1]) == ("user", "assistant", False)
+        most = 0
+        for i, message in enumerate(talking):
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            assert [m.get("name") for m in talking[i + 1 : i + 1 + len(calls)]] == [call["name"] for call in calls]
+            assert bool(message["content"]) is not bool(calls)
+            most = max(most, len(calls))
+            for call in calls:
+                schema, given = schemas[call["name"]], call["arguments"]
+                assert set(schema["required"]) <= given.keys() <= schema["properties"].keys()
+                for key, value in given.items():
+                    kind = JSON_TYPES[schema["properties"][key]["type"]]
+                    assert isinstance(value, kind)
+                    assert value in schema["properties"][key].get("enum", [value])
+        counts[most] += 1
+    assert min(counts.values()) >= 5
+    assert len({json.dumps(row["messages"]) for row in rows}) == len(rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # On tiny models
+
+JSON_TYPES: dict[str, Any] = {"string": str, "boolean": bool, "array": list, "integer": int, "number": (int, float)}
 
 ROWS: dict[str, list[Options]] = {
     "HuggingFaceH4/ultrachat_200k": [],  # the sample rows have its schema
@@ -296,7 +334,7 @@ ROWS: dict[str, list[Options]] = {
 }
 # Of those above that are kept to train on. Of the quotes a quarter is held out; of the Japanese rows, too, of which one
 # is bad, and of the conversations that are left about a third is drawn.
-KEPT = {"english_quotes_colab": 6, "japanese_sft": 11}
+KEPT = {"english_quotes_colab": 6, "japanese_sft": 11, "gemma4_e2b_japanese": 11, "functiongemma_tools": 38}
 
 
 @pytest.fixture(scope="session")
@@ -308,7 +346,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         for architecture in ("gemma2", "gemma3", "gemma"):
             if re.match(rf"(google/|package:|random:){architecture[:5]}[-_]?{architecture[5:]}", name):
                 break
-        if "gemma" in name and name != "google/gemma-3-4b-pt":
+        if "gemma" in name and not re.match(r"google/(gemma-3-4b|gemma-4|functiongemma)", name):
             return f"random:{architecture}"
         folder = root / name.replace("/", "-")
         if not folder.exists():
@@ -320,9 +358,15 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 def make(name: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(locate("random:llama"))
-    if name == "google/gemma-3-4b-pt":
-        text = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]} | TINY
-        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]} | TINY
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if name.startswith(("google/gemma-4", "google/functiongemma")):
+        is_gemma4 = name.startswith("google/gemma-4")
+        tokens = GEMMA4 if is_gemma4 else OTHERS["functiongemma"].special
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens.split()})
+        text |= {"vocab_size": len(tokenizer)}
+        config = gemma4_config(name, text, vision) if is_gemma4 else AutoConfig.for_model("gemma3_text", **text)
+    elif name.startswith("google/gemma-3-4b"):
         vision |= {"image_size": 28, "patch_size": 14}
         tokens = {"boi_token_index": 8, "eoi_token_index": 9, "image_token_index": 10, "mm_tokens_per_image": 4}
         config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
@@ -337,13 +381,33 @@ def make(name: str, folder: Path) -> None:
         config = AutoConfig.for_model("llama", **TINY | {"vocab_size": len(tokenizer)})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if len(tokenizer) > TINY["vocab_size"]:
+    if name.startswith("meta-llama/"):
         for end in (model.get_input_embeddings(), model.get_output_embeddings()):
             end.weight.data[TINY["vocab_size"] :] *= 1e-3
     tokenizer.chat_template = None
     with quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def gemma4_config(name: str, text: Options, vision: Options) -> Any:
+    """A tiny config of the kind of model in the Gemma 4 family that a recipe names."""
+    text |= {"final_logit_softcapping": 30.0, "global_head_dim": 32}
+    if "12B" in name:
+        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        vision = {"mm_embed_dim": 64, "output_proj_dims": 64}
+        return AutoConfig.for_model("gemma4_unified", text_config=text, vision_config=vision)
+    vision |= {"num_key_value_heads": 2, "head_dim": 16}
+    if "E2B" in name:
+        text |= {"num_hidden_layers": 4, "layer_types": text["layer_types"] * 2, "num_kv_shared_layers": 2}
+        text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": text["vocab_size"]}
+        text |= {"use_double_wide_mlp": True}
+        audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+        return AutoConfig.for_model("gemma4", text_config=text, vision_config=vision, audio_config=audio)
+    text |= {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    if "A4B" in name:
+        text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    return AutoConfig.for_model("gemma4", text_config=text, vision_config=vision)
 
 
 TINY: Options = {
@@ -368,7 +432,7 @@ def shrunk(recipe: Recipe, base: str, folder: Path) -> list[str]:
         "model.dtype": "float32",
         "training.output_dir": str(folder / "run"),
         "training.max_steps": 2,
-        "training.max_length": 128,
+        "training.max_length": 1024 if "functiongemma" in recipe.model.name_or_path else 128,
         "training.per_device_train_batch_size": 2,
         "training.gradient_accumulation_steps": 1,
         "training.learning_rate": 0.01,
@@ -414,7 +478,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
     return found
 
 
-QUICK = {"english_quotes_colab", "japanese_sft", "llama3_8b_qlora", "qwen3_4b_lora", "systemgemma2_9b"}
+QUICK = {
+    "english_quotes_colab",
+    "functiongemma_tools",
+    "gemma4_e2b_japanese",
+    "japanese_sft",
+    "llama3_8b_qlora",
+    "qwen3_4b_lora",
+    "systemgemma2_9b",
+}
 
 
 @pytest.mark.parametrize(
@@ -485,13 +557,41 @@ def test_a_tiny_model_goes_through_training_and_merging(
         assert said
         trained = [label for label in row["labels"] if label != IGNORE]
         assert own.decode(trained) == f"Author {said[1]}<end_of_turn>"
-    if path.stem == "gemma3_4b_qlora":
+    if path.stem == "functiongemma_tools":
+        capsys.readouterr()
+        assert main(["inspect", str(path), "--json", "--rows", "50", *overrides]) == 0
+        answer = "response:.*?<end_function_response>"
+        for line in capsys.readouterr().out.splitlines()[: KEPT[path.stem]]:
+            row = json.loads(line)
+            turns = re.findall("<start_of_turn>model\n(.*?<end_of_turn>)", own.decode(row["input_ids"]), re.DOTALL)
+            # All of them but the tools' answers: of the first that follows a call only its token, which ends the call.
+            wanted = re.sub(
+                f"(<start_function_response>){answer}(<start_function_response>{answer})*", r"\1", "".join(turns)
+            )
+            assert own.decode([label for label in row["labels"] if label != IGNORE]) == wanted
+    if re.match("gemma(3_4b_qlora|4|3_qat)", path.stem):
         from safetensors import safe_open
 
         with safe_open(run / "adapter_model.safetensors", "pt") as file:
             names = list(file.keys())
         assert names
-        assert [name for name in names if "vision" in name or "projector" in name] == []
+        assert [name for name in names if re.search("vision|audio|projector|per_layer|router|experts", name)] == []
+
+
+def test_a_model_of_images_has_one_loss_however_its_batch_is_accumulated(
+    base_of: Callable[[str], str], write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its class says that it takes no count of the tokens of a batch."""
+    base = base_of("google/gemma-4-E2B")
+    assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).accepts_loss_kwargs is False
+    path = write_recipe(model={"name_or_path": base, "chat_template": "gemma4"}, training={"max_steps": 1})
+    losses = []
+    for rows, batches in ((4, 1), (1, 4)):
+        batch = f"training.per_device_train_batch_size={rows} training.gradient_accumulation_steps={batches}".split()
+        assert main(["train", str(path), *batch, f"training.output_dir=run{rows}"]) == 0, capsys.readouterr().err
+        records = [json.loads(line) for line in Path(f"run{rows}/metrics.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-6)
 
 
 @pytest.mark.parametrize("role", ["a turn", pytest.param("behind BOS", marks=pytest.mark.slow)])

@@ -10,17 +10,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import Base, locate
-from finetune.model.resize import check_token_ids, tokens_of_any_row
+from finetune.model.resize import check_token_ids, tokens_of_any_row, write_resized
 from finetune.model.token_rows import with_new_tokens
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError
+from finetune.system.terminal import quiet
 
 ROWS, NEW = 1024, [1024, 1025]
 FAULT = (
@@ -171,3 +172,15 @@ def test_new_rows_beside_other_choices(architecture: str, options: dict[str, Any
     peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["q_proj"], **options | {"trainable_token_indices": expected})
     )
+
+
+@pytest.mark.parametrize(("name", "rows"), [("gemma4", 1024), ("gemma3n", 1024), ("gemma3n", 1000)])
+def test_an_embedding_for_each_layer_is_refused(name: str, rows: int, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(locate(f"random:{name}"), vocab_size_per_layer_input=rows)
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ModelError, match=r"base has a further row for each token in model\.embed_tokens_per_layer, which"
+    ):
+        write_resized(str(tmp_path / "base"), None, False, 1030, tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()

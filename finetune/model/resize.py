@@ -121,8 +121,10 @@ def write_resized(path: str, revision: str | None, trust_remote_code: bool, rows
         raise ModelError(f"model.name_or_path: {path} does not hold {missing[0]}")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     old = ends[0].weight.shape[0]
+    # Gemma 3n's embedding for each layer has fewer rows than the other one.
+    per_token = {old, getattr(model.config.get_text_config(), "vocab_size_per_layer_input", old)}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and module not in ends and module.num_embeddings == old:
+        if isinstance(module, torch.nn.Embedding) and module not in ends and module.num_embeddings in per_token:
             raise ModelError(
                 f"model.resize_embeddings: {path} has a further row for each token in {name}, which cannot be grown"
             )

@@ -290,6 +290,9 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
                 parameter.data = trained[name]
     trainer.initial_adapter = initial_adapter(trainer.model)
     use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
+    # transformers 5.23 counts no tokens for models of images with text (`accepts_loss_kwargs`), as their own loss would
+    # ignore the count: the loss of accumulated batches would be a mean of means. trl 1.16 computes the loss itself.
+    trainer.model_accepts_loss_kwargs = True
     # trl 1.16 turns the router's logits on in the config (`SFTTrainer.__init__`), and asks for them with every batch
     # anyway (`compute_loss`). Left on, they make `generate` fail on a padded batch, here and with what is saved.
     for name, value in router.items():
