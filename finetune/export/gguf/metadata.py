@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,18 @@ _FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3_text": 6}
 # llama.cpp recognises models of 27B by their number of layers, and scales their scores by hidden_size / heads.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _ACTIVATION = {"gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh"}
-_ACTIVATION["gemma4_text"] = "gelu_pytorch_tanh"
+_ACTIVATION |= dict.fromkeys(("gemma3n_text", "gemma4_text"), "gelu_pytorch_tanh")
+# llama.cpp computes Gemma 3n with these numbers, whatever the file says (src/models/gemma3n.cpp, src/llama-hparams.h).
+_GEMMA3N = {
+    "altup_num_inputs": 4,
+    "altup_active_idx": 0,
+    "altup_correct_scale": True,
+    "laurel_rank": 64,
+    "hidden_size_per_layer_input": 256,
+    "final_logit_softcapping": 30.0,
+}
+_OWN_KV_LAYERS_OF_3N = 20
+_SPARSE_LAYERS_OF_3N, _SPARSITY_OF_3N = 10, 0.95
 
 
 def read_config(model: Path) -> Any:
@@ -85,9 +97,11 @@ def model_metadata(config: Any) -> dict[str, Any]:
     found |= _rope_metadata(config)
     if kind == "gemma4_text":
         found |= _gemma4_metadata(config)
+    if kind == "gemma3n_text":
+        found |= _gemma3n_metadata(config)
     if kind == "gemma2":
         found[Keys.LLM.ATTN_LOGIT_SOFTCAPPING] = float(config.attn_logit_softcapping)
-    if kind in ("gemma2", "gemma3_text", "gemma4_text") and config.final_logit_softcapping:
+    if kind in ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text") and config.final_logit_softcapping:
         found[Keys.LLM.FINAL_LOGIT_SOFTCAPPING] = float(config.final_logit_softcapping)
     if kind in _FULL_ATTENTION_EVERY and "sliding_attention" in config.layer_types:
         found[Keys.Attention.SLIDING_WINDOW] = config.sliding_window
@@ -130,6 +144,21 @@ def _gemma4_metadata(config: Any) -> dict[str, Any]:
     return found
 
 
+def _gemma3n_metadata(config: Any) -> dict[str, Any]:
+    """What llama.cpp's conversion writes of Gemma 3n, of which llama.cpp reads the window alone; see `_GEMMA3N`."""
+    sparsity = [NormalDist().inv_cdf(part) if part else -math.inf for part in config.activation_sparsity_pattern]
+    return {
+        Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size[0],
+        Keys.LLM.EMBD_LENGTH_PER_LAYER_INP: config.hidden_size_per_layer_input,
+        Keys.LLM.ALTUP_ACTIVE_IDX: config.altup_active_idx,
+        Keys.LLM.ALTUP_NUM_INPUTS: config.altup_num_inputs,
+        Keys.LLM.ACTIVATION_SPARSITY_SCALE: sparsity,
+        Keys.Attention.SHARED_KV_LAYERS: config.num_kv_shared_layers,
+        Keys.Attention.SLIDING_WINDOW: config.sliding_window,
+        Keys.Attention.SLIDING_WINDOW_PATTERN: [layer == "sliding_attention" for layer in config.layer_types],
+    }
+
+
 def rope_factors(config: Any) -> NDArray[np.float32] | None:
     """The divisors of each rotation frequency, float32 (head_dim / 2); None for models that have none.
 
@@ -163,7 +192,7 @@ def _rope_metadata(config: Any) -> dict[str, Any]:
     rope_type = rope["rope_type"]
     known = {"default", "linear"}
     known |= set() if kind.startswith("gemma") else {"yarn"}
-    known = {"proportional"} if kind == "gemma4_text" else known
+    known = {"gemma3n_text": {"default"}, "gemma4_text": {"proportional"}}.get(kind, known)
     known |= {"llama3"} if ARCHITECTURES[kind] == "llama" else set()
     if rope_type not in known:
         _refuse(config, "rope_type", rope_type, f"known are {', '.join(sorted(known))}")
@@ -207,7 +236,7 @@ def _context_length(config: Any) -> int:
     length: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
-    if config.model_type in (*_FULL_ATTENTION_EVERY, "gemma4_text") or not window:
+    if config.model_type in (*_FULL_ATTENTION_EVERY, "gemma3n_text", "gemma4_text") or not window:
         return length
     if config.model_type != "mistral" and layers and "sliding_attention" not in layers:
         return length
@@ -221,7 +250,8 @@ def _check_computable(config: Any) -> None:
     def value(key: str) -> Any:
         return getattr(config, key, None)
 
-    key = "hidden_activation" if kind in ("gemma2", "gemma3_text", "gemma4_text") else "hidden_act"
+    named = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text")
+    key = "hidden_activation" if kind in named else "hidden_act"
     gate = _ACTIVATION.get(kind, "silu")
     if value(key) != gate:
         _refuse(config, key, value(key), f"only {gate} is computed")
@@ -243,6 +273,10 @@ def _check_computable(config: Any) -> None:
         _refuse(config, name, None, "scores are always capped")
     if kind == "gemma3_text" and config.attn_logit_softcapping:
         _refuse(config, "attn_logit_softcapping", config.attn_logit_softcapping, "scores are never capped")
+    if kind == "gemma3n_text":
+        _check_gemma3n(config)
+    if kind in ("gemma3n_text", "gemma4_text"):
+        _check_shared_layers(config)
     per_layer = kind == "gemma4_text" and config.hidden_size_per_layer_input
     if per_layer and (rows := config.vocab_size_per_layer_input) != config.vocab_size:
         _refuse(config, "vocab_size_per_layer_input", rows, "it must be vocab_size")
@@ -260,6 +294,46 @@ def _check_computable(config: Any) -> None:
             _refuse(config, "layer_types", sorted(set(config.layer_types)), "known are sliding and full attention")
         if "sliding_attention" in config.layer_types and not config.sliding_window:
             _refuse(config, "sliding_window", config.sliding_window, "layers of sliding attention need one")
+
+
+def _check_gemma3n(config: Any) -> None:
+    for key, only in _GEMMA3N.items():
+        if getattr(config, key) != only:
+            _refuse(config, key, getattr(config, key), f"only {only} is computed")
+    count = config.num_hidden_layers
+    if len(set(config.intermediate_size)) > 1:
+        _refuse(config, "intermediate_size", config.intermediate_size, "all layers have the first one's")
+    sparse = min(count, _SPARSE_LAYERS_OF_3N)
+    wanted = [_SPARSITY_OF_3N] * sparse + [0.0] * (count - sparse)
+    if list(config.activation_sparsity_pattern) != wanted:
+        _refuse(
+            config,
+            "activation_sparsity_pattern",
+            config.activation_sparsity_pattern,
+            f"the first {_SPARSE_LAYERS_OF_3N} layers have {_SPARSITY_OF_3N}, all others 0",
+        )
+    shared = max(count - _OWN_KV_LAYERS_OF_3N, 0)
+    if config.num_kv_shared_layers != shared:
+        _refuse(
+            config,
+            "num_kv_shared_layers",
+            config.num_kv_shared_layers,
+            f"of {count} layers {shared} share, those from {_OWN_KV_LAYERS_OF_3N} on",
+        )
+    if (rows := config.vocab_size_per_layer_input) > config.vocab_size:
+        _refuse(config, "vocab_size_per_layer_input", rows, "it must be vocab_size at most")
+
+
+def _check_shared_layers(config: Any) -> None:
+    """Refuses layers that share other keys and values than llama.cpp: those of the last layer of their kind do.
+
+    Source: llama.cpp, src/llama-model.cpp (`create_memory`): of the last layer, or of the last but one for a window.
+    """
+    kinds, first = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
+    for kind, back in (("full_attention", 1), ("sliding_attention", 2)):
+        read = kinds[max(first - back, 0) : first]
+        if kind in kinds[first:] and (read[:1] != [kind] or kind in read[1:]):
+            _refuse(config, "layer_types", kinds, f"layers that share read layer {first - back}, which must be {kind}")
 
 
 def _refuse(config: Any, key: str, value: Any, why: str) -> None:

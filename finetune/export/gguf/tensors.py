@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma3n_text": "gemma3n",
     "gemma4": "gemma4",
     "gemma4_text": "gemma4",
     "llama": "llama",
@@ -50,11 +52,16 @@ def checked_model_type(config: dict[str, Any]) -> str:
 def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
     """A function from a tensor's name, on disk or in memory, to llama.cpp's; None for no tensor of the text model.
 
+    Each matrix of Gemma 3n's stacked AltUp projections has a name of its own (`altup_proj.0.weight`).
+
     Raises:
         ExportError: The config is of another family, or, when the function is called, llama.cpp has no such tensor.
     """
     model_type = checked_model_type(config)
     architectures = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    text = config.get("text_config") or config
+    # From this layer on keys and values are those of an earlier one; transformers ignores weights for their own.
+    first_shared = int(text.get("num_hidden_layers") or 0) - int(text.get("num_kv_shared_layers") or 0)
     # The names of one layer do for all.
     known = get_tensor_name_map(architectures[ARCHITECTURES[model_type]], 1)
 
@@ -64,12 +71,16 @@ def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
         match = _PREFIX.fullmatch(name)
         inner = match[1] if match else ""
         layer = re.match(r"layers\.(\d+)\.", inner)
+        if layer and int(layer[1]) >= first_shared and re.match(r"self_attn\.[kv]_", inner[layer.end() :]):
+            return None
         # gguf's table has no output layer for Gemma and Gemma 2, whose checkpoints may hold a copy of the embedding.
         if inner in ("lm_head.weight", "lm_head.bias"):
             return inner.replace("lm_head", "output")
         plain = "model." + (f"layers.0.{inner[layer.end() :]}" if layer else inner)
         if layer and (scale := _SCALES.get(inner[layer.end() :])):
             return f"blk.{layer[1]}.{scale}"
+        if stacked := re.fullmatch(r"(altup_(?:unembed_)?projections)\.(\d)\.weight", inner):
+            return f"{known.get_name(f'model.{stacked[1]}')}.{stacked[2]}.weight"
         found = known.get_name(plain, try_suffixes=(".weight", ".bias"))
         if found and not plain.endswith((".weight", ".bias")):
             found += ".weight"
@@ -90,6 +101,8 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """
     if config.model_type == "gemma4_text":
         return _gemma4_shapes(config)
+    if config.model_type == "gemma3n_text":
+        return _gemma3n_shapes(config)
     kind, hidden, inner = config.model_type, config.hidden_size, config.intermediate_size
     size = head_dim(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -170,6 +183,62 @@ def _gemma4_shapes(config: Any) -> dict[str, tuple[int, ...]]:
             found |= {f"blk.{number}.ffn_gate_inp.scale": (hidden,), f"blk.{number}.ffn_down_exps.scale": (experts,)}
         layer |= dict.fromkeys(norms, (hidden,))
         found |= {f"blk.{number}.{name}.weight": shape for name, shape in sorted(layer.items())}
+    return found
+
+
+# Gemma 3n's AltUp has four inputs, of which the first needs no projection.
+_ALTUP = 4
+STACKED = {
+    f"{name}.weight": [f"{name}.{number}.weight" for number in range(_ALTUP - 1)]
+    for name in ("altup_proj", "altup_unembd_proj")
+}
+
+
+def unread_tensors(config: Any) -> set[str]:
+    """The names of Gemma 3n's keys and values of layers that share those of others: llama.cpp loads, and reads not."""
+    if config.model_type != "gemma3n_text":
+        return set()
+    shared = [number for number, mode in enumerate(config.kv_sharing_modes) if mode == "reuse"]
+    return {f"blk.{number}.{part}.weight" for number in shared for part in ("attn_k", "attn_v", "attn_k_norm")}
+
+
+def _gemma3n_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """As `expected_shapes`. Layers that share keys and values have weights for their own too, which nobody reads."""
+    hidden, per_layer, inner = config.hidden_size, config.hidden_size_per_layer_input, config.intermediate_size[0]
+    packed = config.num_hidden_layers * per_layer
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "post_norm", "laurel_post_norm")
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys((*norms, "altup_router_norm", "altup_correct_scale"), (hidden,))
+    layer |= {
+        "attn_q": (queries, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, queries),
+        "attn_q_norm": (config.head_dim,),
+        "attn_k_norm": (config.head_dim,),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+        "inp_gate": (per_layer, hidden),
+        "proj": (hidden, per_layer),
+        "laurel_l": (config.laurel_rank, hidden),
+        "laurel_r": (hidden, config.laurel_rank),
+        "altup_router": (_ALTUP, hidden),
+        "altup_correct_coef": (_ALTUP, _ALTUP),
+        "altup_predict_coef": (_ALTUP**2, _ALTUP),
+    }
+    found: dict[str, tuple[int, ...]] = {
+        "output.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+        "token_embd.weight": (config.vocab_size, hidden),
+        "per_layer_token_embd.weight": (config.vocab_size, packed),
+        "per_layer_model_proj.weight": (packed, hidden),
+        "per_layer_proj_norm.weight": (per_layer,),
+        "altup_proj.weight": (_ALTUP - 1, hidden, hidden),
+        "altup_unembd_proj.weight": (_ALTUP - 1, hidden, hidden),
+    }
+    for number in range(config.num_hidden_layers):
+        found |= {f"blk.{number}.{name}.weight": shape for name, shape in layer.items()}
     return found
 
 

@@ -43,7 +43,15 @@ from finetune.export.gguf.quantize import (
     tensor_order,
     tensor_types,
 )
-from finetune.export.gguf.tensors import ARCHITECTURES, converted_values, expected_shapes, gguf_names, head_dim
+from finetune.export.gguf.tensors import (
+    ARCHITECTURES,
+    STACKED,
+    converted_values,
+    expected_shapes,
+    gguf_names,
+    head_dim,
+    unread_tensors,
+)
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
@@ -64,7 +72,8 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    source: StoredTensor | NDArray[np.float32]
+    source: tuple[StoredTensor, ...] | NDArray[np.float32]
+    """Matrices of a checkpoint that follow each other, whose first row stands for rows that they lack; or values."""
 
     @property
     def bytes(self) -> int:
@@ -187,24 +196,37 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
         raise ExportError(
             f"GGUF: llama.cpp computes {config.model_type} with tied embeddings only, and these were trained apart"
         )
-    for name in stored:
-        if name not in wanted:
-            raise ExportError(f"GGUF: {name} is in the weights, and not in a model of such a config.json")
+    unread = unread_tensors(config)
+    sources: dict[str, tuple[StoredTensor, ...] | NDArray[np.float32]] = {
+        name: np.zeros(wanted[name], np.float32) for name in unread
+    }
+    types: dict[str, Kind] = {}
     for name, shape in wanted.items():
-        if name not in stored:
-            raise ExportError(f"GGUF: {name} is missing in the weights of {model}")
-        if stored[name].shape != shape:
-            raise ExportError(f"GGUF: {name} is of shape {stored[name].shape}, and by config.json of {shape}")
+        if name in unread:
+            continue
+        names = STACKED.get(name, [name])
+        if missing := [part for part in names if part not in stored]:
+            raise ExportError(f"GGUF: {missing[0]} is missing in the weights of {model}")
+        parts = tuple(stored.pop(part) for part in names)
+        types[name] = _FLOATS[parts[0].dtype]
+        expected = shape[1:] if name in STACKED else shape
+        if name == "per_layer_token_embd.weight":
+            # transformers reads the first row for tokens that have none.
+            expected = (config.vocab_size_per_layer_input, *shape[1:])
+        for part in parts:
+            if part.shape != expected:
+                raise ExportError(f"GGUF: {name} is of shape {part.shape}, and by config.json of {expected}")
+        sources[name] = parts
+    for name in stored:
+        raise ExportError(f"GGUF: {name} is in the weights, and not in a model of such a config.json")
     factors = rope_factors(config)
     if factors is not None:
         wanted["rope_freqs.weight"] = factors.shape
     wanted = {name: wanted[name] for name in sorted(wanted, key=tensor_order)}
     groups = config.num_attention_heads // config.per_layer_config[0].num_key_value_heads
     traits = ModelTraits(ARCHITECTURES[config.model_type], groups, getattr(config, "num_experts", None) or 0)
-    types = {name: _FLOATS[place.dtype] for name, place in stored.items()}
     kinds = tensor_types(wanted, kind, traits, imatrix is not None, types)
-    _check_matrix(imatrix or {}, wanted, imatrix is not None)
-    sources: dict[str, StoredTensor | NDArray[np.float32]] = dict(stored)
+    _check_matrix(imatrix or {}, {name: shape for name, shape in wanted.items() if name not in unread}, bool(imatrix))
     if factors is not None:
         sources["rope_freqs.weight"] = factors
     return [_Tensor(name, shape, kinds[name], sources[name]) for name, shape in wanted.items()]
@@ -243,7 +265,7 @@ def _write_tensors(
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     done = 0
-    sources = [item.source for item in items if isinstance(item.source, StoredTensor)]
+    sources = [part for item in items if isinstance(item.source, tuple) for part in item.source]
     with _open_files(model, sources) as files, ThreadPoolExecutor(threads) as pool:
 
         def slice_of(item: _Tensor, start: int, stop: int) -> NDArray[np.uint8]:
@@ -296,15 +318,29 @@ def _float32_rows(item: _Tensor, files: dict[str, int], start: int, stop: int) -
     """The rows `start` to `stop` of a tensor in float32; a bias or norm has one, and is flat."""
     width = item.shape[-1]
     if isinstance(item.source, np.ndarray):
-        return item.source
-    part = read_tensor(files[item.source.file], item.source, start * width, stop * width)
-    rows: NDArray[np.float32]
-    if part.dtype == torch.bfloat16:
-        # torch would start threads of its own.
-        rows = (part.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
-    else:
-        rows = part.numpy().astype(np.float32, copy=False)
+        return item.source if len(item.shape) == 1 else item.source[start:stop]
+    pieces, before = [], 0
+    for part in item.source:
+        end = before + part.count // width
+        if start < end and before < stop:
+            pieces.append(_read_float32(part, files, max(start - before, 0) * width, (min(stop, end) - before) * width))
+        before = end
+    if stop > before:
+        pieces.append(np.tile(_read_float32(item.source[0], files, 0, width), stop - max(start, before)))
+    rows = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     return rows.reshape(-1, width) if len(item.shape) > 1 else rows
+
+
+def _read_float32(part: StoredTensor, files: dict[str, int], start: int, stop: int) -> NDArray[np.float32]:
+    """The values `start` to `stop` of a stored tensor."""
+    values = read_tensor(files[part.file], part, start, stop)
+    found: NDArray[np.float32]
+    if values.dtype == torch.bfloat16:
+        # torch would start threads of its own.
+        found = (values.view(torch.uint16).numpy().astype(np.uint32) << 16).view(np.float32)
+    else:
+        found = values.numpy().astype(np.float32, copy=False)
+    return found
 
 
 @contextlib.contextmanager
