@@ -199,6 +199,21 @@ def test_gemma_4_s_tensors_get_llama_cpp_s_types(kind: str, experts: int) -> Non
         assert {found[f"blk.{layer}.ffn_gate_inp.weight"] for layer in range(9)} == {Kind.F32}
 
 
+def test_gemma_3n_s_altup_and_laurel_are_never_quantised() -> None:
+    """As `llama_model_quantize` of llama.cpp 0.5.0, and its conversion for the two that are always F32."""
+    kept = {f"altup_{part}.weight": (3, 256, 256) for part in ("proj", "unembd_proj")}
+    kept |= {"blk.0.altup_router.weight": (4, 256), "blk.0.laurel_l.weight": (64, 256)}
+    small = {f"blk.0.altup_{part}_coef.weight": (4, 4) for part in ("correct", "predict")}
+    found = tensor_types(
+        shapes(1) | kept | small, "Q4_0", ModelTraits("gemma3n", 2), False, dict.fromkeys(kept, Kind.BF16)
+    )
+    assert {found[name] for name in kept} == {Kind.BF16}
+    assert {found[name] for name in small} == {Kind.F32}
+    plain = tensor_types(shapes(1) | kept | small, "F16", ModelTraits("gemma3n", 2), False)
+    assert {plain[name] for name in kept} == {Kind.F16}
+    assert {plain[name] for name in small} == {Kind.F32}
+
+
 def test_a_model_of_eight_experts_gets_more_bits_for_attention() -> None:
     found = tensor_types(gemma4_shapes(experts=8), "Q4_K_M", ModelTraits("gemma4", 2, 8), matrix=False)
     kinds = {part: found[f"blk.1.{part}.weight"].name for part in ("attn_k", "attn_v", "attn_output", "attn_q")}

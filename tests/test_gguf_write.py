@@ -431,6 +431,33 @@ def test_a_tied_output_layer_is_left_out_even_where_it_is_stored(model: Path, tm
     assert "output.weight" not in tensors(once)
 
 
+@pytest.mark.parametrize(("name", "layer"), [("gemma4, per layer", 3), ("gemma3n", 21)])
+def test_keys_of_its_own_in_a_layer_that_reads_another_s_are_left_out(
+    name: str, layer: int, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Google's checkpoints hold them, those that transformers saves do not; llama.cpp wants some in Gemma 3n."""
+    without = written(made(name), tmp_path / "a.gguf").read_bytes()
+    model = Path(shutil.copytree(made(name), tmp_path / "model"))
+    for part in ("k_proj", "v_proj", "k_norm"):
+        own = f"model.layers.1.self_attn.{part}.weight"
+        change(model, lambda found, own=own: found.update({own.replace(".1.", f".{layer}."): found[own].clone()}))
+    (tmp_path / "a.gguf").unlink()
+    assert written(model, tmp_path / "a.gguf").read_bytes() == without
+    assert (f"blk.{layer}.attn_k.weight" in tensors(tmp_path / "a.gguf")) == (name == "gemma3n")
+
+
+def test_rows_that_gemma_3n_s_embedding_lacks_are_its_first(made: Callable[[str], Path], tmp_path: Path) -> None:
+    found = tensors(written(made("gemma3n"), tmp_path / "a.gguf"))
+    rows = found["per_layer_token_embd.weight"].data
+    assert rows.shape == (SIZE, 22 * 256)
+    assert np.array_equal(rows[300:], np.tile(rows[:1], (20, 1)))
+    stored = load_file(made("gemma3n") / WEIGHTS)
+    assert np.array_equal(rows[:300], stored["model.embed_tokens_per_layer.weight"].numpy())
+    for number in range(3):
+        own = stored[f"model.altup_projections.{number}.weight"].numpy()
+        assert np.array_equal(found["altup_proj.weight"].data[number], own)
+
+
 def test_a_matrix_changes_what_it_weighs(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     without = tensors(written(model, tmp_path / "without.gguf", "IQ4_NL"))
