@@ -145,7 +145,7 @@ def _gemma4_metadata(config: Any) -> dict[str, Any]:
 
 
 def _gemma3n_metadata(config: Any) -> dict[str, Any]:
-    """What llama.cpp's conversion writes of Gemma 3n, of which llama.cpp reads the window alone; see `_GEMMA3N`."""
+    """The keys of llama.cpp's conversion of Gemma 3n, of which llama.cpp reads the window alone; see `_GEMMA3N`."""
     sparsity = [NormalDist().inv_cdf(part) if part else -math.inf for part in config.activation_sparsity_pattern]
     return {
         Keys.LLM.FEED_FORWARD_LENGTH: config.intermediate_size[0],
