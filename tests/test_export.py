@@ -973,8 +973,8 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
         (
             "exported/nf4",
             ["--format=bf16"],
-            "exported/nf4: its weights are quantised already, and a merge would round them again; write the "
-            "model that they were made from in model.name_or_path",
+            "exported/nf4: its weights are stored quantised (bitsandbytes), and would be rounded again; the model that "
+            "they were made from is needed: write that model",
         ),
     ],
     ids=["no model", "no format", "merged already", "nothing to dequantise", "no such limit", "quantised already"],

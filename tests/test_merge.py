@@ -841,8 +841,8 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "quantised base": (
         lambda: configure("base/config.json", quantization_config={"quant_method": "awq", "bits": 4}),
         [],
-        "base: its weights are quantised already, and a merge would round them again; write the model that they "
-        "were made from in model.name_or_path",
+        "base: its weights are stored quantised (awq), and would be rounded again; the model that they were made from "
+        "is needed: write its path or id with --base; or merge into the rounded weights, with --base dequantised",
     ),
     "dequantised without quantisation": (
         lambda: None,

@@ -17,14 +17,14 @@ class ExitCode(IntEnum):
     OK = 0
     INTERNAL_ERROR = 1  # a bug in finetune
     USER_ERROR = 2  # one line on standard error for each thing to mend; `doctor` found something wrong
-    MISSED = 3  # `export`: a gate is missed; `plan`: the recipe does not fit
+    MISSED = 3  # `export`: a gate is missed; `plan`: the recipe does not fit; `check-adapter`: a part is not taken
     INTERRUPTED = 130  # SIGINT; 143 after SIGTERM. `train` has saved a checkpoint.
 
 
 EXIT_CODES = (
     "Exit codes: 0: done; 1: a bug in finetune; 2: something to mend in the recipe, the command or this machine, one "
-    "line for each; 3: export missed a gate, or plan found that the recipe does not fit; 130, 143: ended by SIGINT or "
-    "SIGTERM."
+    "line for each; 3: export missed a gate, plan found that the recipe does not fit, or check-adapter a part that the "
+    "program does not take; 130, 143: ended by SIGINT or SIGTERM."
 )
 
 
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
 
+    elsewhere = "the run's base, if it is elsewhere than the run's files say"
     flag = verb("generate", "answer prompts with a run or a model", model).add_argument
     flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
     flag("--system", help="a system message before each prompt")
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="variables of the chat template, such as '{\"enable_thinking\": true}'",
     )
+    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
     flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
     flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
     flag("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the most likely token")
@@ -121,9 +123,10 @@ def parser() -> argparse.ArgumentParser:
     flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
     flag(
         "--base",
-        choices=("original", "dequantised"),
         default="original",
-        help="dequantised: the rounded weights that a 4- or 8-bit run trained on (default: original)",
+        metavar="BASE",
+        help="original (default); dequantised: the rounded weights that a 4- or 8-bit run trained on; or the path or "
+        "id of the base, if it is elsewhere than the run's files say",
     )
     flag(
         "--adapter",
@@ -141,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
     flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
-    flag("--base", choices=("original", "dequantised"), help="as in merge")
+    flag("--base", metavar="BASE", help="as in merge")
     flag(
         "--gate",
         type=_gate,
@@ -151,8 +154,14 @@ def parser() -> argparse.ArgumentParser:
         help="exit with 3 if a format misses it: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
     )
 
+    flag = verb("check-adapter", "check whether a program loads a run's adapter without a merge").add_argument
+    flag("folder", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder with a PEFT adapter")
+    flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
+    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
+
     flag = verb("evaluate", "measure the perplexity and the answers of a model", model).add_argument
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
+    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
     flag("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
     flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")

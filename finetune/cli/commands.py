@@ -238,6 +238,20 @@ def _export(args: argparse.Namespace) -> ExitCode:
     return ExitCode.MISSED if missed else ExitCode.OK
 
 
+def _check_adapter(args: argparse.Namespace) -> ExitCode:
+    from finetune.model.adapter_readers import check_adapter
+
+    verdict = check_adapter(args.folder, args.program, args.base)
+    for line in verdict.problems or [f"{verdict.reader} takes it"]:
+        print(line)
+    if verdict.problems:
+        print(f"finetune merge {args.folder} --output DIR writes a whole model, which needs no adapter")
+    elif verdict.note:
+        print(verdict.note)
+    print(f"by its source: {verdict.source}")
+    return ExitCode.MISSED if verdict.problems else ExitCode.OK
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report alone
         from finetune.evaluate.report import as_markdown
@@ -250,6 +264,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.recipe,
             args.compare,
             args.limit,
+            base=args.base,
             say=_say_unless_quiet(args),
             progress=not args.quiet,
         )
@@ -306,6 +321,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "generate": _generate,
     "merge": _merge,
     "export": _export,
+    "check-adapter": _check_adapter,
     "evaluate": _evaluate,
     "report": _report,
     "doctor": _doctor,

@@ -39,6 +39,7 @@ def generate(args: argparse.Namespace, say: Say) -> None:
         attn=args.attn,
         device=args.device,
         compiled=args.compile,
+        base_model=args.base,
     )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from finetune.system.errors import EvaluateError
+from finetune.data.turns import without_whitespace
+from finetune.system.errors import EvaluateError, LabelError
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+    from finetune.data.rendering import Renderer
     from finetune.model.generate import Generator
 
 
@@ -62,12 +64,24 @@ def run_tasks(generator: Generator, tasks: Tasks, limit: int | None = None) -> d
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from finetune.model.generate import one_answer_settings
+
     # The harness would run git in the current folder, which prints an error outside a repository.
     evaluator.get_git_commit_hash = lambda: None
-    tokenizer = generator.chat.tokenizer
-    with quiet():
+    chat = generator.chat
+
+    class Model(HFLM):  # type: ignore[misc]
+        """The harness's model, whose prompts keep a task's description."""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            folded = fold_description(chat.render, chat_history)
+            text: str = super().apply_chat_template(folded, add_generation_prompt)
+            return text
+
+    tokenizer = chat.tokenizer
+    with quiet(), one_answer_settings(generator.model):
         output = simple_evaluate(
-            model=HFLM(pretrained=generator.model, tokenizer=tokenizer, batch_size=1),
+            model=Model(pretrained=generator.model, tokenizer=tokenizer, batch_size=1),
             tasks=tasks.names,
             limit=limit,
             apply_chat_template=tokenizer.chat_template is not None,
@@ -83,6 +97,29 @@ def run_tasks(generator: Generator, tasks: Tasks, limit: int | None = None) -> d
         for metric, value in metrics.items()
         if isinstance(value, int | float) and "stderr" not in metric and "," in metric
     }
+
+
+def fold_description(render: Renderer, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages, with a leading system message put before the first question if the template does not write it.
+
+    The harness gives a task's description as a system message, and leaves it out where the template refuses that
+    (lm-eval 0.4.13, `HFLM.apply_chat_template`).
+
+    Args:
+        render: Renders with the chat template.
+        messages: The conversation that the harness asks with.
+    """
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, question, *rest = messages
+    try:
+        if without_whitespace(system["content"]) in without_whitespace(render([system, question])):
+            return messages
+    except LabelError:
+        pass  # the template refuses a system message
+    text = system["content"]
+    gap = "" if text.endswith("\n") else "\n\n"
+    return [question | {"content": f"{text}{gap}{question['content']}"}, *rest]
 
 
 def _task_name(file: Path) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -33,7 +33,7 @@ from finetune.evaluate.report import (
 )
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
-from finetune.model.provenance import adapter_base_sections, is_adapter
+from finetune.model.provenance import adapter_base_sections, is_adapter, tokenizer_section
 from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import JudgeSection, ModelSection
@@ -63,12 +63,16 @@ class HeldOutRow(NamedTuple):
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to evaluate and how to load it; `title` is its name in the report, if that differs from `model`."""
+    """A model to evaluate and how to load it.
+
+    `title` is its name in the report, if that differs from `model`; `base` names the base of a run anew.
+    """
 
     model: str
     adapter: bool = True
     sections: LoadOptions | None = None
     title: str = ""
+    base: str | None = None
 
 
 @dataclass
@@ -89,6 +93,7 @@ def evaluate(
     recipe: str | Path | None = None,
     compare: str | None = None,
     limit: int | None = None,
+    base: str | None = None,
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> EvaluationReport:
@@ -100,6 +105,7 @@ def evaluate(
         recipe: The recipe with the held-out rows and the `evaluate` section; by default the run's own.
         compare: Another model, shown first in the report; `base` is the run's base.
         limit: The most rows and the most prompts; it overrides the recipe's `evaluate.limit`.
+        base: The path or id of the run's base, in place of the one that its files name.
         say: Called with a line for each step.
         progress: Shows progress bars on a terminal.
 
@@ -116,9 +122,9 @@ def evaluate(
         raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
     loaded = load_recipe(file)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
-    subjects = [_subject(model, loaded)]
+    subjects = [replace(_subject(model, loaded), base=base)]
     if compare:
-        subjects.insert(0, _base_of(model) if compare == BASE else _subject(compare, loaded))
+        subjects.insert(0, _base_of(model, base) if compare == BASE else _subject(compare, loaded))
     # Errors in the settings of the judge and the tasks must show before hours of generation.
     settings = section.judge
     if settings and not (settings.reference or compare):
@@ -152,11 +158,11 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
     return _Subject(model, sections=(recipe.model, recipe.quantization) if own else None)
 
 
-def _base_of(run: str) -> _Subject:
+def _base_of(run: str, base: str | None) -> _Subject:
     """The base that a run was trained from, with the run's chat template."""
     title, folder = f"base of {run}", Path(run)
     if is_adapter(folder):
-        return _Subject(run, adapter=False, title=title)
+        return _Subject(run, adapter=False, title=title, base=base)
     if not run_file(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is not a run; write the name of a model")
     section, quantization = adapter_base_sections(folder)
@@ -192,7 +198,7 @@ class _Evaluation:
         """The prompts, and a description of their origin for the report."""
         if path := self.recipe.evaluate.prompts:
             return read_prompts(path, self.limit), Path(path).name
-        section = subject.sections[0] if subject.sections else ModelSection(name_or_path=subject.model)
+        section = subject.sections[0] if subject.sections else tokenizer_section(Path(subject.model), subject.base)
         rows = self.held_out(Chat(load_tokenizer(section, self.locate_base(section))))
         if not rows:
             raise EvaluateError(
@@ -226,7 +232,11 @@ class _Evaluation:
         result = ModelResult(subject.title or name)
         self.say(f"{name}: loading")
         generator = load_generator(
-            name, adapter=subject.adapter, sections=subject.sections, locate_base=self.locate_base
+            name,
+            adapter=subject.adapter,
+            base_model=subject.base,
+            sections=subject.sections,
+            locate_base=self.locate_base,
         )
         try:
             rows = self.held_out(generator.chat)

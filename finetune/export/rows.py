@@ -9,8 +9,8 @@ from finetune.data.chat import Chat
 from finetune.data.mixture import build_datasets
 from finetune.data.samples import SAMPLE_ROWS, LabelledRow, encoded_sample_rows
 from finetune.model.load import load_tokenizer
+from finetune.model.provenance import tokenizer_section
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import ModelSection
 from finetune.system.errors import DataError, LabelError, RecipeError, TemplateError, first_line
 from finetune.system.files import run_file
 from finetune.system.terminal import Say
@@ -26,7 +26,7 @@ class HeldOutRows(NamedTuple):
     source: str
 
 
-def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
+def held_out(model: Path, say: Say = lambda line: None, base: str | None = None) -> HeldOutRows:
     """Rows that a run was not trained on, encoded by its own tokenizer.
 
     If the run held no rows out, the rows are from its training; if its data cannot be read, they are sample rows.
@@ -34,11 +34,12 @@ def held_out(model: Path, say: Say = lambda line: None) -> HeldOutRows:
     Args:
         model: A run, one of its checkpoints, or a folder with a whole model.
         say: Called with a line if the run's data cannot be read.
+        base: The path or id of a run's base, in place of the one that its files name.
 
     Raises:
         ModelError: The model has no tokenizer that can be loaded.
     """
-    chat = Chat(load_tokenizer(ModelSection(name_or_path=str(model))))
+    chat = Chat(load_tokenizer(tokenizer_section(model, base)))
     if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)

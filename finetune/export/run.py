@@ -16,16 +16,24 @@ import yaml
 from pydantic import ValidationError
 
 from finetune import __version__
+from finetune.export.adapter import write_adapter
 from finetune.export.report import ModelFigures, Report, as_json, as_markdown
 from finetune.export.rows import HeldOutRows, held_out
 from finetune.export.transformers import saved_dtype, write_format
 from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
-from finetune.hub.card import export_card
+from finetune.hub.card import export_card, model_card
 from finetune.merge.run import merge
 from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
-from finetune.model.provenance import adapter_base_sections, base_reference, environment_of, is_adapter, merged_run
-from finetune.recipe.export_formats import COMPRESSED_FORMATS, FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
+from finetune.model.provenance import (
+    adapter_base_sections,
+    adapter_below,
+    base_reference,
+    environment_of,
+    is_adapter,
+    merged_run,
+)
+from finetune.recipe.export_formats import ADAPTER, COMPRESSED_FORMATS, FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
@@ -57,7 +65,7 @@ def export(
         model: A run, one of its checkpoints, or a folder with a whole model.
         output: A folder that does not exist yet.
         formats: Names from `export_formats.FORMATS`.
-        base: For a run on a quantised base, `original` or `dequantised`, as `finetune.merge.merge` takes it.
+        base: For a run: `original`, `dequantised`, or the path or id of the base, as `finetune.merge.merge` takes it.
         gate: Limits by name: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` returns the missed ones.
         overwrite: Replaces an earlier export in `output`, after the new one is complete.
         say: Called with a line for each step.
@@ -74,18 +82,23 @@ def export(
     model, output = Path(model), Path(output)
     is_run = is_adapter(model)
     if not is_run and not (model / "config.json").is_file():
-        raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json)")
+        below = adapter_below(model)
+        raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json){below}")
     options = _export_section(model)
+    given = base if base not in (None, "original", "dequantised") else None
     formats = list(dict.fromkeys(formats or options.formats))
     if compressed := [name for name in formats if name in COMPRESSED_FORMATS]:
-        _check_compressed(model, is_run, compressed)
+        section = adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model))
+        _check_compressed(section, compressed)
     if gguf_types(formats):
-        _check_gguf(adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model)))
+        _check_gguf(adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
     if unknown := gate.keys() - LIMITS.keys():
         raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
         raise ExportError(f"no format is given; write --format with {FORMATS_HELP}")
+    if ADAPTER in formats and not is_run:
+        raise ExportError(f"--format {ADAPTER}: {model} is a whole model; export the run that it was merged from")
     if base and not is_run:
         raise ExportError(
             f"--base {base}: {model} is a whole model, not a run; leave out --base, or export the run that it was "
@@ -96,8 +109,8 @@ def export(
     with whole_folder(output, overwrite, [model]) as folder:
         work = folder / ".work"
         work.mkdir()
-        rows = held_out(run or model, say)
-        exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress)
+        rows = held_out(run or model, say, given)
+        exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress, given)
         source = exporting.add_source_models(base or options.base)
         gguf = None
         if gguf_types(formats):
@@ -106,6 +119,7 @@ def export(
 
             gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say)
         exporting.write_weight_formats(source)
+        exporting.write_adapter()
         gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
         exporting.measure_folders(source, output)
         notes = exporting.write_gguf(gguf, gguf_reference, source) if gguf else []
@@ -126,6 +140,7 @@ class _Export:
         rows: The rows that all models are measured on.
         folder: The folder that is filled; it is renamed to the output at the end.
         work: A folder inside it that is removed at the end.
+        given_base: The path or id of the run's base, if it is not where the run's files say.
         jobs: The folders to measure. The first one's token ids are those of the training.
         models: The figures of the models measured so far, by name.
         missed: A line for each limit that is missed and each broken file.
@@ -140,6 +155,7 @@ class _Export:
     work: Path
     say: Say
     progress: bool
+    given_base: str | None = None
     jobs: list[Job] = field(default_factory=list)
     models: dict[str, ModelFigures] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -150,12 +166,14 @@ class _Export:
         A run on a quantised base is merged into both bases, to report which of the two is nearer to the adapter.
 
         Args:
-            base: The base of the merged model that the formats are made from: `original` or `dequantised`.
+            base: The base of the merged model that the formats are made from: `original`, `dequantised`, or its path or
+                id.
         """
         against: dict[str, Any] = {}
         if self.run:
             predictions = self.work / "adapter.bin"
-            self.jobs.append(Job(_ADAPTER, self.run, _dtype(self.run), keep=predictions))
+            dtype = _dtype(self.run, self.given_base)
+            self.jobs.append(Job(_ADAPTER, self.run, dtype, keep=predictions, base=self.given_base))
             against = {"against": _ADAPTER, "reference": predictions}
         keep = self.work / "merged.bin"
         if self.run != self.model:
@@ -164,12 +182,13 @@ class _Export:
             return self.jobs[-1]
         bases = [base]
         if self._on_quantised_base():
-            bases.append("original" if base == "dequantised" else "dequantised")
+            bases += [kind for kind in ("original", "dequantised") if kind != base and not self.given_base]
         for kind in bases:
-            self.say(f"merging into the {kind} base")
-            merged = merge(self.model, self.work / f"merged-{kind}", base=kind, progress=self.progress)
+            name = "original" if kind == self.given_base else kind
+            self.say(f"merging into the {name} base")
+            merged = merge(self.model, self.work / f"merged-{name}", base=kind, progress=self.progress)
             kept = keep if kind == base else None
-            self.jobs.append(Job(f"merged, {kind} base", merged, _dtype(merged), **against, keep=kept))
+            self.jobs.append(Job(f"merged, {name} base", merged, _dtype(merged), **against, keep=kept))
         return self.jobs[1]
 
     def write_weight_formats(self, source: Job) -> None:
@@ -181,6 +200,16 @@ class _Export:
                 place.mkdir()
                 write_format(source.folder, place, name, self.progress)
                 self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep))
+
+    def write_adapter(self) -> None:
+        """Writes the adapter as plain LoRA, and adds a job for it."""
+        if ADAPTER in self.formats:
+            self.say(f"{ADAPTER}: writing")
+            place = self.folder / ADAPTER
+            place.mkdir()
+            write_adapter(self.model, place, self.given_base)
+            trained = self.jobs[0]
+            self.jobs.append(Job(ADAPTER, place, trained.dtype, trained.name, trained.keep))
 
     def add_gguf_reference(self, source: Job, gguf: GgufExport) -> Job:
         """The job of the model that GGUF files are compared with: in float32, as llama.cpp computes, if that fits."""
@@ -263,11 +292,13 @@ class _Export:
         shutil.rmtree(self.work)
         (self.folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
         write_whole(self.folder / "report.json", as_json(report))
+        if ADAPTER in self.formats:
+            (self.folder / ADAPTER / "README.md").write_text(model_card(self.folder / ADAPTER), encoding="utf-8")
         for place in (self.folder / name for name in ("gguf", "ollama") if (self.folder / name).is_dir()):
             (place / "README.md").write_text(export_card(report, None, place), encoding="utf-8")
 
     def _on_quantised_base(self) -> bool:
-        return bool(self.run and adapter_base_sections(self.run)[1])
+        return bool(self.run and adapter_base_sections(self.run, self.given_base)[1])
 
 
 def shortfalls(output: Path) -> list[str]:
@@ -289,7 +320,7 @@ def _export_section(model: Path) -> ExportSection:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
 
 
-def _check_compressed(model: Path, is_run: bool, formats: Sequence[str]) -> None:
+def _check_compressed(section: ModelSection, formats: Sequence[str]) -> None:
     """Refuses a missing package, and a model without a layer that servers have a kernel for, before the merge."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ExportError(
@@ -298,7 +329,6 @@ def _check_compressed(model: Path, is_run: bool, formats: Sequence[str]) -> None
     from finetune.merge.tensor_map import skeleton
     from finetune.model.compressed import quantised_layers
 
-    section = adapter_base_sections(model)[0] if is_run else ModelSection(name_or_path=str(model))
     shape, _ = skeleton(Base.of(section).config, torch.bfloat16, section.trust_remote_code)
     for kind in formats:
         if not quantised_layers(shape, kind):
@@ -318,11 +348,14 @@ def _check_gguf(section: ModelSection) -> None:
     checked_model_type({"model_type": Base.of(section).config.get_text_config().model_type})
 
 
-def _dtype(model: Path) -> str:
-    """The dtype to measure a model in: the one that a run was trained in, or that of a folder's weights."""
+def _dtype(model: Path, base: str | None = None) -> str:
+    """The dtype to measure a model in: the one that a run was trained in, or that of a folder's weights.
+
+    `base` is the path or id of a run's base, in place of the one that its files name.
+    """
     if not is_adapter(model):
         return saved_dtype(model)
-    trained = environment_of(model).get("dtype") or resolve_dtype(adapter_base_sections(model)[0])
+    trained = environment_of(model).get("dtype") or resolve_dtype(adapter_base_sections(model, base)[0])
     return str(trained).removeprefix("torch.")
 
 

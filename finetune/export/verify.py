@@ -49,6 +49,7 @@ class Job:
         against: The report's name for the model that it is compared with.
         reference: The file with that model's predictions.
         keep: The file to write this model's predictions to.
+        base: The path or id of a run's base, in place of the one that its files name.
         groups: Further rows, by name; the result has figures for each group.
     """
 
@@ -58,6 +59,7 @@ class Job:
     against: str | None = None
     reference: Path | None = None
     keep: Path | None = None
+    base: str | None = None
     groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
 
 
@@ -93,7 +95,7 @@ def _load_and_measure(task: _Task) -> ModelFigures:
 
     job = task.job
     started = time.monotonic()
-    generator = generate.load_generator(str(job.folder), dtype=job.dtype, as_is=True)
+    generator = generate.load_generator(str(job.folder), dtype=job.dtype, as_is=True, base_model=job.base)
     seconds = time.monotonic() - started
     activations = _watch_activations(generator.model) if job.dtype == "float16" else None
     result = score(generator.model, task.rows, job.reference, job.keep)

@@ -21,6 +21,7 @@ from finetune.hub.metadata import (
     source_paths,
 )
 from finetune.model import provenance
+from finetune.model.adapter_readers import READERS, problems_of
 from finetune.model.provenance import BaseReference
 from finetune.recipe.export_formats import COMPRESSED_FORMATS, QUANTIZED_FORMATS
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
@@ -29,8 +30,6 @@ from finetune.system.pages import render
 # The last line of a generated card, with the hash of the text above it; in a card that a person has edited, it differs.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
-# The values of vLLM's `--max-lora-rank`.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class TrainingValues(TypedDict):
@@ -74,6 +73,23 @@ def is_generated(text: str) -> bool:
     """True for a card that nobody has edited since it was generated."""
     above, _, _ = text.rpartition(_MARK.split("{}")[0])
     return bool(above) and text == above + _MARK.format(_digest(above))
+
+
+def is_of_peft(text: str) -> bool:
+    """True for the card that PEFT writes beside an adapter, and that nobody has filled in.
+
+    Source: peft 0.21 `peft_model.py`, `create_or_update_model_card`: huggingface_hub's template, PEFT's release, and
+    the settings of bitsandbytes.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if "\n- PEFT " not in text:
+        return False
+    template = ModelCard.from_template(ModelCardData()).text.splitlines()
+    body = text.partition("\n---\n")[2] if text.startswith("---\n") else text
+    added = [line for line in body.splitlines() if line and line not in template]
+    known = r"#+ (Framework versions|Training procedure)|- (PEFT .*|\w+: .*)|The following `bitsandbytes` .*"
+    return all(re.fullmatch(known, line) for line in added)
 
 
 def mark_generated(text: str) -> str:
@@ -225,9 +241,8 @@ def _usage(
         adapter: The adapter's `adapter_config.json`; empty for full weights.
     """
     rank = max([adapter.get("r") or 0, *(adapter.get("rank_pattern") or {}).values()])
-    # vLLM serves only plain LoRA adapters, without other trained tensors.
-    more = ("modules_to_save", "trainable_token_indices", "use_dora", "target_parameters", "lora_bias")
-    in_vllm = adapter and adapter.get("peft_type") == "LORA" and not any(adapter.get(name) for name in more)
+    vllm = READERS["vllm"]
+    in_vllm = adapter and not problems_of(vllm, adapter)
     prompt, system = _example_prompt(next((p for p in places if (p / "chat_template.jinja").is_file()), places[0]))
     bits = training["quantization"]
     # bitsandbytes computes in float32 by default. Float16 is not suggested: outside this toolkit Gemma overflows in it.
@@ -239,7 +254,8 @@ def _usage(
         "base": base.hub or base.name,
         "revision": base.revision,
         "quantization": bits,
-        "rank": next((n for n in _VLLM_RANKS if n >= rank), None) if in_vllm else None,
+        "rank": next((n for n in vllm.ranks if n >= rank), None) if in_vllm else None,
+        "token_rows": bool(adapter.get("trainable_token_indices")),
         "prompt": prompt,
         "system": system,
         "modelfile": None,

@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.hub import card
 from finetune.model import provenance
+from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import is_hub_id
 from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system import hub_errors
@@ -75,10 +76,13 @@ def make_payload(
 
     Raises:
         PushError: The folder holds nothing to push, its base has no id on the Hub, or a file holds a token.
+        ModelError: Its adapter is not PEFT's, or a pointer of Git LFS.
         RunError: A file of the folder is damaged.
     """
     if not folder.is_dir():
         raise PushError(f"{folder}: the folder does not exist; write a run, a merged model or an export")
+    if provenance.is_adapter(folder):
+        check_adapter_files(folder)
     formats = _format_folders(folder)
     if len(formats) == 1 and not any(path for weights in _WEIGHTS for path in folder.glob(weights)):
         # Programs expect a model's files at the root of a repository.
@@ -99,7 +103,7 @@ def make_payload(
         say(f"license: {base.hub} names no license, so the model card names none")
     paths, readme = _LocalPaths(folder, run, base), found.pop("README.md", None)
     text = _read_text(readme) if readme else ""
-    if text and not card.is_generated(text):
+    if text and not (card.is_generated(text) or card.is_of_peft(text)):
         say(f"{readme} was edited, and is pushed as it is")
         page = paths.rewritten("README.md", text)
     else:
@@ -145,6 +149,7 @@ def _format_folders(folder: Path) -> list[Path]:
     if not (folder / "report.json").is_file():
         return []
     inner = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    inner += [path.parent for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
     inner += [path.parent for path in sorted(folder.glob("*/*.gguf"))]
     return list(dict.fromkeys(inner))
 

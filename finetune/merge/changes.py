@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from finetune.model.attach import check_adapter_files, misfit, peft_weights, refuse_later_options, without_warnings
 from finetune.model.shards import StoredTensor, read_header, read_tensor
 from finetune.system.errors import MergeError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from finetune.system.terminal import quiet
 
 # The kinds of `Change` that are a product of two matrices.
 PRODUCTS = ("lora", "embedding", "experts")
@@ -49,16 +49,20 @@ class Change:
     swapped: bool = False
 
 
-def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, Change]], set[str]]:
+def changes_of(
+    folder: Path, number: int, model: Any, converted: Path
+) -> tuple[list[tuple[str, Change]], set[str], Path]:
     """The changes of an adapter, each with the name of its tensor in memory; and the tensors that stay tied.
 
     Args:
         folder: The adapter's folder.
         number: The adapter's position in a merge of several, from 0.
         model: The base on the meta device; PEFT wraps it, so it cannot be used for anything else afterwards.
+        converted: A folder that is made for an adapter that PEFT renames or fuses when it loads it.
 
     Returns:
-        The changes, and the names of tied tensors without changes of their own: they share the changed tensor.
+        The changes; the names of tied tensors without changes of their own, which share the changed tensor; and the
+        folder of the adapter's tensors under the names in the changes: `folder` or `converted`.
 
     Raises:
         MergeError: The adapter was trained on another base, is damaged, or has a part that cannot be merged.
@@ -68,9 +72,13 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
 
     stored, options = _read_adapter(folder)
     misfit = reworded(MergeError, f"{folder} does not fit its base", ValueError, TypeError)
-    with misfit, torch.device("meta"), quiet():
+    with misfit, torch.device("meta"), without_warnings():
         wrapped = peft.PeftModelForCausalLM(model, options, low_cpu_mem_usage=True)
     expected = dict(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    _check_rows(folder, stored, wrapped)
+    renamed = any(key not in expected and not key.endswith(".base_layer.weight") for key in stored)
+    if renamed and _write_as_peft_loads(folder, wrapped, converted):
+        folder, stored = converted, read_header(converted / ADAPTER_WEIGHTS)
     changes, follows = _layer_changes(folder, wrapped, number)
     for name, _ in changes:
         if name in follows:
@@ -79,18 +87,29 @@ def changes_of(folder: Path, number: int, model: Any) -> tuple[list[tuple[str, C
         biases = [key for key in expected if key.endswith(".bias") and ".lora_B." not in key]
         changes += [(_base_name(key), Change(number, "value", {"value": key})) for key in biases]
     used = {key for _, change in changes for key in change.keys.values()}
+    unused: set[str] = set()
     # PEFT saves an embedding next to the adapter that changes it.
     for key in sorted(stored.keys() - used):
+        name = _base_name(key)
         if key.endswith(".base_layer.weight"):
-            changes.append((_base_name(key), Change(number, "base", {"value": key})))
+            changes.append((name, Change(number, "base", {"value": key})))
             expected[key] = wrapped.get_parameter(key)
-    _check_tensors(folder, stored, expected, changes)
+        elif _is_embedding(wrapped, key):
+            # It was saved although it was not trained, and PEFT loads it in place of the base's.
+            expected[key] = wrapped.get_parameter(key)
+            tied = wrapped.base_model.model.all_tied_weights_keys
+            if name not in tied:
+                changes.append((name, Change(number, "value", {"value": key})))
+                follows |= {other for other, source in tied.items() if source == name}
+            else:
+                unused.add(key)
+    _check_tensors(folder, {key: stored[key] for key in stored.keys() - unused}, expected, changes)
     if options.ensure_weight_tying:
         for name, source in model.all_tied_weights_keys.items():
             tied = [[change for n, change in changes if n == side] for side in (name, source)]
             if _changed_alike(folder, stored, *tied):
                 follows.add(name)
-    return changes, follows
+    return changes, follows, folder
 
 
 def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
@@ -99,12 +118,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
 
     if not (folder / ADAPTER_CONFIG).is_file():
         raise MergeError(f"{folder} holds no adapter (adapter_config.json)")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        there = f"no {ADAPTER_WEIGHTS}"
-        if pickled:
-            there = "only adapter_model.bin, a pickle, which can run code when it is read"
-        raise MergeError(f"{folder} holds {there}; an adapter must be saved as {ADAPTER_WEIGHTS}")
+    check_adapter_files(folder)
+    refuse_later_options(folder)
     stored = read_header(folder / ADAPTER_WEIGHTS)
     with reworded(MergeError, f"{folder / ADAPTER_CONFIG} is damaged", ValueError, TypeError, KeyError, AttributeError):
         options = peft.PeftConfig.from_pretrained(str(folder))
@@ -112,6 +127,59 @@ def _read_adapter(folder: Path) -> tuple[dict[str, StoredTensor], Any]:
     # The initial values are not needed, because the file holds the trained ones.
     options.init_lora_weights = True
     return stored, options
+
+
+def _write_as_peft_loads(folder: Path, wrapped: Any, into: Path) -> bool:
+    """Writes an adapter's tensors under the names, and fused, as PEFT loads them; False if they do not fit the model.
+
+    PEFT 0.21 takes the names of earlier transformers (Gemma 3 before 4.52), experts one by one, and `.default.`.
+    """
+    import peft
+    from safetensors.torch import save_file
+
+    loaded: dict[str, torch.Tensor] = {}
+    load = wrapped.load_state_dict
+
+    def keep(state: dict[str, torch.Tensor], **options: Any) -> Any:
+        loaded.update(state)
+        return load(state, **options)
+
+    # On the meta device, to which PEFT moves the adapter, the tensors would be lost.
+    wrapped.load_state_dict = keep
+    try:
+        with without_warnings():
+            weights = peft_weights(wrapped.get_base_model(), folder)
+            result = peft.set_peft_model_state_dict(wrapped, weights, low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
+        return False
+    finally:
+        del wrapped.load_state_dict
+    if misfit(result.missing_keys, result.unexpected_keys):
+        return False
+    state = dict(peft.get_peft_model_state_dict(wrapped, loaded, save_embedding_layers=False))
+    # Embeddings that were saved with the adapter, and are parts of the base.
+    state |= {key: weights[key] for key in weights if key.endswith(".base_layer.weight") or _is_embedding(wrapped, key)}
+    into.mkdir(parents=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, into / ADAPTER_WEIGHTS)
+    return True
+
+
+def _check_rows(folder: Path, stored: Mapping[str, StoredTensor], wrapped: Any) -> None:
+    """Refuses an adapter whose embeddings have more rows than those of its base."""
+    rows = wrapped.get_base_model().get_input_embeddings().weight.shape[0]
+    for key, entry in stored.items():
+        if key.endswith(("embed_tokens.weight", "lm_head.weight")) and entry.shape[0] > rows:
+            raise MergeError(
+                f"{folder}: {key} has {entry.shape[0]:,} rows, and the embedding of its base {rows:,}: the vocabulary "
+                "was grown before the training; give the model that was grown to --base"
+            )
+
+
+def _is_embedding(wrapped: Any, key: str) -> bool:
+    """True if a key is that of the weight of the base's input or output embedding."""
+    model = wrapped.get_base_model()
+    module = dict(model.named_modules()).get(key.removeprefix("base_model.model.").removesuffix(".weight"))
+    return module is not None and module in (model.get_input_embeddings(), model.get_output_embeddings())
 
 
 def _refuse_unmergeable(folder: Path, options: Any) -> None:
@@ -132,7 +200,7 @@ def _refuse_unmergeable(folder: Path, options: Any) -> None:
 
 def _base_name(key: str) -> str:
     """The base's name of a tensor, from PEFT's."""
-    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+    return key.removeprefix("base_model.model.").replace(".token_adapter.base_layer", "").replace(".base_layer", "")
 
 
 def _layer_changes(folder: Path, wrapped: Any, number: int) -> tuple[list[tuple[str, Change]], set[str]]:

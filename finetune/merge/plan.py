@@ -1,5 +1,4 @@
-"""Plans a merge or an export: where the base is, what adapters change, every tensor to write. Also writes the config,
-tokenizer and other small files of the output.
+"""Plans a merge or an export: where the base is, what adapters change, every tensor to write.
 
 transformers and PEFT take more memory than a merge, so `plan_in_fresh_process` imports them in another process, and the
 files of this package import nothing at their top that imports them.
@@ -7,8 +6,6 @@ files of this package import nothing at their top that imports them.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 
 from finetune.merge.changes import Change, changes_of
+from finetune.merge.small_files import SMALL_FILES, write_small_files
 from finetune.merge.tensor_map import (
     FusedTensors,
     OutputTensor,
@@ -29,30 +27,18 @@ from finetune.merge.tensor_map import (
     weight_converters,
 )
 from finetune.model import compressed
+from finetune.model.compatibility import stored_quantisation
 from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.model.quantization import COMPRESSED
-from finetune.model.resize import RESIZED_FROM
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
 from finetune.recipe.schema import ModelSection
 from finetune.system import fresh_process
 from finetune.system.errors import FinetuneError, MergeError, ModelError, first_line, reworded
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 from finetune.system.hub_errors import hub_problem
-from finetune.system.terminal import quiet
 
-_TOKENIZER_FILES = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates",
-]
-# For multimodal models and models with code of their own.
-_OTHER_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "*.py")
-_SMALL_FILES = ["config.json", "generation_config.json", *_TOKENIZER_FILES, *_OTHER_FILES]
+# The folder inside the output for adapters that are not stored as PEFT loads them; it is removed at the end.
+CONVERTED = ".adapters"
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,8 @@ class MergeRequest:
         dtype: The name of the type to write; None keeps the one that the run trained in.
         quantization: The export's arguments of `transformers.BitsAndBytesConfig`; None takes the run's, for its base.
         stream: True leaves the weights of a base on the Hub there.
+        base: The path or id of the base, in place of the one that the run's files name.
+        dequantised: True merges into the rounded weights of a base that is stored quantised.
     """
 
     model: str
@@ -74,6 +62,8 @@ class MergeRequest:
     dtype: str | None = None
     quantization: dict[str, Any] | None = None
     stream: bool = False
+    base: str | None = None
+    dequantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,11 +79,12 @@ class MergePlan:
         stored: The base's tensors, in the order of its files.
         tensors: The tensors to write, in the same order.
         fused: Tensors to write that are fused in memory and changed.
-        adapters: The adapters' folders and weights.
+        adapters: The folders that the adapters' tensors are read from, and their weights.
         quantization: The arguments of `transformers.BitsAndBytesConfig` of the export, or of the run's base.
         held: The name of the dtype that the run held the base in.
         dtype: The name of the dtype to write.
         untied: True if tied embeddings become two stored tensors.
+        rounded: True if the base is a dequantised copy of one that is stored quantised.
     """
 
     base: str
@@ -109,6 +100,7 @@ class MergePlan:
     held: str
     dtype: str
     untied: bool
+    rounded: bool
 
 
 def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
@@ -147,9 +139,17 @@ def make_plan(request: MergeRequest) -> MergePlan:
     written_types = held_types if written == held else skeleton(config, written, trust)[1]
     names = TensorNames(model, base.stored)
     quantised = quantised_weights(config, base.section, held, quantization)
-    changes, follows = _all_changes(request.adapters, base, held, names.tied)
+    changes, follows, folders = _all_changes(request, base, held, names.tied)
     tensors, fused, untied = plan_tensors(names, changes, follows, held_types, written_types, quantised)
-    _write_small_files(request, base, written, untied)
+    write_small_files(
+        Path(request.into),
+        Path(request.model),
+        base.folder or _download(base.path, base.revision, weights=False),
+        base.section,
+        _quantization_config(request, base, written),
+        dtype_name(written),
+        untied,
+    )
     return MergePlan(
         base=base.section.name_or_path,
         path=base.path,
@@ -159,11 +159,12 @@ def make_plan(request: MergeRequest) -> MergePlan:
         stored=base.stored,
         tensors=tensors,
         fused=fused,
-        adapters=list(request.adapters),
+        adapters=[(str(place), weight) for place, (_, weight) in zip(folders, request.adapters, strict=True)],
         quantization=quantization,
         held=dtype_name(held),
         dtype=dtype_name(written),
         untied=untied,
+        rounded=base.rounded,
     )
 
 
@@ -199,6 +200,7 @@ class _Base:
         folder: Its directory; None if its weights stay on the Hub.
         stored: Its tensors.
         config: Its config.
+        rounded: True if it is a dequantised copy of the run's base.
     """
 
     section: ModelSection
@@ -209,6 +211,7 @@ class _Base:
     folder: Path | None
     stored: dict[str, StoredTensor]
     config: Any
+    rounded: bool = False
 
 
 def _locate_base(request: MergeRequest) -> _Base:
@@ -219,9 +222,10 @@ def _locate_base(request: MergeRequest) -> _Base:
     run = Path(request.model)
     section, quantization, environment = ModelSection(name_or_path=request.model), None, {}
     if request.adapters:
-        (section, quantization), environment = adapter_base_sections(run), environment_of(run)
-    revision = environment.get("base_commit") or section.revision
-    path = Base.of(section.model_copy(update={"revision": revision})).path
+        (section, quantization), environment = adapter_base_sections(run, request.base), environment_of(run)
+    revision = (not request.base and environment.get("base_commit")) or section.revision
+    base = Base.of(section.model_copy(update={"revision": revision}))
+    path = base.path
     folder = Path(path) if Path(path).is_dir() else None
     if folder and request.stream:
         raise MergeError(f"--stream-base: {section.name_or_path} is on this machine already; leave it out")
@@ -229,23 +233,33 @@ def _locate_base(request: MergeRequest) -> _Base:
         folder = _download(path, revision, weights=True)
     stored = read_headers(folder) if folder else _remote_headers(path, revision)
     if folder and request.adapters:
-        _check_same_base(request.adapters, section.name_or_path, folder)
+        _check_same_base(request, section.name_or_path, folder)
     with _config_errors(section.name_or_path):
         config = read_config(str(folder or path), revision, section.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
+    method = stored_quantisation(config)
+    if method and not request.dequantised:
+        where = "write that model"
+        if request.adapters:
+            where = "write its path or id with --base; or merge into the rounded weights, with --base dequantised"
         raise MergeError(
-            f"{section.name_or_path}: its weights are quantised already, and a merge would round them again; "
-            "write the model that they were made from in model.name_or_path"
+            f"{section.name_or_path}: its weights are stored quantised ({method}), and would be rounded again; the "
+            f"model that they were made from is needed: {where}"
         )
+    if method:
+        base = base.dequantised()
+        path, folder, config = base.path, Path(base.path), base.config
+        stored = read_headers(folder)
     dtype = environment.get("dtype")
-    return _Base(section, quantization, dtype, path, revision, folder, stored, config)
+    return _Base(section, quantization, dtype, path, revision, folder, stored, config, rounded=bool(method))
 
 
-def _check_same_base(adapters: Sequence[tuple[str, float]], name: str, folder: Path) -> None:
-    """Refuses adapters whose runs recorded another base."""
+def _check_same_base(request: MergeRequest, name: str, folder: Path) -> None:
+    """Refuses adapters whose runs recorded another base, unless it was quantised and its original is given."""
     actual = fingerprint(folder)
-    for adapter, _ in adapters:
-        if environment_of(Path(adapter)).get("base_fingerprint") not in (None, actual):
+    for adapter, _ in request.adapters:
+        environment = environment_of(Path(adapter))
+        original_given = request.base and environment.get("base_quantization")
+        if environment.get("base_fingerprint") not in (None, actual) and not original_given:
             raise MergeError(
                 f"{adapter}: was trained on another {name}: the weights in {folder} are not those that "
                 "environment.json records in base_fingerprint; write the directory of that base"
@@ -259,15 +273,18 @@ def _config_errors(name: str) -> AbstractContextManager[None]:
 
 
 def _all_changes(
-    adapters: Sequence[tuple[str, float]], base: _Base, held: torch.dtype, tied: dict[str, str]
-) -> tuple[dict[str, list[Change]], set[str]]:
-    """The changes of all adapters by name in memory, and the tied tensors that take over another's changes."""
+    request: MergeRequest, base: _Base, held: torch.dtype, tied: dict[str, str]
+) -> tuple[dict[str, list[Change]], set[str], list[Path]]:
+    """The changes of all adapters by name in memory, the tied tensors that take over another's, and the folders."""
     changes: dict[str, list[Change]] = defaultdict(list)
     of_each: list[tuple[set[str], set[str]]] = []
-    for number, (adapter, _) in enumerate(adapters):
+    folders = []
+    for number, (adapter, _) in enumerate(request.adapters):
         # PEFT changes the model that it wraps.
         model, _ = skeleton(base.config, held, base.section.trust_remote_code)
-        named_changes, follows = changes_of(Path(adapter), number, model)
+        converted = Path(request.into, CONVERTED, str(number))
+        named_changes, follows, folder = changes_of(Path(adapter), number, model, converted)
+        folders.append(folder)
         of_each.append((follows, {name for name, _ in named_changes}))
         for name, change in named_changes:
             changes[name].append(change)
@@ -279,7 +296,7 @@ def _all_changes(
                     f"{name} is tied to {tied.get(name)}, and only one of the adapters keeps that; merge them one "
                     "after the other"
                 )
-    return changes, all_follows
+    return changes, all_follows, folders
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -297,7 +314,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
     """The local folder of a model on the Hub: configs, tokenizer and, if asked for, safetensors weights."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*_SMALL_FILES]
+    patterns = [*SMALL_FILES]
     if weights:
         patterns += [MODEL_WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX]
     try:
@@ -328,61 +345,17 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
     return stored
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The files beside the weights
-
-
-def _write_small_files(request: MergeRequest, base: _Base, written: torch.dtype, untied: bool) -> None:
-    """Writes the config, generation config, tokenizer, chat template and other files that the base has."""
-    into, run = Path(request.into), Path(request.model)
-    folder = base.folder or _download(base.path, base.revision, weights=False)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        part.pop(RESIZED_FROM, None)
-        if "torch_dtype" in part or "dtype" in part or part is config:
-            part.pop("torch_dtype", None)
-            part["dtype"] = dtype_name(written)
-        if untied and ("tie_word_embeddings" in part or part is config or "vocab_size" in part):
-            part["tie_word_embeddings"] = False
-    if request.quantization and (kind := request.quantization.get(COMPRESSED)):
+def _quantization_config(request: MergeRequest, base: _Base, written: torch.dtype) -> dict[str, Any] | None:
+    """The `quantization_config` of the config.json to write; None if the weights are not quantised."""
+    if not request.quantization:
+        return None
+    if kind := request.quantization.get(COMPRESSED):
         model, _ = skeleton(base.config, written, base.section.trust_remote_code)
-        config["quantization_config"] = compressed.config(model, kind)
-    elif request.quantization:
-        from transformers import BitsAndBytesConfig
+        return compressed.config(model, kind)
+    from transformers import BitsAndBytesConfig
 
-        config["quantization_config"] = BitsAndBytesConfig(**request.quantization).to_dict()
-    text = json.dumps(config, ensure_ascii=False, indent=2)
-    (into / "config.json").write_text(text + "\n", encoding="utf-8")
-    if (run / "tokenizer_config.json").exists() and (run / "generation_config.json").exists():
-        # Copied as training saved them: loading a large tokenizer takes longer than merging a small model.
-        for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
-            for path in run.glob(pattern):
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, into / path.name)
-    else:
-        _save_tokenizer(base.section, run, folder, into)
-    for pattern in _OTHER_FILES:
-        for path in folder.glob(pattern):
-            shutil.copy(path, into / path.name)
-
-
-def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) -> None:
-    """Saves the tokenizer of an adapter that was trained elsewhere, or its base's; and a generation config.
-
-    The generation config stops at the end of a turn.
-    """
-    from transformers import GenerationConfig
-
-    from finetune.model.load import eos_tokens, load_tokenizer
-
-    own = (run / "tokenizer_config.json").exists()
-    with quiet():
-        tokenizer = load_tokenizer(ModelSection(name_or_path=str(run)) if own else section)
-        tokenizer.save_pretrained(into)
-        folder = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
-        generation = GenerationConfig.from_pretrained(str(folder)) if folder else GenerationConfig()
-        generation.eos_token_id = eos_tokens(generation, tokenizer)
-        # As JSON, because transformers refuses to save a temperature without sampling, which many bases have.
-        generation.to_json_file(into / "generation_config.json")
+    found: dict[str, Any] = BitsAndBytesConfig(**request.quantization).to_dict()
+    return found
 
 
 def adapters_of(run: Path, others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:

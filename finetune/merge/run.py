@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import __version__
-from finetune.merge.plan import MergeRequest, adapters_of, plan_in_fresh_process
+from finetune.merge.plan import CONVERTED, MergeRequest, adapters_of, plan_in_fresh_process
 from finetune.merge.write import write_weights
-from finetune.model.provenance import MergeRecord, is_adapter
+from finetune.model.provenance import MergeRecord, adapter_below, is_adapter
 from finetune.system.errors import MergeError
 from finetune.system.files import ADAPTER_WEIGHTS, MERGE_RECORD, check_apart, run_file, sha256, whole_folder
 from finetune.system.terminal import Say
@@ -42,7 +42,8 @@ def merge(
         output: The folder to write, which must not exist yet.
         dtype: `float32`, `bfloat16` or `float16`. By default the dtype that the run trained in, in which every number
             equals PEFT's.
-        base: `original`, or `dequantised`: the rounded weights that a 4- or 8-bit run trained on.
+        base: `original`; `dequantised`: the rounded weights that a 4- or 8-bit run trained on; or the path or id of the
+            original base, in place of the one that the run's files name.
         adapters: Further adapters of the same base and their weights; the run's own has weight 1 unless it is listed.
         max_shard_size: The size at which a new weight file begins, such as 5GB or 500MB.
         stream_base: Fetches the weight files of a base on the Hub one by one, and removes each when it is used up.
@@ -62,14 +63,25 @@ def merge(
     _check_adapters(run, adapters)
     max_bytes = _parse_size(max_shard_size)
     inputs = [run, *(Path(path) for path, _ in adapters)]
+    given, base = (None, base) if base in ("original", "dequantised") else (base, "original")
     with whole_folder(output, overwrite, inputs) as folder:
-        request = MergeRequest(str(run), adapters_of(run, adapters), str(folder), dtype, stream=stream_base)
+        request = MergeRequest(
+            model=str(run),
+            adapters=adapters_of(run, adapters),
+            into=str(folder),
+            dtype=dtype,
+            stream=stream_base,
+            base=given,
+            dequantised=base == "dequantised",
+        )
         plan = plan_in_fresh_process(request)
         if plan.folder:
             check_apart(output, [Path(plan.folder)])
-        if base == "dequantised" and not any(item.quantised for item in plan.tensors):
+        rounded_here = any(item.quantised for item in plan.tensors)
+        if base == "dequantised" and not (rounded_here or plan.rounded):
             raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
-        write_weights(plan, folder, max_bytes, dequantise=base == "dequantised", progress=progress)
+        write_weights(plan, folder, max_bytes, dequantise=base == "dequantised" and rounded_here, progress=progress)
+        shutil.rmtree(folder / CONVERTED, ignore_errors=True)
         record: MergeRecord = {
             "base": plan.base,
             "revision": plan.revision,
@@ -78,7 +90,7 @@ def merge(
             "run": os.path.abspath(run),
             "adapters": [
                 {"path": path, "weight": weight, "sha256": sha256(Path(path) / ADAPTER_WEIGHTS)}
-                for path, weight in plan.adapters
+                for path, weight in request.adapters
             ],
             "base_weights": base,
             "dtype": plan.dtype,
@@ -97,7 +109,7 @@ def _check_adapters(run: Path, others: Sequence[tuple[str, float]]) -> None:
     """Refuses folders without an adapter, one that is listed twice, and weights that are not finite."""
     if not is_adapter(run):
         whole = "it is a whole model already; finetune export makes other types of it"
-        reason = whole if (run / "config.json").is_file() else "no finished run"
+        reason = whole if (run / "config.json").is_file() else f"no finished run{adapter_below(run)}"
         raise MergeError(f"{run} holds no adapter (adapter_config.json): {reason}")
     if len({os.path.realpath(path) for path, _ in others}) < len(others):
         raise MergeError("--adapter: an adapter is given twice; give it once, with the sum of its weights")

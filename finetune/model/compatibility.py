@@ -134,6 +134,16 @@ def _soft_capped(config: Any) -> bool:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
+def stored_quantisation(config: Any) -> str:
+    """The method in which a model's weights are stored quantised, such as bitsandbytes; empty if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return ""
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = values.get("quant_method") or values.get("mode") or "unknown"
+    return str(getattr(method, "value", method))
+
+
 def check_attention(
     wanted: str | None,
     config: Any,

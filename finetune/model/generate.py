@@ -16,7 +16,7 @@ from finetune.data.turns import Message, Tool
 from finetune.model import compatibility, precision
 from finetune.model.load import eos_tokens, load_base, load_tokenizer
 from finetune.model.locate import Base
-from finetune.model.provenance import adapter_base_sections, environment_of, is_adapter
+from finetune.model.provenance import adapter_base_sections, adapter_below, environment_of, has_tokenizer, is_adapter
 from finetune.model.quantization import INT8, NF4
 from finetune.model.resize import check_token_ids
 from finetune.model.token_rows import lighten_trainable_tokens
@@ -25,6 +25,12 @@ from finetune.system import devices
 from finetune.system.errors import ModelError
 from finetune.system.terminal import quiet
 
+# The settings of a generation config that say where answers end, or change the probabilities of tokens.
+_KEPT_SETTINGS = (
+    *("eos_token_id", "bos_token_id"),
+    *("repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
 # The last piece of `Generator.stream` if the limit cut the answer off.
 CUT_OFF = "\0cut"
 
@@ -161,12 +167,11 @@ class Generator:
             config = CompileConfig()
             config._compile_all_devices = True  # transformers 5.23 would leave a CPU out, and only warn
             options |= {"cache_implementation": "static", "compile_config": config}
-        with torch.inference_mode(), quiet(), _without_router_logits(self.model.config.get_text_config()):
+        with torch.inference_mode(), quiet(), one_answer_settings(self.model):
             return self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max_new_tokens,
-                top_k=None,
                 eos_token_id=list(self.stop_ids),
                 pad_token_id=self.chat.tokenizer.pad_token_id,
                 **options,
@@ -222,20 +227,38 @@ class Generator:
             yield CUT_OFF
 
 
-@contextmanager
-def _without_router_logits(config: Any) -> Iterator[None]:
-    """Turns off the router's logits of a model with experts, with which `generate` fails on a padded batch.
+def _plain_generation_config(config: Any) -> Any:
+    """A `GenerationConfig` with the ends of answers and the penalties of another, and nothing else of it.
 
-    Its load balancing loss takes the mask of all tokens so far and the logits of the new one.
-
-    Source: transformers 5.23 `models/mixtral/modeling_mixtral.py`, `load_balancing_loss_func`.
+    Beams, several answers, stop strings or a dict as the result would change what `generate` returns, or make it fail.
     """
-    wanted = getattr(config, "output_router_logits", False)
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        **{key: value for key in _KEPT_SETTINGS if (value := getattr(config, key, None)) is not None}
+    )
+
+
+@contextmanager
+def one_answer_settings(model: Any) -> Iterator[None]:
+    """Lets `generate` return one sequence of ids for each prompt, whatever the model's configs say.
+
+    The router's logits of a model with experts are turned off, because `generate` fails with them on a padded batch:
+    its load balancing loss takes the mask of all tokens so far and the logits of the new one.
+
+    Source: transformers 5.23 `models/mixtral/modeling_mixtral.py`, `load_balancing_loss_func`;
+    `generation/utils.py`, `_prepare_generation_config`, where the model's settings replace those that are None.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = inner.config.get_text_config()
+    wanted, settings = getattr(config, "output_router_logits", False), inner.generation_config
     if wanted:
         config.output_router_logits = False
+    inner.generation_config = _plain_generation_config(settings)
     try:
         yield
     finally:
+        inner.generation_config = settings
         if wanted:
             config.output_router_logits = wanted
 
@@ -249,6 +272,7 @@ def load_generator(
     device: str | None = None,
     compiled: bool = False,
     as_is: bool = False,
+    base_model: str | None = None,
     sections: tuple[ModelSection, dict[str, Any] | None] | None = None,
     locate_base: Callable[[ModelSection], Base] = Base.of,
 ) -> Generator:
@@ -263,6 +287,7 @@ def load_generator(
         device: The device to load the model on; by default a GPU if there is one; `auto` spreads it over all GPUs.
         compiled: Compiles the model with torch, for a cache of fixed size: slow first answers, faster later ones.
         as_is: Computes in `dtype` throughout, as other programs do, even if the device only emulates that dtype.
+        base_model: The path or id of a run's base, in place of the one that its files name.
         sections: For a model without an adapter: the `model` and `quantization` sections of the recipe that says how to
             load it and which chat template to use.
         locate_base: Locates a base; a caller that loads several models passes one that keeps those located before.
@@ -280,11 +305,15 @@ def load_generator(
     folder = Path(name)
     adapted = is_adapter(folder)
     if folder.is_dir() and not adapted and not (folder / "config.json").exists():
-        raise ModelError(f"{name}: neither a finished run (adapter_config.json) nor a model (config.json)")
+        raise ModelError(
+            f"{name}: neither a finished run (adapter_config.json) nor a model (config.json){adapter_below(folder)}"
+        )
     section, quantization = (
-        adapter_base_sections(folder) if adapted else sections or (ModelSection(name_or_path=name), None)
+        adapter_base_sections(folder, base_model) if adapted else sections or (ModelSection(name_or_path=name), None)
     )
-    if adapted and (commit := environment_of(folder).get("base_commit")):
+    if base_model and not adapted:
+        raise ModelError(f"--base {base_model}: {name} is no run, but a whole model; leave out --base")
+    if adapted and not base_model and (commit := environment_of(folder).get("base_commit")):
         section = section.model_copy(update={"revision": commit})
     if quantize:
         quantization = {"int8": INT8, "nf4": NF4}[quantize]
@@ -315,14 +344,14 @@ def load_generator(
         **({"device_map": device_map} if placed_when_loaded else {}),
     )
     if adapted and adapter:
-        from peft import PeftModel
+        from finetune.model.attach import attach_adapter
 
-        model = PeftModel.from_pretrained(model, name)
+        model = attach_adapter(model, folder)
         lighten_trainable_tokens(model)
     if not placed_when_loaded:
         model = model.to(place)
     model.eval()
-    own_tokenizer = folder.is_dir() and (adapted or sections is None)
+    own_tokenizer = folder.is_dir() and (has_tokenizer(folder) if adapted else sections is None)
     tokenizer = load_tokenizer(ModelSection(name_or_path=name)) if own_tokenizer else load_tokenizer(section, base)
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile")

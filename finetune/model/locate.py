@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from finetune.model.compatibility import check_writes_text
-from finetune.model.resize import needed_rows, write_resized
+from finetune.model.resize import needed_rows, write_dequantised, write_resized
 from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
 from finetune.system.errors import ModelError, first_line
-from finetune.system.files import made_once, sha256
+from finetune.system.files import git_lfs_pointer, made_once, sha256
 from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.
@@ -92,6 +92,24 @@ class Base:
                 write_resized(path, self.revision, trust, rows, into)
 
         return str(made_once(f"resized-{Path(path).name}-{key}-v{_CACHE_VERSION}", write))
+
+    def dequantised(self) -> Base:
+        """A copy of a base that is stored quantised, with the weights that it computes with; it is written once.
+
+        Raises:
+            ModelError: The base does not exist, or transformers cannot dequantise it.
+        """
+        path, config = self.path, self.config  # read first, so that the commit of a model on the Hub is known
+        [identity] = self.identity.values() or [f"{path} {self.revision}"]
+        key = hashlib.sha256(f"{identity} {getattr(config, 'quantization_config', '')}".encode()).hexdigest()[:16]
+
+        def write(into: Path) -> None:
+            self.say(f"{self.name}: copying it with dequantised weights, once")
+            with load_errors(self.name):
+                write_dequantised(path, self.revision, self.trust_remote_code, into)
+
+        folder = made_once(f"dequantised-{Path(path).name}-{key}-v{_CACHE_VERSION}", write)
+        return Base(str(folder), None, self.trust_remote_code, self.say)
 
     @cached_property
     def config(self) -> Any:
@@ -208,6 +226,8 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
 
         return str(made_once(name, convert_file))
     if path.is_dir():
+        if pointer := git_lfs_pointer(path):
+            raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
             pickle = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypedDict, cast
 
 import yaml
 
+from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import PACKAGED_BASES, is_local_base
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ModelError, RunError, reworded
@@ -123,7 +125,7 @@ def license_of(base: str | None) -> dict[str, str]:
     return {"license": name} if name else {}
 
 
-def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | None]:
+def adapter_base_sections(folder: Path, given: str | None = None) -> tuple[ModelSection, dict[str, Any] | None]:
     """The `model` and `quantization` sections of an adapter's base.
 
     They are read from the run's recipe, without its checks, because the data may have moved since. For an adapter that
@@ -131,24 +133,41 @@ def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | 
 
     Args:
         folder: The adapter's folder: a run, a checkpoint, or what PEFT saved.
+        given: The base's path or id on the Hub, in place of the one that the files name.
 
     Raises:
-        ModelError: Neither file can be read.
+        ModelError: Neither file can be read, the adapter's files are not PEFT's, or the base is a path that does not
+            exist here.
     """
+    if is_adapter(folder):
+        check_adapter_files(folder)
     if path := run_file(folder, "recipe.yaml"):
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return ModelSection(**saved["model"]), saved.get("quantization")
+            section, quantization = ModelSection(**saved["model"]), saved.get("quantization")
         except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} is damaged: it names no base model") from error
+        return _base_section(section, path, given), quantization
     from peft import PeftConfig
 
     config = folder / ADAPTER_CONFIG
     with reworded(ModelError, f"{config} is damaged", ValueError, TypeError, KeyError, AttributeError):
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not name:
-        raise ModelError(f"{config} names no base (base_model_name_or_path)")
-    return ModelSection(name_or_path=str(name)), None
+    if not (name or given):
+        raise ModelError(f"{config} names no base (base_model_name_or_path); write --base with its path or id")
+    return _base_section(ModelSection(name_or_path=str(name or given)), config, given), None
+
+
+def _base_section(section: ModelSection, file: Path, given: str | None) -> ModelSection:
+    """The section, with the base that is given; refuses a path, named by `file`, that is not on this machine."""
+    if given:
+        same = given == section.name_or_path
+        return section if same else section.model_copy(update={"name_or_path": given, "revision": None})
+    name = section.name_or_path
+    foreign = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
+    if foreign and ":" not in name.removeprefix(name[:1] + ":") and not os.path.exists(os.path.expanduser(name)):
+        raise ModelError(f"{file}: its base {name} is not on this machine; write --base with its path or id")
+    return section
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,6 +177,32 @@ def adapter_base_sections(folder: Path) -> tuple[ModelSection, dict[str, Any] | 
 def is_adapter(folder: Path) -> bool:
     """True if a folder holds an adapter of PEFT: a run, a checkpoint, or one that was trained elsewhere."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def adapter_below(folder: Path) -> str:
+    """The words of an error for a folder whose adapters PEFT saved in folders of their names; empty for any other."""
+    below = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return f"; its adapter is in {below[0]}, write that" if below else ""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if an adapter's folder holds a tokenizer; PEFT saves none, so that it is the base's."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def tokenizer_section(folder: Path, base: str | None = None) -> ModelSection:
+    """The `model` section whose tokenizer a run or model is prompted with: the folder's own, or that of a run's base.
+
+    Args:
+        folder: A run, or what `model.name_or_path` takes.
+        base: The path or id of a run's base, in place of the one that its files name.
+
+    Raises:
+        ModelError: The folder is a run without a tokenizer, and its base is not known.
+    """
+    if is_adapter(folder) and not has_tokenizer(folder):
+        return adapter_base_sections(folder, base)[0]
+    return ModelSection(name_or_path=str(folder))
 
 
 def source_run(folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Compares a tokenizer with the rows of a model's embeddings, and grows these in a copy of the model."""
+"""Compares a tokenizer with a model's embeddings. Writes copies of models: with more rows of these, or dequantised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.system.errors import ModelError
+from finetune.system.errors import ModelError, first_line
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:  # it imports transformers, which a merge's own process never loads
@@ -101,7 +101,6 @@ def write_resized(path: str, revision: str | None, trust_remote_code: bool, rows
         ModelError: The model is quantised, lacks weights, or has a third table with a row for each token.
     """
     import torch
-    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM
 
     with quiet():
@@ -139,6 +138,44 @@ def write_resized(path: str, revision: str | None, trust_remote_code: bool, rows
     setattr(model.config.get_text_config(), RESIZED_FROM, old)
     with quiet():
         model.save_pretrained(into)
+    _copy_other_files(path, revision, into)
+
+
+def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, into: Path) -> None:
+    """Writes a copy of a model that is stored quantised, with the rounded weights that it computes with.
+
+    The model is loaded whole, on the CPU.
+
+    Args:
+        path: The model's directory, or its id on the Hub.
+        revision: Its revision on the Hub.
+        trust_remote_code: True if its own code may run.
+        into: The folder to write to.
+
+    Raises:
+        ModelError: transformers cannot dequantise weights of this method.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto", "use_safetensors": True}
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(path, device_map={"": "cpu"}, **arguments)
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, AttributeError, ValueError) as error:
+            raise ModelError(
+                f"--base dequantised: transformers cannot dequantise {path} ({first_line(error)}); write --base with "
+                "the model that it was made from"
+            ) from error
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(into)
+    _copy_other_files(path, revision, into)
+
+
+def _copy_other_files(path: str, revision: str | None, into: Path) -> None:
+    """Copies the files of a model that `save_pretrained` of a copy has not written: tokenizer, template, code."""
+    from huggingface_hub import snapshot_download
+
     folder = (
         Path(path) if Path(path).is_dir() else Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     )

@@ -13,6 +13,7 @@ import torch
 
 from finetune.data.chat import Chat
 from finetune.model import compatibility, provenance
+from finetune.model.attach import attach_adapter
 from finetune.model.load import load_model
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, keep_residual_in_float32
@@ -27,7 +28,7 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.yaml_tree import Section
 from finetune.system import devices, distributed
 from finetune.system.errors import ModelError, reworded
-from finetune.system.terminal import Say, quiet
+from finetune.system.terminal import Say
 
 
 def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat | None, say: Say) -> Any:
@@ -76,6 +77,11 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"model: {base.name}, full fine-tuning of {count:,} parameters{frozen_note}")
     else:
+        if method := compatibility.stored_quantisation(model.config):
+            say(
+                f"{base.name} is stored quantised ({method}), and the adapter is trained on the rounded weights; merge "
+                "and export take --base dequantised, or the model that they were made from: --base PATH_OR_ID"
+            )
         quantised = "" if recipe.quantization is None else " on a quantised base"
         trained, total = model.get_nb_trainable_parameters()
         say(f"model: {base.name}, LoRA{quantised}: {trained:,} of {total:,} parameters are trained{frozen_note}")
@@ -116,14 +122,8 @@ def trainable_model(
         return model
     model.config.use_cache = False
     if adapter is not None:
-        try:
-            with quiet():
-                model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise ModelError(
-                f"model.adapter: {adapter} does not fit the base: {lines[-1] if lines else error}"
-            ) from error
+        with reworded(ModelError, "model.adapter", ModelError):
+            model = attach_adapter(model, adapter, trainable=True)
     else:
         options = dict(recipe.lora)
         options["exclude_modules"] = compatibility.exclude_modules(frozen, options.get("exclude_modules"))

@@ -122,7 +122,9 @@ def adapter_lora(tree: RecipeTree, folder: str, given: Section, known: Mapping[s
         tree.fault(key, f"{problem}; write a run, or a PEFT adapter's folder")
         return {}
     except (ValueError, KeyError, TypeError):
-        tree.fault(key, f"is {tree.shown(key)}, whose adapter_config.json is damaged; write another")
+        of_mlx = file.with_name("adapters.safetensors").is_file()
+        problem = "an adapter of mlx-lm; write" if of_mlx else "whose adapter_config.json is damaged; write another"
+        tree.fault(key, f"is {tree.shown(key)}, {problem}{' a PEFT adapter' if of_mlx else ''}")
         return {}
     if kind != "LORA":
         tree.fault(key, f"is {tree.shown(key)}, a {kind} adapter; write a LoRA adapter")
@@ -187,6 +189,11 @@ def check_rules(tree: RecipeTree, sections: Sections) -> None:
         message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
         tree.fault("quantization", message)
     _check_init(tree, sections["lora"].get("init_lora_weights"), training)
+    targets = sections["lora"].get("target_modules")
+    if isinstance(targets, list) and "lm_head" in targets:
+        # trl 1.16 refuses it after the model is loaded (`SFTTrainer.__init__`).
+        message = "names lm_head, whose adapter trl would never train; remove it, or write modules_to_save: [lm_head]"
+        tree.fault("lora.target_modules", message)
 
 
 def _check_precision(tree: RecipeTree, model: Section, training: Section) -> None:

@@ -14,9 +14,11 @@ TRANSFORMERS_FORMATS = ("bf16", "fp16", *QUANTIZED_FORMATS, *COMPRESSED_FORMATS)
 # llama.cpp's types, and those of `gguf:all`.
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "IQ3_S", "Q2_K")
 GGUF_ALL = ("IQ3_S", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-FORMATS = (*TRANSFORMERS_FORMATS, "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
+# Plain LoRA for servers, by `export/adapter.py`.
+ADAPTER = "adapter"
+FORMATS = (*TRANSFORMERS_FORMATS, ADAPTER, "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
 # `FORMATS` in a sentence, for messages.
-FORMATS_HELP = f"{', '.join(TRANSFORMERS_FORMATS)}, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
+FORMATS_HELP = f"{', '.join(TRANSFORMERS_FORMATS)}, adapter, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
 
 
 def gguf_types(formats: Sequence[str]) -> list[str]:

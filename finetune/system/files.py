@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 MERGE_RECORD = "merge.json"
 # Each output of merge and of export has one of these; only such a folder may be replaced.
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
+# The beginning of a pointer of Git LFS, and the size of the largest.
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -186,6 +188,16 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def git_lfs_pointer(folder: Path) -> Path | None:
+    """A file of a folder that holds only the name of its content, which Git LFS has not fetched; None if none does."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES:
+            with file.open("rb") as content:
+                if content.read(len(_POINTER)) == _POINTER:
+                    return file
+    return None
 
 
 def read_json(file: Path | None) -> dict[str, Any]:

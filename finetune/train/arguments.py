@@ -10,11 +10,12 @@ from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
 from finetune.model import compatibility
+from finetune.model.compatibility import stored_quantisation
 from finetune.model.locate import Base
 from finetune.model.precision import Precision
 from finetune.recipe.load import Recipe
 from finetune.system import devices, distributed
-from finetune.system.errors import RunError, reworded
+from finetune.system.errors import ModelError, RunError, reworded
 
 # Settings that need a single process, with the reason.
 _ONE_PROCESS_ONLY = {
@@ -88,8 +89,24 @@ def check_base(recipe: Recipe, base: Base, precision: Precision) -> None:
         raise RunError(
             f"training.router_aux_loss_coef: is {coefficient}, but {base.name} has no experts to balance; remove it"
         )
+    _check_stored_quantisation(recipe, base)
     wanted = recipe.model.attn_implementation
     compatibility.check_attention(wanted, base.config, devices.device_of(), precision.in_float32)
+
+
+def _check_stored_quantisation(recipe: Recipe, base: Base) -> None:
+    """Refuses to train weights that are stored quantised, and to quantise them a second time."""
+    method = stored_quantisation(base.config)
+    if method and recipe.lora is None:
+        raise ModelError(
+            f"model.name_or_path: the weights of {base.name} are stored quantised ({method}), and only an adapter on "
+            "them can be trained; add lora: {r: 16}, or name the model that they were made from"
+        )
+    if method and recipe.quantization is not None:
+        raise ModelError(
+            f"quantization: the weights of {base.name} are stored quantised already ({method}); remove quantization, "
+            "or name the model that they were made from in model.name_or_path"
+        )
 
 
 def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:

@@ -26,10 +26,12 @@ from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
 from finetune.hub.uploads import CheckpointUploads
 from finetune.model import flops
+from finetune.model.compatibility import stored_quantisation
 from finetune.model.load import eos_tokens, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
 from finetune.model.resize import check_token_ids, tokens_of_any_row
+from finetune.model.saved_files import BaseFiles, drop_refused_settings
 from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
 from finetune.recipe.load import Recipe
@@ -69,6 +71,7 @@ class Environment(TypedDict):
     dtype: str
     versions: dict[str, str]
     base_fingerprint: NotRequired[str]
+    base_quantization: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
     distributed.check_shared(output / "recipe.yaml")
 
     trainer = _make_trainer(recipe, precision, model, rows, config)
+    trainer.base_files = BaseFiles.of(base.original.path, base.revision)
     progress = ProgressDisplay(say, silent=bool(recipe.training.get("disable_tqdm")))
     uploads = CheckpointUploads(output, recipe.hub, say)
     wants_artifact = _add_callbacks(trainer, recipe, rows, output, start, progress, uploads, say)
@@ -230,6 +234,8 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
 def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: SFTConfig, say: Say) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
     model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
+    if line := drop_refused_settings(model.generation_config):
+        say(line)
     stops = eos_tokens(model.generation_config, rows.tokenizer)
     model.generation_config.eos_token_id = [*stops, *(i for i in _ends_of_turns(rows) if i not in stops)]
     if config.fsdp_config and config.fsdp:
@@ -372,6 +378,8 @@ def environment(precision: Precision, base: Base) -> Environment:
     }
     if "base_fingerprint" in identity:
         found["base_fingerprint"] = identity["base_fingerprint"]
+    if method := stored_quantisation(base.config):
+        found["base_quantization"] = method
     return found
 
 

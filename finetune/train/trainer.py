@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from finetune.data.encoded import IGNORE
+from finetune.model.saved_files import BaseFiles
 from finetune.system import distributed, files
 from finetune.system.errors import RunError, first_line
 from finetune.system.terminal import quiet
@@ -48,6 +49,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     named_rows: Any = ()
     # The text of the run's `recipe.yaml`, which is written to each checkpoint.
     recipe_yaml = ""
+    # The base's small files, which those that are saved continue.
+    base_files = BaseFiles({}, {}, None)
     # Further fields of a checkpoint's marker.
     marker_fields: MarkerFields = {"processes": 1, "rows": None}  # noqa: RUF012 (replaced, never changed)
     # The counters of the checkpoint that the run was resumed from.
@@ -135,6 +138,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         else:
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
+            self.base_files.complete(Path(output_dir or self.args.output_dir))
             # A pickle of all arguments (access tokens too) that nothing reads, and PEFT's empty model card.
             for name in ("training_args.bin", "README.md"):
                 Path(output_dir or self.args.output_dir, name).unlink(missing_ok=True)
