@@ -23,15 +23,14 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
-TRAINING = {
-    "max_steps": STEPS,
+SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+TRAINING: dict[str, Any] = {
+    "max_steps": 12,
     "learning_rate": 2e-4,
     "gradient_checkpointing": False,
     "max_length": 512,
     "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": STEPS,
+    "save_strategy": "steps",  # with upstream's `save_steps` of 500: one checkpoint, after the last step
     "report_to": "none",
     "train_sampling_strategy": "sequential",
 }
@@ -46,11 +45,8 @@ def make(work: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(locate("random:llama"))
     config = AutoConfig.for_model(
         "llama",
+        **SHAPE,
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -94,9 +90,9 @@ def bare(recipe_path: str, output: str, size: int) -> None:
 
     recipe = load_recipe(recipe_path)
     tokenizer = load_tokenizer(recipe.model)
-    data, _ = build_datasets(recipe.data, Chat(tokenizer), 512)
+    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length)
     config = SFTConfig(
-        **TRAINING,
+        **{name: recipe.training[name] for name in TRAINING},
         output_dir=output,
         per_device_train_batch_size=size,
         use_cpu=True,
@@ -131,12 +127,12 @@ def timed(kind: str, recipe: Path, ranks: int, output: Path) -> tuple[float, flo
     launch += [str(ROOT / "accelerate_configs" / config), "--num_processes", str(ranks)]
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": str(2 // ranks)}
     began, metrics, first = time.time(), output / "metrics.jsonl", 0.0
-    process = subprocess.Popen([*launch, script, *words], env=env, stderr=subprocess.PIPE)
-    while process.poll() is None:
-        if not first and metrics.exists() and metrics.stat().st_size:
-            first = time.time() - began
-        time.sleep(0.05)
-    assert process.returncode == 0, process.stderr.read().decode()
+    with subprocess.Popen([*launch, script, *words], env=env, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if not first and metrics.exists() and metrics.stat().st_size:
+                first = time.time() - began
+            time.sleep(0.05)
+        assert process.returncode == 0, process.stderr.read().decode()
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     # The first steps warm up; the last one saves.
@@ -156,6 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     recipe, day = make(args.work), datetime.date.today()
+    checkpoint = f"checkpoint-{TRAINING['max_steps']}"
     for ranks in args.processes:
         found: dict[str, list[tuple[float, float, list[float]]]] = {"bare": [], "ours": []}
         for _ in range(args.rounds):
@@ -165,8 +162,8 @@ def main() -> None:
         rates = {kind: statistics.median(run[0] for run in runs) for kind, runs in found.items()}
         starts = {kind: statistics.median(run[1] for run in runs) for kind, runs in found.items()}
         ratio = statistics.median(ours[0] / other[0] for ours, other in zip(found["ours"], found["bare"], strict=True))
-        weights = {kind: weight(args.work / f"{kind}-{ranks}" / f"checkpoint-{STEPS}") for kind in found}
-        adapter = args.work / f"ours-{ranks}" / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
+        weights = {kind: weight(args.work / f"{kind}-{ranks}" / checkpoint) for kind in found}
+        adapter = args.work / f"ours-{ranks}" / checkpoint / "adapter_model.safetensors"
         print(
             f"| {day} | {ranks} | {rates['bare']:.0f} | {rates['ours']:.0f} | {ratio:.2f} | {starts['bare']:.1f} "
             f"| {starts['ours']:.1f} | {adapter.stat().st_size / 2**20:.1f} | {weights['ours']:.1f} "

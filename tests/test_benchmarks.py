@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forks
 import pytest
 
 from finetune.model.locate import locate
@@ -92,10 +93,14 @@ def test_quantise(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.slow
-def test_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--work", str(tmp_path), "--rounds", "1"]
-    done = subprocess.run([*command, "--processes", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    [row] = rows_of(done.stdout)
+def test_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run = script("run")
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(run, "SHAPE", small)
+    monkeypatch.setattr(run, "TRAINING", run.TRAINING | {"max_steps": 5, "max_length": 64})
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)  # `accelerate launch` itself; the scripts start cold
+    monkeypatch.setattr(sys, "argv", ["run.py", "--work", str(tmp_path), "--rounds", "1", "--processes", "1"])
+    run.main()
+    [row] = rows_of(capsys.readouterr().out)
     assert row[1] == "1"
     assert [float(cell) > 0 for cell in row[2:]] == [True] * 8

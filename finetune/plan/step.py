@@ -77,6 +77,23 @@ class StepCost:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class _OptimizerCost:
+    """The memory of an optimizer in bytes, by part, and its work.
+
+    Attributes:
+        state: The memory of its state.
+        peak: The memory at the peak of its step.
+        flops: Floating-point operations of its step.
+        operators: Operators of its step.
+    """
+
+    state: dict[str, int]
+    peak: dict[str, int]
+    flops: float
+    operators: int
+
+
 class FakeModel:
     """The model that a recipe trains, with fake tensors. Steps are independent: each leaves the model as it was."""
 
@@ -106,6 +123,8 @@ class FakeModel:
         if not self.on_gpu or token_rows:
             use_token_head(self.causal)
         self.checkpointing: bool | None = None
+        # By the optimizer's name, and whether gradients accumulate. No batch changes them.
+        self._optimizer_costs: dict[tuple[str, bool], _OptimizerCost] = {}
 
     def set_checkpointing(self, on: bool) -> None:
         """Turns gradient checkpointing on or off."""
@@ -168,17 +187,19 @@ class FakeModel:
         """
         self.set_checkpointing(checkpointing)
         tracker = MemoryTracker(self.on_gpu, batch.trained)
-        arguments = copy.copy(self.arguments)
-        arguments.optim = optim
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = optimizer_class(trained, **options)
+        known = self._optimizer_costs.get((optim, accumulates))
+        optimizer = None if known else self._optimizer(optim, trained)
         with self.mode, emulate_device(self.on_gpu, tracker), tracker:
             self._count_weights(tracker)
             uses = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
             tracker.tied = {p.shape for p in trained if uses[id(p)] > 1}
-            tracker.part = "optimizer"
-            self._first_step(optimizer, trained, tracker)
+            if known:
+                tracker.add_bytes(known.state)
+            else:
+                weights = Counter(tracker.now)
+                self._first_step(optimizer, trained, tracker)
+                state = {part: size - weights[part] for part, size in tracker.now.items() if size != weights[part]}
             kept = dict(tracker.now)
             tracker.part = "activations"
             if accumulates:
@@ -189,15 +210,26 @@ class FakeModel:
             tracker.begin("forward")
             self._forward_backward(batch, tracker, trained)
             tracker.begin("optimizer")
-            tracker.part = "optimizer"
-            if self.arguments.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trained, self.arguments.max_grad_norm)
-            optimizer.step()
-            tracker.end()
+            if not known:
+                flops, operators = tracker.flops, tracker.operators
+                self._optimizer_step(optimizer, trained, tracker)
+                tracker.end()
+                known = _OptimizerCost(
+                    state, tracker.phases["optimizer"], tracker.flops - flops, tracker.operators - operators
+                )
+                self._optimizer_costs[optim, accumulates] = known
+                tracker.flops, tracker.operators = flops, operators
         paged, gradients = kept.pop(PAGED, 0), sum(p.numel() * p.element_size() for p in trained)
         for parameter in trained:
             parameter.grad = None
-        return StepCost(tracker.phases, kept, paged, tracker.flops, gradients, tracker.operators)
+        return StepCost(
+            tracker.phases | {"optimizer": known.peak},
+            kept,
+            paged,
+            tracker.flops + known.flops,
+            gradients,
+            tracker.operators + known.operators,
+        )
 
     def _count_weights(self, tracker: MemoryTracker) -> None:
         """Counts the memory of parameters, of the constants of quantised ones, and of buffers."""
@@ -214,8 +246,15 @@ class FakeModel:
         for buffer in self.model.buffers():
             tracker.add(buffer, "weights")
 
+    def _optimizer(self, optim: str, trained: list[torch.nn.Parameter]) -> Any:
+        arguments = copy.copy(self.arguments)
+        arguments.optim = optim
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return optimizer_class(trained, **options)
+
     def _first_step(self, optimizer: Any, trained: list[torch.nn.Parameter], tracker: MemoryTracker) -> None:
         """Steps once, so that the optimizer has its state."""
+        tracker.part = "optimizer"
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         if self.on_gpu and getattr(optimizer, "is_paged", False):
@@ -229,6 +268,13 @@ class FakeModel:
             optimizer.get_state_buffer = lambda p, dtype=torch.float32: torch.zeros_like(p, dtype=dtype)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer_step(self, optimizer: Any, trained: list[torch.nn.Parameter], tracker: MemoryTracker) -> None:
+        """Clips the gradients and steps."""
+        tracker.part = "optimizer"
+        if self.arguments.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, self.arguments.max_grad_norm)
+        optimizer.step()
 
     def _forward_backward(self, batch: Batch, tracker: MemoryTracker, trained: list[torch.nn.Parameter]) -> None:
         """Runs the forward and backward pass of a batch."""
