@@ -18,19 +18,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from finetune.cli.commands import main
 from finetune.model.flops import _attention, flops_per_token
 from finetune.plan.advice import supported_variant, why_unsupported
-from finetune.plan.configs import _shipped_configs, base_config
+from finetune.plan.configs import _shipped_configs, base_config, gpu_named
 from finetune.plan.layers import layer_kinds, with_layers
 from finetune.plan.lengths import row_lengths
 from finetune.plan.predict import Predictor, RequiredMemory, _parameters, _plus
 from finetune.plan.preflight import check_memory
 from finetune.plan.report import as_json, as_text, step_seconds
 from finetune.plan.run import HardwareFit, MemoryPlan, plan
-from finetune.plan.settings import step_arguments, step_settings
-from finetune.plan.step import Batch
+from finetune.plan.settings import step_arguments, step_settings, with_rows
+from finetune.plan.step import Batch, FakeModel
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
-from finetune.system.devices import GPUS, this_machine
+from finetune.system.devices import GPUS, Hardware, this_machine
 from finetune.system.errors import PlanError
 from finetune.system.numbers import GIB
 from finetune.train import loss
@@ -130,17 +130,13 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
     "packed": ({"packing": True}, False),
     "8-bit optimizer": ({"optim": "adamw_8bit", "max_length": 96}, False),
 }
-TRIED: list[Any] = [("gemma3", "lora", shape) for shape in ("checkpointing", "six rows", "accumulated")]
-TRIED += [("gemma3", "4-bit", "checkpointing"), ("gemma3", "8-bit", "six rows"), ("gemma3", "full", "accumulated")]
-TRIED += [("gemma4", "lora", "six rows"), ("gemma4_moe", "lora", "checkpointing"), ("gemma3n", "full", "plain")]
-TRIED += [("gemma3", "lora", "plain"), ("gemma3", "lora", "packed"), ("gemma2", "lora", "six rows")]
-TRIED += [
-    pytest.param(*case, marks=pytest.mark.soak)
-    for kind in KINDS
-    for shape in SHAPES
-    if (case := ("gemma3", kind, shape)) not in TRIED
-]
-TRIED += [("gemma2", "full", "plain"), ("llama", "full", "8-bit optimizer"), ("llama", "4-bit", "plain")]
+# Each family, kind and shape once; all kinds and shapes of one family in tier `soak`.
+TRIED: list[Any] = [("gemma3", "lora", "packed"), ("gemma3", "4-bit", "checkpointing"), ("gemma3", "8-bit", "six rows")]
+TRIED += [("gemma3", "full", "accumulated"), ("gemma4", "lora", "six rows"), ("gemma4_moe", "lora", "checkpointing")]
+TRIED += [("gemma3n", "full", "plain"), ("gemma2", "lora", "six rows"), ("llama", "full", "8-bit optimizer")]
+SOAK = [("gemma3", kind, shape) for kind in KINDS for shape in SHAPES]
+SOAK += [("gemma2", "full", "plain"), ("llama", "4-bit", "plain")]
+TRIED += [pytest.param(*case, marks=pytest.mark.soak) for case in SOAK if case not in TRIED]
 
 
 @pytest.mark.parametrize(("model", "kind", "shape"), TRIED)
@@ -318,6 +314,34 @@ def test_a_config_is_cut_by_what_it_says_of_its_layers(name: str) -> None:
     assert size == whole
 
 
+@pytest.mark.parametrize(("gpu", "lora"), [(True, True), (True, False), (False, True)])
+def test_the_cost_of_any_batch_follows_from_those_of_two(
+    write_recipe: Write, monkeypatch: pytest.MonkeyPatch, gpu: bool, lora: bool
+) -> None:
+    """To the byte, where the output layer works in three tiles or more."""
+    monkeypatch.setattr(loss, "_TILE", 2**17)
+    monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 100)
+    recipe = load_recipe(write_recipe(training={"gradient_checkpointing": True}, **({} if lora else {"lora": None})))
+    arguments, config = step_arguments(recipe), base_config(recipe.model)
+    hardware = GPUS["h100"] if gpu else this_machine()
+    settings, predictor = step_settings(recipe, arguments, None), Predictor(config, hardware, arguments)
+    fake_model, run, batches = predictor._model(recipe, predictor._sample.few), FakeModel.step, list[Batch]()
+
+    def counted(self: FakeModel, batch: Batch, *args: Any) -> Any:
+        batches.append(batch)
+        return run(self, batch, *args)
+
+    monkeypatch.setattr(FakeModel, "step", counted)
+    for rows in (4, 16):
+        predictor._run(with_rows(settings, rows), predictor._sample.few)
+    for rows in (5, 41):
+        each = with_rows(settings, rows)
+        found, ran = predictor._run(each, predictor._sample.few), run(fake_model, each.batch, each.optim, True, False)
+        assert (found.phases, found.kept) == (ran.phases, ran.kept)
+        assert (found.flops, found.operators) == pytest.approx((ran.flops, ran.operators))
+    assert [batch.rows for batch in batches] == [4, 16]
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind: str) -> None:
     """Known from its weights; beside them attention computes whole squares, and the scores a second time."""
@@ -408,13 +432,11 @@ def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.plan.run.GPUS", {name: GPUS[name] for name in ("t4", "h200")})
 
 
-def required(path: Path, gpu: str, overrides: list[str]) -> int:
+def required(path: Path, hardware: Hardware, overrides: list[str]) -> RequiredMemory:
     recipe = load_recipe(path, overrides)
     arguments, config = step_arguments(recipe), base_config(recipe.model)
-    predictor = Predictor(config, GPUS[gpu], arguments)
-    return predictor.required_memory(
-        step_settings(recipe, arguments, row_lengths(recipe, lambda line: None, config))
-    ).total
+    settings = step_settings(recipe, arguments, row_lengths(recipe, lambda line: None, config))
+    return Predictor(config, hardware, arguments).required_memory(settings)
 
 
 @pytest.mark.usefixtures("_two_gpus")
@@ -433,26 +455,27 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(write_recipe: Writ
     assert len(made["advice"]) == 3
     assert made["advice"][0]["change"] == "training.gradient_checkpointing=true"
     for advised in made["advice"]:
-        assert required(path, "l4", advised["change"].split()) == advised["total"] <= GPUS["l4"].memory, advised
+        needed = required(path, GPUS["l4"], advised["change"].split()).total
+        assert needed == advised["total"] <= GPUS["l4"].memory, advised
     assert {card["name"]: card["fits"] for card in made["cards"]}["h200"]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_two_gpus")
-def test_the_largest_batch_fits_and_one_more_does_not(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_largest_batch_fits_and_one_more_does_not(write_recipe: Write) -> None:
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b"},
         training={"gradient_checkpointing": True, "max_length": 512},
         data={"train": [{"path": "somebody/rows"}]},
     )
-    _, made = planned_json(path, "--gpu", "12", capsys=capsys)
-    rows, length = made["card"]["largest_batch"], made["card"]["longest_rows"]
-    for batch, fits in ((rows, True), (rows + 1, False)):
-        _, again = planned_json(path, f"training.per_device_train_batch_size={batch}", "--gpu", "12", capsys=capsys)
-        assert again["card"]["fits"] is fits, (rows, batch)
-    _, again = planned_json(path, f"training.max_length={length}", "--gpu", "12", capsys=capsys)
-    assert again["card"]["fits"]
-    assert length > 512
+    hardware = gpu_named("12")
+    fit = plan(load_recipe(path), hardware).fit
+    for batch, fits in ((fit.largest_batch, True), (fit.largest_batch + 1, False)):
+        needed = required(path, hardware, [f"training.per_device_train_batch_size={batch}"])
+        assert (needed.total <= hardware.memory) is fits, batch
+    needed = required(path, hardware, [f"training.max_length={fit.longest_rows}"])
+    assert needed.total <= hardware.memory
+    assert fit.longest_rows > 512
 
 
 def test_weights_in_4_bit_are_counted_to_the_byte(write_recipe: Write) -> None:
@@ -481,12 +504,11 @@ def test_fsdp_divides_the_weights_over_gpus(write_recipe: Write, capsys: pytest.
         training={"bf16": True, "gradient_checkpointing": True},
         data={"train": [{"path": "somebody/rows"}]},
     )
-    code, one = planned_json(path, "--gpu", "l4", capsys=capsys)
-    assert code == 3
+    one = required(path, GPUS["l4"], [])
     code, made = planned_json(path, "--gpu", "l4", "--gpus", "8", capsys=capsys)
     ddp, fsdp = made["layout"]
     assert (code, ddp["fits"], fsdp["fits"]) == (0, False, True)
-    assert fsdp["parts"]["weights"] == one["card"]["parts"]["weights"] // 8
+    assert fsdp["parts"]["weights"] == one.parts["weights"] // 8
     assert ddp["parts"]["copies"] == 4 * 2_506_172_416
 
 
@@ -515,7 +537,7 @@ def test_a_gpu_without_bfloat16_is_told_what_to_write(
     instead = made["card"]["instead"]
     assert instead == ["model.dtype=float16", "quantization.bnb_4bit_compute_dtype=float16"]
     assert made["cards"][0]["instead"] == instead
-    assert required(path, "t4", instead) == made["card"]["total"]
+    assert required(path, GPUS["t4"], instead).total == made["card"]["total"]
     text = "\n".join(as_text(planned[0]))
     assert "does not run on t4 as it is written: model.dtype: is bfloat16" in text
     assert f"with {' '.join(instead)} (the figures above) it fits t4: largest batch " in text

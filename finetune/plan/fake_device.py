@@ -35,19 +35,20 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
     """
 
     def few_tiles(*bounds: int) -> Iterator[int]:
-        """Iterates over the first two and the last of many equal tiles; the second counts for those left out."""
+        """Iterates over the first two of many tiles; the second counts for those left out, the last of them smaller."""
         tiles = range(*bounds)
-        if len(tiles) <= 3:
-            yield from tiles
-            return
-        yield tiles[0]
-        tracker.times = len(tiles) - 2
-        yield tiles[1]
-        tracker.times = 1
-        yield tiles[-1]
+        tracker.note_tiles(len(tiles))
+        yield from tiles[:1] if len(tiles) > 2 else tiles
+        if len(tiles) > 2:
+            with tracker.repeated((tiles.stop - tiles[1]) / tiles.step):
+                yield tiles[1]
 
     # Our own loss works in tiles of tokens, and its loop over columns of the vocabulary becomes a single pass.
-    tiles: Patches = [(loss, {"_COLUMNS": 2**31, "range": few_tiles})]
+    # Its buffers, which a run keeps from step to step, are made anew in each, so that all steps are alike.
+    buffers: list[torch.Tensor] = []
+    make = loss._two_buffers
+    own = {"_COLUMNS": 2**31, "range": few_tiles, "_two_buffers": lambda _, *shape: make(buffers, *shape)}
+    tiles: Patches = [(loss, own)]
     if not on_gpu:
         with patched_attributes(tiles):
             yield
@@ -87,6 +88,7 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
         (
             chunked_logprob,
             {
+                "range": few_tiles,
                 "_use_triton": lambda device: True,
                 "_forward_kernel": NoKernel(),
                 "_backward_kernel": NoKernel(),

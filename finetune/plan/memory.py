@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors, and FLOPs, while a model runs under torch's FakeTensorMode without real memory."""
+"""Records when tensors are made and freed, and FLOPs, while a model runs under torch's FakeTensorMode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 # The part for state of a paged optimizer. It can leave the GPU, so it does not count in the total.
 PAGED = "paged"
+# Kinds of a timeline's events.
+_PHASE, _LIVE, _SPIKE, _TILES = "phase", "live", "spike", "tiles"
 
 _aten = torch.ops.aten
 # torch 2.13 counts FLOPs of attention only for GPU kernels; the CPU's take arguments of the same shapes.
@@ -24,8 +27,61 @@ _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+@dataclass
+class Timeline:
+    """The changes of memory while a step runs.
+
+    Attributes:
+        kept: Bytes by part before the first change.
+        events: What each change is: `_PHASE` and the name of the phase that begins, `_LIVE` and the part whose bytes
+            change, `_SPIKE` and the part for which an operator needs bytes while it runs, or `_TILES` and the number of
+            tiles of a loop, at most three.
+        sizes: The bytes of each event.
+    """
+
+    kept: dict[str, int]
+    events: list[tuple[str, str]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def add(self, kind: str, name: str, size: int = 0) -> None:
+        """Adds an event."""
+        self.events.append((kind, name))
+        self.sizes.append(size)
+
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """Bytes by part at the peak of each phase."""
+        now, phases = Counter(self.kept), dict[str, dict[str, int]]()
+        total = peak = sum(size for part, size in now.items() if part != PAGED)
+        phase = ""
+        for (kind, name), size in zip(self.events, self.sizes, strict=True):
+            if kind == _PHASE:
+                phase, peak, phases[name] = name, total, dict(now)
+                continue
+            if kind == _LIVE:
+                now[name] += size
+                total += size if name != PAGED else 0
+            spike = size if kind == _SPIKE else 0
+            if phase and total + spike > peak:
+                peak = total + spike
+                phases[phase] = {**now, name: now[name] + spike}
+        return {phase: {k: v for k, v in parts.items() if v and k != PAGED} for phase, parts in phases.items()}
+
+    def at(self, share: float, other: Timeline) -> Timeline | None:
+        """The timeline of a batch whose number of rows lies at a share of the way from this one's to another's.
+
+        Sizes are lines in the number of rows, so it is exact, beyond the two as well as between them.
+
+        Returns:
+            None if the two do not have the same events.
+        """
+        if self.events != other.events:
+            return None
+        sizes = [round(a + (b - a) * share) for a, b in zip(self.sizes, other.sizes, strict=True)]
+        return Timeline(self.kept, self.events, sizes)
+
+
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of live tensors by part, now and at the peak of each phase of a step; FLOPs and operators.
+    """Bytes of live tensors by part, now and from the beginning of a timeline on; FLOPs and operators.
 
     A storage counts once, from the operator that made it until it is freed, which a weak reference reports. It belongs
     to the part that was current (`part`) when it was made. To be entered inside a FakeTensorMode.
@@ -45,13 +101,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Shapes of weights that are used twice, whose two gradients autograd adds in place.
         self.tied: set[torch.Size] = set()
         self.now: Counter[str] = Counter()
-        self.total = self.peak = 0
-        self.at_peak: dict[str, int] = {}
+        self.timeline = Timeline({})
         self.phase = ""
-        self.phases: dict[str, dict[str, int]] = {}
-        self.flops = 0
-        self.operators = 0  # without views, which make no tensor
-        self.times = 1  # the factor of each operator's FLOPs; see `fake_device.emulate_device`
+        self.flops = 0.0
+        self.operators = 0.0  # without views, which make no tensor
+        self.times = 1.0  # the factor of each operator's FLOPs; see `fake_device.emulate_device`
         self._live: dict[int, list[Any]] = {}
 
     @contextmanager
@@ -63,18 +117,26 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.part = before
 
-    def begin(self, phase: str) -> None:
-        """Starts a phase, which has a peak of its own. FLOPs and operators count from the first phase on."""
-        if not self.phase:
-            self.flops = self.operators = 0
-        self.end()
-        self.phase = phase
+    def start(self) -> None:
+        """Starts a timeline, and counts FLOPs and operators from here."""
+        self.timeline, self.phase = Timeline(dict(self.now)), ""
+        self.flops = self.operators = 0.0
 
-    def end(self) -> None:
-        """Ends the current phase and keeps its peak in `phases`."""
-        if self.phase:
-            self.phases[self.phase] = {k: v for k, v in self.at_peak.items() if v and k != PAGED}
-        self.peak, self.at_peak = self.total, dict(self.now)
+    def begin(self, phase: str) -> None:
+        """Starts a phase, which has a peak of its own."""
+        self.phase = phase
+        self.timeline.add(_PHASE, phase)
+
+    def note_tiles(self, count: int) -> None:
+        """Notes that a loop over tiles begins. Loops over three or more are alike; see `fake_device.emulate_device`."""
+        self.timeline.add(_TILES, str(min(count, 3)))
+
+    @contextmanager
+    def repeated(self, times: float) -> Iterator[None]:
+        """FLOPs and operators inside count so many times."""
+        self.times *= times
+        yield
+        self.times /= times
 
     def add(self, tensor: torch.Tensor, part: str | None = None) -> None:
         """Counts a tensor's storage from now on, unless it is counted already."""
@@ -96,16 +158,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Moves a tensor's storage to another part."""
         entry = self._live.get(tensor.untyped_storage()._cdata)
         if entry is not None and entry[0] != part:
-            self.now[entry[0]] -= entry[1]
-            self.now[part] += entry[1]
+            self._count(entry[0], -entry[1])
+            self._count(part, entry[1])
             entry[0] = part
 
     def spike(self, count: int) -> None:
         """Counts `count` bytes that an operator needs only while it runs."""
-        if self.total + count > self.peak:
-            self.peak = self.total + count
-            self.at_peak = dict(self.now)
-            self.at_peak[self.part] = self.at_peak.get(self.part, 0) + count
+        self.timeline.add(_SPIKE, self.part, count)
 
     def _adds_in_place(self, args: tuple[Any, ...]) -> bool:
         """True if autograd would add these two gradients in place, which it does with real tensors, not with fake ones.
@@ -125,9 +184,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, part: str, size: int) -> None:
         self.now[part] += size
-        self.total += size if part != PAGED else 0
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.now)
+        self.timeline.add(_LIVE, part, size)
 
     def _masked(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The rows that a boolean mask selects: as many as trained tokens, since a fake mask has no values."""
@@ -138,8 +195,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, key: int, entry: list[Any]) -> None:
         if self._live.get(key) is entry:
             del self._live[key]
-        self.now[entry[0]] -= entry[1]
-        self.total -= entry[1] if entry[0] != PAGED else 0
+        self._count(entry[0], -entry[1])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ class Predictor:
     with one more layer of each kind; the difference counts for each further layer of that kind. Kinds of one size count
     as one. The tests hold this against the whole model to the byte. A model whose config does not say how its layers
     differ, or with too many kinds, is run whole.
+
+    Batches that differ only in their number of rows are run twice; the costs of all others follow (`StepCost.at`).
     """
 
     def __init__(self, config: Any, hardware: Hardware, arguments: SFTConfig) -> None:
@@ -78,7 +81,8 @@ class Predictor:
         """
         self.config, self.hardware, self.arguments = config, hardware, arguments
         self._models: dict[tuple[str, tuple[int, ...]], FakeModel] = {}
-        self._costs: dict[Any, StepCost] = {}
+        # By all but the number of rows, then by batch.
+        self._costs: dict[Any, dict[Batch, StepCost]] = {}
 
     def step(self, settings: StepSettings) -> StepCost:
         """The cost of a step on one GPU, without what several GPUs add."""
@@ -176,14 +180,16 @@ class Predictor:
     def _run(self, settings: StepSettings, kept: tuple[int, ...]) -> StepCost:
         try:
             model = self._model(settings.recipe, kept)
-            key = (id(model), settings.batch, settings.optim, settings.checkpointing, settings.accumulation > 1)
-            if key not in self._costs:
-                self._costs[key] = model.step(*key[1:])
+            shape, batch = (settings.optim, settings.checkpointing, settings.accumulation > 1), settings.batch
+            alike = replace(batch, rows=0, trained=None if batch.trained is None else 0)
+            known = self._costs.setdefault((id(model), *shape, alike), {})
+            if batch not in known:
+                known[batch] = _between(known, batch) or model.step(batch, *shape)
+            return known[batch]
         except FinetuneError:
             raise
         except Exception as error:  # code of the model or of a library
             raise self._failed(settings.batch, error) from error
-        return self._costs[key]
 
     def _failed(self, batch: Batch, error: Exception) -> PlanError:
         """The error to raise where code of the model or of a library fails on fake tensors."""
@@ -211,6 +217,20 @@ def _parameters(config: Any) -> int:
     with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())
+
+
+def _between(known: dict[Batch, StepCost], batch: Batch) -> StepCost | None:
+    """The cost of a batch from those of two others, with other numbers of rows; None if it must be run."""
+    for (one, low), (other, high) in itertools.combinations(known.items(), 2):
+        if one.rows == other.rows:
+            continue
+        share = (batch.rows - one.rows) / (other.rows - one.rows)
+        trained = [each.trained or 0 for each in (one, other, batch)]
+        # The number of trained tokens is rounded up.
+        is_in_line = abs(trained[0] + (trained[1] - trained[0]) * share - trained[2]) <= 1
+        if is_in_line and (cost := low.at(share, high)) is not None:
+            return cost
+    return None
 
 
 def _extrapolate(one: StepCost, grown: Sequence[tuple[StepCost, int]]) -> StepCost:

@@ -125,7 +125,7 @@ def plan(
     predictor, settings, fit = candidates.on(hardware)
     fit.required = predictor.required_memory(settings)
     cost = predictor.step(settings)
-    made = MemoryPlan(recipe, settings, rows, fit, gpu_count, flops=cost.flops, operators=cost.operators)
+    made = MemoryPlan(recipe, settings, rows, fit, gpu_count, flops=cost.flops, operators=round(cost.operators))
     made.mixed_precision = decide_precision(settings.recipe, hardware.device).computes
     made.steps = _steps(arguments, rows, recipe, gpu_count)
     if gpu_count == 1:

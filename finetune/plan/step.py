@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from trl import SFTConfig
 from finetune.model.precision import decide_precision
 from finetune.plan.fake_device import Patches, emulate_device, patched_attributes
 from finetune.plan.fake_model import build_fake
-from finetune.plan.memory import PAGED, MemoryTracker
+from finetune.plan.memory import PAGED, MemoryTracker, Timeline
 from finetune.recipe.load import Recipe
 from finetune.system.devices import Hardware
 from finetune.system.errors import PlanError
@@ -56,7 +56,9 @@ class StepCost:
         paged: Optimizer state that a paged optimizer can move to the CPU's memory; in no other figure.
         flops: Floating-point operations of the forward and backward pass of one batch.
         gradients: Memory of all gradients.
-        operators: Operators of the forward and backward pass, each of which takes time to launch.
+        operators: Operators of a step with one batch, each of which takes time to launch.
+        timeline: The changes of memory from which `phases` follow, but for the optimizer's; None for more layers than
+            were run.
     """
 
     phases: dict[str, dict[str, int]]
@@ -64,7 +66,30 @@ class StepCost:
     paged: int
     flops: float
     gradients: int
-    operators: int
+    operators: float
+    timeline: Timeline | None = None
+
+    def at(self, share: float, other: StepCost) -> StepCost | None:
+        """The cost with a number of rows at a share of the way from this cost's to another's.
+
+        Args:
+            share: From 0 at this cost's rows to 1 at those of the other; also below or above.
+            other: The cost of the same model and settings with another number of rows.
+
+        Returns:
+            None if the model ran differently in the two: in one tile of the output layer in place of two, for example.
+        """
+        assert self.timeline is not None
+        assert other.timeline is not None
+        if (timeline := self.timeline.at(share, other.timeline)) is None:
+            return None
+        return replace(
+            self,
+            phases=self.phases | timeline.peaks(),
+            flops=self.flops + (other.flops - self.flops) * share,
+            operators=self.operators + (other.operators - self.operators) * share,
+            timeline=timeline,
+        )
 
     @property
     def parts(self) -> dict[str, int]:
@@ -91,7 +116,7 @@ class _OptimizerCost:
     state: dict[str, int]
     peak: dict[str, int]
     flops: float
-    operators: int
+    operators: float
 
 
 class FakeModel:
@@ -200,6 +225,7 @@ class FakeModel:
                 weights = Counter(tracker.now)
                 self._first_step(optimizer, trained, tracker)
                 state = {part: size - weights[part] for part, size in tracker.now.items() if size != weights[part]}
+            tracker.start()
             kept = dict(tracker.now)
             tracker.part = "activations"
             if accumulates:
@@ -209,27 +235,20 @@ class FakeModel:
                     tracker.move(parameter.grad, "gradients")
             tracker.begin("forward")
             self._forward_backward(batch, tracker, trained)
-            tracker.begin("optimizer")
+            timeline, flops, operators = tracker.timeline, tracker.flops, tracker.operators
+            tracker.start()
             if not known:
-                flops, operators = tracker.flops, tracker.operators
+                tracker.begin("optimizer")
                 self._optimizer_step(optimizer, trained, tracker)
-                tracker.end()
-                known = _OptimizerCost(
-                    state, tracker.phases["optimizer"], tracker.flops - flops, tracker.operators - operators
-                )
+                peak = tracker.timeline.peaks()["optimizer"]
+                known = _OptimizerCost(state, peak, tracker.flops, tracker.operators)
                 self._optimizer_costs[optim, accumulates] = known
-                tracker.flops, tracker.operators = flops, operators
         paged, gradients = kept.pop(PAGED, 0), sum(p.numel() * p.element_size() for p in trained)
         for parameter in trained:
             parameter.grad = None
-        return StepCost(
-            tracker.phases | {"optimizer": known.peak},
-            kept,
-            paged,
-            tracker.flops + known.flops,
-            gradients,
-            tracker.operators + known.operators,
-        )
+        phases = timeline.peaks() | {"optimizer": known.peak}
+        flops, operators = flops + known.flops, operators + known.operators
+        return StepCost(phases, kept, paged, flops, gradients, operators, timeline)
 
     def _count_weights(self, tracker: MemoryTracker) -> None:
         """Counts the memory of parameters, of the constants of quantised ones, and of buffers."""
