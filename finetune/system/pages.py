@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,20 @@ def render(template: str, markup: bool = True, **values: Any) -> str:
         markup: True for HTML, in which values are escaped; False for Markdown, which has no general escape.
         **values: The template's variables.
     """
+    return str(environment(markup).get_template(template).render(values))
+
+
+@functools.cache
+def environment(markup: bool) -> Any:
+    """The Jinja environment of our templates, which compiles each of them once; `markup` as for `render`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=markup,
     )
-    environment.filters |= {"cell": cell, "visible": visible}
-    return environment.get_template(template).render(values)
+    made.filters |= {"cell": cell, "visible": visible}
+    return made

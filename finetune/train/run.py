@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -383,6 +384,7 @@ def environment(precision: Precision, base: Base) -> Environment:
     return found
 
 
+@functools.cache  # each name takes 8 ms
 def _versions() -> dict[str, str]:
     names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
     return {name: importlib.metadata.version(name) for name in names}
