@@ -69,7 +69,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "PiSSA": {"lora": {"init_lora_weights": "pissa"}},
     "MiCA": {"lora": {"init_lora_weights": "mica"}},
 }
-TIERS = {"LoRA": [], "PiSSA": [pytest.mark.soak], "MiCA": [pytest.mark.soak]}
 SPREAD = {
     "8 rows": ("training.per_device_train_batch_size=8", {}),
     "1 row, 8 times": ("training.per_device_train_batch_size=1 training.gradient_accumulation_steps=8", {}),
@@ -78,17 +77,31 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=TIERS.get(kind, [pytest.mark.slow])) for kind in KINDS])
-def test_one_result_however_the_batch_is_spread(write_recipe: Write, processes: Processes, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "spread"),
+    [
+        pytest.param("LoRA", tuple(SPREAD), id="LoRA"),
+        *(
+            pytest.param(kind, ("8 rows", "FSDP, 2 x 4"), marks=pytest.mark.slow, id=f"{kind}, FSDP")
+            for kind in KINDS
+            if kind not in ("LoRA", "PiSSA", "MiCA")
+        ),
+        *(pytest.param(kind, tuple(SPREAD), marks=pytest.mark.soak, id=kind) for kind in KINDS if kind != "LoRA"),
+    ],
+)
+def test_one_result_however_the_batch_is_spread(
+    write_recipe: Write, processes: Processes, kind: str, spread: tuple[str, ...]
+) -> None:
     """Over an epoch's end, where 21 rows do not fill three steps of eight."""
     path = write_recipe(**KINDS[kind])
     uneven_rows(24)
     data = ["data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.125"]
-    for name, (overrides, where) in SPREAD.items():
+    for name in spread:
+        overrides, where = SPREAD[name]
         run = f"training.output_dir={name}"
         steps = ["training.max_steps=5", "training.per_device_eval_batch_size=1"]
         processes.run("train", str(path), run, *overrides.split(), *data, *steps, **where)
-    first, *others = SPREAD
+    first, *others = spread
     assert len(records(first, "loss")) == 5
     one = weights(first)
     for other in others:

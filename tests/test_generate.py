@@ -46,7 +46,7 @@ def test_spread_over_all_devices_it_says_the_same() -> None:
 @pytest.mark.skipif(" " in sys.prefix, reason="torch 2.13 gives the compiler paths without quotation marks")
 # torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("architecture", ["gemma3", pytest.param("gemma2", marks=pytest.mark.soak)])
 def test_compiled_it_says_the_same(architecture: str) -> None:
     """And it is compiled: torch has made graphs of it."""
     from torch._dynamo.utils import counters

@@ -26,8 +26,7 @@ ATTENTIONS = [
     ("llama", "sdpa"),
     ("gemma", "sdpa"),
     ("gemma3", "sdpa"),
-    ("llama", "eager"),
-    ("gemma", "eager"),
+    *(pytest.param(name, "eager", marks=pytest.mark.soak) for name in ("llama", "gemma")),
     ("gemma2", "eager"),
     ("gemma3", "eager"),
 ]

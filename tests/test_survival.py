@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,14 @@ def _killed_and_resumed(processes: Processes, command: list[str], seed: int, sec
 @pytest.mark.parametrize(
     "seeds",
     [
-        pytest.param(range(6), marks=pytest.mark.slow, id="6"),
+        # While it saves and elsewhere, on one rank; while it saves on two.
+        pytest.param((0, 1, 3), marks=pytest.mark.slow, id="3"),
         pytest.param(range(6, 31), marks=pytest.mark.soak, id="25"),
     ],
 )
-def test_killed_at_any_moment_it_ends_at_the_same_bits(write_recipe: Write, processes: Processes, seeds: range) -> None:
+def test_killed_at_any_moment_it_ends_at_the_same_bits(
+    write_recipe: Write, processes: Processes, seeds: Sequence[int]
+) -> None:
     path = write_recipe(
         model={"name_or_path": "random:gemma2"},
         training={"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3},
