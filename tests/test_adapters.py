@@ -252,6 +252,10 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda adapter: Path("base/model.safetensors").write_text(POINTER),
         "model.name_or_path: base/model.safetensors is a pointer of Git LFS; run git lfs pull beside it",
     ),
+    "a base of MLX": (
+        lambda adapter: Path("base/config.json").write_text('{"quantization_config": {"group_size": 32, "bits": 4}}'),
+        "model.name_or_path: the weights of base are quantised by MLX, which only MLX reads; name the model",
+    ),
     "the base elsewhere": (
         lambda adapter: change_config(adapter, base_model_name_or_path="/data/models/other"),
         "adapter/adapter_config.json: its base /data/models/other is not on this machine; write --base with its path",

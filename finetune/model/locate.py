@@ -24,8 +24,8 @@ from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
-from finetune.system.errors import ModelError, first_line
-from finetune.system.files import git_lfs_pointer, made_once, sha256
+from finetune.system.errors import ModelError, RunError, first_line
+from finetune.system.files import git_lfs_pointer, made_once, read_json, sha256
 from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.
@@ -197,7 +197,7 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
         say: Called with a line before a conversion, which takes about a minute.
 
     Raises:
-        ModelError: A file or package is missing, or a directory holds no safetensors weights.
+        ModelError: A file or package is missing, or a directory holds no safetensors weights, or MLX's.
     """
     kind, _, rest = name_or_path.partition(":")
     if kind == "random":
@@ -228,6 +228,14 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
     if path.is_dir():
         if pointer := git_lfs_pointer(path):
             raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
+        quantization = None
+        with contextlib.suppress(RunError):  # transformers names a config that is damaged
+            quantization = read_json(path / "config.json").get("quantization_config")
+        if isinstance(quantization, dict) and "group_size" in quantization and "quant_method" not in quantization:
+            raise ModelError(
+                f"model.name_or_path: the weights of {name_or_path} are quantised by MLX, which only MLX reads; name "
+                "the model that it was made from"
+            )
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
             pickle = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else ""
