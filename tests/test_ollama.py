@@ -25,7 +25,7 @@ from finetune.system.errors import OllamaError
 Message = dict[str, str]
 Go = Callable[..., list[dict[str, Any]]]
 
-SHIPPED = ["gemma", "gemma2_system", "gemma3", "llama3", "chatml"]
+SHIPPED = ["gemma", "gemma2_system", "gemma3", "gemma4", "functiongemma", "llama3", "chatml"]
 ROLES = ["template", "fold", "turn", "error"]
 REFUSES = "template: :.*takes no system message"
 
