@@ -168,7 +168,8 @@ def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, 
                 "the model that it was made from"
             ) from error
         vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(into)
+        # In the original format, transformers 5.23 would reverse the reading of quantised tensors, which it cannot.
+        model.save_pretrained(into, save_original_format=False)
     _copy_other_files(path, revision, into)
 
 
