@@ -25,13 +25,16 @@ _KINDS = {"rows": "token rows", "value": "a tensor trained whole", "base": "a sa
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
 
-def write_adapter(run: Path, output: Path, base: str | None = None) -> None:
+def write_adapter(run: Path, output: Path, base: str | None = None) -> Path:
     """Writes a run's adapter as plain LoRA of one rank, with `lora_alpha` equal to it.
 
     Args:
         run: A run, or a folder with a PEFT adapter.
         output: An empty folder.
         base: The path or id of the base, in place of the one that the run's files name.
+
+    Returns:
+        The folder with the base.
 
     Raises:
         ExportError: The adapter holds something else than LoRA matrices of linear layers.
@@ -61,6 +64,7 @@ def write_adapter(run: Path, output: Path, base: str | None = None) -> None:
         **{"layers_to_transform": None, "layers_pattern": None},
     }
     (output / ADAPTER_CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return Path(plan.folder or plan.path)
 
 
 def _lora_changes(run: Path, plan: MergePlan) -> list[Change]:

@@ -33,7 +33,14 @@ from finetune.model.provenance import (
     is_adapter,
     merged_run,
 )
-from finetune.recipe.export_formats import ADAPTER, COMPRESSED_FORMATS, FORMATS_HELP, TRANSFORMERS_FORMATS, gguf_types
+from finetune.recipe.export_formats import (
+    ADAPTER,
+    COMPRESSED_FORMATS,
+    FORMATS_HELP,
+    GGUF_ADAPTER,
+    TRANSFORMERS_FORMATS,
+    needs_gguf,
+)
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
@@ -41,6 +48,7 @@ from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_wh
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
+    from finetune.export.gguf.make import PlainLora
     from finetune.export.gguf.run import GgufExport
 
 _ADAPTER = "adapter on its base"
@@ -90,15 +98,15 @@ def export(
     if compressed := [name for name in formats if name in COMPRESSED_FORMATS]:
         section = adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model))
         _check_compressed(section, compressed)
-    if gguf_types(formats):
+    if needs_gguf(formats):
         _check_gguf(adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model)))
     gate = dict(options.gate) | (gate or {})
     if unknown := gate.keys() - LIMITS.keys():
         raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
     if not formats:
         raise ExportError(f"no format is given; write --format with {FORMATS_HELP}")
-    if ADAPTER in formats and not is_run:
-        raise ExportError(f"--format {ADAPTER}: {model} is a whole model; export the run that it was merged from")
+    if (wanted := [name for name in (ADAPTER, GGUF_ADAPTER) if name in formats]) and not is_run:
+        raise ExportError(f"--format {wanted[0]}: {model} is a whole model; export the run that it was merged from")
     if base and not is_run:
         raise ExportError(
             f"--base {base}: {model} is a whole model, not a run; leave out --base, or export the run that it was "
@@ -113,11 +121,12 @@ def export(
         exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress, given)
         source = exporting.add_source_models(base or options.base)
         gguf = None
-        if gguf_types(formats):
+        if needs_gguf(formats):
             # Checks the model and loads its tokenizer before the hours that the other formats take.
             from finetune.export.gguf.run import prepare_gguf
 
-            gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say)
+            lora = exporting.plain_lora() if GGUF_ADAPTER in formats else None
+            gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say, lora)
         exporting.write_weight_formats(source)
         exporting.write_adapter()
         gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
@@ -210,6 +219,14 @@ class _Export:
             write_adapter(self.model, place, self.given_base)
             trained = self.jobs[0]
             self.jobs.append(Job(ADAPTER, place, trained.dtype, trained.name, trained.keep))
+
+    def plain_lora(self) -> PlainLora:
+        """The adapter as plain LoRA in the working folder, from which its GGUF file is made."""
+        from finetune.export.gguf.make import PlainLora
+
+        place = self.work / "lora"
+        place.mkdir()
+        return PlainLora(place, write_adapter(self.model, place, self.given_base))
 
     def add_gguf_reference(self, source: Job, gguf: GgufExport) -> Job:
         """The job of the model that GGUF files are compared with: in float32, as llama.cpp computes, if that fits."""

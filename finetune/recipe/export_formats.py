@@ -16,15 +16,24 @@ GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", 
 GGUF_ALL = ("IQ3_S", "IQ4_NL", "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 # Plain LoRA for servers, by `export/adapter.py`.
 ADAPTER = "adapter"
-FORMATS = (*TRANSFORMERS_FORMATS, ADAPTER, "ollama", "gguf:all", *(f"gguf:{kind}" for kind in GGUF_TYPES))
+# The same as a GGUF file.
+GGUF_ADAPTER = "gguf:adapter"
+FORMATS = (*TRANSFORMERS_FORMATS, ADAPTER, "ollama", "gguf:all", GGUF_ADAPTER, *(f"gguf:{kind}" for kind in GGUF_TYPES))
 # `FORMATS` in a sentence, for messages.
-FORMATS_HELP = f"{', '.join(TRANSFORMERS_FORMATS)}, adapter, gguf:TYPE (such as gguf:Q4_K_M), gguf:all or ollama"
+FORMATS_HELP = (
+    f"{', '.join(TRANSFORMERS_FORMATS)}, adapter, gguf:TYPE (such as gguf:Q4_K_M), gguf:all, gguf:adapter or ollama"
+)
+
+
+def needs_gguf(formats: Sequence[str]) -> bool:
+    """True if one of the formats is a GGUF file."""
+    return bool(gguf_types(formats)) or GGUF_ADAPTER in formats
 
 
 def gguf_types(formats: Sequence[str]) -> list[str]:
     """The GGUF types that formats stand for, each once; for `ollama` alone Q4_K_M, which fits most machines."""
     types: list[str] = []
     for name in formats:
-        if name.startswith("gguf:"):
+        if name.startswith("gguf:") and name != GGUF_ADAPTER:
             types += GGUF_ALL if name == "gguf:all" else [name.removeprefix("gguf:")]
     return list(dict.fromkeys(types)) or (["Q4_K_M"] if "ollama" in formats else [])

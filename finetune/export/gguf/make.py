@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, sample_rows
+from finetune.export.gguf.adapter import write_gguf_adapter
 from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance
 from finetune.export.gguf.imatrix.files import Importance, check_fits, read_imatrix, write_imatrix
 from finetune.export.gguf.llama_cpp.measure import Measurement, TokenizedText, measure
@@ -21,6 +22,7 @@ from finetune.export.gguf.write import check_writable, write_gguf
 from finetune.export.report import ModelFigures
 from finetune.export.transformers import saved_dtype
 from finetune.export.verify import CONVERSATIONS
+from finetune.recipe.export_formats import GGUF_ADAPTER
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
 from finetune.system.errors import LabelError, TemplateError
 from finetune.system.terminal import Say
@@ -43,6 +45,14 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class PlainLora:
+    """A folder with plain LoRA, and the folder of its base."""
+
+    folder: Path
+    base: Path
+
+
+@dataclass(frozen=True)
 class GgufPlan:
     """The GGUF files to write for a model, and the rows that they are measured on."""
 
@@ -59,6 +69,8 @@ class GgufPlan:
     """Files without the matrix are not tried."""
     measurement: Measurement
     """Without its texts, which `make_files` adds."""
+    lora: PlainLora | None = None
+    """The adapter to write as `NAME-adapter.gguf`."""
 
     @property
     def best_file(self) -> str:
@@ -108,7 +120,7 @@ def imatrix_source(
 def make_files(
     plan: GgufPlan, folder: Path, work: Path, say: Say, progress: bool
 ) -> tuple[list[ModelFigures], list[str]]:
-    """Writes `NAME-TYPE.gguf` for each type, the matrix and `test.log`; returns figures of all files tried, and notes.
+    """Writes `NAME-TYPE.gguf` for each type, the adapter, the matrix and `test.log`.
 
     Args:
         plan: The files to write.
@@ -116,6 +128,9 @@ def make_files(
         work: A folder for files that are not kept.
         say: Called with a line for each step.
         progress: Shows progress bars on a terminal.
+
+    Returns:
+        Figures of all files tried, and notes.
 
     Raises:
         ExportError, ModelError: The matrix cannot be collected, or a file cannot be written.
@@ -156,9 +171,28 @@ def make_files(
                 other.unlink()
         file.replace(folder / file.name)
         figures += [measured for measured, _ in tried]
+    if plan.lora:
+        figures.append(_make_adapter(plan, plan.lora, folder, work, on, say, progress))
     log = "\n".join(_log_entry(measured) for measured in figures if measured["kept"])
     (folder / "test.log").write_text(log, encoding="utf-8")
     return figures, notes
+
+
+def _make_adapter(
+    plan: GgufPlan, lora: PlainLora, folder: Path, work: Path, on: Measurement, say: Say, progress: bool
+) -> ModelFigures:
+    """Writes the adapter's file, and measures it on a GGUF file of its base, in the base's own type."""
+    file = folder / f"{plan.name}-adapter.gguf"
+    say(f"{GGUF_ADAPTER}: writing")
+    write_gguf_adapter(lora.folder, lora.base, file)
+    base_type = {"float32": "F32", "float16": "F16"}.get(saved_dtype(lora.base), "BF16")
+    say(f"{GGUF_ADAPTER}: measuring on its base in {base_type}")
+    base = work / f"base-{base_type}.gguf"
+    write_gguf(lora.base, base, base_type, None, progress, plan.tokenizer.fields)
+    measured = measure(base, GGUF_ADAPTER, on, file)
+    base.unlink()
+    measured |= {"bytes": file.stat().st_size, "kind": "adapter", "file": file.name, "matrix": False, "kept": True}
+    return measured
 
 
 def gguf_faults(file: ModelFigures) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, rows_by_language
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.make import GgufPlan, imatrix_source, make_files, read_writable_tokenizer
+from finetune.export.gguf.make import GgufPlan, PlainLora, imatrix_source, make_files, read_writable_tokenizer
 from finetune.export.gguf.ollama.modelfile import write_modelfile
 from finetune.export.gguf.ollama.system_text import common_system_text
 from finetune.export.report import ModelFigures
@@ -73,6 +73,7 @@ def prepare_gguf(
     options: ExportSection,
     work: Path,
     say: Say,
+    lora: PlainLora | None = None,
 ) -> GgufExport:
     """Checks that the files can be written, before a weight is read.
 
@@ -84,6 +85,7 @@ def prepare_gguf(
         options: The recipe's section.
         work: A folder for the Modelfile until its GGUF file is written.
         say: Called with a line if the run's data cannot be read.
+        lora: The run's adapter, for the format gguf:adapter.
 
     Raises:
         ExportError: The model has no GGUF form, or no importance matrix can be made.
@@ -100,7 +102,7 @@ def prepare_gguf(
     compared = [*held_out.rows, *(row for rows in groups.values() for row in rows)]
     imatrix = imatrix_source(model, types, compared, options, trained, say)
     measurement = Measurement(held_out.rows, groups)
-    plan = GgufPlan(model, types, name, tokenizer, imatrix, options.imatrix == "always", measurement)
+    plan = GgufPlan(model, types, name, tokenizer, imatrix, options.imatrix == "always", measurement, lora)
     modelfile = None
     if "ollama" in formats:
         write_modelfile(model, work, plan.best_file, tokenizer.add_bos, common_system_text(trained))

@@ -77,6 +77,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_tokenize": (_I, (_P, ctypes.c_char_p, _I, ctypes.POINTER(ctypes.c_int32), _I, _B, _B)),
     "llama_batch_init": (_Batch, (_I, _I, _I)),
     "llama_batch_free": (None, (_Batch,)),
+    "llama_adapter_lora_init": (_P, (_P, ctypes.c_char_p)),
+    "llama_set_adapters_lora": (_I, (_P, ctypes.POINTER(_P), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float))),
     "llama_decode": (_I, (_P, _Batch)),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (_P, _I)),
 }
@@ -176,12 +178,13 @@ class Llama:
     Args:
         file: The file.
         context: The most tokens of a row or an answer.
+        adapter: A GGUF file of LoRA to add.
 
     Raises:
         LlamaCppError: xllamacpp is missing or of an unknown release, or llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, context: int = 512) -> None:
+    def __init__(self, file: Path, context: int = 512, adapter: Path | None = None) -> None:
         self._library = llama_library()
         self._library.llama_log_set(_log.callback, None)
         _log.errors.clear()
@@ -194,6 +197,10 @@ class Llama:
         self._model = self._library.llama_model_load_from_file(os.fsencode(file), options)
         if not self._model:
             raise LlamaCppError(f"{file}: llama.cpp does not take it: {_log.first_error()}")
+        # The model frees it.
+        self._adapter = adapter and self._library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        if adapter and not self._adapter:
+            raise LlamaCppError(f"{adapter}: llama.cpp does not take it: {_log.first_error()}")
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocabulary)
         # The context that the model was trained for.
@@ -294,6 +301,10 @@ class Llama:
         made = [int(getattr(self._library, f"llama_n_{name}")(context)) for name in ("ctx", "batch", "ubatch")]
         if made[0] < self._wanted or made[1:] != [self.step] * 2 or _log.cache not in (None, "f32"):
             raise unknown_release(f"{_CONTEXT_CHANGED}: asked for it made {made}, cache {_log.cache}")
+        if self._adapter:
+            one = (_P * 1)(self._adapter), 1, (ctypes.c_float * 1)(1.0)
+            if self._library.llama_set_adapters_lora(context, *one):
+                raise LlamaCppError(f"llama.cpp cannot add the adapter: {_log.first_error()}")
         self._library.llama_set_n_threads(context, cpu_count(), cpu_count())
         batch = self._library.llama_batch_init(self.step, 0, 1)
         if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):

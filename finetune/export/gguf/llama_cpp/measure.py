@@ -75,9 +75,10 @@ class _Task:
 
     file: Path
     measurement: Measurement
+    adapter: Path | None = None
 
 
-def measure(file: Path, name: str, measurement: Measurement) -> ModelFigures:
+def measure(file: Path, name: str, measurement: Measurement, adapter: Path | None = None) -> ModelFigures:
     """Runs a GGUF file in llama.cpp, in a fresh process; the result has `error` if it cannot be loaded or run.
 
     The result has the keys of `verify.measure` and: `largest`, the largest difference of a log-probability from the
@@ -88,13 +89,14 @@ def measure(file: Path, name: str, measurement: Measurement) -> ModelFigures:
         file: A GGUF file.
         name: The file's name in the report.
         measurement: The rows and texts that it is measured on.
+        adapter: A GGUF file of LoRA to add to it.
     """
     size = file.stat().st_size if file.is_file() else 0
     figures: ModelFigures = {"name": name, "against": measurement.against, "dtype": "gguf", "bytes": size}
     # After a failed assertion ggml would start a debugger for a backtrace.
     environment = {"GGML_NO_BACKTRACE": "1"}
     try:
-        figures |= fresh_process.call(_load_and_measure, _Task(file, measurement), environment=environment)
+        figures |= fresh_process.call(_load_and_measure, _Task(file, measurement, adapter), environment=environment)
     except fresh_process.ProcessFailed as error:
         figures["error"] = _crash_reason(error.code, error.stderr) if error.code else str(error)
     except LlamaCppError as error:
@@ -129,12 +131,12 @@ def _first_logged_error(stderr: str) -> str:
 
 def _load_and_measure(task: _Task) -> ModelFigures:
     file, on = task.file, task.measurement
-    scores, trained_context = _scores(file, on)
+    scores, trained_context = _scores(file, on, task.adapter)
     row_prompts = [row.prompt for row in on.rows[:ANSWERS]]
     long_prompt = _long_prompt(on.rows, trained_context)
     # A file's template may write more than the trained one.
     longest = max(len(ids) for ids in [*row_prompts, *(item.ids for item in on.prompts), long_prompt])
-    with Server(file, 2 * longest + 512) as server:
+    with Server(file, 2 * longest + 512, task.adapter) as server:
         answers = [server.answer(prompt, ANSWER_TOKENS) for prompt in row_prompts]
         plain = not any(item.messages for item in [*on.conversations, *on.prompts])
         question = QUESTION if plain else server.render([{"role": "user", "content": QUESTION}])
@@ -156,11 +158,11 @@ def _load_and_measure(task: _Task) -> ModelFigures:
     return scores
 
 
-def _scores(file: Path, on: Measurement) -> tuple[ModelFigures, int]:
+def _scores(file: Path, on: Measurement, adapter: Path | None) -> tuple[ModelFigures, int]:
     """Predictions and token ids of a GGUF file, and the context length that it was made for."""
     started = time.monotonic()
     every = [*on.rows, *(row for rows in on.groups.values() for row in rows)]
-    with Llama(file, max((len(row.input_ids) for row in every), default=1)) as llama:
+    with Llama(file, max((len(row.input_ids) for row in every), default=1), adapter) as llama:
         seconds = time.monotonic() - started
         ids = [llama.tokenize(item.text, item.special) for item in on.texts]
         model = _LlamaModel(llama, on.reference)

@@ -25,12 +25,13 @@ class Server:
     Args:
         file: The file; one that `Llama` can load.
         context: The most tokens of a prompt and its answer together.
+        adapter: A GGUF file of LoRA to add.
 
     Raises:
         LlamaCppError: xllamacpp is not installed, or the server does not start; it writes the reason to stderr.
     """
 
-    def __init__(self, file: Path, context: int) -> None:
+    def __init__(self, file: Path, context: int, adapter: Path | None = None) -> None:
         package = import_xllamacpp()
         options = package.CommonParams()
         self._key = secrets.token_hex()
@@ -47,6 +48,8 @@ class Server:
             "prefill_assistant": False,
         }
         options.model.path = str(file)
+        if adapter:
+            options.lora_adapters = [package.CommonAdapterLoraInfo(str(adapter), 1.0)]
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = cpu_count()
         try:
             for name, value in settings.items():
