@@ -1,4 +1,4 @@
-"""The adapter as a GGUF file: llama.cpp computes with it, on the base's file, what it computes with the merged model's."""
+"""The adapter as a GGUF file: on the base's file, llama.cpp computes what it computes with the merged model's."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ from finetune.export.gguf.llama_cpp.library import Llama
 from finetune.export.gguf.write import write_gguf
 from finetune.merge.run import merge
 from finetune.model.locate import locate
+from finetune.system.errors import ExportError
 from finetune.system.terminal import quiet
 
 # Ranks and alphas that differ by layer, and rsLoRA: plain LoRA has one of each.
@@ -27,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "use_rslora": True,
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"down_proj": 16},
-    "target_modules": "all-linear",
+    "target_modules": r".*[.](q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     "task_type": "CAUSAL_LM",
 }
 
@@ -81,6 +82,15 @@ def test_its_metadata_is_that_of_llama_cpps_conversion(tmp_path: Path) -> None:
     assert shapes["blk.0.ffn_down.weight.lora_a"] == [128, 4]
     assert shapes["blk.0.ffn_down.weight.lora_b"] == [4, 64]
     assert len(shapes) == 2 * 2 * 7
+
+
+def test_a_layer_that_llama_cpp_passes_over_is_refused(tmp_path: Path) -> None:
+    run = adapter_of("random:gemma4", tmp_path / "run", target_modules="all-linear")
+    (tmp_path / "lora").mkdir()
+    base = write_adapter(run, tmp_path / "lora")
+    with pytest.raises(ExportError, match=r"changes model\..*per_layer_.*, and llama.cpp adds LoRA to"):
+        write_gguf_adapter(tmp_path / "lora", base, tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
 
 
 def test_a_part_that_llama_cpp_does_not_take_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

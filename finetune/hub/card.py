@@ -29,6 +29,8 @@ from finetune.system.pages import render
 
 # The last line of a generated card, with the hash of the text above it; in a card that a person has edited, it differs.
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
+# The end of the name of a GGUF file with an adapter.
+_ADAPTER_FILE = "-adapter.gguf"
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
 
 
@@ -187,7 +189,11 @@ def export_card(
     }
     # `_usage` takes the first folder with a chat template; a GGUF file has the one of the model that it was made from.
     places = (place / folders[0] if folders else place, run or place, Path(report.get("model") or place))
-    values["use"] = _usage(places, target, use, base, training, {}) | {"files": files, "modelfile": modelfile}
+    values["use"] = _usage(places, target, use, base, training, {}) | {
+        "files": [file for file in files if not file.endswith(_ADAPTER_FILE)],
+        "adapters": [file for file in files if file.endswith(_ADAPTER_FILE)],
+        "modelfile": modelfile,
+    }
     data = base_metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
     data |= language_metadata(training["ledger"])
     perplexity = (measured or {}).get("perplexity")
@@ -260,6 +266,7 @@ def _usage(
         "system": system,
         "modelfile": None,
         "files": [],
+        "adapters": [],
     }
 
 

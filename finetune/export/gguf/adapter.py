@@ -1,6 +1,8 @@
 """Writes plain LoRA as a GGUF file, which llama.cpp and Ollama add to a GGUF file of its base.
 
-A product is scaled by alpha / rank. Source: llama.cpp of October 2026, `convert_lora_to_gguf.py`, `src/llama-adapter.cpp`.
+A product is scaled by alpha / rank.
+
+Source: llama.cpp of October 2026, `convert_lora_to_gguf.py` and `src/llama-adapter.cpp`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from safetensors.numpy import load_file
 
 from finetune.export.gguf.metadata import read_config
 from finetune.export.gguf.tensors import ARCHITECTURES, converted_values, gguf_names
+from finetune.system.errors import ExportError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, whole_file
+
+# The layers to which each family's graph adds LoRA. Those around Gemma 4's embeddings of each layer get none.
+_LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
@@ -24,7 +30,7 @@ def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
         file: The file to write; it appears when it is complete.
 
     Raises:
-        ExportError: llama.cpp has no tensor for one of the layers.
+        ExportError: llama.cpp does not add LoRA to one of the layers.
         RunError: The adapter's config is damaged.
     """
     config = read_config(base)
@@ -40,6 +46,11 @@ def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
             name, values = name_of(f"{module}.weight"), matrix.astype("float32")
             if name is None:
                 continue  # keys and values that nobody reads
+            if name.split(".")[-2] not in _LAYERS:
+                raise ExportError(
+                    f"--format gguf:adapter: the adapter changes {module}, and llama.cpp adds LoRA to attention and "
+                    "MLP alone, without a message; write --format gguf:Q4_K_M, which merges it"
+                )
             # Rows of B are rows of the weight.
             values = converted_values(name, values, config) if role == "B" else values
             writer.add_tensor(f"{name}.lora_{role.lower()}", values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,6 +192,9 @@ def _make_adapter(
     write_gguf(lora.base, base, base_type, None, progress, plan.tokenizer.fields)
     measured = measure(base, GGUF_ADAPTER, on, file)
     base.unlink()
+    # A base's file has no template, or its own.
+    if (template := plan.model / "chat_template.jinja").is_file():
+        shutil.copy(template, folder)
     measured |= {"bytes": file.stat().st_size, "kind": "adapter", "file": file.name, "matrix": False, "kept": True}
     return measured
 
