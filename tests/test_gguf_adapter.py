@@ -17,6 +17,7 @@ from finetune.export.gguf.adapter import write_gguf_adapter
 from finetune.export.gguf.llama_cpp.library import Llama
 from finetune.export.gguf.write import write_gguf
 from finetune.merge.run import merge
+from finetune.model.adapter_readers import check_adapter
 from finetune.model.locate import locate
 from finetune.system.errors import ExportError
 from finetune.system.terminal import quiet
@@ -28,7 +29,7 @@ OPTIONS: dict[str, Any] = {
     "use_rslora": True,
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"down_proj": 16},
-    "target_modules": r".*[.](q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    "target_modules": r".*(?<!per_layer_model)_(proj|gate|projection)",
     "task_type": "CAUSAL_LM",
 }
 
@@ -86,9 +87,10 @@ def test_its_metadata_is_that_of_llama_cpps_conversion(tmp_path: Path) -> None:
 
 def test_a_layer_that_llama_cpp_passes_over_is_refused(tmp_path: Path) -> None:
     run = adapter_of("random:gemma4", tmp_path / "run", target_modules="all-linear")
+    assert any("ignores it" in line for line in check_adapter(run, "llama.cpp").problems)
     (tmp_path / "lora").mkdir()
     base = write_adapter(run, tmp_path / "lora")
-    with pytest.raises(ExportError, match=r"changes model\..*per_layer_.*, and llama.cpp adds LoRA to"):
+    with pytest.raises(ExportError, match=r"changes model\.per_layer_model_projection, and llama"):
         write_gguf_adapter(tmp_path / "lora", base, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()
 

@@ -95,6 +95,7 @@ READERS = {
             "DoRA": (REFUSES, "it takes only the matrices A and B"),
             "lora_bias": (REFUSES, "it takes only the matrices A and B"),
             "bias": (REFUSES, "it takes only the matrices A and B"),
+            "per_layer_model_projection": (IGNORES, "its graph of Gemma 4 adds no LoRA there"),
             "rsLoRA": (WRONG, "it scales a layer by lora_alpha / its rank"),
             "alpha_pattern": (WRONG, "it scales all layers by the one lora_alpha"),
         },
@@ -127,6 +128,7 @@ _PARTS: dict[str, Callable[[dict[str, Any], Iterable[str]], Any]] = {
     "q_proj without v_proj": lambda config, tensors: (
         _ending(tensors, ".q_proj.lora_A.weight") and not _ending(tensors, ".v_proj.lora_A.weight")
     ),
+    "per_layer_model_projection": lambda config, tensors: _ending(tensors, "per_layer_model_projection.lora_A.weight"),
     "exclude_modules": lambda config, tensors: config.get("exclude_modules"),
     "target_parameters": lambda config, tensors: config.get("target_parameters"),
     "ensure_weight_tying": lambda config, tensors: config.get("ensure_weight_tying"),

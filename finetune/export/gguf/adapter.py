@@ -17,8 +17,9 @@ from finetune.export.gguf.tensors import ARCHITECTURES, converted_values, gguf_n
 from finetune.system.errors import ExportError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, whole_file
 
-# The layers to which each family's graph adds LoRA. Those around Gemma 4's embeddings of each layer get none.
+# The layers to which each family's graph adds LoRA, and those of Gemma 4; its per_layer_model_projection gets none.
 _LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_OF_GEMMA4 = ("inp_gate", "proj")
 
 
 def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
@@ -34,6 +35,7 @@ def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
         RunError: The adapter's config is damaged.
     """
     config = read_config(base)
+    allowed = _LAYERS + (_OF_GEMMA4 if config.model_type == "gemma4_text" else ())
     name_of = gguf_names(config.to_dict())
     with whole_file(file) as part:
         writer = GGUFWriter(part, ARCHITECTURES[config.model_type])
@@ -46,10 +48,10 @@ def write_gguf_adapter(lora: Path, base: Path, file: Path) -> None:
             name, values = name_of(f"{module}.weight"), matrix.astype("float32")
             if name is None:
                 continue  # keys and values that nobody reads
-            if name.split(".")[-2] not in _LAYERS:
+            if name.split(".")[-2] not in allowed:
                 raise ExportError(
-                    f"--format gguf:adapter: the adapter changes {module}, and llama.cpp adds LoRA to attention and "
-                    "MLP alone, without a message; write --format gguf:Q4_K_M, which merges it"
+                    f"--format gguf:adapter: the adapter changes {module}, and llama.cpp passes over LoRA of it "
+                    "without a message; write --format gguf:Q4_K_M, which merges it"
                 )
             # Rows of B are rows of the weight.
             values = converted_values(name, values, config) if role == "B" else values
