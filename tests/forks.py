@@ -227,9 +227,9 @@ def make_caches() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from finetune.system.pages import environment
-    from finetune.train.run import _versions
+    from finetune.train.environment import versions
 
-    _versions()
+    versions()
     get_checkpoint_conversion_mapping("gemma3")
     package = ROOT / "finetune"
     for path in (*package.rglob("*.md.jinja"), *package.rglob("*.html.jinja")):

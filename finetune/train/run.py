@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -27,7 +23,6 @@ from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
 from finetune.hub.uploads import CheckpointUploads
 from finetune.model import flops
-from finetune.model.compatibility import stored_quantisation
 from finetune.model.load import eos_tokens, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
@@ -48,6 +43,7 @@ from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_l
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import Stopped, stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
+from finetune.train.environment import environment, versions
 from finetune.train.loss import use_token_head
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
@@ -57,22 +53,6 @@ from finetune.train.trainer import RestoreCounters, Trainer, layer_classes, savi
 _ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 # Called with the recipe, the trainer's arguments, the training rows (None for a stream), the base, and a `say`.
 MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base, Say], None]
-
-
-class Environment(TypedDict):
-    """`environment.json`: the machine, the packages and the base of a run."""
-
-    device: str
-    processes: int
-    threads: int
-    python: str
-    platform: str
-    commit: str | None
-    base_commit: str | None
-    dtype: str
-    versions: dict[str, str]
-    base_fingerprint: NotRequired[str]
-    base_quantization: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -121,7 +101,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
             "the chat template": rows.tokenizer.chat_template,
             "a row of data.train": rows.train.digest,
             "a row of data.eval": rows.evaluation.digest,
-            "the release of a package": _versions(),
+            "the release of a package": versions(),
         }
     )
     if main and trackers.tracker_names(recipe.training.get("report_to")):
@@ -356,38 +336,6 @@ def _add_callbacks(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files of the run
-
-
-def environment(precision: Precision, base: Base) -> Environment:
-    """The content of `environment.json`: this machine, its packages and the base."""
-    clone = Path(__file__).parents[2]
-    commit = None
-    if (clone / ".git").exists():  # an installed package may lie inside somebody else's repository
-        git = ["git", "-C", str(clone), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    identity = base.identity
-    found: Environment = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "processes": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "platform": platform.system(),
-        "commit": commit,
-        "base_commit": identity.get("base_commit"),
-        "dtype": str(precision.loaded).removeprefix("torch."),
-        "versions": _versions(),
-    }
-    if "base_fingerprint" in identity:
-        found["base_fingerprint"] = identity["base_fingerprint"]
-    if method := stored_quantisation(base.config):
-        found["base_quantization"] = method
-    return found
-
-
-@functools.cache  # each name takes 8 ms
-def _versions() -> dict[str, str]:
-    names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _write_json(path: Path, value: object) -> None:
