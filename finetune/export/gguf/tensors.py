@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,8 @@ def gguf_names(config: dict[str, Any]) -> Callable[[str], str | None]:
     architectures = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     text = config.get("text_config") or config
     # From this layer on keys and values are those of an earlier one; transformers ignores weights for their own.
-    first_shared = int(text.get("num_hidden_layers") or 0) - int(text.get("num_kv_shared_layers") or 0)
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    first_shared = int(text["num_hidden_layers"]) - shared if shared else math.inf
     # The names of one layer do for all.
     known = get_tensor_name_map(architectures[ARCHITECTURES[model_type]], 1)
 
