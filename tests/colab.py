@@ -41,7 +41,8 @@ COLAB = {
             Path("downloaded.txt").write_text(file)
         """,
 }
-NAME = "english_quotes_colab_gemma_2b"
+RECIPE = "english_quotes_colab"
+NAME = f"{RECIPE}_gemma_2b"
 AUTHORS = ("Ada Vale", "Tom Reed", "Mia Brook")
 OPTIONS = [
     "model.name_or_path=tiny/gemma",
@@ -137,7 +138,7 @@ class Machine:
 
     def cut_off(self) -> None:
         """Trains until the third step and kills the process."""
-        command = [self.python, "-P", "-u", "-m", "finetune", "train", ROOT / f"recipes/{NAME}.yaml", *OPTIONS]
+        command = [self.python, "-P", "-u", "-m", "finetune", "train", ROOT / f"recipes/{RECIPE}.yaml", *OPTIONS]
         environment = self.environment | {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
         with subprocess.Popen(
             [*command, f"training.output_dir=drive/runs/{NAME}"],

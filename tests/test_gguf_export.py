@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune.export.gguf.make
 import finetune.export.gguf.ollama.modelfile
@@ -71,7 +72,7 @@ def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
     assert log.count("What is a Large Language Model?") == 2
     assert log.startswith("== tiny-Q3_K_M.gguf\n")
     matrix = files.read_imatrix(exported / "gguf/imatrix.gguf")
-    assert set(matrix.counts.values()) == {sum(map(len, _rows(exported)))}
+    assert set(matrix.counts.values()) == {(sum(map(len, _rows(exported))),)}
 
 
 def _rows(exported: Path) -> list[list[int]]:
@@ -363,6 +364,7 @@ def test_a_family_that_is_not_written_is_refused_before_it_is_merged(
     (tmp_path / "base/config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "base/model.safetensors").touch()
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    save_file({"x": torch.zeros(1)}, run / "adapter_model.safetensors")
     assert export(run, tmp_path / "out", "gguf:Q4_K_M") == 2
     assert "GGUF: a model of type gpt2 is not written; known are gemma, " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colab import AUTHORS, NAME, PARAMETERS, Machine
+from colab import AUTHORS, NAME, PARAMETERS, RECIPE, Machine
 from conftest import ROOT
 from hub import TOKEN, serve
 
@@ -276,7 +276,7 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     assert said["account"] == "HF_TOKEN is set\n"
     assert (machine.content / "mounted.txt").read_text() == "/content/drive"
 
-    assert f"/recipes/{NAME}.yaml: ok\n" in said["check"]
+    assert f"/recipes/{RECIPE}.yaml: ok\n" in said["check"]
     page = html.unescape(said["inspect"])
     assert page.count("<!doctype html>") == 1
     trained_on = re.findall("<mark>(.*?)</mark>", re.sub("</?span[^>]*>", "", page))
