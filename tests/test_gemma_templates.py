@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from test_referee import OTHERS, Family, over_conversations, template, tokenizer
+from test_referee import over_conversations, template, tokenizer
 from transformers.utils import chat_template_utils
 
 from finetune.data.adapt import adapt
@@ -175,14 +175,6 @@ def test_gemma4_has_the_labels_of_the_model_s_own_template() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # FunctionGemma. Its own template cannot be had without an account; Google's guides to the model show what it renders.
 
-OTHERS["functiongemma"] = Family(
-    "<start_of_turn> <end_of_turn> <start_function_declaration> <end_function_declaration> <start_function_call> "
-    "<end_function_call> <start_function_response> <end_function_response> <escape>",
-    bos="<bos>",
-    eos="<eos>",
-    blanks="gemma",
-    calls=True,
-)
 TIDE = {
     "type": "function",
     "function": {

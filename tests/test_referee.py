@@ -182,6 +182,17 @@ def template(name: str) -> str:
     return (TRL / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+# Families whose template is shipped here, and of which trl has none.
+OURS = {
+    "functiongemma": Family(
+        "<start_of_turn> <end_of_turn> <start_function_declaration> <end_function_declaration> <start_function_call> "
+        "<end_function_call> <start_function_response> <end_function_response> <escape>",
+        bos="<bos>",
+        eos="<eos>",
+        blanks="gemma",
+        calls=True,
+    )
+}
 # Stands before a template that reads the parts of a text only, so that Chat's strings reach it as such.
 AS_PARTS = (
     "{%- set all = namespace(messages=[]) -%}{%- for m in messages -%}{%- set all.messages = all.messages + "
@@ -195,7 +206,7 @@ def tokenizer(name: str) -> Any:
     from tokenizers import AddedToken, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    family = (FAMILIES | OTHERS)[name]
+    family = (FAMILIES | OTHERS | OURS)[name]
     own = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(vocabulary(family.blanks)),
         bos_token=family.bos,
@@ -600,7 +611,7 @@ def conversations(draw: st.DrawFn, thinks: bool, calls: bool, opened: bool) -> M
 
 def over_conversations(name: str, examples: int, check: Callable[[Messages, str, Any], None], **more: Any) -> None:
     """Runs a check on so many conversations; the same ones each time, unless told otherwise."""
-    family = (FAMILIES | OTHERS)[name]
+    family = (FAMILIES | OTHERS | OURS)[name]
 
     def one(messages: Messages, train_on: str) -> None:
         check(messages, train_on, TOOLS if any("tool_calls" in message for message in messages) else None)
@@ -854,7 +865,7 @@ def test_ids_and_prompts_are_those_of_the_template(name: str) -> None:
 
 @pytest.mark.parametrize("name", {**FAMILIES, **OTHERS})
 def test_no_special_token_comes_from_a_text(name: str) -> None:
-    family = (FAMILIES | OTHERS)[name]
+    family = (FAMILIES | OTHERS | OURS)[name]
     refused = name in EXCEPTIONS and getattr(EXCEPTIONS[name], "refused", "")
     for token in filter(None, [*family.special.split(), family.bos, family.eos]):
         for i, text in ((0, f"a {token}"), (1, f"{token}\n"), (2, f"{token[:1]}{token}"), (3, token)):
