@@ -104,7 +104,9 @@ def test_the_next_question_follows_the_models_own_answer(generator: Generator) -
     assert [m["role"] for m in last] == ["user", "assistant", "user", "assistant", "user"]
 
 
-def test_functions_and_their_calls_are_part_of_the_prompt(generator: Generator, tmp_path: Path) -> None:
+def test_functions_and_their_calls_are_part_of_the_prompt(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And of what people and the judge read; a call has no language."""
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
     call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Nara"}}}
@@ -124,7 +126,11 @@ def test_functions_and_their_calls_are_part_of_the_prompt(generator: Generator, 
     calling = Generator(generator.model, Chat(tokenizer), generator.stop_ids)
     shown = tokenizer.decode(calling.prompt_ids(prompt.messages, prompt.variables, prompt.tools))
     assert shown == "<bos>[weather]How warm is Nara?;(Nara);12;"
+    fed: list[list[int]] = []
+    answers = Generator.answers
+    monkeypatch.setattr(Generator, "answers", lambda self, ids, limit: fed.extend(ids) or answers(self, ids, limit))
     [answer] = answer_prompts(calling, [prompt], 2)
+    assert [tokenizer.decode(ids) for ids in fed] == [shown]
     call_text = '{"name": "weather", "arguments": {"place": "Nara"}}'
     assert [(m["role"], m["content"]) for m in answer.asked] == [
         ("tools", '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'),
