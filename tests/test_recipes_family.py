@@ -14,8 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from test_gemma_templates import OTHERS
-from test_referee import GEMMA4
+from test_referee import GEMMA4, OURS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import finetune.export.transformers
@@ -362,7 +361,7 @@ def make(name: str, folder: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     if name.startswith(("google/gemma-4", "google/functiongemma")):
         is_gemma4 = name.startswith("google/gemma-4")
-        tokens = GEMMA4 if is_gemma4 else OTHERS["functiongemma"].special
+        tokens = GEMMA4 if is_gemma4 else OURS["functiongemma"].special
         tokenizer.add_special_tokens({"additional_special_tokens": tokens.split()})
         text |= {"vocab_size": len(tokenizer)}
         config = gemma4_config(name, text, vision) if is_gemma4 else AutoConfig.for_model("gemma3_text", **text)
