@@ -54,15 +54,60 @@ def test_transformers_5_reads_both_forms_of_the_rotary_settings_alike(kind: str,
     completed = complete_config(dict(saved), {})
     assert {key: completed[key] for key in older} == older
     assert not set(_ROPE_KEYS) & completed.keys() - older.keys() - {"partial_rotary_factor"}
-    assert AutoConfig.for_model(**deepcopy(completed)).to_dict() == saved
+    # Written beside `layer_types`, from which it follows.
+    read = AutoConfig.for_model(**deepcopy(completed)).to_dict() | {"_sliding_window_pattern": 6}
+    assert {key: read[key] for key in saved} == saved
     assert complete_config(dict(completed), saved) == completed  # a merge into what we saved
 
 
+def layers(count: int, every: int) -> list[str]:
+    return ["full_attention" if number % every == 0 else "sliding_attention" for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "older"),
+    [
+        ("gemma3_text", {"layer_types": layers(4, 2)}, {"sliding_window_pattern": 2}),
+        ("gemma3_text", {"layer_types": layers(7, 6)}, {"sliding_window_pattern": 6}),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 2}, {}),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, {}),
+        ("gemma4_text", {"layer_types": layers(4, 2), "global_head_dim": 32}, {"global_head_dim": 32}),
+        (
+            "gemma4_text",
+            {"layer_types": layers(4, 2), "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+            {"global_head_dim": 512, "num_global_key_value_heads": 1},
+        ),
+    ],
+)
+def test_settings_of_layers_are_saved_as_gemma_3_and_4_were_released(
+    kind: str, given: dict[str, Any], older: dict[str, Any]
+) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=len(given["layer_types"]), **deepcopy(given))
+    saved = json.loads(config.to_json_string())
+    names = {"sliding_window_pattern", "global_head_dim", "num_global_key_value_heads"}
+    assert not names & saved.keys()
+    completed = complete_config(deepcopy(saved), {})
+    assert {key: completed[key] for key in names & completed.keys()} == older
+    # As a part of a multimodal model's config, too; and the base's own value stays.
+    assert complete_config({"text_config": deepcopy(saved)}, {})["text_config"] == completed
+    if older:
+        key = next(iter(older))
+        assert complete_config(deepcopy(saved), {key: 99})[key] == 99
+    # transformers reads the same model from the older keys alone, and from both.
+    if older and (kind == "gemma4_text" or given["layer_types"] == layers(7, 6)):
+        alone = {key: completed[key] for key in completed if key not in ("per_layer_config", "layer_types")}
+        for values in (completed, alone | {"layer_types": completed["layer_types"]}):
+            read = json.loads(AutoConfig.for_model(**deepcopy(values)).to_json_string())
+            assert {key: read[key] for key in saved} == saved
+
+
 def test_the_parts_of_a_multimodal_config_are_completed() -> None:
-    config = AutoConfig.for_model("gemma3", text_config=deepcopy(GEMMA3) | LAYERS, dtype="bfloat16").to_dict()
+    config = AutoConfig.for_model("gemma3", text_config=deepcopy(GEMMA3), dtype="bfloat16").to_dict()
     text = complete_config(dict(config), {})["text_config"]
     assert {key: text[key] for key in GEMMA3} == GEMMA3
-    assert AutoConfig.for_model(**complete_config(dict(config), {})).to_dict() == config
+    read = AutoConfig.for_model(**complete_config(dict(config), {})).to_dict()
+    assert read["text_config"].pop("sliding_window_pattern") == 6
+    assert read == config
 
 
 def test_a_model_that_only_transformers_5_has_gets_no_older_rotary_keys() -> None:

@@ -114,6 +114,7 @@ def complete_config(config: Keys, base: Keys) -> Keys:
         if isinstance(part.get("rope_parameters"), dict):
             known = {key: before[key] for key in _ROPE_KEYS if key in before}
             part |= known or _older_rope_keys(part["rope_parameters"], str(part.get("model_type")))
+        part |= {key: before.get(key, value) for key, value in _older_layer_keys(part).items()}
         if name is not None:
             config[name] = part
     return config
@@ -135,6 +136,26 @@ def _older_rope_keys(rope: Keys, model_type: str) -> Keys:
     if scaling.get("rope_type", "default") != "default":
         keys["rope_scaling"] = scaling
     return keys
+
+
+def _older_layer_keys(config: Keys) -> Keys:
+    """The keys in which Gemma 3 and 4 were released, for settings that transformers 5.23 saves layer by layer.
+
+    Source: mlx-lm 0.32 `models/gemma3_text.py` and `gemma4_text.py`; transformers 4.51 for Gemma 3, and releases of
+    transformers 5 without `per_layer_config` for Gemma 4. transformers 5.23 reads the keys by layer first.
+    """
+    kinds = config.get("layer_types") or []
+    if config.get("model_type") == "gemma3_text" and "full_attention" in kinds:
+        every = kinds.index("full_attention") + 1
+        pattern = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(len(kinds))]
+        return {"sliding_window_pattern": every} if kinds == pattern else {}
+    by_layer = config.get("per_layer_config") or {}
+    if config.get("model_type") != "gemma4_text" or not by_layer:
+        return {}
+    # `Gemma4TextConfig` makes one set of values for all layers of full attention.
+    first = next(iter(by_layer.values()))
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    return {older: first[name] for name, older in names.items() if name in first}
 
 
 def complete_tokenizer_config(config: Keys, base: Keys) -> Keys:
