@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
-from finetune.recipe.unknown_keys import INSTEAD
+from finetune.recipe.unknown_keys import INSTEAD, NOT_WITH_PREFERENCES
 from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
@@ -51,6 +51,24 @@ _RECIPE = """# The keys of a recipe
 - `${NAME}` is read from the environment, `$${NAME}` is that text itself.
 - A key that is not listed here is an error.
 """
+# The method, what it trains on, and the page of its class in trl's documentation.
+_METHODS = [
+    ("sft", "conversations and texts", "sft_trainer"),
+    ("dpo", "pairs of a chosen and a rejected answer", "dpo_trainer"),
+    ("kto", "answers that are rated good or bad, or pairs", "kto_trainer"),
+    ("orpo", "pairs, without a reference", "orpo_trainer"),
+]
+_METHOD = """## method
+
+A word beside the sections, by default `sft`. The keys of `training` are the parameters of the method's class in trl; a
+key of another method is an error that names the methods which have it.
+
+| method | trains on | keys of `training` |
+|---|---|---|"""
+_NOT_SFT = """
+With `dpo`, `kto` and `orpo`, `data.on_overflow` is `drop` (the default) or `error`, `data.train_on` is absent because
+the answers are trained on, and no source is streamed.
+"""
 _MODULES = (
     "<!-- modules: made by docs/reference.py from the first lines of the files -->\n",
     "<!-- end of modules -->",
@@ -76,8 +94,8 @@ else to standard error. {EXIT_CODES}
 """
 _UPSTREAM = """## training, lora, quantization
 
-These sections take upstream's keys, with upstream's defaults except for those below: `training` is
-[`trl.SFTConfig`](https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig), `lora`
+These sections take upstream's keys, with upstream's defaults except for those below: `training` is the configuration of
+the recipe's `method` (above), `lora`
 [`peft.LoraConfig`](https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig), `quantization`
 [`transformers.BitsAndBytesConfig`](https://huggingface.co/docs/transformers/main_classes/quantization#transformers.BitsAndBytesConfig).
 Without `lora` all weights are trained, without `quantization` the base is loaded in `model.dtype`.
@@ -95,7 +113,11 @@ Without `lora` all weights are trained, without `quantization` the base is loade
 
 def recipe() -> str:
     """The page of recipe keys."""
-    lines = [_MADE, _RECIPE]
+    lines = [_MADE, _RECIPE, _METHOD]
+    for method, rows, page in _METHODS:
+        owner = schema.CONFIGS[method]
+        lines.append(f"| `{method}` | {rows} | [`{owner}`](https://huggingface.co/docs/trl/{page}#{owner}) |")
+    lines.append(_NOT_SFT)
     for name, section in _SECTIONS.items():
         lines += [f"## {name}\n", f"{section.__doc__}\n", "| key | takes | default | |", "|---|---|---|---|"]
         lines += [_row(key, field) for key, field in section.model_fields.items()]
@@ -109,14 +131,15 @@ def recipe() -> str:
     ]
     lines += ["## Names in other trainers\n", "Each of these keys is an error that says what to write instead.\n"]
     lines += ["| section | key | instead |", "|---|---|---|"]
-    for name, table in INSTEAD.items():
+    for name, table in [*INSTEAD.items(), ("training", NOT_WITH_PREFERENCES)]:
         place = next((path for path in _SECTIONS if name and path.split(",")[0].endswith(f".{name}")), name)
         place = {"": "top", "source": "data.train[]", "fsdp_config": "training.fsdp_config"}.get(name, place)
         groups: dict[str, list[str]] = {}
         for key, instead in table.items():
             groups.setdefault(instead, []).append(f"`{key}`")
         for instead, given in groups.items():
-            lines.append(f"| {place} | {', '.join(given)} | {_cell(instead)} |")
+            where = f"{place} (not sft)" if table is NOT_WITH_PREFERENCES else place
+            lines.append(f"| {where} | {', '.join(given)} | {_cell(instead)} |")
     return "\n".join(lines).rstrip() + "\n"
 
 

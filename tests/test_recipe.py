@@ -19,10 +19,11 @@ from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.recipe import checks, unknown_keys, upstream
+from finetune.recipe import checks, schema, unknown_keys, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
+from finetune.recipe.upstream_types import upstream_keys
 from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system.errors import RecipeError
 
@@ -118,7 +119,7 @@ FAULTS = {
         BASE + "trainning: {}\npush: {}\nlearning_rate: 1\nseed: 1\n",
         [
             "r.yaml:3: trainning: is unknown; write training",
-            "r.yaml:4: push: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization",
+            "r.yaml:4: push: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
         ],
@@ -712,7 +713,10 @@ def test_overrides() -> None:
         ("training.seed=x", 'training.seed: is "x"; write a whole number'),
         ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
         ("training.sed=1", "training.sed: is unknown; write seed"),
-        ("seeed=1", "seeed: is unknown; write one of model, data, export, evaluate, hub, training, lora, quantization"),
+        (
+            "seeed=1",
+            "seeed: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
+        ),
     ],
 )
 def test_override_faults(override: str, fault: str) -> None:
@@ -810,6 +814,7 @@ def test_to_yaml() -> None:
         "training.weight_decay=1e-2",
     )
     assert recipe.to_yaml() == (
+        "method: sft  # default\n"
         "model:\n"
         "  name_or_path: owner/model  # r.yaml:1\n"
         "  revision: null  # default\n"
@@ -902,7 +907,7 @@ def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) ->
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
     model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[DataSource(path="owner/rows")])
     sections = (ExportSection(), EvaluateSection(), HubSection())
-    recipe = Recipe(model, data, *sections, training, None, None, {}, Path("x.yaml"))
+    recipe = Recipe("sft", model, data, *sections, training, None, None, {}, Path("x.yaml"))
     with pytest.MonkeyPatch.context() as patch:
         # A map of any content, which no schedule takes.
         patch.setattr(recipe_module, "check_objects", lambda tree, training: None)
@@ -928,19 +933,29 @@ def test_the_quantization_table_is_upstreams() -> None:
     BitsAndBytesConfig(**quantization)
 
 
-@pytest.mark.parametrize("section", ["training", "lora"])
+UNREAD = {
+    "f_alpha_divergence_coef": "has no effect without f_divergence_type: alpha_divergence; remove it",
+    "discopop_tau": "has no effect with loss_type sigmoid; remove it, or write loss_type: discopop",
+}
+
+
+@pytest.mark.parametrize("section", ["training", "lora", "dpo", "kto", "orpo"])
 def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> None:
     from peft import LoraConfig
-    from trl import SFTConfig
 
-    fields = {f.name: f for f in dataclasses.fields({"training": SFTConfig, "lora": LoraConfig}[section])}
-    taken = recipe_module._known_keys()[section]
+    method = section if section in schema.CONFIGS else "sft"
+    section = "lora" if section == "lora" else "training"
+    owner = LoraConfig if section == "lora" else upstream.config_class(method)
+    fields = {f.name: f for f in dataclasses.fields(owner)}
+    taken = recipe_module._known_keys(method)[section]
     refused = unknown_keys.INSTEAD[section]
+    refused = refused if method == "sft" else refused | unknown_keys.NOT_WITH_PREFERENCES
     assert taken.keys() | (refused.keys() & fields.keys()) == fields.keys()
     assert not taken.keys() & refused.keys()
     # In one recipe, for the report has a line for each.
     refused_fields = sorted(fields.keys() & refused.keys())
-    faults = report(BASE + f"{section}:\n" + "".join(f"  {name}: ''\n" for name in refused_fields))
+    text = f"{section}:\n" + "".join(f"  {name}: ''\n" for name in refused_fields)
+    faults = report(BASE + text, f"method={method}")
     assert faults == [
         f"r.yaml:{line}: {section}.{name}: is not a recipe's key; {refused[name]}"
         for line, name in enumerate(refused_fields, 4)
@@ -952,11 +967,17 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
             continue
         written = getattr(default, "value", default)
         text = BASE + f"{section}: {{{name}: {json.dumps(written)}}}\n"
-        assert load(text).__dict__[section][name] == written, name
+        # A default that the default loss does not read has a fault when it is written out.
+        if method == "dpo" and name in ("f_alpha_divergence_coef", "discopop_tau"):
+            assert report(text, "method=dpo") == [f"r.yaml:3: training.{name}: {UNREAD[name]}"]
+            continue
+        assert load(text, f"method={method}").__dict__[section][name] == written, name
 
 
 def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
-    keys = recipe_module._known_keys()
+    keys = recipe_module._known_keys() | {
+        "training": {**upstream_keys()["training"], **upstream_keys("dpo")["training"]}
+    }
     for section, table in unknown_keys.INSTEAD.items():
         for name, instead in table.items():
             assert name not in keys[section]

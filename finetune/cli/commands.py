@@ -15,12 +15,15 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.terminal import Say, silence_upstream
+
+if TYPE_CHECKING:
+    from finetune.recipe.load import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +110,11 @@ def _say_unless_quiet(args: argparse.Namespace) -> Say:
     return (lambda line: None) if args.quiet or distributed.rank() else _say
 
 
+def _check_method(recipe: Recipe) -> None:
+    if recipe.method != "sft":
+        raise RunError(f"method: {recipe.method} cannot be trained or planned yet; write sft")
+
+
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
@@ -124,6 +132,7 @@ def _train(args: argparse.Namespace) -> None:
     # wandb, which transformers 5.23 imports, prints to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         recipe = load_recipe(args.recipe, args.overrides)
+    _check_method(recipe)
     training = recipe.training
     # Checked before torch and trl are imported, which takes seconds.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
@@ -146,6 +155,7 @@ def _plan(args: argparse.Namespace) -> ExitCode:
         from finetune.recipe.load import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
+        _check_method(recipe)
         hardware = configs.gpu_named(args.gpu) if args.gpu else None
         plan = run.plan(recipe, hardware, args.gpus, say=_say_unless_quiet(args))
         if args.measure:

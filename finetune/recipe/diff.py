@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -13,7 +14,8 @@ from typing import Any
 import yaml
 
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import DataSection, DataSource, ModelSection
+from finetune.recipe.schema import CONFIGS, DataSection, DataSource, ModelSection
+from finetune.recipe.upstream import config_class
 from finetune.recipe.yaml_tree import Section, Sections, scalar_text
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say
@@ -61,7 +63,10 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
         cure = "restore the file that the run wrote, or train anew in another training.output_dir"
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
 
-    changes = {key: values for name in old if name in new for key, *values in _changed(old[name], new[name], name)}
+    # Two methods have other keys in `training`.
+    skipped = {"method"} if old["method"] == new["method"] else {"method", "training"}
+    names = [name for name in old if name in new and name not in skipped]
+    changes = {key: values for name in names for key, *values in _changed(old[name], new[name], name)}
     stateful = any(side["training"]["lr_scheduler_type"] in _STATEFUL_SCHEDULES for side in (old, new))
     refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, stateful)}
     faults = _structural_faults(old, new, processes)
@@ -93,6 +98,8 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
 def _structural_faults(old: Sections, new: Sections, processes: tuple[int, int]) -> list[str]:
     """Refused changes that are not of one key: a section that comes or goes, the rows of an optimizer step."""
     faults = []
+    if old["method"] != new["method"]:
+        faults.append(f"method was {old['method']['name']} and is {new['method']['name']}")
     for section in ("lora", "quantization"):
         if (section in old) != (section in new):
             was, now = ("given", "absent") if section in old else ("absent", "given")
@@ -152,11 +159,13 @@ def _sections(text: str) -> Sections:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
     from transformers.trainer_pt_utils import AcceleratorConfig
-    from trl import SFTConfig
 
     root = yaml.compose(text, Loader=yaml.BaseLoader)
     tree = _tree(root) if root else None
-    owners: dict[str, Any] = {"model": ModelSection, "data": DataSection, "training": SFTConfig}
+    method = tree.get("method", "sft") if isinstance(tree, dict) else "sft"
+    if not isinstance(method, str) or method not in CONFIGS:
+        raise ValueError(f"its method is {method}")
+    owners: dict[str, Any] = {"model": ModelSection, "data": DataSection, "training": config_class(method)}
     if not isinstance(tree, dict) or not tree.keys() >= owners.keys():
         raise ValueError(f"it lacks one of the sections {', '.join(owners)}")
     owners |= {"lora": LoraConfig, "quantization": BitsAndBytesConfig}
@@ -167,6 +176,8 @@ def _sections(text: str) -> Sections:
             raise ValueError(f"data.{name} is not a list")
         sections["data"][name] = [_filled(f"data.{name}", source, DataSource) for source in sources]
     training = sections["training"]
+    if method == "dpo" and isinstance(training["loss_type"], str):
+        training["loss_type"] = [training["loss_type"]]  # as DPOConfig does
     accelerator = training["accelerator_config"] or {}
     if isinstance(accelerator, dict):  # not the path of a file
         training["accelerator_config"] = _filled("training.accelerator_config", accelerator, AcceleratorConfig)
@@ -175,14 +186,17 @@ def _sections(text: str) -> Sections:
     if "quantization" in sections and "bnb_4bit_compute_dtype" not in tree["quantization"]:
         sections["quantization"]["bnb_4bit_compute_dtype"] = "model.dtype"  # null is float32
     plain: Sections = _plain(sections)
-    return plain
+    return plain | {"method": {"name": method}}
 
 
 def _filled(name: str, values: Any, owner: Callable[..., Any]) -> Section:
     """Values, and the defaults of the parameters of `owner` that are not among them."""
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a map")
-    return {key: parameter.default for key, parameter in inspect.signature(owner).parameters.items()} | values
+    defaults = {key: parameter.default for key, parameter in inspect.signature(owner).parameters.items()}
+    made = dataclasses.fields(owner) if isinstance(owner, type) and dataclasses.is_dataclass(owner) else ()
+    defaults |= {field.name: field.default_factory() for field in made if callable(field.default_factory)}
+    return defaults | values
 
 
 def _tree(node: yaml.Node) -> Any:

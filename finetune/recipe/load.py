@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.recipe.checks import adapter_lora, check_evaluate, check_hub, check_model, check_rules, check_source
+from finetune.recipe.preferences import check_method, check_preferences
 from finetune.recipe.schema import (
     DEFAULT_MAX_LENGTH,
     DataSection,
@@ -20,6 +21,7 @@ from finetune.recipe.schema import (
     ImatrixDataSection,
     JudgeSection,
     LmEvalSection,
+    Method,
     ModelSection,
     PricesSection,
 )
@@ -44,12 +46,13 @@ OWN_SECTIONS: dict[str, type[BaseModel]] = {
 class Recipe:
     """A recipe that has passed every check.
 
-    `training`, `lora` and `quantization` are keyword arguments of `trl.SFTConfig`, `peft.LoraConfig` and
+    `training`, `lora` and `quantization` are keyword arguments of `schema.CONFIGS[method]`, `peft.LoraConfig` and
     `transformers.BitsAndBytesConfig`, but for `lora["trainable_token_indices"]`, which may be "auto".
     `origins` maps the dotted key of each value that is not a default to `FILE:LINE` or "command line". Recipes with
     equal values are equal, whatever the origins.
     """
 
+    method: Method
     model: ModelSection
     data: DataSection
     export: ExportSection
@@ -76,9 +79,9 @@ class Recipe:
         """
         return "\n".join(self._lines(self.sections(), "", "")) + "\n"
 
-    def sections(self) -> Sections:
-        """The sections that are not null, as plain data."""
-        names = ("model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
+    def sections(self) -> Section:
+        """The method, and the sections that are not null, as plain data."""
+        names = ("method", "model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
         values = {name: getattr(self, name) for name in names}
         values |= {name: values[name].model_dump() for name in OWN_SECTIONS}
         return {name: section for name, section in values.items() if section is not None}
@@ -102,10 +105,14 @@ class Recipe:
 
 
 @functools.cache
-def _known_keys() -> Keys:
-    """The keys of every section; computed at the first call, because it imports trl and peft."""
+def _known_keys(method: str = "sft") -> Keys:
+    """The keys of every section; computed at the first call, because it imports trl and peft.
+
+    Args:
+        method: The recipe's method.
+    """
     own: Section = {name: typing.get_type_hints(section, include_extras=True) for name, section in OWN_SECTIONS.items()}
-    sections = own | upstream_keys()
+    sections = own | upstream_keys(method)
     inner: dict[str, type[BaseModel]] = {
         "source": DataSource,
         "judge": JudgeSection,
@@ -115,7 +122,7 @@ def _known_keys() -> Keys:
         **INNER,
     }
     within = {name: section.model_fields for name, section in inner.items()}
-    return {"": sections, **within, **sections}
+    return {"": {"method": Method, **sections}, "method": {}, **within, **sections}
 
 
 def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
@@ -127,7 +134,7 @@ def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
         node = tree.root.child(section)
         if node is None or (isinstance(node.value, dict) and required not in node.value):
             tree.fault(section, f"has no {required}; write {section}: {{{required}: ...}}")
-    sections = {section: check_section(tree, section, keys) for section in keys[""]}
+    sections = {section: check_section(tree, section, keys) for section in keys[""] if section != "method"}
     if not any(message.startswith("training") for _, message in tree.faults):
         check_objects(tree, sections["training"])
     check_model(tree, sections["model"])
@@ -139,6 +146,7 @@ def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
     check_evaluate(tree, sections["evaluate"])
     check_hub(tree, sections["hub"], sections["model"])
     check_rules(tree, sections)
+    check_preferences(tree, sections)
     if "quantization" in tree.root.value:
         check_quantization(tree, sections["quantization"])
     return sections
@@ -165,7 +173,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     # A section that is null is removed.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
-    keys = _known_keys()
+    check_method(tree)
+    if any(message.startswith("method:") for _, message in tree.faults):
+        raise RecipeError(tree.report())  # the method decides which keys there are
+    keys = _known_keys(tree.method)
     sections = _checked_sections(tree, keys)
     if tree.faults:
         raise RecipeError(tree.report())
@@ -180,6 +191,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         lora["trainable_token_indices"] = None
     leaves = dict(root.leaves())
     return Recipe(
+        method=typing.cast("Method", tree.method),
         model=ModelSection.model_validate(sections["model"]),
         data=DataSection.model_validate(sections["data"]),
         export=ExportSection.model_validate(sections["export"]),

@@ -9,6 +9,15 @@ from finetune.recipe.export_formats import FORMATS
 # trl's default of `training.max_length` (1.16), known without importing trl.
 DEFAULT_MAX_LENGTH = 1024
 
+Method = Literal["sft", "dpo", "kto", "orpo"]
+# Each method, and the class whose parameters are the keys of `training`.
+CONFIGS: dict[str, str] = {
+    "sft": "trl.SFTConfig",
+    "dpo": "trl.DPOConfig",
+    "kto": "trl.KTOConfig",
+    "orpo": "trl.experimental.orpo.ORPOConfig",
+}
+
 # The columns that the formats of rows read.
 Column = Literal[
     "messages",
@@ -71,7 +80,7 @@ class DataSource(BaseModel):
     """The split of a dataset on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "rated"] | None = None
     """The format of the rows; absent: detected from the columns."""
     columns: dict[Column, str] = {}
     """Fields of the format to columns of the source, or to format strings over the row."""
@@ -105,7 +114,8 @@ class DataSection(BaseModel):
     train_on_thinking: bool = True
     """Trains on the text of an assistant's thinking (`reasoning_content`); false: it is only fed."""
     on_overflow: Literal["truncate_turns", "split", "drop", "error"] = "truncate_turns"
-    """For a row longer than `training.max_length`: keep the turns that fit, make several rows, drop it, or stop."""
+    """For a row longer than `training.max_length`: keep the turns that fit, make several rows, drop it (the default of
+    dpo, kto and orpo), or stop."""
     on_bad_row: Literal["error", "skip"] = "error"
     """For a row that cannot be read or whose labels cannot be proved: stop, or count it and go on."""
     merge_same_role: bool = False

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.recipe.schema import CONFIGS
 from finetune.recipe.yaml_tree import RecipeTree
 
 # The keys of each section and the types of their values. Under "" are the sections themselves, under "source" the keys
@@ -16,7 +17,12 @@ Keys = Mapping[str, Mapping[str, Any]]
 _LAUNCH = "choose it in the file given to `accelerate launch --config_file`"
 # By section; several keys with one answer stand in one string. Keys of another section are found without this table.
 _WORDS: dict[str, dict[str, str]] = {
-    "": {"peft": "write lora", "dataset": "write data", "bnb": "write quantization"},
+    "": {
+        "peft": "write lora",
+        "dataset": "write data",
+        "bnb": "write quantization",
+        "rl stage rlhf_type": "write method: dpo, kto or orpo",
+    },
     "model": {
         "name path model base_model model_name_or_path id": "write name_or_path",
         "torch_dtype precision": "write dtype",
@@ -81,6 +87,20 @@ _WORDS: dict[str, dict[str, str]] = {
         "label_names": "remove it; rows have labels",
         "length_column_name": "remove it; the length of a row is that of its tokens",
         "remove_unused_columns": "remove it; rows have no other columns",
+        "max_prompt_length max_completion_length": "write max_length, the limit of a prompt and its answer",
+        "precompute_ref_log_probs precompute_ref_batch_size": "remove it; the reference is computed once, and kept",
+        "ref_model ref_model_init_kwargs ref_adapter_name model_adapter_name force_use_ref_model": (
+            "remove it; the reference is the model as the run begins"
+        ),
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": (
+            "remove it; the reference is the model as the run begins, and stays"
+        ),
+        "rpo_alpha": "write loss_type: [sigmoid, sft] and loss_weights: [1, ...]",
+        "pref_beta": "write beta",
+        "pref_loss": "write loss_type",
+        "generate_during_eval": "remove it; `finetune evaluate` answers the prompts of the evaluation rows",
+        "padding_value label_pad_token_id": "remove it; padding is masked",
+        "is_encoder_decoder": "remove it; models are decoders",
         "fsdp deepspeed local_rank parallelism_config": _LAUNCH,
         "hub_token": "run `hf auth login`",
         "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision": (
@@ -117,6 +137,13 @@ _WORDS: dict[str, dict[str, str]] = {
         "load_8bit": "write load_in_8bit",
     },
 }
+# Keys of trl's other configurations that would do nothing, or harm, in a run on preferences.
+NOT_WITH_PREFERENCES = {
+    "dataset_num_proc": "remove it; the data section prepares the rows",
+    "padding_free": "remove it; both answers of a row are packed behind one prompt",
+    "label_smoothing_factor": "remove it; it is for the loss of sft",
+    "neftune_noise_alpha": "remove it; noise would change what the answers are compared by",
+}
 INSTEAD = {
     section: {name: instead for names, instead in table.items() for name in names.split()}
     for section, table in _WORDS.items()
@@ -135,7 +162,9 @@ def unknown_key(tree: RecipeTree, key: str, section: str, keys: Keys) -> None:
     name, known, instead = key.rpartition(".")[2], keys[section], INSTEAD.get(section, {})
     elsewhere = [f"{other}.{name}" for other in keys[""] if name in keys[other] and other != section]
     near = difflib.get_close_matches(name, known, n=1)
-    owner = {"training": "trl.SFTConfig", "lora": "peft.LoraConfig"}.get(section)
+    if section == "training" and tree.method != "sft":
+        instead = instead | NOT_WITH_PREFERENCES
+    owner = {"training": CONFIGS[tree.method], "lora": "peft.LoraConfig"}.get(section)
     if name in instead:
         tree.fault(key, f"is not a recipe's key; {instead[name]}")
     elif elsewhere:

@@ -1,7 +1,9 @@
 """The keys of `training`, `lora` and `quantization`: which exist, their types, and values that upstream refuses."""
 
 import copy
+import dataclasses
 import difflib
+import importlib
 import json
 import re
 import typing
@@ -13,7 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.unknown_keys import Keys, unknown_key
+from finetune.recipe.schema import CONFIGS
+from finetune.recipe.unknown_keys import INSTEAD, Keys, unknown_key
 from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -35,9 +38,36 @@ QUANTIZATION: Section = {
 }
 
 
-# What SFTConfig would check against this machine, and what it is told instead.
+# What the configuration would check against this machine, and what it is told instead.
 _OF_THE_MACHINE_FIXED = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
 _OF_THE_MACHINE = {*_OF_THE_MACHINE_FIXED, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
+
+
+def config_class(method: str) -> Any:
+    """The class whose parameters are the keys of `training`: `trl.DPOConfig` for `dpo`.
+
+    Raises:
+        ImportError: The installed trl has no such class.
+    """
+    module, _, name = CONFIGS[method].rpartition(".")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trl 1.16 warns that trl.experimental may change
+        try:
+            return getattr(importlib.import_module(module), name)
+        except AttributeError as error:
+            raise ImportError(str(error)) from error
+
+
+def _methods_with(name: str) -> list[str]:
+    """The methods whose configuration has a parameter of this name."""
+    found = []
+    for method in CONFIGS:
+        try:
+            fields = dataclasses.fields(config_class(method))
+        except ImportError:
+            continue
+        found += [method] if any(field.name == name for field in fields) else []
+    return found
 
 
 class XlaFsdp(BaseModel):
@@ -68,7 +98,11 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
     for name, child in node.value.items():
         key = f"{section}.{name}"
         if name not in hints:
-            unknown_key(tree, key, section, keys)
+            other = _methods_with(name) if section == "training" and name not in INSTEAD[section] else []
+            if other and tree.method not in other:
+                tree.fault(key, f"is a key of {', '.join(other)}; method is {tree.method}")
+            else:
+                unknown_key(tree, key, section, keys)
             continue
         value = child.plain()
         kinds = _members(hints[name])
@@ -151,17 +185,20 @@ def _explain(tree: RecipeTree, key: str, errors: list[ErrorDetails], keys: Keys)
             tree.fault(place, f"is {tree.shown(place)}; write {' or '.join(dict.fromkeys(words))}")
 
 
-def checked_config(training: Section) -> Any:
-    """The `SFTConfig` of a recipe's `training` section: its values, and nothing of this machine.
+def checked_config(training: Section, method: str) -> Any:
+    """The configuration of a recipe's `training` section: its values, and nothing of this machine.
 
     It opens no device, joins no process group and sets no global flag.
 
-    Raises:
-        Exception: SFTConfig refuses a value; of any type.
-    """
-    from trl import SFTConfig
+    Args:
+        training: The section.
+        method: The recipe's method.
 
-    config = type("SFTConfig", (SFTConfig,), {"device": SimpleNamespace(type="cpu")})
+    Raises:
+        Exception: The configuration refuses a value; of any type.
+    """
+    upstream = config_class(method)
+    config = type(upstream.__name__, (upstream,), {"device": SimpleNamespace(type="cpu")})
     given = {name: value for name, value in training.items() if name not in _OF_THE_MACHINE}
     return config(**copy.deepcopy(given), **_OF_THE_MACHINE_FIXED)
 
@@ -176,14 +213,14 @@ def _ask_upstream(tree: RecipeTree, section: str, given: Section) -> None:
         LoraConfig(**copy.deepcopy(arguments) | listed, task_type="CAUSAL_LM")
 
     training = section == "training"
-    config, owner = (checked_config, "SFTConfig") if training else (lora, "LoraConfig")
+    owner = CONFIGS[tree.method].rpartition(".")[2] if training else "LoraConfig"
     skipped = _OF_THE_MACHINE if training else {"trainable_token_indices"}
 
     def complaints(arguments: Section) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                config(arguments)
+                checked_config(arguments, tree.method) if training else lora(arguments)
             except Exception as error:  # of any type; it is about these values
                 return [str(error)]
         return [str(warning.message) for warning in caught if "ignored" in str(warning.message)]

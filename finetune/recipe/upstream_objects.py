@@ -57,7 +57,7 @@ def _check_optimizer(tree: RecipeTree, training: Section) -> None:
         tree.fault("training.optim", problem)
         return
     trainer = SimpleNamespace(
-        args=checked_config(training),
+        args=checked_config(training, tree.method),
         model=Linear(1, 1),
         optimizer=None,
         lr_scheduler=None,

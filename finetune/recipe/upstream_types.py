@@ -6,14 +6,15 @@ weights grow, and no error says so. The ranges here are those in which a value d
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from finetune.recipe.unknown_keys import INSTEAD
-from finetune.recipe.upstream import QUANTIZATION, STRICT, XlaFsdp
+from finetune.recipe.unknown_keys import INSTEAD, NOT_WITH_PREFERENCES
+from finetune.recipe.upstream import QUANTIZATION, STRICT, XlaFsdp, config_class
 from finetune.recipe.yaml_tree import Section, Sections
 
 _Count = Annotated[int, Field(ge=0)]
@@ -24,6 +25,28 @@ _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _Words = Annotated[list[str], Field(min_length=1)]
 # What `evaluate` of trl 1.16 measures on every model. Another name would raise at the first evaluation.
 _Metric = Literal["loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "entropy", "eval_entropy"]
+_Reward = Literal["loss", "eval_loss", "rewards/margins", "eval_rewards/margins"]
+_Accuracy = Literal[_Reward, "rewards/accuracies", "eval_rewards/accuracies"]
+# The values that trl's configurations take as any text (1.16); their trainers compare with these.
+DPO_LOSSES = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+DIVERGENCES = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+_UNIT = Annotated[float, Field(ge=0, le=1)]
 
 
 class Checkpointing(BaseModel):
@@ -90,17 +113,46 @@ INNER: dict[str, type[BaseModel]] = {
 }
 
 
-def upstream_keys() -> Sections:
-    """The keys of `training`, `lora` and `quantization`, and the types of their values."""
+def _preference_keys(method: str) -> Section:
+    """The types of those keys that the configurations of dpo, kto and orpo have beside `SFTConfig`'s, or narrower."""
+    if method == "sft":
+        return {}
+    keys: Section = {"beta": _Positive, "metric_for_best_model": (_Reward if method == "kto" else _Accuracy) | None}
+    if method == "dpo":
+        keys |= {
+            "loss_type": DPO_LOSSES | Annotated[list[DPO_LOSSES], Field(min_length=1)],
+            "loss_weights": list[_Number] | None,
+            "ld_alpha": _UNIT | None,
+            "f_divergence_type": DIVERGENCES,
+            "f_alpha_divergence_coef": _Positive,
+            "label_smoothing": _Share,
+            "discopop_tau": _Positive,
+        }
+    if method == "kto":
+        keys |= dict.fromkeys(["desirable_weight", "undesirable_weight"], _Positive)
+    return keys
+
+
+def upstream_keys(method: str = "sft") -> Sections:
+    """The keys of `training`, `lora` and `quantization`, and the types of their values.
+
+    Args:
+        method: The recipe's method, whose configuration has the keys of `training`.
+
+    Raises:
+        ImportError: The installed trl has no such configuration.
+    """
     from accelerate.utils import DynamoBackend
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-    from trl import SFTConfig
 
-    def fields(section: str, config: type) -> Section:
+    def fields(config: type, refused: Collection[str]) -> Section:
         types = typing.get_type_hints(config)
-        taken = [f for f in dataclasses.fields(config) if f.name not in INSTEAD[section]]
+        taken = [f for f in dataclasses.fields(config) if f.name not in refused]
         return {f.name: _narrowed(types[f.name], f.metadata.get("choices")) for f in taken}
+
+    refused = INSTEAD["training"] | ({} if method == "sft" else NOT_WITH_PREFERENCES)
+    taken = fields(config_class(method), refused)
 
     reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
     backends = Literal[tuple(backend.value.lower() for backend in DynamoBackend)]  # type: ignore[valid-type]
@@ -109,38 +161,40 @@ def upstream_keys() -> Sections:
     # peft's hint spells the pattern of pissa_niter as a literal.
     inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
     pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
+    training: Section = {
+        **taken,
+        # The trainer also takes true, for the newest checkpoint.
+        "resume_from_checkpoint": str | bool | None,
+        "output_dir": str,
+        "report_to": reports | list[reports],
+        **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
+        **dict.fromkeys(["gradient_accumulation_steps", "ddp_timeout"], PositiveInt),
+        **dict.fromkeys(["max_length", "eval_accumulation_steps", "dataset_num_proc"], PositiveInt | None),
+        **dict.fromkeys(["dataloader_prefetch_factor", "torch_empty_cache_steps"], PositiveInt | None),
+        **dict.fromkeys(["save_total_limit", "ddp_bucket_cap_mb"], PositiveInt | None),
+        "pad_to_multiple_of": PositiveInt | Literal["auto"] | None,
+        "dataloader_num_workers": _Count,
+        "seed": _Seed,
+        "data_seed": _Seed | None,
+        "max_steps": Literal[-1] | PositiveInt,
+        **dict.fromkeys(["num_train_epochs", "adam_epsilon", "logging_steps", "save_steps"], _Positive),
+        "eval_steps": _Positive | None,
+        **dict.fromkeys(["learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"], _Number),
+        **dict.fromkeys(["neftune_noise_alpha", "router_aux_loss_coef"], _Number | None),
+        **dict.fromkeys(["adam_beta1", "adam_beta2", "label_smoothing_factor"], _Share),
+        "optim_args": Annotated[str, Field(pattern=r"^\w+=[^=,]+(,\w+=[^=,]+)*$")] | None,
+        "metric_for_best_model": _Metric | None,
+        "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+        "torch_compile_backend": backends | None,
+        "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+        | None,
+        **{name: kind | None for name, kind in INNER.items() if name != "gradient_accumulation_kwargs"},
+        **_preference_keys(method),
+    }
     return {
-        "training": {
-            **fields("training", SFTConfig),
-            # The trainer also takes true, for the newest checkpoint.
-            "resume_from_checkpoint": str | bool | None,
-            "output_dir": str,
-            "report_to": reports | list[reports],
-            **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
-            **dict.fromkeys(["gradient_accumulation_steps", "ddp_timeout"], PositiveInt),
-            **dict.fromkeys(["max_length", "eval_accumulation_steps", "dataset_num_proc"], PositiveInt | None),
-            **dict.fromkeys(["dataloader_prefetch_factor", "torch_empty_cache_steps"], PositiveInt | None),
-            **dict.fromkeys(["save_total_limit", "ddp_bucket_cap_mb"], PositiveInt | None),
-            "pad_to_multiple_of": PositiveInt | Literal["auto"] | None,
-            "dataloader_num_workers": _Count,
-            "seed": _Seed,
-            "data_seed": _Seed | None,
-            "max_steps": Literal[-1] | PositiveInt,
-            **dict.fromkeys(["num_train_epochs", "adam_epsilon", "logging_steps", "save_steps"], _Positive),
-            "eval_steps": _Positive | None,
-            **dict.fromkeys(["learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"], _Number),
-            **dict.fromkeys(["neftune_noise_alpha", "router_aux_loss_coef"], _Number | None),
-            **dict.fromkeys(["adam_beta1", "adam_beta2", "label_smoothing_factor"], _Share),
-            "optim_args": Annotated[str, Field(pattern=r"^\w+=[^=,]+(,\w+=[^=,]+)*$")] | None,
-            "metric_for_best_model": _Metric | None,
-            "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
-            "torch_compile_backend": backends | None,
-            "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-            | None,
-            **{name: kind | None for name, kind in INNER.items() if name != "gradient_accumulation_kwargs"},
-        },
+        "training": {name: kind for name, kind in training.items() if name in taken},
         "lora": {
-            **fields("lora", LoraConfig),
+            **fields(LoraConfig, INSTEAD["lora"]),
             "r": PositiveInt,
             "lora_alpha": PositiveInt,
             "lora_dropout": _Share,

@@ -75,6 +75,8 @@ class RecipeTree:
     """A recipe while it is read and checked: its root node, and the faults so far as `(origin, message)`."""
 
     root: Node
+    # The recipe's `method`, which decides the keys of `training`.
+    method: str = "sft"
     faults: list[tuple[str, str]] = field(default_factory=list)
     # Keys whose value could not be read; they get no second fault.
     broken: set[str] = field(default_factory=set)
