@@ -271,8 +271,10 @@ def become(cwd: str, environment: dict[str, str], streams: list[int]) -> None:
     import torch
 
     from finetune.system import fresh_process
+    from finetune.train.callbacks import trackers
 
     fresh_process._start = start
+    trackers._NEW_TOKENS = 4  # as in tests/conftest.py
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
 
 

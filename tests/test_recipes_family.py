@@ -488,6 +488,7 @@ QUICK = {
 }
 
 
+@pytest.mark.usefixtures("short_samples")
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=[] if p.stem in QUICK else [pytest.mark.slow], id=p.stem) for p in RECIPES]
 )
@@ -593,6 +594,7 @@ def test_a_model_of_images_has_one_loss_however_its_batch_is_accumulated(
     assert losses[0] == pytest.approx(losses[1], abs=5e-6)
 
 
+@pytest.mark.usefixtures("short_samples")
 @pytest.mark.parametrize("role", ["a turn", pytest.param("behind BOS", marks=pytest.mark.slow)])
 def test_the_template_travels_to_the_export(
     role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -631,7 +633,7 @@ VARIANTS: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("model", ["random:gemma2", pytest.param("random:gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["random:gemma2", pytest.param("random:gemma3", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trained_adapter_merges_to_the_model_that_was_trained(
     variant: str, model: str, write_recipe: Callable[..., Path], seen: Options
