@@ -1,9 +1,10 @@
 # make quickstart   train a real Gemma and see it answer        make test         lint, types, tests
 # make test-lowest  the default tests on the oldest releases that pyproject.toml allows
+# make clients      other programs read our files, each in its own environment; results in docs/clients.md
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: quickstart test test-lowest clean
+.PHONY: quickstart test test-lowest clients clean
 
 PYTHON ?= python3
 # Relative, so that a path with a space in it does no harm.
@@ -35,7 +36,7 @@ test: .venv/.test
 	echo "== tests"
 	code=0
 	seed=$$(git rev-parse --short=7 HEAD 2> /dev/null || echo 0)
-	$(BIN)/python -m pytest -n 2 -m "not soak and not gpu" \
+	$(BIN)/python -m pytest -n 2 -m "not soak and not gpu and not clients" \
 	    --hypothesis-profile ci --hypothesis-seed $$((16#$$seed)) || code=$$?
 	wait $$! || code=$$?
 	cat $$checks; rm $$checks
@@ -48,6 +49,12 @@ test-lowest:
 	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/lowest.txt -e '.[quickstart,dev]'
 	.venv-lowest/bin/python -m pytest
+
+clients: .venv/.test
+	@code=0
+	$(BIN)/python -m pytest -m clients tests/test_clients.py || code=$$?
+	$(BIN)/python docs/reference.py
+	exit $$code
 
 .venv/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -5,6 +5,7 @@ python docs/reference.py
 
 import argparse
 import ast
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -86,6 +87,16 @@ _IMPORTS = {
     "export": "data, evaluate, hub, merge, model, recipe, system",
     "plan": "data, model, recipe, train, system",
     "cli": "all packages",
+}
+_RESULTS = (
+    "<!-- results: made by docs/reference.py from clients.json, which make clients writes -->\n",
+    "<!-- end of results -->",
+)
+# Which artefacts stand in one table of docs/clients.md.
+_TABLES = {
+    "Whole models": ("full run", "merged", "bf16", "fp16", "int8", "nf4", "fp8", "w4a16"),
+    "Adapters on their base": ("run", "run with token rows", "adapter"),
+    "GGUF files": ("gguf:F32", "gguf:Q8_0", "gguf:adapter", "ollama"),
 }
 _CLI = f"""# The command line
 
@@ -230,6 +241,53 @@ def architecture() -> str:
     return "".join([head, begin, "\n", *_packages(), end, tail])
 
 
+def clients() -> str:
+    """`docs/clients.md` with its tables made from the results of the tier `clients`."""
+    page, results = (HERE / "clients.md").read_text(encoding="utf-8"), HERE / "clients.json"
+    head, begin, rest = page.partition(_RESULTS[0])
+    _, end, tail = rest.partition(_RESULTS[1])
+    return "".join([head, begin, *_results(json.loads(results.read_text(encoding="utf-8"))), end, tail])
+
+
+def _results(results: dict[str, Any]) -> Iterator[str]:
+    """The lines of the tables; a case's key is `client | artefact | base`."""
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, seen in results.items():
+        client, artefact, base = key.split(" | ")
+        cases.setdefault((client, artefact), {})[base] = seen
+    for title, columns in _TABLES.items():
+        rows = dict.fromkeys(client for client, artefact in cases if artefact in columns)
+        yield f"\n### {title}\n\n| program | {' | '.join(columns)} | seen |\n|{'---|' * (len(columns) + 2)}\n"
+        for client in rows:
+            own = [cases.get((client, artefact), {}) for artefact in columns]
+            dates = [seen["date"] for bases in own for seen in bases.values()]
+            yield f"| {client} | {' | '.join(map(_verdict, own))} | {min(dates)} |\n"
+    reasons = [(*key.split(" | "), seen) for key, seen in results.items() if seen["why"] or seen["error"]]
+    if reasons:
+        yield "\n### Why\n\n| program | artefact | base | verdict | |\n|---|---|---|---|---|\n"
+        for client, artefact, base, seen in reasons:
+            said = f"`{_cell(seen['error'])}`" if seen["error"] else ""
+            why = "; ".join(part for part in (seen["why"], said) if part)
+            yield f"| {client} | {artefact} | {base} | {seen['verdict']} | {why} |\n"
+    yield "\n"
+
+
+def _verdict(bases: dict[str, Any]) -> str:
+    """A cell: one verdict with the worst figures, or one for each base where they differ."""
+    if len({seen["verdict"] for seen in bases.values()}) > 1:
+        return "; ".join(f"{base}: {_verdict({base: seen})}" for base, seen in bases.items())
+    if not bases:
+        return ""
+    [verdict] = {seen["verdict"] for seen in bases.values()}
+    largest = max((seen["largest"] for seen in bases.values() if seen["largest"] is not None), default=None)
+    figures = [] if largest is None else [f"{largest:.1g}"]
+    greedy = min((seen["greedy"] for seen in bases.values() if seen["greedy"]), default=None)
+    if greedy and verdict != "same":
+        figures.append(f"{greedy[0]} of {greedy[1]}")
+    shown = f"**{verdict}**" if verdict in ("wrong", "refuses") else verdict
+    return f"{shown} ({', '.join(figures)})" if figures and verdict != "refuses" else shown
+
+
 def _packages() -> Iterator[str]:
     for package, imports in _IMPORTS.items():
         folder = HERE.parent / "finetune" / package
@@ -242,7 +300,7 @@ def _packages() -> Iterator[str]:
     yield "\n"
 
 
-PAGES = {"recipe.md": recipe, "cli.md": cli, "architecture.md": architecture}
+PAGES = {"recipe.md": recipe, "cli.md": cli, "architecture.md": architecture, "clients.md": clients}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():
