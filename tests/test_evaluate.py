@@ -586,7 +586,7 @@ def test_tasks_of_the_harness(write_recipe: Write, capfd: pytest.CaptureFixture[
         "tiny_choice, acc": right / 4,
         "tiny_choice, brier_score": pytest.approx(sum(squares) / 4, rel=1e-4),
     }
-    recipe.write_text(recipe.read_text().replace(str(Path("tiny.yaml").absolute()), "nosuch"))
+    recipe = write_recipe(evaluate={"prompts": prompts, "lm_eval": {"tasks": ["arc_easy", "nosuch"]}})
     assert main(["evaluate", "random:gemma3", "--recipe", str(recipe)]) == 2
     assert capfd.readouterr().err.splitlines()[-1] == (
         "error: evaluate.lm_eval.tasks: there is no task nosuch; `lm-eval ls tasks` lists them"

@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[str, Options]] = {
             "image_token_index": 7,
         },
     ),
-    # Large enough that its merge can be killed at twenty different moments.
+    # Large enough that its merge can be killed at many different moments.
     "large llama": ("llama", SHAPE | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}),
 }
 TIED = {"random:gemma", "random:gemma2", "random:gemma3", "random:gemma3n", "random:gemma4", "random:gemma4_moe"}
@@ -503,7 +503,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.usefixtures("cold")
 def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -1080,8 +1079,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("moments", [8, pytest.param(40, marks=pytest.mark.soak)])
 def test_killed_at_any_moment_the_output_is_whole_or_absent(
-    base_of: Locate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_of: Locate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: int
 ) -> None:
     base = base_of("large llama")
     run = make_run(base, tmp_path / "run", target_modules="all-linear")
@@ -1108,9 +1108,9 @@ def test_killed_at_any_moment_the_output_is_whole_or_absent(
     shutil.rmtree(place / "timed")
 
     left = set()
-    for moment in range(20):
+    for moment in range(moments):
         child = in_a_child(lambda: merge(run, place / "merged"))
-        time.sleep(usual * moment / 20)
+        time.sleep(usual * moment / moments)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         left |= {path.name for path in place.iterdir()}

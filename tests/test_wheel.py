@@ -33,9 +33,11 @@ def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
 
-    def finetune(*arguments: str) -> str:
+    def finetune(*arguments: str, code: str = "") -> str:
+        """A command, or code in place of it, of the wheel's package; what it printed."""
+        start = ["-c", code] if code else ["-m", "finetune"]
         done = subprocess.run(
-            [python, "-P", "-m", "finetune", *arguments],
+            [python, "-P", *start, *arguments],
             cwd=work,
             capture_output=True,
             text=True,
@@ -45,20 +47,18 @@ def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = subprocess.run(
-        [python, "-P", "-c", "import finetune; print(finetune.__file__)"],
-        cwd=work,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.strip() == str(site / "finetune" / "__init__.py")
+    where = finetune(code="import finetune; print(finetune.__file__)")
+    assert where.strip() == str(site / "finetune" / "__init__.py")
     shutil.copy(ROOT / "recipes" / "cpu_smoke.yaml", work)
     shutil.copytree(ROOT / "data", work / "data")
     overrides = ["cpu_smoke.yaml", "training.max_steps=1", "model.chat_template=gemma"]
     assert finetune("check", *overrides).startswith("cpu_smoke.yaml: ok\n")
-    finetune("train", *overrides)
+    # One process for the two that import torch.
+    train, generate = (
+        ["train", *overrides],
+        ["generate", "runs/cpu_smoke", "--prompt", "Hello", "--max-new-tokens", "3"],
+    )
+    finetune(code=f"from finetune.cli.commands import main; exit(main({train}) or main({generate}))")
     assert (work / "runs" / "cpu_smoke" / "README.md").exists()
     finetune("report", "runs/cpu_smoke")
     assert "<svg" in (work / "runs" / "cpu_smoke" / "report.html").read_text()
-    finetune("generate", "runs/cpu_smoke", "--prompt", "Hello", "--max-new-tokens", "3")
