@@ -420,6 +420,7 @@ def test_ledger_exactly() -> None:
                 "tokens_per_character": round(sum(lengths) / (len("".join(texts(got)[:2])) + 2), 4),
             }
         },
+        "answers": {},
     }
     assert got.ledger.summary() == (
         f"3 of 7 rows, {sum(lengths)} tokens, {trained} trained on ({trained / sum(lengths):.0%}), longest {long}; "

@@ -19,7 +19,8 @@ from finetune.data.chat import Chat
 from finetune.data.language import language
 from finetune.data.ledger import Ledger
 from finetune.data.mixture import Prepared, build_datasets
-from finetune.data.prepare import RowResult, prepare
+from finetune.data.prepare import prepare
+from finetune.data.row_result import RowResult
 from finetune.data.template import set_system_role
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, ModelSection

@@ -110,7 +110,7 @@ def load(recipe: Recipe, say: Say = lambda line: None) -> InspectedData:
         DataError: A source cannot be read.
     """
     tokenizer = load_tokenizer(recipe.model)
-    prepared = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
+    prepared = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say, recipe.method)
     return InspectedData(recipe, tokenizer, *prepared)
 
 

@@ -18,18 +18,26 @@ import numpy as np
 
 from finetune.data.encoded import Encoded, Ids
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import LEDGER_VALUES, Preparation, prepare
+from finetune.data.prepare import Preparation, prepare
 from finetune.data.readers import fingerprint
+from finetune.data.row_result import LEDGER_VALUES
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError
 from finetune.system.files import cache_dir, made_once
 from finetune.system.terminal import Say
 
 
+def trainer_columns(method: str) -> list[str]:
+    """The columns of the trainer's rows: for pairs those of the chosen side, then those of the rejected side."""
+    columns = ["row", "input_ids", "labels"]
+    return columns + {"sft": [], "kto": ["desirable"]}.get(method, ["rejected_input_ids", "rejected_labels"])
+
+
 class CachedSource:
     """The prepared rows of one source: their tokens are on disk, only their counts are in memory.
 
-    A row here is one that was read. It has one piece, or several if it was split; a piece is a row for the trainer.
+    A row here is one that was read. It has one piece, or several if it was split; a piece is a row for the trainer, in
+    `trainer_columns`.
 
     Args:
         preparation: The settings for preparing rows.
@@ -46,7 +54,7 @@ class CachedSource:
     def __init__(self, preparation: Preparation, source: DataSource, place: int, say: Say) -> None:
         import datasets
 
-        self.source, self.place = source, place
+        self.source, self.place, self.method = source, place, preparation.method
         folder = _prepared(preparation, source, say)
         self._account: dict[str, Any] = json.loads((folder / "account.json").read_text(encoding="utf-8"))
         if not self._account["read"]:
@@ -98,7 +106,7 @@ class CachedSource:
             *counts, language = (self._columns[name][piece] for name in LEDGER_VALUES)
             values.append([*map(int, counts), language])
         cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
-        ledger.keep_row(self.source.path, values, bool(cut), int(lost))
+        ledger.keep_row(self.source.path, values, bool(cut), int(lost), is_pair=self.method != "sft")
         return pieces
 
 
@@ -120,7 +128,7 @@ def _key(preparation: Preparation, source: DataSource) -> str:
     reading = source.model_dump(include={"path", "format", "columns", "raw", "special_tokens", "filter"})
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     chat, max_length = preparation.chat, preparation.max_length
-    parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, code]
+    parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, preparation.method, code]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -131,7 +139,9 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
     ints, texts = ("number", "lost", *LEDGER_VALUES[:-1]), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
     fields += [("cut", pa.bool_()), ("text", pa.binary(16)), ("digest", pa.binary(16))]
-    schema = pa.schema([*fields, ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+    fields += [("desirable", pa.bool_())] if preparation.method == "kto" else []
+    lists = [name for name in trainer_columns(preparation.method) if name.endswith(("input_ids", "labels"))]
+    schema = pa.schema([*fields, *((name, pa.list_(pa.int32())) for name in lists)])
     ledger = Ledger()
     waiting: list[tuple[tuple[Any, ...], Encoded]] = []
 
@@ -139,7 +149,8 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
         values, pieces = zip(*waiting, strict=True)
         columns = zip(*values, strict=True)
         arrays = [pa.array(column, kind) for column, (_, kind) in zip(columns, fields, strict=True)]
-        arrays += [_lists([piece.input_ids for piece in pieces]), _lists([piece.labels for piece in pieces])]
+        for sides in zip(*(piece.sides for piece in pieces), strict=True):
+            arrays += [_lists([side.input_ids for side in sides]), _lists([side.labels for side in sides])]
         writer.write_batch(pa.record_batch(arrays, schema=schema))
         waiting.clear()
 
@@ -152,6 +163,7 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
                 *counts, language = result.ledger_values(piece)
                 cut = result.pieces[0].cut
                 values = (number, result.lost, *counts, result.row, language, cut, *digests)
+                values += () if piece.desirable is None else (piece.desirable,)
                 waiting.append((values, piece))
             if len(waiting) >= 256:
                 flush(writer)

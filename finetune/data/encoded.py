@@ -37,6 +37,18 @@ class Encoded:
     characters: int = 0  # the length of the text that became these tokens
     cut: bool = False  # the end of the row, or an exchange of it, was left out
     thinking: tuple[tuple[int, int], ...] = ()  # `input_ids[start:end]` are the tokens of a thinking text
+    rejected: Encoded | None = None  # of a pair, whose chosen side is this row
+    desirable: bool | None = None  # for `method: kto`
+
+    @property
+    def sides(self) -> tuple[Encoded, ...]:
+        """The row; of a pair its chosen side and its rejected side."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first one that has a label."""
+        return int(np.argmax(self.labels != IGNORE))
 
     @property
     def trained_tokens(self) -> int:

@@ -2,7 +2,8 @@
 
 A format returns `{"messages": [...]}` in the names of chat templates, with `tools` if the row has some,
 `prompt_messages` (a count) if the first messages are a prompt, and `unread` (keys of messages that no code reads).
-For rows without chat turns it returns `{"prompt": str, "completion": str}`.
+The conversation of a pair is that of its chosen answer, and `rejected` holds the messages of the other answer; a rated
+answer has `desirable`. For rows without chat turns a format returns `{"prompt": str, "completion": str}`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 from finetune.data.json_rows import Row
 from finetune.data.messages import check_json, decoded, function_in, holds, one_of, read_messages
+from finetune.data.preference import read_transcript, split_at_answers
 from finetune.data.turns import INSTRUCTING, Message
+from finetune.recipe.preferences import FORMATS_BY_METHOD
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError
 
@@ -57,20 +60,27 @@ def map_columns(source: DataSource, row: Row) -> Row:
     return mapped
 
 
-def detect_format(source: DataSource, row: Row) -> str:
-    """The name of the format that a row's columns belong to.
+def detect_format(source: DataSource, row: Row, method: str = "sft") -> str:
+    """The name of the format that a row's columns belong to, of those that the recipe's method reads.
 
     Raises:
-        DataError: No known format has such columns.
+        DataError: None of these formats has such columns.
     """
+    of_answers = {name for names in FORMATS_BY_METHOD.values() for name in names}
+    read = FORMATS_BY_METHOD.get(method) or [name for name in FORMATS if name not in of_answers]
+    known = {name: columns for name, columns in _COLUMNS.items() if name in read}
     # A format whose columns the recipe's `columns` name comes first.
-    filled = {name: columns for name, columns in _COLUMNS.items() if set(columns) & source.columns.keys()}
-    for name, columns in (filled or _COLUMNS).items():
+    filled = {name: columns for name, columns in known.items() if set(columns) & source.columns.keys()}
+    for name, columns in (filled or known).items():
         if all(column in row for column in columns):
             return name
+    there = ", ".join(map(str, row))
+    if method == "sft" and all(column in row for column in _COLUMNS["preference"]):
+        raise DataError(f"{source.path}: its rows are pairs ({there}); write method: dpo, kto or orpo")
+    wanted = "" if method == "sft" else f" for method {method}"
     raise DataError(
-        f"{source.path}: its format is not known from its columns ({', '.join(map(str, row))}); "
-        f"write `format` ({', '.join(FORMATS)}) and `columns`"
+        f"{source.path}: its format{wanted} is not known from its columns ({there}); "
+        f"write `format` ({', '.join(read)}) and `columns`"
     )
 
 
@@ -127,6 +137,72 @@ def _prompt_completion(row: Row) -> Row:
     return _chat(row, asked + read_messages(completion, unread), unread) | {"prompt_messages": len(asked)}
 
 
+def _preference(row: Row) -> Row:
+    unread: set[str] = set()
+    sides: dict[str, Any] = {name: row.get(name) for name in ("chosen", "rejected")}
+    for name, side in sides.items():
+        if side is None:
+            raise LabelError(f"it has no {name}")
+    asked = row["prompt"] if holds(row.get("prompt")) else row.get("question")
+    if asked != row.get("question") and holds(row.get("question")):
+        unread.add("question")
+    prompt, conversations = _read_turns(asked, unread), [_read_turns(side, unread) for side in sides.values()]
+    if all(isinstance(side, str) for side in sides.values()) and conversations == [None, None]:
+        conversations = [read_transcript(side) for side in sides.values()]
+        if conversations == [None, None]:
+            conversations = [[{"role": "assistant", "content": side}] for side in sides.values()]
+    chosen, rejected = conversations
+    if chosen is None or rejected is None:
+        raise LabelError("one of its chosen and rejected is a text, the other a conversation", "write both alike")
+    answers_only = [not side or side[0]["role"] == "assistant" for side in (chosen, rejected)]
+    if all(answers_only):
+        if not holds(asked):
+            raise LabelError("it has no prompt", "write it, or whole conversations in chosen and rejected")
+        prompt = prompt or _asked(str(asked))
+    elif any(answers_only):
+        raise LabelError("one of its chosen and rejected begins with the answer, the other with the prompt")
+    else:
+        given = prompt
+        prompt, chosen, rejected = split_at_answers(chosen, rejected)
+        said = [message["content"] for message in prompt]
+        if holds(asked) and (given != prompt if given else asked not in said):
+            unread.add("prompt" if asked is row.get("prompt") else "question")
+    prompt = _with_system(row, prompt)
+    return _chat(row, prompt + chosen, unread) | {"prompt_messages": len(prompt), "rejected": rejected}
+
+
+def _read_turns(value: Any, unread: set[str]) -> list[Message] | None:
+    """The messages of a list, or of a text of JSON that holds one; None for nothing and for any other text."""
+    turns = decoded(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if isinstance(turns, str) or turns is None or (isinstance(value, str) and not _are_maps(turns)):
+        return None
+    return read_messages(turns, unread)
+
+
+def _are_maps(turns: Any) -> bool:
+    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+
+
+def _asked(prompt: str) -> list[Message]:
+    """The messages of a prompt in text; of a transcript of HH-RLHF, which ends with `Assistant:`, several."""
+    ends_with_header = prompt.rstrip().endswith("Assistant:")
+    turns = read_transcript(prompt) if ends_with_header else None
+    return turns[:-1] if turns else [{"role": "user", "content": prompt}]
+
+
+_LABELS = {"1": True, "true": True, "0": False, "false": False}
+
+
+def _rated(row: Row) -> Row:
+    label = row.get("label")
+    if label is None:
+        raise LabelError("it has no label")
+    known = _LABELS.get(label.lower()) if isinstance(label, str) else None if label not in (0, 1) else bool(label)
+    if known is None:
+        raise LabelError(f"its label is {label!r}", "write true or false")
+    return _prompt_completion(row) | {"desirable": known}
+
+
 def _text(row: Row) -> Row:
     if not isinstance(row.get("text"), str):
         raise LabelError("it has no text")
@@ -139,6 +215,8 @@ FORMATS = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _text,
+    "preference": _preference,
+    "rated": _rated,
 }
 # The columns by which a format is known, looked for in this order.
 _COLUMNS = {
@@ -147,6 +225,8 @@ _COLUMNS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "rated": ("prompt", "completion", "label"),
 }
 
 
@@ -158,6 +238,8 @@ COLUMNS_READ = {
     "alpaca": ("instruction", "input", "output", "history", *_OF_CHATS),
     "prompt_completion": ("prompt", "completion", *_OF_CHATS),
     "text": ("text",),
+    "preference": ("prompt", "question", "chosen", "rejected", *_OF_CHATS),
+    "rated": ("prompt", "completion", "label", *_OF_CHATS),
     "raw": ("prompt", "completion"),
 }
 

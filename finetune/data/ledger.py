@@ -38,6 +38,7 @@ class Account(TypedDict):
     histogram: list[Bin]
     sources: dict[str, dict[str, int]]
     languages: dict[str, dict[str, float]]
+    answers: dict[str, dict[str, int]]
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Ledger:
     Each row that is `read` is `kept`, `dropped` or `bad`, the latter two with a reason. A split row is kept as several
     rows, and a row may be `repeated` by its source's weight. `lost_tokens` counts the tokens that would have been
     trained on if their rows fitted. `unread` counts the rows with a key that nothing reads. `first` names the
-    first row for each reason under `dropped` and `bad`.
+    first row for each reason under `dropped` and `bad`. `answers` counts by language the chosen (or desirable) and the
+    rejected (or undesirable) answers and their tokens, and of the pairs those whose chosen answer is longer.
     """
 
     read: int = 0
@@ -70,6 +72,7 @@ class Ledger:
     lengths: Counter[int] = field(default_factory=Counter)
     sources: dict[str, Counter[str]] = field(default_factory=dict)
     languages: dict[str, Counter[str]] = field(default_factory=dict)
+    answers: dict[str, Counter[str]] = field(default_factory=dict)
 
     def keep(
         self,
@@ -81,34 +84,51 @@ class Ledger:
         characters: int = 0,
         thinking: int = 0,
         trained_thinking: int = 0,
+        shorter_side: int = 0,
+        chosen: int = 0,
+        rejected: int = 0,
         language: str = "other",
     ) -> None:
         """Counts one row for the trainer.
 
         Args:
             source: The path of its source.
-            length: The number of its tokens.
+            length: The number of its tokens; of a pair that of its longer side.
             trained_tokens: The number of tokens that have a label.
             turns: The number of assistant turns that are trained on.
             ends: The number of those turns whose end-of-turn token has a label.
             characters: The length of its text.
             thinking: The number of tokens of the thinking in the turns that are trained on.
             trained_thinking: The number of those that have a label.
-            language: Its language.
+            shorter_side: The number of tokens of a pair's shorter side.
+            chosen: The number of tokens of a chosen or desirable answer; 0 without one.
+            rejected: The number of tokens of a rejected or undesirable answer; 0 without one.
+            language: Its language; of answers that of their prompt.
         """
         self.kept += 1
         self.lengths[length] += 1
-        self.tokens += length
+        tokens = length + shorter_side
+        self.tokens += tokens
         self.trained_tokens += trained_tokens
         self.turns += turns
         self.ends += ends
         self.thinking_tokens += thinking
         self.trained_thinking_tokens += trained_thinking
-        counts = {"rows": 1, "tokens": length}
+        counts = {"rows": 1, "tokens": tokens}
         self.sources.setdefault(source, Counter()).update(counts | {"trained_tokens": trained_tokens})
         self.languages.setdefault(language, Counter()).update(counts | {"characters": characters})
+        if chosen or rejected:
+            answers: dict[str, int] = {
+                "pairs": min(chosen, rejected) > 0,
+                "chosen": chosen > 0,
+                "rejected": rejected > 0,
+            }
+            answers |= {"chosen_tokens": chosen, "rejected_tokens": rejected, "chosen_longer": chosen > rejected > 0}
+            self.answers.setdefault(language, Counter()).update({name: int(n) for name, n in answers.items()})
 
-    def keep_row(self, source: str, pieces: Sequence[Sequence[Any]], cut: bool, lost: int) -> None:
+    def keep_row(
+        self, source: str, pieces: Sequence[Sequence[Any]], cut: bool, lost: int, is_pair: bool = False
+    ) -> None:
         """Counts a row that was read and all its pieces, which are rows for the trainer.
 
         Args:
@@ -116,8 +136,9 @@ class Ledger:
             pieces: For each piece the arguments of `keep` after `source`.
             cut: True if a part of the row was left out.
             lost: The number of tokens to train on in that part.
+            is_pair: True for a pair, whose two answers are rows for the trainer.
         """
-        self.split += len(pieces) > 1
+        self.split += len(pieces) > 1 and not is_pair
         self.cut += cut
         self.lost_tokens += lost
         for values in pieces:
@@ -166,6 +187,7 @@ class Ledger:
             "histogram": [{"from": low, "to": high, "rows": rows} for low, high, rows in self.histogram()],
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
             "languages": languages,
+            "answers": {name: dict(counts) for name, counts in sorted(self.answers.items())},
         }
 
     def summary(self) -> str:
@@ -180,6 +202,15 @@ class Ledger:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             parts.append(f"keys that are not read: {', '.join(names[:8])}{more}")
         share = self.trained_tokens / self.tokens if self.tokens else 0
+        total = sum(self.answers.values(), Counter[str]())
+        noun = "pairs" if total["pairs"] else "rows"
+        if total["pairs"]:
+            chosen, rejected = _mean(total, "chosen"), _mean(total, "rejected")
+            longer = f"the chosen one is longer in {total['chosen_longer'] / total['pairs']:.0%}"
+            parts.append(f"answers of {chosen} tokens chosen, {rejected} rejected; {longer}")
+        elif total:
+            good, bad = (f"{total[name]:,} {word}" for name, word in _RATINGS.items())
+            parts.append(f"{good} and {bad} answers")
         if self.thinking_tokens:
             untrained = self.thinking_tokens - self.trained_thinking_tokens
             share_of = f", {untrained:,} not trained on" if untrained else ""
@@ -191,9 +222,17 @@ class Ledger:
                 "(raise it, or see data.on_overflow)"
             )
         return (
-            f"{self.kept:,} of {self.read:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
+            f"{self.kept:,} of {self.read:,} {noun}, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
             f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
         )
+
+
+_RATINGS = {"chosen": "desirable", "rejected": "undesirable"}
+
+
+def _mean(counts: Mapping[str, int], side: str) -> float:
+    """The mean tokens of the chosen or the rejected answers."""
+    return round(counts[f"{side}_tokens"] / max(1, counts[side]), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -205,7 +244,8 @@ def facts(account: Account) -> Table:
     rows, turns, ends = account["rows"], account["turns_trained"], account["end_of_turns_trained"]
     trained, lost = account["trained_tokens"], account["lost_trained_tokens"]
     thinking = account.get("thinking_tokens", 0)
-    counts = [(rows[name], f"rows {name}") for name in _ROW_COUNTS]
+    noun = "pairs" if any(counts.get("pairs") for counts in account.get("answers", {}).values()) else "rows"
+    counts = [(rows[name], f"{noun} {name}") for name in _ROW_COUNTS]
     counts += [
         (account["tokens"], "tokens"),
         (trained, f"tokens trained on ({trained / max(1, account['tokens']):.0%})"),
@@ -243,7 +283,31 @@ def tables(account: Account) -> list[Table]:
     return [
         table("sources", account["sources"], "rows", "tokens", "trained_tokens"),
         table("languages", account["languages"], "rows", "tokens", "tokens_per_character"),
+        *_of_answers(account.get("answers", {})),
         [("tokens", "in a row"), *lengths],
+    ]
+
+
+def _of_answers(by_language: Mapping[str, Mapping[str, int]]) -> list[Table]:
+    """The table of chosen and rejected, or desirable and undesirable, answers by language; none without answers."""
+    if not by_language:
+        return []
+    total = sum(map(Counter, by_language.values()), Counter[str]())
+    named = {**by_language, **({"all": total} if len(by_language) > 1 else {})}
+    if not total["pairs"]:
+        columns = (f"{word}{kind}" for word in _RATINGS.values() for kind in ("", ", mean tokens"))
+        header = (*columns, "answers")
+        rows = [(*(n for side in _RATINGS for n in (c[side], _mean(c, side))), name) for name, c in named.items()]
+        return [[header, *rows]]
+    header = ("pairs", "mean tokens chosen", "mean tokens rejected", "chosen is longer", "answers")
+    return [
+        [
+            header,
+            *(
+                (c["pairs"], _mean(c, "chosen"), _mean(c, "rejected"), f"{c['chosen_longer'] / c['pairs']:.0%}", name)
+                for name, c in named.items()
+            ),
+        ]
     ]
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.cache import CachedSource
+from finetune.data.cache import CachedSource, trainer_columns
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import Preparation, RowResult, check_template, prepare
+from finetune.data.prepare import Preparation, check_template, prepare
+from finetune.data.row_result import RowResult
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError
 from finetune.system.terminal import Say
@@ -26,10 +28,9 @@ from finetune.system.terminal import Say
 if TYPE_CHECKING:
     import datasets
 
-# The columns that the trainer gets. The other columns of a prepared file are for the ledger.
-COLUMNS = ["row", "input_ids", "labels"]
 DUPLICATE = "exact duplicates"
 LEAKED = "also in the evaluation rows"
+PROMPT_LEAKED = "whose prompt is also in the evaluation rows"
 # A source and the index of one of its rows.
 SourceRow = tuple[CachedSource, int]
 # The size of the buffer in which the rows of a stream are shuffled.
@@ -38,7 +39,7 @@ _SHUFFLE_BUFFER = 1000
 
 @dataclass
 class Prepared:
-    """Rows for the trainer, with the columns `row` (its name), `input_ids` and `labels`, and their ledger.
+    """Rows for the trainer, with the columns of `trainer_columns`, among them `row` (its name), and their ledger.
 
     The rows of a stream are read and counted in the ledger during iteration.
     """
@@ -57,30 +58,33 @@ class Prepared:
 
         if not isinstance(self.dataset, datasets.Dataset):
             return 0
-        columns = self.dataset.select_columns(["input_ids"]).with_format("arrow")
-        batches = columns.iter(batch_size=1000)
-        return max((pc.max(pc.list_flatten(batch["input_ids"])).as_py() for batch in batches), default=0)
+        names = [name for name in self.dataset.column_names if name.endswith("input_ids")]
+        batches = self.dataset.select_columns(names).with_format("arrow").iter(batch_size=1000)
+        columns = (batch[name] for batch in batches for name in names)
+        return max((pc.max(pc.list_flatten(column)).as_py() for column in columns), default=0)
 
 
 def build_datasets(
-    section: DataSection, chat: Chat, max_length: int | None, say: Say = lambda line: None
+    section: DataSection, chat: Chat, max_length: int | None, say: Say = lambda line: None, method: str = "sft"
 ) -> tuple[Prepared, Prepared]:
     """The training and the evaluation rows of a recipe.
 
     The same recipe gives the same rows in the same order on every machine. With `eval_fraction`, whole rows go to one
-    side or the other, chosen by `data.seed`; a row and its copies go to the same side.
+    side or the other, chosen by `data.seed`; a row and its copies, and all answers to one prompt, go to the same side.
 
     Args:
         section: The recipe's `data` section.
         chat: The tokenizer and its chat template.
         max_length: The most tokens of a row; None: no limit.
         say: Called with lines on the progress of a long preparation.
+        method: The recipe's method.
 
     Raises:
-        DataError: A source or row cannot be used, or nothing is left to train on.
+        DataError: A source or row cannot be used, nothing is left to train on, or all answers of kto are rated alike.
         TemplateError: The chat template cannot be used with this tokenizer.
     """
-    preparation = Preparation(section, chat, max_length)
+    preparation = Preparation(section, chat, max_length, method)
+    leaked = LEAKED if method == "sft" else PROMPT_LEAKED
     eval_sources = _cached(preparation, section.eval, say)
     if any(source.streaming for source in section.train):
         evaluation, eval_texts = _evaluation(section, chat, eval_sources, {})
@@ -102,32 +106,43 @@ def build_datasets(
                 continue
             if cached.digests(row)[0] in eval_texts:
                 if not section.deduplicate:
-                    raise _leak(cached.name(row))
-                ledger.dropped[LEAKED] += 1
+                    raise _leak(cached.name(row), leaked)
+                ledger.dropped[leaked] += 1
                 continue
             left.append(row)
         chosen += [(cached, row) for row in _drawn(section, cached, left, ledger)]
     train = Prepared(_dataset(chosen, ledger), ledger, _digest(chosen))
     if not ledger.trained_tokens:
         raise _no_rows(chat, "no row is left to train on", ledger)
+    if method == "kto":
+        _check_ratings(ledger)
     return train, evaluation
 
 
-def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None) -> Prepared:
+def _check_ratings(ledger: Ledger) -> None:
+    """Refuses rows for kto that are all good or all bad, which no comparison can be learned from."""
+    total = sum(ledger.answers.values(), Counter[str]())
+    for rated, other in (("chosen", "undesirable"), ("rejected", "desirable")):
+        if total[rated] == ledger.kept:
+            raise DataError(f"data.train: none of {ledger.kept:,} answers is {other}, and kto needs both; add some")
+
+
+def evaluation_rows(section: DataSection, chat: Chat, max_length: int | None, method: str = "sft") -> Prepared:
     """The evaluation rows of `build_datasets`; reads the training rows only if they are held out of them.
 
     Args:
         section: The recipe's `data` section.
         chat: The tokenizer and its chat template.
         max_length: The most tokens of a row; None: no limit.
+        method: The recipe's method.
 
     Raises:
         DataError: A source or row cannot be used.
         TemplateError: The chat template cannot be used with this tokenizer.
     """
     if section.eval_fraction is not None:
-        return build_datasets(section, chat, max_length)[1]
-    return _evaluation(section, chat, _cached(Preparation(section, chat, max_length), section.eval), {})[0]
+        return build_datasets(section, chat, max_length, method=method)[1]
+    return _evaluation(section, chat, _cached(Preparation(section, chat, max_length, method), section.eval), {})[0]
 
 
 def _cached(preparation: Preparation, sources: list[DataSource], say: Say = lambda line: None) -> list[CachedSource]:
@@ -218,7 +233,7 @@ def _dataset(rows: list[SourceRow], ledger: Ledger) -> datasets.Dataset | None:
     if not chosen:
         return None
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    return whole.select(chosen).select_columns(COLUMNS)
+    return whole.select(chosen).select_columns(trainer_columns(rows[0][0].method))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -305,5 +320,6 @@ def _no_rows(chat: Chat, fault: str, ledger: Ledger) -> DataError:
     return DataError(f"{fault}: {ledger.summary()}")
 
 
-def _leak(row: str) -> DataError:
-    return DataError(f"{row}: this row is also in the evaluation rows; take it out, or write data.deduplicate: true")
+def _leak(row: str, reason: str = LEAKED) -> DataError:
+    found = "this row is" if reason == LEAKED else "the prompt of this row is"
+    return DataError(f"{row}: {found} also in the evaluation rows; take it out, or write data.deduplicate: true")

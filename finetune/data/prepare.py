@@ -6,14 +6,14 @@ This thread renders and labels rows while a second thread tokenises the next one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+
+import numpy as np
 
 from finetune.data.adapt import adapt
 from finetune.data.chat import Chat, RenderedChat
@@ -21,89 +21,47 @@ from finetune.data.encoded import Encoded, Ids
 from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
 from finetune.data.json_rows import Row
 from finetune.data.language import language
-from finetune.data.ledger import Ledger
+from finetune.data.mending import answer_by_answer, exchanges, mended
 from finetune.data.overflow import shorten
+from finetune.data.preference import (
+    EMPTY_ANSWER,
+    EQUAL_ANSWERS,
+    PAIRS_AS_RATED,
+    UNTRAINED_ANSWER,
+    check_same_prompt,
+    is_empty,
+    on_side,
+    without_tail,
+)
 from finetune.data.readers import read_rows
-from finetune.data.turns import INSTRUCTING, Message, is_text_only, texts_in
+from finetune.data.row_result import RowResult
+from finetune.data.turns import texts_in
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError, LabelError, TemplateError, TurnRewrittenLater
 
 # The number of rows that are tokenised in one call, by the tokenizer's own threads. At most four chunks are in memory.
 _CHUNK = 64
 
-# The arguments of `Ledger.keep` after `source`, in order.
-LEDGER_VALUES = ("length", "trained", "turns", "ends", "characters", "thinking", "trained_thinking", "language")
-
 # The changes to rows that the ledger counts as mended.
-OPENING_REMOVED = "rows whose opening assistant message was removed"
-CLOSING_REMOVED = "rows whose messages after the last assistant turn were removed"
 TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
 ROW_PER_EXCHANGE = "rows split into one row per exchange, because the chat template renders earlier turns differently"
-SAME_ROLE_MERGED = "rows with messages of one role merged"
-
-
-@dataclass(slots=True)
-class RowResult:
-    """The result of one row that was read.
-
-    Attributes:
-        row: The row's name, such as `data/chat.jsonl:12`.
-        pieces: The encoded rows that it became; several if it was split.
-        mended: The changes that were made to it.
-        unread: Its keys that hold a value and that are ignored.
-        dropped: The reason for which it was dropped, or "".
-        bad: The reason for which it cannot be used, or "".
-        detail: What is particular to this row, in addition to the reason in `bad`.
-        lost: The trained tokens that did not fit `max_length`.
-        language: The language of its text: `ja`, `en` or `other`.
-    """
-
-    row: str
-    pieces: list[Encoded] = field(default_factory=list)
-    mended: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-    dropped: str = ""
-    bad: str = ""
-    detail: str = ""
-    lost: int = 0
-    language: str = "other"
-
-    def count_into(self, ledger: Ledger) -> None:
-        """Counts the row as read, and as mended, dropped or bad; its pieces are counted by `Ledger.keep_row`."""
-        ledger.read += 1
-        ledger.lost_tokens += 0 if self.pieces else self.lost
-        ledger.mended.update(self.mended)
-        ledger.unread.update(self.unread)
-        for reason, account in ((self.dropped, ledger.dropped), (self.bad, ledger.bad)):
-            if reason:
-                account[reason] += 1
-                ledger.first.setdefault(reason, f"{self.row}{self.detail and f'; {self.detail}'}")
-
-    def ledger_values(self, piece: Encoded) -> tuple[Any, ...]:
-        """The `LEDGER_VALUES` of one of the pieces."""
-        ends = sum(int(piece.labels[turn.end - 1] == piece.input_ids[turn.end - 1]) for turn in piece.turns)
-        trained, turns = piece.trained_tokens, len(piece.turns)
-        return len(piece.input_ids), trained, turns, ends, piece.characters, *piece.thinking_tokens, self.language
-
-    @property
-    def digests(self) -> tuple[bytes, bytes]:
-        """Two hashes of 16 bytes: one of the token ids, one of the token ids and the labels."""
-        text = hashlib.blake2b(digest_size=16)
-        for piece in self.pieces:
-            text.update(piece.input_ids.tobytes())
-        row = text.copy()
-        for piece in self.pieces:
-            row.update(piece.labels.tobytes())
-        return text.digest(), row.digest()
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The settings for preparing rows: the `data` section, the chat template, the longest row in tokens (None: any)."""
+    """The settings for preparing rows.
+
+    Attributes:
+        section: The recipe's section `data`.
+        chat: The tokenizer and its chat template.
+        max_length: The most tokens of a row, or of each side of a pair; None: no limit.
+        method: The recipe's method, which decides the formats that are read.
+    """
 
     section: DataSection
     chat: Chat
     max_length: int | None
+    method: str = "sft"
 
 
 def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]:
@@ -153,7 +111,7 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
                 # No row before had these columns either: the recipe is wrong, not the row.
                 raise DataError(f"{source.path}: {error}") from error
             mapped = True
-            form = form or detect_format(source, row)
+            form = form or detect_format(source, row, preparation.method)
             # Plain text has no place for a system text or tools.
             read_as = "raw" if _is_raw(preparation, source, form) else form
             if checked != read_as:
@@ -194,6 +152,8 @@ def _render(
                 f"{source.path}: data.train_on: completion needs prompt_completion rows, these are {form}; "
                 "write assistant or last_assistant"
             )
+        if "rejected" in converted or "desirable" in converted:
+            return _render_answers(preparation, converted, result)
         return _render_messages(preparation, converted, train_on or "assistant", result)
     if train_on in ("assistant", "last_assistant"):
         raise DataError(
@@ -206,7 +166,33 @@ def _render(
     return encoded
 
 
-def _render_messages(preparation: Preparation, converted: Row, train_on: str, result: RowResult) -> list[RenderedChat]:
+def _render_answers(preparation: Preparation, converted: Row, result: RowResult) -> list[RenderedChat]:
+    """The chats of a rated answer, or of a pair: with the chosen answer and with the rejected one."""
+    messages, count = converted["messages"], converted["prompt_messages"]
+    prompt, answers = messages[:count], {"chosen": messages[count:]}
+    if any(message.get("train") for message in prompt):
+        raise LabelError("`train` on a message of the prompt", "only the answer is trained on")
+    if "rejected" in converted:
+        answers["rejected"] = converted["rejected"]
+        result.mended += [PAIRS_AS_RATED] if preparation.method == "kto" else []
+    if any(map(is_empty, answers.values())):
+        result.dropped = EMPTY_ANSWER
+        return []
+    result.desirable = [True, False] if "rejected" in converted else [converted["desirable"]]
+    chats: list[RenderedChat] = []
+    for name, answer in answers.items():
+        side = converted | {"messages": [*prompt, *answer]}
+        with on_side(name) if len(answers) > 1 else contextlib.nullcontext():
+            chats += _render_messages(preparation, side, "assistant", result, may_split=False)
+    for told in (result.mended, result.unread):
+        told[:] = dict.fromkeys(told)  # once for both sides
+    result.language = language("".join("".join(texts_in(message["content"])) for message in prompt))
+    return chats
+
+
+def _render_messages(
+    preparation: Preparation, converted: Row, train_on: str, result: RowResult, may_split: bool = True
+) -> list[RenderedChat]:
     chat = preparation.chat
     if train_on != "all":
         for message in converted["messages"][: converted.get("prompt_messages", 0)]:
@@ -217,19 +203,21 @@ def _render_messages(preparation: Preparation, converted: Row, train_on: str, re
     chat.check_tokens()
     messages, variables, changes = adapt(chat.render, converted["messages"], tools, converted.get("variables"))
     result.mended += changes
-    messages = _mended(preparation.section, messages, train_on, result)
+    messages = mended(preparation.section, messages, train_on, result)
     render = partial(chat.render_turns, train_on=train_on, tools=tools, variables=variables)
     try:
         chats = [render(messages)]
-    except TurnRewrittenLater:
+    except TurnRewrittenLater as error:
+        if not may_split:
+            raise LabelError(error.reason, "an answer is not divided", error.message) from error
         if train_on != "assistant":
             raise
         chats = []
-        for exchange in _exchanges(messages):
+        for exchange in exchanges(messages):
             try:
                 chats.append(render(exchange))
             except TurnRewrittenLater:
-                chats += map(render, _answers(exchange))
+                chats += map(render, answer_by_answer(exchange))
         result.mended.append(ROW_PER_EXCHANGE)
     for i, message in enumerate(messages):
         parts = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
@@ -262,60 +250,6 @@ def _leaves_out_tools(chat: Chat, rendered: RenderedChat) -> bool:
         return False  # the template fails without them
 
 
-def _exchanges(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yields the conversation up to the end of each exchange, with labels on that exchange only."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    for start, end in zip(users, [*users[1:], len(messages)], strict=True):
-        part = [
-            message | {"train": i > start and message.get("train", True)} if message["role"] == "assistant" else message
-            for i, message in enumerate(messages[:end])
-        ]
-        if any(message.get("train") for message in part):
-            yield part
-
-
-def _answers(exchange: list[Message]) -> Iterator[list[Message]]:
-    """Yields the conversation up to each assistant message that is trained on, with labels on that message only."""
-    for end, message in enumerate(exchange):
-        if message["role"] == "assistant" and message.get("train", True):
-            before = [m | {"train": False} if m["role"] == "assistant" else m for m in exchange[:end]]
-            yield [*before, message]
-
-
-def _mended(section: DataSection, messages: list[Message], train_on: str, result: RowResult) -> list[Message]:
-    """The messages that training can use, merged by role if the recipe says so; counts each change in the result."""
-    if section.merge_same_role:
-        merged: list[Message] = []
-        for message in messages:
-            before = merged[-1] if merged else {"role": None}
-            mergeable = is_text_only(before) and is_text_only(message) and message["role"] != "tool"
-            mergeable &= isinstance(before.get("content"), str) and isinstance(message["content"], str)
-            if mergeable and before["role"] == message["role"] and before.get("train") == message.get("train"):
-                merged[-1] = before | {"content": f"{before['content']}\n\n{message['content']}"}
-            else:
-                merged.append(message)
-        if len(merged) < len(messages):
-            result.mended.append(SAME_ROLE_MERGED)
-        messages = merged
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return messages
-    first = 1 if roles[0] in INSTRUCTING else 0
-    asked = next((i for i in range(first, len(roles)) if roles[i] != "assistant"), first)
-    last = len(roles) - roles[::-1].index("assistant")
-    if first < asked < last:
-        # An opening assistant message answers no prompt, so inference could never produce it.
-        result.mended.append(OPENING_REMOVED)
-    else:
-        asked = first
-    if last < len(roles) and train_on != "all":
-        # Messages after the last assistant turn hold no trained token and precede none.
-        result.mended.append(CLOSING_REMOVED)
-    else:
-        last = len(roles)
-    return [*messages[:first], *messages[asked:last]]
-
-
 def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Future[list[Ids]]) -> Iterator[RowResult]:
     ids = iter(tokenized.result())
     for result, item in chunk:
@@ -329,7 +263,11 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
                 result.pieces = _fit(preparation, None, item, result)
             else:
                 # All ids of the row are taken before a chat is labelled: an error must not leave some for the next row.
-                for rendered, tokens in [(rendered, next(ids)) for rendered in item]:
+                chats = [(rendered, next(ids)) for rendered in item]
+                if result.desirable:
+                    result.pieces = _answer_rows(preparation, chats, result)
+                    chats = []
+                for rendered, tokens in chats:
                     encoded = preparation.chat.label(rendered, tokens, preparation.section.train_on_thinking)
                     result.pieces += _fit(preparation, rendered, encoded, result)
             result.dropped = "" if result.pieces else result.dropped
@@ -340,6 +278,30 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
+
+
+def _answer_rows(preparation: Preparation, chats: list[tuple[RenderedChat, Ids]], result: RowResult) -> list[Encoded]:
+    """The rows for the trainer of a pair or a rated answer; none if it is dropped, with the reason in the result."""
+    sides = []
+    for name, (rendered, tokens) in zip(("chosen", "rejected"), chats, strict=False):
+        with on_side(name) if len(chats) > 1 else contextlib.nullcontext():
+            sides.append(preparation.chat.label(rendered, tokens))
+    if not all(side.trained_tokens for side in sides):
+        result.dropped = UNTRAINED_ANSWER
+        return []
+    sides = [without_tail(side) for side in sides]
+    if len(sides) > 1:
+        check_same_prompt(*sides)
+        if np.array_equal(sides[0].input_ids, sides[1].input_ids):
+            result.dropped = EQUAL_ANSWERS
+            return []
+    if _is_too_long(preparation, max(len(side.input_ids) for side in sides), result.row):
+        result.dropped = f"longer than training.max_length {preparation.max_length}"
+        result.lost = sum(side.trained_tokens for side in sides)
+        return []
+    if preparation.method == "kto":
+        return [replace(side, desirable=good) for side, good in zip(sides, result.desirable, strict=True)]
+    return [replace(sides[0], rejected=sides[1])]
 
 
 def check_template(chat: Chat, reason: str) -> None:
@@ -367,13 +329,20 @@ def _fit(preparation: Preparation, rendered: RenderedChat | None, encoded: Encod
     if not trained:
         result.dropped = "with nothing to train on"
         return []
-    length = len(encoded.input_ids)
-    if max_length is None or length <= max_length:
+    if max_length is None or not _is_too_long(preparation, len(encoded.input_ids), result.row):
         return [encoded]
-    if preparation.section.on_overflow == "error":
-        raise DataError(
-            f"{result.row}: {length:,} tokens, longer than training.max_length {max_length} (data.on_overflow: error)"
-        )
     pieces, result.dropped = shorten(encoded, rendered, preparation.chat, preparation.section, max_length)
     result.lost += max(0, trained - sum(piece.trained_tokens for piece in pieces))
     return pieces
+
+
+def _is_too_long(preparation: Preparation, length: int, row: str) -> bool:
+    """True if a row of this many tokens does not fit; raises if the recipe says so."""
+    if preparation.max_length is None or length <= preparation.max_length:
+        return False
+    if preparation.section.on_overflow == "error":
+        raise DataError(
+            f"{row}: {length:,} tokens, longer than training.max_length {preparation.max_length} "
+            "(data.on_overflow: error)"
+        )
+    return True

@@ -87,13 +87,16 @@ def _row_id(row: Mapping[str, object], default: str) -> str:
     return str(next((row[key] for key in ("id", "question_id") if key in row), default))
 
 
-def held_out_prompts(section: DataSection, names: set[str], limit: int | None = None) -> list[Prompt]:
+def held_out_prompts(
+    section: DataSection, names: set[str], limit: int | None = None, method: str = "sft"
+) -> list[Prompt]:
     """The conversations of held-out rows without their last answer; rows without turns are left out.
 
     Args:
         section: The recipe's `data` section.
         names: The names of the held-out rows.
         limit: The most prompts, in equal parts from all sources.
+        method: The recipe's method.
 
     Raises:
         DataError: A source cannot be read.
@@ -102,7 +105,7 @@ def held_out_prompts(section: DataSection, names: set[str], limit: int | None = 
     prompts = [
         (number, prompt)
         for number, source in enumerate(section.eval or section.train)
-        for name, chat in _conversations(source)
+        for name, chat in _conversations(source, method)
         if name in names and (prompt := Prompt.before_last_answer(name.rpartition("/")[2], chat))
     ]
     return [prompt for _, prompt in spread_evenly(prompts, lambda numbered: numbered[0], limit)]
@@ -119,7 +122,7 @@ def spread_evenly(items: Sequence[T], group: Callable[[T], Hashable], limit: int
     return [items[i] for i in sorted(chosen)]
 
 
-def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
+def _conversations(source: DataSource, method: str) -> Iterator[tuple[str, Row]]:
     form: str | None = source.format
     for name, row in read_rows(source):
         # A faulty row was reported when the rows were prepared.
@@ -127,7 +130,7 @@ def _conversations(source: DataSource) -> Iterator[tuple[str, Row]]:
             if isinstance(row, LabelError) or (source.filter and not matches_filter(source.filter, row)):
                 continue
             row = map_columns(source, row)
-            form = form or detect_format(source, row)
+            form = form or detect_format(source, row, method)
             converted = {} if source.raw else FORMATS[form](row)
             if "messages" in converted:
                 yield name, converted

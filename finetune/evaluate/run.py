@@ -205,7 +205,8 @@ class _Evaluation:
                 f"{self.recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
                 "data.eval_fraction"
             )
-        return held_out_prompts(self.recipe.data, {row.name for row in rows}, self.limit), HELD_OUT_ROWS
+        names = {row.name for row in rows}
+        return held_out_prompts(self.recipe.data, names, self.limit, self.recipe.method), HELD_OUT_ROWS
 
     def held_out(self, chat: Chat) -> list[HeldOutRow]:
         """The rows that the recipe evaluates on; they are built once per tokenizer and chat template.
@@ -215,7 +216,7 @@ class _Evaluation:
             DataError: A source cannot be read.
         """
         if chat.fingerprint not in self._rows:
-            found = evaluation_rows(self.recipe.data, chat, self.recipe.max_length)
+            found = evaluation_rows(self.recipe.data, chat, self.recipe.max_length, self.recipe.method)
             self._rows[chat.fingerprint] = [
                 HeldOutRow(row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"])), origin)
                 for row, origin in zip(found.dataset or (), found.origins, strict=True)

@@ -43,7 +43,7 @@ def held_out(model: Path, say: Say = lambda line: None, base: str | None = None)
     if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)
-            training, evaluation = build_datasets(recipe.data, chat, recipe.max_length)
+            training, evaluation = build_datasets(recipe.data, chat, recipe.max_length, method=recipe.method)
             if evaluation.dataset is not None:
                 return HeldOutRows(_first_rows(evaluation.dataset), "held-out rows of the run")
             if not any(source.streaming for source in recipe.data.train):

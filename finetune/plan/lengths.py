@@ -85,7 +85,7 @@ def row_lengths(recipe: Recipe, say: Say, config: Any, base: Base | None = None)
     if not all(_is_file(source) for source in recipe.data.train) or not has_tokenizer(recipe.model):
         return None
     tokenizer = load_tokenizer(recipe.model, base)
-    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say)
+    data, _ = build_datasets(recipe.data, Chat(tokenizer), recipe.max_length, say, recipe.method)
     check_token_ids([tokenizer.pad_token_id, data.highest_token_id()], tokenizer, config)
     return RowLengths.of(data.dataset)
 

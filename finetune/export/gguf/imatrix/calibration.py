@@ -108,7 +108,7 @@ def _rows_of_run(
     if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)
-            training, _ = build_datasets(recipe.data, chat, recipe.max_length)
+            training, _ = build_datasets(recipe.data, chat, recipe.max_length, method=recipe.method)
             return _sampled_rows(training, rows, spare), "training rows of the run"
         except (RecipeError, DataError, TemplateError, LabelError) as error:
             reason = first_line(error)

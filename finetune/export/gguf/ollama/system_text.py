@@ -30,13 +30,14 @@ def common_system_text(model: Path) -> str:
     if file is None:
         return ""
     try:
-        texts = {text for source in load_recipe(file).data.train for text in _texts(source)}
+        recipe = load_recipe(file)
+        texts = {text for source in recipe.data.train for text in _texts(source, recipe.method)}
     except (RecipeError, DataError):
         return ""
     return texts.pop() if len(texts) == 1 else ""
 
 
-def _texts(source: DataSource) -> Iterator[str]:
+def _texts(source: DataSource, method: str) -> Iterator[str]:
     """The system message of each row that can be read; empty if a row has none."""
     for _, row in islice(read_rows(source), _ROWS):
         if isinstance(row, LabelError):
@@ -45,7 +46,7 @@ def _texts(source: DataSource) -> Iterator[str]:
             if source.filter and not matches_filter(source.filter, row):
                 continue
             row = map_columns(source, row)
-            messages = FORMATS[source.format or detect_format(source, row)](row).get("messages")
+            messages = FORMATS[source.format or detect_format(source, row, method)](row).get("messages")
         except LabelError:
             continue
         first = messages[0] if messages and not source.raw else {}

@@ -1,0 +1,93 @@
+"""Pairs of answers: the prompt that two conversations share, and the proof that both answers follow the same tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from finetune.data.encoded import IGNORE, Encoded
+from finetune.data.turns import Message
+from finetune.system.errors import LabelError
+
+# Reasons for which rows of answers are dropped.
+EMPTY_ANSWER = "with an empty answer"
+EQUAL_ANSWERS = "with equal answers"
+UNTRAINED_ANSWER = "with an answer of which nothing is trained on"
+# What the ledger of kto counts as mended.
+PAIRS_AS_RATED = "pairs read as two rated answers"
+
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_transcript(text: str) -> list[Message] | None:
+    r"""The messages of a text in the form of HH-RLHF, `\n\nHuman: ...\n\nAssistant: ...`; None for any other text."""
+    if not text.lstrip().startswith("Human:"):
+        return None
+    _, *parts = _SPEAKER.split(text)
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _SPEAKERS[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
+def split_at_answers(
+    chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The messages with which two conversations begin, and the answers with which each goes on.
+
+    Both answers begin with an assistant's message. Calls of tools that both conversations make alike, and their equal
+    results, belong to the prompt. An answer is empty where its conversation is the beginning of the other one.
+
+    Args:
+        chosen: The conversation with the chosen answer.
+        rejected: The conversation with the rejected answer.
+
+    Raises:
+        LabelError: The conversations differ before an assistant speaks.
+    """
+    both = min(len(chosen), len(rejected))
+    common = next((i for i in range(both) if chosen[i] != rejected[i]), both)
+    if common == len(chosen) == len(rejected):
+        common = max(0, common - 1)  # the last message is the answer, twice
+    while 0 < common < both and any(side[common]["role"] == "tool" for side in (chosen, rejected)):
+        common -= 1  # a result differs because its call does, or because it is a part of the answer
+    if any(side[common]["role"] != "assistant" for side in (chosen, rejected) if common < len(side)):
+        raise LabelError("its chosen and rejected do not answer the same prompt")
+    return list(chosen[:common]), list(chosen[common:]), list(rejected[common:])
+
+
+def is_empty(answer: Sequence[Message]) -> bool:
+    """True for an answer without a message, or with an assistant's message that says, thinks and calls nothing."""
+    said = [message for message in answer if message["role"] == "assistant"]
+    parts = [[message.get(key) for key in ("content", "reasoning_content", "tool_calls")] for message in said]
+    return not said or any(not any(part and str(part).strip() for part in each) for each in parts)
+
+
+@contextlib.contextmanager
+def on_side(name: str) -> Iterator[None]:
+    """Adds to an error the side of the pair, `chosen` or `rejected`, that it is about."""
+    try:
+        yield
+    except LabelError as error:
+        side = f"on the {name} side"
+        raise LabelError(error.reason, f"{side}; {error.detail}" if error.detail else side, error.message) from error
+
+
+def without_tail(side: Encoded) -> Encoded:
+    """The row up to its last token that is trained on, which ends its last turn."""
+    end = int(np.flatnonzero(side.labels != IGNORE)[-1]) + 1
+    return replace(side, input_ids=side.input_ids[:end], labels=side.labels[:end])
+
+
+def check_same_prompt(chosen: Encoded, rejected: Encoded) -> None:
+    """Checks that the tokens before the first label are the same on both sides.
+
+    Raises:
+        LabelError: They are not.
+    """
+    before, other = (side.input_ids[: side.prompt_length] for side in (chosen, rejected))
+    if not np.array_equal(before, other):
+        raise LabelError("the tokens before its two answers differ")
