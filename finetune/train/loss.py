@@ -22,6 +22,8 @@ _COLUMNS = 2**13
 class _TokenLogProbs(torch.autograd.Function):
     """`log p(target | hidden)` for each row of `hidden`, its entropy, and whether the target is the likeliest token.
 
+    With `mean_logits` also the mean of its scores.
+
     The forward pass also computes the gradient of each row's log-probability, so that scores are neither kept nor
     computed twice; `backward` multiplies it with the gradient of the loss.
 
@@ -41,11 +43,13 @@ class _TokenLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         buffers: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean_logits: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         need_hidden, need_rows = ctx.needs_input_grad[:2]
         count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
         log_probs_N = hidden_NH.new_empty(count, dtype=torch.float32)
         entropy_N = torch.empty_like(log_probs_N)
+        mean_N = torch.zeros_like(log_probs_N)
         is_top1_N = torch.empty_like(log_probs_N, dtype=torch.bool)
         grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else None
         grad_rows_NK = (
@@ -72,6 +76,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 scores.div_(softcap).tanh_()
                 slope = 1 - scores.square() if need_hidden or need_rows else None
                 scores *= softcap
+            if mean_logits:
+                mean_N[part] = scores.mean(dim=1)
             logs = torch.log_softmax(scores, dim=1, out=scratch[:size])
             probs = torch.exp(logs, out=scores)
             chosen = logs.gather(1, target)
@@ -100,8 +106,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_hidden_NH[part] = passed
         ctx.save_for_backward(hidden_NH, grad_hidden_NH, grad_rows_NK)
         ctx.rows_dtype = None if rows_KH is None else rows_KH.dtype
-        ctx.mark_non_differentiable(entropy_N, is_top1_N)
-        return log_probs_N, entropy_N, is_top1_N
+        ctx.mark_non_differentiable(entropy_N, mean_N, is_top1_N)
+        return log_probs_N, entropy_N, mean_N, is_top1_N
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -110,7 +116,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return (
             None if grad_hidden is None else (grad_hidden * weights).to(hidden.dtype),
             None if grad_rows is None else ((grad_rows * weights).t() @ hidden.float()).to(ctx.rows_dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -125,8 +131,12 @@ def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -
     return buffers
 
 
-def use_token_head(model: Any) -> bool:
+def use_token_head(model: Any, mean_logits: bool = False) -> bool:
     """Replaces trl's fused head of `model` (a causal LM that trl has patched) if this one is faster or required.
+
+    Args:
+        model: The causal LM.
+        mean_logits: True if the mean of each position's logits is asked for, which trl's preference trainers log.
 
     Returns:
         True if it did: the output layer is frozen except for token rows, there is no router loss, and the model is on a
@@ -146,9 +156,8 @@ def use_token_head(model: Any) -> bool:
         return False
     if not wrapped and base.weight.device.type != "cpu":
         return False
-    model.forward = MethodType(
-        _forward_with(model.forward, _scale(config), getattr(config, "final_logit_softcapping", None)), model
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    model.forward = MethodType(_forward_with(model.forward, _scale(config), softcap, mean_logits), model)
     return True
 
 
@@ -166,7 +175,7 @@ def _scale(config: Any) -> float:
     return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
 
 
-def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
+def _forward_with(trl_forward: Any, scale: float, softcap: float | None, mean_logits: bool) -> Any:
     buffers: list[torch.Tensor] = []
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
@@ -182,12 +191,14 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None) -> Any:
         if rows is not None and not torch.is_grad_enabled():
             rows = rows.detach()  # else a gradient would be computed also where none is needed
         per_token = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden[mask], rows, weight, bias, index, labels[:, 1:][mask], scale, softcap, buffers
+            hidden[mask], rows, weight, bias, index, labels[:, 1:][mask], scale, softcap, buffers, mean_logits
         )
         # Scattering keeps a batch without trained tokens connected to the model, with a loss of zero.
-        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
+        log_probs, entropy, mean, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if items is None else items)
-        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        return FusedCausalLMOutput(
+            loss=loss, log_probs=log_probs, entropy=entropy, mean_logits=mean, is_top1=is_top1, label_mask=mask
+        )
 
     # `generate` checks its arguments against the signature that trl copied from the model's own class.
     forward.__wrapped__ = trl_forward.__func__  # type: ignore[attr-defined]

@@ -44,13 +44,11 @@ from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import Stopped, stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
 from finetune.train.environment import environment, versions
-from finetune.train.loss import use_token_head
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
-from finetune.train.trainer import RestoreCounters, Trainer, layer_classes, saving
+from finetune.train.sft import SftTrainer
+from finetune.train.trainer import RestoreCounters, RunTrainer, layer_classes, saving
 
-# What trl sets in a config with experts.
-_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 # Called with the recipe, the trainer's arguments, the training rows (None for a stream), the base, and a `say`.
 MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base, Say], None]
 
@@ -236,13 +234,10 @@ def _ends_of_turns(rows: _Rows) -> list[int]:
     return labels[-1:]
 
 
-def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> Trainer:
+def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> RunTrainer:
     data, evaluation = rows.train, rows.evaluation
-    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    text_config = model.config.get_text_config()
-    router = {name: getattr(text_config, name) for name in _ROUTER_KEYS if hasattr(text_config, name)}
     with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
-        trainer = Trainer(
+        trainer = SftTrainer(
             model=model,
             args=config,
             # An endless stream is one long epoch, in which a resumed run finds its place by counting rows.
@@ -269,21 +264,7 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
             f"training.dataloader_drop_last: is true, and {count} rows are fewer than a batch of {batch}, so that all "
             "are dropped; write false, or lower training.per_device_train_batch_size"
         )
-    if recipe.lora is not None:
-        # trl 1.16 (sft_trainer.py) casts a quantised model's adapter to bfloat16 in every run, which also rounds its
-        # initial values.
-        for name, parameter in trainer.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = trained[name]
     trainer.initial_adapter = initial_adapter(trainer.model)
-    use_token_head(trainer.model.get_base_model() if recipe.lora is not None else trainer.model)
-    # transformers 5.23 counts no tokens for models of images with text (`accepts_loss_kwargs`), as their own loss would
-    # ignore the count: the loss of accumulated batches would be a mean of means. trl 1.16 computes the loss itself.
-    trainer.model_accepts_loss_kwargs = True
-    # trl 1.16 turns the router's logits on in the config (`SFTTrainer.__init__`), and asks for them with every batch
-    # anyway (`compute_loss`). Left on, they make `generate` fail on a padded batch, here and with what is saved.
-    for name, value in router.items():
-        setattr(text_config, name, value)
     return trainer
 
 
@@ -300,7 +281,7 @@ def _make_meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared
 
 
 def _add_callbacks(
-    trainer: Trainer,
+    trainer: RunTrainer,
     recipe: Recipe,
     rows: _Rows,
     output: Path,
@@ -342,12 +323,12 @@ def _write_json(path: Path, value: object) -> None:
     files.write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def _just_evaluated(trainer: Trainer) -> bool:
+def _just_evaluated(trainer: RunTrainer) -> bool:
     """True if an evaluation was logged at the last step."""
     return any("eval_loss" in r and r["step"] == trainer.state.global_step for r in trainer.state.log_history)
 
 
-def _save_finished_run(trainer: Trainer, output: Path, say: Say) -> None:
+def _save_finished_run(trainer: RunTrainer, output: Path, say: Say) -> None:
     """Writes the finished run's files. The weights are moved last: a run that has them has all else."""
     part = output / ".finished"
     with saving(part), quiet():

@@ -1,4 +1,7 @@
-"""An SFTTrainer with one order of rows on any number of ranks, complete checkpoints and an exact evaluation loss."""
+"""What every method of training shares: one order of rows on any number of ranks, complete checkpoints, exact losses.
+
+`sft.py` and `preference.py` put it before a trainer of trl.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTTrainer
 
 from finetune.data.encoded import IGNORE
 from finetune.model.saved_files import BaseFiles
@@ -39,8 +42,11 @@ from finetune.train.state import (
 )
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that marks complete checkpoints, writes no pickled arguments, stops at a loss that is not finite."""
+class RunTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A trainer that marks complete checkpoints, writes no pickled arguments, stops at a loss that is not finite.
+
+    It is a mixin: a class names it before a trainer of trl.
+    """
 
     train_dataset: Any
     eval_dataset: Any
@@ -242,7 +248,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         labels = batch["labels"]
         # Summed on the GPU, without a synchronisation.
         self.trained_tokens = self.trained_tokens.to(labels.device) + (labels != IGNORE).sum()
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = self.uncounted_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on the rows "
@@ -251,8 +257,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             )
         return loss
 
+    def uncounted_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward and a backward pass with trl's own step, which leaves this class's counters as they are."""
+        return super().training_step(*args, **kwargs)
+
+    def items_in(self, inputs: Any) -> torch.Tensor:
+        """The number of items that the loss of a batch is the mean of: its tokens with a label."""
+        return (inputs["labels"][:, 1:] != IGNORE).sum()
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        count = (inputs["labels"][:, 1:] != IGNORE).sum().to(self.args.device)
+        count = self.items_in(inputs).to(self.args.device)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         self._evaluated += torch.stack([loss.float() * count, count.float()])
         return loss, logits, labels
@@ -273,7 +287,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers averages the means of batches, which depends on the batch size; this is the mean over all tokens.
+        # transformers averages the means of batches, which depends on the batch size; this is the mean over all items.
         self._evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
         loss, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
@@ -296,7 +310,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 class RestoreCounters(TrainerCallback):  # type: ignore[misc]
     """Restores a resumed run's counters, so that its next logged record covers all steps since the last one."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -315,7 +329,7 @@ class EpochOrder(torch.utils.data.Sampler[int]):
     get the epoch (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
     """
 
-    def __init__(self, trainer: Trainer, dataset: Any) -> None:
+    def __init__(self, trainer: RunTrainer, dataset: Any) -> None:
         self.trainer, self.dataset = trainer, dataset
 
     def __len__(self) -> int:

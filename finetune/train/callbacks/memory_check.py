@@ -16,13 +16,12 @@ import peft
 import pyarrow.compute as pc
 import torch
 from transformers import TrainerCallback
-from trl import SFTTrainer
 
 from finetune.system.devices import machine_memory, process_peak_memory
 from finetune.system.errors import RunError
 from finetune.system.numbers import GIB, memory
 from finetune.system.terminal import Say
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
@@ -31,7 +30,7 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
 class MemoryCheck(TrainerCallback):  # type: ignore[misc]
     """Runs a forward and a backward pass on the longest batch before the first step, and restores all state."""
 
-    def __init__(self, trainer: Trainer, say: Say) -> None:
+    def __init__(self, trainer: RunTrainer, say: Say) -> None:
         self.trainer, self.say = trainer, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,8 +110,7 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         for last in (False, True)[-passes:]:
             [batch], items = trainer.get_batch_samples(iter([self._collate(rows)]), 1, device)
             with nullcontext() if last else trainer.accelerator.no_sync(model):
-                # trl's own step, because our Trainer's counts tokens.
-                SFTTrainer.training_step(trainer, model, batch, items)
+                trainer.uncounted_step(model, batch, items)
         if cuda:
             return before, torch.cuda.max_memory_allocated(device)
         return before, process_peak_memory()
@@ -223,7 +221,7 @@ def _available_bytes(device: Any) -> int:
     return machine_memory()[0]
 
 
-def _free_memory(trainer: Trainer) -> None:
+def _free_memory(trainer: RunTrainer) -> None:
     trainer.model_wrapped.zero_grad(set_to_none=True)
     gc.collect()
     if trainer.args.device.type == "cuda":
@@ -231,7 +229,7 @@ def _free_memory(trainer: Trainer) -> None:
 
 
 @contextmanager
-def _restored_state(trainer: Trainer) -> Iterator[None]:
+def _restored_state(trainer: RunTrainer) -> Iterator[None]:
     """Restores gradients, random states, trl's counters and each module's mode on leaving."""
     modes = [(module, module.training) for module in trainer.model_wrapped.modules()]
     metrics, tokens = copy.deepcopy(trainer._metrics), trainer._total_train_tokens

@@ -14,7 +14,7 @@ from finetune.system import files
 from finetune.system.charts import points, smoothed
 from finetune.system.numbers import clock
 from finetune.system.terminal import Say, interactive_console
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 
 class MetricsRecord(TypedDict, total=False):
@@ -42,7 +42,7 @@ class MetricsRecord(TypedDict, total=False):
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Writes each logged record to `metrics.jsonl`; it acts after the callbacks that add to records."""
 
-    def __init__(self, output: Path, start_step: int, trainer: Trainer) -> None:
+    def __init__(self, output: Path, start_step: int, trainer: RunTrainer) -> None:
         self.path = output / "metrics.jsonl"
         self.start_step = start_step
         self.trainer = trainer

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from finetune.data.encoded import IGNORE
 from finetune.data.mixture import Prepared
 from finetune.system.errors import DataError, ModelError, first_line
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 
 def check_row_counts(dataset: Any, prepared: Prepared, use: str) -> None:
@@ -47,7 +47,7 @@ class PackedRowsCheck(TrainerCallback):  # type: ignore[misc]
     and RecurrentGemma's convolution do not, and transformers 5.23 gives no warning.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

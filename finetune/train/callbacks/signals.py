@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from finetune.system import distributed
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+def stop_on_signals(trainer: RunTrainer) -> Iterator[list[int]]:
     """Makes SIGINT and SIGTERM finish the current step, save a checkpoint and stop; a second SIGINT stops at once.
 
     All ranks stop at the same step, even if only one got the signal. Yields a list, empty until a signal comes, then

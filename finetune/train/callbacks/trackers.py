@@ -28,7 +28,7 @@ from finetune.system import files
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say, quiet
 from finetune.train.callbacks.soft import soft
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 _TRACKING = "tracking.json"
 _PROMPTS = 4
@@ -120,7 +120,7 @@ def set_run_identity(output: Path, name: str | None, project: str, resumed: bool
 class Samples(TrainerCallback):  # type: ignore[misc]
     """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers."""
 
-    def __init__(self, output: Path, trainer: Trainer, chat: Chat, stop_ids: Sequence[int], start_step: int) -> None:
+    def __init__(self, output: Path, trainer: RunTrainer, chat: Chat, stop_ids: Sequence[int], start_step: int) -> None:
         self.path, self.trainer, self.chat, self.stop_ids = output / "samples.jsonl", trainer, chat, stop_ids
         self.start_step = start_step
         self.prompts: list[list[int]] = []
@@ -175,7 +175,7 @@ def _answering(model: Any) -> Iterator[None]:
 class RunDocuments(TrainerCallback):  # type: ignore[misc]
     """Gives each tracker the resolved recipe, the ledger and the environment when training begins."""
 
-    def __init__(self, output: Path, trainer: Trainer) -> None:
+    def __init__(self, output: Path, trainer: RunTrainer) -> None:
         self.output, self.trainer = output, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class RunDocuments(TrainerCallback):  # type: ignore[misc]
                 files.write_whole(file, json.dumps(known) + "\n")
 
 
-def _log_samples(trainer: Trainer, step: int, every: list[dict[str, Any]]) -> None:
+def _log_samples(trainer: RunTrainer, step: int, every: list[dict[str, Any]]) -> None:
     columns = ["step", "prompt", "answer", "stopped"]
     rows = [[sample[name] for name in columns] for sample in every]
     now = [sample for sample in every if sample["step"] == step]
@@ -227,7 +227,7 @@ def _as_code(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def configure_trackers(trainer: Trainer, start_step: int, say: Say) -> bool:
+def configure_trackers(trainer: RunTrainer, start_step: int, say: Say) -> bool:
     """Configures the trackers before training; returns whether wandb is to get the finished run as an artifact."""
     wants_artifact = False
     names = {kind: name for name, kind in upstream.INTEGRATION_TO_CALLBACK.items()}
@@ -245,7 +245,7 @@ def configure_trackers(trainer: Trainer, start_step: int, say: Say) -> bool:
     return wants_artifact
 
 
-def close_trackers(trainer: Trainer, output: Path, wants_artifact: bool) -> None:
+def close_trackers(trainer: RunTrainer, output: Path, wants_artifact: bool) -> None:
     """Uploads the finished run to wandb as an artifact where that is wanted, and closes wandb's run."""
     for tracker in trainer.callback_handler.callbacks:
         run = tracker._wandb.run if isinstance(tracker, upstream.WandbCallback) else None

@@ -1,0 +1,438 @@
+"""Preference tuning: trl's losses of DPO, KTO and ORPO on prepared pairs.
+
+Of trl's trainers only the losses and metrics are used. Their constructors would tokenise the rows again, and keep a
+copy of the adapter as reference, which lacks what PEFT stores elsewhere (trl 1.16: trained token rows, LoRA on
+embeddings). Here the reference is a table of log-probabilities (`reference.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from trl import DPOTrainer, KTOTrainer
+from trl.models import get_act_offloading_ctx_manager
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
+
+from finetune.data.encoded import IGNORE
+from finetune.train.loss import use_token_head
+from finetune.train.shared_prompts import SharedPrompts
+from finetune.train.trainer import RunTrainer
+
+# The outputs of trl's fused head that its losses and metrics read.
+_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+Batch = dict[str, Any]
+
+
+class PreferenceTrainer(RunTrainer):
+    """What the trainers of preferences share; a mixin, which a class names before a trainer of trl.
+
+    The loss of a step is the mean over its items (pairs, or answers), however they are spread over accumulated batches
+    and ranks.
+
+    Args:
+        model: The model to train, with its adapter.
+        args: The trainer's arguments.
+        train_dataset: The training rows, as `data.mixture` prepares them for the method.
+        eval_dataset: The evaluation rows; None: no evaluation.
+        processing_class: The tokenizer.
+
+    Attributes:
+        reference: The reference's log-probabilities, (rows, 2), training rows before evaluation rows: of both answers
+            of a pair; or of an answer, and of the answer of another row behind its prompt.
+        shared: Runs the common beginning of two rows once; None if the model's attention cannot.
+    """
+
+    columns: tuple[str, ...]
+    loss_is_scaled_for_ga = True
+    needs_reference = True
+
+    def __init__(self, model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any):
+        self._tokenizer, self._is_vlm, self._is_vision_dataset = processing_class, False, False
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        model.generation_config.pad_token_id = processing_class.pad_token_id
+        is_adapter = hasattr(model, "peft_config")
+        if is_adapter and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        rows = len(train_dataset)
+        train_dataset = _numbered(train_dataset, 0)
+        eval_dataset = eval_dataset and _numbered(eval_dataset, rows)
+        # Past the constructor of trl's trainer.
+        super(self._trl_trainer, self).__init__(
+            model=model,
+            args=args,
+            data_collator=self._collator(processing_class.pad_token_id, train_dataset, eval_dataset, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        self.padding_free = False
+        self.maybe_activation_offload_context = (
+            get_act_offloading_ctx_manager(model=model) if args.activation_offloading else contextlib.nullcontext()
+        )
+        config = model.config.get_text_config()
+        coefficient = getattr(args, "router_aux_loss_coef", None)
+        self.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+        self.aux_loss_enabled = hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
+        self.beta, self.precompute_ref_logps, self.ref_model, self._tp_size = args.beta, True, None, 1
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._total_train_tokens = 0
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        whole = model.get_base_model() if is_adapter else model
+        weighted = getattr(args, "use_weighting", False)
+        add_fused_lm_head(whole, outputs=(*_OUTPUTS, "log_sum_sq_probs") if weighted else _OUTPUTS)
+        if not weighted:
+            use_token_head(whole, mean_logits=True)
+        # A router's loss reads the mask of the rows as they are.
+        self.shared = SharedPrompts(whole) if SharedPrompts.fit(whole) and not self.aux_loss_enabled else None
+        self.reference = torch.zeros(rows + len(eval_dataset or ()), 2)
+
+    @property
+    def _trl_trainer(self) -> Any:
+        """The class of trl behind this one."""
+        return next(kind for kind in type(self).__mro__ if kind.__module__.startswith("trl."))
+
+    def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
+        raise NotImplementedError
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns, "index"]
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Loss
+
+    def _for_trl(self, batch: Batch) -> Batch:
+        """The batch as trl's `_compute_loss` reads it."""
+        raise NotImplementedError
+
+    def with_labels(self, inputs: Batch) -> torch.Tensor:
+        """Which items of a batch have labels; rows that only make ranks equal have none."""
+        return (inputs["labels"][: len(inputs["index"])] != IGNORE).any(1)
+
+    def items_in(self, inputs: Batch) -> torch.Tensor:
+        """The number of items, which the loss is the mean of."""
+        return self.with_labels(inputs).sum()
+
+    def _without_padding(self, inputs: Batch) -> Batch:
+        """The items of a batch that have labels; the first one where none has any."""
+        count, items = len(inputs["index"]), self.with_labels(inputs).nonzero().flatten()
+        if len(items) == count:
+            return inputs
+        items = items if len(items) else torch.zeros_like(inputs["index"][:1])
+        # The rows of a pair's sides are `count` apart.
+        return {
+            name: value[torch.cat([items + first for first in range(0, len(value), count)])]
+            for name, value in inputs.items()
+        }
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The loss of a batch.
+
+        Args:
+            model: The wrapped model.
+            inputs: A batch of the collator.
+            return_outputs: Must be false.
+            num_items_in_batch: The number of items of the whole step, on all ranks; None: the loss is the mean over the
+                batch.
+        """
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum()
+            self._total_train_tokens += int(tokens)
+        count = int(self.items_in(inputs))
+        batch = self._for_trl(self._without_padding(inputs))
+        total, kept = self._total_train_tokens, self._metrics[mode]
+        self._metrics[mode] = defaultdict(list)
+        try:
+            # Ranks may hold different numbers of items, and a mean of their means is not the mean of all.
+            with _each_rank_for_itself(self.accelerator), self._sharing():
+                loss = super().compute_loss(model, batch)
+            logged = self._metrics[mode]
+        finally:
+            self._metrics[mode], self._total_train_tokens = kept, total
+        if not count:
+            return loss * 0
+        for name, weight in self._weights(inputs, logged, count).items():
+            had, before = kept[name] or (0.0, 0.0)
+            kept[name] = [had + logged[name][-1] * weight, before + weight]
+        if num_items_in_batch is None:
+            return loss
+        return loss * (count * self.accelerator.num_processes / num_items_in_batch)
+
+    def _weights(self, inputs: Batch, logged: dict[str, list[float]], count: int) -> dict[str, float]:
+        """The number of items that each of trl's metrics is the mean of."""
+        return {name: float(count) for name in logged if name != "num_tokens"}
+
+    def _sharing(self) -> Any:
+        return self.shared.of_pairs() if self.shared else contextlib.nullcontext()
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> torch.Tensor:
+        count = sum((self.items_in(batch) for batch in batch_samples), torch.tensor(0)).to(device)
+        return self.accelerator.gather(count).sum().clamp(min=1)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Logs the means of trl's metrics over all items since the last record, on all ranks."""
+        mode = "train" if self.model.training else "eval"
+        names = sorted(self._metrics[mode])
+        sums = torch.tensor([self._metrics[mode][name] for name in names], device=self.args.device)
+        if names:
+            sums = self.accelerator.reduce(sums, "sum")
+        means = {name: [s / n] for name, (s, n) in zip(names, sums.tolist(), strict=True) if n}
+        self._metrics[mode] = defaultdict(list, means, num_tokens=[self._total_train_tokens])
+        super().log(logs, *args, **kwargs)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Reference
+
+    def log_probs(self, inputs: Batch) -> torch.Tensor:
+        """The log-probabilities that `reference` holds, of the model as it is: (items, 2), in evaluation mode.
+
+        Args:
+            inputs: A batch of the collator, on the device.
+        """
+        model = self.model_wrapped
+        # Otherwise trl would switch the adapter off.
+        self.ref_model = model
+        training = model.training
+        model.eval()
+        try:
+            with self._sharing():
+                first, second = self.compute_ref_log_probs(model, self._for_trl(inputs))
+        finally:
+            self.ref_model = None
+            model.train(training)
+        return torch.stack([first, torch.zeros_like(first) if second is None else second], dim=1).float()
+
+    def _reference_of(self, inputs: Batch) -> torch.Tensor:
+        self.reference = self.reference.to(inputs["index"].device)
+        return self.reference[inputs["index"]]
+
+
+class DpoTrainer(PreferenceTrainer, DPOTrainer):  # type: ignore[misc]
+    """trl's DPO on pairs: `input_ids` and `labels` are the chosen side."""
+
+    columns = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")
+
+    def __init__(self, model: Any, args: Any, *positional: Any, **rows: Any) -> None:
+        super().__init__(model, args, *positional, **rows)
+        self._read_settings(args)
+
+    def _read_settings(self, args: Any) -> None:
+        self.loss_types, self.ld_alpha = args.loss_type, args.ld_alpha
+        self.loss_weights = args.loss_weights or [1.0] * len(self.loss_types)
+        self.f_divergence_type, self.f_alpha_divergence_coef = args.f_divergence_type, args.f_alpha_divergence_coef
+        self.label_smoothing, self.use_weighting = args.label_smoothing, args.use_weighting
+
+    def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
+        def collate(rows: list[Batch]) -> Batch:
+            sides = [(row["input_ids"], row["labels"]) for row in rows]
+            sides += [(row["rejected_input_ids"], row["rejected_labels"]) for row in rows]
+            return _padded(sides, pad_id, args.pad_to_multiple_of) | _indices(rows)
+
+        return collate
+
+    def _for_trl(self, batch: Batch) -> Batch:
+        first, second = self._reference_of(batch).unbind(1)
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "completion_mask": (batch["labels"] != IGNORE).long(),
+            "ref_chosen_logps": first,
+            "ref_rejected_logps": second,
+        }
+
+
+class OrpoTrainer(DpoTrainer):
+    """ORPO on pairs, without a reference.
+
+    Each pair's loss is that of its chosen answer's tokens, minus `beta` times the log of the sigmoid of its log odds
+    ratio. trl 1.16 takes the mean over all tokens of a batch's chosen rows, prompts included, so that its loss depends
+    on how pairs are batched. Source: Hong et al. 2024, equations 5 to 7.
+    """
+
+    needs_reference = False
+
+    def _read_settings(self, args: Any) -> None:
+        pass
+
+    def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> torch.Tensor:
+        mask = inputs["completion_mask"][:, 1:].bool()
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
+        rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**rows, labels=labels, use_cache=False, fused_lm_head=True)
+        mean_2B = outputs.log_probs.sum(1) / mask.sum(1).clamp(min=1)
+        chosen, rejected = mean_2B.float().chunk(2)
+        log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+        loss = (-chosen - self.beta * F.logsigmoid(log_odds)).mean()
+        metrics = {
+            "rewards/chosen": self.beta * chosen,
+            "rewards/rejected": self.beta * rejected,
+            "rewards/accuracies": chosen > rejected,
+            "rewards/margins": self.beta * (chosen - rejected),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "nll_loss": -chosen,
+            "log_odds_ratio": F.logsigmoid(log_odds),
+            "log_odds_chosen": log_odds,
+        }
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value.detach().float().mean().item())
+        return loss
+
+
+class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
+    """trl's KTO on answers that are each desirable or not.
+
+    KTO compares each answer with the mean KL divergence from the reference, estimated on other rows' answers. trl 1.16
+    estimates it on each batch of a rank alone; here it is that of all batches of a step, on all ranks.
+    """
+
+    columns = ("input_ids", "labels", "desirable")
+
+    def __init__(self, model: Any, args: Any, *positional: Any, **rows: Any) -> None:
+        self.loss_type, self.calculate_KL = args.loss_type, args.loss_type == "kto"
+        super().__init__(model, args, *positional, **rows)
+        self.desirable_weight, self.undesirable_weight = args.desirable_weight, args.undesirable_weight
+        self._kl = torch.tensor(0.0)
+
+    def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
+        def collate(rows: list[Batch]) -> Batch:
+            batch = _padded([(row["input_ids"], row["labels"]) for row in rows], pad_id, args.pad_to_multiple_of)
+            batch["desirable"] = torch.tensor([row["desirable"] for row in rows])
+            if self.calculate_KL:
+                sides = []
+                for row in rows:
+                    first = row["index"] >= len(train)
+                    dataset, start = (evaluation, len(train)) if first else (train, 0)
+                    sides.append(_with_other_answer(dataset, row, row["index"] - start, args.max_length))
+                others = _padded(sides, pad_id, args.pad_to_multiple_of)
+                batch |= {f"KL_{name}": value for name, value in others.items()}
+            return batch | _indices(rows)
+
+        return collate
+
+    def _for_trl(self, batch: Batch) -> Batch:
+        own = {"label", "index", "labels", "desirable", "KL_labels"}
+        result = {name: value for name, value in batch.items() if name not in own}
+        result["completion_mask"] = (batch["labels"] != IGNORE).long()
+        result["label"] = batch["desirable"]
+        result["ref_logps"] = self._reference_of(batch)[:, 0]
+        if self.calculate_KL:
+            result["KL_completion_mask"] = (batch["KL_labels"] != IGNORE).long()
+            result["ref_KL_logps"] = torch.zeros_like(self._kl)
+        return result
+
+    def _sharing(self) -> Any:
+        return contextlib.nullcontext()
+
+    def _weights(self, inputs: Batch, logged: dict[str, list[float]], count: int) -> dict[str, float]:
+        good = float((inputs["desirable"] & self.with_labels(inputs)).sum())
+        weights = super()._weights(inputs, logged, count)
+        weights.pop("rewards/margins", None)  # of the batches that hold both kinds
+        for name in weights:
+            weights[name] = good if name.endswith("/chosen") else count - good if name.endswith("/rejected") else count
+        return weights
+
+    # -----------------------------------------------------------------------------------------------------------
+    # The divergence from the reference
+
+    def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
+        return self._kl if self.calculate_KL else None
+
+    def _divergence(self, batches: list[Batch]) -> torch.Tensor:
+        """The mean of the log-ratios of other rows' answers in some batches, on all ranks."""
+        sums = torch.zeros(2, device=self.args.device)
+        for inputs in batches:
+            inputs = self._prepare_inputs(inputs)
+            real = (inputs["KL_labels"] != IGNORE).any(1) & self.with_labels(inputs)
+            ratios = (self.log_probs(inputs) - self._reference_of(inputs))[:, 1]
+            sums += torch.stack([(ratios * real).sum(), real.sum()])
+        total, count = self.accelerator.reduce(sums, "sum")
+        return total / count.clamp(min=1)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step, of which the divergence is estimated before the first."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.calculate_KL and batches:
+            self._kl = self._divergence(batches)
+        return batches, items
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates after the divergence was estimated on all rows."""
+        if self.calculate_KL:
+            self._kl = self._divergence(dataloader)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _numbered(dataset: Any, first: int) -> Any:
+    """The dataset with the column `index`: its row's place in the table of the reference."""
+    return dataset.add_column("index", np.arange(first, first + len(dataset)))
+
+
+def _indices(rows: list[Batch]) -> Batch:
+    return {"index": torch.tensor([row["index"] for row in rows])}
+
+
+def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, multiple: int | None) -> Batch:
+    """Rows of token ids and labels, padded on the right."""
+    ids, labels = (
+        pad([torch.tensor(side[i]) for side in sides], padding_value=value, pad_to_multiple_of=multiple)
+        for i, value in enumerate((pad_id, IGNORE))
+    )
+    lengths = torch.tensor([len(side[0]) for side in sides]).unsqueeze(1)
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long(), "labels": labels}
+
+
+def _answer_start(labels: list[int]) -> int:
+    return next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+
+
+def _with_other_answer(dataset: Any, row: Batch, place: int, longest: int | None) -> tuple[list[int], list[int]]:
+    """The row's prompt and the answer of a later row with another prompt; without labels where none near it fits."""
+    start = _answer_start(row["labels"])
+    prompt = row["input_ids"][:start]
+    for step in range(1, min(16, len(dataset))):
+        other = dataset[(place + step) % len(dataset)]
+        begins = _answer_start(other["labels"])
+        answer = other["input_ids"][begins:]
+        if other["input_ids"][:begins] != prompt and len(prompt) + len(answer) <= (longest or len(prompt + answer)):
+            return prompt + answer, [IGNORE] * start + other["labels"][begins:]
+    return row["input_ids"], [IGNORE] * len(row["input_ids"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _each_rank_for_itself(accelerator: Any) -> Iterator[None]:
+    """Makes an accelerator's gathering return what this rank has."""
+    names = ("gather", "gather_for_metrics")
+    for name in names:
+        setattr(accelerator, name, lambda value: value)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(accelerator, name)
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """`log(1 - exp(x))` of negative numbers. Source: Mächler 2012, equation 7."""
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
