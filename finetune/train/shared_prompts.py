@@ -2,8 +2,8 @@
 
 A batch of B pairs is 2B rows, chosen over rejected. The two rows of a pair become one, `prompt chosen rejected`, in
 which positions restart behind the prompt and a mask hides each answer from the other. The hidden states are then put
-back into 2B rows, so that nothing outside of the backbone knows of it. They equal those of the 2B rows, up to the order of
-sums.
+back into 2B rows, so that nothing outside of the backbone knows of it. They equal those of the 2B rows, up to the order
+of sums.
 """
 
 from __future__ import annotations

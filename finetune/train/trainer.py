@@ -263,7 +263,8 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def items_in(self, inputs: Any) -> torch.Tensor:
         """The number of items that the loss of a batch is the mean of: its tokens with a label."""
-        return (inputs["labels"][:, 1:] != IGNORE).sum()
+        count: torch.Tensor = (inputs["labels"][:, 1:] != IGNORE).sum()
+        return count
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         count = self.items_in(inputs).to(self.args.device)
