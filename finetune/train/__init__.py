@@ -1,4 +1,4 @@
-"""Trains the model of a recipe with `trl.SFTTrainer` and writes a run directory.
+"""Trains the model of a recipe with trl's trainers and writes a run directory.
 
 >>> train(load_recipe("recipes/quickstart.yaml"), say=print)
 PosixPath('runs/quickstart')

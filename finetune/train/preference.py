@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 
 class PreferenceTrainer(RunTrainer):
-    """What the trainers of preferences share; a mixin, which a class names before a trainer of trl.
+    """The base of the trainers of preferences; a mixin, which a class names before a trainer of trl.
 
     The loss of a step is the mean over its items (pairs, or answers), however they are spread over accumulated batches
     and ranks.

@@ -183,7 +183,7 @@ def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
     streamed = any(source.streaming for source in recipe.data.train)
     special_tokens = any(source.special_tokens for source in recipe.data.train)
     check_token_ids(tokens_of_any_row(chat, streamed, special_tokens), tokenizer, base.config)
-    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say, recipe.method)
+    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
     say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
@@ -272,7 +272,7 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
 
 
 def _origin(recipe: Recipe, precision: Precision, base: Base, rows: _Rows) -> dict[str, Any]:
-    """What the log-probabilities of the model at the start depend on."""
+    """All that the log-probabilities of the model at the start depend on."""
     adapter = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
     keys = ("seed", "per_device_eval_batch_size", "ld_alpha", "loss_type", "max_length", "fp16", "bf16")
     return {

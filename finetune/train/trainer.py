@@ -1,4 +1,4 @@
-"""What every method of training shares: one order of rows on any number of ranks, complete checkpoints, exact losses.
+"""The base of all trainers: one order of rows on any number of ranks, complete checkpoints, exact evaluation losses.
 
 `sft.py` and `preference.py` put it before a trainer of trl.
 """
