@@ -112,7 +112,7 @@ def _say_unless_quiet(args: argparse.Namespace) -> Say:
 
 def _check_method(recipe: Recipe) -> None:
     if recipe.method != "sft":
-        raise RunError(f"method: {recipe.method} cannot be trained or planned yet; write sft")
+        raise RunError(f"method: {recipe.method} cannot be planned yet")
 
 
 def _check_file(flag: str, file: Path) -> None:
@@ -132,7 +132,6 @@ def _train(args: argparse.Namespace) -> None:
     # wandb, which transformers 5.23 imports, prints to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         recipe = load_recipe(args.recipe, args.overrides)
-    _check_method(recipe)
     training = recipe.training
     # Checked before torch and trl are imported, which takes seconds.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
@@ -140,7 +139,7 @@ def _train(args: argparse.Namespace) -> None:
     say(f"recipe: {recipe.path}")
     from finetune.train.run import train
 
-    if args.force:
+    if args.force or recipe.method != "sft":
         train(recipe, say)
     else:
         from finetune.plan import preflight

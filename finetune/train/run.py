@@ -183,7 +183,7 @@ def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
     streamed = any(source.streaming for source in recipe.data.train)
     special_tokens = any(source.special_tokens for source in recipe.data.train)
     check_token_ids(tokens_of_any_row(chat, streamed, special_tokens), tokenizer, base.config)
-    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say)
+    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say, recipe.method)
     say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")

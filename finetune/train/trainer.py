@@ -370,7 +370,7 @@ def _padded(dataset: Any, multiple: int) -> Any:
     if not missing:
         return dataset
     row = dataset[0]
-    row["labels"] = [IGNORE] * len(row["labels"])
+    row |= {name: [IGNORE] * len(ids) for name, ids in row.items() if name.endswith("labels")}
     padding = datasets.Dataset.from_list([row] * missing, features=dataset.features)
     return datasets.concatenate_datasets([dataset, padding])
 
