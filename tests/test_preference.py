@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from test_referee import chat as referee_chat
 
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
 from finetune.data.formats import FORMATS, detect_format
+from finetune.data.language import language
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
@@ -408,3 +410,31 @@ def test_each_method_has_its_own_cache() -> None:
     assert prepared([pair(rejected="Other.")])[0].digest != by_method["dpo"].digest
     highest = max(max(row["rejected_input_ids"]) for row in rows_of(prepared([pair("a", "b", "日本語")])[0]))
     assert prepared([pair("a", "b", "日本語")])[0].highest_token_id() == highest
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sample pairs
+
+
+def test_the_sample_pairs_are_as_described() -> None:
+    files = {name: ROOT / "data" / f"preference_{name}.jsonl" for name in ("sample", "eval")}
+    rows = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+    assert {name: len(pairs) for name, pairs in rows.items()} == {"sample": 120, "eval": 24}
+    texts = [text for pairs in rows.values() for row in pairs for text in row.values()]
+    assert len(set(texts)) == len(texts) == 3 * 144
+    section = {"train": [{"path": str(files["sample"])}], "eval": [{"path": str(files["eval"])}]}
+    own = DataSection.model_validate(section | {"on_overflow": "error"})
+    for data, count in zip(build_datasets(own, chat(), 1024, method="dpo"), (60, 12), strict=True):
+        assert data.ledger.dropped == {}
+        answers = data.ledger.as_dict()["answers"]
+        assert {name: counts["pairs"] for name, counts in answers.items()} == {"English": count, "Japanese": count}
+    for row in (row for pairs in rows.values() for row in pairs):
+        japanese = {name: language(row[name]) == "Japanese" for name in row}
+        assert japanese["prompt"] == japanese["chosen"]
+        sentences = {name: sum(map(row[name].count, ("。", ". ", ".\n"))) + 1 for name in ("chosen", "rejected")}
+        assert sentences["chosen"] <= 4
+        if japanese["chosen"] != japanese["rejected"]:
+            assert sentences["rejected"] <= 3
+        else:
+            assert len(row["rejected"]) > len(row["chosen"])
+            assert sentences["rejected"] >= 5
