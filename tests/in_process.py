@@ -49,8 +49,10 @@ def dies(
         if not when(json.loads(argument.read_text(encoding="utf-8"))):
             return start(names, environment, stderr)
         if late:
-            with start(names, environment, stderr) as process:
-                process.communicate()
+            process = start(names, environment, stderr)
+            process.stdout.read()
+            process.wait()
+            process.stdout.close()
             result.unlink()
         if stderr:
             stderr.write(stderr_text)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
-from in_process import dies
+from in_process import dies, start
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from finetune.cli.commands import main
 from finetune.data.template import load_template
+from finetune.export import verify
 from finetune.export.report import as_markdown
 from finetune.export.rows import held_out
 from finetune.export.transformers import write_format
@@ -131,6 +132,13 @@ def qlora(folder: Path, base: Path) -> Path:
     """Its recipe says what is exported of it where flags do not."""
     section = {"formats": ["fp16"], "base": "dequantised", "gate": {"max_perplexity_ratio": 0.5, "min_top1": 0.5}}
     return train(base, folder / "qlora", quantization=NF4, export=section)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of a single test are measured in this process, on short answers; those of several tests are not."""
+    monkeypatch.setattr(fresh_process, "_start", start)
+    monkeypatch.setattr(verify, "ANSWER_TOKENS", 8)
 
 
 @pytest.fixture
@@ -532,7 +540,8 @@ def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nea
 def test_models_are_measured_and_planned_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, request: pytest.FixtureRequest
 ) -> None:
-    """Processes that start cold, as users' do, find the same as forked ones."""
+    """Processes that start cold, as users' do, find the same as this one."""
+    monkeypatch.setattr(verify, "ANSWER_TOKENS", 64)
     shutil.copytree(locate("random:llama"), tmp_path / "llama")
     assert export(tmp_path / "llama", tmp_path / "here", "--format=fp16") == 0
     request.getfixturevalue("cold")
