@@ -962,7 +962,7 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
         (
             "merged",
             [],
-            "no format is given; write --format with bf16, fp16, int8, nf4, fp8, w4a16, adapter, gguf:TYPE (such as gguf:Q4_K_M), gguf:all, gguf:adapter or ollama",
+            "no format is given; write --format with bf16, fp16, int8, nf4, fp8, w4a16, mlx-bf16, mlx-8bit, mlx-4bit, adapter, gguf:TYPE (such as gguf:Q4_K_M), gguf:all, gguf:adapter or ollama",
         ),
         (
             "merged",

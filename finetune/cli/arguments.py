@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--stream-base", action="store_true", help="fetch the base from the Hub file by file, and keep none")
 
     flag = verb(
-        "export", f"write {', '.join(TRANSFORMERS_FORMATS)}, GGUF or Ollama files and measure their loss", output
+        "export", f"write {', '.join(TRANSFORMERS_FORMATS)}, MLX, GGUF or Ollama files and measure their loss", output
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
     flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")

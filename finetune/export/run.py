@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import shutil
@@ -16,7 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from finetune import __version__
+from finetune.export import mlx
 from finetune.export.adapter import write_adapter
+from finetune.export.checks import check_formats
 from finetune.export.report import ModelFigures, Report, as_json, as_markdown
 from finetune.export.rows import HeldOutRows, held_out
 from finetune.export.transformers import saved_dtype, write_format
@@ -33,14 +34,7 @@ from finetune.model.provenance import (
     is_adapter,
     merged_run,
 )
-from finetune.recipe.export_formats import (
-    ADAPTER,
-    COMPRESSED_FORMATS,
-    FORMATS_HELP,
-    GGUF_ADAPTER,
-    TRANSFORMERS_FORMATS,
-    needs_gguf,
-)
+from finetune.recipe.export_formats import ADAPTER, FORMATS_HELP, GGUF_ADAPTER, MLX_BITS, WEIGHT_FORMATS, needs_gguf
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
@@ -95,11 +89,8 @@ def export(
     options = _export_section(model)
     given = base if base not in (None, "original", "dequantised") else None
     formats = list(dict.fromkeys(formats or options.formats))
-    if compressed := [name for name in formats if name in COMPRESSED_FORMATS]:
-        section = adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model))
-        _check_compressed(section, compressed)
-    if needs_gguf(formats):
-        _check_gguf(adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model)))
+    section = adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model))
+    check_formats(section, formats)
     gate = dict(options.gate) | (gate or {})
     if unknown := gate.keys() - LIMITS.keys():
         raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
@@ -131,7 +122,9 @@ def export(
         exporting.write_adapter()
         gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
         exporting.measure_folders(source, output)
-        notes = exporting.write_gguf(gguf, gguf_reference, source) if gguf else []
+        for_mlx = [name for name in formats if name in MLX_BITS]
+        notes = mlx.notes(Base.of(section).config, for_mlx) if for_mlx else []
+        notes += exporting.write_gguf(gguf, gguf_reference, source) if gguf else []
         exporting.write_report(exporting.report(output.name, notes))
     say(f"exported: {output}")
     return output
@@ -201,14 +194,16 @@ class _Export:
         return self.jobs[1]
 
     def write_weight_formats(self, source: Job) -> None:
-        """Writes the formats that are folders for transformers, and adds a job for each."""
+        """Writes the formats that are folders for transformers or mlx-lm, and adds a job for each."""
         for name in self.formats:
-            if name in TRANSFORMERS_FORMATS:
+            if name in WEIGHT_FORMATS:
                 self.say(f"{name}: writing")
                 place = self.folder / name
                 place.mkdir()
-                write_format(source.folder, place, name, self.progress)
-                self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep))
+                write = mlx.write_mlx if name in MLX_BITS else write_format
+                write(source.folder, place, name, self.progress)
+                reader = mlx.reader_of(name) if name in MLX_BITS else "transformers"
+                self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep, reader=reader))
 
     def write_adapter(self) -> None:
         """Writes the adapter as plain LoRA, and adds a job for it."""
@@ -304,7 +299,7 @@ class _Export:
     def write_report(self, report: Report) -> None:
         """Writes the report and a model card in each folder, and removes the working folder."""
         for name in self.formats:
-            if name in TRANSFORMERS_FORMATS:
+            if name in WEIGHT_FORMATS:
                 (self.folder / name / "README.md").write_text(export_card(report, name), encoding="utf-8")
         shutil.rmtree(self.work)
         (self.folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
@@ -335,34 +330,6 @@ def _export_section(model: Path) -> ExportSection:
         return ExportSection.model_validate(saved, strict=False)
     except (yaml.YAMLError, ValidationError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
-
-
-def _check_compressed(section: ModelSection, formats: Sequence[str]) -> None:
-    """Refuses a missing package, and a model without a layer that servers have a kernel for, before the merge."""
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise ExportError(
-            f"--format {formats[0]}: compressed-tensors is not installed; run pip install 'finetune[compressed]'"
-        )
-    from finetune.merge.tensor_map import skeleton
-    from finetune.model.compressed import quantised_layers
-
-    shape, _ = skeleton(Base.of(section).config, torch.bfloat16, section.trust_remote_code)
-    for kind in formats:
-        if not quantised_layers(shape, kind):
-            raise ExportError(
-                f"--format {kind}: this model has experts, or no linear layer of a shape that vLLM's and SGLang's "
-                "kernels take; write int8, nf4 or bf16"
-            )
-
-
-def _check_gguf(section: ModelSection) -> None:
-    """Refuses a missing package, and a base whose config alone shows that it has no GGUF form, before the merge."""
-    for package in ("gguf", "xllamacpp"):
-        if importlib.util.find_spec(package) is None:
-            raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
-    from finetune.export.gguf.tensors import checked_model_type
-
-    checked_model_type({"model_type": Base.of(section).config.get_text_config().model_type})
 
 
 def _dtype(model: Path, base: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Writes a whole model as bf16, fp16, int8, nf4, fp8 or w4a16: a folder that `from_pretrained` reads as it is."""
+"""Writes the weights of a whole model in another format, in a folder that `from_pretrained` or mlx-lm reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune.merge.plan import MergeRequest, plan_in_fresh_process
 from finetune.merge.write import write_weights
-from finetune.model.quantization import COMPRESSED, INT8, NF4
+from finetune.model.quantization import COMPRESSED, INT8, MLX, NF4
+from finetune.recipe.export_formats import MLX_BITS
 
 # Bytes; the default of `finetune merge --max-shard-size`.
 _SHARD_SIZE = 5_000_000_000
@@ -21,9 +22,9 @@ def saved_dtype(model: Path) -> str:
 
 
 def write_format(model: Path, output: Path, kind: str, progress: bool = False) -> None:
-    """Writes a model in one of `TRANSFORMERS_FORMATS`, with one tensor in memory at a time.
+    """Writes a model in one of `WEIGHT_FORMATS`, with one tensor in memory at a time.
 
-    Weights that are not quantised (embeddings, norms, the output layer) are written in 16 bit.
+    Weights that are not quantised (norms; but for mlx also embeddings and the output layer) are written in 16 bit.
 
     Args:
         model: A folder with a whole model.
@@ -36,13 +37,13 @@ def write_format(model: Path, output: Path, kind: str, progress: bool = False) -
     """
     half = saved_dtype(model)
     half = half if half in ("float16", "bfloat16") else "bfloat16"
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(kind, half)
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "mlx-bf16": "bfloat16"}.get(kind, half)
     kinds: dict[str, dict[str, Any]] = {
         "int8": INT8,
         "nf4": NF4 | {"bnb_4bit_compute_dtype": dtype},
         "fp8": {COMPRESSED: "fp8"},
         "w4a16": {COMPRESSED: "w4a16"},
-    }
+    } | {name: {MLX: bits} for name, bits in MLX_BITS.items()}
     quantization = kinds.get(kind)
     plan = plan_in_fresh_process(MergeRequest(str(model), (), str(output), dtype, quantization))
     write_weights(plan, output, _SHARD_SIZE, quantised=quantization is not None, progress=progress)

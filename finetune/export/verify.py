@@ -7,8 +7,10 @@ of one memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +53,7 @@ class Job:
         keep: The file to write this model's predictions to.
         base: The path or id of a run's base, in place of the one that its files name.
         groups: Further rows, by name; the result has figures for each group.
+        reader: The program that measures it; `dequantised` is transformers with the weights that mlx-lm computes with.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Job:
     keep: Path | None = None
     base: str | None = None
     groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
+    reader: Literal["transformers", "mlx-lm", "dequantised"] = "transformers"
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,9 @@ def measure(job: Job, rows: list[LabelledRow]) -> ModelFigures:
 
 def _load_and_measure(task: _Task) -> ModelFigures:
     """Loads a model in this process; returns its figures."""
-    from finetune.model import generate
-
     job = task.job
     started = time.monotonic()
-    generator = generate.load_generator(str(job.folder), dtype=job.dtype, as_is=True, base_model=job.base)
+    generator = _load(job)
     seconds = time.monotonic() - started
     activations = _watch_activations(generator.model) if job.dtype == "float16" else None
     result = score(generator.model, task.rows, job.reference, job.keep)
@@ -113,6 +115,21 @@ def _load_and_measure(task: _Task) -> ModelFigures:
     if activations:
         model["activations"] = activations
     return model
+
+
+def _load(job: Job) -> Any:
+    """The `Generator` of a job's model, or mlx-lm's in its place."""
+    from finetune.export import mlx
+    from finetune.model.generate import load_generator
+
+    if job.reader == "mlx-lm":
+        return mlx.load_mlx(job.folder)
+    with contextlib.ExitStack() as stack:
+        folder = job.folder
+        if job.reader == "dequantised":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dequantised-")))
+            mlx.write_dequantised(job.folder, folder)
+        return load_generator(str(folder), dtype=job.dtype, as_is=True, base_model=job.base)
 
 
 def _token_ids(generator: Any) -> list[list[int]]:

@@ -23,7 +23,7 @@ from finetune.hub.metadata import (
 from finetune.model import provenance
 from finetune.model.adapter_readers import READERS, problems_of
 from finetune.model.provenance import BaseReference
-from finetune.recipe.export_formats import COMPRESSED_FORMATS, QUANTIZED_FORMATS
+from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, QUANTIZED_FORMATS
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
@@ -32,6 +32,7 @@ _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 # The end of the name of a GGUF file with an adapter.
 _ADAPTER_FILE = "-adapter.gguf"
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
+_SMALL_FORMATS = {*QUANTIZED_FORMATS, *COMPRESSED_FORMATS, *(name for name, bits in MLX_BITS.items() if bits < 16)}
 
 
 class TrainingValues(TypedDict):
@@ -169,10 +170,11 @@ def export_card(
     measured = next((item for item in report.get("models") or [] if item["name"] == kind), None)
     name = _name(place, repo) if folder else report["title"]
     folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
-    small = {kind or "", *folders} - {""} <= {*QUANTIZED_FORMATS, *COMPRESSED_FORMATS} and bool(kind or folders)
+    kinds = [kind] if kind else folders
+    small, for_mlx = (bool(kinds) and names >= set(kinds) for names in (_SMALL_FORMATS, MLX_BITS.keys()))
     only_files = bool(files) and not folders
     relation = "quantized" if only_files or small else "finetune"
-    use = "gguf" if only_files else (kind or folders[0]) if small else "whole"
+    use = "gguf" if only_files else "mlx" if for_mlx else kinds[0] if small else "whole"
     target = repo or (kind or name if folder is None else name)
     training = _training_values(place, run, recipe)
     values = {
@@ -194,8 +196,8 @@ def export_card(
         "adapters": [file for file in files if file.endswith(_ADAPTER_FILE)],
         "modelfile": modelfile,
     }
-    data = base_metadata(base, relation, "gguf" if only_files else "transformers", terms, recipe)
-    data |= language_metadata(training["ledger"])
+    library = "gguf" if only_files else "mlx" if for_mlx else "transformers"
+    data = base_metadata(base, relation, library, terms, recipe) | language_metadata(training["ledger"])
     perplexity = (measured or {}).get("perplexity")
     if perplexity is not None and repo:
         data |= result_metadata(name, recipe, [("perplexity", "perplexity", perplexity)], str(report["rows"]))
@@ -241,7 +243,7 @@ def _usage(
     Args:
         places: Folders, of which the first one with a chat template is used.
         target: The repository or folder that the commands name.
-        kind: `adapter`, `whole` (full weights), `gguf`, or one of `QUANTIZED_FORMATS`.
+        kind: `adapter`, `whole` (full weights), `gguf`, `mlx`, or one of `QUANTIZED_FORMATS` or `COMPRESSED_FORMATS`.
         base: The base model.
         training: As `_training_values` returns them.
         adapter: The adapter's `adapter_config.json`; empty for full weights.

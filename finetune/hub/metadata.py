@@ -28,7 +28,7 @@ def base_metadata(
     Args:
         base: The base model.
         relation: The model's relation to its base in the Hub's words: adapter, finetune, merge or quantized.
-        library: The library that loads it: peft, transformers or gguf.
+        library: The library that loads it: peft, transformers, mlx or gguf.
         terms: The license; by default the one that the base's id implies.
         recipe: The recipe's sections.
     """
@@ -40,6 +40,7 @@ def base_metadata(
         **terms,
         "datasets": list(dict.fromkeys(_hub_datasets(recipe))) or None,
         "pipeline_tag": "text-generation",
+        "tags": ["mlx"] if library == "mlx" else None,
     }
     return {key: value for key, value in data.items() if value is not None}
 

@@ -29,7 +29,7 @@ from finetune.merge.tensor_map import (
 from finetune.model import compressed
 from finetune.model.compatibility import stored_quantisation
 from finetune.model.provenance import adapter_base_sections, environment_of
-from finetune.model.quantization import COMPRESSED
+from finetune.model.quantization import COMPRESSED, MLX
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
 from finetune.recipe.schema import ModelSection
 from finetune.system import fresh_process
@@ -347,7 +347,8 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
 
 def _quantization_config(request: MergeRequest, base: _Base, written: torch.dtype) -> dict[str, Any] | None:
     """The `quantization_config` of the config.json to write; None if the weights are not quantised."""
-    if not request.quantization:
+    # mlx-lm reads other keys, which `export/mlx.py` writes.
+    if not request.quantization or MLX in request.quantization:
         return None
     if kind := request.quantization.get(COMPRESSED):
         model, _ = skeleton(base.config, written, base.section.trust_remote_code)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.merge.changes import Change
-from finetune.model import compressed
-from finetune.model.quantization import COMPRESSED
+from finetune.model import compressed, mlx
+from finetune.model.quantization import COMPRESSED, MLX
 from finetune.model.shards import Dtype, StoredTensor
 from finetune.system.errors import MergeError
 from finetune.system.terminal import quiet
@@ -207,9 +207,11 @@ def quantised_weights(
         held: The type of the model's other weights.
         quantization: As `finetune.model.quantization.quantise` takes it; None quantises nothing.
     """
-    if quantization and (kind := quantization.get(COMPRESSED)):
+    if quantization and {COMPRESSED, MLX} & quantization.keys():
         model, _ = skeleton(config, held, section.trust_remote_code)
-        return {f"{name}.weight": "linear" for name in compressed.quantised_layers(model, kind)}
+        kind, bits = quantization.get(COMPRESSED), quantization.get(MLX, 16)
+        layers = compressed.quantised_layers(model, kind) if kind else mlx.quantised_layers(model) if bits < 16 else []
+        return {f"{name}.weight": "linear" for name in layers}
     if not quantization or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return {}
     from transformers import BitsAndBytesConfig

@@ -1,4 +1,4 @@
-"""Quantises weights as bitsandbytes or compressed-tensors stores them; dequantises them as a run computes with them.
+"""Quantises weights as bitsandbytes, compressed-tensors or mlx stores them, and dequantises those of a run's base.
 
 Suffixes name the dimensions of a tensor: O output features, I input features.
 """
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from finetune.model import compressed
+from finetune.model import compressed, mlx
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 INT8: dict[str, Any] = {"load_in_8bit": True}
 # The key of a format of `compressed.py`, in place of bitsandbytes' options.
 COMPRESSED = "compressed"
+# The key of the bits of a weight in a format of `mlx.py`; 16 are not quantised.
+MLX = "mlx"
 
 
 def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -23,7 +25,8 @@ def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Itera
 
     Args:
         weight: The layer's weight, in the type that the rest of the model is stored in: (O, I), or (I, O) of a conv1d.
-        options: The arguments of `transformers.BitsAndBytesConfig`, or a format of `compressed.py` under `COMPRESSED`.
+        options: The arguments of `transformers.BitsAndBytesConfig`, or a format of `compressed.py` under `COMPRESSED`,
+            or bits under `MLX`.
         layer: "linear", or "conv1d", whose weight is stored transposed.
 
     Source: transformers 5.23 `integrations/bitsandbytes.py`; bitsandbytes 0.50 `nn/modules.py`, `_save_to_state_dict`.
@@ -31,6 +34,9 @@ def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Itera
     weight_OI = weight.T if layer == "conv1d" else weight
     if kind := options.get(COMPRESSED):
         yield from compressed.quantise(weight_OI, kind)
+        return
+    if bits := options.get(MLX):
+        yield from mlx.quantise(weight_OI, bits)
         return
     if options.get("load_in_8bit"):
         packed_OI, scales_O = _to_int8(weight_OI)
