@@ -160,7 +160,7 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_samples:
         for section, values in sections.items():
             if values is None:
                 recipe.pop(section, None)
-            elif section == "data":
+            elif section == "data" or not isinstance(values, dict):
                 recipe[section] = values
             else:
                 recipe[section] = recipe.get(section, {}) | values

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from trl import DPOTrainer, KTOTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
@@ -152,8 +153,8 @@ class PreferenceTrainer(RunTrainer):
         """
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum()
-            self._total_train_tokens += int(tokens)
+            real = (inputs["labels"] != IGNORE).any(1, keepdim=True)
+            self._total_train_tokens += int(self.accelerator.gather((inputs["attention_mask"] * real).sum()).sum())
         count = int(self.items_in(inputs))
         batch = self._for_trl(self._without_padding(inputs))
         total, kept = self._total_train_tokens, self._metrics[mode]
@@ -190,8 +191,9 @@ class PreferenceTrainer(RunTrainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Logs the means of trl's metrics over all items since the last record, on all ranks."""
         mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        sums = torch.tensor([self._metrics[mode][name] for name in names], device=self.args.device)
+        # A rank without an item of a kind lacks its metrics.
+        names = sorted({*gather_object(list(self._metrics[mode]))})
+        sums = torch.tensor([self._metrics[mode][name] or [0.0, 0.0] for name in names], device=self.args.device)
         if names:
             sums = self.accelerator.reduce(sums, "sum")
         means = {name: [s / n] for name, (s, n) in zip(names, sums.tolist(), strict=True) if n}
