@@ -70,6 +70,98 @@ def test_bad_rows(
     assert not Path("run").exists()
 
 
+def pair(**keys: Any) -> dict[str, Any]:
+    return {"prompt": "Why?", "chosen": "So.", "rejected": "It is a long story.", **keys}
+
+
+def rated(prompt: str, label: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": "So.", "label": label}
+
+
+ASKED = {"role": "user", "content": "Why?"}
+SAID, OTHER = ({"role": "assistant", "content": text} for text in ("So.", "It is so."))
+PAIRS: dict[str, tuple[str, bytes, str]] = {
+    "no answer is rejected": ("dpo", lines(pair(), pair(rejected=None)), "rows.jsonl:2: it has no rejected" + MEND),
+    "no prompt": (
+        "orpo",
+        lines(pair(prompt="")),
+        "rows.jsonl:1: it has no prompt; write it, or whole conversations in chosen and rejected" + MEND,
+    ),
+    "two prompts": (
+        "dpo",
+        lines(pair(prompt=None, chosen=[ASKED, SAID], rejected=[{"role": "user", "content": "How?"}, OTHER])),
+        "rows.jsonl:1: its chosen and rejected do not answer the same prompt" + MEND,
+    ),
+    "a text and a conversation": (
+        "dpo",
+        lines(pair(rejected=[ASKED, OTHER])),
+        "rows.jsonl:1: one of its chosen and rejected is a text, the other a conversation; write both alike" + MEND,
+    ),
+    "prompts of other tokens": (
+        "dpo",
+        lines(pair(chosen=[ASKED, SAID | {"train": False}, ASKED, SAID], rejected=[ASKED, OTHER, ASKED, OTHER])),
+        "rows.jsonl:1: the tokens before its two answers differ" + MEND,
+    ),
+    "a special token in one answer": (
+        "kto",
+        lines(pair(rejected="It ends <end_of_turn> here.")),
+        "rows.jsonl:1: message 2: its text holds <end_of_turn>, which is a special token of this tokenizer; on the "
+        "rejected side" + MEND,
+    ),
+    "roles that do not alternate": (
+        "dpo",
+        lines(pair(prompt=[ASKED, ASKED], chosen=[SAID], rejected=[OTHER])),
+        "rows.jsonl:1: the chat template refuses it: roles must alternate user, assistant, user, ... after the system "
+        "message; turn 2 is user; on the chosen side" + MEND,
+    ),
+    "ends in the middle of a pair": (
+        "dpo",
+        lines(pair()) + b'{"prompt": "Why?", "cho',
+        "rows.jsonl:2: the file ends in the middle of a row, inside a string; the row starts at line 2, byte offset "
+        f"{len(lines(pair()))}" + MEND,
+    ),
+    "conversations": (
+        "dpo",
+        lines(GOOD),
+        "rows.jsonl: its format for method dpo is not known from its columns (messages); write `format` (preference) "
+        "and `columns`",
+    ),
+    "pairs for sft": (
+        "sft",
+        lines(pair()),
+        "rows.jsonl: its rows are pairs (prompt, chosen, rejected); write method: dpo, kto or orpo",
+    ),
+    "a label that is a word": (
+        "kto",
+        lines(rated("a", True), rated("b", "good")),
+        "rows.jsonl:2: its label is 'good'; write true or false" + MEND,
+    ),
+    "answers that are all good": (
+        "kto",
+        lines(rated("a", True), rated("b", 1)),
+        "data.train: none of 2 answers is undesirable, and kto needs both; add some",
+    ),
+    "no pair is left": (
+        "dpo",
+        lines(pair(rejected="So."), pair(chosen=" "), pair(prompt="long " * 200)),
+        "no row is left to train on: 0 of 3 rows, 0 tokens, 0 trained on (0%), longest 0; 1 with equal answers; "
+        "1 with an empty answer; 1 longer than training.max_length 128; 100% of the tokens to train on are lost to "
+        "training.max_length (raise it, or see data.on_overflow)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "content", "message"), PAIRS.values(), ids=PAIRS)
+def test_bad_pairs(
+    method: str, content: bytes, message: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(data={"train": [{"path": "rows.jsonl"}]})
+    Path("rows.jsonl").write_bytes(content)
+    assert main(["train", "--quiet", str(path), f"method={method}"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not Path("run").exists()
+
+
 def test_no_row_left(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(data={"train": [{"path": "rows.jsonl"}], "on_bad_row": "skip"})
     Path("rows.jsonl").write_bytes(lines(chat(("user", "a")), chat(("user", "a"), ("assistant", ""))))

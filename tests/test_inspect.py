@@ -334,6 +334,104 @@ def test_streamed_rows_are_taken_only_as_they_are_shown(recipe: str, capsys: Cap
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Pairs
+
+PAIR = {"prompt": "空は青い？", "chosen": "はい、そうです。", "rejected": "Yes, it is."}
+
+
+@pytest.fixture
+def pairs(write_recipe: Write) -> list[str]:
+    """The words of `inspect` for two pairs."""
+    rows = [PAIR, {"prompt": "Why?", "chosen": "So.", "rejected": "<b>"}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(model={"name_or_path": "random:gemma"}, data={"train": [{"path": "pairs.jsonl"}]})
+    return ["inspect", str(recipe), "method=dpo"]
+
+
+def answers(row: dict[str, str]) -> tuple[int, int, int]:
+    """The numbers of tokens of a pair's prompt, chosen answer and rejected answer."""
+    asked, *said = (f"{row['prompt']}<end_of_turn>\n", row["chosen"], row["rejected"])
+    encode = tokenizers()[0].encode
+    before = f"<start_of_turn>user\n{asked}<start_of_turn>model\n"
+    return len(encode(before)), *(len(encode(f"{text}<end_of_turn>")) - 1 for text in said)
+
+
+def test_text_of_pairs(pairs: list[str], capsys: Capture) -> None:
+    assert main(pairs) == 0
+    rows, ledger = capsys.readouterr().out.split("\n== training rows\n")
+    prompt, chosen, rejected = answers(PAIR)
+    assert rows.split("\n\n")[1] == (
+        f"== pairs.jsonl:1: {prompt} tokens of the prompt, {chosen} chosen, {rejected} rejected\n"
+        "<bos><start_of_turn>user\n空は青い？<end_of_turn>\n<start_of_turn>model\n"
+        "-- chosen\n⟦はい、そうです。<end_of_turn>⟧\n"
+        "-- rejected\n⟦Yes, it is.<end_of_turn>⟧"
+    )
+    assert [line.split("  ")[-1] for line in ledger.splitlines()[:2]] == ["pairs read", "pairs kept"]
+    [head, *table] = [line.split() for line in ledger.splitlines() if "answers" in line or "%  " in line]
+    assert " ".join(head) == "pairs mean tokens chosen mean tokens rejected chosen is longer answers"
+    assert table[1] == ["1", f"{chosen}.0", f"{rejected}.0", f"{100 * (chosen > rejected)}%", "Japanese"]
+    assert [row[-1] for row in table] == ["English", "Japanese", "all"]
+
+
+def test_tokens_of_pairs(pairs: list[str], capsys: Capture) -> None:
+    assert main([*pairs, "--row", "1", "--tokens"]) == 0
+    _, *shown = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    first, second = shown.index("-- chosen"), shown.index("-- rejected")
+    blocks = (shown[:first], shown[first + 1 : second], shown[second + 1 :])
+    assert tuple(sum(len(line.partition("'")[0].replace("*", "").split()) for line in block) for block in blocks) == (
+        answers(PAIR)
+    )
+    assert shown[0] == f"{2:>8}   '<bos>'"
+    assert shown[second - 1] == shown[-1] == f"{5:>8} * '<end_of_turn>'"
+    assert [line for line in shown if " * '" in line] == [*blocks[1], *blocks[2]]
+
+
+def test_json_of_pairs(pairs: list[str], capsys: Capture) -> None:
+    assert main([*pairs, "--json"]) == 0
+    row, _, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(row) == ["row", "input_ids", "labels", "rejected_input_ids", "rejected_labels"]
+    trained = [[label for label in row[name] if label != IGNORE] for name in ("labels", "rejected_labels")]
+    assert [tokenizers()[0].decode(ids) for ids in trained] == [
+        f"{PAIR[name]}<end_of_turn>" for name in ("chosen", "rejected")
+    ]
+    assert last["ledger"]["train"]["answers"]["Japanese"]["pairs"] == 1
+    assert main([*pairs[:2], "method=kto", "--json", "--rows", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
+    assert [list(row) for row in rows] == [["row", "input_ids", "labels", "desirable"]] * 2
+    assert main([*pairs[:2], "method=kto", "--rows", "2"]) == 0
+    assert re.findall(r"^== (\S+ \w+), \d+ tokens", capsys.readouterr().out, re.M) == [
+        "pairs.jsonl:1: desirable",
+        "pairs.jsonl:1: undesirable",
+    ]
+
+
+def test_page_of_pairs(pairs: list[str], capsys: Capture) -> None:
+    assert main([*pairs, "--html", "page.html", "--quiet"]) == 0
+    text = Path("page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    prompt = "<bos><start_of_turn>user\n空は青い？<end_of_turn>\n<start_of_turn>model\n"
+    assert page.rows[:3] == [prompt, "はい、そうです。<end_of_turn>", "Yes, it is.<end_of_turn>"]
+    assert page.rows[5] == "<b><end_of_turn>"
+    assert page.marks == ["Like this", *page.rows[1:3], *page.rows[4:]]
+    assert page.names == [
+        f"pairs.jsonl:{i} {n} tokens of the prompt, {a} chosen, {b} rejected"
+        for i, (n, a, b) in enumerate(
+            [answers(PAIR), answers({"prompt": "Why?", "chosen": "So.", "rejected": "<b>"})], 1
+        )
+    ]
+    assert re.findall(r"<h4>(\w+)</h4>", text) == ["chosen", "rejected"] * 2
+    assert [bool(lang) for lang in re.findall(r"<pre( lang=\"ja\")?>", text)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert "chosen is longer" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The page
 
 

@@ -16,6 +16,7 @@ from finetune.data.encoded import IGNORE
 from finetune.data.formats import FORMATS, detect_format
 from finetune.data.language import language
 from finetune.data.mixture import Prepared, build_datasets
+from finetune.data.preference import balance
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.system.errors import DataError, LabelError
@@ -294,8 +295,8 @@ def test_an_answer_is_not_divided_where_the_template_renders_earlier_turns_diffe
     thought = {"role": "assistant", "content": "b", "reasoning_content": "why"}
     row = {"chosen": [*said("a"), thought, *said("c", "d")], "rejected": said("a", "x", "c", "d")}
     assert fault(lambda: prepared([row], own=chat("forgets.jinja"))) == (
-        "pairs.jsonl:1: message 2: the chat template leaves out its thinking; on the chosen side; "
-        "an answer is not divided; mend the row, or write data.on_bad_row: skip"
+        "pairs.jsonl:1: message 2: the chat template leaves out its thinking; an answer is not divided; "
+        "on the chosen side; mend the row, or write data.on_bad_row: skip"
     )
 
 
@@ -394,6 +395,18 @@ def test_rows_of_kto() -> None:
         assert fault(lambda alone=alone: prepared(alone, "kto")) == (
             f"data.train: none of 2 answers is {other}, and kto needs both; add some"
         )
+
+
+def test_the_weights_that_balance_kto_are_told() -> None:
+    line = "kto: 80 desirable and 40 undesirable answers, weighted "
+    counts = {"chosen": 80, "rejected": 40}
+    assert balance(counts, {}) == (
+        f"{line}2.00 : 1; for the recommended 1 to 1.33 write training.desirable_weight: 0.50 to 0.67, "
+        "or training.undesirable_weight: 1.50 to 2.00"
+    )
+    for weights in ({"desirable_weight": 0.5}, {"desirable_weight": 0.66}, {"undesirable_weight": 1.5}):
+        assert balance(counts, weights).endswith(" : 1, within the recommended 1 to 1.33")
+    assert balance(counts, {"undesirable_weight": 2.1}).startswith(f"{line}0.95 : 1; for the recommended")
 
 
 def test_weights_repeat_whole_pairs() -> None:

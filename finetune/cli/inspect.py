@@ -12,6 +12,7 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, NamedTuple, TextIO
 
+from finetune.data.cache import trainer_columns
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
 from finetune.data.language import language
@@ -53,6 +54,14 @@ def pieces(tokenizer: Any, row: Row) -> Iterator[Piece]:
             continue
         yield Piece(ids[begin:end], text[len(decode(ids[before:begin])) :], labels[end - 1] != IGNORE)
         before, begin = begin, end
+
+
+def sides(row: Row) -> dict[str, Row]:
+    """The sides of a pair by their names, `chosen` and `rejected`; empty for a row that is no pair."""
+    if "rejected_input_ids" not in row:
+        return {}
+    rejected = {name: row[f"rejected_{name}"] for name in ("input_ids", "labels")}
+    return {"chosen": row, "rejected": rejected}
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,10 @@ def load(recipe: Recipe, say: Say = lambda line: None) -> InspectedData:
 
 
 def as_json(data: InspectedData, rows: Iterable[Row]) -> Iterator[str]:
-    """One JSON line per row, `{"row", "input_ids", "labels"}`, then `{"ledger": {"train", "eval"}}`."""
+    """One JSON line per row with the columns that the trainer gets, then `{"ledger": {"train", "eval"}}`."""
+    columns = trainer_columns(data.recipe.method)
     for row in rows:
-        yield json.dumps({name: row[name] for name in ("row", "input_ids", "labels")})
+        yield json.dumps({name: row[name] for name in columns})
     ledgers = {"train": data.train.ledger.as_dict(), "eval": data.evaluation.ledger.as_dict()}
     yield json.dumps({"ledger": ledgers})
 
@@ -140,16 +150,18 @@ def as_text(data: InspectedData, rows: Iterable[Row], out: TextIO, tokens: bool 
         if i == 0:
             yield f"{'*' if tokens else mark('like this')}: trained on"
         yield f"\n== {visible(row['row'])}: {_token_counts(row)}"
-        parts = pieces(data.tokenizer, row)
-        if tokens:
-            for ids, text, trained in parts:
-                yield f"{' '.join(map(str, ids)):>8} {'*' if trained else ' '} {text!r}"
-            continue
-        line = ""
-        for trained, run in groupby(parts, attrgetter("trained")):
-            text = visible("".join(piece.text for piece in run))
-            line += mark(text) if trained else text
-        yield line.removesuffix("\n")
+        for title, parts in _parts(data.tokenizer, row):
+            if title:
+                yield f"-- {title}"
+            if tokens:
+                for ids, text, trained in parts:
+                    yield f"{' '.join(map(str, ids)):>8} {'*' if trained else ' '} {text!r}"
+                continue
+            line = ""
+            for trained, run in groupby(parts, attrgetter("trained")):
+                text = visible("".join(piece.text for piece in run))
+                line += mark(text) if trained else text
+            yield line.removesuffix("\n")
     for title, ledger in data.ledgers():
         lengths = [(what, n, bar * max(n > 0, round(40 * share))) for what, n, share in histogram(ledger)]
         yield f"\n== {title}"
@@ -163,18 +175,38 @@ def as_html(data: InspectedData, rows: Iterable[Row]) -> str:
     """Rows and ledgers as one self-contained HTML page, in which text of the rows is never markup."""
     shown = []
     for row in rows:
-        parts = list(pieces(data.tokenizer, row))
-        # Fonts draw many characters differently for Japanese and for Chinese.
-        lang = "ja" if language("".join(piece.text for piece in parts)) == "Japanese" else None
-        runs = [(trained, list(run)) for trained, run in groupby(parts, attrgetter("trained"))]
-        shown.append({"name": row["row"], "counted": _token_counts(row), "runs": runs, "lang": lang})
+        blocks = []
+        for title, parts in _parts(data.tokenizer, row):
+            # Fonts draw many characters differently for Japanese and for Chinese.
+            lang = "ja" if language("".join(piece.text for piece in parts)) == "Japanese" else None
+            runs = [(trained, list(run)) for trained, run in groupby(parts, attrgetter("trained"))]
+            blocks.append({"title": title, "runs": runs, "lang": lang})
+        shown.append({"name": row["row"], "counted": _token_counts(row), "blocks": blocks})
     ledgers = [(title, for_page(ledger)) for title, ledger in data.ledgers()]
     return render("cli/inspect.html.jinja", name=data.recipe.path.name, rows=shown, ledgers=ledgers)
 
 
+def _parts(tokenizer: Any, row: Row) -> Iterator[tuple[str, list[Piece]]]:
+    """The pieces of a row, without a title; of a pair those of the prompt, and those of each answer with its name."""
+    prompt_shown = False
+    for name, side in (sides(row) or {"": row}).items():
+        parts = list(pieces(tokenizer, side))
+        start = next(i for i, piece in enumerate(parts) if piece.trained) if name else 0
+        if name and not prompt_shown:
+            yield "", parts[:start]
+            prompt_shown = True
+        yield name, parts[start:]
+
+
 def _token_counts(row: Row) -> str:
     count, trained = len(row["input_ids"]), sum(label != IGNORE for label in row["labels"])
-    return f"{count:,} tokens, {trained:,} trained on ({trained / max(1, count):.0%})"
+    rating = {None: "", True: "desirable, ", False: "undesirable, "}[row.get("desirable")]
+    if both := sides(row):
+        answers = [sum(label != IGNORE for label in side["labels"]) for side in both.values()]
+        before = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+        told = [f"{n:,} {name}" for n, name in zip(answers, both, strict=True)]
+        return f"{before:,} tokens of the prompt, {', '.join(told)}"
+    return f"{rating}{count:,} tokens, {trained:,} trained on ({trained / max(1, count):.0%})"
 
 
 def _marker_and_bar(out: TextIO) -> tuple[Callable[[str], str], str]:

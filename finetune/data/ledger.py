@@ -153,6 +153,11 @@ class Ledger:
                 return length
         return 0
 
+    @property
+    def answer_totals(self) -> Counter[str]:
+        """The counts of `answers` over all languages."""
+        return sum(self.answers.values(), Counter[str]())
+
     def histogram(self, bins: int = 10) -> list[tuple[int, int, int]]:
         """The kept rows by length: `(from, to, rows)`, both ends included, in at most `bins` bins of one width."""
         longest = self.percentile(1.0)
@@ -202,7 +207,7 @@ class Ledger:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             parts.append(f"keys that are not read: {', '.join(names[:8])}{more}")
         share = self.trained_tokens / self.tokens if self.tokens else 0
-        total = sum(self.answers.values(), Counter[str]())
+        total = self.answer_totals
         noun = "pairs" if total["pairs"] else "rows"
         if total["pairs"]:
             chosen, rejected = _mean(total, "chosen"), _mean(total, "rejected")
@@ -230,9 +235,9 @@ class Ledger:
 _RATINGS = {"chosen": "desirable", "rejected": "undesirable"}
 
 
-def _mean(counts: Mapping[str, int], side: str) -> float:
+def _mean(counts: Mapping[str, int], side: str) -> str:
     """The mean tokens of the chosen or the rejected answers."""
-    return round(counts[f"{side}_tokens"] / max(1, counts[side]), 1)
+    return f"{counts[f'{side}_tokens'] / max(1, counts[side]):,.1f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -121,7 +120,7 @@ def build_datasets(
 
 def _check_ratings(ledger: Ledger) -> None:
     """Refuses rows for kto that are all good or all bad, which no comparison can be learned from."""
-    total = sum(ledger.answers.values(), Counter[str]())
+    total = ledger.answer_totals
     for rated, other in (("chosen", "undesirable"), ("rejected", "desirable")):
         if total[rated] == ledger.kept:
             raise DataError(f"data.train: none of {ledger.kept:,} answers is {other}, and kto needs both; add some")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from finetune.data.encoded import IGNORE, Encoded
 from finetune.data.turns import Message
+from finetune.recipe.yaml_tree import Section
 from finetune.system.errors import LabelError
 
 # Reasons for which rows of answers are dropped.
@@ -66,6 +67,30 @@ def is_empty(answer: Sequence[Message]) -> bool:
     return not said or any(not any(part and str(part).strip() for part in each) for each in parts)
 
 
+def balance(answers: Mapping[str, int], training: Section) -> str:
+    """A line on the desirable and undesirable answers of a KTO run, and the weights that would balance them.
+
+    Args:
+        answers: Their numbers, as `chosen` and `rejected`.
+        training: The recipe's section, with the weights of their losses.
+
+    Source: https://arxiv.org/abs/2402.01306: desirable answers should weigh 1 to 4/3 times as much as undesirable ones
+        in all; `KTOTrainer` of trl 1.16 warns by the same rule.
+    """
+    good, bad = answers["chosen"], answers["rejected"]
+    of_good, of_bad = (float(training.get(f"{name}_weight", 1)) for name in ("desirable", "undesirable"))
+    ratio = good * of_good / (bad * of_bad)
+    line = f"kto: {good:,} desirable and {bad:,} undesirable answers, weighted {ratio:.2f} : 1"
+    if 0.995 <= ratio <= 4 / 3 + 0.005:
+        return f"{line}, within the recommended 1 to 1.33"
+    low, high = of_bad * bad / good, of_bad * bad / good * 4 / 3
+    few, many = of_good * good / bad * 3 / 4, of_good * good / bad
+    return (
+        f"{line}; for the recommended 1 to 1.33 write training.desirable_weight: {low:.2f} to {high:.2f}, "
+        f"or training.undesirable_weight: {few:.2f} to {many:.2f}"
+    )
+
+
 @contextlib.contextmanager
 def on_side(name: str) -> Iterator[None]:
     """Adds to an error the side of the pair, `chosen` or `rejected`, that it is about."""
@@ -73,7 +98,7 @@ def on_side(name: str) -> Iterator[None]:
         yield
     except LabelError as error:
         side = f"on the {name} side"
-        raise LabelError(error.reason, f"{side}; {error.detail}" if error.detail else side, error.message) from error
+        raise LabelError(error.reason, f"{error.detail}; {side}" if error.detail else side, error.message) from error
 
 
 def without_tail(side: Encoded) -> Encoded:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
 from finetune.data.mixture import Prepared, build_datasets
+from finetune.data.preference import balance
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
 from finetune.hub.uploads import CheckpointUploads
@@ -185,6 +186,8 @@ def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
     check_token_ids(tokens_of_any_row(chat, streamed, special_tokens), tokenizer, base.config)
     train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say, recipe.method)
     say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
+    if recipe.method == "kto":
+        say(balance(train_rows.ledger.answer_totals, recipe.training))
     if evaluation.dataset is not None:
         say(f"evaluation: {evaluation.ledger.summary()}")
     highest = [prepared.highest_token_id() for prepared in (train_rows, evaluation)]
