@@ -38,9 +38,10 @@ def examples(count: int) -> int:
 
 # The files that take longest, which begin first, so that no worker is idle at the end.
 LONGEST = (
-    *("test_gemma", "test_plan", "test_survival", "test_distributed", "test_evaluate", "test_export", "test_merge"),
-    *("test_rehearse", "test_rules", "test_recipes_family", "test_notebook", "test_referee", "test_imatrix"),
-    *("test_gguf_write", "test_report", "test_mixture", "test_push"),
+    *("test_gemma", "test_plan", "test_survival", "test_distributed", "test_export", "test_merge", "test_packing"),
+    *("test_train", "test_recipes_family", "test_rules", "test_gguf_llama", "test_wheel", "test_evaluate"),
+    *("test_rehearse", "test_notebook", "test_referee", "test_push", "test_imatrix", "test_gguf_write"),
+    *("test_gguf_vocabulary", "test_gguf_export", "test_benchmarks", "test_report", "test_mixture"),
 )
 
 

@@ -48,6 +48,7 @@ def test_a_model_with_experts_is_sampled_saved_and_answers(
         lora={} if lora else None,
         data={"train": [{"path": str(ROWS)}], "eval_fraction": 0.1},
         training={"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        evaluate={"max_new_tokens": 4},
     )
     assert main(["train", str(path)]) == 0
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]

@@ -58,7 +58,9 @@ def test_a_base_is_located_read_and_hashed_once_a_start(
 ) -> None:
     tokenizer = make_tokenizer()
     write_gguf(make_model(len(tokenizer)), tokenizer, Path("tiny.gguf"))
-    path = write_recipe(model={"name_or_path": "tiny.gguf"}, training={"max_steps": 1}, evaluate={"limit": 1})
+    path = write_recipe(
+        model={"name_or_path": "tiny.gguf"}, training={"max_steps": 1}, evaluate={"limit": 1, "max_new_tokens": 4}
+    )
     calls: Counter[str] = Counter()
 
     def count(module: Any, name: str) -> None:
