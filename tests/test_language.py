@@ -16,14 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.evaluate import language
-from finetune.evaluate.language import (
-    MIN_SHARE,
-    LanguageVerdict,
-    language_of,
-    language_verdict,
-    wanted_language,
-    wilson_interval,
-)
+from finetune.evaluate.language import MIN_SHARE, LanguageVerdict, language_of, language_verdict, wanted_language
+from finetune.evaluate.shares import wilson_interval
 
 HERE = Path(__file__).parent
 REAL = os.environ.get("FINETUNE_REAL_DATA")

@@ -139,3 +139,24 @@ def test_a_loss_that_is_not_finite_names_the_pairs(
     assert main([str(path), "--force"]) == 2
     error = capsys.readouterr().err
     assert "the loss is nan at step 1, on the rows pairs.jsonl:1, pairs.jsonl:2, pairs.jsonl:3, pairs.jsonl:4" in error
+
+
+def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_recipe: Write, pairs: None) -> None:
+    path = recipe(write_recipe, "dpo", max_steps=12, learning_rate=1e-2)
+    evaluate = {"evaluate.prompts": "p.jsonl", "evaluate.max_new_tokens": "2"}
+    Path("p.jsonl").write_text('{"prompt": "One?"}\n', encoding="utf-8")
+    assert main([str(path), *(f"{key}={value}" for key, value in evaluate.items())]) == 0
+    assert main(["evaluate", "run", "--compare", "base", "--output", "out"]) == 0
+    before, after = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["models"]
+    assert before["pairs"]["gained"] == {}
+    assert after["pairs"]["gained"]["all"] == {
+        "right": 3,
+        "judged": 3,
+        "low": pytest.approx(0.4385, abs=1e-4),
+        "high": 1,
+    }
+    # Of both models the whole answers, by the log-probabilities that the run has logged.
+    assert {"all", "en"} & after["pairs"]["whole"].keys()
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert "it gained more than the rejected one since base of run" in text
+    assert "100.0% (3 of 3; 95%: 43.8% to 100.0%)" in text

@@ -93,29 +93,6 @@ def _most(lengths: Counter[str]) -> str | None:
     return found if found != "und" else None
 
 
-def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share: its lower and its upper bound.
-
-    Args:
-        right: How many of `count` are right.
-        count: How many there are.
-        z: The quantile of the normal distribution; 1.96 for 95%.
-
-    Raises:
-        ValueError: `right` is not between 0 and `count`, or `count` is 0.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
-    if not 0 <= right <= count or not count:
-        raise ValueError(f"{right} of {count} is not a share")
-    share, square = right / count, z * z
-    middle = share + square / (2 * count)
-    half = z * (share * (1 - share) / count + square / (4 * count * count)) ** 0.5
-    whole = 1 + square / count
-    # At 0 and 1 the formula gives the bound up to rounding.
-    return (middle - half) / whole if right else 0.0, (middle + half) / whole if right < count else 1.0
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The language that a prompt asks for
 

@@ -6,6 +6,8 @@ import re
 from typing import Any, NotRequired, TypedDict
 
 from finetune.data.turns import Message
+from finetune.evaluate.preference import PreferenceReport
+from finetune.evaluate.shares import Share, share_text
 from finetune.system.numbers import markdown_table
 from finetune.system.pages import render
 
@@ -24,21 +26,12 @@ class LossPart(TypedDict):
     accuracy: float
 
 
-class LanguageShare(TypedDict):
-    """How many of the judged answers are in the wanted language, and the 95% confidence interval of that share."""
-
-    right: int
-    judged: int
-    low: float
-    high: float
-
-
 class AnswerSummary(TypedDict, total=False):
     """Figures over all answers of a model; empty if there were no prompts."""
 
     count: int
-    language: LanguageShare
-    languages: dict[str, LanguageShare]
+    language: Share
+    languages: dict[str, Share]
     stopped: float
     repetition: float
     tokens: float
@@ -51,6 +44,7 @@ class ModelReport(TypedDict):
     loss: dict[str, dict[str, LossPart]]
     answers: AnswerSummary
     tasks: dict[str, float]
+    pairs: NotRequired[PreferenceReport]
 
 
 class LanguageReport(TypedDict):
@@ -122,6 +116,7 @@ def tables(report: EvaluationReport) -> list[tuple[str, list[list[str]]]]:
     models = report["models"]
     every = [
         ("On held-out rows", _loss_rows(models)),
+        ("Pairs whose chosen answer is preferred", _pair_rows(models)),
         ("Answers", _answer_rows(models)),
         ("Preference", _judge_rows(report.get("judge"))),
         ("Tasks", _task_rows(models)),
@@ -160,30 +155,39 @@ def _loss_cells(part: LossPart | None) -> list[str]:
     return [f"{part['tokens']:,}", perplexity, f"{part['accuracy']:.1%}"]
 
 
+def _pair_rows(models: list[ModelReport]) -> list[list[str]]:
+    rows = [["", *(m["name"] for m in models)]]
+    titles = {
+        "per_token": "it is likelier, per token",
+        "whole": "it is likelier, as a whole",
+        "gained": f"it gained more than the rejected one since {models[0]['name']}",
+    }
+    for measure, title in titles.items():
+        pairs: list[Any] = [m.get("pairs", {}) for m in models]
+        parts: list[dict[str, Share]] = [found.get(measure, {}) for found in pairs]
+        languages = dict.fromkeys(name for part in parts for name in part)
+        for name in languages if len(languages) > 2 else list(languages)[:1]:
+            place = title if name == "all" else f"{title}; prompts in {name}"
+            rows.append([place, *(share_text(part[name]) if name in part else "" for part in parts)])
+    return rows
+
+
 def _answer_rows(models: list[ModelReport]) -> list[list[str]]:
     summaries = [m["answers"] for m in models if m["answers"]]
     rows = [["", *(m["name"] for m in models if m["answers"])]]
     if not summaries:
         return rows
-    rows.append(["in the language of the prompt", *(_share(s["language"]) for s in summaries)])
+    rows.append(["in the language of the prompt", *(share_text(s["language"]) for s in summaries)])
     languages = dict.fromkeys(name for s in summaries for name in s["languages"])
     if len(languages) > 1:
         for name in languages:
             shares = [s["languages"].get(name) for s in summaries]
-            rows.append([f"prompts for {name or '?'}", *(_share(share) if share else "" for share in shares)])
+            rows.append([f"prompts for {name or '?'}", *(share_text(share) if share else "" for share in shares)])
     ended = [(s["stopped"], s["count"]) for s in summaries]
     rows.append(["ended by a stop token", *(f"{p:.1%} ({round(p * n)} of {n})" for p, n in ended)])
     rows.append(["repeated 4-grams", *(f"{s['repetition']:.1%}" for s in summaries)])
     rows.append(["tokens, mean", *(f"{s['tokens']:.1f}" for s in summaries)])
     return rows
-
-
-def _share(share: LanguageShare) -> str:
-    if not share["judged"]:
-        return "none to judge"
-    part = share["right"] / share["judged"]
-    interval = f"95%: {share['low']:.1%} to {share['high']:.1%}"
-    return f"{part:.1%} ({share['right']} of {share['judged']}; {interval})"
 
 
 def _judge_rows(judge: dict[str, Any] | None) -> list[list[str]]:

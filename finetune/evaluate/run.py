@@ -17,8 +17,9 @@ from finetune.data.encoded import IGNORE
 from finetune.data.mixture import evaluation_rows
 from finetune.data.samples import LabelledRow
 from finetune.evaluate.answers import Answer, answer_prompts
-from finetune.evaluate.language import LanguageVerdict, language_verdict, wilson_interval
+from finetune.evaluate.language import LanguageVerdict, language_verdict
 from finetune.evaluate.perplexity import LossSum, row_losses
+from finetune.evaluate.preference import Pair, PairScore, pairs_in, preference_report, score_pairs
 from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
 from finetune.evaluate.report import (
     HELD_OUT_ROWS,
@@ -26,11 +27,12 @@ from finetune.evaluate.report import (
     AnswerSummary,
     EvaluationReport,
     LanguageReport,
-    LanguageShare,
     LossPart,
+    ModelReport,
     as_html,
     as_markdown,
 )
+from finetune.evaluate.shares import share_of
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
 from finetune.model.provenance import adapter_base_sections, is_adapter, tokenizer_section
@@ -77,11 +79,12 @@ class _Subject:
 
 @dataclass
 class ModelResult:
-    """The results of one model; `loss` is by source and language."""
+    """The results of one model; `loss` is by source and language, `pairs` by the name of the row."""
 
     name: str
     rows: list[LabelledRow] = field(default_factory=list)
     loss: dict[Origin, LossSum] = field(default_factory=dict)
+    pairs: dict[str, PairScore] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     verdicts: list[LanguageVerdict] = field(default_factory=list)
     tasks: dict[str, float] = field(default_factory=dict)
@@ -193,6 +196,7 @@ class _Evaluation:
     progress: bool
     locate_base: Callable[[ModelSection], Base]
     _rows: dict[str, list[HeldOutRow]] = field(default_factory=dict)
+    _pairs: dict[str, list[Pair]] = field(default_factory=dict)
 
     def prompts(self, subject: _Subject) -> tuple[list[Prompt], str]:
         """The prompts, and a description of their origin for the report."""
@@ -221,6 +225,8 @@ class _Evaluation:
                 HeldOutRow(row["row"], LabelledRow(list(row["input_ids"]), list(row["labels"])), origin)
                 for row, origin in zip(found.dataset or (), found.origins, strict=True)
             ]
+            languages = [language for _, language in found.origins]
+            self._pairs[chat.fingerprint] = pairs_in(found.dataset or (), languages)
         return self._rows[chat.fingerprint]
 
     def evaluate(self, subject: _Subject, prompts: list[Prompt]) -> ModelResult:
@@ -258,6 +264,9 @@ class _Evaluation:
             for row, loss in zip(chosen, row_losses(generator.model, result.rows), strict=True):
                 result.loss[row.origin] = result.loss.get(row.origin, LossSum()) + loss
                 advance(1)
+        pairs = spread_evenly(self._pairs[generator.chat.fingerprint], lambda pair: pair.language, self.limit)
+        with progress_bar(f"{name}: pairs", len(pairs), self.progress) as advance:
+            result.pairs = score_pairs(generator.model, pairs, advance)
         turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         with progress_bar(f"{name}: answers", turns, self.progress) as advance:
             result.answers = answer_prompts(generator, prompts, self.recipe.evaluate.max_new_tokens, advance)
@@ -286,11 +295,21 @@ def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int 
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "limit": limit,
         "same_tokens": all(result.rows == results[0].rows for result in results),
-        "models": [
-            {"name": r.name, "loss": _loss_groups(r.loss), "answers": _summary(r), "tasks": r.tasks} for r in results
-        ],
+        "models": [_model_report(result, results[0] if result is not results[0] else None) for result in results],
         "answers": [_answer_report(results, i) for i in range(len(results[0].answers))],
     }
+
+
+def _model_report(result: ModelResult, before: ModelResult | None) -> ModelReport:
+    report: ModelReport = {
+        "name": result.name,
+        "loss": _loss_groups(result.loss),
+        "answers": _summary(result),
+        "tasks": result.tasks,
+    }
+    if result.pairs:
+        report["pairs"] = preference_report(result.pairs, before.pairs if before else None)
+    return report
 
 
 def _language_verdict(answer: Answer) -> LanguageVerdict:
@@ -343,17 +362,12 @@ def _summary(result: ModelResult) -> AnswerSummary:
             by_language.setdefault(verdict.wanted or "", []).append(verdict.right)
     return {
         "count": count,
-        "language": _share([right for rights in by_language.values() for right in rights]),
-        "languages": {name: _share(rights) for name, rights in by_language.items()},
+        "language": share_of([right for rights in by_language.values() for right in rights]),
+        "languages": {name: share_of(rights) for name, rights in by_language.items()},
         "stopped": sum(a.stopped for a in result.answers) / count,
         "repetition": sum(a.repetition for a in result.answers) / count,
         "tokens": sum(a.tokens for a in result.answers) / count,
     }
-
-
-def _share(rights: list[bool]) -> LanguageShare:
-    low, high = wilson_interval(sum(rights), len(rights)) if rights else (0.0, 1.0)
-    return {"right": sum(rights), "judged": len(rights), "low": low, "high": high}
 
 
 def _judge(settings: JudgeSection) -> Judge:
