@@ -56,7 +56,7 @@ def logits(file: Path, adapter: Path | None = None) -> np.ndarray[Any, Any]:
 def test_it_computes_what_the_merged_model_does(name: str, tmp_path: Path) -> None:
     run = adapter_of(name, tmp_path / "run")
     (tmp_path / "lora").mkdir()
-    base = write_adapter(run, tmp_path / "lora")
+    base = write_adapter(run, tmp_path / "lora").base
     write_gguf_adapter(tmp_path / "lora", base, tmp_path / "adapter.gguf")
     write_gguf(base, tmp_path / "base.gguf", "F32")
     write_gguf(merge(run, tmp_path / "merged", dtype="float32"), tmp_path / "merged.gguf", "F32")
@@ -68,7 +68,7 @@ def test_it_computes_what_the_merged_model_does(name: str, tmp_path: Path) -> No
 
 def test_its_metadata_is_that_of_llama_cpps_conversion(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
-    base = write_adapter(adapter_of("random:llama", tmp_path / "run"), tmp_path / "lora")
+    base = write_adapter(adapter_of("random:llama", tmp_path / "run"), tmp_path / "lora").base
     write_gguf_adapter(tmp_path / "lora", base, tmp_path / "adapter.gguf")
     file = GGUFReader(tmp_path / "adapter.gguf")
     fields = {name: field.contents() for name, field in file.fields.items() if not name.startswith("GGUF.")}
@@ -89,7 +89,7 @@ def test_a_layer_that_llama_cpp_passes_over_is_refused(tmp_path: Path) -> None:
     run = adapter_of("random:gemma4", tmp_path / "run", target_modules="all-linear")
     assert any("ignores it" in line for line in check_adapter(run, "llama.cpp").problems)
     (tmp_path / "lora").mkdir()
-    base = write_adapter(run, tmp_path / "lora")
+    base = write_adapter(run, tmp_path / "lora").base
     with pytest.raises(ExportError, match=r"changes model\.per_layer_model_projection, and llama"):
         write_gguf_adapter(tmp_path / "lora", base, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()
@@ -98,16 +98,27 @@ def test_a_layer_that_llama_cpp_passes_over_is_refused(tmp_path: Path) -> None:
 def test_a_part_that_llama_cpp_does_not_take_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = adapter_of("random:llama", tmp_path / "run", use_dora=True)
     assert main(["export", str(run), "--output", str(tmp_path / "out"), "--format", "gguf:adapter"]) == 2
-    assert "holds DoRA (" in capsys.readouterr().err.splitlines()[-1]
+    refused = capsys.readouterr().err
+    assert refused.splitlines()[-1].startswith(f"error: --format gguf:adapter: {run} holds DoRA (")
+    assert "merging" not in refused
     whole = ["export", locate("random:llama"), "--output", str(tmp_path / "out"), "--format", "gguf:adapter"]
     assert main(whole) == 2
     assert "gguf:adapter: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_through_the_command_line(tmp_path: Path) -> None:
+def test_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    once = lambda *arguments: written.append(arguments) or write_adapter(*arguments)  # noqa: E731
+    monkeypatch.setattr("finetune.export.run.write_adapter", once)
     run = adapter_of("random:gemma3", tmp_path / "run")
-    assert main(["export", str(run), "--output", str(tmp_path / "out"), "--format", "gguf:adapter"]) == 0
+    line = ["export", str(run), "--output", str(tmp_path / "out"), "--format", "gguf:adapter", "--format", "adapter"]
+    assert main(line) == 0
+    assert len(written) == 1
+    assert sorted(file.suffix for file in (tmp_path / "out/adapter").iterdir() if "adapter" in file.name) == [
+        ".json",
+        ".safetensors",
+    ]
     [file] = (tmp_path / "out/gguf").glob("*.gguf")
     assert file.name == "run-adapter.gguf"
     [figures] = [m for m in json.loads((tmp_path / "out/report.json").read_text())["models"] if "file" in m]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,31 +18,39 @@ from safetensors.torch import save_file
 from finetune.merge.adapter import Adapter
 from finetune.merge.changes import Change
 from finetune.merge.plan import CONVERTED, MergePlan, MergeRequest, plan_in_fresh_process
+from finetune.recipe.export_formats import ADAPTER, GGUF_ADAPTER
 from finetune.system.errors import ExportError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A folder with plain LoRA, and the folder of its base."""
+
+    folder: Path
+    base: Path
+
 
 _KINDS = {"rows": "token rows", "value": "a tensor trained whole", "base": "a saved embedding", "bias": "a bias"}
 # Files of a whole model, which the planning of a merge writes.
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
 
-def write_adapter(run: Path, output: Path, base: str | None = None) -> Path:
+def write_adapter(run: Path, output: Path, base: str | None = None, kind: str = ADAPTER) -> PlainLora:
     """Writes a run's adapter as plain LoRA of one rank, with `lora_alpha` equal to it.
 
     Args:
         run: A run, or a folder with a PEFT adapter.
         output: An empty folder.
         base: The path or id of the base, in place of the one that the run's files name.
-
-    Returns:
-        The folder with the base.
+        kind: The format that it is written for, `adapter` or `gguf:adapter`.
 
     Raises:
         ExportError: The adapter holds something else than LoRA matrices of linear layers.
         MergeError, ModelError, RunError: See `plan_in_fresh_process`.
     """
     plan = plan_in_fresh_process(MergeRequest(str(run), ((str(run), 1.0),), str(output), base=base))
-    changes = _lora_changes(run, plan)
+    changes = _lora_changes(run, plan, kind)
     [(folder, weight)] = plan.adapters
     with Adapter(Path(folder), weight) as adapter:
         rank = max(adapter.header[change.keys["A"]].shape[0] for change in changes)
@@ -64,10 +73,10 @@ def write_adapter(run: Path, output: Path, base: str | None = None) -> Path:
         **{"layers_to_transform": None, "layers_pattern": None},
     }
     (output / ADAPTER_CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    return Path(plan.folder or plan.path)
+    return PlainLora(output, Path(plan.folder or plan.path))
 
 
-def _lora_changes(run: Path, plan: MergePlan) -> list[Change]:
+def _lora_changes(run: Path, plan: MergePlan, kind: str) -> list[Change]:
     """The changes of a plan; refuses those that are no LoRA of a linear layer, by name."""
     named = [(item.name, change) for item in plan.tensors for change in item.changes]
     named += [(name, change) for group in plan.fused for name, changes in group.changes.items() for change in changes]
@@ -75,9 +84,10 @@ def _lora_changes(run: Path, plan: MergePlan) -> list[Change]:
         other = _KINDS.get(change.kind) or (f"LoRA of {change.kind}" if change.kind != "lora" else "")
         other = "DoRA" if "magnitude" in change.keys else other
         if other:
+            readers, instead = ("llama.cpp does", "gguf:Q8_0") if kind == GGUF_ADAPTER else ("servers do", "bf16")
             raise ExportError(
-                f"--format adapter: {run} holds {other} ({name}), which servers do not take beside LoRA matrices; "
-                "write --format bf16, or train without it"
+                f"--format {kind}: {run} holds {other} ({name}), which {readers} not take beside LoRA matrices; "
+                f"write --format {instead}, or train without it"
             )
     return [change for _, change in named]
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from finetune import __version__
 from finetune.export import mlx
-from finetune.export.adapter import write_adapter
+from finetune.export.adapter import PlainLora, write_adapter
 from finetune.export.checks import check_formats
 from finetune.export.report import ModelFigures, Report, as_json, as_markdown
 from finetune.export.rows import HeldOutRows, held_out
@@ -42,7 +42,6 @@ from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_wh
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
-    from finetune.export.gguf.make import PlainLora
     from finetune.export.gguf.run import GgufExport
 
 _ADAPTER = "adapter on its base"
@@ -110,16 +109,15 @@ def export(
         work.mkdir()
         rows = held_out(run or model, say, given)
         exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress, given)
+        lora = exporting.write_adapter()
         source = exporting.add_source_models(base or options.base)
         gguf = None
         if needs_gguf(formats):
             # Checks the model and loads its tokenizer before the hours that the other formats take.
             from finetune.export.gguf.run import prepare_gguf
 
-            lora = exporting.plain_lora() if GGUF_ADAPTER in formats else None
             gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say, lora)
-        exporting.write_weight_formats(source)
-        exporting.write_adapter()
+        exporting.write_folders(source)
         gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
         exporting.measure_folders(source, output)
         for_mlx = [name for name in formats if name in MLX_BITS]
@@ -193,10 +191,23 @@ class _Export:
             self.jobs.append(Job(f"merged, {name} base", merged, _dtype(merged), **against, keep=kept))
         return self.jobs[1]
 
-    def write_weight_formats(self, source: Job) -> None:
-        """Writes the formats that are folders for transformers or mlx-lm, and adds a job for each."""
+    def write_adapter(self) -> PlainLora | None:
+        """Writes the adapter as plain LoRA, once for both of its formats; None if neither is asked for."""
+        wanted = [name for name in (ADAPTER, GGUF_ADAPTER) if name in self.formats]
+        if not wanted:
+            return None
+        place = (self.folder if ADAPTER in wanted else self.work) / ADAPTER
+        place.mkdir()
+        self.say(f"{wanted[0]}: writing")
+        return write_adapter(self.model, place, self.given_base, wanted[0])
+
+    def write_folders(self, source: Job) -> None:
+        """Writes the formats that are folders for transformers or mlx-lm, and adds a job for each and for a written adapter."""
         for name in self.formats:
-            if name in WEIGHT_FORMATS:
+            if name == ADAPTER:
+                trained = self.jobs[0]
+                self.jobs.append(Job(name, self.folder / name, trained.dtype, trained.name, trained.keep))
+            elif name in WEIGHT_FORMATS:
                 self.say(f"{name}: writing")
                 place = self.folder / name
                 place.mkdir()
@@ -204,24 +215,6 @@ class _Export:
                 write(source.folder, place, name, self.progress)
                 reader = mlx.reader_of(name) if name in MLX_BITS else "transformers"
                 self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep, reader=reader))
-
-    def write_adapter(self) -> None:
-        """Writes the adapter as plain LoRA, and adds a job for it."""
-        if ADAPTER in self.formats:
-            self.say(f"{ADAPTER}: writing")
-            place = self.folder / ADAPTER
-            place.mkdir()
-            write_adapter(self.model, place, self.given_base)
-            trained = self.jobs[0]
-            self.jobs.append(Job(ADAPTER, place, trained.dtype, trained.name, trained.keep))
-
-    def plain_lora(self) -> PlainLora:
-        """The adapter as plain LoRA in the working folder, from which its GGUF file is made."""
-        from finetune.export.gguf.make import PlainLora
-
-        place = self.work / "lora"
-        place.mkdir()
-        return PlainLora(place, write_adapter(self.model, place, self.given_base))
 
     def add_gguf_reference(self, source: Job, gguf: GgufExport) -> Job:
         """The job of the model that GGUF files are compared with: in float32, as llama.cpp computes, if that fits."""

@@ -138,7 +138,7 @@ def make_plan(request: MergeRequest) -> MergePlan:
         model, held_types = skeleton(config, held, trust)
     written_types = held_types if written == held else skeleton(config, written, trust)[1]
     names = TensorNames(model, base.stored)
-    quantised = quantised_weights(config, base.section, held, quantization)
+    quantised = quantised_weights(model, config, base.section, held, quantization)
     changes, follows, folders = _all_changes(request, base, held, names.tied)
     tensors, fused, untied = plan_tensors(names, changes, follows, held_types, written_types, quantised)
     write_small_files(
@@ -146,7 +146,7 @@ def make_plan(request: MergeRequest) -> MergePlan:
         Path(request.model),
         base.folder or _download(base.path, base.revision, weights=False),
         base.section,
-        _quantization_config(request, base, written),
+        _quantization_config(request.quantization, model),
         dtype_name(written),
         untied,
     )
@@ -345,17 +345,16 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
     return stored
 
 
-def _quantization_config(request: MergeRequest, base: _Base, written: torch.dtype) -> dict[str, Any] | None:
+def _quantization_config(quantization: dict[str, Any] | None, model: Any) -> dict[str, Any] | None:
     """The `quantization_config` of the config.json to write; None if the weights are not quantised."""
     # mlx-lm reads other keys, which `export/mlx.py` writes.
-    if not request.quantization or MLX in request.quantization:
+    if not quantization or MLX in quantization:
         return None
-    if kind := request.quantization.get(COMPRESSED):
-        model, _ = skeleton(base.config, written, base.section.trust_remote_code)
+    if kind := quantization.get(COMPRESSED):
         return compressed.config(model, kind)
     from transformers import BitsAndBytesConfig
 
-    found: dict[str, Any] = BitsAndBytesConfig(**request.quantization).to_dict()
+    found: dict[str, Any] = BitsAndBytesConfig(**quantization).to_dict()
     return found
 
 

@@ -197,18 +197,18 @@ class TensorNames:
 
 
 def quantised_weights(
-    config: Any, section: ModelSection, held: torch.dtype, quantization: dict[str, Any] | None
+    model: Any, config: Any, section: ModelSection, held: torch.dtype, quantization: dict[str, Any] | None
 ) -> dict[str, str]:
     """The weights to quantise, by name in memory: "linear" or "conv1d".
 
     Args:
-        config: The model's config.
+        model: The model on the meta device; it is not changed.
+        config: Its config.
         section: The recipe's `model` section.
         held: The type of the model's other weights.
         quantization: As `finetune.model.quantization.quantise` takes it; None quantises nothing.
     """
     if quantization and {COMPRESSED, MLX} & quantization.keys():
-        model, _ = skeleton(config, held, section.trust_remote_code)
         kind, bits = quantization.get(COMPRESSED), quantization.get(MLX, 16)
         layers = compressed.quantised_layers(model, kind) if kind else mlx.quantised_layers(model) if bits < 16 else []
         return {f"{name}.weight": "linear" for name in layers}
@@ -218,7 +218,7 @@ def quantised_weights(
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers import AutoHfQuantizer
 
-    model, _ = skeleton(config, held, section.trust_remote_code)
+    model, _ = skeleton(config, held, section.trust_remote_code)  # bitsandbytes changes it
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
     with quiet():
         quantizer.preprocess_model(model=model, dtype=held, device_map={"": "cpu"})

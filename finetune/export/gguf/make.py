@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, sample_rows
+from finetune.export.adapter import PlainLora
 from finetune.export.gguf.adapter import write_gguf_adapter
 from finetune.export.gguf.imatrix.calibration import calibration_rows, collect_importance
 from finetune.export.gguf.imatrix.files import Importance, check_fits, read_imatrix, write_imatrix
@@ -43,14 +44,6 @@ class Calibration:
 
     rows: Sequence[Sequence[int]]
     source: str
-
-
-@dataclass(frozen=True)
-class PlainLora:
-    """A folder with plain LoRA, and the folder of its base."""
-
-    folder: Path
-    base: Path
 
 
 @dataclass(frozen=True)

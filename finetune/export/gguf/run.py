@@ -10,8 +10,9 @@ from pathlib import Path
 
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow, rows_by_language
+from finetune.export.adapter import PlainLora
 from finetune.export.gguf.llama_cpp.measure import Measurement
-from finetune.export.gguf.make import GgufPlan, PlainLora, imatrix_source, make_files, read_writable_tokenizer
+from finetune.export.gguf.make import GgufPlan, imatrix_source, make_files, read_writable_tokenizer
 from finetune.export.gguf.ollama.modelfile import write_modelfile
 from finetune.export.gguf.ollama.system_text import common_system_text
 from finetune.export.report import ModelFigures
