@@ -284,7 +284,7 @@ def _verdict(bases: dict[str, Any]) -> str:
     greedy = min((seen["greedy"] for seen in bases.values() if seen["greedy"]), default=None)
     if greedy and verdict != "same":
         figures.append(f"{greedy[0]} of {greedy[1]}")
-    shown = f"**{verdict}**" if verdict in ("wrong", "refuses") else verdict
+    shown = f"**{verdict}**" if verdict in ("wrong", "refuses", "ignores") else verdict
     return f"{shown} ({', '.join(figures)})" if figures and verdict != "refuses" else shown
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 from clients.artefacts import ARTEFACTS, BASES, Artefact, artefact, make
-from clients.cases import CLIENTS, REFUSES, Client
+from clients.cases import CLIENTS, IGNORES, REFUSES, SERVERS, TAKES, Client, server_takes
 from clients.compare import Comparison, compare
 from clients.environments import ask, python_with
 from clients.protocol import CONVERSATIONS, TEXTS
 from conftest import ROOT, USER_CACHE
 from transformers import AutoConfig, AutoTokenizer
+
+from finetune.model.adapter_readers import READERS, check_adapter
 
 # The name of an artefact, and of its base.
 Case = tuple[str, str]
@@ -37,6 +39,9 @@ CASES = [
 ]
 
 pytestmark = pytest.mark.clients
+
+
+SERVER_CASES = [(program, name, base) for program, parts in SERVERS.items() for name in parts for base in BASES]
 
 
 @pytest.fixture(scope="session")
@@ -82,22 +87,21 @@ def record() -> Iterator[Any]:
     """A function that notes a result; earlier ones of the same case are replaced."""
     found: dict[str, dict[str, Any]] = {}
 
-    def note(client: Client, name: str, base: str, verdict: str, seen: Comparison) -> None:
-        expected = client.expected(name, base)
-        assert expected
-        found[f"{client.name} | {name} | {base}"] = {
+    def note(program: str, name: str, base: str, verdict: str, why: str, seen: Comparison) -> None:
+        found[f"{program} | {name} | {base}"] = {
             "verdict": verdict,
             "largest": seen.largest,
             "kl": seen.kl,
             "greedy": seen.greedy,
             "error": seen.error,
-            "why": expected.why,
+            "why": why,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
 
     yield note
     earlier = json.loads(RESULTS.read_text(encoding="utf-8"))
     known = [f"{client.name} | {name} | {base}" for client, name, base in (case.values for case in CASES)]
+    known += [f"{_server(program)} | {name} | {base}" for program, name, base in SERVER_CASES]
     kept = {key: (earlier | found)[key] for key in known if key in earlier | found}
     RESULTS.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
@@ -151,7 +155,33 @@ def test_it_is_read_as_expected(
     assert expected
     seen = compare(*reference[artefact(folder, name, base).reference, base], *answers(client)[name, base])
     verdict = seen.verdict(expected.max_kl)
-    record(client, name, base, verdict, seen)
+    record(client.name, name, base, verdict, expected.why, seen)
     assert verdict == expected.verdict, seen
     if verdict == REFUSES:
         assert expected.says in seen.error
+
+
+def _server(program: str) -> str:
+    return f"{READERS[program].name} (not run: by its source)"
+
+
+@pytest.mark.parametrize(("program", "name", "base"), SERVER_CASES)
+def test_a_server_takes_it_by_its_source(
+    program: str, name: str, base: str, folder: Path, record: Callable[..., None]
+) -> None:
+    place = artefact(folder, name, base)
+    if place.adapter:
+        problems = check_adapter(place.adapter, program, str(place.path)).problems
+    else:
+        config = json.loads((place.path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        problems = [] if server_takes(config) else [f"it {REFUSES} such a quantization_config"]
+    verdict = TAKES if not problems else REFUSES if REFUSES in problems[0] else IGNORES
+    record(
+        _server(program),
+        name,
+        base,
+        verdict,
+        "; ".join(problems).removeprefix(f"{READERS[program].name} "),
+        Comparison({}, None, None, None, ""),
+    )
+    assert verdict == SERVERS[program][name]

@@ -202,7 +202,7 @@ class _Export:
         return write_adapter(self.model, place, self.given_base, wanted[0])
 
     def write_folders(self, source: Job) -> None:
-        """Writes the formats that are folders for transformers or mlx-lm, and adds a job for each and for a written adapter."""
+        """Writes the folders for transformers and mlx-lm; adds a job for each, and for an adapter that is kept."""
         for name in self.formats:
             if name == ADAPTER:
                 trained = self.jobs[0]

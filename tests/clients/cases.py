@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from clients.artefacts import FOLDERS
 
 SAME, LOSSY, WRONG, REFUSES = "same", "lossy", "wrong", "refuses"
+# Of a program that is not run: by the tables of its source.
+TAKES, IGNORES = "takes", "ignores"
 VERDICTS = {
     SAME: "the same token ids, prompts and greedy tokens; logits differ by less than 0.01",
     LOSSY: "the program (or the file's type) rounds weights: the mean KL stays below the limit that the test states",
     WRONG: "loads it, says nothing, and computes something else",
     REFUSES: "raises an error",
+    TAKES: "not run; its source takes each part of it",
+    IGNORES: "not run; its source leaves out a part of it, and says nothing",
 }
 
 
@@ -71,6 +76,11 @@ _NEWEST = (
     "compressed-tensors==0.20.1",
 )
 _GEMMA3_ROWS = Expected(WRONG, "before 0.18 PEFT leaves Gemma 3's embedding unscaled under token rows")
+_TIES = Expected(REFUSES, "it ties embeddings again, which PEFT has wrapped", "has no attribute 'weight'")
+_SCALING = {
+    "llama": "its converter drops the scaling of llama3, which Llama 3.1 and later have",
+    "gemma3": "its converter drops the linear factor, which Gemma 3 has from 4B on",
+}
 _TYPE = Expected(LOSSY, "8 bit", max_kl=0.01)
 
 CLIENTS = (
@@ -91,4 +101,53 @@ CLIENTS = (
         ("xllamacpp==2026.10.11549", "numpy==2.4.6"),
         {"gguf:F32": _SAME, "gguf:Q8_0": _TYPE, "gguf:adapter": _SAME, "ollama": _SAME},
     ),
+    Client(
+        "lm-eval 0.4.13",
+        "probe_lm_eval.py",
+        (_TORCH, "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "lm-eval==0.4.13"),
+        dict.fromkeys(("full run", "merged", "bf16"), _SAME) | _ADAPTERS | {("run with token rows", "gemma3"): _TIES},
+    ),
+    Client(
+        "CTranslate2 4.8.5",
+        "probe_ctranslate2.py",
+        (_TORCH, "transformers==5.24.0", "accelerate==1.15.0", "ctranslate2==4.8.5"),
+        {
+            (name, base): Expected(WRONG, why)
+            for name in ("full run", "merged", "bf16")
+            for base, why in _SCALING.items()
+        },
+    ),
+    Client(
+        "LitGPT 0.5.13",
+        "probe_litgpt.py",
+        (_TORCH, "litgpt==0.5.13", "numpy==2.4.6", "safetensors==0.8.0"),
+        {(name, "llama"): _SAME for name in ("full run", "merged", "bf16")},
+    ),
+    Client(
+        "torchao 0.18.0",
+        "probe_torchao.py",
+        (_TORCH, "transformers==5.23.0", "accelerate==1.15.0", "torchao==0.18.0"),
+        dict.fromkeys(("full run", "merged", "bf16"), Expected(LOSSY, "it makes 8-bit weights of them", max_kl=0.01)),
+    ),
 )
+
+# Programs that need a GPU, by their names in `adapter_readers.READERS`: the verdicts by their sources.
+SERVERS = {
+    "vllm": {"run": TAKES, "run with token rows": REFUSES, "adapter": TAKES, "fp8": TAKES, "w4a16": TAKES},
+    "sglang": {"run": TAKES, "run with token rows": IGNORES, "adapter": TAKES, "fp8": TAKES, "w4a16": TAKES},
+}
+
+
+def server_takes(quantization: Mapping[str, Any]) -> bool:
+    """True if vLLM and SGLang have a scheme for a `quantization_config`.
+
+    Source: `_is_fp8_w8a8` and `_is_wNa16_group_channel` in their `layers/quantization/compressed_tensors`, 2026.
+    """
+    [group] = quantization["config_groups"].values()
+    weights, inputs = group["weights"], group["input_activations"]
+    kind = weights["type"], weights["num_bits"], quantization["format"]
+    if weights["dynamic"] or not weights["symmetric"] or "Linear" not in group["targets"]:
+        return False
+    if kind == ("float", 8, "float-quantized"):
+        return weights["strategy"] in ("tensor", "channel", "block") and inputs["type"] == "float" and inputs["dynamic"]
+    return kind == ("int", 4, "pack-quantized") and weights["strategy"] in ("group", "channel") and inputs is None
