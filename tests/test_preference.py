@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from datasets import Dataset
 from test_referee import chat as referee_chat
+from trl import DPOTrainer
 
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
@@ -257,6 +260,25 @@ def test_labels_are_those_of_sft_without_what_follows_the_turn(template: str, me
         assert labels[-1] == ids[-1] == own.end_of_turn_id
         assert ids[: len(prompt)] == prompt
         assert labels == [IGNORE] * len(prompt) + ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_trl_also_trains_what_follows_the_turn(template: str) -> None:
+    """trl 1.16 prepares the same prompt and answers, and labels the line break behind them."""
+    own = chat(template)
+    row = {"prompt": said(ASKED), "chosen": said(SHORT, first="assistant"), "rejected": said(LONG, first="assistant")}
+    trainer = SimpleNamespace(_tokenizer=own.tokenizer)
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    [theirs] = DPOTrainer._prepare_dataset(trainer, Dataset.from_list([row]), own.tokenizer, args, "train")
+    [ours] = rows_of(prepared([row], own=own)[0])
+    prompt = theirs["prompt_ids"]
+    for name, ids in (("chosen", "input_ids"), ("rejected", "rejected_input_ids")):
+        whole = prompt + theirs[f"{name}_ids"]
+        assert whole[: len(ours[ids])] == ours[ids]
+        behind = own.tokenizer.decode(whole[len(ours[ids]) :])
+        assert behind == ("" if template == "llama3" else "\n")
+    assert ours["labels"][: len(prompt)] == [IGNORE] * len(prompt)
+    assert ours["labels"][len(prompt)] != IGNORE
 
 
 def test_both_sides_follow_the_same_tokens() -> None:
