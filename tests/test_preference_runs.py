@@ -160,3 +160,25 @@ def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_reci
     text = Path("out/report.md").read_text(encoding="utf-8")
     assert "it gained more than the rejected one since base of run" in text
     assert "100.0% (3 of 3; 95%: 43.8% to 100.0%)" in text
+
+
+def test_the_page_and_the_card_of_a_run_show_its_rewards(write_recipe: Write, pairs: None) -> None:
+    assert main([str(recipe(write_recipe, "dpo", eval_steps=2))]) == 0
+    assert main(["report", "run"]) == 0
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    for title in (
+        "Reward margin: chosen less rejected",
+        "Share of pairs whose chosen answer has the higher reward",
+        "Rewards: log-probability gained since the start, times beta",
+        "Tokens of the sampled answers (mean)",
+    ):
+        assert title in page
+    assert "nats per trained token" not in page
+    card = Path("run/README.md").read_text(encoding="utf-8")
+    assert "`random:gemma3`, trained by DPO with LoRA on pairs.jsonl" in card
+    assert "11 pairs of answers to prompts in English: 11.5 tokens chosen and 17.2 rejected on average" in card
+    [last] = [line for line in card.splitlines() if line.startswith("| evaluation, step 4 |")]
+    margin, accuracy = (records("run", f"eval_rewards/{name}")[-1] for name in ("margins", "accuracies"))
+    assert last.endswith(f" | {margin:.4f} | {accuracy:.1%} |")
+    assert "loss of DPO" in card
+    assert "nats a token" not in card

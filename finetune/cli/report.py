@@ -47,7 +47,7 @@ def as_html(run: Path) -> str:
         version=__version__,
         progress=_progress(run, records, newest, state),
         figures=_figures(records),
-        charts=_charts(records),
+        charts=_charts(records, _sampled_lengths(run / "samples.jsonl")),
         ledgers=_read(run / "ledger.json", _ledgers) or [],
         samples=_samples(run / "samples.jsonl"),
         evaluations=_read_each(run, "*/report.json", _evaluation),
@@ -106,6 +106,15 @@ def _logged(record: Any) -> Record:
     if not numbers or not isinstance(record["step"], int) or record["step"] < 0:
         raise TypeError
     return dict(record)
+
+
+def _sampled_lengths(file: Path) -> list[tuple[float, float]]:
+    """The mean length of the sampled answers in tokens, by step; a run of an earlier version has none."""
+    lengths: dict[int, list[int]] = {}
+    for record in read_records(file):
+        if "tokens" in record:
+            lengths.setdefault(record["step"], []).append(record["tokens"])
+    return [(step, statistics.mean(found)) for step, found in lengths.items()]
 
 
 def _sample(record: Any) -> Record:
@@ -187,7 +196,7 @@ def _figures(records: list[Record]) -> list[tuple[str, str]]:
     return figures
 
 
-def _charts(records: list[Record]) -> list[dict[str, Any]]:
+def _charts(records: list[Record], lengths: list[tuple[float, float]]) -> list[dict[str, Any]]:
     """The curves of which there are values."""
 
     def line(name: str, key: str, smooth: bool = False, dots: bool = False) -> Line:
@@ -196,8 +205,22 @@ def _charts(records: list[Record]) -> list[dict[str, Any]]:
     lost = sum("grad_norm" in r and r["grad_norm"] is None for r in records)
     norm = "Gradient norm" + (f"; not finite in {lost:,} of {len(records):,} records" if lost else "")
     loss = [line("training", "loss", smooth=True), line("evaluation", "eval_loss", dots=True)]
+    answers = (("chosen", "rewards/chosen"), ("rejected", "rewards/rejected"))
+    rewards = [line(name, key, smooth=True) for name, key in answers]
+    rewards += [line(f"{name}, evaluation", f"eval_{key}", dots=True) for name, key in answers]
+
+    def logged(title: str, key: str) -> dict[str, Any] | None:
+        both = [line("training", key, smooth=True), line("evaluation", f"eval_{key}", dots=True)]
+        return chart(title, both)
+
+    preferences = any(curve.points for curve in rewards)
     charts = [
-        chart("Loss (nats per trained token)", loss, (960, 330)),
+        chart("Loss" if preferences else "Loss (nats per trained token)", loss, (960, 330)),
+        logged("Reward margin: chosen less rejected", "rewards/margins"),
+        logged("Share of pairs whose chosen answer has the higher reward", "rewards/accuracies"),
+        chart("Rewards: log-probability gained since the start, times beta", rewards),
+        logged("KL divergence from the reference (nats an answer)", "kl"),
+        chart("Tokens of the sampled answers (mean)", [Line("tokens", lengths, False, True)] if preferences else []),
         chart("Learning rate", [line("learning rate", "learning_rate")]),
         chart(norm, [line("norm", "grad_norm", smooth=True)]),
         chart("Tokens per second", [line("tokens/s", "tokens_per_second", smooth=True)]),

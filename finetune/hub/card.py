@@ -312,12 +312,19 @@ def _example_prompt(folder: Path) -> tuple[str | None, bool]:
 
 
 def _method(recipe: Sections) -> str:
-    if recipe.get("lora") is None:
-        return "full fine-tuning"
+    """The kind of training, as a sentence names it: `LoRA`, or `DPO with LoRA, which went on from an adapter`."""
     bits = recipe.get("quantization")
-    if bits is None:
-        return "LoRA"
-    return "QLoRA (4 bit)" if bits.get("load_in_4bit") else "QLoRA (8 bit)"
+    if recipe.get("lora") is None:
+        kind = "full fine-tuning"
+    elif bits is None:
+        kind = "LoRA"
+    else:
+        kind = "QLoRA (4 bit)" if bits.get("load_in_4bit") else "QLoRA (8 bit)"
+    method = recipe.get("method", "sft")
+    if method == "sft":
+        return kind
+    continued = ", which went on from an adapter," if recipe["model"].get("adapter") else ""
+    return f"{method.upper()} with {kind}{continued}"
 
 
 def _export_table(folder: Path) -> str:

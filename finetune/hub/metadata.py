@@ -78,13 +78,20 @@ def evaluation_metadata(
         losses: The records of `metrics.jsonl` that have an `eval_loss`.
     """
     if not evaluation:
-        last = [("loss", "loss (nats a token)", losses[-1]["eval_loss"])] if losses else []
+        method = recipe.get("method", "sft")
+        title = "loss (nats a token)" if method == "sft" else f"loss of {method.upper()}"
+        last = [("loss", title, losses[-1]["eval_loss"])] if losses else []
+        if losses and "eval_rewards/accuracies" in losses[-1]:
+            last.append(("accuracy", "pairs whose chosen answer is ahead", losses[-1]["eval_rewards/accuracies"]))
         return result_metadata(name, recipe, last, "held-out rows")
     model = evaluation["models"][-1]
     figures: list[tuple[str, str, float | None]] = []
     if whole := model["loss"]["all"].get("all"):
         figures += [("perplexity", "perplexity", whole["perplexity"])]
         figures += [("accuracy", "accuracy of the next token", whole["accuracy"])]
+    if gained := model.get("pairs", {}).get("gained", {}).get("all"):
+        share = gained["right"] / gained["judged"]
+        figures.append(("preference", "pairs whose chosen answer gained more than the rejected one", share))
     if (answers := model["answers"]) and (judged := answers["language"]["judged"]):
         share = answers["language"]["right"] / judged
         figures.append(("language", "answers in the language of the prompt", share))

@@ -101,10 +101,12 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if self.silent or not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self._line(f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.3f}")
+            self._line(
+                f"evaluation at step {state.global_step}: loss {float(logs['eval_loss']):.3f}{_rewards(logs, 'eval_')}"
+            )
         elif "loss" in logs:
             speed = logs.get("tokens_per_second")
-            note = f"loss {float(logs['loss']):.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+            note = f"loss {float(logs['loss']):.3f}{_rewards(logs)}" + (f", {speed:,.0f} tokens/s" if speed else "")
             if self.bar:
                 self.bar.update(self.task, note=note)
             else:
@@ -127,6 +129,15 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
             self.say(text)
 
 
+def _rewards(logs: dict[str, Any], prefix: str = "") -> str:
+    """How much the chosen answers' reward exceeds that of the rejected ones, where it is logged."""
+    margin, accuracy = (logs.get(f"{prefix}rewards/{name}") for name in ("margins", "accuracies"))
+    if margin is None:
+        return ""
+    share = "" if accuracy is None else f", the chosen answer ahead in {float(accuracy):.0%}"
+    return f", reward margin {float(margin):.3f}{share}"
+
+
 def draw_losses(metrics: Path, into: Path) -> None:
     """Draws the training and evaluation losses by step as a PNG.
 
@@ -146,7 +157,8 @@ def draw_losses(metrics: Path, into: Path) -> None:
     if evaluated := points(records, "eval_loss"):
         axes.plot(*zip(*evaluated, strict=True), "o-", color="#c2500a", markersize=5, label="evaluation")
     axes.set_xlabel("step", fontsize=12)
-    axes.set_ylabel("loss (nats per trained token)", fontsize=12)
+    preferences = any("rewards/chosen" in record for record in records)
+    axes.set_ylabel("loss" if preferences else "loss (nats per trained token)", fontsize=12)
     axes.tick_params(labelsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     axes.grid(alpha=0.3)

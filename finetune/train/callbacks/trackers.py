@@ -151,6 +151,7 @@ class Samples(TrainerCallback):  # type: ignore[misc]
                 "prompt": tokenizer.decode(prompt),
                 "answer": generator.text(answer),
                 "stopped": bool(answer) and answer[-1] in self.stop_ids,
+                "tokens": len(answer),
             }
             for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
