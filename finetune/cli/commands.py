@@ -15,15 +15,12 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.terminal import Say, silence_upstream
-
-if TYPE_CHECKING:
-    from finetune.recipe.load import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,11 +107,6 @@ def _say_unless_quiet(args: argparse.Namespace) -> Say:
     return (lambda line: None) if args.quiet or distributed.rank() else _say
 
 
-def _check_method(recipe: Recipe) -> None:
-    if recipe.method != "sft":
-        raise RunError(f"method: {recipe.method} cannot be planned yet")
-
-
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
@@ -139,7 +131,7 @@ def _train(args: argparse.Namespace) -> None:
     say(f"recipe: {recipe.path}")
     from finetune.train.run import train
 
-    if args.force or recipe.method != "sft":
+    if args.force:
         train(recipe, say)
     else:
         from finetune.plan import preflight
@@ -154,7 +146,6 @@ def _plan(args: argparse.Namespace) -> ExitCode:
         from finetune.recipe.load import load_recipe
 
         recipe = load_recipe(args.recipe, args.overrides)
-        _check_method(recipe)
         hardware = configs.gpu_named(args.gpu) if args.gpu else None
         plan = run.plan(recipe, hardware, args.gpus, say=_say_unless_quiet(args))
         if args.measure:

@@ -29,24 +29,33 @@ class RowLengths:
     """The tokens of each prepared row and how many of them are trained on; the longest row first.
 
     Attributes:
-        lengths: Tokens, int array of shape (rows,).
-        trained: Trained tokens, of the same shape.
+        lengths: Tokens, int array of shape (rows,); of a pair those of its longer side.
+        trained: Trained tokens, of the same shape; of a pair those of both sides.
+        joined: Of pairs, the tokens of the prompt and both answers, of the same shape; None for other rows.
     """
 
     lengths: NDArray[np.int64]
     trained: NDArray[np.int64]
+    joined: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, dataset: Any) -> RowLengths:
-        """The lengths of the rows of a dataset with `input_ids` and `labels`."""
-        lengths, trained = [], list[int]()
-        columns = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")
-        for table in columns.iter(batch_size=1000):
-            lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
-            trained += [sum(label != IGNORE for label in row[1:]) for row in table["labels"].to_pylist()]
-        of_rows = np.concatenate(lengths)
+        """The lengths of the rows of a dataset, as `data.mixture` prepares them."""
+        sides = [side for side in ("", "rejected_") if f"{side}input_ids" in dataset.column_names]
+        lengths: list[list[Any]] = [[] for _ in sides]
+        trained: list[list[int]] = [[] for _ in sides]
+        columns = [f"{side}{name}" for side in sides for name in ("input_ids", "labels")]
+        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+            for i, side in enumerate(sides):
+                lengths[i].append(pc.list_value_length(table[f"{side}input_ids"]).to_numpy())
+                rows = table[f"{side}labels"].to_pylist()
+                trained[i] += [sum(label != IGNORE for label in row[1:]) for row in rows]
+        of_sides, labels = np.array([np.concatenate(found) for found in lengths]), np.array(trained)
+        of_rows = of_sides.max(axis=0)
         order = np.argsort(-of_rows, kind="stable")
-        return cls(of_rows[order], np.asarray(trained)[order])
+        # Behind the prompt of a pair stand the tokens that have a label, but for messages between them.
+        joined = of_sides.sum(axis=0) - (of_sides[0] - labels[0]) if len(sides) > 1 else None
+        return cls(of_rows[order], labels.sum(axis=0)[order], None if joined is None else joined[order])
 
     @property
     def count(self) -> int:
@@ -60,8 +69,8 @@ class RowLengths:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
-        return int(self.lengths.sum())
+        """Tokens of all rows that a model runs."""
+        return int((self.lengths if self.joined is None else self.joined).sum())
 
     def most_trained(self, count: int) -> int:
         """The most trained tokens that a batch of `count` rows can have."""

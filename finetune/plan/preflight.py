@@ -97,7 +97,7 @@ def _is_small(config: Any, settings: StepSettings, hardware: Hardware) -> bool:
     feed_forward = inner + experts * (_largest(getattr(text, "moe_intermediate_size", None)) or inner)
     layer = width * (4 * max(width, heads * head_width) + 3 * feed_forward) + per_layer
     weights = 2 * text.vocab_size * width + depth * layer
-    length = settings.batch.length
+    length = max(settings.batch.length, settings.batch.joined)
     per_token = depth * 40 * (width + inner) + 8 * length * depth * heads
     activations = settings.batch.rows * length * per_token
     return bool(16 * weights + activations + 2 * GIB <= hardware.memory)

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.plan.run import HardwareFit, MemoryPlan
 from finetune.plan.search import MOST_ROWS
+from finetune.plan.step import Batch
 from finetune.system.numbers import GIB, duration, memory
 
 # The parts in the order in which they are shown. In brackets: what is not computed by running the model.
@@ -42,11 +43,15 @@ def step_seconds(plan: MemoryPlan) -> tuple[float, float] | None:
     return batches * max(flops / (speed * high), fast), batches * max(flops / (speed * low), slow)
 
 
+def _in_pairs(batch: Batch) -> str:
+    return f", each side of a pair; {batch.joined:,} in both with their prompt once" if batch.joined else ""
+
+
 def _filled(plan: MemoryPlan) -> float:
     """The mean length of rows as a share of the longest; 1 if the rows are not known, or packed."""
     if plan.rows is None or plan.settings.batch.packed:
         return 1.0
-    return plan.rows.tokens / plan.rows.count / plan.rows.longest
+    return plan.rows.tokens / plan.rows.count / (plan.settings.batch.joined or plan.rows.longest)
 
 
 def as_text(plan: MemoryPlan) -> list[str]:
@@ -55,11 +60,12 @@ def as_text(plan: MemoryPlan) -> list[str]:
     assert fit.required is not None
     kind = "full fine-tuning" if recipe.lora is None else "LoRA"
     kind += "" if recipe.quantization is None else " on a quantised base"
+    kind = kind if recipe.method == "sft" else f"{recipe.method.upper()}, {kind}"
     source = "its longest rows" if plan.rows is not None else "training.max_length; the rows are not on this machine"
     lines = [
         f"{recipe.model.name_or_path}: {kind}, {settings.optim}, "
         f"{'with' if settings.checkpointing else 'without'} gradient checkpointing",
-        f"longest batch: {batch.rows} x {batch.length:,} tokens ({source})",
+        f"longest batch: {batch.rows} x {batch.length:,} tokens{_in_pairs(batch)} ({source})",
         "",
         f"{'GiB on ' + fit.hardware.name:<52}{'computed':>10}",
     ]
@@ -127,7 +133,8 @@ def _time(plan: MemoryPlan) -> list[str]:
     else:
         share = "25% to 50%" if plan.recipe.quantization is None else "15% to 40%"
         how = f"computed: {share} of the GPU's matrix speed"
-    tokens = plan.settings.batch.rows * plan.settings.batch.length * batches * plan.gpu_count * _filled(plan)
+    batch = plan.settings.batch
+    tokens = batch.rows * (batch.joined or batch.length) * batches * plan.gpu_count * _filled(plan)
     count = "one batch" if batches == 1 else f"{batches} batches"
     count += f" on each of {plan.gpu_count} GPUs" if plan.gpu_count > 1 else ""
     lines = [f"a step of {count}, {tokens:,.0f} tokens, takes {_range(low, high)} ({how})"]

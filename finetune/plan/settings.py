@@ -70,20 +70,25 @@ def step_settings(recipe: Recipe, arguments: SFTConfig, rows: RowLengths | None)
     Raises:
         PlanError: Neither the rows nor a `max_length` are known.
     """
-    count, packing = int(arguments.per_device_train_batch_size), bool(arguments.packing)
+    count = int(arguments.per_device_train_batch_size)
+    # Only rows of sft are packed.
+    packing, free = (bool(getattr(arguments, name, False)) for name in ("packing", "padding_free"))
     # Several rows in one, without padding.
-    flat = bool(arguments.padding_free) or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
+    flat = free or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
     longest, trained = recipe.max_length, None
+    # Of pairs whose prompts are not known, as if both answers had no prompt.
+    joined = 2 * (longest or 0) if recipe.method in ("dpo", "orpo") else 0
     if rows is not None and not packing:
         count = min(count, rows.count)
         longest, trained = rows.longest, rows.most_trained(count)
+        joined = 0 if rows.joined is None else int(rows.joined.max())
     if longest is None:
         raise PlanError("training.max_length: is null and the rows are not on this machine; write a length")
-    multiple = arguments.pad_to_multiple_of or 1
+    multiple = getattr(arguments, "pad_to_multiple_of", None) or 1
     length = math.ceil(longest / multiple) * multiple
     return StepSettings(
         recipe,
-        Batch(count, length, padded=count > 1 and not flat, packed=flat, trained=trained),
+        Batch(count, length, bool(joined) or (count > 1 and not flat), flat, trained, joined),
         optim=str(getattr(arguments.optim, "value", arguments.optim)),
         checkpointing=bool(arguments.gradient_checkpointing),
         accumulation=int(arguments.gradient_accumulation_steps),
@@ -94,7 +99,7 @@ def with_rows(settings: StepSettings, rows: int) -> StepSettings:
     """The settings with another number of rows in the batch, and as many trained tokens per row."""
     batch = settings.batch
     trained = None if batch.trained is None else math.ceil(batch.trained * rows / batch.rows)
-    padded = rows > 1 and not batch.packed
+    padded = bool(batch.joined) or (rows > 1 and not batch.packed)
     return replace(settings, batch=replace(batch, rows=rows, padded=padded, trained=trained))
 
 
@@ -102,4 +107,5 @@ def with_length(settings: StepSettings, length: int) -> StepSettings:
     """The settings with rows of another length in tokens, and the same share of trained tokens."""
     batch = settings.batch
     trained = None if batch.trained is None else math.ceil(batch.trained * length / batch.length)
-    return replace(settings, batch=replace(batch, length=length, trained=trained))
+    joined = math.ceil(batch.joined * length / batch.length)
+    return replace(settings, batch=replace(batch, length=length, trained=trained, joined=joined))

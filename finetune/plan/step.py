@@ -24,6 +24,7 @@ from finetune.recipe.load import Recipe
 from finetune.system.devices import Hardware
 from finetune.system.errors import PlanError
 from finetune.train.loss import use_token_head
+from finetune.train.shared_prompts import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Batch:
         padded: True if some rows are shorter than the longest, so that there is an attention mask.
         packed: True if all rows are concatenated into one, and `position_ids` tell where each begins.
         trained: Tokens of the batch that are trained on; None: all.
+        joined: For pairs, of which `rows` is the number, the tokens of the longest prompt and both its answers, which
+            are run as one row; `length` are those of the longer side. 0 for other rows.
     """
 
     rows: int
@@ -43,6 +46,7 @@ class Batch:
     padded: bool = True
     packed: bool = False
     trained: int | None = None
+    joined: int = 0
 
 
 @dataclass
@@ -143,10 +147,13 @@ class FakeModel:
         self.model = build_fake(recipe, config, precision, self.mode)
         self.causal = self.model.get_base_model() if recipe.lora is not None else self.model
         self.decoder = self.causal.base_model
-        add_fused_lm_head(self.causal, outputs=("log_probs", "entropy", "is_top1"))
+        outputs = ("log_probs", "entropy", "is_top1")
+        add_fused_lm_head(self.causal, outputs=outputs if recipe.method == "sft" else (*outputs, "mean_logits"))
         token_rows = any("trainable_tokens" in name for name, _ in self.model.named_parameters())
         if not self.on_gpu or token_rows:
-            use_token_head(self.causal)
+            use_token_head(self.causal, mean_logits=recipe.method != "sft")
+        shares = recipe.method in ("dpo", "orpo") and SharedPrompts.fit(self.causal)
+        self.shared = SharedPrompts(self.causal) if shares else None
         self.checkpointing: bool | None = None
         # By the optimizer's name, and whether gradients accumulate. No batch changes them.
         self._optimizer_costs: dict[tuple[str, bool], _OptimizerCost] = {}
@@ -303,12 +310,14 @@ class FakeModel:
             one_sequence = [(masking_utils, {"find_packed_sequence_indices": lambda ids: None})]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
         autocast = torch.autocast("cpu", dtype=dtype) if dtype else nullcontext()
-        shape = (1, batch.rows * batch.length) if batch.packed else (batch.rows, batch.length)
+        rows = 2 * batch.rows if batch.joined else batch.rows
+        shape = (1, batch.rows * batch.length) if batch.packed else (rows, batch.length)
         names = ["input_ids", "labels"]
         names += ["position_ids"] if batch.packed else ["attention_mask"] if batch.padded else []
         inputs = {name: torch.empty(shape, dtype=torch.int64) for name in names}
         with _tracked_parts(self.decoder, self.decoder_layers()[0], trained, tracker):
-            with autocast, patched_attributes(one_sequence):
+            shares = self.shared.of_pairs(batch.joined) if batch.joined and self.shared else nullcontext()
+            with autocast, shares, patched_attributes(one_sequence):
                 out = self.model(**inputs, fused_lm_head=True, num_items_in_batch=torch.tensor(1))
                 with tracker.within("head"):
                     total = -out.log_probs.sum() / 1.0

@@ -31,7 +31,7 @@ class SharedPrompts:
         self._config = model.config.get_text_config()
         self._backbone = model.base_model
         self._plain_forward = self._backbone.forward
-        self._shares = False
+        self._length: int | None = None
         self._backbone.forward = self._forward
 
     @staticmethod
@@ -42,19 +42,23 @@ class SharedPrompts:
         return model.config._attn_implementation in ("sdpa", "eager") and types <= {_FULL, _SLIDING}
 
     @contextmanager
-    def of_pairs(self, shares: bool = True) -> Iterator[None]:
-        """While it is open, batches are pairs whose common beginnings are run once."""
-        before, self._shares = self._shares, shares
+    def of_pairs(self, length: int = 0) -> Iterator[None]:
+        """While it is open, batches are pairs whose common beginnings are run once.
+
+        Args:
+            length: The number of tokens L; 0: as the batch needs, which fake tensors cannot tell.
+        """
+        before, self._length = self._length, length
         try:
             yield
         finally:
-            self._shares = before
+            self._length = before
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._shares:
+        if self._length is None:
             return self._plain_forward(*args, **kwargs)
         ids_2BT, mask_2BT = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
-        joined = _Joined(ids_2BT, mask_2BT.bool())
+        joined = _Joined(ids_2BT, mask_2BT.bool(), self._length)
         output = self._plain_forward(
             *args,
             input_ids=joined.ids_BL,
@@ -87,14 +91,14 @@ class SharedPrompts:
 class _Joined:
     """Each pair of rows as one row of at most L tokens; the rows are padded on the right."""
 
-    def __init__(self, ids_2BT: torch.Tensor, mask_2BT: torch.Tensor) -> None:
+    def __init__(self, ids_2BT: torch.Tensor, mask_2BT: torch.Tensor, length: int) -> None:
         (first_BT, second_BT), (first_mask_BT, second_mask_BT) = ids_2BT.chunk(2), mask_2BT.chunk(2)
         count, width = first_BT.shape
         device = ids_2BT.device
         same_BT = (first_BT == second_BT) & first_mask_BT & second_mask_BT
         prompt_B1 = same_BT.long().cumprod(1).sum(1, keepdim=True)
         first_B1, second_B1 = (mask.sum(1, keepdim=True) for mask in (first_mask_BT, second_mask_BT))
-        length = int((first_B1 + second_B1 - prompt_B1).max())
+        length = length or int((first_B1 + second_B1 - prompt_B1).max())
         place_1T = torch.arange(width, device=device).unsqueeze(0)
         self.first_place_BT = place_1T.expand(count, width)
         self.second_place_BT = torch.where(place_1T < prompt_B1, place_1T, place_1T + first_B1 - prompt_B1)
