@@ -94,7 +94,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, int
 
     def run(path: Path) -> tuple[int, int, Batch]:
         train(load_recipe(path))
-        return seen["weights"], seen["peak"], seen["batch"]
+        return seen["weights"], seen["peak"], seen.get("batch", Batch(0, 0))
 
     return run
 
@@ -169,6 +169,42 @@ def test_a_peak_is_what_the_allocator_says(
     assert taken.kept["weights"] + taken.kept.get("adapter", 0) == weights
     assert taken.peak == pytest.approx(peak, rel=0.05)
     assert sum(taken.parts.values()) == taken.peak
+
+
+@pytest.mark.parametrize(
+    "model", ["llama", pytest.param("gemma3", marks=pytest.mark.soak), pytest.param("gemma4", marks=pytest.mark.soak)]
+)
+def test_a_peak_of_pairs_is_what_the_allocator_says(
+    write_recipe: Write,
+    measured: Callable[[Path], tuple[int, int, Batch]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+) -> None:
+    monkeypatch.setattr(loss, "_TILE", 2**16)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+    def text(start: int, count: int) -> str:
+        return " ".join(words[(start * 7 + j * j) % 10] for j in range(count))
+
+    rows = [{"prompt": f"{i} {text(i, 60)}", "chosen": text(i, 20), "rejected": text(i + 1, 30)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = write_recipe(
+        method="dpo",
+        model={"name_or_path": f"random:{model}"},
+        data={"train": [{"path": "rows.jsonl"}]},
+        training={"max_length": None, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 1},
+        lora={"trainable_token_indices": "none"},
+    )
+    weights, peak, _ = measured(path)
+    recipe = load_recipe(path)
+    arguments, config = step_arguments(recipe), base_config(recipe.model)
+    lengths = row_lengths(recipe, lambda line: None, config)
+    settings = step_settings(recipe, arguments, lengths)
+    assert settings.batch.joined > settings.batch.length > settings.batch.joined / 2
+    taken = Predictor(config, this_machine(), arguments).step(settings)
+    assert taken.kept["weights"] + taken.kept["adapter"] == weights
+    assert taken.peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.usefixtures("user_cache")
