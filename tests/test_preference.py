@@ -409,6 +409,8 @@ def test_rows_of_kto() -> None:
     assert train.ledger.mended == {"pairs read as two rated answers": 2}
     rated = [{"prompt": ASKED, "completion": text, "label": good} for text, good in ((SHORT, True), (LONG, False))]
     assert [row | {"row": ""} for row in rows_of(prepared(rated, "kto")[0])] == [good | {"row": ""}, bad | {"row": ""}]
+    # Two people may rate one answer differently, and that is no duplicate.
+    assert prepared([rated[0], rated[0], rated[0] | {"label": False}], "kto")[0].ledger.kept == 2
     ledger = prepared(rated, "kto")[0].ledger
     assert "2 of 2 rows" in ledger.summary()
     assert ledger.summary().endswith("; 1 desirable and 1 undesirable answers")
