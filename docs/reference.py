@@ -95,6 +95,7 @@ _RESULTS = (
 # Which artefacts stand in one table of docs/clients.md.
 _TABLES = {
     "Whole models": ("full run", "merged", "bf16", "fp16", "int8", "nf4", "fp8", "w4a16"),
+    "Folders for mlx-lm": ("mlx-bf16", "mlx-8bit", "mlx-4bit"),
     "Adapters on their base": ("run", "run with token rows", "adapter"),
     "GGUF files": ("gguf:F32", "gguf:Q8_0", "gguf:adapter", "ollama"),
 }

@@ -21,10 +21,11 @@ from finetune.system.terminal import quiet
 ROOT = Path(__file__).parents[2]
 BASES = ("llama", "gemma3")
 FOLDERS = ("bf16", "fp16", "int8", "nf4", "fp8", "w4a16")
+MLX = ("mlx-bf16", "mlx-8bit", "mlx-4bit")
 QUANTISED = ("int8", "nf4", "fp8", "w4a16")
 ADAPTERS = ("run", "run with token rows", "adapter")
 GGUF = ("gguf:F32", "gguf:Q8_0", "gguf:adapter", "ollama")
-ARTEFACTS = (*ADAPTERS, "full run", "merged", *FOLDERS, *GGUF)
+ARTEFACTS = (*ADAPTERS, "full run", "merged", *FOLDERS, *MLX, *GGUF)
 
 _SHAPE: dict[str, Any] = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -78,6 +79,8 @@ def artefact(folder: Path, name: str, base: str) -> Artefact:
     if name in files:
         added = exports / "gguf" / f"{base}-adapter.gguf" if name == "gguf:adapter" else None
         return Artefact(files[name], added, "merged", False)
+    if name in MLX:
+        return Artefact(exports / name, None, "bf16" if name == "mlx-bf16" else "merged", False)
     folders = {"full run": Path(f"{run}-full"), "merged": folder / "merged" / base}
     return Artefact(folders.get(name, exports / name), None, name, name in QUANTISED)
 
@@ -92,7 +95,7 @@ def make(folder: Path) -> None:
         _call("train", *common, f"training.output_dir={run}-rows", rows)
         _call("train", *common, f"training.output_dir={run}-full", "lora=null", "training.learning_rate=1e-3")
         _call("merge", run, "--output", folder / "merged" / base)
-        formats = [f"--format={name}" for name in (*FOLDERS, "adapter", *GGUF)]
+        formats = [f"--format={name}" for name in (*FOLDERS, *MLX, "adapter", *GGUF)]
         # 3: float16 or 4 bit loses more than the report allows, which is no matter of the reader's.
         _call("export", run, "--output", folder / "exports" / base, *formats, codes=(0, 3))
         # The adapter's base as a file, which a user has from elsewhere.

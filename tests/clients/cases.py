@@ -129,6 +129,20 @@ CLIENTS = (
         (_TORCH, "transformers==5.23.0", "accelerate==1.15.0", "torchao==0.18.0"),
         dict.fromkeys(("full run", "merged", "bf16"), Expected(LOSSY, "it makes 8-bit weights of them", max_kl=0.01)),
     ),
+    Client(
+        "mlx-lm 0.32.2 (mlx 0.32.4 on a CPU)",
+        "probe_mlx_lm.py",
+        ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4", "transformers==5.23.0"),
+        dict.fromkeys(("full run", "merged", "bf16", "fp16", "mlx-bf16"), _SAME)
+        | dict.fromkeys(("int8", "nf4"), Expected(REFUSES, "it has no reader of bitsandbytes", says="v_proj.weight"))
+        | {
+            "fp8": Expected(REFUSES, "it has no reader of this type", says="format 'float-quantized'"),
+            "w4a16": Expected(REFUSES, "it knows packed weights under other names", says="weight_shape"),
+            "mlx-8bit": Expected(LOSSY, "8 bit", max_kl=0.01),
+            "mlx-4bit": Expected(LOSSY, "4 bit, of a tiny model with large weights", max_kl=0.3),
+            "adapter": Expected(REFUSES, "it reads adapters of its own alone", says="num_layers"),
+        },
+    ),
 )
 
 # Programs that need a GPU, by their names in `adapter_readers.READERS`: the verdicts by their sources.
