@@ -247,7 +247,10 @@ def test_kto_is_trls_where_a_batch_is_the_whole_step(tmp_path: Path) -> None:
     for name, parameter in ours.model.named_parameters():
         parameter.data.copy_(start[name])
     theirs.train()
-    found = trained(ours, tmp_path)
+    lines: list[str] = []
+    found = trained(ours, tmp_path, lines)
+    assert lines[-1] == "reference: the run begins at it, with a loss of 1.250000 and rewards of 0"
+    assert not any("cannot" in line for line in lines)
     expected = [record for record in theirs.state.log_history if "loss" in record]
     assert expected[2]["kl"] > 0
     for one, other in zip(found, expected, strict=True):
@@ -270,7 +273,11 @@ def test_orpo_is_the_papers_loss(tmp_path: Path) -> None:
     log_p = torch.stack(logs).view(2, 2).double()
     log_odds = log_p - torch.log(1 - log_p.exp())
     expected = (-log_p[:, 0] - 0.25 * torch.nn.functional.logsigmoid(log_odds[:, 0] - log_odds[:, 1])).mean()
-    [record] = trained(OrpoTrainer(model, args, prepared(rows), None, tokenizer_of("llama")), tmp_path)
+    lines: list[str] = []
+    trainer = OrpoTrainer(model, args, prepared(rows), None, tokenizer_of("llama"))
+    [record] = trained(trainer, tmp_path, lines)
+    assert trainer.shared is not None
+    assert lines == []
     assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert not (tmp_path / FILE).exists()
 

@@ -119,12 +119,6 @@ FAULTS = {
             "r.yaml:4: training.label_smoothing: has no effect with loss_type sigmoid; remove it, or write loss_type: aot or aot_unpaired or exo_pair or robust"
         ],
     ),
-    "kto on single rows": (
-        "method: kto\ntraining: {per_device_train_batch_size: 1}\n",
-        [
-            "r.yaml:4: training.per_device_train_batch_size: is 1, but kto measures its divergence on the other rows of a batch; write 2, or loss_type: apo_zero_unpaired"
-        ],
-    ),
     "rows that would be cut": (
         "method: dpo\n",
         [

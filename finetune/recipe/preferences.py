@@ -49,11 +49,6 @@ def check_preferences(tree: RecipeTree, sections: Sections) -> None:
     data.setdefault("on_overflow", "drop")
     if tree.method == "dpo":
         _check_losses(tree, training)
-    # trl 1.16 estimates the divergence from the other rows of a batch (`KTOTrainer.__init__`).
-    size = training.get("per_device_train_batch_size")
-    if tree.method == "kto" and size == 1 and training.get("loss_type", "kto") == "kto":
-        message = "is 1, but kto measures its divergence on the other rows of a batch"
-        tree.fault("training.per_device_train_batch_size", f"{message}; write 2, or loss_type: apo_zero_unpaired")
 
 
 def _check_formats(tree: RecipeTree, data: Section) -> None:

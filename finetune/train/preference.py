@@ -54,6 +54,7 @@ class PreferenceTrainer(RunTrainer):
     columns: tuple[str, ...]
     loss_is_scaled_for_ga = True
     needs_reference = True
+    holds_pairs = True
 
     def __init__(self, model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any):
         self._tokenizer, self._is_vlm, self._is_vision_dataset = processing_class, False, False
@@ -97,7 +98,8 @@ class PreferenceTrainer(RunTrainer):
         if not weighted:
             use_token_head(whole, mean_logits=True)
         # A router's loss reads the mask of the rows as they are.
-        self.shared = SharedPrompts(whole) if SharedPrompts.fit(whole) and not self.aux_loss_enabled else None
+        shares = self.holds_pairs and SharedPrompts.fit(whole) and not self.aux_loss_enabled
+        self.shared = SharedPrompts(whole) if shares else None
         self.reference = torch.zeros(rows + len(eval_dataset or ()), 2)
 
     @property
@@ -272,7 +274,7 @@ class OrpoTrainer(DpoTrainer):
     needs_reference = False
 
     def _read_settings(self, args: Any) -> None:
-        pass
+        self.ld_alpha = None
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> torch.Tensor:
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -308,6 +310,7 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
     """
 
     columns = ("input_ids", "labels", "desirable")
+    holds_pairs = False
 
     def __init__(self, model: Any, args: Any, *positional: Any, **rows: Any) -> None:
         self.loss_type, self.calculate_KL = args.loss_type, args.loss_type == "kto"
@@ -341,9 +344,6 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
             result["KL_completion_mask"] = (batch["KL_labels"] != IGNORE).long()
             result["ref_KL_logps"] = torch.zeros_like(self._kl)
         return result
-
-    def _sharing(self) -> Any:
-        return contextlib.nullcontext()
 
     def _weights(self, inputs: Batch, logged: dict[str, list[float]], count: int) -> dict[str, float]:
         good = float((inputs["desirable"] & self.with_labels(inputs)).sum())

@@ -326,6 +326,8 @@ def _add_callbacks(
     if trainer.padding_free:
         trainer.add_callback(PackedRowsCheck(trainer))
     preferences = trainer if isinstance(trainer, PreferenceTrainer) else None
+    if preferences and trainer.args.disable_dropout and (recipe.lora or {}).get("lora_dropout"):
+        say("lora.lora_dropout has no effect: training.disable_dropout, true by default with this method, is on")
     if preferences:
         trainer.add_callback(SharedPromptsCheck(preferences, say))
     trainer.add_callback(MemoryCheck(trainer, say))
