@@ -281,7 +281,7 @@ def _verdict(bases: dict[str, Any]) -> str:
         return ""
     [verdict] = {seen["verdict"] for seen in bases.values()}
     largest = max((seen["largest"] for seen in bases.values() if seen["largest"] is not None), default=None)
-    figures = [] if largest is None else [f"{largest:.1g}"]
+    figures = [] if largest is None else [f"{largest:.2g}"]
     greedy = min((seen["greedy"] for seen in bases.values() if seen["greedy"]), default=None)
     if greedy and verdict != "same":
         figures.append(f"{greedy[0]} of {greedy[1]}")
