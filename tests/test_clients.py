@@ -55,10 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """The answers of our own transformers, about the artefacts that it reads."""
-    places = {(name, base): artefact(folder, name, base) for name in ARTEFACTS for base in BASES}
-    own = {case: place for case, place in places.items() if place.reference == case[0]}
+def reference(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """The answers of our own transformers, about the artefacts that the chosen tests need."""
+    chosen = [item.callspec.params for item in request.session.items if "client" in item.fixturenames]
+    cases = {(artefact(folder, params["name"], params["base"]).reference, params["base"]) for params in chosen}
+    own = {case: artefact(folder, *case) for case in sorted(cases)}
     return _ask(sys.executable, "probe_transformers.py", own, own, tmp_path_factory.mktemp("reference"))
 
 

@@ -814,13 +814,12 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
     "key of no layer": (
         lambda: change_adapter(lambda t: t.update({KEY.replace("layers.0", "layers.2"): t[KEY].clone()})),
         [],
-        f"run: {KEY.replace('layers.0', 'layers.2')} belongs to no layer of its base; name the base that it was "
-        "trained on",
+        f"run is of another base: it holds {KEY.replace('layers.0', 'layers.2')}, which is no part of this one",
     ),
     "key missing": (
         lambda: change_adapter(lambda t: t.pop(KEY)),
         [],
-        f"run: {KEY} is missing from adapter_model.safetensors: it is damaged, or of another base",
+        f"run is of another base, or damaged: it lacks {KEY}",
     ),
     "no such layers": (
         lambda: configure("run/adapter_config.json", target_modules=["query"]),

@@ -263,10 +263,10 @@ def _check_tensors(
     """Refuses an adapter's file with a missing tensor, an unknown one, or one of another shape than PEFT expects."""
     used = {key for _, change in changes for key in change.keys.values()}
     for key in sorted(stored.keys() - used - expected.keys()):
-        raise MergeError(f"{folder}: {key} belongs to no layer of its base; name the base that it was trained on")
+        raise MergeError(f"{folder} is of another base: it holds {key}, which is no part of this one")
     for key in sorted(used | expected.keys()):
         if key not in stored:
-            raise MergeError(f"{folder}: {key} is missing from {ADAPTER_WEIGHTS}: it is damaged, or of another base")
+            raise MergeError(f"{folder} is of another base, or damaged: it lacks {key}")
         if tuple(expected[key].shape) != stored[key].shape:
             raise MergeError(
                 f"{folder}: {key} is {list(stored[key].shape)}, but its base needs {list(expected[key].shape)}: "
