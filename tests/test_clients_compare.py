@@ -19,6 +19,7 @@ ANSWER: dict[str, Any] = {"errors": {}, "ids": [[1, 2]], "prompt": ["<s>Hi"], "l
         ({}, LOGITS + 7, 0.0, SAME, (3, 3)),  # the same probabilities
         ({}, LOGITS[-1:], 0.0, SAME, (3, 3)),  # a server that tells the last token's alone
         ({}, np.pad(LOGITS, ((0, 0), (0, 4))), 0.0, SAME, (3, 3)),  # a vocabulary that is filled up
+        ({"errors": {}}, LOGITS[:, :18], 0.0, SAME, (3, 3)),  # or cut to the tokenizer's
         ({"ids": [[1, 1, 2]]}, LOGITS, 0.0, WRONG, (3, 3)),
         ({"prompt": ["Hi"]}, LOGITS, 0.0, WRONG, (3, 3)),
         ({"greedy": [3, 9, 5]}, LOGITS, 0.0, WRONG, (1, 3)),

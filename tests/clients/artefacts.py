@@ -141,8 +141,8 @@ def _make_base(name: str, folder: Path) -> None:
     tiny_tokenizers.save(folder, tokenizer, names, load_template(template))
     ids = {key: tokenizer.token_to_id(names[key]) for key in ("bos_token", "eos_token", "pad_token")}
     config.update({f"{key}_id": value for key, value in ids.items()})
-    size = tokenizer.get_vocab_size()
-    config.vocab_size = size + -size % 64
+    # No rows that fill the vocabulary up: an untrained model would predict them, and lm-eval cuts them off.
+    config.vocab_size = tokenizer.get_vocab_size()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -63,8 +63,9 @@ def compare(reference: dict[str, Any], reference_logits: Path, found: dict[str, 
 def _log_probabilities(wanted: np.ndarray, got: np.ndarray) -> Iterator[np.ndarray]:
     """Yields logits (tokens, vocabulary) as log-probabilities, for the tokens and entries that both arrays have.
 
-    A server tells the last token's alone; a program may fill the vocabulary up.
+    A server tells the last token's alone; a program may fill the vocabulary up, or cut it to the tokenizer's.
     """
-    for logits in (wanted[-len(got) :], got[:, : wanted.shape[1]]):
+    width = min(wanted.shape[1], got.shape[1])
+    for logits in (wanted[-len(got) :, :width], got[:, :width]):
         shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
         yield shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
