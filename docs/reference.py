@@ -263,26 +263,33 @@ def _results(results: dict[str, Any]) -> Iterator[str]:
             own = [cases.get((client, artefact), {}) for artefact in columns]
             dates = [seen["date"] for bases in own for seen in bases.values()]
             yield f"| {client} | {' | '.join(map(_verdict, own))} | {min(dates)} |\n"
-    reasons = [(*key.split(" | "), seen) for key, seen in results.items() if seen["why"] or seen["error"]]
+    reasons: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for (client, artefact), bases in cases.items():
+        for base, seen in bases.items():
+            said = f"`{_cell(seen['error'].replace('`', chr(39)))}`" if seen["error"] else ""
+            if why := "; ".join(part for part in (seen["why"], said) if part):
+                artefacts, names = reasons.setdefault((client, seen["verdict"], why), ([], []))
+                artefacts.append(artefact)
+                names.append(base)
     if reasons:
-        yield "\n### Why\n\n| program | artefact | base | verdict | |\n|---|---|---|---|---|\n"
-        for client, artefact, base, seen in reasons:
-            said = f"`{_cell(seen['error'])}`" if seen["error"] else ""
-            why = "; ".join(part for part in (seen["why"], said) if part)
-            yield f"| {client} | {artefact} | {base} | {seen['verdict']} | {why} |\n"
+        yield "\n### Why\n\n| program | artefacts | models | verdict | |\n|---|---|---|---|---|\n"
+        for (client, verdict, why), parts in reasons.items():
+            yield f"| {client} | {' | '.join(', '.join(dict.fromkeys(part)) for part in parts)} | {verdict} | {why} |\n"
     yield "\n"
 
 
 def _verdict(bases: dict[str, Any]) -> str:
-    """A cell: one verdict with the worst figures, or one for each base where they differ."""
-    if len({seen["verdict"] for seen in bases.values()}) > 1:
-        return "; ".join(f"{base}: {_verdict({base: seen})}" for base, seen in bases.items())
-    if not bases:
-        return ""
-    [verdict] = {seen["verdict"] for seen in bases.values()}
-    largest = max((seen["largest"] for seen in bases.values() if seen["largest"] is not None), default=None)
+    """A cell: one verdict with the worst figures; one for each base where they differ, or where one was read."""
+    if len({seen["verdict"] for seen in bases.values()}) != 1 or len(bases) == 1:
+        return "; ".join(f"{base}: {_one_verdict([seen])}" for base, seen in bases.items())
+    return _one_verdict(list(bases.values()))
+
+
+def _one_verdict(results: list[dict[str, Any]]) -> str:
+    verdict = results[0]["verdict"]
+    largest = max((seen["largest"] for seen in results if seen["largest"] is not None), default=None)
     figures = [] if largest is None else [f"{largest:.2g}"]
-    greedy = min((seen["greedy"] for seen in bases.values() if seen["greedy"]), default=None)
+    greedy = min((seen["greedy"] for seen in results if seen["greedy"]), default=None)
     if greedy and verdict != "same":
         figures.append(f"{greedy[0]} of {greedy[1]}")
     shown = f"**{verdict}**" if verdict in ("wrong", "refuses", "ignores") else verdict
