@@ -117,7 +117,7 @@ def _recipe(base: str, folder: Path) -> list[str]:
         f"model.name_or_path={folder / 'bases' / base}",
         f"data.train=[{{path: {ROOT / 'data' / 'chat_sample.jsonl'}}}]",
         "data.on_bad_row=skip",
-        "data.eval_fraction=0",
+        "data.eval_fraction=null",
         "training.max_steps=4",
         "training.learning_rate=5e-3",
         "training.save_strategy=no",
