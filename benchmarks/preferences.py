@@ -124,6 +124,15 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
     }
 
 
+def apart(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """`run` in a fresh process."""
+    command = [sys.executable, __file__, "--kind", kind, "--folder", str(folder), "--base", settings.base]
+    command += ["--pairs", str(settings.pairs), "--prompt", str(settings.prompt), "--rows", str(settings.rows)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
 def main(settings: argparse.Namespace) -> None:
     if settings.kind:
         warnings.simplefilter("ignore")
@@ -132,19 +141,16 @@ def main(settings: argparse.Namespace) -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("bare", "first", "second"):
-            command = [sys.executable, __file__, "--kind", kind, "--folder", folder, "--base", settings.base]
-            command += ["--pairs", str(settings.pairs), "--prompt", str(settings.prompt), "--rows", str(settings.rows)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[kind] = json.loads(output.splitlines()[-1])
+            results[kind] = apart(kind, settings, Path(folder))
             shown = {name: round(value, 3) for name, value in results[kind].items() if name != "losses"}
             print(kind, shown, flush=True)
     bare, first, second = (results[kind] for kind in ("bare", "first", "second"))
-    apart = max(abs(a - b) for a, b in zip(bare["losses"], first["losses"], strict=True))
-    assert apart < 1e-4 * max(1, max(bare["losses"])), f"losses differ by {apart}"
+    largest = max(abs(a - b) for a, b in zip(bare["losses"], first["losses"], strict=True))
+    assert largest < 1e-4 * max(1, max(bare["losses"])), f"losses differ by {largest}"
     print(
         f"| {datetime.date.today()} | {settings.pairs} | {settings.prompt:g} | {bare['pairs_per_second']:.2f} "
         f"| {second['pairs_per_second'] / bare['pairs_per_second']:.2f} | {bare['seconds'] / first['seconds']:.2f} "
-        f"| {bare['seconds'] / second['seconds']:.2f} | {second['memory'] / bare['memory']:.2f} | {apart:.1g} |"
+        f"| {bare['seconds'] / second['seconds']:.2f} | {second['memory'] / bare['memory']:.2f} | {largest:.1g} |"
     )
 
 

@@ -1,5 +1,6 @@
 """Each script of `benchmarks/` runs on tiny models, in one round, so that a published figure can be made again."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -90,6 +91,17 @@ def test_quantise(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "argv", ["quantise.py", "--rounds", "1", "--model", str(model)])
     quantise.main()
     assert [row[-1] for row in rows_of(capsys.readouterr().out)[1:-1]] == ["True"] * 8
+
+
+def test_preferences(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    preferences = script("preferences")
+    monkeypatch.setattr(preferences, "apart", preferences.run)
+    rows = ROOT / "data" / "preference_sample.jsonl"
+    preferences.main(argparse.Namespace(kind=None, folder=None, pairs=6, prompt=0, base="random:llama", rows=rows))
+    [row] = rows_of(capsys.readouterr().out)
+    assert row[1:3] == ["6", "0"]
+    assert [float(row[i]) > 0 for i in (3, 4, 5, 6, 7)] == [True] * 5
+    assert float(row[8]) < 1e-4
 
 
 @pytest.mark.slow
