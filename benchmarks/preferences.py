@@ -87,7 +87,6 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
             def _prepare_dataset(self, dataset: Any, *positional: Any) -> Any:
                 return dataset
 
-        set_seed(0)
         dataset = datasets.Dataset.from_list(pairs)
         trainer = Bare(model=model, peft_config=config, args=args, train_dataset=dataset, processing_class=tokenizer)
     else:
@@ -99,7 +98,7 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
                 row[f"{side}input_ids"] = prompt + pair[name]
                 row[f"{side}labels"] = [IGNORE] * len(prompt) + pair[name]
             rows.append(row)
-        set_seed(0)
+        set_seed(args.seed)  # as trl's trainer does
         model = peft.get_peft_model(model, config)
         trainer = DpoTrainer(model, args, datasets.Dataset.from_list(rows), None, tokenizer)
         trainer.meter = Meter()

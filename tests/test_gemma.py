@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,33 @@ def test_the_quickstart_as_it_is_shipped(tmp_path: Path) -> None:
     formats = ("--format", "bf16", "--format", "nf4")
     finetune("export", str(tmp_path / "run"), "--output", str(tmp_path / "exported"), *formats)
     assert_little_is_lost(tmp_path / "exported", answers=10, ended=4)
+    again = [f"model.adapter={tmp_path / 'run'}", f"training.output_dir={tmp_path / 'preferred'}"]
+    finetune("train", "recipes/dpo_gemma3_270m.yaml", *again)
+    assert_preferences_were_learned(tmp_path / "preferred", share=0.85)
+
+
+def assert_preferences_were_learned(run: Path, share: float) -> None:
+    """The run began at its reference; of so many held-out pairs the chosen answer has the higher reward at its end."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [record for record in records if "eval_loss" in record]
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["eval_rewards/accuracies"] >= share
+    assert last["eval_rewards/chosen"] > last["eval_rewards/rejected"]
+
+
+@pytest.mark.usefixtures("user_cache")
+def test_preferences_are_learned_after_it(trained: Path, tmp_path: Path) -> None:
+    for name, count in (("sample", 20), ("eval", 6)):
+        lines = (ROOT / "data" / f"preference_{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        shortest = sorted(lines, key=lambda line: len("".join(json.loads(line).values()).encode()))[:count]
+        (tmp_path / f"{name}.jsonl").write_text("".join(shortest), encoding="utf-8")
+    rows = [f"data.train.0.path={tmp_path / 'sample.jsonl'}", f"data.eval.0.path={tmp_path / 'eval.jsonl'}"]
+    settings = ["training.per_device_train_batch_size=2", "training.learning_rate=3e-4", "training.warmup_steps=1"]
+    run = [*rows, *settings, f"model.adapter={trained}", f"training.output_dir={tmp_path / 'run'}"]
+    assert main(["train", str(ROOT / "recipes" / "dpo_gemma3_270m.yaml"), *run]) == 0
+    assert_preferences_were_learned(tmp_path / "run", share=5 / 6)
 
 
 def test_prompts_of_standard_input_are_answered(trained: Path) -> None:
