@@ -162,8 +162,14 @@ def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_reci
     assert "100.0% (3 of 3; 95%: 43.8% to 100.0%)" in text
 
 
-def test_the_page_and_the_card_of_a_run_show_its_rewards(write_recipe: Write, pairs: None) -> None:
-    assert main([str(recipe(write_recipe, "dpo", eval_steps=2))]) == 0
+def test_the_page_and_the_card_of_a_run_show_its_rewards(
+    write_recipe: Write, pairs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe(write_recipe, "dpo", eval_steps=2)), "lora.lora_dropout=0.1"]) == 0
+    said = capsys.readouterr().err
+    assert "lora.lora_dropout has no effect: training.disable_dropout, true by default with this method, is on" in said
+    assert "evaluation at step 4: loss 0." in said
+    assert ", the chosen answer ahead in " in said
     assert main(["report", "run"]) == 0
     page = Path("run/report.html").read_text(encoding="utf-8")
     for title in (
