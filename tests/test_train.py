@@ -497,6 +497,12 @@ def test_an_adapter_that_cannot_be_trained_on(write_recipe: Write, capsys: pytes
     assert main([str(write_recipe()), "training.output_dir=first"]) == 0
     other = fault(write_recipe("b.yaml", model={"adapter": "first"}, lora={"r": 8}))
     assert other.endswith("lora.r: is 8, but model.adapter has 4; remove it")
+    # As the first recipe asked; the adapter's config has the modules' names in its place.
+    same = write_recipe("e.yaml", model={"adapter": "first"}, lora={"target_modules": "all-linear"})
+    assert main(["check", str(same)]) == 0
+    Path("first/recipe.yaml").rename("first/gone.yaml")
+    assert 'lora.target_modules: is "all-linear", but model.adapter has [' in fault(same)
+    Path("first/gone.yaml").rename("first/recipe.yaml")
     nothing = fault(write_recipe("c.yaml", model={"adapter": "nowhere"}, lora=None))
     assert 'model.adapter: is "nowhere", where there is no adapter_config.json; write a run' in nothing
     base = fault(write_recipe("d.yaml", model={"adapter": "first", "name_or_path": "random:gemma2"}, lora=None))

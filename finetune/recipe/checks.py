@@ -12,10 +12,12 @@ from glob import iglob
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
-from finetune.system.files import ADAPTER_CONFIG
+from finetune.system.files import ADAPTER_CONFIG, run_file
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # Packages that contain a model of the Hub, and its id there.
@@ -130,12 +132,25 @@ def adapter_lora(tree: RecipeTree, folder: str, given: Section, known: Mapping[s
         tree.fault(key, f"is {tree.shown(key)}, a {kind} adapter; write a LoRA adapter")
     empty: tuple[Any, ...] = (None, {}, [])
     section = {name: value for name, value in saved.items() if name in known and value not in empty}
+    asked = _asked_for(file.parent)
     for name, value in given.items():
+        if value == asked.get(name, ()):
+            continue  # "all-linear", of which the adapter's config has the names
         same = json.dumps(value, sort_keys=True) == json.dumps(section.get(name), sort_keys=True)
         if not same and value not in empty:
             problem = f"is {tree.shown(f'lora.{name}')}, but {key} has {section.get(name)}"
             tree.fault(f"lora.{name}", f"{problem}; remove it")
     return section
+
+
+def _asked_for(folder: Path) -> Section:
+    """The `lora` section of the recipe that an adapter was trained with; empty if there is none."""
+    file = run_file(folder, "recipe.yaml")
+    try:
+        section = yaml.safe_load(file.read_text(encoding="utf-8"))["lora"] if file else {}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}
+    return section if isinstance(section, dict) else {}
 
 
 def is_local_base(name: str) -> bool:
