@@ -95,7 +95,8 @@ def test_the_head_says_hardware_memory_and_launch(path: Path, monkeypatch: pytes
         assert f"https://huggingface.co/{recipe.model.name_or_path} and `hf auth login`" in needs
     # What it offers to write on the command line is lawful.
     offered = re.findall(r"\b(?:model|quantization|lora|data|training)\.\w+=\S+", text)
-    load_recipe(path, [override.rstrip(".;,") for override in offered])
+    # A run to go on from is not in the repository.
+    load_recipe(path, [each.rstrip(".;,") for each in offered if not each.startswith("model.adapter=")])
 
 
 MODELS: dict[str, tuple[str, Options]] = {
@@ -317,6 +318,21 @@ ROWS: dict[str, list[Options]] = {
     "HuggingFaceTB/smoltalk": [
         {"messages": talk(f"Question {i}", "Yes.", "Sure?", "Quite.", system="Be brief." if i % 2 else None)}
         for i in range(8)
+    ],
+    # Of preferences: the prompt as text beside whole conversations, as texts, and rated answers as messages.
+    "HuggingFaceH4/ultrafeedback_binarized": [
+        {"prompt": f"Count to {i}.", "prompt_id": str(i), "score_chosen": 8.0, "score_rejected": 2.0}
+        | {"chosen": talk(f"Count to {i}.", f"1 to {i}."), "rejected": talk(f"Count to {i}.", "No, I would not.")}
+        for i in range(8)
+    ],
+    "Aratako/magpie-sft-v1.0-dpo-judged": [
+        {"id": i, "prompt": f"{i}は何？", "chosen": f"数の{i}です。", "rejected": "分かりません。", "judge": "[[A]]"}
+        for i in range(8)
+    ],
+    "trl-lib/kto-mix-14k": [
+        {"prompt": [{"role": "user", "content": f"Count to {i}."}], "label": i % 2 == 0}
+        | {"completion": [{"role": "assistant", "content": f"1 to {i}." if i % 2 == 0 else "No."}]}
+        for i in range(16)
     ],
     "kunishou/databricks-dolly-15k-ja": [
         {"index": str(i), "category": "open_qa", "instruction": f"{i}は何？", "input": "", "output": f"数の{i}。"}
