@@ -330,8 +330,8 @@ ROWS: dict[str, list[Options]] = {
         for i in range(8)
     ],
     "trl-lib/kto-mix-14k": [
-        {"prompt": [{"role": "user", "content": f"Count to {i}."}], "label": i % 2 == 0}
-        | {"completion": [{"role": "assistant", "content": f"1 to {i}." if i % 2 == 0 else "No."}]}
+        {"prompt": [{"role": "user", "content": f"Count to {i}."}], "label": i % 4 < 2}
+        | {"completion": [{"role": "assistant", "content": f"1 to {i}." if i % 4 < 2 else "No."}]}
         for i in range(16)
     ],
     "kunishou/databricks-dolly-15k-ja": [

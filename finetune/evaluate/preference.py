@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 from finetune.data.samples import LabelledRow
 from finetune.evaluate.perplexity import LossSum, row_losses
-from finetune.evaluate.shares import Share, share_of
-
-
-class PreferenceReport(TypedDict):
-    """The pairs whose chosen answer is likelier, over all pairs and by the language of the prompt.
-
-    `per_token` compares the mean log-probability of a token, `whole` the log-probability of the whole answer, which
-    favours short ones. `gained` compares how much the log-probability of both grew since the model that is compared
-    with: DPO's implicit reward. It is empty without such a model.
-    """
-
-    per_token: dict[str, Share]
-    whole: dict[str, Share]
-    gained: dict[str, Share]
+from finetune.evaluate.shares import PreferenceReport, share_of
 
 
 @dataclass(frozen=True)

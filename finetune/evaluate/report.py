@@ -6,8 +6,7 @@ import re
 from typing import Any, NotRequired, TypedDict
 
 from finetune.data.turns import Message
-from finetune.evaluate.preference import PreferenceReport
-from finetune.evaluate.shares import Share, share_text
+from finetune.evaluate.shares import PreferenceReport, Share, share_text
 from finetune.system.numbers import markdown_table
 from finetune.system.pages import render
 
