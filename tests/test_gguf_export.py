@@ -1,5 +1,6 @@
 """`finetune export` to GGUF and Ollama, from the command line: what is written, what is measured, what is caught."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -349,7 +350,9 @@ def test_a_system_text_is_only_what_all_conversations_begin_with(tmp_path: Path)
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("finetune.export.run.importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    found = "finetune.export.checks.importlib.util.find_spec"
+    monkeypatch.setattr(found, lambda name, package=None: None if name == "gguf" else find(name, package))
     assert export(locate("random:gemma3"), Path("out"), "gguf:Q4_K_M") == 2
     assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err
 
