@@ -19,13 +19,18 @@ TWICE = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "e
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Variables that a run sets for its trackers end with the test; nothing leaves this machine."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    # The mapping stays the same object: rich keeps the one that it found at its import.
+    before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TENSORBOARD_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
