@@ -258,6 +258,8 @@ def _results(results: dict[str, Any]) -> Iterator[str]:
         cases.setdefault((client, artefact), {})[base] = seen
     for title, columns in _TABLES.items():
         rows = dict.fromkeys(client for client, artefact in cases if artefact in columns)
+        if not rows:
+            continue
         yield f"\n### {title}\n\n| program | {' | '.join(columns)} | seen |\n|{'---|' * (len(columns) + 2)}\n"
         for client in rows:
             own = [cases.get((client, artefact), {}) for artefact in columns]
