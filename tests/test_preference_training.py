@@ -20,6 +20,7 @@ from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
 from finetune.recipe.upstream import config_class
 from finetune.system.errors import RunError
+from finetune.train.callbacks.memory_check import MemoryCheck, smaller_settings
 from finetune.train.meter import Meter
 from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer
 from finetune.train.reference import FILE, ReferenceLogProbs, SharedPromptsCheck
@@ -382,3 +383,16 @@ def test_rows_that_only_fill_a_batch_count_for_nothing(tmp_path: Path) -> None:
     one, other = record(datasets.Dataset.from_list(filled)), record(prepared(rows))
     for key in ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"):
         assert one[key] == pytest.approx(other[key], rel=2e-5, abs=1e-6), key
+
+
+def test_the_longest_batch_is_that_of_both_sides(tmp_path: Path) -> None:
+    rows = pairs(6)
+    rows[4] = {"prompt_ids": [20, 21], "chosen_ids": [22], "rejected_ids": list(range(20, 180))}
+    args = DPOConfig(str(tmp_path), **SETTINGS)
+    trainer = DpoTrainer(model_of("llama", LORA), args, prepared(rows), None, tokenizer_of("llama"))
+    longest = MemoryCheck(trainer, print)._longest_rows()
+    assert longest[0]["row"] == "row 4"
+    # What to write where it does not fit.
+    settings = smaller_settings(args, trainer.model, len(longest[0]["input_ids"]))
+    assert settings[0].startswith("training.per_device_train_batch_size: 1")
+    assert not any("packing" in setting for setting in settings)

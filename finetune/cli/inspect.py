@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 from finetune.data.cache import trainer_columns
 from finetune.data.chat import Chat
-from finetune.data.encoded import IGNORE
+from finetune.data.encoded import IGNORE, first_label
 from finetune.data.language import language
 from finetune.data.ledger import Account, facts, for_page, histogram, reasons, tables
 from finetune.data.mixture import Prepared, build_datasets
@@ -203,7 +203,7 @@ def _token_counts(row: Row) -> str:
     rating = {None: "", True: "desirable, ", False: "undesirable, "}[row.get("desirable")]
     if both := sides(row):
         answers = [sum(label != IGNORE for label in side["labels"]) for side in both.values()]
-        before = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+        before = first_label(row["labels"])
         told = [f"{n:,} {name}" for n, name in zip(answers, both, strict=True)]
         return f"{before:,} tokens of the prompt, {', '.join(told)}"
     return f"{rating}{count:,} tokens, {trained:,} trained on ({trained / max(1, count):.0%})"

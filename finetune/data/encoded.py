@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,11 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int32]
 
 IGNORE = -100  # the label that torch's cross entropy ignores
+
+
+def first_label(labels: Sequence[int]) -> int:
+    """The number of tokens before the first one that has a label; all of them if none has."""
+    return next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
 
 
 @dataclass(frozen=True, slots=True)

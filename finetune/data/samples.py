@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.chat import Chat
-from finetune.data.encoded import IGNORE
+from finetune.data.encoded import first_label
 from finetune.data.language import language
 from finetune.system.errors import LabelError, TemplateError
 
@@ -32,7 +32,7 @@ class LabelledRow:
     @property
     def prompt(self) -> list[int]:
         """The token ids before the first label; half of the row if its first tokens already have labels."""
-        first = next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+        first = first_label(self.labels)
         return self.input_ids[: first if first > 1 else max(1, len(self.input_ids) // 2)]
 
 

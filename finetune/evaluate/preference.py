@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune.data.samples import LabelledRow
 from finetune.evaluate.perplexity import LossSum, row_losses
-from finetune.evaluate.shares import PreferenceReport, share_of
+from finetune.evaluate.report import PreferenceReport
+from finetune.evaluate.shares import Share, share_of
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,16 @@ def preference_report(scores: Mapping[str, PairScore], before: Mapping[str, Pair
     gained: dict[str, list[bool]] = {}
     for name, score in scores.items():
         chosen, rejected = score.chosen, score.rejected
-        found = [(per_token, chosen.nats * rejected.tokens < rejected.nats * chosen.tokens)]
-        found.append((whole, chosen.nats < rejected.nats))
-        if before is not None:
-            was = before[name]
-            found.append((gained, chosen.nats - was.chosen.nats < rejected.nats - was.rejected.nats))
-        for groups, prefers in found:
-            for group in ("all", score.language):
-                groups.setdefault(group, []).append(prefers)
-    every = [{group: share_of(prefers) for group, prefers in groups.items()} for groups in (per_token, whole, gained)]
-    return {"per_token": every[0], "whole": every[1], "gained": every[2]}
+        for group in ("all", score.language):
+            prefers = chosen.nats * rejected.tokens < rejected.nats * chosen.tokens
+            per_token.setdefault(group, []).append(prefers)
+            whole.setdefault(group, []).append(chosen.nats < rejected.nats)
+            if before is not None:
+                was = before[name]
+                grew = chosen.nats - was.chosen.nats < rejected.nats - was.rejected.nats
+                gained.setdefault(group, []).append(grew)
+    return {"per_token": _shares(per_token), "whole": _shares(whole), "gained": _shares(gained)}
+
+
+def _shares(groups: Mapping[str, list[bool]]) -> dict[str, Share]:
+    return {group: share_of(prefers) for group, prefers in groups.items()}

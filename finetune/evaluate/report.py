@@ -6,7 +6,7 @@ import re
 from typing import Any, NotRequired, TypedDict
 
 from finetune.data.turns import Message
-from finetune.evaluate.shares import PreferenceReport, Share, share_text
+from finetune.evaluate.shares import Share, share_text
 from finetune.system.numbers import markdown_table
 from finetune.system.pages import render
 
@@ -34,6 +34,19 @@ class AnswerSummary(TypedDict, total=False):
     stopped: float
     repetition: float
     tokens: float
+
+
+class PreferenceReport(TypedDict):
+    """The pairs whose chosen answer is likelier, over all pairs and by the language of the prompt.
+
+    `per_token` compares the mean log-probability of a token, `whole` the log-probability of the whole answer, which
+    favours short ones. `gained` compares how much the log-probability of both grew since the model that is compared
+    with: DPO's implicit reward. It is empty without such a model.
+    """
+
+    per_token: dict[str, Share]
+    whole: dict[str, Share]
+    gained: dict[str, Share]
 
 
 class ModelReport(TypedDict):

@@ -15,19 +15,6 @@ class Share(TypedDict):
     high: float
 
 
-class PreferenceReport(TypedDict):
-    """The pairs whose chosen answer is likelier, over all pairs and by the language of the prompt.
-
-    `per_token` compares the mean log-probability of a token, `whole` the log-probability of the whole answer, which
-    favours short ones. `gained` compares how much the log-probability of both grew since the model that is compared
-    with: DPO's implicit reward. It is empty without such a model.
-    """
-
-    per_token: dict[str, Share]
-    whole: dict[str, Share]
-    gained: dict[str, Share]
-
-
 def share_of(rights: Sequence[bool]) -> Share:
     """The share of true values."""
     low, high = wilson_interval(sum(rights), len(rights)) if rights else (0.0, 1.0)

@@ -21,7 +21,7 @@ from trl import DPOTrainer, KTOTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 
-from finetune.data.encoded import IGNORE
+from finetune.data.encoded import IGNORE, first_label
 from finetune.train.loss import use_token_head
 from finetune.train.shared_prompts import SharedPrompts
 from finetune.train.trainer import RunTrainer
@@ -409,17 +409,13 @@ def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, args: Any) ->
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long(), "labels": labels}
 
 
-def _answer_start(labels: list[int]) -> int:
-    return next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
-
-
 def _with_other_answer(dataset: Any, row: Batch, place: int, longest: int | None) -> tuple[list[int], list[int]]:
     """The row's prompt and the answer of a row before it with another prompt; without labels where none fits."""
-    start = _answer_start(row["labels"])
+    start = first_label(row["labels"])
     prompt = row["input_ids"][:start]
     for step in range(1, min(16, len(dataset))):
         other = dataset[(place - step) % len(dataset)]
-        begins = _answer_start(other["labels"])
+        begins = first_label(other["labels"])
         answer = other["input_ids"][begins:]
         if other["input_ids"][:begins] != prompt and len(prompt) + len(answer) <= (longest or len(prompt + answer)):
             return prompt + answer, [IGNORE] * start + other["labels"][begins:]

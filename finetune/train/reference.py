@@ -23,7 +23,9 @@ from finetune.data.encoded import IGNORE
 from finetune.system import distributed, files
 from finetune.system.errors import RunError, first_line
 from finetune.system.terminal import Say
+from finetune.train.callbacks.memory_check import restored_state
 from finetune.train.preference import PreferenceTrainer
+from finetune.train.trainer import row_lengths
 
 FILE = "reference.safetensors"
 # The largest mean difference of a token's log-probability between pairs run apart and with their beginning shared, and
@@ -137,7 +139,7 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
             for turn in range(math.ceil(len(starts) / ranks)):
                 place = turn * ranks + rank
                 start = starts[min(place, len(starts) - 1)]
-                batch = _batch(trainer, [int(i) for i in order[start : start + size]], dataset)
+                batch = _batch(trainer, order[start : start + size], dataset)
                 values = trainer.log_probs(batch)
                 if place < len(starts):
                     real = trainer.with_labels(batch)
@@ -159,14 +161,9 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
                 f"the reference's log-probabilities are not those of this model: {table[0].tolist()} in the table, "
                 f"{now[0].tolist()} now; delete {self.files[0]} and {self.files[1]}"
             )
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with restored_state(trainer), torch.no_grad(), trainer.compute_loss_context_manager():
             trainer.model.eval()
-            metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
             loss = float(trainer.compute_loss(trainer.model_wrapped, batch))
-            for mode, values in metrics.items():
-                trainer._metrics[mode].clear()
-                trainer._metrics[mode].update(values)
-            trainer.model.train()
         if trainer.is_world_process_zero():
             self.say(f"reference: the run begins at it, with a loss of {loss:.6f} and rewards of 0")
 
@@ -188,12 +185,7 @@ def _computes(trainer: PreferenceTrainer) -> torch.dtype:
 
 def _by_length(dataset: Any) -> list[int]:
     """The places of a dataset's rows, the longest first."""
-    import pyarrow.compute as pc
-
-    columns = [name for name in dataset.column_names if name.endswith("input_ids")]
-    table = dataset.select_columns(columns).with_format("arrow")[:]
-    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in columns], axis=0)
-    places: list[int] = np.argsort(-lengths, kind="stable").tolist()
+    places: list[int] = np.argsort(-row_lengths(dataset), kind="stable").tolist()
     return places
 
 

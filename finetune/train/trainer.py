@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 import transformers
@@ -344,12 +346,19 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         if args.train_sampling_strategy == "sequential":
             yield from range(count)
         elif args.train_sampling_strategy == "group_by_length":
-            lengths = pc.list_value_length(self.dataset.with_format("arrow")[:count]["input_ids"]).to_pylist()
+            lengths = row_lengths(self.dataset)[:count].tolist()
             size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             yield from get_length_grouped_indices(lengths, size, generator=generator)
         else:
             yield from torch.randperm(count, generator=generator).tolist()
         yield from range(count, len(self.dataset))
+
+
+def row_lengths(dataset: Any) -> npt.NDArray[np.int64]:
+    """The number of tokens of each row; of a pair those of both sides."""
+    names = [name for name in dataset.column_names if name.endswith("input_ids")]
+    tables = dataset.select_columns(names).with_format("arrow").iter(batch_size=1000)
+    return np.concatenate([np.sum([pc.list_value_length(t[n]).to_numpy() for n in names], axis=0) for t in tables])
 
 
 def _own_process_group(init: Callable[[int], None] | None, worker: int) -> None:

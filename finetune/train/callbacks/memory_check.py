@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 import peft
-import pyarrow.compute as pc
 import torch
 from transformers import TrainerCallback
 
@@ -21,7 +20,7 @@ from finetune.system.devices import machine_memory, process_peak_memory
 from finetune.system.errors import RunError
 from finetune.system.numbers import GIB, memory
 from finetune.system.terminal import Say
-from finetune.train.trainer import RunTrainer
+from finetune.train.trainer import RunTrainer, row_lengths
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
@@ -49,7 +48,7 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
             return
         need = available = 0
         lack = ""
-        with _restored_state(trainer):
+        with restored_state(trainer):
             try:
                 _, need = self._measure(rows, accumulates=args.gradient_accumulation_steps > 1)
             except (RuntimeError, MemoryError) as error:
@@ -82,9 +81,7 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
             ids = self.trainer.processing_class(_TEXT, add_special_tokens=False)["input_ids"]
             row = (ids * length)[:length]
             return [{"input_ids": row, "labels": row}] * count if row else []
-        tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-        lengths = np.concatenate([pc.list_value_length(table["input_ids"]).to_numpy() for table in tables])
-        return [dataset[int(i)] for i in np.argsort(-lengths, kind="stable")[:count]]
+        return [dataset[int(i)] for i in np.argsort(-row_lengths(dataset), kind="stable")[:count]]
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
         return self.trainer._get_collator_with_removed_columns(self.trainer.data_collator)(rows)
@@ -122,7 +119,8 @@ class MemoryCheck(TrainerCallback):  # type: ignore[misc]
         grow with the number of tokens; eager attention grows faster.
         """
         row, half = rows[0], len(rows[0]["input_ids"]) // 2
-        part = rows[:1] if len(rows) > 1 else [{name: row[name][:half] for name in ("input_ids", "labels")}]
+        shorter = {name: value[:half] if isinstance(value, list) else value for name, value in row.items()}
+        part = rows[:1] if len(rows) > 1 else [shorter]
         _free_memory(self.trainer)
         try:
             before, peak = self._measure(part, accumulates=True)
@@ -196,7 +194,7 @@ def smaller_settings(args: Any, model: Any, longest: int) -> list[str]:
         f"{steps * part} (the same result)": size > 1,
         f"training.max_length: {longest // 2}": True,
         "training.gradient_checkpointing: true": not args.gradient_checkpointing,
-        "training.packing: false": args.packing,
+        "training.packing: false": getattr(args, "packing", False),  # SFTConfig alone has it
         "a lora section (r: 16)": not lora,
         "a quantization section (load_in_4bit: true)": lora and not getattr(model, "is_quantized", False),
         "a smaller model.name_or_path": True,
@@ -229,7 +227,7 @@ def _free_memory(trainer: RunTrainer) -> None:
 
 
 @contextmanager
-def _restored_state(trainer: RunTrainer) -> Iterator[None]:
+def restored_state(trainer: RunTrainer) -> Iterator[None]:
     """Restores gradients, random states, trl's counters and each module's mode on leaving."""
     modes = [(module, module.training) for module in trainer.model_wrapped.modules()]
     metrics, tokens = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
