@@ -41,7 +41,8 @@ def interactive_console() -> Any:
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
+    # datasets 5.2 replaces `os.environ` by a copy in a `map` with several processes; rich would read the first one.
+    console = Console(stderr=True, _environ=os.environ)
     notebook = os.environ.get("TERM") == "xterm-color" and "CLICOLOR_FORCE" in os.environ
     return console if console.is_interactive and sys.stderr.isatty() and not notebook else None
 
