@@ -103,7 +103,7 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
         trainer = DpoTrainer(model, args, datasets.Dataset.from_list(rows), None, tokenizer)
         trainer.meter = Meter()
         trainer.add_callback(SharedPromptsCheck(trainer, print))
-        trainer.add_callback(ReferenceLogProbs(trainer, folder, {"benchmark": 1}, False, print))
+        trainer.add_callback(ReferenceLogProbs(trainer, folder, {"benchmark": str(folder)}, False, print))
     ends: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
