@@ -407,6 +407,7 @@ def test_rows_of_kto() -> None:
     assert [row["row"] for row in got] == ["pairs.jsonl:1", "pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:2"]
     assert (train.ledger.read, train.ledger.kept, train.ledger.split) == (2, 4, 0)
     assert train.ledger.mended == {"pairs read as two rated answers": 2}
+    assert train.ledger.summary().startswith("4 answers of 2 rows, ")
     rated = [{"prompt": ASKED, "completion": text, "label": good} for text, good in ((SHORT, True), (LONG, False))]
     assert [row | {"row": ""} for row in rows_of(prepared(rated, "kto")[0])] == [good | {"row": ""}, bad | {"row": ""}]
     # Two people may rate one answer differently, and that is no duplicate.

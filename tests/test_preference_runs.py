@@ -165,7 +165,9 @@ def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_reci
 def test_the_page_and_the_card_of_a_run_show_its_rewards(
     write_recipe: Write, pairs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(recipe(write_recipe, "dpo", eval_steps=2)), "lora.lora_dropout=0.1"]) == 0
+    assert main([str(recipe(write_recipe, "dpo", eval_steps=2, eval_on_start=True)), "lora.lora_dropout=0.1"]) == 0
+    # At the start all rewards are 0 up to rounding.
+    assert (len(records("run", "eval_loss")), len(records("run", "eval_rewards/accuracies"))) == (3, 2)
     said = capsys.readouterr().err
     assert "lora.lora_dropout has no effect: training.disable_dropout, true by default with this method, is on" in said
     assert "evaluation at step 4: loss 0." in said

@@ -12,6 +12,8 @@ from finetune.system.pages import cell
 
 # If `max_length` costs more than this share of the trained tokens, the summary says so.
 MUCH_LOST = 0.1
+# The change that kto makes to a pair, counted as mended.
+PAIRS_AS_RATED = "pairs read as two rated answers"
 _ROW_COUNTS = ("read", "kept", "repeated", "cut", "split")
 Table = list[tuple[Any, ...]]
 Bin = TypedDict("Bin", {"from": int, "to": int, "rows": int})
@@ -208,6 +210,7 @@ class Ledger:
             parts.append(f"keys that are not read: {', '.join(names[:8])}{more}")
         share = self.trained_tokens / self.tokens if self.tokens else 0
         total = self.answer_totals
+        answers = " answers" if PAIRS_AS_RATED in self.mended else ""
         noun = "pairs" if total["pairs"] else "rows"
         if total["pairs"]:
             chosen, rejected = _mean(total, "chosen"), _mean(total, "rejected")
@@ -227,7 +230,7 @@ class Ledger:
                 "(raise it, or see data.on_overflow)"
             )
         return (
-            f"{self.kept:,} of {self.read:,} {noun}, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
+            f"{self.kept:,}{answers} of {self.read:,} {noun}, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
             f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
         )
 

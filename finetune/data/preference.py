@@ -18,8 +18,6 @@ from finetune.system.errors import LabelError
 EMPTY_ANSWER = "with an empty answer"
 EQUAL_ANSWERS = "with equal answers"
 UNTRAINED_ANSWER = "with an answer of which nothing is trained on"
-# What the ledger of kto counts as mended.
-PAIRS_AS_RATED = "pairs read as two rated answers"
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}

@@ -21,12 +21,12 @@ from finetune.data.encoded import Encoded, Ids
 from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
 from finetune.data.json_rows import Row
 from finetune.data.language import language
+from finetune.data.ledger import PAIRS_AS_RATED
 from finetune.data.mending import answer_by_answer, exchanges, mended
 from finetune.data.overflow import shorten
 from finetune.data.preference import (
     EMPTY_ANSWER,
     EQUAL_ANSWERS,
-    PAIRS_AS_RATED,
     UNTRAINED_ANSWER,
     check_same_prompt,
     is_empty,

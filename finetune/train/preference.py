@@ -199,6 +199,9 @@ class PreferenceTrainer(RunTrainer):
         if names:
             sums = self.accelerator.reduce(sums, "sum")
         means = {name: [s / n] for name, (s, n) in zip(names, sums.tolist(), strict=True) if n}
+        if mode == "eval" and self.needs_reference and not self.state.global_step:
+            # All rewards are 0 up to rounding, which would decide what answer is ahead.
+            means.pop("rewards/accuracies", None)
         self._metrics[mode] = defaultdict(list, means, num_tokens=[self._total_train_tokens])
         super().log(logs, *args, **kwargs)
 
