@@ -324,6 +324,9 @@ def test_a_base_that_is_stored_quantised_is_decided_before_training(
     told = capsys.readouterr().err
     assert "small is stored quantised (bitsandbytes), and the adapter is trained on the rounded weights" in told
     assert "take --base dequantised, or the model that they were made from: --base PATH_OR_ID\n" in told
+    again = write_recipe("again.yaml", model={"name_or_path": str(base)}, quantization=NF4, training={"max_steps": 1})
+    assert main(["train", str(again), "training.output_dir=again"]) == 0
+    assert "stored quantised" not in capsys.readouterr().err
     assert main(["merge", "run", "--output", "merged"]) == 2
     assert (
         "is needed: write its path or id with --base; or merge into the rounded weights, with --base dequantised"

@@ -230,8 +230,8 @@ class Ledger:
                 "(raise it, or see data.on_overflow)"
             )
         return (
-            f"{self.kept:,}{answers} of {self.read:,} {noun}, {self.tokens:,} tokens, {self.trained_tokens:,} trained on "
-            f"({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
+            f"{self.kept:,}{answers} of {self.read:,} {noun}, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} trained on ({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
         )
 
 

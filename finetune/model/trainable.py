@@ -77,7 +77,7 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"model: {base.name}, full fine-tuning of {count:,} parameters{frozen_note}")
     else:
-        if method := compatibility.stored_quantisation(model.config):
+        if method := compatibility.stored_quantisation(base.config):
             say(
                 f"{base.name} is stored quantised ({method}), and the adapter is trained on the rounded weights; merge "
                 "and export take --base dequantised, or the model that they were made from: --base PATH_OR_ID"

@@ -134,7 +134,8 @@ def _rewards(logs: dict[str, Any], prefix: str = "") -> str:
     margin, accuracy = (logs.get(f"{prefix}rewards/{name}") for name in ("margins", "accuracies"))
     if margin is None:
         return ""
-    share = "" if accuracy is None else f", the chosen answer ahead in {float(accuracy):.0%}"
+    # Where rewards are 0 up to rounding, as at the first step, which answer is ahead says nothing.
+    share = "" if accuracy is None or abs(float(margin)) < 1e-6 else f", the chosen answer ahead in {float(accuracy):.0%}"
     return f", reward margin {float(margin):.3f}{share}"
 
 
