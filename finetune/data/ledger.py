@@ -229,10 +229,11 @@ class Ledger:
                 f"{lost:.0%} of the tokens to train on are lost to training.max_length "
                 "(raise it, or see data.on_overflow)"
             )
-        return (
+        first = (
             f"{self.kept:,}{answers} of {self.read:,} {noun}, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} trained on ({share:.0%}), longest {self.percentile(1.0):,}" + "".join(f"; {part}" for part in parts)
+            f"{self.trained_tokens:,} trained on ({share:.0%}), longest {self.percentile(1.0):,}"
         )
+        return "; ".join([first, *parts])
 
 
 _RATINGS = {"chosen": "desirable", "rejected": "undesirable"}

@@ -135,7 +135,8 @@ def _rewards(logs: dict[str, Any], prefix: str = "") -> str:
     if margin is None:
         return ""
     # Where rewards are 0 up to rounding, as at the first step, which answer is ahead says nothing.
-    share = "" if accuracy is None or abs(float(margin)) < 1e-6 else f", the chosen answer ahead in {float(accuracy):.0%}"
+    unknown = accuracy is None or abs(float(margin)) < 1e-6
+    share = "" if unknown else f", the chosen answer ahead in {float(accuracy):.0%}"
     return f", reward margin {float(margin):.3f}{share}"
 
 
