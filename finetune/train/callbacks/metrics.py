@@ -135,9 +135,9 @@ def _rewards(logs: dict[str, Any], prefix: str = "") -> str:
     if margin is None:
         return ""
     # Where rewards are 0 up to rounding, as at the first step, which answer is ahead says nothing.
-    unknown = accuracy is None or abs(float(margin)) < 1e-6
-    share = "" if unknown else f", the chosen answer ahead in {float(accuracy):.0%}"
-    return f", reward margin {float(margin):.3f}{share}"
+    if accuracy is None or abs(float(margin)) < 1e-6:
+        return f", reward margin {float(margin):.3f}"
+    return f", reward margin {float(margin):.3f}, the chosen answer ahead in {float(accuracy):.0%}"
 
 
 def draw_losses(metrics: Path, into: Path) -> None:
