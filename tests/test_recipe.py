@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -611,6 +612,65 @@ def test_extends_faults(extends: str, faults: str) -> None:
     Path("empty.yaml").write_text("# nothing")
     Path("broken.yaml").write_text("a: 1\nb: @\n")
     assert report(f"extends: {extends}\n") == [faults]
+
+
+@pytest.mark.parametrize("place", ["recipe", "extends"])
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (os.mkfifo, "it is a device or a pipe, not a file"),
+        (lambda path: os.symlink("/dev/null", path), "it is a device or a pipe, not a file"),
+        (lambda path: Path(path).write_text("# " + "a" * 99 + "\n"), "it is larger than 100 bytes"),
+    ],
+    ids=["pipe", "device", "large"],
+)
+def test_only_small_regular_files_are_read(
+    make: Callable[[str], object], fault: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.recipe.yaml_tree.MAX_BYTES", 100)
+    make("other.yaml")
+    Path("r.yaml").write_text("extends: other.yaml\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("other.yaml" if place == "recipe" else "r.yaml")
+    where = "other.yaml: " if place == "recipe" else "r.yaml:1: extends: other.yaml "
+    assert caught.value.faults == [f"{where}can't be read ({fault}); write the path of a recipe"]
+
+
+def test_each_use_of_an_alias_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.recipe.yaml_tree.MAX_VALUES", 60)
+    # The line is that of the anchor. Four lines hold 8 pairs of numbers, and the same maps, merged.
+    lists = BASE + "training:\n  a: &a [1, 1]\n  b: &b [*a, *a]\n  c: &c [*b, *b]\n  d: &d [*c, *c]\n"
+    maps = (
+        BASE
+        + "training:\n  a: &a {x: 1, y: 1}\n"
+        + "".join(f"  {name}: &{name} {{z: {{<<: *{last}}}, <<: *{last}}}\n" for last, name in ("ab", "bc", "cd", "de"))
+    )
+    for text, line in ((lists, 4), (maps, 5)):
+        where = "more than 60 values, where each use of an alias counts"
+        assert report(text) == [f"r.yaml:{line}: is not YAML: {where}"]
+    assert report(BASE, f"training.a=[{'1, ' * 60}]") == [
+        "command line: training.a: the value is not YAML: more than 60 values, where each use of an alias counts; "
+        "quote it"
+    ]
+
+
+def test_whole_numbers_have_at_most_15_digits() -> None:
+    assert load(BASE, "evaluate.limit=999999999999999").evaluate.limit == 10**15 - 1
+    assert report(BASE + f"training: {{max_steps: {10**15}, seed: {'9' * 400}}}\n") == [
+        "r.yaml:3: training.max_steps: is 1000000000000000; write a number of at most 15 digits",
+        f"r.yaml:3: training.seed: is {'9' * 57}...; write a number of at most 15 digits",
+    ]
+
+
+def test_depth_and_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.recipe.yaml_tree.MAX_DEPTH", 8)
+    monkeypatch.setattr("finetune.recipe.yaml_tree.MAX_FILES", 3)
+    assert report(BASE + "training:\n  a: [[[[[[[1]]]]]]]\n") == ["r.yaml:4: is not YAML: nested too deeply"]
+    for i in range(4):
+        Path(f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n")
+    assert report("extends: 2.yaml\n") == [
+        "3.yaml:1: extends: 4.yaml comes after 3 files that extend one another; write fewer"
+    ]
 
 
 def test_anchors_and_merge_keys() -> None:

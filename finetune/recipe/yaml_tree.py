@@ -11,10 +11,20 @@ from typing import Any
 
 import yaml
 
+from finetune.system.files import read_text
+
 # A section's keys and values as plain data, and all sections by name.
 Section = dict[str, Any]
 Sections = dict[str, Section]
 COMMAND_LINE = "command line"
+# The limits of a recipe: bytes of a file; values, with those of an alias or a merge counted at each use; maps and lists
+# inside one another; files that extend one another.
+MAX_BYTES = 1 << 20
+MAX_VALUES = 50_000
+MAX_DEPTH = 50
+MAX_FILES = 20
+# The largest whole number; larger ones overflow in torch, and are not exact in JSON.
+MAX_INTEGER = 10**15 - 1
 NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
 _TAG = "tag:yaml.org,2002:"
@@ -80,6 +90,8 @@ class RecipeTree:
     faults: list[tuple[str, str]] = field(default_factory=list)
     # Keys whose value could not be read; they get no second fault.
     broken: set[str] = field(default_factory=set)
+    # The number of values read so far.
+    values: int = 0
     # Secret values, and what faults show in their place.
     secrets: dict[str, str] = field(default_factory=dict)
 
@@ -184,7 +196,7 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
     """
     where, who = (origin, f"extends: {path} ") if origin else (str(path), "")
     try:
-        node = _parse(path.read_text(encoding="utf-8-sig"), str(path), "", tree)
+        node = _parse(read_text(path, MAX_BYTES), str(path), "", tree)
     except _BadYaml as error:
         tree.faults.append((f"{path}:{error.line}", f"is not YAML: {error}"))
         return None
@@ -210,6 +222,10 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
     chain = (*chain, path.resolve())
     if parent.resolve() in chain:
         tree.faults.append((extends.origin, f"extends: {parent} extends itself; remove one extends"))
+        return None
+    if len(chain) == MAX_FILES:
+        message = f"extends: {parent} comes after {MAX_FILES} files that extend one another; write fewer"
+        tree.faults.append((extends.origin, message))
         return None
     base = read_file(parent, tree, chain, extends.origin)
     return base and _merged(base, node)
@@ -249,6 +265,11 @@ def _convert(
     def convert(child: yaml.Node, name: str | int, mark: yaml.Mark) -> Node:
         return _convert(child, file, place(mark), f"{key}.{name}".lstrip("."), tree, (*above, node))
 
+    tree.values += 1
+    if tree.values > MAX_VALUES:
+        raise _BadYaml(f"more than {MAX_VALUES:,} values, where each use of an alias counts", node.start_mark.line + 1)
+    if len(above) > MAX_DEPTH:
+        raise _BadYaml("nested too deeply", node.start_mark.line + 1)
     if any(node is ancestor for ancestor in above):
         return tree.unreadable(key, origin, "contains itself; write the value out")
     if isinstance(node, yaml.ScalarNode):
@@ -318,6 +339,8 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
     except (KeyError, ValueError):
         there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
         return tree.unreadable(key, origin, f"{there}; write text or a number")
+    if kind == "int" and abs(value) > MAX_INTEGER:
+        return tree.unreadable(key, origin, f"is {_shown(value)}; write a number of at most 15 digits")
 
     named = SECRET_NAME_PATTERN.search(key.rpartition(".")[2])
     if SECRET_PATTERN.search(node.value) or (named and not variables and isinstance(value, str) and value):

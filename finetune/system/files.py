@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.system.errors import RunError
 
@@ -188,6 +190,44 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """A regular file, opened for reading; a device or a pipe is neither waited for nor read.
+
+    Raises:
+        OSError: It cannot be opened, or is something else; `strerror` says which.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a regular file, in UTF-8 with or without a byte order mark.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes.
+
+    Raises:
+        OSError: It cannot be read, is a device or a pipe, or is larger; `strerror` says which.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def git_lfs_pointer(folder: Path) -> Path | None:
