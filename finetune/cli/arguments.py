@@ -6,9 +6,11 @@ import argparse
 import math
 from enum import IntEnum
 from pathlib import Path
+from typing import NoReturn
 
 from finetune import __version__
 from finetune.recipe.export_formats import FORMATS, FORMATS_HELP, QUANTIZED_FORMATS, TRANSFORMERS_FORMATS
+from finetune.system.pages import one_line
 
 
 class ExitCode(IntEnum):
@@ -28,24 +30,28 @@ EXIT_CODES = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends the process as argparse does; control characters in a word of the command line are written out."""
+        super().error(one_line(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; `verb` of its result names the command."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--traceback", action="store_true", help="show Python's traceback and the warnings of libraries"
     )
     common.add_argument("--quiet", action="store_true", help="errors only")
-    recipe = argparse.ArgumentParser(add_help=False)
+    recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
     recipe.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the recipe")
 
-    command = argparse.ArgumentParser(
-        prog="finetune", description="Fine-tunes language models from YAML recipes.", epilog=EXIT_CODES
-    )
+    command = _Parser(prog="finetune", description="Fine-tunes language models from YAML recipes.", epilog=EXIT_CODES)
     command.add_argument("--version", action="version", version=__version__)
     verbs = command.add_subparsers(metavar="VERB", dest="verb", required=True)
 
-    def verb(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def verb(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
         return verbs.add_parser(name, parents=[*parents, common], help=help)
 
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
@@ -78,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--json", action="store_true", help="print a JSON object per row (row, input_ids, labels), then the ledger")
     flag("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
 
-    model = argparse.ArgumentParser(add_help=False)
+    model = _Parser(add_help=False)
     model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
 
     elsewhere = "the run's base, if it is elsewhere than the run's files say"
@@ -114,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs")
     flag("--compile", action="store_true", help="compile the model: slow first, then faster")
 
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     output.add_argument("--overwrite", action="store_true", help="replace an output of merge or export, once complete")
 

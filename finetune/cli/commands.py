@@ -20,7 +20,8 @@ from typing import Any
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
-from finetune.system.terminal import Say, silence_upstream
+from finetune.system.pages import visible
+from finetune.system.terminal import Say, print_line, print_text, silence_upstream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     if not args.traceback:
         silence_upstream()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Characters that the encoding lacks are printed as escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if distributed.world_size() > 1 and args.verb != "train":
         # Every process would do all of the work and write the same files.
         if not distributed.rank():
-            _say(
+            print_line(
                 f"error: {distributed.world_size()} processes were launched, and only train shares its work; "
                 f"write python -m finetune {shlex.join(words)}"
             )
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_VERBS[args.verb](args) or ExitCode.OK)
     except KeyboardInterrupt as stop:
         if not distributed.rank():
-            _say(str(stop) or "stopped")
+            print_line(str(stop) or "stopped")
         return int(getattr(stop, "exit_code", ExitCode.INTERRUPTED))
     except BrokenPipeError:
         # The reader of a pipe, such as head, has closed it. At exit Python flushes standard output once more.
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [f"error: {line}" for line in lines]
         distributed.end_all_ranks(lines, code)
         for line in lines:
-            _say(line)
+            print_line(line)
         return code
 
 
@@ -98,13 +102,9 @@ def _user_lines(error: Exception) -> list[str]:
     return []
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _say_unless_quiet(args: argparse.Namespace) -> Say:
     """Prints lines to standard error; nothing with --quiet, and on other ranks than the first."""
-    return (lambda line: None) if args.quiet or distributed.rank() else _say
+    return (lambda line: None) if args.quiet or distributed.rank() else print_line
 
 
 def _check_file(flag: str, file: Path) -> None:
@@ -151,9 +151,9 @@ def _plan(args: argparse.Namespace) -> ExitCode:
         if args.measure:
             plan.measured = timing.measure(args.recipe, args.overrides, _say_unless_quiet(args))
     if args.json:
-        print(json.dumps(as_json(plan), ensure_ascii=False, indent=1))
+        print_text(json.dumps(as_json(plan), ensure_ascii=False, indent=1))
     else:
-        print("\n".join(as_text(plan)))
+        print_text("\n".join(as_text(plan)))
     return ExitCode.OK if plan.fits else ExitCode.MISSED
 
 
@@ -163,10 +163,10 @@ def _check(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # trackers print when they are imported
         recipe = load_recipe(args.recipe, args.overrides)
     if args.json:
-        print(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
+        print_text(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
     elif not args.quiet:
-        print(f"{recipe.path}: ok")
-        print(recipe.to_yaml(), end="")
+        print_text(f"{recipe.path}: ok")
+        print_text(recipe.to_yaml(), end="")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -186,9 +186,6 @@ def _inspect(args: argparse.Namespace) -> None:
         write_whole(args.html, inspect.as_html(data, rows))
         _say_unless_quiet(args)(f"written: {args.html}")
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the terminal's encoding lacks are printed as escapes.
-        sys.stdout.reconfigure(errors="backslashreplace")
     text = inspect.as_text(data, rows, sys.stdout, args.tokens)
     for line in inspect.as_json(data, rows) if args.json else text:
         print(line)
@@ -198,7 +195,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from finetune.cli.generate import generate
 
-    generate(args, _say)
+    generate(args, print_line)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -231,10 +228,10 @@ def _export(args: argparse.Namespace) -> ExitCode:
         say=_say_unless_quiet(args),
         progress=not args.quiet,
     )
-    print((output / "report.md").read_text(encoding="utf-8"), end="")
+    print_text((output / "report.md").read_text(encoding="utf-8"), end="")
     missed = shortfalls(output)
     for line in missed:
-        _say(f"gate: {line}")
+        print_line(f"gate: {line}")
     return ExitCode.MISSED if missed else ExitCode.OK
 
 
@@ -243,12 +240,12 @@ def _check_adapter(args: argparse.Namespace) -> ExitCode:
 
     verdict = check_adapter(args.folder, args.program, args.base)
     for line in verdict.problems or [f"{verdict.reader} takes it"]:
-        print(line)
+        print_text(line)
     if verdict.problems:
-        print(f"finetune merge {args.folder} --output DIR writes a whole model, which needs no adapter")
+        print_text(f"finetune merge {args.folder} --output DIR writes a whole model, which needs no adapter")
     elif verdict.note:
-        print(verdict.note)
-    print(f"by its source: {verdict.source}")
+        print_text(verdict.note)
+    print_text(f"by its source: {verdict.source}")
     return ExitCode.MISSED if verdict.problems else ExitCode.OK
 
 
@@ -268,7 +265,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             say=_say_unless_quiet(args),
             progress=not args.quiet,
         )
-    print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
+    print_text(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -290,16 +287,16 @@ def _doctor(args: argparse.Namespace) -> ExitCode:
         for result in doctor.run_checks():
             results.append(result)
             if not args.json and (not args.quiet or result.state == doctor.WRONG):
-                print(doctor.as_text(result), file=out, flush=True)
+                print(visible(doctor.as_text(result)), file=out, flush=True)
     if args.json:
-        print(doctor.as_json(results))
+        print_text(doctor.as_json(results))
     return ExitCode.USER_ERROR if any(result.state == doctor.WRONG for result in results) else ExitCode.OK
 
 
 def _push(args: argparse.Namespace) -> None:
     from finetune.hub.run import push
 
-    print(
+    print_text(
         push(
             args.folder,
             args.repo_id,

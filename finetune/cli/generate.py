@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from finetune.data.formats import wrapped_tools
 from finetune.data.turns import Message, Tool
 from finetune.model.generate import CUT_OFF, Generator, Sampling, load_generator
 from finetune.system.errors import DataError, LabelError
-from finetune.system.terminal import Say
+from finetune.system.terminal import Say, print_text
 
 
 def generate(args: argparse.Namespace, say: Say) -> None:
@@ -29,6 +29,11 @@ def generate(args: argparse.Namespace, say: Say) -> None:
         LabelError: The chat template refuses them, or the conversation.
         ModelError, RunError, TemplateError: As for `load_generator`.
     """
+    for flag in ("prompt", "system"):
+        if any("\ud800" <= c <= "\udfff" for c in getattr(args, flag) or ""):
+            raise DataError(f"--{flag}: it is not UTF-8 text")
+    if args.prompt is None and sys.stdin is None:
+        raise DataError("--prompt: standard input is closed; write --prompt TEXT")
     tools = _read_tools(args.tools) if args.tools else []
     variables = _variables(args.chat_template_kwargs) if args.chat_template_kwargs else {}
     generator = load_generator(
@@ -49,10 +54,10 @@ def generate(args: argparse.Namespace, say: Say) -> None:
     elif sys.stdin.isatty():
         _chat(chat)
     else:
-        for line in filter(None, map(str.strip, sys.stdin)):
-            print(f"> {line}")
+        for line in filter(None, map(str.strip, _lines(sys.stdin))):
+            print_text(f"> {line}")
             chat.answer(line)
-            print(flush=True)
+            print_text()
             chat.messages[len(system) :] = []
 
 
@@ -74,8 +79,8 @@ class _Conversation:
             if piece == CUT_OFF:
                 break
             answer += piece
-            print(piece, end="", flush=True)
-        print(flush=True)
+            print_text(piece, end="")
+        print_text()
         if piece == CUT_OFF:
             self.say(f"(did not stop within {self.sampling.max_new_tokens} tokens)")
         self.messages.append({"role": "assistant", "content": answer})
@@ -86,6 +91,14 @@ class _Conversation:
             self.messages, self.variables
         ):
             raise LabelError("--tools: the chat template leaves the tools out")
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of standard input."""
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: not UTF-8 text: byte {error.object[error.start]:#04x}") from error
 
 
 def _chat(chat: _Conversation) -> None:
@@ -107,14 +120,14 @@ def _read_tools(path: Path) -> list[Tool]:
         return wrapped_tools(tools if isinstance(tools, list) else [tools])
     except OSError as error:
         raise DataError(f"--tools: {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"--tools: {path}: {error}") from error
 
 
 def _variables(text: str) -> dict[str, Any]:
     try:
         variables = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         variables = None
     if not isinstance(variables, dict):
         raise DataError(

@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict
 from finetune.data.turns import Message
 from finetune.evaluate.shares import Share, share_text
 from finetune.system.numbers import markdown_table
-from finetune.system.pages import render
+from finetune.system.pages import markdown, render, visible
 
 # `prompts` in the report of an evaluation without a file of prompts.
 HELD_OUT_ROWS = "the held-out rows"
@@ -102,7 +102,7 @@ class EvaluationReport(TypedDict):
 
 def as_markdown(report: EvaluationReport) -> str:
     """The report as Markdown: its tables and the first answers side by side."""
-    lines = [f"# Evaluation of {report['models'][-1]['name']}", "", intro(report), ""]
+    lines = [f"# Evaluation of {markdown(report['models'][-1]['name'])}", "", markdown(intro(report)), ""]
     for title, rows in tables(report):
         lines += [f"## {title}", "", *markdown_table(rows), ""]
     lines += ["## Side by side", ""]
@@ -110,7 +110,7 @@ def as_markdown(report: EvaluationReport) -> str:
     for item in report["answers"][:_SHOWN_ANSWERS]:
         lines += [f"### {_escaped(item['prompt'])}", "", *_quoted(item["asked"][-1]["content"]), ""]
         for name, model in zip(names, item["models"], strict=True):
-            lines += [f"**{name}** ({_describe(model)})", "", *_quoted(model["text"]), ""]
+            lines += [f"**{markdown(name)}** ({_describe(model)})", "", *_quoted(model["text"]), ""]
     if len(report["answers"]) > _SHOWN_ANSWERS:
         lines += [f"All {len(report['answers'])} are in `answers.html`.", ""]
     return "\n".join(lines)
@@ -240,7 +240,7 @@ def _quoted(text: str) -> list[str]:
 
 def _escaped(line: str) -> str:
     """A line that Markdown shows as it is: no emphasis, tag, character reference, list, heading or code."""
-    escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)
+    escaped = re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", visible(line))
     # Characters that begin a list or underline a heading. In `1.` the backslash goes after the number.
     escaped = re.sub(r"^(\s*)(?:([-+=])|(\d+)(?=[.)]))", lambda m: f"{m[1]}{m[3] or ''}\\{m[2] or ''}", escaped)
     # Four spaces would begin a block of code.

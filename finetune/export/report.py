@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from finetune.system.numbers import file_size, markdown_table
+from finetune.system.pages import markdown
 
 # Written as calls because `in` and `llama.cpp` are not Python identifiers.
 Activations = TypedDict("Activations", {"largest": float, "in": str | None, "overflow": str | None})
@@ -101,11 +102,12 @@ def as_markdown(report: Report) -> str:
     header = ("", "size", "load", "perplexity", "KL mean", "KL 99%", "top-1", "answers equal", "they stop")
     rows: list[tuple[str, ...]] = [(*header, "token ids", "compared with")]
     rows += [_row(model, _folder_cells(model), 11) for model in report["models"] if model not in files]
-    lines = [f"# {report['title']}", "", *markdown_table(rows)]
+    lines = [f"# {markdown(report['title'])}", "", *markdown_table(rows)]
     lines += _gguf_table(files) if files else []
-    lines += ["", *report["notes"]]
+    # A note that begins with a line break is a paragraph.
+    lines += ["", *("\n" * note.startswith("\n") + markdown(note.strip()) for note in report["notes"])]
     if report["missed"]:
-        lines += ["", "It falls short:", "", *(f"- {line}" for line in report["missed"])]
+        lines += ["", "It falls short:", "", *(f"- {markdown(line)}" for line in report["missed"])]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ from finetune.data.ledger import Account
 from finetune.data.readers import is_file
 from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport
 from finetune.model.provenance import BaseReference, license_of
+from finetune.system.pages import one_line
 
 # The metadata about the license: `license`, and for other licenses `license_name` and `license_link`.
 License = dict[str, str]
@@ -38,7 +39,7 @@ def base_metadata(
         "base_model_relation": relation if base.hub else None,
         "library_name": library,
         **terms,
-        "datasets": list(dict.fromkeys(_hub_datasets(recipe))) or None,
+        "datasets": list(dict.fromkeys(map(one_line, _hub_datasets(recipe)))) or None,
         "pipeline_tag": "text-generation",
         "tags": ["mlx"] if library == "mlx" else None,
     }
@@ -121,12 +122,12 @@ def result_metadata(name: str, recipe: Sections, figures: list[tuple[str, str, f
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=datasets[0] if datasets else "private",
-            dataset_name=", ".join(dict.fromkeys([*datasets, rows])),
+            dataset_type=one_line(datasets[0]) if datasets else "private",
+            dataset_name=one_line(", ".join(dict.fromkeys([*datasets, rows]))),
             metric_type=kind,
             metric_name=title,
             metric_value=round(value, 6),
         )
         for kind, title, value in figures
     ]
-    return {"model_name": name, "eval_results": results} if results else {}
+    return {"model_name": one_line(name), "eval_results": results} if results else {}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import RunError
+from finetune.system.terminal import print_line
 
 LAUNCHER_FILE = "the file given to accelerate launch"
 LOST_RANK = (
@@ -196,7 +197,7 @@ def end_all_ranks(lines: Sequence[str], code: int) -> None:
 def _print(lines: Sequence[str]) -> None:
     where = f"rank {rank()} ({socket.gethostname()}): " if rank() else ""
     for line in lines:
-        print(where + line, file=sys.stderr, flush=True)
+        print_line(where + line)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune.system.pages import table_cell
+
 GIB = 2**30
 
 
@@ -33,6 +35,6 @@ def clock(seconds: float) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table; the first row is its header."""
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    """The lines of a Markdown table, in which no cell is markup; the first row is its header."""
+    lines = [f"| {' | '.join(map(table_cell, row))} |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]

@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 # Control characters, line separators, marks of writing direction, and characters without a shape. Joiners stay: emoji
 # and several scripts need them.
 _UNSEEN = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
     r"\U000e0000-\U000e007f]"
 )
+# The characters that are markup in Markdown where they stand: `<` before a tag, `]` before a link's address.
+_MARKUP = re.compile(r"[\\`*]|^[#>]|<(?=[A-Za-z/!?])|&(?=[#\w])|\](?=[(\[:])|~(?=~)|(?<!\w)_|_(?!\w)")
 
 
 def visible(text: str) -> str:
     """The text with control and invisible characters as Python escapes: `\\x1b`, `\\u202e`."""
     return _UNSEEN.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """The text on one line, with line breaks, control and invisible characters as Python escapes."""
+    return visible(text).replace("\n", "\\n")
+
+
+def markdown(text: str) -> str:
+    """A name or a sentence for one line of Markdown, which shows it as it is: no tag, link, code or emphasis."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
+
+
+def table_cell(value: object) -> str:
+    """A text or a number for a cell of a Markdown table."""
+    return markdown(str(value)).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """A name as a code span of Markdown."""
+    fence, pad = _fence(text, 1), " " * text.startswith("`") or " " * text.endswith("`")
+    return f"{fence}{pad}{one_line(text)}{pad}{fence}"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Lines as a code block of Markdown, which no line of theirs ends."""
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than stand together anywhere in a text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def shell_word(text: str) -> str:
+    """A name as one word of a shell's command line."""
+    return shlex.quote(one_line(text))
+
+
+def python_text(text: str) -> str:
+    """A name as a string of Python's source."""
+    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def cell(value: Any) -> str:
@@ -32,7 +78,8 @@ def render(template: str, markup: bool = True, **values: Any) -> str:
 
     Args:
         template: Its path in this package, such as `cli/report.html.jinja`.
-        markup: True for HTML, in which values are escaped; False for Markdown, which has no general escape.
+        markup: True for HTML, in which values are escaped; False for Markdown, which has no general escape: see
+            `markdown`, `code`, `fenced`, `shell_word` and `python_text`.
         **values: The template's variables.
     """
     return str(environment(markup).get_template(template).render(values))
@@ -49,6 +96,10 @@ def environment(markup: bool) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=markup,
+        # No value reaches a page with a control character; a `Markup` is made of values that have been here.
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    made.filters |= {"cell": cell, "visible": visible}
+    made.filters |= {
+        filter.__name__: filter for filter in (cell, code, fenced, markdown, python_text, shell_word, table_cell)
+    }
     return made

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, and upstream's own bars and log lines kept quiet."""
+"""Prints text that a terminal does not interpret, shows progress bars, and hides upstream's bars and log lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from finetune.system.pages import one_line, visible
+
 # Takes one line of the log.
 Say = Callable[[str], None]
+
+
+def print_line(text: str) -> None:
+    """Prints one line to standard error; control characters in it are written out."""
+    print(one_line(text), file=sys.stderr, flush=True)
+
+
+def print_text(text: str = "", end: str = "\n") -> None:
+    """Prints to standard output; on a terminal control characters are written out, elsewhere nothing is changed."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    print(visible(text) if terminal else text, end=end, flush=True)
 
 
 def silence_upstream() -> None:

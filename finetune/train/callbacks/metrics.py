@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from finetune.system import files
 from finetune.system.charts import points, smoothed
 from finetune.system.numbers import clock
+from finetune.system.pages import one_line
 from finetune.system.terminal import Say, interactive_console
 from finetune.train.trainer import RunTrainer
 
@@ -124,7 +125,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
 
     def _line(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(one_line(text), markup=False, highlight=False)
         else:
             self.say(text)
 
