@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.model import shards
+from finetune.model.locate import locate
 from finetune.model.shards import ShardWriter, read_header, read_headers, read_tensor
 from finetune.system.errors import ModelError
 from finetune.system.files import WEIGHTS_INDEX
@@ -197,6 +198,91 @@ def test_whatever_the_header_holds_the_file_is_called_damaged(header: bytes, tmp
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
         read_header(path)
+
+
+def entry(begin: object, end: object, shape: object = (2,)) -> dict[str, object]:
+    return {"dtype": "F32", "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [begin, end]}
+
+
+ONE = json.dumps(entry(0, 8))
+NO_WHOLE_NUMBER = "model.safetensors is damaged: a has a shape or an offset that is no whole number from 0"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "model.safetensors is damaged: b overlaps the tensor before it"),
+        ({"a": entry(0, 8), "b": entry(0, 8)}, "model.safetensors is damaged: b overlaps the tensor before it"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, "model.safetensors is damaged: b comes after bytes of no tensor"),
+        ({"a": entry(4, 12)}, "model.safetensors is damaged: a comes after bytes of no tensor"),
+        ({"a": entry(8, 0)}, "model.safetensors is damaged: a has not the bytes that its shape needs"),
+        ({"a": entry(0, 8, (3,))}, "model.safetensors is damaged: a has not the bytes that its shape needs"),
+        ({"a": entry(0, 8, (2**40, 2**40))}, "model.safetensors is damaged: a has not the bytes that its shape needs"),
+        ({"a": entry(-8, 0)}, NO_WHOLE_NUMBER),
+        ({"a": entry(0.0, 8.0)}, NO_WHOLE_NUMBER),
+        ({"a": entry(False, 8)}, NO_WHOLE_NUMBER),
+        ({"a": entry("0", "8")}, NO_WHOLE_NUMBER),
+        ({"a": entry(0, 8, (-1, -2))}, NO_WHOLE_NUMBER),
+        ({"a": entry(0, 8, (2.0,))}, NO_WHOLE_NUMBER),
+        ({"a": entry(0, 8, "2")}, NO_WHOLE_NUMBER),
+        ({"a": entry(0, 8), "__metadata__": {"x": 1}}, "model.safetensors is damaged: its __metadata__ is no map of "
+         "texts"),
+        ({"a": entry(0, 8), "__metadata__": "x"}, "model.safetensors is damaged: its __metadata__ is no map of texts"),
+        (f'{{"a": {ONE}, "a": {ONE}}}', "{path} is damaged, or no safetensors file: a is written twice in its header"),
+        (f'{{"a": {ONE[:-1]}, "shape": [2]}}}}', "{path} is damaged, or no safetensors file: shape is written twice in "
+         "its header"),
+        (f' {{"a": {ONE}}}', "{path} is damaged, or no safetensors file: its header does not begin with {{"),
+        (f'{{"a": {ONE}, "b": NaN}}', "{path} is damaged, or no safetensors file: NaN stands in its header"),
+        ('{"a":' + "[" * 100_000, "{path} is damaged: its header is nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_header_that_breaks_a_rule_of_the_format_is_refused_as_the_library_refuses_it(
+    header: dict[str, object] | str, message: str, tmp_path: Path
+) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(20))
+    with pytest.raises(ModelError) as error:
+        read_header(path)
+    assert str(error.value) == message.format(path=path)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+
+
+def test_tensors_may_be_named_in_any_order(tmp_path: Path) -> None:
+    text = json.dumps({"b": entry(8, 16), "empty": entry(8, 8, (0, 3)), "a": entry(0, 8)}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    assert list(read_header(path)) == ["a", "empty", "b"]
+    assert load_file(path).keys() == {"a", "b", "empty"}
+
+
+def test_a_header_beyond_the_librarys_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(GOOD, path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(shards, "_MAX_HEADER", length - 1)
+    with pytest.raises(ModelError) as error:
+        read_header(path)
+    assert str(error.value) == f"{path} is damaged: its header has {length} bytes, and {length - 1} are allowed"
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/hostname", "sub/a.safetensors", "..\\a.safetensors", "."]
+)
+def test_an_index_names_files_of_its_own_folder_only(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(GOOD, tmp_path / "other.safetensors")
+    save_file(GOOD, folder / "model-00001-of-00001.safetensors")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    line = f"{folder / WEIGHTS_INDEX} is damaged: it names {name}, and weights lie in the folder of their index"
+    with pytest.raises(ModelError) as error:
+        read_headers(folder)
+    assert str(error.value) == line
+    with pytest.raises(ModelError) as error:
+        locate(str(folder))  # transformers follows such a name
+    assert str(error.value) == line
 
 
 def test_missing_shards_and_damaged_indexes_are_named(tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def _remote_headers(repo: str, revision: str | None) -> dict[str, StoredTensor]:
             name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
             for name, tensor in entry.tensors.items()
         }
-        stored |= dict(sorted(parse_header(file, header, 0).items(), key=lambda item: item[1].begin))
+        stored |= parse_header(file, header, 0)
     return stored
 
 

@@ -25,7 +25,7 @@ from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
 from finetune.system.errors import ModelError, RunError, first_line
-from finetune.system.files import git_lfs_pointer, made_once, read_json, sha256
+from finetune.system.files import WEIGHTS_INDEX, git_lfs_pointer, made_once, read_json, sha256
 from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.
@@ -228,6 +228,10 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
     if path.is_dir():
         if pointer := git_lfs_pointer(path):
             raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
+        if (path / WEIGHTS_INDEX).exists():
+            from finetune.model.shards import weight_files
+
+            weight_files(path)  # transformers 5.23 follows names that lead out of the folder
         quantization = None
         with contextlib.suppress(RunError):  # transformers names a config that is damaged
             quantization = read_json(path / "config.json").get("quantization_config")

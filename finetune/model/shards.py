@@ -45,6 +45,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# The largest header that the safetensors library reads (0.8, `MAX_HEADER_SIZE`).
+_MAX_HEADER = 100_000_000
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -82,7 +84,7 @@ class StoredTensor:
 
 
 def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, StoredTensor]:
-    """The tensors that a header describes.
+    """The tensors that a header describes, in the order of their bytes.
 
     Args:
         file: The file's name.
@@ -90,27 +92,43 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
         offset: The offset at which the tensors' bytes begin in the file, to which the header's offsets are added.
 
     Raises:
-        ModelError: A dtype is unknown, or a tensor's bytes do not match its shape.
+        ModelError: A dtype is unknown, or the header breaks a rule of the format: whole numbers, as many bytes as type
+            and shape need, and each tensor's bytes directly after those of the one before.
+
+    Source: safetensors 0.8 `src/tensor.rs`, `Metadata.validate`.
     """
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise ModelError(f"{file} is damaged: its __metadata__ is no map of texts")
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
             raise ModelError(f"{file}: {name} is of type {entry['dtype']}, which cannot be read here")
-        begin, end = entry["data_offsets"]
-        stored = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + begin, offset + end)
-        if stored.count != math.prod(stored.shape) or (end - begin) % stored.dtype.itemsize:
+        (begin, end), shape = entry["data_offsets"], entry["shape"]
+        # `type`, because True is an int.
+        if not isinstance(shape, list) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+            raise ModelError(f"{file} is damaged: {name} has a shape or an offset that is no whole number from 0")
+        dtype = _DTYPES[entry["dtype"]]
+        if end - begin != math.prod(shape) * dtype.itemsize:
             raise ModelError(f"{file} is damaged: {name} has not the bytes that its shape needs")
-        tensors[name] = stored
+        tensors[name] = StoredTensor(file, dtype, tuple(shape), offset + begin, offset + end)
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    place = offset
+    for name, stored in tensors.items():
+        if stored.begin != place:
+            problem = "overlaps the tensor before it" if stored.begin < place else "comes after bytes of no tensor"
+            raise ModelError(f"{file} is damaged: {name} {problem}")
+        place = stored.end
     return tensors
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """The tensors of one file, in the order of their bytes.
 
     Raises:
-        ModelError: It is missing, cut off or not a safetensors file.
+        ModelError: It is missing, cut off or not a safetensors file, or its header breaks a rule of the format.
     """
     try:
         with path.open("rb") as file:
@@ -118,10 +136,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = path.stat().st_size
             if size < 8 or length > size - 8:
                 raise ModelError(f"{path} is damaged: it ends within its header")
-            header = json.loads(file.read(length))
+            if length > _MAX_HEADER:
+                raise ModelError(f"{path} is damaged: its header has {length:,} bytes, and {_MAX_HEADER:,} are allowed")
+            text = file.read(length)
+        if not text.startswith(b"{"):
+            raise ValueError("its header does not begin with {")
+        header = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
         tensors = parse_header(path.name, header, 8 + length)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path} is damaged: its header is nested too deeply") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -130,6 +155,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if end != size:
         raise ModelError(f"{path} is damaged: it has {size:,} bytes where its header says {end:,}")
     return tensors
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that is written twice, of which readers take one or the other, is refused."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is written twice in its header")
+    return entries
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} stands in its header")
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -151,6 +189,9 @@ def weight_files(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged: {error}") from error
     for name in names:
+        # Weights lie beside their index; a link may lead elsewhere, as the Hub's cache is made of links.
+        if Path(name).name != name or "\\" in name:
+            raise ModelError(f"{index} is damaged: it names {name}, and weights lie in the folder of their index")
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} is missing, though {WEIGHTS_INDEX} names it")
     return names
@@ -164,7 +205,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for name in weight_files(folder):
-        tensors |= dict(sorted(read_header(folder / name).items(), key=lambda item: item[1].begin))
+        tensors |= read_header(folder / name)
     return tensors
 
 
