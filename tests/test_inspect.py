@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -201,10 +202,15 @@ def test_json(recipe: str, capsys: Capture) -> None:
     [
         (["--html", "nowhere/page.html"], "--html nowhere/page.html: write the path of a file in a folder that exists"),
         (["--html", "."], "--html .: write the path of a file in a folder that exists"),
+        (
+            ["--html", "pipe"],
+            "pipe is a device, a pipe or a socket, and only a file is replaced; write the path of a file",
+        ),
         (["model.chat_template=none"], None),
     ],
 )
 def test_faults(overrides: list[str], said: str | None, recipe: str, capsys: Capture) -> None:
+    os.mkfifo("pipe")
     assert main(["inspect", recipe, *overrides]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -461,6 +461,10 @@ def test_where_it_is_written(copied: Path, tmp_path: Path, capsys: pytest.Captur
     assert (copied / "report.html").read_bytes() == (tmp_path / "page.html").read_bytes()
     assert main(["report", str(copied), "--output", str(tmp_path / "no" / "page.html")]) == 2
     assert "write the path of a file in a folder that exists" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["report", str(copied), "--output", str(tmp_path / "pipe")]) == 2
+    said = f"error: {tmp_path / 'pipe'} is a device, a pipe or a socket, and only a file is replaced; write the path "
+    assert capsys.readouterr().err == f"{said}of a file\n"
     for nothing in (tmp_path / "none", tmp_path):
         assert main(["report", str(nothing)]) == 2
         said = f"error: {nothing} is not a run; write the training.output_dir of a recipe that was trained\n"

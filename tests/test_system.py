@@ -202,6 +202,33 @@ def test_a_file_is_complete_or_what_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_only_a_file_is_replaced_and_no_link_is_followed(tmp_path: Path) -> None:
+    pipe, link, other = tmp_path / "pipe", tmp_path / "link", tmp_path / "other"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(RunError) as raised:
+            write_whole(path, "new")
+        assert str(raised.value) == (
+            f"{path} is a device, a pipe or a socket, and only a file is replaced; write the path of a file"
+        )
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    with pytest.raises(RunError, match=f"{tmp_path} is a folder, and only a file is replaced"):
+        write_whole(tmp_path, "new")
+    # A folder of somebody else may hold links under the names that we write to.
+    other.write_text("old", encoding="utf-8")
+    for name in ("page", ".page.part"):
+        (tmp_path / name).symlink_to(other)
+    write_whole(tmp_path / "page", "new")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "new"
+    assert not (tmp_path / "page").is_symlink()
+    assert other.read_text(encoding="utf-8") == "old"
+    os.mkfifo(tmp_path / ".page.part")
+    write_whole(tmp_path / "page", "newer")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "newer"
+
+
 def test_a_folder_is_complete_or_what_it_was(tmp_path: Path) -> None:
     output = tmp_path / "new" / "merged"
     with pytest.raises(ModelError), whole_folder(output, False) as folder:

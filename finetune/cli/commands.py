@@ -20,6 +20,7 @@ from typing import Any
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
 from finetune.system.errors import FinetuneError, RecipeError, RunError
+from finetune.system.files import check_replaceable
 from finetune.system.pages import visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
 
@@ -110,6 +111,7 @@ def _say_unless_quiet(args: argparse.Namespace) -> Say:
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
+    check_replaceable(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -34,15 +34,33 @@ _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path next to `path` to write to; on leaving the file is synced and renamed to `path`, on an error removed."""
+    """A path next to `path` to write to; on leaving the file is synced and renamed to `path`, on an error removed.
+
+    Raises:
+        RunError: A folder, a device or a pipe is at `path`.
+    """
+    check_replaceable(path)
     part = path.with_name(f".{path.name}.part")
     try:
+        if part.is_symlink() or not part.is_file():
+            part.unlink(missing_ok=True)  # writing would follow a link, and wait at a pipe
         yield part
         sync(part)
         part.replace(path)
         sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuses the path of a file to write at which there is something else than a file.
+
+    Raises:
+        RunError: A folder, a device, a pipe or a socket is there, or a link to one.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device, a pipe or a socket"
+        raise RunError(f"{path} is {kind}, and only a file is replaced; write the path of a file")
 
 
 def write_whole(path: Path, text: str) -> None:
