@@ -481,6 +481,31 @@ def test_a_token_is_never_sent(name: str, text: str, run: Path, hub: Hub, client
     assert "you/secret" not in hub.repos
 
 
+@pytest.mark.parametrize("link", ["vocab.txt", "evaluation"])
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_it_is_followed(
+    link: str, run: Path, tmp_path: Path, hub: Hub
+) -> None:
+    (run / "notes.txt").write_text("of the run")
+    (run / "merges.txt").symlink_to("notes.txt")
+    os.mkfifo(run / "test.log")
+    files = make_payload(run, "you/run", ask=False).files
+    assert files["merges.txt"] == run / "merges.txt"
+    assert not {"notes.txt", "test.log"} & files.keys()  # a pipe is no file
+    outside = tmp_path / "private"
+    outside.mkdir()
+    (outside / "report.json").write_text('{"diary": 1}')
+    target = outside if link == "evaluation" else outside / "report.json"
+    (run / link).symlink_to(target)
+    with pytest.raises(PushError) as refused:
+        push(run, "you/links")
+    place = run / link / "report.json" if link == "evaluation" else run / link
+    assert str(refused.value) == (
+        f"{place} is a link to {outside / 'report.json'}, out of the folder, and nothing is pushed; remove the link, or "
+        "put the file in its place"
+    )
+    assert "you/links" not in hub.repos
+
+
 def test_a_file_that_names_this_machine_and_is_no_text_is_refused(run: Path, hub: Hub) -> None:
     (run / "x.gguf").write_bytes(b"GGUF" + f"{run.parent}/rows.txt".encode())
     with pytest.raises(PushError, match=r"x\.gguf names .*, a path of this machine"):

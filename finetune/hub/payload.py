@@ -131,17 +131,24 @@ def _base_on_hub(folder: Path, base_model: str | None) -> provenance.BaseReferen
 
 
 def _pushed_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a folder, and of an export's formats, that are on the list, with their names in the repository."""
+    """The files of a folder, and of an export's formats, that are on the list, with their names in the repository.
+
+    Raises:
+        PushError: One of them is a link out of the folder.
+    """
+    real_folder = Path(os.path.realpath(folder))
     for place in (folder, *_format_folders(folder)):
-        for pattern in _PUSHED:
+        # The model of a config with `auto_map` cannot be loaded without its code.
+        code = ("*.py",) if place == folder and "auto_map" in read_json(folder / "config.json") else ()
+        for pattern in (*_PUSHED, *code):
             for path in sorted(place.glob(pattern)):
                 if path.is_file() and not (place != folder and path.name == "README.md"):
+                    if not (target := Path(os.path.realpath(path))).is_relative_to(real_folder):
+                        raise PushError(
+                            f"{path} is a link to {target}, out of the folder, and nothing is pushed; remove the link, "
+                            "or put the file in its place"
+                        )
                     yield path.relative_to(folder).as_posix(), path
-    config = folder / "config.json"
-    if "auto_map" in read_json(config):
-        # The model cannot be loaded without its code.
-        for path in sorted(folder.glob("*.py")):
-            yield path.name, path
 
 
 def _format_folders(folder: Path) -> list[Path]:
@@ -286,7 +293,7 @@ def linked_copy(payload: Payload, folder: Path) -> Payload:
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(content, place)
+                os.link(os.path.realpath(content), place)
             # Not every filesystem has hard links.
             except OSError:
                 shutil.copyfile(content, place)
