@@ -87,8 +87,15 @@ def parser() -> argparse.ArgumentParser:
     model = _Parser(add_help=False)
     model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
 
+    trust = argparse.ArgumentParser(add_help=False)
+    trust.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python files that come with the model run; read them first",
+    )
+
     elsewhere = "the run's base, if it is elsewhere than the run's files say"
-    flag = verb("generate", "answer prompts with a run or a model", model).add_argument
+    flag = verb("generate", "answer prompts with a run or a model", model, trust).add_argument
     flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
     flag("--system", help="a system message before each prompt")
     flag(
@@ -124,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     output.add_argument("--overwrite", action="store_true", help="replace an output of merge or export, once complete")
 
-    flag = verb("merge", "merge a run's adapter into its base's weights", output).add_argument
+    flag = verb("merge", "merge a run's adapter into its base's weights", output, trust).add_argument
     flag("folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
     flag(
@@ -146,7 +153,10 @@ def parser() -> argparse.ArgumentParser:
     flag("--stream-base", action="store_true", help="fetch the base from the Hub file by file, and keep none")
 
     flag = verb(
-        "export", f"write {', '.join(TRANSFORMERS_FORMATS)}, MLX, GGUF or Ollama files and measure their loss", output
+        "export",
+        f"write {', '.join(TRANSFORMERS_FORMATS)}, MLX, GGUF or Ollama files and measure their loss",
+        output,
+        trust,
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
     flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
@@ -165,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
     flag("--base", metavar="PATH_OR_ID", help=elsewhere)
 
-    flag = verb("evaluate", "measure the perplexity and the answers of a model", model).add_argument
+    flag = verb("evaluate", "measure the perplexity and the answers of a model", model, trust).add_argument
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
     flag("--base", metavar="PATH_OR_ID", help=elsewhere)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")

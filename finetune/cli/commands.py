@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
@@ -23,6 +23,9 @@ from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.files import check_replaceable
 from finetune.system.pages import visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
+
+if TYPE_CHECKING:
+    from finetune.recipe.load import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +111,27 @@ def _say_unless_quiet(args: argparse.Namespace) -> Say:
     return (lambda line: None) if args.quiet or distributed.rank() else print_line
 
 
+def _trust(args: argparse.Namespace) -> bool:
+    """True if Python files of models may run, by --trust-remote-code; says so."""
+    if args.trust_remote_code:
+        _say_unless_quiet(args)("--trust-remote-code: Python files that come with the model may run, with your rights")
+    return bool(args.trust_remote_code)
+
+
+def _load_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the command line names; says if it lets Python files of its base run."""
+    from finetune.recipe.load import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.model.trust_remote_code:
+        origin = recipe.origins.get("model.trust_remote_code", recipe.path)
+        _say_unless_quiet(args)(
+            f"{origin}: model.trust_remote_code: Python files that come with {recipe.model.name_or_path} may run, with "
+            "your rights"
+        )
+    return recipe
+
+
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
@@ -119,13 +143,12 @@ def _check_file(flag: str, file: Path) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from finetune.recipe.load import load_recipe
     from finetune.train.checkpoint import check_output
 
     distributed.check_launcher()
     # wandb, which transformers 5.23 imports, prints to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = _load_recipe(args)
     training = recipe.training
     # Checked before torch and trl are imported, which takes seconds.
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
@@ -145,9 +168,8 @@ def _plan(args: argparse.Namespace) -> ExitCode:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the plan alone
         from finetune.plan import configs, run, timing
         from finetune.plan.report import as_json, as_text
-        from finetune.recipe.load import load_recipe
 
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = _load_recipe(args)
         hardware = configs.gpu_named(args.gpu) if args.gpu else None
         plan = run.plan(recipe, hardware, args.gpus, say=_say_unless_quiet(args))
         if args.measure:
@@ -160,10 +182,8 @@ def _plan(args: argparse.Namespace) -> ExitCode:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from finetune.recipe.load import load_recipe
-
     with contextlib.redirect_stdout(sys.stderr):  # trackers print when they are imported
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = _load_recipe(args)
     if args.json:
         print_text(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
     elif not args.quiet:
@@ -173,13 +193,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from finetune.cli import inspect
-    from finetune.recipe.load import load_recipe
     from finetune.system.files import write_whole
 
     if args.html:
         _check_file("--html", args.html)
     with contextlib.redirect_stdout(sys.stderr):
-        data = inspect.load(load_recipe(args.recipe, args.overrides), _say_unless_quiet(args))
+        data = inspect.load(_load_recipe(args), _say_unless_quiet(args))
     count = args.rows
     if count is None and not args.json:
         count = 50 if args.html else 3
@@ -197,6 +216,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from finetune.cli.generate import generate
 
+    _trust(args)
     generate(args, print_line)
 
 
@@ -212,6 +232,7 @@ def _merge(args: argparse.Namespace) -> None:
         max_shard_size=args.max_shard_size,
         stream_base=args.stream_base,
         overwrite=args.overwrite,
+        trust_remote_code=_trust(args),
         say=_say_unless_quiet(args),
         progress=not args.quiet,
     )
@@ -227,6 +248,7 @@ def _export(args: argparse.Namespace) -> ExitCode:
         args.base,
         dict(args.gate),
         overwrite=args.overwrite,
+        trust_remote_code=_trust(args),
         say=_say_unless_quiet(args),
         progress=not args.quiet,
     )
@@ -264,6 +286,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.compare,
             args.limit,
             base=args.base,
+            trust_remote_code=_trust(args),
             say=_say_unless_quiet(args),
             progress=not args.quiet,
         )

@@ -45,6 +45,7 @@ def generate(args: argparse.Namespace, say: Say) -> None:
         device=args.device,
         compiled=args.compile,
         base_model=args.base,
+        trust_remote_code=args.trust_remote_code,
     )
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -97,6 +97,7 @@ def evaluate(
     compare: str | None = None,
     limit: int | None = None,
     base: str | None = None,
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> EvaluationReport:
@@ -109,6 +110,8 @@ def evaluate(
         compare: Another model, shown first in the report; `base` is the run's base.
         limit: The most rows and the most prompts; it overrides the recipe's `evaluate.limit`.
         base: The path or id of the run's base, in place of the one that its files name.
+        trust_remote_code: True if the user lets Python files of models and of lm-eval's tasks run; `recipe` may say so
+            of its own base and tasks.
         say: Called with a line for each step.
         progress: Shows progress bars on a terminal.
 
@@ -124,16 +127,22 @@ def evaluate(
     if file is None:
         raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
     loaded = load_recipe(file)
+    if recipe and loaded.model.trust_remote_code:
+        say(f"{file}: model.trust_remote_code: Python files that come with {loaded.model.name_or_path} may run")
+    if not recipe:
+        # The run may be somebody else's.
+        loaded = replace(loaded, model=loaded.model.model_copy(update={"trust_remote_code": trust_remote_code}))
+        _check_tasks_are_names(loaded, file, trust_remote_code)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
     subjects = [replace(_subject(model, loaded), base=base)]
     if compare:
-        subjects.insert(0, _base_of(model, base) if compare == BASE else _subject(compare, loaded))
+        subjects.insert(0, _base_of(model, base, trust_remote_code) if compare == BASE else _subject(compare, loaded))
     # Errors in the settings of the judge and the tasks must show before hours of generation.
     settings = section.judge
     if settings and not (settings.reference or compare):
         raise EvaluateError("evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference")
     judge = _judge(settings) if settings else None
-    evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say))
+    evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say), trust_remote_code)
     prompts, source = evaluation.prompts(subjects[-1])
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
     results = [evaluation.evaluate(subject, prompts) for subject in subjects]
@@ -161,19 +170,29 @@ def _subject(model: str, recipe: Recipe) -> _Subject:
     return _Subject(model, sections=(recipe.model, recipe.quantization) if own else None)
 
 
-def _base_of(run: str, base: str | None) -> _Subject:
+def _base_of(run: str, base: str | None, trust_remote_code: bool) -> _Subject:
     """The base that a run was trained from, with the run's chat template."""
     title, folder = f"base of {run}", Path(run)
     if is_adapter(folder):
         return _Subject(run, adapter=False, title=title, base=base)
     if not run_file(folder, "recipe.yaml"):
         raise EvaluateError(f"--compare {BASE}: {run} is not a run; write the name of a model")
-    section, quantization = adapter_base_sections(folder)
+    section, quantization = adapter_base_sections(folder, trust_remote_code=trust_remote_code)
     if template := run_file(folder, "chat_template.jinja"):
         # The saved template holds both choices already.
         saved = {"chat_template": str(template), "system_role": "template", "chat_template_kwargs": {}}
         section = section.model_copy(update=saved)
     return _Subject(section.name_or_path, sections=(section, quantization), title=title)
+
+
+def _check_tasks_are_names(recipe: Recipe, file: Path, trust_remote_code: bool) -> None:
+    """Refuses tasks in files, which may name Python functions, where a run's own recipe names them."""
+    names = recipe.evaluate.lm_eval.tasks if recipe.evaluate.lm_eval else []
+    if not trust_remote_code and (files := [name for name in names if name.endswith((".yaml", ".yml"))]):
+        raise EvaluateError(
+            f"evaluate.lm_eval.tasks: {file} names {files[0]}, and a task in a file may run Python; read it, then "
+            "write --trust-remote-code, or --recipe with a recipe that names it"
+        )
 
 
 def _tasks(recipe: Recipe) -> Tasks | None:
@@ -195,6 +214,7 @@ class _Evaluation:
     say: Say
     progress: bool
     locate_base: Callable[[ModelSection], Base]
+    trust_remote_code: bool = False
     _rows: dict[str, list[HeldOutRow]] = field(default_factory=dict)
     _pairs: dict[str, list[Pair]] = field(default_factory=dict)
 
@@ -202,7 +222,11 @@ class _Evaluation:
         """The prompts, and a description of their origin for the report."""
         if path := self.recipe.evaluate.prompts:
             return read_prompts(path, self.limit), Path(path).name
-        section = subject.sections[0] if subject.sections else tokenizer_section(Path(subject.model), subject.base)
+        section = (
+            subject.sections[0]
+            if subject.sections
+            else tokenizer_section(Path(subject.model), subject.base, self.trust_remote_code)
+        )
         rows = self.held_out(Chat(load_tokenizer(section, self.locate_base(section))))
         if not rows:
             raise EvaluateError(
@@ -244,6 +268,7 @@ class _Evaluation:
             base_model=subject.base,
             sections=subject.sections,
             locate_base=self.locate_base,
+            trust_remote_code=self.trust_remote_code,
         )
         try:
             rows = self.held_out(generator.chat)

@@ -36,7 +36,9 @@ _KINDS = {"rows": "token rows", "value": "a tensor trained whole", "base": "a sa
 _OF_A_MODEL = ("config.json", "generation_config.json")
 
 
-def write_adapter(run: Path, output: Path, base: str | None = None, kind: str = ADAPTER) -> PlainLora:
+def write_adapter(
+    run: Path, output: Path, base: str | None = None, kind: str = ADAPTER, trust_remote_code: bool = False
+) -> PlainLora:
     """Writes a run's adapter as plain LoRA of one rank, with `lora_alpha` equal to it.
 
     Args:
@@ -44,12 +46,15 @@ def write_adapter(run: Path, output: Path, base: str | None = None, kind: str = 
         output: An empty folder.
         base: The path or id of the base, in place of the one that the run's files name.
         kind: The format that it is written for, `adapter` or `gguf:adapter`.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         ExportError: The adapter holds something else than LoRA matrices of linear layers.
         MergeError, ModelError, RunError: See `plan_in_fresh_process`.
     """
-    plan = plan_in_fresh_process(MergeRequest(str(run), ((str(run), 1.0),), str(output), base=base))
+    adapters = ((str(run), 1.0),)
+    request = MergeRequest(str(run), adapters, str(output), base=base, trust_remote_code=trust_remote_code)
+    plan = plan_in_fresh_process(request)
     changes = _lora_changes(run, plan, kind)
     [(folder, weight)] = plan.adapters
     with Adapter(Path(folder), weight) as adapter:

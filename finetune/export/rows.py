@@ -26,7 +26,9 @@ class HeldOutRows(NamedTuple):
     source: str
 
 
-def held_out(model: Path, say: Say = lambda line: None, base: str | None = None) -> HeldOutRows:
+def held_out(
+    model: Path, say: Say = lambda line: None, base: str | None = None, trust_remote_code: bool = False
+) -> HeldOutRows:
     """Rows that a run was not trained on, encoded by its own tokenizer.
 
     If the run held no rows out, the rows are from its training; if its data cannot be read, they are sample rows.
@@ -35,11 +37,12 @@ def held_out(model: Path, say: Say = lambda line: None, base: str | None = None)
         model: A run, one of its checkpoints, or a folder with a whole model.
         say: Called with a line if the run's data cannot be read.
         base: The path or id of a run's base, in place of the one that its files name.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         ModelError: The model has no tokenizer that can be loaded.
     """
-    chat = Chat(load_tokenizer(tokenizer_section(model, base)))
+    chat = Chat(load_tokenizer(tokenizer_section(model, base, trust_remote_code)))
     if recipe_file := run_file(model, "recipe.yaml"):
         try:
             recipe = load_recipe(recipe_file)

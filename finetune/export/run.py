@@ -54,6 +54,7 @@ def export(
     base: str | None = None,
     gate: dict[str, float] | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> Path:
@@ -69,6 +70,7 @@ def export(
         base: For a run: `original`, `dequantised`, or the path or id of the base, as `finetune.merge.merge` takes it.
         gate: Limits by name: max_kl, max_kl_p99, min_top1, max_perplexity_ratio. `shortfalls` returns the missed ones.
         overwrite: Replaces an earlier export in `output`, after the new one is complete.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
         say: Called with a line for each step.
         progress: Shows progress bars on a terminal.
 
@@ -88,7 +90,9 @@ def export(
     options = _export_section(model)
     given = base if base not in (None, "original", "dequantised") else None
     formats = list(dict.fromkeys(formats or options.formats))
-    section = adapter_base_sections(model, given)[0] if is_run else ModelSection(name_or_path=str(model))
+    section = ModelSection(name_or_path=str(model), trust_remote_code=trust_remote_code)
+    if is_run:
+        section, _ = adapter_base_sections(model, given, trust_remote_code)
     check_formats(section, formats)
     gate = dict(options.gate) | (gate or {})
     if unknown := gate.keys() - LIMITS.keys():
@@ -107,8 +111,8 @@ def export(
     with whole_folder(output, overwrite, [model]) as folder:
         work = folder / ".work"
         work.mkdir()
-        rows = held_out(run or model, say, given)
-        exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress, given)
+        rows = held_out(run or model, say, given, trust_remote_code)
+        exporting = _Export(model, run, formats, gate, rows, folder, work, say, progress, given, trust_remote_code)
         lora = exporting.write_adapter()
         source = exporting.add_source_models(base or options.base)
         gguf = None
@@ -141,6 +145,7 @@ class _Export:
         folder: The folder that is filled; it is renamed to the output at the end.
         work: A folder inside it that is removed at the end.
         given_base: The path or id of the run's base, if it is not where the run's files say.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
         jobs: The folders to measure. The first one's token ids are those of the training.
         models: The figures of the models measured so far, by name.
         missed: A line for each limit that is missed and each broken file.
@@ -156,6 +161,7 @@ class _Export:
     say: Say
     progress: bool
     given_base: str | None = None
+    trust_remote_code: bool = False
     jobs: list[Job] = field(default_factory=list)
     models: dict[str, ModelFigures] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -186,7 +192,8 @@ class _Export:
         for kind in bases:
             name = "original" if kind == self.given_base else kind
             self.say(f"merging into the {name} base")
-            merged = merge(self.model, self.work / f"merged-{name}", base=kind, progress=self.progress)
+            place, trust = self.work / f"merged-{name}", self.trust_remote_code
+            merged = merge(self.model, place, base=kind, trust_remote_code=trust, progress=self.progress)
             kept = keep if kind == base else None
             self.jobs.append(Job(f"merged, {name} base", merged, _dtype(merged), **against, keep=kept))
         return self.jobs[1]
@@ -199,7 +206,7 @@ class _Export:
         place = (self.folder if ADAPTER in wanted else self.work) / ADAPTER
         place.mkdir()
         self.say(f"{wanted[0]}: writing")
-        return write_adapter(self.model, place, self.given_base, wanted[0])
+        return write_adapter(self.model, place, self.given_base, wanted[0], self.trust_remote_code)
 
     def write_folders(self, source: Job) -> None:
         """Writes the folders for transformers and mlx-lm; adds a job for each, and for an adapter that is kept."""
@@ -211,8 +218,10 @@ class _Export:
                 self.say(f"{name}: writing")
                 place = self.folder / name
                 place.mkdir()
-                write = mlx.write_mlx if name in MLX_BITS else write_format
-                write(source.folder, place, name, self.progress)
+                if name in MLX_BITS:
+                    mlx.write_mlx(source.folder, place, name, self.progress)
+                else:
+                    write_format(source.folder, place, name, self.progress, self.trust_remote_code)
                 reader = mlx.reader_of(name) if name in MLX_BITS else "transformers"
                 self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep, reader=reader))
 
@@ -233,6 +242,7 @@ class _Export:
         limited = {self.jobs[0].name, source.name, *self.formats}
         for job in self.jobs:
             self.say(f"{job.name}: measuring")
+            job = replace(job, trust_remote_code=self.trust_remote_code)
             if job.against and "error" in self.models[job.against]:
                 job = replace(job, reference=None)
             figures = measure(job, self.rows.rows)

@@ -21,7 +21,7 @@ def saved_dtype(model: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def write_format(model: Path, output: Path, kind: str, progress: bool = False) -> None:
+def write_format(model: Path, output: Path, kind: str, progress: bool = False, trust_remote_code: bool = False) -> None:
     """Writes a model in one of `WEIGHT_FORMATS`, with one tensor in memory at a time.
 
     Weights that are not quantised (norms; but for mlx also embeddings and the output layer) are written in 16 bit.
@@ -31,6 +31,7 @@ def write_format(model: Path, output: Path, kind: str, progress: bool = False) -
         output: An empty folder.
         kind: The format.
         progress: Shows a progress bar on a terminal.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         MergeError: A weight exceeds the range of float16.
@@ -45,5 +46,6 @@ def write_format(model: Path, output: Path, kind: str, progress: bool = False) -
         "w4a16": {COMPRESSED: "w4a16"},
     } | {name: {MLX: bits} for name, bits in MLX_BITS.items()}
     quantization = kinds.get(kind)
-    plan = plan_in_fresh_process(MergeRequest(str(model), (), str(output), dtype, quantization))
+    request = MergeRequest(str(model), (), str(output), dtype, quantization, trust_remote_code=trust_remote_code)
+    plan = plan_in_fresh_process(request)
     write_weights(plan, output, _SHARD_SIZE, quantised=quantization is not None, progress=progress)

@@ -53,6 +53,7 @@ class Job:
         keep: The file to write this model's predictions to.
         base: The path or id of a run's base, in place of the one that its files name.
         groups: Further rows, by name; the result has figures for each group.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
         reader: The program that measures it; `dequantised` is transformers with the weights that mlx-lm computes with.
     """
 
@@ -64,6 +65,7 @@ class Job:
     keep: Path | None = None
     base: str | None = None
     groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
+    trust_remote_code: bool = False
     reader: Literal["transformers", "mlx-lm", "dequantised"] = "transformers"
 
 
@@ -129,7 +131,8 @@ def _load(job: Job) -> Any:
         if job.reader == "dequantised":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dequantised-")))
             mlx.write_dequantised(job.folder, folder)
-        return load_generator(str(folder), dtype=job.dtype, as_is=True, base_model=job.base)
+        trust = job.trust_remote_code
+        return load_generator(str(folder), dtype=job.dtype, as_is=True, base_model=job.base, trust_remote_code=trust)
 
 
 def _token_ids(generator: Any) -> list[list[int]]:

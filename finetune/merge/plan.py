@@ -54,6 +54,7 @@ class MergeRequest:
         stream: True leaves the weights of a base on the Hub there.
         base: The path or id of the base, in place of the one that the run's files name.
         dequantised: True merges into the rounded weights of a base that is stored quantised.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
     """
 
     model: str
@@ -64,6 +65,7 @@ class MergeRequest:
     stream: bool = False
     base: str | None = None
     dequantised: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,10 @@ def _locate_base(request: MergeRequest) -> _Base:
     # Imports transformers.
     from finetune.model.locate import Base, read_config
 
-    run = Path(request.model)
-    section, quantization, environment = ModelSection(name_or_path=request.model), None, {}
+    run, trust = Path(request.model), request.trust_remote_code
+    section, quantization, environment = ModelSection(name_or_path=request.model, trust_remote_code=trust), None, {}
     if request.adapters:
-        (section, quantization), environment = adapter_base_sections(run, request.base), environment_of(run)
+        (section, quantization), environment = adapter_base_sections(run, request.base, trust), environment_of(run)
     revision = (not request.base and environment.get("base_commit")) or section.revision
     base = Base.of(section.model_copy(update={"revision": revision}))
     path = base.path

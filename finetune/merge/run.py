@@ -32,6 +32,7 @@ def merge(
     max_shard_size: str = "5GB",
     stream_base: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     say: Say = lambda line: None,
     progress: bool = False,
 ) -> Path:
@@ -48,6 +49,7 @@ def merge(
         max_shard_size: The size at which a new weight file begins, such as 5GB or 500MB.
         stream_base: Fetches the weight files of a base on the Hub one by one, and removes each when it is used up.
         overwrite: Replaces the result of an earlier merge or export in `output`, once the new one is complete.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
         say: Called with each line for the user.
         progress: Shows a progress bar on a terminal.
 
@@ -73,6 +75,7 @@ def merge(
             stream=stream_base,
             base=given,
             dequantised=base == "dequantised",
+            trust_remote_code=trust_remote_code,
         )
         plan = plan_in_fresh_process(request)
         if plan.folder:

@@ -91,7 +91,8 @@ def _save_tokenizer(section: ModelSection, run: Path, base: Path, into: Path) ->
 
     own = has_tokenizer(run)
     with quiet():
-        tokenizer = load_tokenizer(ModelSection(name_or_path=str(run)) if own else section)
+        in_run = ModelSection(name_or_path=str(run), trust_remote_code=section.trust_remote_code)
+        tokenizer = load_tokenizer(in_run if own else section)
         tokenizer.save_pretrained(into)
         folder = next((p for p in (run, base) if (p / "generation_config.json").exists()), None)
         generation = GenerationConfig.from_pretrained(str(folder)) if folder else GenerationConfig()

@@ -275,6 +275,7 @@ def load_generator(
     base_model: str | None = None,
     sections: tuple[ModelSection, dict[str, Any] | None] | None = None,
     locate_base: Callable[[ModelSection], Base] = Base.of,
+    trust_remote_code: bool = False,
 ) -> Generator:
     """Loads a run (its adapter on its base, as it was trained), a directory of full weights, or a base model.
 
@@ -291,6 +292,7 @@ def load_generator(
         sections: For a model without an adapter: the `model` and `quantization` sections of the recipe that says how to
             load it and which chat template to use.
         locate_base: Locates a base; a caller that loads several models passes one that keeps those located before.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         ModelError: The run or model does not exist or cannot be loaded, or this device cannot compute in the dtype or
@@ -308,8 +310,9 @@ def load_generator(
         raise ModelError(
             f"{name}: neither a finished run (adapter_config.json) nor a model (config.json){adapter_below(folder)}"
         )
+    own_section = ModelSection(name_or_path=name, trust_remote_code=trust_remote_code)
     section, quantization = (
-        adapter_base_sections(folder, base_model) if adapted else sections or (ModelSection(name_or_path=name), None)
+        adapter_base_sections(folder, base_model, trust_remote_code) if adapted else sections or (own_section, None)
     )
     if base_model and not adapted:
         raise ModelError(f"--base {base_model}: {name} is no run, but a whole model; leave out --base")
@@ -352,7 +355,7 @@ def load_generator(
         model = model.to(place)
     model.eval()
     own_tokenizer = folder.is_dir() and (has_tokenizer(folder) if adapted else sections is None)
-    tokenizer = load_tokenizer(ModelSection(name_or_path=name)) if own_tokenizer else load_tokenizer(section, base)
+    tokenizer = load_tokenizer(own_section) if own_tokenizer else load_tokenizer(section, base)
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile")
     stop_ids = tuple(eos_tokens(model.generation_config, tokenizer))

@@ -7,14 +7,17 @@ with `model.resize_embeddings`, a model whose tokenizer has more tokens than its
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -30,6 +33,8 @@ from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.
 _CACHE_VERSION = 1
+# The names that a package with a GGUF model has: a function that writes the file, its name and its hash.
+_PACKAGE_MARKER = {"assemble", "MODEL_NAME", "EXPECTED_SHA256"}
 
 
 class BaseIdentity(TypedDict, total=False):
@@ -164,6 +169,12 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
 
     with load_errors(path), quiet():
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    for part in (config, config.get_text_config()):
+        if "/" in str(part._attn_implementation):
+            raise ModelError(
+                f"model.name_or_path: the config.json of {path} names the attention kernel {part._attn_implementation} "
+                "of the Hub, which is code; remove attn_implementation from it"
+            )
     check_writes_text(config)
     return config
 
@@ -178,6 +189,12 @@ def load_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
+        # transformers 5.23 `dynamic_module_utils.py`, `resolve_trust_remote_code`
+        if isinstance(error, ValueError) and "custom code" in str(error):
+            raise ModelError(
+                f"model.name_or_path: {name} brings Python files, which are not run unless you say so; read them, then "
+                "write --trust-remote-code (in a recipe: model.trust_remote_code: true)"
+            ) from error
         if words := hub_errors.hub_problem(name, error):
             raise ModelError(f"model.name_or_path: {name} {words}") from error
         raise ModelError(f"model.name_or_path: {name} cannot be loaded: {first_line(error)}") from error
@@ -251,15 +268,34 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
 
 
 def _import_gguf_package(module: str) -> Any:
-    try:
-        package = importlib.import_module(module)
-    except ImportError as error:
+    """The module of a package with a GGUF model.
+
+    The name may come from somebody else's file, and an import runs code: the source is looked at first.
+    """
+    spec = importlib.util.find_spec(module) if module.isidentifier() and module not in sys.modules else None
+    if spec is None and module not in sys.modules:
         raise ModelError(
             f"model.name_or_path: the package {module} is not installed; pip install 'finetune[quickstart]'"
-        ) from error
-    if not all(hasattr(package, name) for name in ("assemble", "MODEL_NAME", "EXPECTED_SHA256")):
+        )
+    names = _top_level_names(spec) if spec else set(dir(sys.modules[module]))
+    if not names.issuperset(_PACKAGE_MARKER):
         raise ModelError(f"model.name_or_path: the package {module} holds no GGUF model (no function `assemble`)")
-    return package
+    return importlib.import_module(module)
+
+
+def _top_level_names(spec: ModuleSpec) -> set[str]:
+    """The names that a module's source assigns, defines or imports at its top level; none if it has no source."""
+    try:
+        tree = ast.parse(Path(spec.origin or "").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        names |= {alias.asname or alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)}
+        names |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+    return names
 
 
 def _convert_gguf(file: Path, into: Path) -> None:

@@ -125,15 +125,19 @@ def license_of(base: str | None) -> dict[str, str]:
     return {"license": name} if name else {}
 
 
-def adapter_base_sections(folder: Path, given: str | None = None) -> tuple[ModelSection, dict[str, Any] | None]:
+def adapter_base_sections(
+    folder: Path, given: str | None = None, trust_remote_code: bool = False
+) -> tuple[ModelSection, dict[str, Any] | None]:
     """The `model` and `quantization` sections of an adapter's base.
 
     They are read from the run's recipe, without its checks, because the data may have moved since. For an adapter that
-    another tool trained, `adapter_config.json` names the base.
+    another tool trained, `adapter_config.json` names the base. The folder may be somebody else's: what its files say of
+    `trust_remote_code`, and attention kernels on the Hub, which are code, count for nothing.
 
     Args:
         folder: The adapter's folder: a run, a checkpoint, or what PEFT saved.
         given: The base's path or id on the Hub, in place of the one that the files name.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         ModelError: Neither file can be read, the adapter's files are not PEFT's, or the base is a path that does not
@@ -145,8 +149,11 @@ def adapter_base_sections(folder: Path, given: str | None = None) -> tuple[Model
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
             section, quantization = ModelSection(**saved["model"]), saved.get("quantization")
+            if section.attn_implementation and "/" in section.attn_implementation:
+                section = section.model_copy(update={"attn_implementation": None})
         except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} is damaged: it names no base model") from error
+        section = section.model_copy(update={"trust_remote_code": trust_remote_code})
         return _base_section(section, path, given), quantization
     from peft import PeftConfig
 
@@ -155,7 +162,8 @@ def adapter_base_sections(folder: Path, given: str | None = None) -> tuple[Model
         name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not (name or given):
         raise ModelError(f"{config} names no base (base_model_name_or_path); write --base with its path or id")
-    return _base_section(ModelSection(name_or_path=str(name or given)), config, given), None
+    section = ModelSection(name_or_path=str(name or given), trust_remote_code=trust_remote_code)
+    return _base_section(section, config, given), None
 
 
 def _base_section(section: ModelSection, file: Path, given: str | None) -> ModelSection:
@@ -190,19 +198,20 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
 
-def tokenizer_section(folder: Path, base: str | None = None) -> ModelSection:
+def tokenizer_section(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
     """The `model` section whose tokenizer a run or model is prompted with: the folder's own, or that of a run's base.
 
     Args:
         folder: A run, or what `model.name_or_path` takes.
         base: The path or id of a run's base, in place of the one that its files name.
+        trust_remote_code: True if the user lets Python files of the model's repository run.
 
     Raises:
         ModelError: The folder is a run without a tokenizer, and its base is not known.
     """
     if is_adapter(folder) and not has_tokenizer(folder):
-        return adapter_base_sections(folder, base)[0]
-    return ModelSection(name_or_path=str(folder))
+        return adapter_base_sections(folder, base, trust_remote_code)[0]
+    return ModelSection(name_or_path=str(folder), trust_remote_code=trust_remote_code)
 
 
 def source_run(folder: Path) -> Path | None:

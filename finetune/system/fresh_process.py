@@ -138,7 +138,8 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
 def _start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> subprocess.Popen[str]:
     """The process that runs `answer(*names)`; tests replace this function to fork one that has done the imports."""
     code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
-    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    # `-P`: without it Python imports modules of the working directory first, which may be somebody else's folder.
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, *names]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
