@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     model = _Parser(add_help=False)
     model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
 
-    trust = argparse.ArgumentParser(add_help=False)
+    trust = _Parser(add_help=False)
     trust.add_argument(
         "--trust-remote-code",
         action="store_true",
