@@ -1,4 +1,4 @@
-"""What docs/security.md promises: nothing of somebody else's files runs unless the user says so for this command.
+"""Nothing of somebody else's files runs unless the user says so for this command (docs/security.md).
 
 In place of an attack each file would write a marker.
 """
