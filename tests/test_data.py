@@ -921,3 +921,53 @@ def test_special_tokens_where_the_source_allows_them() -> None:
     assert fault(lambda: prepare(source={"special_tokens": True})) == (
         "rows.jsonl: special_tokens is for text without a chat template, these rows are messages; remove it"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows that are too long to be tokenised
+
+
+@pytest.fixture
+def few_characters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """At most 1000 characters in a row of any length; the number of texts of each call of the tokenizer."""
+    monkeypatch.setattr("finetune.data.prepare._MAX_CHARACTERS", 1000)
+    tokenize, calls = Chat.tokenize, list[int]()
+
+    def counted(self: Chat, texts: Any) -> Any:
+        calls.append(len(texts))
+        assert all(len(text) < 2000 for text in texts)
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(Chat, "tokenize", counted)
+    return calls
+
+
+def spoken(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]}
+
+
+def test_a_row_of_too_many_characters_is_not_tokenised(few_characters: list[int]) -> None:
+    jsonl(spoken("short"), spoken("long " * 300))
+    assert fault(prepare) == (
+        "rows.jsonl:2: it has too many characters to be tokenised; 1,515, divide it; "
+        "mend the row, or write data.on_bad_row: skip"
+    )
+    assert prepare(on_bad_row="skip").ledger.bad == {"it has too many characters to be tokenised": 1}
+    with pytest.raises(DataError, match=r"; 2 longer than training\.max_length 9;"):
+        prepare(on_overflow="drop", max_length=9)
+    jsonl({"text": "long " * 300}, name="text.jsonl")
+    with pytest.raises(DataError, match="too many characters"):
+        prepare("text.jsonl", train_on="all", on_overflow="split", max_length=9)
+
+
+def test_a_row_that_fits_into_max_length_is_kept_however_many_characters_it_has(few_characters: list[int]) -> None:
+    text = "the " * 300 + "end"
+    jsonl(spoken(text))
+    length = len(prepare(max_length=2000).dataset[0]["input_ids"])
+    assert len(prepare(max_length=length).dataset) == 1
+
+
+def test_long_rows_are_tokenised_few_at_a_time(few_characters: list[int]) -> None:
+    jsonl(*(spoken(f"{i} " * 300) for i in range(8)))
+    assert len(prepare().dataset) == 8
+    assert max(few_characters) == 2

@@ -636,6 +636,13 @@ def test_only_small_regular_files_are_read(
     assert caught.value.faults == [f"{where}can't be read ({fault}); write the path of a recipe"]
 
 
+def test_rows_in_a_pipe() -> None:
+    os.mkfifo("pipe.jsonl")
+    assert report("model: {name_or_path: owner/model}\ndata: {train: [{path: pipe.jsonl}]}\n") == [
+        'r.yaml:2: data.train.0.path: is "pipe.jsonl", a device or a pipe; write a file'
+    ]
+
+
 def test_each_use_of_an_alias_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.recipe.yaml_tree.MAX_VALUES", 60)
     # The line is that of the anchor. Four lines hold 8 pairs of numbers, and the same maps, merged.

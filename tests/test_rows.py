@@ -394,6 +394,54 @@ def test_parquet() -> None:
     assert read("rows.parquet", data[:-20])[0][1].startswith("!! rows.parquet: not a whole Parquet file: ")
 
 
+LONG = b"x" * (8 << 20)
+LARGE_ROWS = {
+    "rows.jsonl": (b'{"text": "a"}\n{"text": "' + LONG + b'"}\n', "rows.jsonl:2"),
+    "rows.jsonl.gz": (b'{"text": "a"}\n{"text": "' + LONG + b'"}\n', "rows.jsonl.gz:2"),
+    "rows.json.gz": (b'[{"text": "a"}, {"text": "' + LONG + b'"}]', "rows.json.gz[1]"),
+    "rows.csv.gz": (b"text\na\n" + LONG + b"\n", "rows.csv.gz:3"),
+    "cell.csv.gz": (b'text\na\n"' + b"x\n" * (4 << 20) + b'"\n', "cell.csv.gz:3"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "where"), [(k, *v) for k, v in LARGE_ROWS.items()], ids=LARGE_ROWS)
+def test_a_large_row_is_named_before_it_is_in_memory(
+    name: str, data: bytes, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr(json_rows, "_PIECE", 1 << 12)
+    raw(gzip.compress(data, 1) if name.endswith(".gz") else data, name)
+    tracemalloc.start()
+    rows = told(read_rows(DataSource(path=name)), 1 << 12)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    line = f"!! {where}: the row is larger than 65,536 bytes, the most that is read; divide it"
+    assert rows[-1] == ("", line)
+    assert [row["text"] for _, row in rows[:-1]] == ["a"]
+    assert peak < 3 << 20
+
+
+def test_a_large_row_of_a_parquet_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 16)
+    parquet.write_table(pa.table({"text": ["ab" * (1 << 17)]}), "rows.parquet")
+    assert read("rows.parquet") == [
+        ("", "!! rows.parquet: the row is larger than 65,536 bytes, the most that is read; divide it")
+    ]
+    parquet.write_table(pa.table({"text": ["ab" * (1 << 13)] * 9}), "rows.parquet")
+    assert len(read("rows.parquet")) == 9
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)], ids=["pipe", "device"])
+def test_rows_are_read_from_regular_files_alone(make: Callable[[str], object]) -> None:
+    make("rows.jsonl")
+    line = "rows.jsonl: the file cannot be read: it is a device or a pipe, not a file"
+    assert read("rows.jsonl") == [("", f"!! {line}")]
+    assert fault(lambda: fingerprint(DataSource(path="rows.jsonl"))) == line
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_gzip_cut_off_at_every_byte(kind: str) -> None:
     texts = [f"{i} {math.sin(i)}" for i in range(8)]

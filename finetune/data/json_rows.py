@@ -15,6 +15,8 @@ from finetune.system.errors import DataError, LabelError
 
 Row = dict[str, Any]
 
+# The most bytes of a row, in any kind of file. Its values take up to thirty times as much memory as its JSON.
+MAX_ROW_BYTES = 1 << 26
 _PIECE = 1 << 20  # bytes that are read at once
 
 
@@ -26,6 +28,25 @@ def cut_off(inside: str, line: int, offset: int) -> CutOff:
     """The error for a row that starts at a line, counted from 1, and a byte offset."""
     start = f"the row starts at line {line}, byte offset {offset}"
     return CutOff(f"the file ends in the middle of a row{inside}", start)
+
+
+def too_large(place: str) -> DataError:
+    """The error for a row of more than `MAX_ROW_BYTES`, after which a file is not read on."""
+    return DataError(f"{place}: the row is larger than {MAX_ROW_BYTES:,} bytes, the most that is read; divide it")
+
+
+def lines_of(name: str, file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file.
+
+    Raises:
+        DataError: A line is longer than `MAX_ROW_BYTES`.
+    """
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise too_large(f"{name}:{number}")
+        yield line
 
 
 class _Decoder(json.JSONDecoder):
@@ -69,9 +90,13 @@ def decode_json(text: str) -> Any:
 
 
 def read_jsonl(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelError]]:
-    """Yields the row of each line that is not blank; in place of one that cannot be read, a `LabelError`."""
+    """Yields the row of each line that is not blank; in place of one that cannot be read, a `LabelError`.
+
+    Raises:
+        DataError: A line is longer than `MAX_ROW_BYTES`.
+    """
     decoder, offset = _Decoder(), 0
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(lines_of(name, file), 1):
         if line.strip():
             yield f"{name}:{number}", _parse(decoder, line, number, offset)
         offset += len(line)
@@ -181,6 +206,8 @@ class _Window:
                     self.pos = end
                     return (isinstance(value, dict) and self._decoder.fault) or value
                 inside = ""
+            if len(self.text) - self.pos > MAX_ROW_BYTES:
+                raise too_large(f"{self._name}[{number}]")
             if not self.more():
                 line, _, offset = self.place(self.pos)
                 return cut_off(inside, line, offset)
@@ -196,7 +223,7 @@ def read_json(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelErro
     """Yields the rows of a JSON list; in place of one that cannot be read, a `LabelError`.
 
     Raises:
-        DataError: The file is not a list, or not JSON.
+        DataError: The file is not a list, or not JSON, or a row is larger than `MAX_ROW_BYTES`.
     """
     text = _Window(name, file)
     if (first := text.peek()) not in ("", "["):

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,10 @@ from finetune.system.errors import DataError, LabelError, TemplateError, TurnRew
 # The number of rows that are tokenised in one call, by the tokenizer's own threads. At most four chunks are in memory.
 _CHUNK = 64
 
+# Rows of more characters are not tokenised, unless `max_length` tokens may be as long: tokenizers 0.23 takes 150 bytes
+# of memory for each.
+_MAX_CHARACTERS = 1 << 23
+
 # The changes to rows that the ledger counts as mended.
 TOOLS_NOT_RENDERED = "rows whose tools the chat template leaves out"
 ROW_PER_EXCHANGE = "rows split into one row per exchange, because the chat template renders earlier turns differently"
@@ -63,6 +68,18 @@ class Preparation:
     max_length: int | None
     method: str = "sft"
 
+    def fits(self, characters: int) -> bool:
+        """False for a row with more characters than a row of `max_length` tokens can have.
+
+        A token has at most as many characters as its name in the vocabulary: there each byte is a character at least.
+        A tokenizer or a template may drop white space besides, so four times as many are allowed, and any row of up to
+        `_MAX_CHARACTERS`.
+        """
+        if characters <= _MAX_CHARACTERS:
+            return True
+        longest = max(map(len, self.chat.tokenizer.get_vocab()))
+        return characters <= 4 * longest * (self.max_length or 0)
+
 
 def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]:
     """Yields the result of each row of a source, in the order of the source.
@@ -75,7 +92,7 @@ def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]
     waiting: deque[tuple[list[_Rendered], Future[list[Ids]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
-            while chunk := list(islice(rows, _CHUNK)):
+            while chunk := list(_chunk(rows)):
                 texts = [rendered.text for _, item in chunk if isinstance(item, list) for rendered in item]
                 waiting.append((chunk, pool.submit(preparation.chat.tokenize, texts)))
                 if len(waiting) > 2:
@@ -84,6 +101,16 @@ def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]
                 yield from _labelled(preparation, *waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunk(rows: Iterator[_Rendered]) -> Iterator[_Rendered]:
+    """Yields the next rows to tokenise in one call: at most `_CHUNK`, fewer where they are long."""
+    characters = 0
+    for result, item in islice(rows, _CHUNK):
+        yield result, item
+        characters += sum(len(rendered.text) for rendered in item) if isinstance(item, list) else 0
+        if characters > _MAX_CHARACTERS:
+            return
 
 
 # A row's result so far, and its chats to tokenise, its encoded text, or the error to raise; None: the result is final.
@@ -142,6 +169,11 @@ def _render(
     else:
         converted = FORMATS[form](row)
         result.unread += converted.get("unread", [])
+    if not preparation.fits(characters := _characters(converted)):
+        if preparation.section.on_overflow == "drop" and preparation.max_length:
+            result.dropped = f"longer than training.max_length {preparation.max_length}"
+            return []
+        raise LabelError("it has too many characters to be tokenised", f"{characters:,}, divide it")
     if "messages" in converted:
         if source.special_tokens:
             raise DataError(
@@ -164,6 +196,18 @@ def _render(
     if train_on == "all":
         encoded.labels[1:] = encoded.input_ids[1:]
     return encoded
+
+
+def _characters(value: Any) -> int:
+    """The number of characters of all texts in a value."""
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, dict | list):
+            left += item.values() if isinstance(item, dict) else item
+    return count
 
 
 def _render_answers(preparation: Preparation, converted: Row, result: RowResult) -> list[RenderedChat]:

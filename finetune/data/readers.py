@@ -20,10 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from finetune.data import json_rows
 from finetune.data.hub_rows import hub_fingerprint, read_hub, without_null_keys
-from finetune.data.json_rows import CutOff, Row, cut_off, read_json, read_jsonl
+from finetune.data.json_rows import CutOff, Row, cut_off, lines_of, read_json, read_jsonl, too_large
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError, reworded
+from finetune.system.files import open_regular
+
+# The rows of a Parquet file that are in memory at once.
+_BATCH = 32
 
 
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
@@ -51,7 +56,7 @@ def fingerprint(source: DataSource) -> str:
         parts = [source.path, source.config, source.split, source.revision, hub_fingerprint(source)]
     else:
         for name in _files(source):
-            with _readable(name), open(name, "rb") as file:
+            with _readable(name), open_regular(name) as file:
                 parts += [Path(name).name, hashlib.file_digest(file, "blake2b").hexdigest()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -85,17 +90,21 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _read_file(name: str) -> Iterator[tuple[str, Row | LabelError]]:
-    if Path(name).stat().st_size == 0:
-        raise DataError(f"{name}: the file is empty")
     readers = {".jsonl": read_jsonl, ".json": read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     read = readers.get(Path(name.removesuffix(".gz")).suffix)
     if read is None:
         raise DataError(
             f"{name}: not a file of rows by its name, which must end in {', '.join(readers)} or these and .gz"
         )
-    with cast("IO[bytes]", gzip.open(name) if name.endswith(".gz") else open(name, "rb")) as file:
-        if not isinstance(file, gzip.GzipFile) or read is _read_parquet:
-            yield from read(name, file)
+    with open_regular(name) as packed:
+        if not packed.peek(1):
+            raise DataError(f"{name}: the file is empty")
+        if not name.endswith(".gz"):
+            yield from read(name, packed)
+            return
+        file = gzip.GzipFile(fileobj=packed)
+        if read is _read_parquet:
+            yield from read(name, cast("IO[bytes]", file))
             return
         unpacked, row = _Unpacked(file), None
         for row_name, row in read(name, io.BufferedReader(unpacked)):
@@ -125,14 +134,16 @@ class _Unpacked(io.RawIOBase):
 class _Lines:
     """The lines of a CSV file as text, each decoded alone, so that an error names its own line."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.offset = file, 0
+    def __init__(self, name: str, file: IO[bytes]) -> None:
+        self._name, self._file, self.offset = name, file, 0
+        # Where the current row begins: its line, and the offset in bytes.
+        self.start = (1, 0)
         self.ended = False
         # About the current line: the file ends in it; the file is known to be cut off in it.
         self.last = self.cut = False
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._file:
+        for line in lines_of(self._name, self._file):
             self.last = not line.endswith(b"\n")
             self.cut = self.last and getattr(getattr(self._file, "raw", None), "cut", False)
             try:
@@ -142,16 +153,18 @@ class _Lines:
                     raise
                 text, self.cut = line[: error.start].decode(), True
             self.offset += len(line)
+            if self.offset - self.start[1] > json_rows.MAX_ROW_BYTES:
+                raise too_large(f"{self._name}:{self.start[0]}")
             yield text
         self.ended = True
 
 
 def _read_csv(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row | LabelError]]:
-    lines = _Lines(file)
+    lines = _Lines(name, file)
     reader = csv.reader(lines, strict=True)
     header: list[str] = []
     while True:
-        line, offset = reader.line_num + 1, lines.offset
+        line, offset = lines.start = reader.line_num + 1, lines.offset
         # The csv module's limit of a cell (131,072 characters) is global, so it is restored for other code.
         limit = csv.field_size_limit(2**31 - 1)
         try:
@@ -187,6 +200,11 @@ def _read_parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
         table = parquet.ParquetFile(file)
         if len(set(table.schema_arrow.names)) < len(table.schema_arrow.names):
             raise DataError(f"{name}: two columns have one name: {', '.join(table.schema_arrow.names)}")
-        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        for group in (table.metadata.row_group(i) for i in range(table.num_row_groups)):
+            size = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+            if size > json_rows.MAX_ROW_BYTES * max(1, group.num_rows):
+                raise too_large(name)
+        # A value that many rows share is small in the file, and in memory once for each row of a batch.
+        rows = (row for batch in table.iter_batches(batch_size=_BATCH) for row in batch.to_pylist())
         for number, row in enumerate(rows):
             yield f"{name}[{number}]", {column: without_null_keys(cell) for column, cell in row.items()}

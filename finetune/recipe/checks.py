@@ -89,6 +89,8 @@ def check_source(tree: RecipeTree, key: str, source: Section) -> None:
     pattern, exists = any(c in name for c in "*?["), os.path.exists(path)
     if os.path.isdir(path):
         tree.fault(f"{key}.path", f"{shown}, a directory; write a glob: {name.rstrip('/')}/*.jsonl")
+    elif exists and not os.path.isfile(path):
+        tree.fault(f"{key}.path", f"{shown}, a device or a pipe; write a file")
     elif pattern or exists or name.startswith(_LOCAL) or _DATA_FILE.search(name):
         files = [path] if exists else sorted(iglob(path, recursive=True)) if pattern else []
         other_kinds = [file for file in files if not _DATA_FILE.search(file)]

@@ -10,8 +10,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from finetune.system.errors import RunError
 
@@ -210,7 +211,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 # Reading
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """A regular file, opened for reading; a device or a pipe is neither waited for nor read.
 
     Raises:
