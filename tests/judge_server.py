@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """The response; `drop` closes the connection instead."""
+    """The response; `drop` closes the connection instead. A `body` that is an iterator is sent piece by piece."""
 
     status: int = 200
     body: Any = None
@@ -111,6 +111,14 @@ def serve(reply: Callable[[Request], Answer]) -> Iterator[Server]:
             if answer.drop:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            if isinstance(answer.body, Iterator):
+                self.close_connection = True
+                self.send_response(answer.status)
+                self.end_headers()
+                for piece in answer.body:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
                 return
             data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
             self.send_response(answer.status)

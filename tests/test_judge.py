@@ -1,10 +1,12 @@
 """The judge's prompt, the result of its grades, and requests: no failure loses a reply or shows the key."""
 
+import itertools
 import json
 import math
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -485,6 +487,48 @@ def test_what_does_not_pass_ends_it_at_the_first_request(run: Run, answer: Answe
         run(server, pairs(20), workers=8, key=key)
     assert str(caught.value) == line.format(url=server.url)
     assert len(server.requests) == 1
+
+
+def drip() -> Iterator[bytes]:
+    while True:
+        time.sleep(0.02)
+        yield b" "
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (lambda: b"a" * 20_000, "sent more than 10,000 bytes in one reply"),
+        (lambda: itertools.repeat(b"a" * 999), "sent more than 10,000 bytes in one reply"),
+        (drip, "was still sending a reply after 0.3 s"),
+    ],
+    ids=["large", "endless", "slow"],
+)
+def test_a_reply_has_an_end(body: Callable[[], Any], line: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(endpoint, "_MAX_TIMEOUTS", 0.3)
+    with serve(lambda request: Answer(200, body())) as server, pytest.raises(EvaluateError) as caught:
+        run(server, pairs(20), workers=8, timeout=1)
+    assert str(caught.value) == f"evaluate.judge.base_url: {server.url} {line}"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 5000, b'{"choices": ' + b"[" * 5000, b'{"error": ' + b"[" * 5000], ids=["list", "choices", "error"]
+)
+def test_a_reply_that_is_nested_too_deeply(body: bytes, run: Run) -> None:
+    with serve(lambda request: Answer(200, body)) as server, pytest.raises(EvaluateError) as caught:
+        run(server, [ONE])
+    assert str(caught.value).startswith(f"evaluate.judge.base_url: {server.url} gives no chat completion: HTTP 200 ")
+
+
+def test_a_reply_with_numbers_and_characters_that_are_none(run: Run, cache: Path) -> None:
+    answer = says('\ud800\n{"grade": "BetterThan"}', tokens=(10**400, -1))
+    with serve(lambda request: answer) as server:
+        result = run(server, [ONE], prices=(1.0, 1.0))
+    assert result.verdicts[0].replies[0].startswith("?")
+    assert (result.sent.untold, result.sent.cost) == (2, None)
+    assert json.dumps(result.as_dict(), ensure_ascii=False).encode()
 
 
 def test_a_wanted_key_is_told_from_a_wrong_one(run: Run) -> None:

@@ -12,6 +12,7 @@ import random
 import re
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,9 @@ from finetune.system.terminal import Say
 # The attempts before a request fails, and the most seconds between two attempts.
 _MAX_TRIES = 6
 _MAX_WAIT = 60.0
+# The most bytes of a response, and the time for all of it in multiples of `Endpoint.timeout`.
+_MAX_BYTES = 1 << 23
+_MAX_TIMEOUTS = 5
 # Shorter keys are not removed from replies: local servers take any word as a key, such as "no".
 _MIN_KEY_LENGTH = 8
 # Waits for that many seconds, or until the event is set; true if it was set.
@@ -118,7 +122,7 @@ class Endpoint:
         base_url: The start of the API, such as http://localhost:8000/v1.
         model: The model's name at the endpoint.
         key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
-        timeout: Seconds without a byte after which a request fails.
+        timeout: Seconds without a byte after which a request fails; the whole response may take five times as long.
         max_tokens: The longest reply.
         cache: An existing folder for the replies.
         say: Called with a line when a request is repeated or a setting is left out.
@@ -144,7 +148,8 @@ class Endpoint:
 
     def client(self) -> httpx2.Client:
         """An HTTP client for one thread; it follows no redirects, which would send the key elsewhere."""
-        headers = {"Content-Type": "application/json"}
+        # Not compressed: a small response could become a large one.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         return httpx2.Client(headers=headers, timeout=self.timeout)
@@ -159,7 +164,7 @@ class Endpoint:
         # The cache's key has all settings of the recipe; which the endpoint accepts is known only after a request.
         request = [self._url, self.model, 0, self.max_tokens, messages]
         path = self.cache / f"{hashlib.sha256(json.dumps(request).encode()).hexdigest()}.json"
-        with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
+        with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(kept["text"], str):
                 return Reply(kept["text"], kept["cut"] is True, _token_counts(kept["tokens"]), cached=True)
@@ -176,11 +181,12 @@ class Endpoint:
             pause = None
             body = {"model": self.model, "messages": messages, **settings}
             try:
-                response = client.post(self._url, content=json.dumps(body))
+                with client.stream("POST", self._url, content=json.dumps(body)) as response:
+                    text = self._read(response)
             except httpx2.RequestError as error:
                 fault = self._error_text(str(error)) or type(error).__name__
             else:
-                status, text = response.status_code, response.content.decode("utf-8", "replace")
+                status = response.status_code
                 if status in (400, 422) and (fewer := _settings_without(settings, text)):
                     settings = fewer
                     continue
@@ -211,6 +217,26 @@ class Endpoint:
             if _wait(self.stop, pause):
                 raise EvaluateError("stopped")
 
+    def _read(self, response: httpx2.Response) -> str:
+        """The text of a response.
+
+        Raises:
+            EvaluateError: It is too large, or takes too long.
+        """
+        body, deadline = bytearray(), time.monotonic() + _MAX_TIMEOUTS * self.timeout
+        for piece in response.iter_raw():
+            body += piece
+            if len(body) > _MAX_BYTES:
+                raise EvaluateError(
+                    f"evaluate.judge.base_url: {self.base_url} sent more than {_MAX_BYTES:,} bytes in one reply"
+                )
+            if time.monotonic() > deadline:
+                raise EvaluateError(
+                    f"evaluate.judge.base_url: {self.base_url} was still sending a reply after "
+                    f"{_MAX_TIMEOUTS * self.timeout:g} s"
+                )
+        return body.decode("utf-8", "replace")
+
     def _parsed(self, text: str) -> Reply | None:
         """The reply in a chat completion; None if the text is something else."""
         try:
@@ -221,8 +247,10 @@ class Endpoint:
                 return None
             counts = body.get("usage") or {}
             tokens = _token_counts([counts.get("prompt_tokens"), counts.get("completion_tokens")])
-            return Reply(self._without_key(content), choice.get("finish_reason") == "length", tokens, cached=False)
-        except (ValueError, LookupError, TypeError, AttributeError):
+            # JSON can hold half a surrogate pair, which no file of text can.
+            content = self._without_key(content.encode("utf-8", "replace").decode())
+            return Reply(content, choice.get("finish_reason") == "length", tokens, cached=False)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def _permanent_error(self, status: int, fault: str) -> str:
@@ -245,7 +273,7 @@ class Endpoint:
 
     def _error_text(self, text: str) -> str:
         """An error's text on one line of at most 200 characters."""
-        return textwrap.shorten(self._without_key(_error_in(text) or text), 200, placeholder=" ...")
+        return textwrap.shorten(self._without_key(_error_in(text) or text)[:2000], 200, placeholder=" ...")
 
     def _without_key(self, text: str) -> str:
         """A text with the key masked, in case the endpoint repeats it."""
@@ -275,7 +303,7 @@ def _error_in(text: str) -> str:
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ""
 
 
@@ -292,6 +320,6 @@ def _retry_after(value: str) -> float | None:
 
 def _token_counts(counts: object) -> tuple[int, int] | None:
     """Input and output tokens; None if the endpoint does not say."""
-    if isinstance(counts, list) and len(counts) == 2 and all(isinstance(n, int) for n in counts):
+    if isinstance(counts, list) and len(counts) == 2 and all(type(n) is int and 0 <= n < 1 << 53 for n in counts):
         return counts[0], counts[1]
     return None
