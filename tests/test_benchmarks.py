@@ -105,6 +105,14 @@ def test_preferences(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_commands(script: Any, capsys: Any) -> None:
+    script("commands").main("HEAD", 1, ["check", "recipes/quickstart.yaml"])
+    [[_, command, before, *figures]] = rows_of(capsys.readouterr().out)
+    assert (command, before) == ("`check recipes/quickstart.yaml`", "HEAD")
+    assert all(float(figure) > 0 for figure in figures)
+
+
 def test_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     run = script("run")
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ from finetune.data.encoded import IGNORE
 from finetune.model.locate import Base
 from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
-from finetune.recipe.upstream import config_class
+from finetune.recipe.upstream_tables import config_class
 from finetune.system.errors import RunError
 from finetune.train.callbacks.memory_check import MemoryCheck, smaller_settings
 from finetune.train.meter import Meter

@@ -15,6 +15,7 @@ from finetune.recipe import upstream
 from finetune.recipe.diff import check_changes
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import CONFIGS
+from finetune.recipe.upstream_tables import config_class, tables
 from finetune.recipe.upstream_types import DIVERGENCES, DPO_LOSSES
 from finetune.system.errors import RecipeError, RunError
 
@@ -158,7 +159,7 @@ def test_a_fault_is_one_line(name: str) -> None:
 
 
 def test_the_values_are_those_that_trl_compares_with() -> None:
-    fields = upstream.config_class("dpo").__dataclass_fields__
+    fields = config_class("dpo").__dataclass_fields__
     for name, known in (("loss_type", DPO_LOSSES), ("f_divergence_type", DIVERGENCES)):
         listed = fields[name].metadata["help"].split("If multiple")[0].split("Only the loss types")[0]
         assert set(re.findall(r"[`'](\w+)[`']", listed)) - {name} == set(typing.get_args(known))
@@ -168,8 +169,12 @@ def test_the_values_are_those_that_trl_compares_with() -> None:
         assert upstream.checked_config(recipe.training, "dpo").loss_type == [loss]
 
 
-def test_a_trl_without_orpo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trl_without_orpo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     real = importlib.import_module
+    # Another release has other tables.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tables.cache_clear()
+    request.addfinalizer(tables.cache_clear)
 
     def without(name: str) -> object:
         if name == "trl.experimental.orpo":

@@ -24,6 +24,7 @@ from finetune.recipe import checks, schema, unknown_keys, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
+from finetune.recipe.upstream_tables import config_class
 from finetune.recipe.upstream_types import upstream_keys
 from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system.errors import RecipeError
@@ -956,7 +957,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
     lambda text: not SECRET_NAME_PATTERN.search(text) and not SECRET_PATTERN.search(text)
 )
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    st.none() | st.booleans() | st.integers(-(10**15) + 1, 10**15 - 1) | st.floats(allow_nan=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -969,7 +970,7 @@ values = st.recursive(
 @example(
     kwargs={"a": [[], {}, [[]], [{}], [[1], {"b": [2]}]], "b.c": {"d": 1}}, name="#: - '\"\\ \u2028\x85\x7f\U0010ffff"
 )
-@example(kwargs={"inf": [float("inf"), -float("inf"), 1e300, 5e-324, 10**40, -1]}, name="日本語 : # x")
+@example(kwargs={"inf": [float("inf"), -float("inf"), 1e300, 5e-324, 10**14, -1]}, name="日本語 : # x")
 def test_whatever_is_written_is_read_again(kwargs: dict[str, Any], name: str) -> None:
     training = {"lr_scheduler_kwargs": kwargs, "run_name": name, "output_dir": "runs/x", "report_to": "none"}
     model, data = ModelSection(name_or_path="owner/model"), DataSection(train=[DataSource(path="owner/rows")])
@@ -1012,7 +1013,7 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
 
     method = section if section in schema.CONFIGS else "sft"
     section = "lora" if section == "lora" else "training"
-    owner = LoraConfig if section == "lora" else upstream.config_class(method)
+    owner = LoraConfig if section == "lora" else config_class(method)
     fields = {f.name: f for f in dataclasses.fields(owner)}
     taken = recipe_module._known_keys(method)[section]
     refused = unknown_keys.INSTEAD[section]

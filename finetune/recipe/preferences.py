@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Any
 
 from finetune.recipe.schema import CONFIGS
-from finetune.recipe.upstream import config_class
+from finetune.recipe.upstream_tables import tables
 from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
 
 # The formats of rows that each of these methods reads.
@@ -24,9 +24,7 @@ def check_method(tree: RecipeTree) -> None:
     if not isinstance(node.value, str) or node.value not in CONFIGS:
         tree.fault("method", f"is {node.shown()}; write sft, dpo, kto or orpo")
         return
-    try:
-        config_class(node.value)
-    except ImportError:
+    if node.value not in tables()["training"]:
         module = CONFIGS[node.value].rpartition(".")[0]
         problem = f"is {node.value}, which needs {module}, and trl {importlib.metadata.version('trl')} does not have it"
         tree.fault("method", f"{problem}; write dpo, or install a release that has it")

@@ -1,9 +1,7 @@
 """The keys of `training`, `lora` and `quantization`: which exist, their types, and values that upstream refuses."""
 
 import copy
-import dataclasses
 import difflib
-import importlib
 import json
 import re
 import typing
@@ -17,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.unknown_keys import INSTEAD, Keys, unknown_key
+from finetune.recipe.upstream_tables import config_class, tables, unless_known_good
 from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -43,31 +42,9 @@ _OF_THE_MACHINE_FIXED = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp1
 _OF_THE_MACHINE = {*_OF_THE_MACHINE_FIXED, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 
 
-def config_class(method: str) -> Any:
-    """The class whose parameters are the keys of `training`: `trl.DPOConfig` for `dpo`.
-
-    Raises:
-        ImportError: The installed trl has no such class.
-    """
-    module, _, name = CONFIGS[method].rpartition(".")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # trl 1.16 warns that trl.experimental may change
-        try:
-            return getattr(importlib.import_module(module), name)
-        except AttributeError as error:
-            raise ImportError(str(error)) from error
-
-
 def _methods_with(name: str) -> list[str]:
     """The methods whose configuration has a parameter of this name."""
-    found = []
-    for method in CONFIGS:
-        try:
-            fields = dataclasses.fields(config_class(method))
-        except ImportError:
-            continue
-        found += [method] if any(field.name == name for field in fields) else []
-    return found
+    return [method for method, parameters in tables()["training"].items() if name in parameters]
 
 
 class XlaFsdp(BaseModel):
@@ -119,7 +96,7 @@ def check_section(tree: RecipeTree, section: str, keys: Keys) -> Section:
                 valid[name] = checked if isinstance(checked, float) else value
     # In place of a refused value upstream would see its default, and might complain about that.
     if section in ("training", "lora") and valid.keys() == node.value.keys() & hints.keys():
-        _ask_upstream(tree, section, valid)
+        unless_known_good(tree, section, valid, lambda: _ask_upstream(tree, section, valid))
     return valid
 
 

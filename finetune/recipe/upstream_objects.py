@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from finetune.recipe.upstream import checked_config
+from finetune.recipe.upstream_tables import unless_known_good
 from finetune.recipe.yaml_tree import RecipeTree, Section
 from finetune.system.errors import first_line
 
@@ -26,6 +27,10 @@ def check_objects(tree: RecipeTree, training: Section) -> None:
         tree: The recipe; takes the faults.
         training: The section, whose keys and types are valid.
     """
+    unless_known_good(tree, "objects", training, lambda: _build_objects(tree, training))
+
+
+def _build_objects(tree: RecipeTree, training: Section) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_optimizer(tree, training)

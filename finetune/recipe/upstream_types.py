@@ -4,17 +4,14 @@ trl, transformers and peft check few numbers: a negative number of epochs trains
 weights grow, and no error says so. The ranges here are those in which a value does what its name says.
 """
 
-import dataclasses
-import typing
-from collections.abc import Collection
-from enum import Enum
-from types import UnionType
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from finetune.recipe.schema import CONFIGS
 from finetune.recipe.unknown_keys import INSTEAD, NOT_WITH_PREFERENCES
-from finetune.recipe.upstream import QUANTIZATION, STRICT, XlaFsdp, config_class
+from finetune.recipe.upstream import QUANTIZATION, STRICT, XlaFsdp
+from finetune.recipe.upstream_tables import tables, types_of
 from finetune.recipe.yaml_tree import Section, Sections
 
 _Count = Annotated[int, Field(ge=0)]
@@ -142,20 +139,14 @@ def upstream_keys(method: str = "sft") -> Sections:
     Raises:
         ImportError: The installed trl has no such configuration.
     """
-    from accelerate.utils import DynamoBackend
-    from peft import LoraConfig
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    def fields(config: type, refused: Collection[str]) -> Section:
-        types = typing.get_type_hints(config)
-        taken = [f for f in dataclasses.fields(config) if f.name not in refused]
-        return {f.name: _narrowed(types[f.name], f.metadata.get("choices")) for f in taken}
-
+    known = tables()
+    if method not in known["training"]:
+        raise ImportError(f"trl has no {CONFIGS[method]}")
     refused = INSTEAD["training"] | ({} if method == "sft" else NOT_WITH_PREFERENCES)
-    taken = fields(config_class(method), refused)
+    taken = {name: kind for name, kind in types_of(known["training"][method]).items() if name not in refused}
 
-    reports = Literal[("none", "all", *INTEGRATION_TO_CALLBACK)]  # type: ignore[valid-type]
-    backends = Literal[tuple(backend.value.lower() for backend in DynamoBackend)]  # type: ignore[valid-type]
+    reports = Literal[("none", "all", *known["trackers"])]  # type: ignore[valid-type]
+    backends = Literal[tuple(known["backends"])]  # type: ignore[valid-type]
     # The inits that `get_peft_model` can compute alone. Without a pass over rows peft 0.21 refuses eva, corda and
     # lora_ga, or leaves them at the default; loftq replaces the base's weights by rounded ones that are not saved.
     # peft's hint spells the pattern of pissa_niter as a literal.
@@ -194,7 +185,7 @@ def upstream_keys(method: str = "sft") -> Sections:
     return {
         "training": {name: kind for name, kind in training.items() if name in taken},
         "lora": {
-            **fields(LoraConfig, INSTEAD["lora"]),
+            **{name: kind for name, kind in types_of(known["lora"]).items() if name not in INSTEAD["lora"]},
             "r": PositiveInt,
             "lora_alpha": PositiveInt,
             "lora_dropout": _Share,
@@ -207,14 +198,3 @@ def upstream_keys(method: str = "sft") -> Sections:
         },
         "quantization": QUANTIZATION,
     }
-
-
-def _narrowed(hint: Any, choices: Any) -> Any:
-    """An upstream type without members that accept anything: `str` beside an enum or a map, `dict` beside a class."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
-    if choices:
-        return Union[(Literal[tuple(choices)], *(m for m in members if m is type(None)))]
-    enum = any(isinstance(m, type) and issubclass(m, Enum) for m in members)
-    is_map = any(m is dict or typing.get_origin(m) is dict for m in members)
-    loose = (str,) if enum or is_map else (dict,) if any(map(dataclasses.is_dataclass, members)) else ()
-    return Union[tuple(m for m in members if m not in loose)]  # noqa: UP007 (not a fixed list)

@@ -13,7 +13,7 @@ from finetune.model.compatibility import stored_quantisation
 from finetune.model.locate import Base
 from finetune.model.precision import Precision
 from finetune.recipe.load import Recipe
-from finetune.recipe.upstream import config_class
+from finetune.recipe.upstream_tables import config_class
 from finetune.system import devices, distributed
 from finetune.system.errors import ModelError, RunError, reworded
 
