@@ -23,6 +23,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from finetune.data import template_trial
 from finetune.system import fresh_process
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,16 @@ def _imports_are_frozen() -> None:
         _frozen.update(sys.modules)
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_are_trusted() -> Iterator[Callable[[str], int]]:
+    """Tests' own chat templates are not rendered in a process of their own first."""
+    run = template_trial._run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_trial, "_run", lambda text: 0)
+        yield run
 
 
 @pytest.fixture

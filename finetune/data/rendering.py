@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date, datetime, time
+from datetime import date, datetime
+from datetime import time as time_of_day
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -17,6 +20,38 @@ from finetune.data.template import shipped_templates
 from finetune.data.template_variables import variable_fault
 from finetune.data.turns import Message, Tool, is_text_only, without_train_key
 from finetune.system.errors import LabelError, TemplateError
+from finetune.system.terminal import print_line
+
+# Seconds after which a conversation that is still being rendered is told, and the starts of renderings by thread.
+_SLOW = 30.0
+_started: dict[int, float] = {}
+
+
+@contextlib.contextmanager
+def _named_if_slow() -> Iterator[None]:
+    """Tells once that the chat template works, if it does so for `_SLOW` seconds: it may never end."""
+    ident = threading.get_ident()
+    _started[ident] = time.monotonic()
+    _start_watch()
+    try:
+        yield
+    finally:
+        del _started[ident]
+
+
+@lru_cache(maxsize=1)
+def _start_watch() -> None:
+    threading.Thread(target=_watch, name="slow-template", daemon=True).start()
+
+
+def _watch() -> None:
+    told: set[float] = set()
+    while True:
+        time.sleep(_SLOW / 10)
+        for since in list(_started.values()):
+            if since not in told and time.monotonic() - since > _SLOW:
+                told.add(since)
+                print_line(f"the chat template has been rendering one conversation for {_SLOW:g} s")
 
 
 class Renderer:
@@ -61,7 +96,7 @@ class Renderer:
             raise LabelError(f"chat_template_kwargs: {fault}")
         try:
             shown = [without_train_key(message) for message in messages]
-            with self._clock():
+            with _named_if_slow(), self._clock():
                 if tools is None and all(map(is_text_only, messages)):
                     # As apply_chat_template renders such messages, which copies each of them at each call (5.23).
                     given = {"messages": shown, "add_generation_prompt": add_generation_prompt}
@@ -118,7 +153,7 @@ class Renderer:
         if self.day is None or not self.asks_for_date:
             yield
             return
-        midnight = datetime.combine(self.day, time())
+        midnight = datetime.combine(self.day, time_of_day())
         # transformers compiles each template once, so apply_chat_template renders this one, too (5.23).
         known = self._compiled.globals
         before = known["strftime_now"]

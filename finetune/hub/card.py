@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from finetune.data.ledger import Account
+from finetune.data.template_trial import try_template
 from finetune.evaluate.report import EvaluationReport, intro, tables
 from finetune.hub.metadata import (
     License,
@@ -298,11 +299,11 @@ def _example_prompt(folder: Path) -> tuple[str | None, bool]:
     config = read_json(folder / "tokenizer_config.json")
     tokens = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
     question = {"role": "user", "content": "(question)"}
+    text = file.read_text(encoding="utf-8")
+    try_template(text, str(file))
     for messages in ([{"role": "system", "content": "(system)"}, question], [question]):
         try:
-            rendered, _ = render_jinja_template(
-                [messages], chat_template=file.read_text(encoding="utf-8"), add_generation_prompt=True, **tokens
-            )
+            rendered, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=True, **tokens)
         except Exception:  # a template is anybody's program, and may need tools; no card is worth a run
             continue
         system = len(messages) > 1

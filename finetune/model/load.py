@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.chat import Chat
 from finetune.data.template import load_template, set_system_role
+from finetune.data.template_trial import try_template
 from finetune.data.template_variables import set_default_variables
 from finetune.model import precision
 from finetune.model.locate import Base, load_errors
@@ -32,7 +33,8 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
 
     Raises:
         ModelError: The base has no tokenizer that can be loaded.
-        TemplateError: The template file cannot be read, or takes no such system role or variable.
+        TemplateError: The template file cannot be read, reaches a limit of time or memory (`try_template`), or takes
+            no such system role or variable.
     """
     from transformers import AutoTokenizer
 
@@ -41,11 +43,13 @@ def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+    template_from = section.name_or_path
     adapter_template = Path(section.adapter or "", "chat_template.jinja").expanduser()
     if section.chat_template:
-        tokenizer.chat_template = load_template(section.chat_template)
+        tokenizer.chat_template, template_from = load_template(section.chat_template), section.chat_template
     elif section.adapter and adapter_template.is_file():
-        tokenizer.chat_template = load_template(str(adapter_template))
+        tokenizer.chat_template, template_from = load_template(str(adapter_template)), str(adapter_template)
+    try_template(tokenizer.chat_template, template_from)
     set_system_role(tokenizer, section.system_role)
     set_default_variables(tokenizer, section.chat_template_kwargs)
     if tokenizer.pad_token is None:

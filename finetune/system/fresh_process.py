@@ -107,9 +107,13 @@ def report(line: str) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a fresh process, which can import this package even if it is not installed."""
+    """The environment of a fresh process, which can import this package even if it is not installed.
+
+    Nothing is imported from the working directory, which may be a folder of somebody else's files.
+    """
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    safe = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}
+    return os.environ | safe
 
 
 def answer(module: str, name: str, argument_file: str, answer_file: str) -> None:
