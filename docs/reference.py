@@ -48,6 +48,9 @@ _RECIPE = """# The keys of a recipe
 `finetune check RECIPE` reports all errors at once and prints the resolved recipe with the origin of each value.
 
 - `extends: other.yaml` (relative to this file) builds on another recipe: maps are merged, everything else is replaced.
+- Paths of files to read (rows, templates, a local model, an adapter, prompts) are relative to the file in which they
+  stand; what is not there is looked for in the working directory. `training.output_dir` and paths on the command line
+  are relative to the working directory.
 - `section.key=value` on the command line overrides both, in YAML's flow style; `lora=null` removes a section.
 - `${NAME}` is read from the environment, `$${NAME}` is that text itself.
 - A key that is not listed here is an error.

@@ -52,9 +52,22 @@ CASES: dict[str, tuple[bytes, str]] = {
         "rows.jsonl:1: message 1: its text holds <end_of_turn>, which is a special token of this tokenizer" + MEND,
     ),
     "unknown format": (
-        lines({"question": "a", "answer": "b"}),
-        "rows.jsonl: its format is not known from its columns (question, answer); write `format` (messages, sharegpt, "
-        "alpaca, prompt_completion, text) and `columns`",
+        lines({"quote": "a", "year": 1, "author": "b"}),
+        "rows.jsonl: its format is not known from its columns (quote, year, author); write in the source, for example, "
+        "columns: {prompt: quote, completion: author}; the known formats are messages, sharegpt, alpaca, "
+        "prompt_completion, text",
+    ),
+    "unknown column": (
+        lines({"quote": "a"}),
+        "rows.jsonl: its format is not known from its columns (quote); write in the source, for example, "
+        "columns: {text: quote}; the known formats are messages, sharegpt, alpaca, prompt_completion, text",
+    ),
+    # A context belongs into the prompt, and nobody has said where.
+    "question with a context": (
+        lines({"context": "a", "question": "b", "answer": "c"}),
+        "rows.jsonl: its format is not known from its columns (context, question, answer); write in the source, for "
+        'example, columns: {prompt: "{context}\\n\\n{question}", completion: answer}; the known formats are messages, '
+        "sharegpt, alpaca, prompt_completion, text",
     ),
 }
 
@@ -68,6 +81,24 @@ def test_bad_rows(
     assert main(["train", "--quiet", str(path)]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("runs/chat", "perhaps runs/chats"),
+        ("chats", "perhaps runs/chats"),
+        ("runs/other", "write the folder of a run or of a model"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "merge", "evaluate", "push", "report"])
+def test_the_name_of_a_run_that_is_not_there(
+    verb: str, name: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/chats").mkdir(parents=True)
+    assert main([verb, name, *(["--output", "out"] if verb == "merge" else [])]) == 2
+    assert capsys.readouterr().err == f"error: {name}: there is no such file or folder; {cure}\n"
 
 
 def pair(**keys: Any) -> dict[str, Any]:
@@ -123,8 +154,8 @@ PAIRS: dict[str, tuple[str, bytes, str]] = {
     "conversations": (
         "dpo",
         lines(GOOD),
-        "rows.jsonl: its format for method dpo is not known from its columns (messages); write `format` (preference) "
-        "and `columns`",
+        "rows.jsonl: its format for method dpo is not known from its columns (messages); write in the source, for "
+        "example, columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; the known formats are preference",
     ),
     "pairs for sft": (
         "sft",
@@ -192,8 +223,8 @@ def test_no_row_left(write_recipe: Callable[..., Path], capsys: pytest.CaptureFi
         ),
         (
             {"name_or_path": "untemplated"},
-            "model.chat_template: this model has no chat template of its own; write the one of its family "
-            "(chatml, functiongemma, gemma, gemma2_system, gemma3, gemma4, llama3) or a .jinja file",
+            "model.chat_template: this model has no chat template of its own; write chat_template: gemma, or "
+            "a .jinja file",
         ),
     ],
     ids=["no weights", "pickle only", "foreign template", "no template"],

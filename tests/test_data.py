@@ -216,8 +216,10 @@ def test_columns_that_are_not_there() -> None:
         )
     columns = {"prompt": "Who: {quote}", "completion": "author"}
     assert fault(lambda: prepare(source={"columns": columns})) == (
-        "rows.jsonl:2: columns: completion: there is no column 'author'; there are quote; "
-        "mend the row, or write data.on_bad_row: skip"
+        "rows.jsonl:2: columns: completion: there is no column 'author'; there are quote\n"
+        "rows.jsonl:3: columns: prompt: the column 'quote' holds NoneType, not text\n"
+        "rows.jsonl:4: columns: prompt: the column 'quote' holds list, not text\n"
+        "rows.jsonl: 3 of 4 rows cannot be used; mend them, or write data.on_bad_row: skip"
     )
     assert prepare(source={"columns": columns}, on_bad_row="skip").ledger.bad == {
         "columns: completion: there is no column 'author'": 1,
@@ -226,12 +228,53 @@ def test_columns_that_are_not_there() -> None:
     }
 
 
-def test_unknown_format() -> None:
-    jsonl({"question": "q", "answer": "a"})
-    assert fault(prepare) == (
-        "rows.jsonl: its format is not known from its columns (question, answer); "
-        "write `format` (messages, sharegpt, alpaca, prompt_completion, text) and `columns`"
-    )
+def test_bad_rows_are_reported_together() -> None:
+    faulty = [{"messages": [{"role": f"role {number}", "content": "a"}]} for number in range(12)]
+    jsonl({"messages": [USER, {"role": "assistant", "content": "b"}]}, *[{"messages": []}] * 6, *faulty)
+    report = fault(prepare).split("\n")
+    assert report[0] == "rows.jsonl:2: it has no messages; also rows.jsonl:3, rows.jsonl:4, rows.jsonl:5 and 2 more"
+    assert report[1].startswith("rows.jsonl:8: message 1: unknown role 'role 0'")
+    assert report[-2:] == [
+        "rows.jsonl: rows with 3 other faults",
+        "rows.jsonl: 18 of 19 rows cannot be used; mend them, or write data.on_bad_row: skip",
+    ]
+    assert len(report) == 12
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"question": "Why?", "answer": "So."}, ["Why?", "So.", "question and answer", "prompt and completion"]),
+        ({"Input": "Why?", "Output": "So."}, ["Why?", "So.", "Input and Output", "prompt and completion"]),
+        (
+            {"instruction": "Sum up.", "context": "It was.", "response": "So."},
+            ["Sum up.\n\nIt was.", "So.", "instruction and context and response", "instruction and input and output"],
+        ),
+    ],
+)
+def test_the_commonest_pairs_of_columns_are_read(row: dict[str, str], read: list[str]) -> None:
+    jsonl(row)
+    prepared = prepare()
+    asked, answer, columns, targets = read
+    assert texts(prepared) == [
+        f"<bos><start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\n{answer}<end_of_turn>\n"
+    ]
+    assert trained(prepared) == [[f"{answer}<end_of_turn>"]]
+    assert prepared.ledger.mended == {f"rows whose {columns} are read as {targets}": 1}
+    assert prepared.ledger.unread == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a", "answer": 1},
+        {"question": "a", "answer": "b", "passage": "c"},
+        {"query": "a", "reply text": "b"},
+    ],
+)
+def test_other_columns_are_not_guessed(row: dict[str, Any]) -> None:
+    jsonl(row)
+    assert "its format is not known from its columns" in fault(prepare)
 
 
 def said(*messages: Any) -> dict[str, Any]:

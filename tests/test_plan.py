@@ -25,6 +25,7 @@ from finetune.plan.predict import Predictor, RequiredMemory, _parameters, _plus
 from finetune.plan.preflight import check_memory
 from finetune.plan.report import as_json, as_text, step_seconds
 from finetune.plan.run import HardwareFit, MemoryPlan, plan
+from finetune.plan.run import fits as recipe_fits
 from finetune.plan.settings import step_arguments, step_settings, with_rows
 from finetune.plan.step import Batch, FakeModel
 from finetune.recipe.load import load_recipe
@@ -557,6 +558,11 @@ def test_fsdp_divides_the_weights_over_gpus(write_recipe: Write, capsys: pytest.
     assert (code, ddp["fits"], fsdp["fits"]) == (0, False, True)
     assert fsdp["parts"]["weights"] == one.parts["weights"] // 8
     assert ddp["parts"]["copies"] == 4 * 2_506_172_416
+
+
+def test_a_recipe_fits_a_gpu_or_not(write_recipe: Write) -> None:
+    recipe = load_recipe(write_recipe())
+    assert [recipe_fits(recipe, gpu_named(size)) for size in ("12", "0.5")] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["h300", "-1", "0", "nan", "inf"])

@@ -219,7 +219,8 @@ def test_a_method_reads_its_own_formats() -> None:
     )
     assert fault(lambda: prepared([{"messages": said("a", "b")}])) == (
         "pairs.jsonl: its format for method dpo is not known from its columns (messages); "
-        "write `format` (preference) and `columns`"
+        "write in the source, for example, columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; the known "
+        "formats are preference"
     )
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     train, _ = prepared([{"q": "a", "good": "b", "bad": "c"}], source={"columns": columns})

@@ -186,7 +186,7 @@ FAULTS = {
         "    - {path: ., raw: true}\n    - path: a/b/c\n    - path: 'none-*.jsonl'\n"
         "  eval: rows.jsonl\n  eval_fraction: 1\n  on_overflow: truncate\n  test_size: 1\n",
         [
-            'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from this directory',
+            'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from the folder of the recipe',
             "r.yaml:5: data.train.0.formt: is unknown; write format",
             "r.yaml:6: data.train.1: has no path; write path: ...",
             "r.yaml:7: data.train.2: is 3; write a map",
@@ -197,7 +197,7 @@ FAULTS = {
             'r.yaml:12: data.train.4.path: is ".", a directory; write a glob: ./*.jsonl',
             'r.yaml:13: data.train.5.path: is "a/b/c"; write a file, a glob or a dataset on the Hub (owner/name)',
             'r.yaml:14: data.train.6.path: is "none-*.jsonl", and there is no such file; '
-            "write a path from this directory",
+            "write a path from the folder of the recipe",
             'r.yaml:15: data.eval: is "rows.jsonl"; write a list',
             "r.yaml:16: data.eval_fraction: is 1; write a number less than 1",
             "r.yaml:17: data.on_overflow: is \"truncate\"; write 'truncate_turns', 'split', 'drop' or 'error'",
@@ -438,7 +438,7 @@ def test_faults_of_every_section_come_together() -> None:
         "r.yaml:2: modle: is unknown; write model",
         "r.yaml:3: model: has no name_or_path; write model: {name_or_path: ...}",
         "r.yaml:3: model.dtype: is \"float8\"; write 'auto', 'float32', 'bfloat16' or 'float16'",
-        'r.yaml:5: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from this directory',
+        'r.yaml:5: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from the folder of the recipe',
         'r.yaml:6: data.seed: is "x"; write a whole number',
         "r.yaml:7: training: seed is written twice, first on line 7; keep one",
         "r.yaml:7: training.max_seq_length: is not a recipe's key; write max_length",
@@ -591,6 +591,66 @@ def test_extends() -> None:
         "training.include_for_metrics.0": "shared/base.yaml:4",
         "training.max_steps": "r.yaml:4",
     }
+
+
+def test_paths_are_relative_to_the_file_they_stand_in() -> None:
+    Path("shared/rows").mkdir(parents=True)
+    for name in ("shared/rows/own.jsonl", "shared/prompts.jsonl", "shared/own.jinja", "here.jsonl"):
+        Path(name).write_text("{}")
+    Path("shared/base.yaml").write_text(
+        "model: {name_or_path: owner/model, chat_template: own.jinja}\nevaluate: {prompts: prompts.jsonl}\n"
+        "data: {train: [{path: rows/own.jsonl}, {path: rows/*.jsonl}, {path: here.jsonl}, {path: rows.jsonl}]}\n"
+    )
+    Path("shared/rows.jsonl").write_text("{}")
+    recipe = load("extends: shared/base.yaml\n")
+    # What is not beside the recipe is looked for in the working directory, and a file of both places is the recipe's.
+    assert [source.path for source in recipe.data.train] == [
+        *("shared/rows/own.jsonl", "shared/rows/*.jsonl", "here.jsonl", "shared/rows.jsonl")
+    ]
+    assert (recipe.model.chat_template, recipe.evaluate.prompts) == ("shared/own.jinja", "shared/prompts.jsonl")
+    assert load(recipe.to_yaml()) == recipe
+    assert load_recipe("shared/base.yaml", ["evaluate.prompts=here.jsonl"]).evaluate.prompts == "here.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "data.train",
+            "[{path: shared/rows}]",
+            "data.train.0.path: is SHOWN, and there is no such file; perhaps FOUND",
+        ),
+        (
+            "data.train",
+            "[{path: shared/rowz.jsonl}]",
+            "data.train.0.path: is SHOWN, and there is no such file; perhaps FOUND",
+        ),
+        (
+            *("data.train", "[{path: data/other}]"),
+            "data.train.0.path: is SHOWN, and there is no such file; write a path from the folder of the recipe",
+        ),
+        (
+            "data.train",
+            "[{path: other.txt}]",
+            "data.train.0.path: is SHOWN, and there is no such file; write a path from the folder of the recipe",
+        ),
+        (
+            "model.name_or_path",
+            "shared/modle",
+            "model.name_or_path: is SHOWN, and there is no such directory; perhaps FOUND",
+        ),
+    ],
+)
+def test_a_path_is_not_first_taken_for_a_hub_id(key: str, value: str, message: str) -> None:
+    Path("shared/model").mkdir(parents=True)
+    Path("data").mkdir()
+    Path("shared/rows.jsonl").write_text("{}")
+    shown = value.removeprefix("[{path: ").removesuffix("}]")
+    found = "shared/model" if key.startswith("model") else "shared/rows.jsonl"
+    with pytest.raises(RecipeError) as caught:
+        load(BASE, f"{key}={value}")
+    expected = message.replace("SHOWN", f'"{shown}"').replace("FOUND", found)
+    assert caught.value.faults == [f"command line: {expected}"]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,17 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
         return verbs.add_parser(name, parents=[*parents, common], help=help)
 
+    flag = verb("init", "look at rows and write a recipe that trains on them").add_argument
+    flag("data", metavar="DATA", help="a file of rows (JSONL, JSON, CSV, Parquet), a glob, or a dataset on the Hub")
+    flag(
+        "--model",
+        metavar="NAME",
+        help="the base (default: the embedded Gemma 3 270M on a CPU, google/gemma-4-E2B-it on a GPU)",
+    )
+    flag(
+        "--output", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="the new recipe (default: recipe.yaml)"
+    )
+
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
     flag("--force", action="store_true", help="train even if the memory check says that it does not fit")
 

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        _check_run(args)
         return int(_VERBS[args.verb](args) or ExitCode.OK)
     except KeyboardInterrupt as stop:
         if not distributed.rank():
@@ -100,7 +101,7 @@ def _on_sigterm(signum: int, frame: Any) -> None:
 def _user_lines(error: Exception) -> list[str]:
     """The lines to print for an error that the user can mend; empty for a bug in finetune."""
     if isinstance(error, FinetuneError):
-        return list(error.faults) if isinstance(error, RecipeError) else [str(error)]
+        return list(error.faults) if isinstance(error, RecipeError) else str(error).split("\n")
     if isinstance(error, OSError):
         return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
     return []
@@ -132,6 +133,20 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     return recipe
 
 
+def _check_run(args: argparse.Namespace) -> None:
+    """Refuses the name of a run that does not exist, before it is taken for a model on the Hub."""
+    name = str(next((value for value in (vars(args).get(key) for key in ("model", "folder", "run")) if value), ""))
+    if not name or ":" in name or os.path.exists(os.path.expanduser(name)):
+        return
+    from finetune.recipe.paths import is_local, near_path
+
+    in_runs = os.path.join("runs", name)
+    if is_local(name) or os.path.isdir(in_runs):
+        near = in_runs if os.path.isdir(in_runs) else near_path(name)
+        cure = f"perhaps {near}" if near else "write the folder of a run or of a model"
+        raise RunError(f"{name}: there is no such file or folder; {cure}")
+
+
 def _check_file(flag: str, file: Path) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise RunError(f"{flag} {file}: write the path of a file in a folder that exists")
@@ -140,6 +155,25 @@ def _check_file(flag: str, file: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Verbs
+
+
+def _init(args: argparse.Namespace) -> None:
+    from finetune.cli.init import init
+
+    with contextlib.redirect_stdout(sys.stderr):
+        seen = init(args.data, args.model, args.output, _say_unless_quiet(args))
+    print(f"{args.data}: {seen.summary}")
+    if seen.bad:
+        print(f"{seen.bad.total():,} rows cannot be used; the first is {seen.first_bad}")
+    if args.quiet:
+        return
+    _say(f"written: {args.output}; next:")
+    for command, why in (
+        (f"finetune inspect {args.output}", "which tokens are trained on"),
+        (f"finetune train {args.output}", ""),
+        (f"finetune generate runs/{args.output.stem}", "talk to it"),
+    ):
+        _say(f"  {command}{f'  # {why}' if why else ''}")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -336,6 +370,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "init": _init,
     "train": _train,
     "check": _check,
     "plan": _plan,

@@ -9,6 +9,7 @@ answer has `desirable`. For rows without chat turns a format returns `{"prompt":
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from finetune.data.json_rows import Row
@@ -80,8 +81,62 @@ def detect_format(source: DataSource, row: Row, method: str = "sft") -> str:
     wanted = "" if method == "sft" else f" for method {method}"
     raise DataError(
         f"{source.path}: its format{wanted} is not known from its columns ({there}); "
-        f"write `format` ({', '.join(read)}) and `columns`"
+        f"write in the source, for example, {_example(row, method)}; the known formats are {', '.join(read)}"
     )
+
+
+def _example(row: Row, method: str) -> str:
+    """The line to write for columns that no format has, from the columns that hold texts."""
+    texts = {str(column).lower(): str(column) for column, value in row.items() if isinstance(value, str)}
+    targets = {"sft": ("prompt", "completion"), "kto": ("prompt", "completion", "label")}.get(
+        method, ("prompt", "chosen", "rejected")
+    )
+    names = [*texts.values()] if len(texts) >= len(targets) else ["COLUMN"] * len(targets)
+    if method == "sft" and len(texts) == 1:
+        targets, names = ("text",), [*texts.values()]
+    pair, contexts = _pair_in(texts), [texts[name] for name in sorted(_CONTEXT & texts.keys())]
+    if method == "sft" and pair and contexts:
+        names = [f'"{{{contexts[0]}}}\\n\\n{{{texts[pair[0]]}}}"', texts[pair[1]]]
+    return f"columns: {{{', '.join(f'{target}: {name}' for target, name in zip(targets, names, strict=False))}}}"
+
+
+def _pair_in(names: Collection[str]) -> tuple[str, str] | None:
+    """The first of the commonest pairs of columns, in lower case, that stands among `names`; None if none does."""
+    return next((pair for pair in _PAIRS if pair[0] in names and pair[1] in names), None)
+
+
+def with_known_pair(source: DataSource, row: Row, method: str = "sft") -> DataSource:
+    """The source with `columns` for a question and its answer, where they have one of the commonest pairs of names.
+
+    It is unchanged if it says how to read its rows, if they have a format's columns, or if a context stands beside the
+    question, whose place in the prompt is not known.
+
+    Args:
+        source: The source.
+        row: Its first row.
+        method: The recipe's method.
+    """
+    if source.format or source.columns or method not in ("sft", "kto"):
+        return source
+    of_pairs = {name for names in FORMATS_BY_METHOD.values() for name in names}
+    known = [columns for name, columns in _COLUMNS.items() if name not in of_pairs or name == "preference"]
+    if any(all(column in row for column in columns) for columns in known):
+        return source
+    names = {str(column).lower(): column for column in row if isinstance(row[column], str)}
+    if all(name in names for name in ("instruction", "context", "response")):
+        targets = {"instruction": "instruction", "input": "context", "output": "response"}
+    else:
+        pair = _pair_in(names)
+        if pair is None or (_CONTEXT - {*pair}) & names.keys():
+            return source
+        targets = dict(zip(("prompt", "completion"), pair, strict=True))
+    columns = {target: names[name] for target, name in targets.items()}
+    return source.model_copy(update={"columns": columns})
+
+
+def pair_note(source: DataSource) -> str:
+    """The words in which the ledger counts the rows that are read so."""
+    return f"rows whose {' and '.join(source.columns.values())} are read as {' and '.join(source.columns)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,6 +284,15 @@ _COLUMNS = {
     "rated": ("prompt", "completion", "label"),
 }
 
+
+# Columns of a question and its answer that are read without `columns`; their case does not matter.
+_PAIRS = tuple(
+    (asked, said)
+    for asked in ("question", "prompt", "instruction", "query", "user", "human", "problem", "input")
+    for said in ("answer", "response", "completion", "output", "assistant", "solution", "reply")
+)
+# Columns that belong into the prompt, at a place that is not known.
+_CONTEXT = {"context", "passage", "document", "article", "input"}
 
 _OF_CHATS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 # The columns that a format reads.

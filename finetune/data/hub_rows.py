@@ -164,3 +164,33 @@ def _rows_in(name: str, streaming: bool) -> Iterator[Row | LabelError]:
         is_list = text.peek(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
         for _, row in (read_json if is_list else read_jsonl)(name, cast("IO[bytes]", text)):
             yield row
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of a dataset
+
+
+def hub_parts(path: str) -> tuple[str | None, str]:
+    """The configuration (None for the only one) and the split of a dataset that are to be trained on.
+
+    Raises:
+        DataError: The dataset cannot be found, or has several configurations and none is called `default`.
+    """
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(path)
+        if len(configs) > 1 and "default" not in configs:
+            raise DataError(
+                f"{path}: it has the configurations {', '.join(configs[:20])}; write a recipe with data.train: "
+                f"[{{path: {path}, config: {configs[0]}}}]"
+            )
+        config = None if len(configs) == 1 else "default"
+        splits = datasets.get_dataset_split_names(path, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        if words := hub_errors.hub_problem(f"datasets/{path}", error):
+            raise DataError(f"{path} {words}") from error
+        raise DataError(f"{path}: the Hub dataset cannot be loaded: {first_line(error)}") from error
+    return config, next((split for split in ("train", *splits) if split in splits and "train" in split), splits[0])

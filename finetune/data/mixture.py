@@ -15,10 +15,11 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.bad_rows import check_template
 from finetune.data.cache import CachedSource, trainer_columns
 from finetune.data.chat import Chat
 from finetune.data.ledger import Ledger
-from finetune.data.prepare import Preparation, check_template, prepare
+from finetune.data.prepare import Preparation, prepare
 from finetune.data.row_result import RowResult
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import DataError

@@ -17,9 +17,19 @@ from typing import Any
 import numpy as np
 
 from finetune.data.adapt import adapt
+from finetune.data.bad_rows import BadRows
 from finetune.data.chat import Chat, RenderedChat
 from finetune.data.encoded import Encoded, Ids
-from finetune.data.formats import FORMATS, check_columns, detect_format, map_columns, matches_filter, unread_columns
+from finetune.data.formats import (
+    FORMATS,
+    check_columns,
+    detect_format,
+    map_columns,
+    matches_filter,
+    pair_note,
+    unread_columns,
+    with_known_pair,
+)
 from finetune.data.json_rows import Row
 from finetune.data.language import language
 from finetune.data.ledger import PAIRS_AS_RATED
@@ -38,7 +48,7 @@ from finetune.data.readers import read_rows
 from finetune.data.row_result import RowResult
 from finetune.data.turns import texts_in
 from finetune.recipe.schema import DataSection, DataSource
-from finetune.system.errors import DataError, LabelError, TemplateError, TurnRewrittenLater
+from finetune.system.errors import DataError, LabelError, TurnRewrittenLater
 
 # The number of rows that are tokenised in one call, by the tokenizer's own threads. At most four chunks are in memory.
 _CHUNK = 64
@@ -88,7 +98,7 @@ def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]
         DataError: The source cannot be used; or a row cannot, and `data.on_bad_row` is `error`.
         TemplateError: The chat template cannot be used with this tokenizer.
     """
-    rows = _rendered(preparation, source)
+    rows, bad = _rendered(preparation, source), BadRows(preparation.chat, source)
     waiting: deque[tuple[list[_Rendered], Future[list[Ids]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -96,11 +106,12 @@ def prepare(preparation: Preparation, source: DataSource) -> Iterator[RowResult]
                 texts = [rendered.text for _, item in chunk if isinstance(item, list) for rendered in item]
                 waiting.append((chunk, pool.submit(preparation.chat.tokenize, texts)))
                 if len(waiting) > 2:
-                    yield from _labelled(preparation, *waiting.popleft())
+                    yield from _labelled(preparation, bad, *waiting.popleft())
             while waiting:
-                yield from _labelled(preparation, *waiting.popleft())
+                yield from _labelled(preparation, bad, *waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    bad.check()
 
 
 def _chunk(rows: Iterator[_Rendered]) -> Iterator[_Rendered]:
@@ -121,6 +132,7 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
     """Yields each row rendered, or the error in its place, so that errors are raised in the order of the rows."""
     form: str | None = source.format
     mapped, checked = False, ""
+    note: list[str] = []  # of a source whose columns are read without `columns`
     for name, row in read_rows(source):
         result = RowResult(name)
         try:
@@ -131,6 +143,9 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
                     result.dropped = "left out by filter"
                     yield result, None
                     continue
+                if form is None and (known := with_known_pair(source, row, preparation.method)) is not source:
+                    source, note = known, [pair_note(known)]
+                result.mended += note
                 whole, row = row, map_columns(source, row)
             except LabelError as error:
                 if mapped:
@@ -294,9 +309,12 @@ def _leaves_out_tools(chat: Chat, rendered: RenderedChat) -> bool:
         return False  # the template fails without them
 
 
-def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Future[list[Ids]]) -> Iterator[RowResult]:
+def _labelled(
+    preparation: Preparation, bad: BadRows, chunk: list[_Rendered], tokenized: Future[list[Ids]]
+) -> Iterator[RowResult]:
     ids = iter(tokenized.result())
     for result, item in chunk:
+        bad.read += 1
         if item is None:
             yield result
             continue
@@ -317,8 +335,7 @@ def _labelled(preparation: Preparation, chunk: list[_Rendered], tokenized: Futur
             result.dropped = "" if result.pieces else result.dropped
         except LabelError as error:
             if preparation.section.on_bad_row == "error":
-                check_template(preparation.chat, error.reason)
-                raise DataError(f"{result.row}: {error}; mend the row, or write data.on_bad_row: skip") from error
+                bad.add(result.row, error)
             result.pieces, result.unread, result.lost = [], [], 0
             result.bad, result.detail = error.reason, error.detail
         yield result
@@ -346,25 +363,6 @@ def _answer_rows(preparation: Preparation, chats: list[tuple[RenderedChat, Ids]]
     if preparation.method == "kto":
         return [replace(side, desirable=good) for side, good in zip(sides, result.desirable, strict=True)]
     return [replace(sides[0], rejected=sides[1])]
-
-
-def check_template(chat: Chat, reason: str) -> None:
-    """Checks that a fault of a row is the row's: the shortest conversations do not all have it.
-
-    Args:
-        chat: The tokenizer and its chat template.
-        reason: The fault of a row that is a conversation.
-
-    Raises:
-        TemplateError: The fault is the template's.
-    """
-    if chat.tokenizer.chat_template is None:
-        return
-    try:
-        _ = chat.end_of_turn_id
-    except TemplateError as fault:
-        if isinstance(fault.__cause__, LabelError) and fault.__cause__.reason == reason:
-            raise
 
 
 def _fit(preparation: Preparation, rendered: RenderedChat | None, encoded: Encoded, result: RowResult) -> list[Encoded]:

@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
-from finetune.data.template import shipped_templates
+from finetune.data.template import family_template, shipped_templates
 from finetune.data.template_variables import variable_fault
 from finetune.data.turns import Message, Tool, is_text_only, without_train_key
 from finetune.system.errors import LabelError, TemplateError
@@ -86,9 +86,10 @@ class Renderer:
             TemplateError: The tokenizer has no chat template.
         """
         if self.tokenizer.chat_template is None:
+            family = family_template(self.tokenizer)
+            cure = f"chat_template: {family}" if family else f"one of {shipped_templates()}"
             raise TemplateError(
-                "model.chat_template: this model has no chat template of its own; write the one of its family "
-                f"({shipped_templates()}) or a .jinja file"
+                f"model.chat_template: this model has no chat template of its own; write {cure}, or a .jinja file"
             )
         if not messages:
             raise LabelError("no message stands before it, and a chat template renders no empty conversation")

@@ -18,6 +18,23 @@ def shipped_templates() -> str:
     return ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
 
 
+# Tokens by which a tokenizer's family is known, and the shipped template of the family; the first that fits.
+_FAMILIES = {
+    "<|turn>": "gemma4",
+    "<start_function_call>": "functiongemma",
+    "<start_of_image>": "gemma3",
+    "<start_of_turn>": "gemma",
+    "<|start_header_id|>": "llama3",
+    "<|im_start|>": "chatml",
+}
+
+
+def family_template(tokenizer: Any) -> str | None:
+    """The name of the shipped template whose turn tokens a tokenizer has; None if it has those of none."""
+    vocabulary = tokenizer.get_vocab()
+    return next((template for token, template in _FAMILIES.items() if token in vocabulary), None)
+
+
 def load_template(name_or_path: str) -> str:
     """The text of a shipped template (such as `gemma3`) or of a `.jinja` file.
 

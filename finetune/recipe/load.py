@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.recipe.checks import adapter_lora, check_evaluate, check_hub, check_model, check_rules, check_source
+from finetune.recipe.paths import resolve_paths
 from finetune.recipe.preferences import check_method, check_preferences
 from finetune.recipe.schema import (
     DEFAULT_MAX_LENGTH,
@@ -156,7 +157,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, after all checks that need no weights, rows or network.
 
     Args:
-        path: The YAML file. `extends` is relative to it, all other paths to the working directory.
+        path: The YAML file. `extends` and the paths of files to read are relative to it; files that are not there are
+            looked for in the working directory, to which `training.output_dir` and paths in `overrides` are relative.
         overrides: `section.key=value`, the value in YAML. A map is merged, everything else is replaced.
 
     Raises:
@@ -170,6 +172,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree.root = root
     for text in overrides:
         override(tree, text)
+    resolve_paths(tree)
     # A section that is null is removed.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter
+from finetune.data.formats import FORMATS, detect_format, map_columns, matches_filter, with_known_pair
 from finetune.data.readers import read_rows
 from finetune.data.turns import INSTRUCTING
 from finetune.recipe.load import load_recipe
@@ -45,6 +45,7 @@ def _texts(source: DataSource, method: str) -> Iterator[str]:
         try:
             if source.filter and not matches_filter(source.filter, row):
                 continue
+            source = with_known_pair(source, row, method)
             row = map_columns(source, row)
             messages = FORMATS[source.format or detect_format(source, row, method)](row).get("messages")
         except LabelError:
