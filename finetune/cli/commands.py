@@ -162,18 +162,18 @@ def _init(args: argparse.Namespace) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         seen = init(args.data, args.model, args.output, _say_unless_quiet(args))
-    print(f"{args.data}: {seen.summary}")
+    print_text(f"{args.data}: {seen.summary}")
     if seen.bad:
-        print(f"{seen.bad.total():,} rows cannot be used; the first is {seen.first_bad}")
+        print_text(f"{seen.bad.total():,} rows cannot be used; the first is {seen.first_bad}")
     if args.quiet:
         return
-    _say(f"written: {args.output}; next:")
+    print_line(f"written: {args.output}; next:")
     for command, why in (
         (f"finetune inspect {args.output}", "which tokens are trained on"),
         (f"finetune train {args.output}", ""),
         (f"finetune generate runs/{args.output.stem}", "talk to it"),
     ):
-        _say(f"  {command}{f'  # {why}' if why else ''}")
+        print_line(f"  {command}{f'  # {why}' if why else ''}")
 
 
 def _train(args: argparse.Namespace) -> None:

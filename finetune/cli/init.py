@@ -28,6 +28,7 @@ from finetune.recipe.yaml_tree import scalar_text
 from finetune.system.devices import this_machine
 from finetune.system.errors import DataError, FinetuneError, LabelError, ModelError, RecipeError
 from finetune.system.files import write_whole
+from finetune.system.pages import one_line
 from finetune.system.terminal import Say
 
 # The base where none is named, on a CPU and on a GPU.
@@ -281,8 +282,8 @@ def recipe_text(seen: SeenRows, model: str, path: str, settings: Settings) -> st
 
 
 def _head(seen: SeenRows, path: str) -> Iterator[str]:
-    yield f"# Made by `finetune init` from {path}:"
-    yield f"# {seen.summary}"
+    yield f"# Made by `finetune init` from {one_line(path)}:"
+    yield f"# {one_line(seen.summary)}"
     yield "# Every value may be changed. All keys: docs/recipe.md, or `finetune schema`."
     if seen.method != "sft":
         pairs = "pairs of a better and a worse answer; orpo needs no reference" if seen.method == "dpo" else ""
@@ -324,7 +325,7 @@ def _data(seen: SeenRows, path: str, settings: Settings) -> Iterator[str]:
         count = round(settings.rows * settings.held_out)
         yield f"  eval_fraction: {settings.held_out}  # about {count:,} rows to evaluate on, which are not trained on"
     if seen.bad:
-        first = " ".join(seen.first_bad.split())
+        first = one_line(seen.first_bad)
         yield f"  on_bad_row: skip  # {seen.bad.total():,} rows cannot be used; the first is {first}"
 
 
