@@ -42,7 +42,7 @@ _LONGEST = 4096  # a `max_length` that memory most often allows
 
 @dataclass
 class SeenRows:
-    """What was seen in a source.
+    """The rows of a source as they were seen.
 
     Attributes:
         source: The source as the recipe names it.
