@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.recipe.diff import check_changes
+from finetune.recipe.diff import check_changes, digests
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.upstream_types import upstream_keys
@@ -27,7 +27,8 @@ def going_on(old: Recipe | str, new: Recipe, same_rows: bool = True, processes: 
     saved = Path("saved.yaml")
     saved.write_text(old if isinstance(old, str) else old.to_yaml(), encoding="utf-8")
     said: list[str] = []
-    check_changes(saved, new, said.append, same_rows, processes)
+    known = None if isinstance(old, str) else digests(old)
+    check_changes(saved, new, said.append, same_rows, processes, known)
     assert len(said) <= 1
     assert all(line.startswith("resuming with changes: ") and "\n" not in line for line in said)
     return said[0].removeprefix("resuming with changes: ").split("; ") if said else []
@@ -261,10 +262,11 @@ def test_another_type_of_the_same_number_is_no_change(write_recipe: Write) -> No
 
 
 def test_what_is_read_from_the_environment(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret is known by the name of its variable; any other value is a value."""
+    """A secret is known by the name of its variable; of any other value a digest is kept."""
     monkeypatch.setenv("MY_API_KEY", "open sesame")
     monkeypatch.setenv("OTHER_API_KEY", "momentum=0.5")
     monkeypatch.setenv("NAME", "first")
+    monkeypatch.setenv("ROWS_A_STEP", "2")
 
     def of(**training: Any) -> Recipe:
         written = {"project": "x ${MY_API_KEY} $${y}", "run_name": "${NAME}"}
@@ -275,13 +277,26 @@ def test_what_is_read_from_the_environment(write_recipe: Write, monkeypatch: pyt
     assert going_on(before, of()) == []
     monkeypatch.setenv("NAME", "second")
     monkeypatch.setenv("MY_API_KEY", "open barley")  # what it was is written down nowhere
-    assert going_on(before, of()) == ["training.run_name first -> second"]
+    assert "first" not in before.to_yaml() + repr(digests(before))
+    assert going_on(before, of()) == ['training.run_name another value in the environment -> "${NAME}"']
     assert going_on(before, of(run_name="first")) == []
     assert going_on(before, of(run_name="first", project="${OTHER_API_KEY}")) == [
         'training.project "x ${MY_API_KEY} $${y}" -> "${OTHER_API_KEY}"'
     ]
     after = of(optim="sgd", optim_args="${OTHER_API_KEY}")
     assert refusal(of(optim="sgd"), after) == 'training.optim_args was null and is "${OTHER_API_KEY}"'
+    batch = of(run_name="first", per_device_train_batch_size="${ROWS_A_STEP}")
+    assert going_on(batch, of(run_name="first")) == going_on(of(run_name="first"), batch) == []
+    assert going_on(of(seed="${ROWS_A_STEP}"), of(seed=2)) == []
+    monkeypatch.setenv("ROWS_A_STEP", "3")
+    changed = of(run_name="first", per_device_train_batch_size="${ROWS_A_STEP}", seed="${ROWS_A_STEP}")
+    with pytest.raises(RunError) as refused:
+        going_on(batch, changed)
+    assert str(refused.value) == (
+        "training.resume_from_checkpoint: training.per_device_train_batch_size had another value in the environment, "
+        "with which the checkpoint cannot be resumed; set the variable as it was, or train anew in another "
+        "training.output_dir"
+    )
     monkeypatch.delenv("MY_API_KEY")  # it need not be there any more
     assert going_on(before, of(run_name="first", project="mine")) == [
         'training.project "x ${MY_API_KEY} $${y}" -> mine'

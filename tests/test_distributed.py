@@ -232,7 +232,7 @@ def test_a_fault_of_one_rank_is_told_by_it_and_ends_all(write_recipe: Write, pro
     assert time.monotonic() - began < 15
     (line,) = told(command.said())
     assert line.startswith("rank 1 (")
-    assert 'data.train.0.path: is "missing.jsonl", and there is no such file' in line
+    assert "data.train.0.path: is ${ROWS}, and there is no such file" in line
     assert not Path("run").exists()
 
 

@@ -868,8 +868,11 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert recipe.origins["training.max_steps"] == "r.yaml:4"
     saved = recipe.to_yaml()
-    assert "  max_steps: 7  # r.yaml:4\n" in saved
-    assert '  output_dir: "runs/there/$${x}"  # r.yaml:6\n' in saved
+    # As it was written: unquoted, where the value may be a number, or quoted.
+    for line in ("max_steps: ${STEPS}  # r.yaml:4", "output_dir: runs/${OUT}/$${x}  # r.yaml:6"):
+        assert f"  {line}\n" in saved
+    assert '  run_name: "${STEPS}"  # r.yaml:7\n' in saved
+    assert recipe.shown_sections()["training"]["max_steps"] == "${STEPS}"
     assert load(saved, name="saved.yaml") == recipe
 
 
@@ -920,7 +923,7 @@ def test_secrets_of_the_environment_are_not_written_out(monkeypatch: pytest.Monk
     assert TOKEN not in saved
     assert "sesame" not in saved
     assert '  run_name: "a \\U0001F600 ${A}"  # r.yaml:3\n  project: "${MY_API_KEY}"  # r.yaml:3\n' in saved
-    assert "  trackio_space_id: harmless  # r.yaml:3\n" in saved
+    assert '  trackio_space_id: "${C}"  # r.yaml:3\n' in saved
     assert load(saved, name="saved.yaml") == recipe
     faults = report(
         BASE + "training: {seed: '${A}', accelerator_config: {'${MY_API_KEY}': 1}, debug: '${MY_API_KEY}'}\n"

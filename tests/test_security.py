@@ -6,21 +6,25 @@ In place of an attack each file would write a marker.
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import transformers.dynamic_module_utils as dynamic_modules
 import yaml
+from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from finetune.cli.commands import main
+from finetune.hub.payload import make_payload
 from finetune.model.locate import locate
 from finetune.model.provenance import adapter_base_sections
+from finetune.recipe.load import load_recipe
 from finetune.system.errors import ModelError
 from finetune.system.terminal import quiet
 
+SAMPLE_ROWS = ROOT / "data/chat_sample.jsonl"
 CONFIG = """
 from pathlib import Path
 from transformers import LlamaConfig
@@ -185,3 +189,52 @@ def test_a_package_with_a_model_is_imported(tmp_path: Path, monkeypatch: pytest.
     )
     with pytest.raises(TypeError):  # the import went well, and `assemble` is no real one
         locate("package:package_of_a_model")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+def test_a_value_from_the_environment_is_written_nowhere(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"PRIVATE_ROWS": "rows-of-a-client", "JUDGE": "judge-of-a-client", "NOISE": "0.987654321"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    Path(values["PRIVATE_ROWS"]).mkdir()
+    shutil.copy(SAMPLE_ROWS, f"{values['PRIVATE_ROWS']}/chat.jsonl")
+    judge = {"model": "${JUDGE}", "base_url": "http://127.0.0.1:1/v1", "reference": None}
+    recipe = write_recipe(
+        data={"train": [{"path": "${PRIVATE_ROWS}/*.jsonl"}], "eval_fraction": 0.1},
+        training={"max_steps": 1, "adam_beta1": "${NOISE}", "report_to": "tensorboard", "save_strategy": "steps"},
+        evaluate={"judge": judge},
+    )
+    assert main(["train", str(recipe)]) == 0
+    assert main(["report", "run"]) == 0
+    assert main(["check", str(recipe), "--json"]) == 0
+    shown = capsys.readouterr()
+    payload = make_payload(Path("run"), "you/run", "owner/base", ask=False)
+    texts = {str(path): path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    texts |= {f"pushed {name}": text for name, text in payload.files.items() if isinstance(text, bytes)}
+    texts |= {"stdout": shown.out.encode(), "stderr": shown.err.encode()}
+    found = [(name, value) for name, text in texts.items() for value in values.values() if value.encode() in text]
+    assert found == []
+    for name in ("recipe.yaml", "ledger.json", "report.html", "README.md"):
+        assert b"${PRIVATE_ROWS}" in texts[f"run/{name}"], name
+    assert any("events" in name for name in texts)
+    assert b"adam_beta1: ${NOISE}  # /" in texts["run/recipe.yaml"]
+    saved = load_recipe("run/recipe.yaml")
+    assert (saved.training["adam_beta1"], saved.data.train[0].path) == (0.987654321, "rows-of-a-client/*.jsonl")
+
+
+def test_a_base_from_the_environment_is_found_again(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stranger / "recipe.yaml").write_text("model: {name_or_path: '${BASE}'}\n")
+    monkeypatch.setenv("BASE", "random:llama")
+    assert adapter_base_sections(stranger)[0].name_or_path == "random:llama"
+    monkeypatch.delenv("BASE")
+    with pytest.raises(ModelError) as refused:
+        adapter_base_sections(stranger)
+    assert str(refused.value) == (
+        f"{stranger / 'recipe.yaml'}: its base is ${{BASE}}, which is not set in the environment; export it, or write "
+        "--base"
+    )

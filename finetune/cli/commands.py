@@ -219,7 +219,7 @@ def _check(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # trackers print when they are imported
         recipe = _load_recipe(args)
     if args.json:
-        print_text(json.dumps(recipe.sections(), ensure_ascii=False, indent=1))
+        print_text(json.dumps(recipe.shown_sections(), ensure_ascii=False, indent=1))
     elif not args.quiet:
         print_text(f"{recipe.path}: ok")
         print_text(recipe.to_yaml(), end="")

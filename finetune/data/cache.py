@@ -58,7 +58,7 @@ class CachedSource:
         folder = _prepared(preparation, source, say)
         self._account: dict[str, Any] = json.loads((folder / "account.json").read_text(encoding="utf-8"))
         if not self._account["read"]:
-            raise DataError(f"{source.path}: it holds no rows")
+            raise DataError(f"{source.name}: it holds no rows")
         self.dataset = datasets.Dataset.from_file(str(folder / "rows.arrow"))
         number = self.dataset.data.column("number").to_numpy()
         # The index of each row's first piece, and at the end the number of all pieces.
@@ -83,7 +83,7 @@ class CachedSource:
     def origins(self, row: int) -> list[tuple[str, str]]:
         """The source's path and the language of each of a row's pieces."""
         pieces = range(self._edges[row], self._edges[row + 1])
-        return [(self.source.path, self._columns["language"][piece]) for piece in pieces]
+        return [(self.source.name, self._columns["language"][piece]) for piece in pieces]
 
     def digests(self, row: int) -> tuple[bytes, bytes]:
         """The two hashes of a row, as `RowResult.digests`."""
@@ -106,7 +106,7 @@ class CachedSource:
             *counts, language = (self._columns[name][piece] for name in LEDGER_VALUES)
             values.append([*map(int, counts), language])
         cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
-        ledger.keep_row(self.source.path, values, bool(cut), int(lost), is_pair=self.method != "sft")
+        ledger.keep_row(self.source.name, values, bool(cut), int(lost), is_pair=self.method != "sft")
         return pieces
 
 
@@ -129,6 +129,8 @@ def _key(preparation: Preparation, source: DataSource) -> str:
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     chat, max_length = preparation.chat, preparation.max_length
     parts = [chat.fingerprint, fingerprint(source), options, reading, max_length, preparation.method, code]
+    if source.name != source.path:
+        parts.append(source.name)  # which the names of the rows begin with
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -170,7 +172,7 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 rate = ledger.read / (said - begun)
-                say(f"data: {source.path}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
+                say(f"data: {source.name}: {ledger.read:,} rows prepared, {rate:,.0f} a second")
         if waiting:
             flush(writer)
     account = {

@@ -77,10 +77,10 @@ def detect_format(source: DataSource, row: Row, method: str = "sft") -> str:
             return name
     there = ", ".join(map(str, row))
     if method == "sft" and all(column in row for column in _COLUMNS["preference"]):
-        raise DataError(f"{source.path}: its rows are pairs ({there}); write method: dpo, kto or orpo")
+        raise DataError(f"{source.name}: its rows are pairs ({there}); write method: dpo, kto or orpo")
     wanted = "" if method == "sft" else f" for method {method}"
     raise DataError(
-        f"{source.path}: its format{wanted} is not known from its columns ({there}); "
+        f"{source.name}: its format{wanted} is not known from its columns ({there}); "
         f"write in the source, for example, {_example(row, method)}; the known formats are {', '.join(read)}"
     )
 
@@ -318,7 +318,7 @@ def check_columns(source: DataSource, form: str) -> None:
     for target in source.columns:
         if target not in read:
             raise DataError(
-                f"{source.path}: columns: {target}: the format {form} does not read it; it reads {', '.join(read)}"
+                f"{source.name}: columns: {target}: the format {form} does not read it; it reads {', '.join(read)}"
             )
 
 

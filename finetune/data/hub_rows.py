@@ -33,10 +33,10 @@ def read_hub(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
     """
     rows = _hub(source)[0]
     # Any of the libraries that fetch and unpack a stream may raise its own error.
-    with reworded(DataError, f"{source.path}: the Hub dataset cannot be read", Exception):
+    with reworded(DataError, f"{source.name}: the Hub dataset cannot be read", Exception):
         found = _rows_of_files(source, rows) if _CHANGED.search(repr(rows.features)) else None
         for number, row in enumerate(_rows_of_columns(rows) if found is None else found):
-            yield f"{source.path}[{source.split}]:{number}", row
+            yield f"{source.name}[{source.split}]:{number}", row
 
 
 def hub_fingerprint(source: DataSource) -> str:

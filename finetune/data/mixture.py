@@ -275,7 +275,7 @@ def _yielded(
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
     source, result = waiting.pop()
     ledger.keep_row(
-        source.path, [result.ledger_values(piece) for piece in result.pieces], result.pieces[0].cut, result.lost
+        source.name, [result.ledger_values(piece) for piece in result.pieces], result.pieces[0].cut, result.lost
     )
     for piece in result.pieces:
         yield {"row": result.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}

@@ -151,7 +151,7 @@ def _rendered(preparation: Preparation, source: DataSource) -> Iterator[_Rendere
                 if mapped:
                     raise
                 # No row before had these columns either: the recipe is wrong, not the row.
-                raise DataError(f"{source.path}: {error}") from error
+                raise DataError(f"{source.name}: {error}") from error
             mapped = True
             form = form or detect_format(source, row, preparation.method)
             # Plain text has no place for a system text or tools.
@@ -192,11 +192,11 @@ def _render(
     if "messages" in converted:
         if source.special_tokens:
             raise DataError(
-                f"{source.path}: special_tokens is for text without a chat template, these rows are {form}; remove it"
+                f"{source.name}: special_tokens is for text without a chat template, these rows are {form}; remove it"
             )
         if train_on == "completion" and form != "prompt_completion":
             raise DataError(
-                f"{source.path}: data.train_on: completion needs prompt_completion rows, these are {form}; "
+                f"{source.name}: data.train_on: completion needs prompt_completion rows, these are {form}; "
                 "write assistant or last_assistant"
             )
         if "rejected" in converted or "desirable" in converted:
@@ -204,7 +204,7 @@ def _render(
         return _render_messages(preparation, converted, train_on or "assistant", result)
     if train_on in ("assistant", "last_assistant"):
         raise DataError(
-            f"{source.path}: data.train_on: {train_on} needs chats, these rows have no turns; write completion or all"
+            f"{source.name}: data.train_on: {train_on} needs chats, these rows have no turns; write completion or all"
         )
     result.language = language(converted["prompt"] + converted["completion"])
     encoded = chat.encode_text(converted["prompt"], converted["completion"], source.special_tokens)

@@ -41,8 +41,10 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row | LabelError]]:
         yield from read_hub(source)
         return
     for name in _files(source):
-        with _readable(name):
-            yield from _read_file(name)
+        shown = source.shown(name)
+        with _readable(shown):
+            for row_name, row in _read_file(name):
+                yield row_name.replace(name, shown, 1), row
 
 
 def fingerprint(source: DataSource) -> str:
@@ -56,7 +58,7 @@ def fingerprint(source: DataSource) -> str:
         parts = [source.path, source.config, source.split, source.revision, hub_fingerprint(source)]
     else:
         for name in _files(source):
-            with _readable(name), open_regular(name) as file:
+            with _readable(source.shown(name)), open_regular(name) as file:
                 parts += [Path(name).name, hashlib.file_digest(file, "blake2b").hexdigest()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -71,7 +73,7 @@ def _files(source: DataSource) -> list[str]:
     path = Path(source.path).expanduser()
     names = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     if not names:
-        raise DataError(f"{source.path}: there is no such file")
+        raise DataError(f"{source.name}: there is no such file")
     return names
 
 

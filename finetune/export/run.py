@@ -36,6 +36,7 @@ from finetune.model.provenance import (
 )
 from finetune.recipe.export_formats import ADAPTER, FORMATS_HELP, GGUF_ADAPTER, MLX_BITS, WEIGHT_FORMATS, needs_gguf
 from finetune.recipe.schema import ExportSection, ModelSection
+from finetune.recipe.yaml_tree import expanded
 from finetune.system.devices import machine_memory
 from finetune.system.errors import ExportError
 from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_whole
@@ -328,7 +329,7 @@ def _export_section(model: Path) -> ExportSection:
     if path is None:
         return ExportSection()
     try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8")).get("export") or {}
+        saved = expanded(yaml.safe_load(path.read_text(encoding="utf-8")).get("export") or {})
         # The recipe is written with numbers such as 1e-06, which PyYAML reads as text.
         return ExportSection.model_validate(saved, strict=False)
     except (yaml.YAMLError, ValidationError, AttributeError) as error:

@@ -14,6 +14,7 @@ from finetune.hub import card
 from finetune.hub.payload import MODEL_FILES, Payload, make_payload
 from finetune.model import provenance
 from finetune.recipe.checks import is_hub_id
+from finetune.recipe.yaml_tree import expanded
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
@@ -50,7 +51,7 @@ def push(
         RunError: A file of the folder is damaged.
     """
     folder = Path(folder)
-    section = provenance.recipe_sections(folder).get("hub") or {}
+    section = expanded(provenance.recipe_sections(folder).get("hub") or {})
     repo_id = repo_id or section.get("repo_id")
     if not repo_id:
         raise PushError("no repository is named; write --repo-id owner/name, or hub.repo_id in the recipe")

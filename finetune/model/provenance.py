@@ -13,6 +13,7 @@ import yaml
 from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import PACKAGED_BASES, is_local_base
 from finetune.recipe.schema import ModelSection
+from finetune.recipe.yaml_tree import expanded
 from finetune.system.errors import ModelError, RunError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MERGE_RECORD, read_json, run_file, sha256
 
@@ -99,7 +100,8 @@ def base_reference(folder: Path, given: str | None = None) -> BaseReference:
     )
     commit = environment_of(folder).get("base_commit")
     revision = (merged and merged["revision"]) or commit or model.get("revision") or adapter.get("revision")
-    hub = given or (recipe.get("hub") or {}).get("base_model") or hub_id(name)
+    name = expanded(name)
+    hub = given or expanded((recipe.get("hub") or {}).get("base_model")) or hub_id(name)
     return BaseReference(name, hub, revision if hub == name else None)
 
 
@@ -148,7 +150,7 @@ def adapter_base_sections(
     if path := run_file(folder, "recipe.yaml"):
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            section, quantization = ModelSection(**saved["model"]), saved.get("quantization")
+            section, quantization = ModelSection(**expanded(saved["model"])), expanded(saved.get("quantization"))
             if section.attn_implementation and "/" in section.attn_implementation:
                 section = section.model_copy(update={"attn_implementation": None})
         except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -172,6 +174,8 @@ def _base_section(section: ModelSection, file: Path, given: str | None) -> Model
         same = given == section.name_or_path
         return section if same else section.model_copy(update={"name_or_path": given, "revision": None})
     name = section.name_or_path
+    if "${" in name:
+        raise ModelError(f"{file}: its base is {name}, which is not set in the environment; export it, or write --base")
     foreign = name.startswith(("/", "./", "../", "~")) or "\\" in name or name.count("/") > 1
     if foreign and ":" not in name.removeprefix(name[:1] + ":") and not os.path.exists(os.path.expanduser(name)):
         raise ModelError(f"{file}: its base {name} is not on this machine; write --base with its path or id")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -172,7 +173,7 @@ class Predictor:
             return whole
 
     def _model(self, recipe: Recipe, kept: tuple[int, ...]) -> FakeModel:
-        key = (recipe.to_yaml(), kept)
+        key = (json.dumps(recipe.sections()), kept)
         if key not in self._models:
             self._models[key] = FakeModel(recipe, with_layers(self.config, kept), self.hardware, self.arguments)
         return self._models[key]

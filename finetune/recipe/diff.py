@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 import yaml
 
@@ -37,10 +40,51 @@ _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate")
 # Interchangeable in a resumed run. All other inits of peft 0.21 change the base, or freeze half of the adapter.
 _ADAPTER_ONLY_INITS = (True, False, "gaussian", "orthogonal")
+# Stands for a value from the environment of which only the digest is known.
+_OTHER = "another value in the environment"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int]) -> None:
+class Digests(TypedDict):
+    """Digests of a recipe's values from the environment, by dotted key, by which a change of one is recognised.
+
+    A checkpoint's `complete.json` holds them. Their values are saved nowhere; scrypt makes guesses expensive.
+    """
+
+    salt: str
+    values: dict[str, str]
+
+
+def digests(recipe: Recipe) -> Digests:
+    """The digests of a recipe's values from the environment; secrets have none."""
+    salt = secrets.token_hex(16)
+    return {"salt": salt, "values": {key: _digest(v, salt) for key, v in recipe.environment_values().items()}}
+
+
+def _digest(value: Any, salt: str) -> str:
+    return hashlib.scrypt(json.dumps(value).encode(), salt=salt.encode(), n=2**14, r=8, p=1, dklen=16).hex()
+
+
+def _values_then(known: Digests | None, recipe: Recipe) -> dict[str, Any]:
+    """The values from the environment when the digests were made, by dotted key, as far as they are those of now."""
+    then, now = recipe.environment_values(), recipe.sections()
+    for key, digest in (known["values"] if known else {}).items():
+        value = _value_at(now, key)
+        then[key] = value if known and _digest(value, known["salt"]) == digest else _OTHER
+    return then
+
+
+def _value_at(value: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for name in key.split("."):
+        children = dict(zip(map(str, range(len(value))), value, strict=True)) if isinstance(value, list) else value
+        value = children.get(name) if isinstance(children, dict) else None
+    return value
+
+
+def check_changes(
+    saved: Path, recipe: Recipe, say: Say, same_rows: bool, processes: tuple[int, int], known: Digests | None = None
+) -> None:
     """Logs what a recipe changed since the run began; refuses changes with which a checkpoint cannot be resumed.
 
     Args:
@@ -49,25 +93,36 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
         say: Called with one line that lists all changes, if there are any.
         same_rows: True if the training rows are those of the run so far.
         processes: The number of processes when the checkpoint was written, and now.
+        known: The digests of the run's values from the environment.
 
     Raises:
         RunError: A change is refused, or `saved` is damaged.
     """
     if not saved.is_file():
         return
-    # By way of its text, which has a secret's variable in place of its value: never shown, and not a change.
-    new = _sections(recipe.to_yaml())
+    # By way of its text, which has `${NAME}` in place of a secret: never shown, and not a change. Other values from the
+    # environment are compared by their digests.
+    new = _sections(recipe.to_yaml(), recipe.environment_values())
     try:
-        old = _sections(saved.read_text(encoding="utf-8"))
+        old = _sections(saved.read_text(encoding="utf-8"), _values_then(known, recipe))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         cure = "restore the file that the run wrote, or train anew in another training.output_dir"
         raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
 
+    if unknown := [f"training.{name}" for name in _BATCH if old["training"][name] == _OTHER]:
+        raise RunError(
+            f"training.resume_from_checkpoint: {unknown[0]} had {_OTHER}, with which the checkpoint cannot be resumed; "
+            "set the variable as it was, or train anew in another training.output_dir"
+        )
     # Two methods have other keys in `training`.
     skipped = {"method"} if old["method"] == new["method"] else {"method", "training"}
     names = [name for name in old if name in new and name not in skipped]
     changes = {key: values for name in names for key, *values in _changed(old[name], new[name], name)}
     stateful = any(side["training"]["lr_scheduler_type"] in _STATEFUL_SCHEDULES for side in (old, new))
+
+    def shown(key: str, value: Any) -> str:
+        return _shown(recipe.templates.get(key, value))
+
     refused = {key for key, values in changes.items() if _is_refused(key, values, same_rows, stateful)}
     faults = _structural_faults(old, new, processes)
     # A refused key of these sections explains why the rows differ; otherwise the files themselves have changed.
@@ -76,7 +131,7 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
         # Evaluation rows are taken out of the training rows, so they may be the reason, too.
         refused |= {key for key in changes if key.startswith("data.eval")}
     faults = [
-        *(f"{key} was {_shown(was)} and is {_shown(now)}" for key, (was, now) in changes.items() if key in refused),
+        *(f"{key} was {_shown(was)} and is {shown(key, now)}" for key, (was, now) in changes.items() if key in refused),
         *faults,
     ]
     cures = ["write the old values"] if faults else []
@@ -91,7 +146,7 @@ def check_changes(saved: Path, recipe: Recipe, say: Say, same_rows: bool, proces
     changes |= {"processes": [*processes]} if processes[0] != processes[1] else {}
     mentioned = {key: values for key, values in changes.items() if key not in _UNMENTIONED}
     if mentioned:
-        lines = (f"{key} {_shown(was)} -> {_shown(now)}" for key, (was, now) in mentioned.items())
+        lines = (f"{key} {_shown(was)} -> {shown(key, now)}" for key, (was, now) in mentioned.items())
         say(f"resuming with changes: {'; '.join(lines)}")
 
 
@@ -139,6 +194,8 @@ def _changed(was: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
 
 def _shown(value: Any) -> str:
     """A value on one line; a source by its path."""
+    if value == _OTHER:
+        return _OTHER
     if isinstance(value, dict) and "path" in value:
         return _shown(value["path"])
     if isinstance(value, dict):
@@ -150,8 +207,12 @@ def _shown(value: Any) -> str:
 # Reading
 
 
-def _sections(text: str) -> Sections:
+def _sections(text: str, values: Mapping[str, Any] = MappingProxyType({})) -> Sections:
     """The sections of a resolved recipe that concern training, with upstream's defaults filled in.
+
+    Args:
+        text: The recipe.
+        values: The values in place of `${NAME}`, by dotted key.
 
     Raises:
         ValueError, yaml.YAMLError: No run can have written the text.
@@ -161,7 +222,7 @@ def _sections(text: str) -> Sections:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     root = yaml.compose(text, Loader=yaml.BaseLoader)
-    tree = _tree(root) if root else None
+    tree = _tree(root, values) if root else None
     method = tree.get("method", "sft") if isinstance(tree, dict) else "sft"
     if not isinstance(method, str) or method not in CONFIGS:
         raise ValueError(f"its method is {method}")
@@ -181,7 +242,7 @@ def _sections(text: str) -> Sections:
     accelerator = training["accelerator_config"] or {}
     if isinstance(accelerator, dict):  # not the path of a file
         training["accelerator_config"] = _filled("training.accelerator_config", accelerator, AcceleratorConfig)
-    if not all(isinstance(training[name], int) for name in _BATCH):
+    if not all(isinstance(training[name], int) or training[name] == _OTHER for name in _BATCH):
         raise ValueError(f"training.{' or training.'.join(_BATCH)} is not a number")
     if "quantization" in sections and "bnb_4bit_compute_dtype" not in tree["quantization"]:
         sections["quantization"]["bnb_4bit_compute_dtype"] = "model.dtype"  # null is float32
@@ -199,13 +260,16 @@ def _filled(name: str, values: Any, owner: Callable[..., Any]) -> Section:
     return defaults | values
 
 
-def _tree(node: yaml.Node) -> Any:
-    """The values that `Recipe.to_yaml` wrote: unquoted scalars are JSON or text, and `${NAME}` is not expanded."""
+def _tree(node: yaml.Node, values: Mapping[str, Any], key: str = "") -> Any:
+    """The values that `Recipe.to_yaml` wrote: unquoted scalars are JSON or text; `values` as in `_sections`."""
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _tree(child) for key, child in node.value}
+        entries = ((str(name.value), child) for name, child in node.value)
+        return {name: _tree(child, values, f"{key}.{name}".lstrip(".")) for name, child in entries}
     if isinstance(node, yaml.SequenceNode):
-        return [_tree(child) for child in node.value]
+        return [_tree(child, values, f"{key}.{i}") for i, child in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
+    if key in values and "${" in node.value:
+        return values[key]
     try:
         return node.value if node.style else json.loads(node.value)
     except ValueError:

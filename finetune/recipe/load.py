@@ -64,8 +64,8 @@ class Recipe:
     quantization: Section | None
     origins: dict[str, str] = field(compare=False)
     path: Path = field(compare=False)
-    # The text `${NAME}` that is written in place of each secret value, by key.
-    _templates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # The nodes of values from the environment, by key; their templates, such as `${NAME}`, are saved and shown.
+    _from_environment: dict[str, Node] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def max_length(self) -> int | None:
@@ -74,11 +74,32 @@ class Recipe:
         return length
 
     def to_yaml(self) -> str:
-        """The recipe with all defaults, and each value's origin as a comment.
+        """The recipe with all defaults, and each value's origin as a comment; `${NAME}` stays as it was written.
 
         `load_recipe` loads an equal recipe from it, in the same working directory and environment.
         """
         return "\n".join(self._lines(self.sections(), "", "")) + "\n"
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The dotted key of each value from the environment, and the text that is shown in its place."""
+        return {key: node.template for key, node in self._from_environment.items() if node.template}
+
+    def environment_values(self) -> dict[str, Any]:
+        """The values from the environment that are no secrets, by dotted key. They are kept in memory alone."""
+        return {key: node.value for key, node in self._from_environment.items() if not node.secret}
+
+    def shown_sections(self) -> Section:
+        """`sections`, with `${NAME}` as it was written."""
+        shown: Section = self._shown(self.sections(), "")
+        return shown
+
+    def _shown(self, value: Any, key: str) -> Any:
+        if key in self._from_environment:
+            return self._from_environment[key].template
+        if isinstance(value, dict):
+            return {name: self._shown(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()}
+        return [self._shown(child, f"{key}.{i}") for i, child in enumerate(value)] if isinstance(value, list) else value
 
     def sections(self) -> Section:
         """The method, and the sections that are not null, as plain data."""
@@ -97,10 +118,12 @@ class Recipe:
                 yield head if isinstance(value, dict) else f"{head} {next(lines).lstrip()}"
                 yield from lines
                 continue
-            written = self._templates.get(dotted)
             # Only in values: `${` in a key is not expanded.
             escaped = child.replace("${", "$${") if isinstance(child, str) else child
-            text = scalar_text(escaped) if written is None else quoted(written)
+            node = self._from_environment.get(dotted)
+            text = scalar_text(escaped)
+            if node and node.template:
+                text = node.template if node.unquoted else quoted(node.template)
             origin = "".join(c if c.isprintable() else "?" for c in self.origins.get(dotted, "default"))
             yield f"{head} {text}  # {origin}"
 
@@ -193,10 +216,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if lora.get("trainable_token_indices") == "none":
         lora["trainable_token_indices"] = None
     leaves = dict(root.leaves())
+    data = DataSection.model_validate(sections["data"])
+    for name in ("train", "eval"):
+        for i, source in enumerate(getattr(data, name)):
+            source._template = leaves[f"data.{name}.{i}.path"].template or ""
     return Recipe(
         method=typing.cast("Method", tree.method),
         model=ModelSection.model_validate(sections["model"]),
-        data=DataSection.model_validate(sections["data"]),
+        data=data,
         export=ExportSection.model_validate(sections["export"]),
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         hub=HubSection.model_validate(sections["hub"]),
@@ -205,5 +232,5 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         quantization=sections["quantization"] if "quantization" in root.value else None,
         origins={key: leaf.origin for key, leaf in leaves.items()},
         path=path,
-        _templates={key: leaf.template for key, leaf in leaves.items() if leaf.template},
+        _from_environment={key: leaf for key, leaf in leaves.items() if leaf.template},
     )

@@ -1,5 +1,7 @@
 """The sections of a recipe that are ours: keys, types, defaults, and a sentence about each key."""
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -100,6 +102,19 @@ class DataSource(BaseModel):
     """The number of rows, drawn by `data.seed`; if there are fewer, rows are repeated."""
     streaming: bool = False
     """Reads rows while training, not before."""
+    _template: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path as the recipe has it, with `${NAME}`: what is shown and saved."""
+        return self._template or self.path
+
+    def shown(self, text: str) -> str:
+        """A text with the path or a file of the source, in which `${NAME}` stands for its value."""
+        for variable in re.findall(r"\$\{(\w+)\}", self._template):
+            if value := os.environ.get(variable):
+                text = text.replace(value, f"${{{variable}}}")
+        return text
 
 
 class DataSection(BaseModel):

@@ -27,6 +27,8 @@ MAX_FILES = 20
 MAX_INTEGER = 10**15 - 1
 NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
+# The characters from which on a value from the environment is looked for in faults.
+_LONG_VALUE = 8
 _TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
 SECRET_PATTERN = re.compile(
@@ -45,8 +47,12 @@ class Node:
 
     value: Any
     origin: str
-    # The text to show in place of a secret value, such as `${NAME}`.
+    # The text as it is written, such as `${NAME}`, which is saved and shown in place of a value from the environment.
     template: str | None = None
+    # True if the template is a secret's: its value is compared nowhere.
+    secret: bool = False
+    # True if the template is written without quotes: its value may be a number.
+    unquoted: bool = False
 
     def plain(self) -> Any:
         """The value as plain dicts, lists and scalars."""
@@ -92,7 +98,7 @@ class RecipeTree:
     broken: set[str] = field(default_factory=set)
     # The number of values read so far.
     values: int = 0
-    # Secret values, and what faults show in their place.
+    # Values from the environment, and what faults show in their place.
     secrets: dict[str, str] = field(default_factory=dict)
 
     def at(self, key: str) -> Node:
@@ -346,14 +352,27 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
     if SECRET_PATTERN.search(node.value) or (named and not variables and isinstance(value, str) and value):
         instead = "write ${NAME} to read it from the environment, or run `hf auth login`"
         tree.faults.append((origin, f"{key}: a secret is written out; {instead}"))
-        template = "(secret)"
-    elif variables and (named or SECRET_PATTERN.search(text) or any(map(SECRET_NAME_PATTERN.search, variables))):
+        template, secret = "(secret)", True
+    elif variables:
         template = node.value
+        secret = bool(named or SECRET_PATTERN.search(text) or any(map(SECRET_NAME_PATTERN.search, variables)))
     else:
         return Node(value, origin)
-    if text:
+    # A fault may quote a value. A short one, such as a number of steps, may stand there for another reason.
+    if text and (secret or len(text) >= _LONG_VALUE):
         tree.secrets[text] = template
-    return Node(value, origin, template)
+    return Node(value, origin, template, secret, unquoted=node.style is None and "\n" not in template)
+
+
+def expanded(value: Any) -> Any:
+    """A value of a saved recipe with each `${NAME}` in its texts replaced from the environment, where that has it."""
+    if isinstance(value, dict):
+        return {name: expanded(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [expanded(child) for child in value]
+    if not isinstance(value, str):
+        return value
+    return _VARIABLE.sub(lambda match: "${" if match[0] == "$${" else os.environ.get(match[1], match[0]), value)
 
 
 def override(tree: RecipeTree, text: str) -> None:
@@ -385,5 +404,5 @@ def override(tree: RecipeTree, text: str) -> None:
             return fault(f"{key}: {above} is {value}, with no {name}; write the whole of {above}")
         here = child
     merged = _merged(here, node)
-    here.value, here.origin, here.template = merged.value, merged.origin, merged.template
+    vars(here).update(vars(merged))
     return None

@@ -18,11 +18,14 @@ import json
 import shutil
 from datetime import date
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from finetune.system.errors import RunError
 from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
 from finetune.system.terminal import Say
+
+if TYPE_CHECKING:
+    from finetune.recipe.diff import Digests
 
 # Written last: a `checkpoint-N` folder without it is incomplete.
 MARKER = "complete.json"
@@ -32,11 +35,12 @@ WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 class MarkerFields(TypedDict):
-    """The number of processes, the digest of the training rows, and the first day of the run."""
+    """The number of processes, digests of the training rows and of values from the environment, and the first day."""
 
     processes: int
     rows: str | None
     day: NotRequired[str]
+    environment: NotRequired[Digests]
 
 
 class Marker(MarkerFields):

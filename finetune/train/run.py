@@ -98,7 +98,7 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         _check_changes(recipe, start, rows.train, say)
     distributed.check_same(
         {
-            "the recipe": recipe.to_yaml(),
+            "the recipe": (recipe.to_yaml(), recipe.environment_values()),
             "the chat template": rows.tokenizer.chat_template,
             "a row of data.train": rows.train.digest,
             "a row of data.eval": rows.evaluation.digest,
@@ -209,7 +209,7 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
         marker = checkpoint.read_marker(start)
         same_rows = marker.get("rows") == rows.digest
         processes = (int(marker.get("processes", 1)), distributed.world_size())
-        diff.check_changes(saved, recipe, say, same_rows, processes)
+        diff.check_changes(saved, recipe, say, same_rows, processes, marker.get("environment"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,6 +256,8 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
     trainer.meter = _make_meter(recipe, precision, model, data)
     trainer.recipe_yaml = recipe.to_yaml()
     trainer.marker_fields = {"processes": distributed.world_size(), "rows": data.digest}
+    if recipe.templates:
+        trainer.marker_fields["environment"] = diff.digests(recipe)
     if rows.chat.day is not None:
         trainer.marker_fields["day"] = rows.chat.day.isoformat()
     if not rows.streamed:
@@ -340,6 +342,8 @@ def _add_callbacks(
         samples = trackers.Samples(output, trainer, rows.chat, stop_ids, start_step)
         trainer.add_callback(soft(samples, "samples", say))
     trainer.add_callback(soft(MetricsLog(output, start_step, trainer), "metrics.jsonl", say))
+    if recipe.templates:
+        trackers.show_templates(trainer.args, recipe)
     wants_artifact = trackers.configure_trackers(trainer, start_step, say)
     trainer.add_callback(soft(progress, "the progress display", say))
     if recipe.hub.repo_id and recipe.hub.every_n_saves:

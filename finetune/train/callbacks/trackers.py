@@ -7,6 +7,7 @@ name and id, its recipe, ledger and environment, its samples and its finished fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import netrc
@@ -24,6 +25,7 @@ from transformers.integrations import integration_utils as upstream
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow
 from finetune.model.generate import Generator
+from finetune.recipe.load import Recipe
 from finetune.system import files
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say, quiet
@@ -226,6 +228,19 @@ def _log_samples(trainer: RunTrainer, step: int, every: list[dict[str, Any]]) ->
 def _as_code(text: str) -> str:
     """A text as a Markdown code block."""
     return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def show_templates(config: Any, recipe: Recipe) -> None:
+    """Lets trackers log the recipe's `${NAME}` in place of values from the environment in the trainer's arguments."""
+    names = {key.split(".")[1] for key in recipe.templates if key.startswith("training.")}
+    written = {name: value for name, value in recipe.shown_sections()["training"].items() if name in names}
+    # Not a lambda, with which the arguments could not be copied.
+    config.to_dict = functools.partial(_with_templates, config, written)
+
+
+def _with_templates(config: Any, written: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = type(config).to_dict(config)
+    return values | written
 
 
 def configure_trackers(trainer: RunTrainer, start_step: int, say: Say) -> bool:
