@@ -52,8 +52,8 @@ _RECIPE = """# The keys of a recipe
   stand; what is not there is looked for in the working directory. `training.output_dir` and paths on the command line
   are relative to the working directory.
 - `section.key=value` on the command line overrides both, in YAML's flow style; `lora=null` removes a section.
-- `${NAME}` is read from the environment and stays `${NAME}` in all files that are written or pushed ([security.md](security.md));
-  `$${NAME}` is that text itself.
+- `${NAME}` is read from the environment, and stays `${NAME}` in all files that are written or pushed
+  ([security.md](security.md)). `$${NAME}` is that text itself.
 - A key that is not listed here is an error.
 """
 # The method, what it trains on, and the page of its class in trl's documentation.

@@ -58,9 +58,9 @@ class BadRows:
         if self.counts.total() == 1:
             raise DataError(f"{lines[0]}; mend the row, or write data.on_bad_row: skip")
         if len(self.named) > _REASONS:
-            lines.append(f"{self.source.path}: rows with {len(self.named) - _REASONS:,} other faults")
+            lines.append(f"{self.source.name}: rows with {len(self.named) - _REASONS:,} other faults")
         count = f"{self.counts.total():,} of {self.read:,} rows cannot be used"
-        raise DataError("\n".join([*lines, f"{self.source.path}: {count}; mend them, or write data.on_bad_row: skip"]))
+        raise DataError("\n".join([*lines, f"{self.source.name}: {count}; mend them, or write data.on_bad_row: skip"]))
 
 
 def check_template(chat: Chat, reason: str) -> None:
