@@ -25,6 +25,9 @@ from hypothesis import settings
 
 from finetune.data import template_trial
 from finetune.system import fresh_process
+from finetune.system.imports import defer_imports
+
+defer_imports()
 
 ROOT = Path(__file__).parents[1]
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")

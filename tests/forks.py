@@ -206,6 +206,9 @@ def import_all() -> None:
     sys.path.insert(0, str(ROOT))
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")
+        from finetune.system.imports import defer_imports
+
+        defer_imports()
         for module in HEAVY:
             with contextlib.suppress(ImportError):  # an extra that is not installed
                 importlib.import_module(module)
@@ -226,10 +229,12 @@ def make_caches() -> None:
     """Fills what each command would compute anew: a quarter of the time of a short run."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from finetune.recipe.upstream_tables import tables
     from finetune.system.pages import environment
     from finetune.train.environment import versions
 
     versions()
+    tables()
     get_checkpoint_conversion_mapping("gemma3")
     package = ROOT / "finetune"
     for path in (*package.rglob("*.md.jinja"), *package.rglob("*.html.jinja")):
