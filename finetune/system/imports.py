@@ -31,7 +31,7 @@ class _Deferred:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec and spec.loader:
-            spec.loader.exec_module = _compiling_later(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = _compiling_later(spec.loader.exec_module)  # type: ignore[method-assign, assignment]
         return spec
 
 
@@ -42,7 +42,7 @@ def _compiling_later(execute: Callable[[ModuleType], None]) -> Callable[[ModuleT
         import torch
 
         compile_now = torch.compile
-        torch.compile = functools.partial(_compile_later, compile_now)  # type: ignore[assignment]
+        torch.compile = functools.partial(_compile_later, compile_now)
         try:
             execute(module)
         finally:
