@@ -23,8 +23,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from finetune.data import template_trial
-from finetune.system import fresh_process
+from finetune.system import fresh_process, limited
 from finetune.system.imports import defer_imports
 
 defer_imports()
@@ -130,12 +129,12 @@ def _imports_are_frozen() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _templates_are_trusted() -> Iterator[Callable[[str], int]]:
-    """Tests' own chat templates are not rendered in a process of their own first."""
-    run = template_trial._run
+def _trusted() -> Iterator[Callable[..., int]]:
+    """Tests' own chat templates and expressions are not tried in a process of their own first."""
+    run = limited.run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_trial, "_run", lambda text: 0)
+        patch.setattr(limited, "run", lambda module, job, limits: 0)
         yield run
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from finetune.cli.commands import main
 from finetune.data import rendering, template_trial
 from finetune.data.template import load_template
 from finetune.data.template_trial import try_template
+from finetune.system import limited
 from finetune.system.errors import LabelError, TemplateError
 
 # Ordinary work of two seconds, and an ordinary text of 100 MB: the limits are lowered for it.
@@ -21,29 +23,26 @@ LARGE = "{% set text = messages[0].content * 10000000 %}"
 
 
 @pytest.fixture(autouse=True)
-def _tried(_templates_are_trusted: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(template_trial, "_run", _templates_are_trusted)
+def _tried(_trusted: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(limited, "run", _trusted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
-    ("template", "limit", "value", "reached"),
+    ("template", "lower", "reached"),
     [
-        (BUSY, "_CPU_SECONDS", 1, "does not end within 1 s"),
-        (BUSY, "_SECONDS", 0.05, "does not end within 10 s"),
-        (LARGE, "_BYTES", 100 << 20, "takes more than 100 MiB of memory"),
-        ("{{ 'a' * 110000000 }}", "_BYTES", 100 << 20, "takes more than 100 MiB of memory"),
+        (BUSY, {"seconds": 1}, "does not end within 1 s"),
+        (LARGE, {"memory": 100 << 20}, "takes more than 100 MiB of memory"),
+        ("{{ 'a' * 110000000 }}", {"memory": 100 << 20}, "takes more than 100 MiB of memory"),
     ],
-    ids=["processor", "clock", "rendered", "compiled"],
+    ids=["time", "rendered", "compiled"],
 )
 def test_a_template_that_reaches_a_limit(
-    template: str, limit: str, value: float, reached: str, monkeypatch: pytest.MonkeyPatch
+    template: str, lower: dict[str, int], reached: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_trial, limit, value)
+    monkeypatch.setattr(template_trial, "_LIMITS", replace(template_trial._LIMITS, **lower))
     with pytest.raises(TemplateError) as caught:
-        try_template(
-            {"default": "{{ messages }}", "tool_use": template} if limit == "_SECONDS" else template, "owner/x"
-        )
+        try_template({"default": load_template("gemma"), "tool_use": template}, "owner/x")
     assert str(caught.value) == (
         f"chat template of owner/x: it {reached} for a conversation of three messages; write another into "
         "model.chat_template"
@@ -63,7 +62,7 @@ def test_a_template_that_reaches_a_limit(
 )
 def test_a_template_that_ends_passes_and_is_not_tried_again(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try_template(template, "x")
-    monkeypatch.setattr(template_trial, "_run", lambda text: pytest.fail("tried again"))
+    monkeypatch.setattr(limited, "run", lambda *_: pytest.fail("tried again"))
     try_template(template, "y")
     for trusted in (None, load_template("gemma3")):
         try_template(trusted, "z")
@@ -97,7 +96,7 @@ def test_transformers_renders_the_trials_conversations_alike() -> None:
 def test_the_command_line_names_the_file(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(template_trial, "_BYTES", 100 << 20)
+    monkeypatch.setattr(template_trial, "_LIMITS", replace(template_trial._LIMITS, memory=100 << 20))
     recipe = write_recipe(model={"name_or_path": "random:gemma3", "chat_template": "large.jinja"})
     Path("large.jinja").write_text(LARGE)
     assert main(["train", "--quiet", str(recipe)]) == 2

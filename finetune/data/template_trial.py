@@ -11,24 +11,21 @@ import contextlib
 import functools
 import hashlib
 import json
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.template import SHIPPED_TEMPLATES
+from finetune.system import limited
 from finetune.system.errors import TemplateError
 from finetune.system.files import cache_dir
+from finetune.system.limited import Limits, serve
 from finetune.system.numbers import memory
 
-# The limits of the process: seconds of its own, seconds on the clock, and bytes of address space.
-_CPU_SECONDS = 10
-_SECONDS = 60
-_BYTES = 1 << 30
+_LIMITS = Limits(seconds=10, memory=1 << 30)
 # Changes when `rendered` does, so that earlier results are not used.
 _VERSION = 1
-_OUT_OF_MEMORY = 3
 
 _TOOL = {
     "type": "function",
@@ -70,15 +67,15 @@ def _shipped() -> frozenset[str]:
 
 
 def _try_once(text: str, name: str) -> None:
-    key = hashlib.sha256(f"{_VERSION} {_CPU_SECONDS} {_BYTES} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+    key = hashlib.sha256(f"{_VERSION} {_LIMITS} {text}".encode("utf-8", "surrogatepass")).hexdigest()
     passed = cache_dir() / "templates" / key
     if passed.exists():
         return
-    code = _run(text)
-    if code == _OUT_OF_MEMORY:
-        reached = f"takes more than {memory(_BYTES)} of memory"
+    code = limited.run("finetune.data.template_trial", text, _LIMITS)
+    if code == limited.OUT_OF_MEMORY:
+        reached = f"takes more than {memory(_LIMITS.memory)} of memory"
     elif code < 0:
-        reached = f"does not end within {_CPU_SECONDS} s"
+        reached = f"does not end within {_LIMITS.seconds} s"
     else:
         with contextlib.suppress(OSError):  # without a cache it is tried again
             passed.parent.mkdir(parents=True, exist_ok=True)
@@ -88,25 +85,6 @@ def _try_once(text: str, name: str) -> None:
         f"chat template of {name}: it {reached} for a conversation of three messages; write another into "
         "model.chat_template"
     )
-
-
-def _run(text: str) -> int:
-    """The exit code of the process that renders a template; less than 0 if a limit of time ended it."""
-    from finetune.system.fresh_process import child_environment  # the process itself needs no pydantic
-
-    command = [sys.executable, "-W", "ignore", "-m", "finetune.data.template_trial"]
-    job = json.dumps({"template": text, "seconds": _CPU_SECONDS, "bytes": _BYTES})
-    try:
-        return subprocess.run(
-            command,
-            input=job.encode(),
-            env=child_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_SECONDS,
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return -9
 
 
 def rendered(template: str) -> Iterator[str]:
@@ -152,23 +130,9 @@ def rendered(template: str) -> Iterator[str]:
             continue  # transformers tells it the user, where a row has it
 
 
-def _main() -> int:
-    import resource
-
-    job = json.load(sys.stdin)
-    for limit, most in (
-        (resource.RLIMIT_CPU, job["seconds"]),
-        (resource.RLIMIT_AS, job["bytes"]),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):  # the user's own limit is lower
-            resource.setrlimit(limit, (most, most))
-    try:
-        deque(rendered(job["template"]), maxlen=0)
-    except MemoryError:
-        return _OUT_OF_MEMORY
-    return 0
+def _render(template: str) -> None:
+    deque(rendered(template), maxlen=0)
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(serve(_render))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune.model.attach import check_adapter_files, misfit, peft_weights, refuse_later_options, without_warnings
+from finetune.model.patterns import check_patterns
 from finetune.model.shards import StoredTensor, read_header, read_tensor
 from finetune.system.errors import MergeError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -66,11 +67,12 @@ def changes_of(
 
     Raises:
         MergeError: The adapter was trained on another base, is damaged, or has a part that cannot be merged.
-        ModelError: The adapter's file cannot be read.
+        ModelError: The adapter's file cannot be read, or an expression of its config cannot be matched in time.
     """
     import peft
 
     stored, options = _read_adapter(folder)
+    check_patterns(vars(options), model, f"{folder / ADAPTER_CONFIG}: ")
     misfit = reworded(MergeError, f"{folder} does not fit its base", ValueError, TypeError)
     with misfit, torch.device("meta"), without_warnings():
         wrapped = peft.PeftModelForCausalLM(model, options, low_cpu_mem_usage=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.model.patterns import check_patterns
 from finetune.system.errors import ModelError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, git_lfs_pointer, read_json
 from finetune.system.terminal import quiet
@@ -33,6 +34,7 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
 
     check_adapter_files(folder)
     refuse_later_options(folder)
+    check_patterns(read_json(folder / ADAPTER_CONFIG), model, f"{folder / ADAPTER_CONFIG}: ")
     try:
         with without_warnings():
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)

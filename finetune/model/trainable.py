@@ -16,6 +16,7 @@ from finetune.model import compatibility, provenance
 from finetune.model.attach import attach_adapter
 from finetune.model.load import load_model
 from finetune.model.locate import Base
+from finetune.model.patterns import check_patterns
 from finetune.model.precision import Precision, keep_residual_in_float32
 from finetune.model.resize import RESIZED_FROM, new_tokens
 from finetune.model.token_rows import (
@@ -140,6 +141,7 @@ def trainable_model(
         # peft 0.21 raises all of these for a value that does not fit the base.
         refusals = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ImportError, RuntimeError)
         with reworded(ModelError, "lora", *refusals, re.error), _experts_explained(options):
+            check_patterns(recipe.lora, model, "lora.")
             _check_names(recipe.lora, model)
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     lighten_trainable_tokens(model)

@@ -7,6 +7,7 @@ makes both anew.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -107,7 +108,8 @@ def unless_known_good(tree: RecipeTree, name: str, values: Section, check: Calla
     check()
     if len(tree.faults) == faults:
         tables()  # makes the folder
-        mark.touch()
+        with contextlib.suppress(OSError):  # the cache was removed since
+            mark.touch()
 
 
 # ---------------------------------------------------------------------------------------------------------------
