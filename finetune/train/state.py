@@ -258,14 +258,21 @@ class _SavedState:
 
 @contextmanager
 def damage_reported(folder: Path) -> Iterator[None]:
-    """Turns torch's errors at reading a checkpoint into one line; a pickle that would run code is such an error.
+    """Turns torch's errors at reading a checkpoint into one line.
 
     Raises:
-        RunError: A file is damaged.
+        RunError: A file is damaged, or a pickle that would run code; torch 2.13's advice to turn its check off is left
+            out.
     """
-    types = (pickle.UnpicklingError, EOFError, KeyError, RuntimeError)
-    with reworded(RunError, f"{folder} cannot be resumed from, a file in it is damaged", *types):
-        yield
+    types = (EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError)
+    try:
+        with reworded(RunError, f"{folder} cannot be resumed from, a file in it is damaged", *types):
+            yield
+    except pickle.UnpicklingError as error:
+        raise RunError(
+            f"{folder} cannot be resumed from, a file in it is damaged, or a pickle that could run code, which is not "
+            "read; resume from another checkpoint"
+        ) from error
 
 
 def _read(file: Any, key: str, region: tuple[slice, ...]) -> torch.Tensor:
