@@ -24,9 +24,9 @@ import yaml
 from hypothesis import settings
 
 from finetune.system import fresh_process, limited
-from finetune.system.imports import defer_imports
+from finetune.system.before_torch import prepare_imports
 
-defer_imports()
+prepare_imports()
 
 ROOT = Path(__file__).parents[1]
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")

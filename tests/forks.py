@@ -206,9 +206,9 @@ def import_all() -> None:
     sys.path.insert(0, str(ROOT))
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")
-        from finetune.system.imports import defer_imports
+        from finetune.system.before_torch import prepare_imports
 
-        defer_imports()
+        prepare_imports()
         for module in HEAVY:
             with contextlib.suppress(ImportError):  # an extra that is not installed
                 importlib.import_module(module)

@@ -113,6 +113,13 @@ def test_commands(script: Any, capsys: Any) -> None:
     assert all(float(figure) > 0 for figure in figures)
 
 
+def test_waiting(script: Any, capsys: Any) -> None:
+    script("waiting").main(1, 0.05)
+    [[_, *figures]] = rows_of(capsys.readouterr().out)
+    assert len(figures) == 6
+    assert float(figures[0]) > 0
+
+
 def test_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     run = script("run")
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

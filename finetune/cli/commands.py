@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import ExitCode, parser
 from finetune.system import distributed
+from finetune.system.before_torch import prepare_imports
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.files import check_replaceable
-from finetune.system.imports import defer_imports
 from finetune.system.pages import visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(words)
     if not args.traceback:
         silence_upstream()
-        defer_imports()
+        prepare_imports()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Characters that the encoding lacks are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")

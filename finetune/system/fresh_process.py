@@ -21,8 +21,8 @@ from typing import IO, Any, TypeVar, get_type_hints
 from pydantic import TypeAdapter
 
 from finetune.system import errors
+from finetune.system.before_torch import prepare_imports
 from finetune.system.files import write_whole
-from finetune.system.imports import defer_imports
 from finetune.system.terminal import silence_upstream
 
 Argument = TypeVar("Argument")
@@ -128,7 +128,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     """
     global _parent
     silence_upstream()
-    defer_imports()
+    prepare_imports()
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
     function = getattr(importlib.import_module(module), name)

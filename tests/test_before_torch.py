@@ -1,18 +1,23 @@
-"""bitsandbytes is imported without torch's compiler, and works."""
+"""bitsandbytes is imported without torch's compiler, and works; idle threads sleep."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from finetune.system.imports import _compile_later, _Deferred, defer_imports
+import pytest
+
+from finetune.system import before_torch
+from finetune.system.before_torch import _compile_later, _Deferred, prepare_imports
 
 
 def test_the_imports_of_a_run_load_no_compiler() -> None:
     script = """
 import sys
-from finetune.system.imports import defer_imports
+from finetune.system.before_torch import prepare_imports
 
-defer_imports()
+prepare_imports()
 import bitsandbytes, torch
 
 print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__)
@@ -42,9 +47,26 @@ def test_a_function_is_compiled_once_and_with_its_options() -> None:
     assert calls == [{"dynamic": False}, {}]
 
 
-def test_the_finder_is_added_once(monkeypatch: Any) -> None:
+def test_the_finder_is_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [])
-    defer_imports()
-    defer_imports()
+    prepare_imports()
+    prepare_imports()
     assert sys.meta_path == [_Deferred]
     assert _Deferred.find_spec("torch") is None
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "given", "policy"), [(False, None, "passive"), (True, None, None), (False, "active", "active")]
+)
+def test_idle_threads_sleep_on_a_cpu(
+    accelerator: bool, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device = tmp_path / "nvidiactl"
+    monkeypatch.setattr(before_torch, "_ACCELERATORS", (str(device),))
+    if accelerator:
+        device.touch()
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    prepare_imports()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy

@@ -1,25 +1,35 @@
-"""Defers the part of upstream's imports that most commands never use."""
+"""What has to be set before torch and the libraries on it are imported."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+# The device files of NVIDIA's and AMD's GPUs and of TPUs.
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
-def defer_imports() -> None:
-    """Lets bitsandbytes compile its functions when they are called, and not when it is imported.
+
+def prepare_imports() -> None:
+    """Makes upstream's imports quicker, and on a CPU lets idle threads sleep.
 
     transformers, PEFT and trl import bitsandbytes wherever it is installed, and its `torch.compile` decorators load
-    torch's compiler: a fifth of the time of all imports of a training run. Call it before they are imported.
+    torch's compiler: a fifth of the time of all imports of a training run. Here its functions are compiled when they
+    are called.
 
-    Source: bitsandbytes 0.50 `backends/default/ops.py`, `_try_torch_compile`.
+    OpenMP's threads wait for one another by spinning. Beside other busy processes they take the processor from those
+    that they wait for (docs/benchmarks.md). A variable that the user has set is kept.
+
+    Source: bitsandbytes 0.50 `backends/default/ops.py`, `_try_torch_compile`; GCC's libgomp, `OMP_WAIT_POLICY`.
     """
     if _Deferred not in sys.meta_path:
         sys.meta_path.insert(0, _Deferred)
+    if not any(map(os.path.exists, _ACCELERATORS)):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class _Deferred:
