@@ -1,4 +1,4 @@
-"""What has to be set before torch and the libraries on it are imported."""
+"""Settings that count only before torch and the libraries on it are imported."""
 
 from __future__ import annotations
 
