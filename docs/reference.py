@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
-from finetune.recipe.unknown_keys import INSTEAD, NOT_WITH_PREFERENCES
+from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES, PEERS
 from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
@@ -73,6 +73,10 @@ key of another method is an error that names the methods which have it.
 _NOT_SFT = """
 With `dpo`, `kto` and `orpo`, `data.on_overflow` is `drop` (the default) or `error`, `data.train_on` is absent because
 the answers are trained on, and no source is streamed.
+"""
+_CONVERT = """`finetune convert FILE > recipe.yaml` converts a configuration: each key becomes a key of the recipe, or stands at
+its end with the reason. Keys of trl's configurations are keys of `training` and not listed here; where the trainer's
+default is another than trl's, it is written out. unsloth's are the arguments of a notebook, which is read and not run.
 """
 _MODULES = (
     "<!-- modules: made by docs/reference.py from the first lines of the files -->\n",
@@ -156,6 +160,15 @@ def recipe() -> str:
         for instead, given in groups.items():
             where = f"{place} (not sft)" if table is NOT_WITH_PREFERENCES else place
             lines.append(f"| {where} | {', '.join(given)} | {_cell(instead)} |")
+    lines += ["", "## Configurations of other trainers\n", _CONVERT]
+    for peer, entries in PEERS.items():
+        lines += [f"### {peer}\n", "| key | |", "|---|---|"]
+        answers: dict[str, list[str]] = {}
+        for key, entry in entries.items():
+            target = entry.partition(" = ")[0]
+            answers.setdefault(target[2:] if target[0] == "-" else f"`{target}`", []).append(f"`{key}`")
+        lines += [f"| {', '.join(names)} | {_cell(answer)} |" for answer, names in answers.items()]
+        lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -20,7 +20,7 @@ from conftest import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.recipe import checks, schema, unknown_keys, upstream
+from finetune.recipe import checks, foreign_keys, schema, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
@@ -59,6 +59,28 @@ def test_import_needs_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'trl', 'peft'}"
     code = f"import sys, finetune.recipe; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_names_of_other_trainers_are_told_by_the_table_alone() -> None:
+    text = BASE.replace("owner/model}", "owner/model, template: a}")
+    text += (
+        "base_model: a\nmicro_batch_size: 1\ntraining: {sample_packing: true, lora_r: 8, pakcing: true, packs: true}\n"
+        "lora: {lora_rank: 8, lora_bais: none, micro_batch_size: 1}\nbase_modle: a\n"
+    )
+    assert report(text) == [
+        "r.yaml:1: model.template: is not a recipe's key; write chat_template",
+        "r.yaml:3: base_model: is not a recipe's key; write model.name_or_path",
+        "r.yaml:4: micro_batch_size: is not a recipe's key; write training.per_device_train_batch_size",
+        "r.yaml:5: training.sample_packing: is not a recipe's key; write packing",
+        "r.yaml:5: training.lora_r: is not a recipe's key; write lora.r",
+        "r.yaml:5: training.pakcing: is unknown; perhaps packing",
+        "r.yaml:5: training.packs: is unknown; write a parameter of trl.SFTConfig",
+        "r.yaml:6: lora.lora_rank: is not a recipe's key; write r",
+        "r.yaml:6: lora.lora_bais: is unknown; perhaps lora_bias",
+        "r.yaml:6: lora.micro_batch_size: is not a recipe's key; write training.per_device_train_batch_size",
+        "r.yaml:7: base_modle: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, "
+        "quantization",
+    ]
 
 
 def test_the_smallest_recipe() -> None:
@@ -120,7 +142,7 @@ FAULTS = {
     "unknown sections": (
         BASE + "trainning: {}\npush: {}\nlearning_rate: 1\nseed: 1\n",
         [
-            "r.yaml:3: trainning: is unknown; write training",
+            "r.yaml:3: trainning: is unknown; perhaps training",
             "r.yaml:4: push: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
@@ -175,7 +197,7 @@ FAULTS = {
             "r.yaml:5: model.trust_remote_code: is 1; write true or false",
             'r.yaml:6: model.chat_template: is "gemma9", and there is no such template; '
             "write one, two or the path of a .jinja file",
-            "r.yaml:7: model.atn_implementation: is unknown; write attn_implementation",
+            "r.yaml:7: model.atn_implementation: is unknown; perhaps attn_implementation",
             "r.yaml:8: model.zzz: is unknown; write one of name_or_path, revision, dtype, "
             "attn_implementation, chat_template, chat_template_kwargs, system_role, resize_embeddings, adapter, trust_remote_code",
         ],
@@ -187,7 +209,7 @@ FAULTS = {
         "  eval: rows.jsonl\n  eval_fraction: 1\n  on_overflow: truncate\n  test_size: 1\n",
         [
             'r.yaml:4: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from the folder of the recipe',
-            "r.yaml:5: data.train.0.formt: is unknown; write format",
+            "r.yaml:5: data.train.0.formt: is unknown; perhaps format",
             "r.yaml:6: data.train.1: has no path; write path: ...",
             "r.yaml:7: data.train.2: is 3; write a map",
             "r.yaml:9: data.train.3.split: is given, but files have none; remove it",
@@ -238,9 +260,9 @@ FAULTS = {
             "r.yaml:5: training.evaluation_strategy: is not a recipe's key; write eval_strategy",
             "r.yaml:6: training.warmup_ratio: is not a recipe's key; "
             "write warmup_steps; below 1 it is a share of all steps",
-            "r.yaml:7: training.weigth_decay: is unknown; write weight_decay",
+            "r.yaml:7: training.weigth_decay: is unknown; perhaps weight_decay",
             "r.yaml:8: training.qqqq: is unknown; write a parameter of trl.SFTConfig",
-            "r.yaml:9: training.dtype: is unknown; write model.dtype",
+            "r.yaml:9: training.dtype: is not a recipe's key; write model.dtype",
             "r.yaml:10: training.r: is unknown; write lora.r",
             "r.yaml:11: training.fsdp: is not a recipe's key; "
             "choose it in the file given to `accelerate launch --config_file`",
@@ -286,7 +308,7 @@ FAULTS = {
         [
             "r.yaml:5: quantization.load_in_4bit: is true, and upstream's bnb_4bit_quant_type would be fp4; "
             "write bnb_4bit_quant_type: nf4",
-            "r.yaml:6: quantization.bnb_4bit_quant_typ: is unknown; write bnb_4bit_quant_type",
+            "r.yaml:6: quantization.bnb_4bit_quant_typ: is unknown; perhaps bnb_4bit_quant_type",
             "r.yaml:7: quantization.load_4bit: is not a recipe's key; write load_in_4bit: true or load_in_8bit: true",
             "r.yaml:8: quantization.bnb_4bit_compute_dtype: is \"int8\"; write 'float32', 'bfloat16' or 'float16'",
             "r.yaml:9: quantization.llm_int8_threshold: has no effect without load_in_8bit: true; remove it",
@@ -330,7 +352,7 @@ FAULTS = {
             "remove it; the layer is found from the model",
             "r.yaml:8: training.fsdp_config.fsdp_version: is not a recipe's key; "
             "choose it in the file given to `accelerate launch --config_file`",
-            "r.yaml:9: training.fsdp_config.xla_fsdp_v3: is unknown; write xla_fsdp_v2",
+            "r.yaml:9: training.fsdp_config.xla_fsdp_v3: is unknown; perhaps xla_fsdp_v2",
             "r.yaml:10: training.fsdp_config.seed: is unknown; write data.seed or training.seed",
             "r.yaml:11: training.fsdp_config.mesh: is unknown; write one of xla, xla_fsdp_v2, xla_fsdp_grad_ckpt",
         ],
@@ -363,7 +385,7 @@ FAULTS = {
             'r.yaml:5: evaluate.judge.base_url: is "localhost:8000/v1"; write the base URL of an API, such as '
             "http://localhost:8000/v1",
             "r.yaml:7: evaluate.judge.prices: has no output; write output: ...",
-            "r.yaml:7: evaluate.judge.prices.ouput: is unknown; write output",
+            "r.yaml:7: evaluate.judge.prices.ouput: is unknown; perhaps output",
             "r.yaml:8: evaluate.judge.workers: is 0; write a number greater than 0",
         ],
     ),
@@ -435,7 +457,7 @@ def test_faults_of_every_section_come_together() -> None:
     assert report(text, "training.lr=1", "nonsense") == [
         "base.yaml:1: model.name: is not a recipe's key; write name_or_path",
         "base.yaml:2: training.run_name: ${UNSET} is not set in the environment; export UNSET, or write the value",
-        "r.yaml:2: modle: is unknown; write model",
+        "r.yaml:2: modle: is unknown; perhaps model",
         "r.yaml:3: model: has no name_or_path; write model: {name_or_path: ...}",
         "r.yaml:3: model.dtype: is \"float8\"; write 'auto', 'float32', 'bfloat16' or 'float16'",
         'r.yaml:5: data.train.0.path: is "nope.jsonl", and there is no such file; write a path from the folder of the recipe',
@@ -840,7 +862,7 @@ def test_overrides() -> None:
         ),
         ("training.seed=x", 'training.seed: is "x"; write a whole number'),
         ("lora={r: 1, r: 2}", "lora: r is written twice, first on line 1; keep one"),
-        ("training.sed=1", "training.sed: is unknown; write seed"),
+        ("training.sed=1", "training.sed: is unknown; perhaps seed"),
         (
             "seeed=1",
             "seeed: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
@@ -1079,8 +1101,8 @@ def test_every_upstream_key_is_taken_or_refused_with_a_reason(section: str) -> N
     owner = LoraConfig if section == "lora" else config_class(method)
     fields = {f.name: f for f in dataclasses.fields(owner)}
     taken = recipe_module._known_keys(method)[section]
-    refused = unknown_keys.INSTEAD[section]
-    refused = refused if method == "sft" else refused | unknown_keys.NOT_WITH_PREFERENCES
+    refused = foreign_keys.INSTEAD[section]
+    refused = refused if method == "sft" else refused | foreign_keys.NOT_WITH_PREFERENCES
     assert taken.keys() | (refused.keys() & fields.keys()) == fields.keys()
     assert not taken.keys() & refused.keys()
     # In one recipe, for the report has a line for each.
@@ -1109,7 +1131,7 @@ def test_what_is_refused_elsewhere_names_a_key_that_is_there() -> None:
     keys = recipe_module._known_keys() | {
         "training": {**upstream_keys()["training"], **upstream_keys("dpo")["training"]}
     }
-    for section, table in unknown_keys.INSTEAD.items():
+    for section, table in foreign_keys.INSTEAD.items():
         for name, instead in table.items():
             assert name not in keys[section]
             first = instead.removeprefix("write ").split()[0].rstrip(":,;")

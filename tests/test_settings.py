@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from trl import SFTConfig
 
 from finetune.cli.commands import main
+from finetune.recipe.foreign_keys import INSTEAD
 from finetune.recipe.load import load_recipe
-from finetune.recipe.unknown_keys import INSTEAD
 from finetune.system.errors import RecipeError
 
 Write = Callable[..., Path]

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.cli.commands import main
 from finetune.recipe import upstream_tables
+from finetune.recipe.foreign_keys import INSTEAD
 from finetune.recipe.schema import CONFIGS
-from finetune.recipe.unknown_keys import INSTEAD
 from finetune.recipe.upstream import STRICT
 from finetune.recipe.upstream_tables import config_class, tables, types_of, unless_known_good
 
@@ -66,7 +66,7 @@ def test_a_check_imports_nothing_of_upstream(tmp_path: Path, capsys: pytest.Capt
     assert main(["check", str(faulty)]) == 2
     told = capsys.readouterr()
     assert "training.seed: is -1; write a number greater than or equal to 0\n" in told.err
-    assert "training.eval_stepz: is unknown; write eval_steps\n" in told.err
+    assert "training.eval_stepz: is unknown; perhaps eval_steps\n" in told.err
     script = (
         "import sys\nfrom finetune.cli.commands import main\n"
         f"assert main(['check', {str(recipe)!r}]) == 0\nassert main(['check', {str(faulty)!r}]) == 2\n"

@@ -178,6 +178,17 @@ def _init(args: argparse.Namespace) -> None:
         print_line(f"  {command}{f'  # {why}' if why else ''}")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from finetune.recipe.convert import convert
+
+    with contextlib.redirect_stdout(sys.stderr):
+        conversion = convert(args.file)
+    print_text(conversion.as_yaml(), end="")
+    if not args.quiet:
+        left = f"; {len(conversion.left)} keys are left out, see its end" if conversion.left else ""
+        print_line(f"{args.file}: {conversion.peer}, {len(conversion.given)} keys{left}; next: finetune check RECIPE")
+
+
 def _train(args: argparse.Namespace) -> None:
     from finetune.train.checkpoint import check_output
 
@@ -373,6 +384,7 @@ def _push(args: argparse.Namespace) -> None:
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
+    "convert": _convert,
     "train": _train,
     "check": _check,
     "plan": _plan,

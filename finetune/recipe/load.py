@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.recipe.checks import adapter_lora, check_evaluate, check_hub, check_model, check_rules, check_source
+from finetune.recipe.foreign_keys import peer_of
 from finetune.recipe.paths import resolve_paths
 from finetune.recipe.preferences import check_method, check_preferences
 from finetune.recipe.schema import (
@@ -193,6 +194,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if root is None:
         raise RecipeError(tree.report())
     tree.root = root
+    if peer := peer_of(root.plain()):
+        instead = f"finetune convert {path} > recipe.yaml"
+        raise RecipeError([f"{path}: looks like a configuration of {peer}, not a recipe; write {instead}"])
     for text in overrides:
         override(tree, text)
     resolve_paths(tree)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.recipe.foreign_keys import INSTEAD
 from finetune.recipe.schema import CONFIGS
-from finetune.recipe.unknown_keys import INSTEAD, Keys, unknown_key
+from finetune.recipe.unknown_keys import Keys, unknown_key
 from finetune.recipe.upstream_tables import config_class, tables, unless_known_good
 from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section
 

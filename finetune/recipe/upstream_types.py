@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
+from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES
 from finetune.recipe.schema import CONFIGS
-from finetune.recipe.unknown_keys import INSTEAD, NOT_WITH_PREFERENCES
 from finetune.recipe.upstream import QUANTIZATION, STRICT, XlaFsdp
 from finetune.recipe.upstream_tables import tables, types_of
 from finetune.recipe.yaml_tree import Section, Sections

@@ -35,7 +35,9 @@ SECRET_PATTERN = re.compile(
     r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
 )
-SECRET_NAME_PATTERN = re.compile(r"(?<!eos)(?<!pad)(^|_)(token|api_key|password|secret)$", re.IGNORECASE)
+SECRET_NAME_PATTERN = re.compile(
+    r"(?<!eos)(?<!pad)(?<!bos)(?<!unk)(^|_)(token|api_key|password|secret)$", re.IGNORECASE
+)
 
 
 @dataclass
