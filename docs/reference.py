@@ -74,9 +74,9 @@ _NOT_SFT = """
 With `dpo`, `kto` and `orpo`, `data.on_overflow` is `drop` (the default) or `error`, `data.train_on` is absent because
 the answers are trained on, and no source is streamed.
 """
-_CONVERT = """`finetune convert FILE > recipe.yaml` converts a configuration: each key becomes a key of the recipe, or stands at
-its end with the reason. Keys of trl's configurations are keys of `training` and not listed here; where the trainer's
-default is another than trl's, it is written out. unsloth's are the arguments of a notebook, which is read and not run.
+_CONVERT = """`finetune convert FILE > recipe.yaml` converts a configuration: each key becomes one of the recipe, or is
+listed at its end with the reason. Keys of trl's configurations are keys of `training` and not listed here; where the
+trainer's default is another than trl's, it is written out. unsloth's are the arguments of a notebook, which is not run.
 """
 _MODULES = (
     "<!-- modules: made by docs/reference.py from the first lines of the files -->\n",

@@ -156,14 +156,15 @@ def _take_out_refused(conversion: Conversion) -> None:
             except RecipeError as error:
                 # FILE:LINE: key: what is there; what to write
                 faults = [fault.split(": ", 2)[1:] for fault in error.faults]
+            # A package that is not installed here may be where the recipe is trained.
             refused = [
                 (key, text)
-                for key, *text in faults
-                if key in conversion.recipe and key.startswith(("training.", "lora."))
+                for key, text in ((key, " ".join(text)) for key, *text in faults if key in conversion.recipe)
+                if key.startswith(("training.", "lora.")) and "needs the package" not in text
             ]
             if not refused:
                 return
             for key, text in refused:
                 if key in conversion.recipe:
-                    conversion.leave(conversion.origins.get(key, key), " ".join(text))
+                    conversion.leave(conversion.origins.get(key, key), text)
                     del conversion.recipe[key]
