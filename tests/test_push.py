@@ -469,12 +469,19 @@ def test_a_base_of_this_machine_is_called_by_its_name_on_the_hub(run: Path, tmp_
         ("chat_template.jinja", "{# the-secret-of-a-tracker #}"),
         ("tokenizer.json", f'{{"x": "{TOKEN}"}}'),
         ("Modelfile", f"# {TOKEN}"),
+        ("vocab.json", '{"AKIA' + "ABCD" * 4 + '": 0}'),
+        ("evaluation/report.md", "postgres://ann:" + "x1y2" * 3 + "@db.example.com/rows"),
+        ("generation_config.json", json.dumps({"signing_key": "x1y2" * 5})),
+        ("imatrix.dat", "\0\1-----BEGIN RSA PRIVATE " + "KEY-----\0"),
     ],
 )
 def test_a_token_is_never_sent(name: str, text: str, run: Path, hub: Hub, client: pytest.MonkeyPatch) -> None:
     client.setenv("TRACKER_API_KEY", "the-secret-of-a-tracker")
+    (run / "evaluation").mkdir()
     (run / name).write_text(text)
-    with pytest.raises(PushError, match="holds a token, and nothing is pushed") as refused:
+    with pytest.raises(
+        PushError, match=r"holds a secret \(.*\), and nothing is pushed; remove it from the file, and revoke it$"
+    ) as refused:
         push(run, "you/secret")
     assert OLD not in str(refused.value)
     assert TOKEN not in str(refused.value)

@@ -1,7 +1,7 @@
 """The files of a push: those of a run, a merged model or an export that are on a list, and the model card.
 
 In text files the base is named by its id on the Hub; absolute paths become relative to the working directory, or keep
-only their last part. A file that holds an access token stops the push.
+only their last part. A file that holds a secret stops the push.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finetune.hub import card
 from finetune.model import provenance
 from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import is_hub_id
-from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
-from finetune.system import hub_errors
+from finetune.system import hub_errors, secret_scan
 from finetune.system.errors import PushError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, cache_dir, read_json
 from finetune.system.terminal import Say
@@ -50,6 +51,8 @@ _TEXT_FILES = (".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".txt", ".jin
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 # An absolute path in a recipe, where every value of that form is a path.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
+# Files in which `..._token` names a token of the vocabulary.
+_OF_TOKENS = re.compile(r"token|processor")
 # Only the first MiB of a binary file is searched for secrets.
 _SEARCHED_BYTES = 2**20
 
@@ -75,7 +78,7 @@ def make_payload(
         ask: Reads the license of the base from the Hub if its id does not imply one.
 
     Raises:
-        PushError: The folder holds nothing to push, its base has no id on the Hub, or a file holds a token.
+        PushError: The folder holds nothing to push, its base has no id on the Hub, or a file holds a secret.
         ModelError: Its adapter is not PEFT's, or a pointer of Git LFS.
         RunError: A file of the folder is damaged.
     """
@@ -249,7 +252,7 @@ def _paths_in(value: Any) -> Iterator[str]:
 
 
 def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _LocalPaths) -> None:
-    """Refuses a file that holds a token, or a path that could not be rewritten."""
+    """Refuses a file that holds a secret, or a path that could not be rewritten."""
     from huggingface_hub import get_token
 
     head = content
@@ -257,18 +260,31 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
         with content.open("rb") as file:
             head = file.read(-1 if content.name in _VOCABULARY_FILES else _SEARCHED_BYTES)
     assert isinstance(head, bytes)
-    variables = (value for name, value in os.environ.items() if SECRET_NAME_PATTERN.search(name))
+    variables = (value for key, value in os.environ.items() if secret_scan.SECRET_NAME_PATTERN.search(key))
     secrets = [value for value in variables if len(value) > 7]
     text = head.decode("utf-8", "replace")
-    looks_secret = isinstance(content, bytes) and SECRET_PATTERN.search(text)
-    if looks_secret or any(token and token in text for token in (get_token(), *secrets)):
+    if isinstance(content, bytes):
+        searched = text
+    else:
+        searched = secret_scan.long_words(text) if content.name in _VOCABULARY_FILES else _printable(head)
+    found = secret_scan.find_secret(searched)
+    if any(token and token in text for token in (get_token(), *secrets)):
+        found = "the token in use, or the value of a variable that holds one"
+    if isinstance(content, bytes) and name.endswith((".json", "recipe.yaml")) and not _OF_TOKENS.search(name):
+        found = found or secret_scan.find_named_secret((json.loads if name.endswith(".json") else yaml.safe_load)(text))
+    if found:
         raise PushError(
-            f"{folder / name} holds a token, and nothing is pushed; remove the token from it, and revoke it"
+            f"{folder / name} holds a secret ({found}), and nothing is pushed; remove it from the file, and revoke it"
         )
     if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.find_in(head)):
         raise PushError(
             f"{folder / name} names {path}, a path of this machine, and nothing is pushed; write the file without it"
         )
+
+
+def _printable(data: bytes) -> str:
+    """The texts in binary data, each on a line."""
+    return b"\n".join(re.findall(rb"[\x20-\x7e]{16,}", data)).decode()
 
 
 def _license_on_hub(base: str) -> dict[str, str]:

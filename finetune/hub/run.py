@@ -47,7 +47,7 @@ def push(
         progress: Shows progress bars on a terminal.
 
     Raises:
-        PushError: There is nothing to push, a file holds a token, or the Hub refuses it.
+        PushError: There is nothing to push, a file holds a secret, or the Hub refuses it.
         RunError: A file of the folder is damaged.
     """
     folder = Path(folder)

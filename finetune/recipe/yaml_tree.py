@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from finetune.system.files import read_text
+from finetune.system.secret_scan import SECRET_NAME_PATTERN, SECRET_PATTERN
 
 # A section's keys and values as plain data, and all sections by name.
 Section = dict[str, Any]
@@ -31,13 +32,6 @@ NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 _LONG_VALUE = 8
 _TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
-SECRET_PATTERN = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
-    r"|(?<![A-Za-z0-9])(sk-(proj-|ant-\w+-)?[A-Za-z0-9]{20}[\w-]*|AKIA[0-9A-Z]{16})"
-)
-SECRET_NAME_PATTERN = re.compile(
-    r"(?<!eos)(?<!pad)(?<!bos)(?<!unk)(^|_)(token|api_key|password|secret)$", re.IGNORECASE
-)
 
 
 @dataclass
