@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
-from finetune.system.errors import ModelError, RunError, first_line
+from finetune.system.errors import FinetuneError, ModelError, RunError, first_line
 from finetune.system.files import WEIGHTS_INDEX, git_lfs_pointer, made_once, read_json, sha256
 from finetune.system.terminal import Say, quiet
 
@@ -169,6 +170,7 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
 
     with load_errors(path), quiet():
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config.get_text_config()
     for part in (config, config.get_text_config()):
         if "/" in str(part._attn_implementation):
             raise ModelError(
@@ -181,13 +183,15 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
 
 @contextlib.contextmanager
 def load_errors(name: str) -> Iterator[None]:
-    """Turns transformers' errors at loading `name` into one line.
+    """Turns transformers' errors at loading `name` into one line: of any type, where a file of the model is damaged.
 
     Raises:
-        ModelError: In place of such an error.
+        ModelError: In place of such an error; a lack of memory and errors of ours stay.
     """
     try:
         yield
+    except FinetuneError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         # transformers 5.23 `dynamic_module_utils.py`, `resolve_trust_remote_code`
         if isinstance(error, ValueError) and "custom code" in str(error):
@@ -203,7 +207,10 @@ def load_errors(name: str) -> Iterator[None]:
 
         if isinstance(error, SafetensorError):
             raise ModelError(f"model.name_or_path: {name}: a weight file is damaged: {error}") from error
-        raise
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        words = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ModelError(f"model.name_or_path: {name} cannot be loaded; is a file of it damaged? {words}") from error
 
 
 def locate(name_or_path: str, say: Say = lambda line: None) -> str:
@@ -307,7 +314,7 @@ def _convert_gguf(file: Path, into: Path) -> None:
         raise ModelError(
             "model.name_or_path: reading a .gguf needs the gguf package; pip install 'finetune[quickstart]'"
         )
-    with quiet():
+    with load_errors(str(file)), quiet():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` the model counts as quantised and can be neither saved nor trained (transformers 5.23).
         model = AutoModelForCausalLM.from_pretrained(

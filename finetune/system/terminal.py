@@ -12,13 +12,16 @@ from typing import Any
 
 from finetune.system.pages import one_line, visible
 
+# The longest line, in characters: a part of it may come from a file.
+_LONGEST = 2000
 # Takes one line of the log.
 Say = Callable[[str], None]
 
 
 def print_line(text: str) -> None:
-    """Prints one line to standard error; control characters in it are written out."""
-    print(one_line(text), file=sys.stderr, flush=True)
+    """Prints one line of at most `_LONGEST` characters to standard error; control characters in it are written out."""
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    print(one_line(shown), file=sys.stderr, flush=True)
 
 
 def print_text(text: str = "", end: str = "\n") -> None:
