@@ -19,13 +19,13 @@ from finetune.export.adapter import write_adapter
 from finetune.hub.card import is_of_peft
 from finetune.hub.payload import make_payload
 from finetune.merge.run import merge
-from finetune.model.adapter_readers import READERS, check_adapter
+from finetune.model.adapter_readers import READERS, check_adapter, problems_of
 from finetune.model.attach import attach_adapter, without_warnings
 from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.schema import ModelSection
-from finetune.system.errors import FinetuneError
+from finetune.system.errors import FinetuneError, RunError
 from finetune.system.terminal import quiet
 
 Tensors = dict[str, torch.Tensor]
@@ -454,3 +454,8 @@ def test_what_no_server_takes_is_not_written_as_a_plain_adapter(lora: dict[str, 
 def test_a_plain_adapter_of_a_whole_model_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "base", "--output", "out", "--format", "adapter"]) == 2
     assert "--format adapter: base is a whole model; export the run that it was merged from" in capsys.readouterr().err
+
+
+def test_a_config_with_values_of_other_types_is_damaged() -> None:
+    with pytest.raises(RunError, match=r"^adapter_config\.json is damaged: "):
+        problems_of(READERS["vllm"], {"peft_type": "LORA", "rank_pattern": 3})

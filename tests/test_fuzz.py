@@ -32,6 +32,7 @@ from finetune.cli.commands import main
 from finetune.evaluate.judge import Judge, Pair, compare
 from finetune.system import limited
 from finetune.system.errors import EvaluateError
+from finetune.system.pages import visible
 
 SECONDS = float(os.environ.get("FINETUNE_FUZZ_SECONDS", "15"))
 SEED = int(os.environ.get("FINETUNE_FUZZ_SEED", "1"))
@@ -138,7 +139,7 @@ def fault_of(code: int, said: str) -> str:
         return f"no line: {said[-300:]}"
     if code == 2 and any("bug in finetune" in line or len(line) > 3000 for line in lines):
         return f"line: {lines[-1][:300]}"
-    if any(not c.isprintable() for line in lines for c in line):
+    if any(visible(line) != line for line in lines):
         return f"control characters: {lines!r}"
     return ""
 

@@ -1,6 +1,7 @@
 """Where bases come from, what is refused, and PEFT's trainable tokens made light."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.data.template import load_template
 from finetune.model.load import load_base, load_tokenizer
-from finetune.model.locate import locate
+from finetune.model.locate import load_errors, locate
 from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
@@ -189,3 +191,53 @@ def test_full_weights_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gemma"
     for name, tensor in load_base(str(tmp_path), torch.float32).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+DAMAGED = {
+    "generation_config.json": (
+        {"eos_token_id": "\u202enan"},
+        "model.name_or_path: model: the eos_token_id of its generation config is '\\u202enan'; write the id of a token",
+    ),
+    "config.json": (
+        {"num_attention_heads": [[]]},
+        "model.name_or_path: model cannot be loaded; is a file of it damaged? StrictDataclassFieldValidationError: "
+        "Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got "
+        "list (value: [[]])",
+    ),
+    "tokenizer_config.json": (
+        {"bos_token": 3},
+        "model.name_or_path: model cannot be loaded; is a file of it damaged? TypeError: Special token bos_token has "
+        "to be either str or AddedToken but got: <class 'int'>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_model_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(locate("random:gemma3"), "model")
+    changes, line = DAMAGED[name]
+    file = Path("model", name)
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+    assert main(["generate", "model", "--prompt", "Hi", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF" + b"\xff" * 60, b"GGUF\3\0\0\0" + b"\0" * 16], ids=range(4))
+def test_a_damaged_gguf_file_is_one_line(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.gguf").write_bytes(data)
+    assert main(["generate", "x.gguf", "--prompt", "Hi", "--device", "cpu"]) == 2
+    [*_, line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model.name_or_path: x.gguf cannot be loaded")
+
+
+def test_a_lack_of_memory_is_no_damage() -> None:
+    with pytest.raises(MemoryError), load_errors("x"):
+        raise MemoryError
+    with pytest.raises(torch.OutOfMemoryError), load_errors("x"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

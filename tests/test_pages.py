@@ -17,6 +17,7 @@ from finetune.cli.commands import main
 from finetune.evaluate import report as evaluation
 from finetune.hub.card import folder_card
 from finetune.system import pages
+from finetune.system.errors import RunError
 from finetune.system.terminal import print_line, print_text
 
 # Escape sequences, a C1 control, marks of direction, an end of line; then what is markup in Markdown and in HTML.
@@ -101,6 +102,14 @@ def test_names_in_a_card(tmp_path: Path) -> None:
     assert "<img" not in page
     assert 'http://a.b"' not in page
     assert page.count("<h1>") == 1
+
+
+def test_a_damaged_record_makes_no_card(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "r": 4}')
+    (tmp_path / "recipe.yaml").write_text("model: {name_or_path: a/b}\n")
+    (tmp_path / "ledger.json").write_text('{"train": {"rows": 3}}')
+    with pytest.raises(RunError, match="no card can be made of its files, one of which is damaged: "):
+        folder_card(tmp_path)
 
 
 def report(name: str) -> Any:

@@ -25,6 +25,7 @@ from finetune.model import provenance
 from finetune.model.adapter_readers import READERS, problems_of
 from finetune.model.provenance import BaseReference
 from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, QUANTIZED_FORMATS
+from finetune.system.errors import RunError, reworded
 from finetune.system.files import ADAPTER_CONFIG, read_json, read_records, run_file
 from finetune.system.pages import render
 
@@ -64,13 +65,17 @@ def folder_card(
     Raises:
         RunError: A file of the folder is damaged.
     """
-    report = provenance.export_report(folder)
-    kinds = [item["name"] for item in report.get("models") or []]
-    if (folder / "config.json").is_file() and folder.name in kinds and not (folder / "report.json").is_file():
-        return export_card(report, folder.name, folder, repo, base, terms)
-    if any((folder / name).is_file() for name in _MODEL_CONFIGS):
-        return model_card(folder, repo, base, terms)
-    return export_card(report, None, folder, repo, base, terms)
+    from jinja2 import TemplateError as JinjaError
+
+    damage = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, JinjaError)
+    with reworded(RunError, f"{folder}: no card can be made of its files, one of which is damaged", *damage):
+        report = provenance.export_report(folder)
+        kinds = [item["name"] for item in report.get("models") or []]
+        if (folder / "config.json").is_file() and folder.name in kinds and not (folder / "report.json").is_file():
+            return export_card(report, folder.name, folder, repo, base, terms)
+        if any((folder / name).is_file() for name in _MODEL_CONFIGS):
+            return model_card(folder, repo, base, terms)
+        return export_card(report, None, folder, repo, base, terms)
 
 
 def is_generated(text: str) -> bool:

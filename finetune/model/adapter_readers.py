@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.model.attach import check_adapter_files
 from finetune.model.provenance import adapter_base_sections
-from finetune.system.errors import FinetuneError, ModelError
+from finetune.system.errors import FinetuneError, ModelError, RunError, reworded
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 REFUSES, IGNORES, WRONG = "refuses it", "ignores it without a message", "computes it wrongly, without a message"
@@ -181,10 +181,14 @@ def problems_of(reader: Reader, config: dict[str, Any], tensors: Iterable[str] =
         reader: The program.
         config: The adapter's `adapter_config.json`.
         tensors: The names of its tensors, if they are known.
+
+    Raises:
+        RunError: A value of the config has another type than PEFT's.
     """
     if config.get("peft_type") != "LORA":
         return [f"{reader.name} is checked for LoRA only: the adapter is {config.get('peft_type')}"]
-    present = [ADAPTER_CONFIG, *(name for name, has in _PARTS.items() if has(config, tensors))]
+    with reworded(RunError, f"{ADAPTER_CONFIG} is damaged", AttributeError, TypeError, LookupError):
+        present = [ADAPTER_CONFIG, *(name for name, has in _PARTS.items() if has(config, tensors))]
     found = [(name, reader.parts[name]) for name in present if name in reader.parts]
     return [f"{reader.name} {effect}: {name}: {why}" for name, (effect, why) in found]
 

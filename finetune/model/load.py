@@ -109,7 +109,7 @@ def load_base(
         **arguments: Other arguments of `from_pretrained`.
 
     Raises:
-        ModelError: It cannot be loaded, or weights are missing.
+        ModelError: It cannot be loaded, weights are missing, or a token of its generation config is none.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -130,11 +130,25 @@ def load_base(
         raise ModelError(
             f"model.name_or_path: {path} does not hold {missing[0]} (and {len(missing) - 1} more of its weights)"
         )
+    _check_token_ids(path, model.generation_config)
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
     if dtype == torch.float16 and not as_is:
         precision.keep_residual_in_float32(model)
     return model
+
+
+def _check_token_ids(path: str, generation_config: Any) -> None:
+    """Refuses ids that are no ids, on which transformers 5.23 fails at the first answer."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(generation_config, name, None)
+        ids = value if isinstance(value, list) else [value]
+        # -1 is what some configs have in place of null.
+        if not all(i is None or (type(i) is int and -1 <= i < 1 << 31) for i in ids):
+            raise ModelError(
+                f"model.name_or_path: {path}: the {name} of its generation config is {str(value)[:40]!r}; write the id "
+                "of a token"
+            )
 
 
 def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
