@@ -93,6 +93,10 @@ _NO_BOS = Expected(
     "begins with Llama-3 or Meta-Llama-3",
 )
 _TYPE = Expected(LOSSY, "8 bit", max_kl=0.01)
+_KERAS = {
+    "llama": Expected(WRONG, "its converter of Llama 3 leaves rms_norm_eps at 1e-6; Llama 3 has 1e-5"),
+    "gemma3": _SAME,
+}
 
 CLIENTS = (
     Client("transformers 4.57.6", "probe_transformers.py", _4, _WHOLE),
@@ -129,6 +133,13 @@ CLIENTS = (
         "probe_litgpt.py",
         (_TORCH, "litgpt==0.5.13", "numpy==2.4.6", "safetensors==0.8.0"),
         {(name, "llama"): _NO_BOS for name in ("full run", "merged", "bf16")},
+    ),
+    Client(
+        "KerasHub 0.32.0 on JAX",
+        "probe_keras_hub.py",
+        # It reads our folders with safetensors, which it does not ask for.
+        ("keras-hub==0.32.0", "jax==0.10.2", "safetensors==0.8.0", "sentencepiece==0.2.3"),
+        {(name, base): seen for name in ("full run", "merged", "bf16") for base, seen in _KERAS.items()},
     ),
     Client(
         "torchao 0.18.0",
