@@ -17,6 +17,7 @@ from finetune.cli.commands import main
 from finetune.export.transformers import write_format
 from finetune.hub.card import export_card
 from finetune.model.locate import locate
+from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
 
 # The largest error of a rounded weight, as a share of the largest weight of its scale: half a step.
@@ -146,7 +147,7 @@ def test_a_missing_package_is_named(
     hide = lambda name, *rest: None if name == "compressed_tensors" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hide)
     assert main(["export", str(model), "--output", "out", "--format", "fp8"]) == 2
-    wanted = "error: --format fp8: compressed-tensors is not installed; run pip install 'finetune[compressed]'\n"
+    wanted = f"error: --format fp8: compressed-tensors is not installed; run {install_command('compressed')}\n"
     assert capsys.readouterr().err == wanted
 
 

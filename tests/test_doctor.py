@@ -83,7 +83,7 @@ def test_releases_are_held_against_those_of_the_metadata(monkeypatch: pytest.Mon
     wanted[3] = "nosuchpackage>=2; extra == 'quickstart'"
     assert (
         "note [quickstart] nosuchpackage not installed, or of another release; "
-        "for it run pip install 'finetune[quickstart]'"
+        "for it run pip install 'nosuchpackage>=2'"
     ) in lines(doctor._extras())
 
 

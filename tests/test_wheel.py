@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-pytest.importorskip("build", reason="pip install 'finetune[dev]'")
+pytest.importorskip("build", reason="needs the extra dev")
 
 
 def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
         copy(ROOT / name, clone / name) if clone.exists() else (clone.mkdir(), copy(ROOT / name, clone / name))
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(clone)]
     subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob("finetune_recipes-*.whl")
     shutil.rmtree(clone)
 
     # The dependencies are this environment's; the project itself is the wheel's alone.

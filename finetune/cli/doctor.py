@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from finetune.system import devices
 from finetune.system.devices import machine_memory
 from finetune.system.errors import first_line
+from finetune.system.extras import DISTRIBUTION, install_command, requirements
 from finetune.system.numbers import GIB, memory
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
@@ -79,17 +80,8 @@ def _installed(wanted: Requirement) -> tuple[str, bool]:
     return version, wanted.specifier.contains(version, prereleases=True)
 
 
-def _requirements(extra: str = "") -> list[Requirement]:
-    """The packages that finetune's metadata requires; with `extra`, those that it adds."""
-    required = [Requirement(text) for text in importlib.metadata.requires("finetune") or []]
-    basic = [r for r in required if not r.marker or r.marker.evaluate({"extra": ""})]
-    if not extra:
-        return basic
-    return [r for r in required if r not in basic and r.marker and r.marker.evaluate({"extra": extra})]
-
-
 def _packages() -> Iterator[CheckResult]:
-    for wanted in _requirements():
+    for wanted in requirements():
         version, good = _installed(wanted)
         do = "" if good else f'run pip install "{wanted.name}{wanted.specifier}"'
         found = version if good else f"{version} is not {wanted.specifier}" if version else "is not installed"
@@ -97,11 +89,11 @@ def _packages() -> Iterator[CheckResult]:
 
 
 def _extras() -> Iterator[CheckResult]:
-    for extra in importlib.metadata.metadata("finetune").get_all("Provides-Extra") or []:
+    for extra in importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
         if extra == "dev":
             continue
-        if missing := [wanted.name for wanted in _requirements(extra) if not _installed(wanted)[1]]:
-            do = f"for it run pip install 'finetune[{extra}]'"
+        if missing := [wanted.name for wanted in requirements(extra) if not _installed(wanted)[1]]:
+            do = f"for it run {install_command(extra)}"
             yield CheckResult(f"[{extra}]", NOTE, f"{', '.join(missing)} not installed, or of another release", do)
         else:
             yield CheckResult(f"[{extra}]", OK, "installed")

@@ -12,6 +12,7 @@ import yaml
 
 from finetune.data.turns import without_whitespace
 from finetune.system.errors import EvaluateError, LabelError
+from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def find_tasks(tasks: Sequence[str]) -> Tasks:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluateError(
-            f"evaluate.lm_eval: {error.name} is not installed; run pip install 'finetune[lm-eval]'"
+            f"evaluate.lm_eval: {error.name} is not installed; run {install_command('lm-eval')}"
         ) from error
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]

@@ -12,6 +12,7 @@ from finetune.model.locate import Base
 from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, needs_gguf
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ExportError
+from finetune.system.extras import install_command
 
 
 def check_formats(section: ModelSection, formats: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def _check_compressed(section: ModelSection, formats: Sequence[str]) -> None:
     """Refuses a missing package, and a model without a layer that servers have a kernel for, before the merge."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ExportError(
-            f"--format {formats[0]}: compressed-tensors is not installed; run pip install 'finetune[compressed]'"
+            f"--format {formats[0]}: compressed-tensors is not installed; run {install_command('compressed')}"
         )
     from finetune.merge.tensor_map import skeleton
     from finetune.model.compressed import quantised_layers
@@ -55,7 +56,7 @@ def _check_gguf(section: ModelSection) -> None:
     """Refuses a missing package, and a base whose config alone shows that it has no GGUF form, before the merge."""
     for package in ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
-            raise ExportError(f"--format gguf: {package} is not installed; run pip install 'finetune[gguf]'")
+            raise ExportError(f"--format gguf: {package} is not installed; run {install_command('gguf')}")
     from finetune.export.gguf.tensors import checked_model_type
 
     checked_model_type({"model_type": Base.of(section).config.get_text_config().model_type})

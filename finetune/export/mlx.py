@@ -23,6 +23,7 @@ from finetune.model.mlx import GROUP, dequantise
 from finetune.model.shards import ShardWriter, read_headers, read_tensor
 from finetune.recipe.export_formats import MLX_BITS
 from finetune.system.errors import ExportError
+from finetune.system.extras import install_command
 from finetune.system.files import WEIGHTS_INDEX, read_json
 from finetune.system.terminal import quiet
 
@@ -148,9 +149,11 @@ def notes(config: Any, formats: Sequence[str]) -> list[str]:
         formats: Some of `MLX_BITS`.
     """
     names, text = ", ".join(formats), config.get_text_config()
-    how = _WITHOUT_MLX_LM
     if reader_of(formats[0]) == "mlx-lm":
         how = f"measured by mlx-lm {importlib.metadata.version('mlx-lm')}, which computes in the dtype of the weights"
+    else:
+        how = "mlx-lm is not installed, so transformers measured them, with dequantised weights"
+        how += f" ({install_command('mlx')})"
     lines = [f"\n{names}: {how}."]
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     if text.model_type in _WITHOUT_WINDOW and window and "sliding_attention" in (kinds or ["sliding_attention"]):
@@ -159,11 +162,6 @@ def notes(config: Any, formats: Sequence[str]) -> list[str]:
             f"{window:,} tokens otherwise than transformers."
         )
     return lines
-
-
-_WITHOUT_MLX_LM = (
-    "mlx-lm is not installed, so transformers measured them, with dequantised weights (pip install 'finetune[mlx]')"
-)
 
 
 def reader_of(kind: str) -> Literal["mlx-lm", "dequantised", "transformers"]:

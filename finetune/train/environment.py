@@ -11,6 +11,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
+from finetune import __version__
 from finetune.model.compatibility import stored_quantisation
 from finetune.model.locate import Base
 from finetune.model.precision import Precision
@@ -62,5 +63,5 @@ def environment(precision: Precision, base: Base) -> Environment:
 @functools.cache  # each name takes 8 ms
 def versions() -> dict[str, str]:
     """The installed releases of the packages that decide what a run computes."""
-    names = ("finetune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
-    return {name: importlib.metadata.version(name) for name in names}
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+    return {"finetune": __version__} | {name: importlib.metadata.version(name) for name in names}

@@ -22,6 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from finetune.system.errors import ExportError
+from finetune.system.extras import install_command
 
 GGMLType = GGMLQuantizationType
 ImportanceMatrix = dict[str, NDArray[np.float32]]
@@ -275,7 +276,7 @@ def ggml_library() -> ctypes.CDLL:
         reasons.append(f"{package} cannot be used: {reason}")
     if reasons:
         raise ExportError(f"GGUF: {'; '.join(reasons)}; install another release of xllamacpp")
-    raise ExportError('GGUF needs llama.cpp; write: pip install "finetune[gguf]"')
+    raise ExportError(f"GGUF needs llama.cpp; run {install_command('gguf')}")
 
 
 def _shared_libraries(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.system.errors import LlamaCppError
+from finetune.system.extras import install_command
 
 Logits = NDArray[np.float32]
 
@@ -115,9 +116,7 @@ def import_xllamacpp() -> ModuleType:
     try:
         return importlib.import_module("xllamacpp.xllamacpp")
     except ImportError as error:
-        raise LlamaCppError(
-            f'running a GGUF file needs xllamacpp ({error}); write pip install "finetune[gguf]"'
-        ) from None
+        raise LlamaCppError(f"running a GGUF file needs xllamacpp ({error}); run {install_command('gguf')}") from None
 
 
 def llama_library() -> ctypes.CDLL:
