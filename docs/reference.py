@@ -45,13 +45,14 @@ _SECTIONS = {
 }
 _RECIPE = """# The keys of a recipe
 
-`finetune check RECIPE` reports all errors at once and prints the resolved recipe with the origin of each value.
+`finetune check RECIPE` reports all errors at once and prints what is set, with the origin of each value; with
+`--all` the defaults, too.
 
 - `extends: other.yaml` (relative to this file) builds on another recipe: maps are merged, everything else is replaced.
 - Paths of files to read (rows, templates, a local model, an adapter, prompts) are relative to the file in which they
   stand; what is not there is looked for in the working directory. `training.output_dir` and paths on the command line
   are relative to the working directory.
-- `section.key=value` on the command line overrides both, in YAML's flow style; `lora=null` removes a section.
+- `section.key=value` on the command line overrides both, in YAML's flow style; `quantization=null` removes a section.
 - `${NAME}` is read from the environment, and stays `${NAME}` in all files that are written or pushed
   ([security.md](security.md)). `$${NAME}` is that text itself.
 - A key that is not listed here is an error.
@@ -118,7 +119,8 @@ These sections take upstream's keys, with upstream's defaults except for those b
 the recipe's `method` (above), `lora`
 [`peft.LoraConfig`](https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig), `quantization`
 [`transformers.BitsAndBytesConfig`](https://huggingface.co/docs/transformers/main_classes/quantization#transformers.BitsAndBytesConfig).
-Without `lora` all weights are trained, without `quantization` the base is loaded in `model.dtype`.
+Without `lora` an adapter with these defaults is trained, and `lora: null` trains all weights; without `quantization`
+the base is loaded in `model.dtype`.
 
 | key | default | |
 |---|---|---|

@@ -172,7 +172,9 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_samples:
             },
         }
         for section, values in sections.items():
-            if values is None:
+            if values is None and section == "lora":
+                recipe["lora"] = None  # all weights are trained
+            elif values is None:
                 recipe.pop(section, None)
             elif section == "data" or not isinstance(values, dict):
                 recipe[section] = values

@@ -58,7 +58,7 @@ def test_the_method_is_in_the_resolved_recipe(method: str) -> None:
 FAULTS = {
     "another method": ("method: ppo\n", ['r.yaml:3: method: is "ppo"; write sft, dpo, kto or orpo']),
     "no text": ("method: {a: 1}\n", ['r.yaml:3: method: is {"a": 1}; write sft, dpo, kto or orpo']),
-    "a name near": ("methods: dpo\n", ["r.yaml:3: methods: is unknown; write method"]),
+    "a name near": ("methods: dpo\n", ["r.yaml:3: methods: is unknown; perhaps method"]),
     "another trainer's name": ("rl: dpo\n", ["r.yaml:3: rl: is not a recipe's key; write method: dpo, kto or orpo"]),
     "keys of other methods": (
         "training: {beta: 0.1, desirable_weight: 1, ld_alpha: 0.5, max_prompt_length: 512}\n",
@@ -73,7 +73,7 @@ FAULTS = {
         "method: dpo\ntraining: {packing: true, betta: 0.1, dataset_num_proc: 2, precompute_ref_log_probs: true, x: 1}\n",
         [
             "r.yaml:4: training.packing: is a key of sft; method is dpo",
-            "r.yaml:4: training.betta: is unknown; write beta",
+            "r.yaml:4: training.betta: is unknown; perhaps beta",
             "r.yaml:4: training.dataset_num_proc: is not a recipe's key; remove it; the data section prepares the rows",
             "r.yaml:4: training.precompute_ref_log_probs: is not a recipe's key; remove it; the reference is computed once, and kept",
             "r.yaml:4: training.x: is unknown; write a parameter of trl.DPOConfig",

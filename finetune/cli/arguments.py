@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from enum import IntEnum
 from pathlib import Path
@@ -79,12 +80,14 @@ def parser() -> argparse.ArgumentParser:
 
     flag = verb("check", "check a recipe without training", recipe).add_argument
     flag("--json", action="store_true", help="print the resolved recipe as JSON")
+    flag("--all", action="store_true", help="print the defaults, too")
 
     flag = verb("plan", "predict the memory and time of a run, and whether it fits", recipe).add_argument
     flag(
         "--gpu",
         metavar="NAME",
-        help="t4, l4, a10, 4090, a100-40, a100-80, h100, h200 or a size in GB (default: this machine)",
+        help="t4, l4, a10, 4090, a100-40, a100-80, h100, h200, another card's name (RTX 3090, V100, A6000, L40S, B200, "
+        "...) or a size in GB (default: this machine)",
     )
     flag("--gpus", type=_positive, default=1, metavar="N", help="how many of them (default: 1)")
     flag("--measure", action="store_true", help="time three real steps on this machine")
@@ -179,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
         trust,
     ).add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
-    flag("--format", choices=FORMATS, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
+    flag("--format", type=_format, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
     flag("--base", metavar="BASE", help="as in merge")
     flag(
         "--gate",
@@ -218,6 +221,16 @@ def parser() -> argparse.ArgumentParser:
     flag("--create-pr", action="store_true", help="open a pull request")
     flag("--base-model", metavar="OWNER/NAME", help="the base's id on the Hub, if it was read from a local folder")
     return command
+
+
+def _format(text: str) -> str:
+    if text in FORMATS:
+        return text
+    if text.startswith("gguf"):
+        raise argparse.ArgumentTypeError(f"is {text!r}; write gguf:Q4_K_M, gguf:Q8_0, another gguf:TYPE, or gguf:all")
+    near = difflib.get_close_matches(text, FORMATS, n=1, cutoff=0.6)
+    cure = f"perhaps {near[0]}" if near else f"write one of {FORMATS_HELP}"
+    raise argparse.ArgumentTypeError(f"is {text!r}; {cure}")
 
 
 def _adapter_and_weight(text: str) -> tuple[str, float]:

@@ -12,16 +12,19 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.cli.arguments import ExitCode, parser
+from finetune.cli.mistakes import mistake
 from finetune.system import distributed
 from finetune.system.before_torch import prepare_imports
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.files import check_replaceable
+from finetune.system.numbers import clock
 from finetune.system.pages import visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
 
@@ -38,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] not in _VERBS and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
+    if line := mistake(words, _VERBS):
+        print_line(f"error: {line}")
+        return ExitCode.USER_ERROR
     args = _parse(words)
     if not args.traceback:
         silence_upstream()
@@ -201,14 +207,28 @@ def _train(args: argparse.Namespace) -> None:
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
     say = _say_unless_quiet(args)
     say(f"recipe: {recipe.path}")
+    say(_what_is_trained(recipe))
     from finetune.train.run import train
 
+    began = time.monotonic()
     if args.force:
-        train(recipe, say)
+        output = train(recipe, say)
     else:
         from finetune.plan import preflight
 
-        train(recipe, say, preflight.check_memory)
+        output = train(recipe, say, preflight.check_memory)
+    say(f"done in {clock(time.monotonic() - began)}{_last_losses(output)}; talk to it: finetune generate {output}")
+
+
+def _last_losses(output: Path) -> str:
+    """The last losses that a run logged."""
+    from finetune.system.files import read_records
+
+    parts = []
+    for name, words in (("loss", "loss"), ("eval_loss", "held out")):
+        values = [record[name] for record in read_records(output / "metrics.jsonl") if name in record]
+        parts += [f", {words} {values[-1]:.3g}"] if values and isinstance(values[-1], float) else []
+    return "".join(parts)
 
 
 def _plan(args: argparse.Namespace) -> ExitCode:
@@ -235,7 +255,31 @@ def _check(args: argparse.Namespace) -> None:
         print_text(json.dumps(recipe.shown_sections(), ensure_ascii=False, indent=1))
     elif not args.quiet:
         print_text(f"{recipe.path}: ok")
-        print_text(recipe.to_yaml(), end="")
+        print_text(recipe.to_yaml() if args.all else recipe.given_yaml(), end="")
+        for line in _notes(recipe):
+            print_text(line)
+
+
+def _notes(recipe: Recipe) -> Iterator[str]:
+    """Lines of `check` beside a recipe's values: what is trained, the template that a base lacks, the next command."""
+    from finetune.recipe.checks import base_template
+
+    yield _what_is_trained(recipe)
+    name = recipe.model.name_or_path
+    template = base_template(name)
+    texts = all(source.format == "text" or source.raw for source in recipe.data.train)
+    if template and not (recipe.model.chat_template or recipe.model.adapter or texts):
+        yield f"{name} is a base without a chat template; for conversations write model.chat_template: {template}"
+    yield f"next: finetune inspect {recipe.path} shows the tokens that are trained on; --all prints the defaults, too"
+
+
+def _what_is_trained(recipe: Recipe) -> str:
+    if recipe.lora is None:
+        return "all weights are trained (lora: null)"
+    if recipe.model.adapter:
+        return f"the adapter {recipe.model.adapter} is trained on"
+    absent = "" if any(key.split(".")[0] == "lora" for key in recipe.origins) else "; the recipe has no section lora"
+    return f"a LoRA adapter is trained{absent} (lora: null trains all weights)"
 
 
 def _inspect(args: argparse.Namespace) -> None:

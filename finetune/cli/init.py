@@ -21,7 +21,7 @@ from finetune.data.template import family_template
 from finetune.data.turns import texts_in
 from finetune.model.load import load_tokenizer
 from finetune.model.quantization import NF4
-from finetune.recipe.checks import PACKAGED_BASES
+from finetune.recipe.checks import PACKAGED_BASES, base_template
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.yaml_tree import scalar_text
@@ -152,7 +152,7 @@ def look(source: DataSource, model: str, say: Say = lambda line: None) -> SeenRo
         tokenizer = load_tokenizer(ModelSection(name_or_path=model))
     except ModelError as error:
         say(f"the tokenizer of {model} is not at hand ({error}), so the lengths of the rows are estimated")
-        seen.measured = False
+        seen.measured, seen.template = False, base_template(model)
         _estimate(seen)
     else:
         if tokenizer.chat_template is None and seen.form != "text":

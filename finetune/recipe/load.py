@@ -50,6 +50,7 @@ class Recipe:
 
     `training`, `lora` and `quantization` are keyword arguments of `schema.CONFIGS[method]`, `peft.LoraConfig` and
     `transformers.BitsAndBytesConfig`, but for `lora["trainable_token_indices"]`, which may be "auto".
+    `lora` is None where all weights are trained: a recipe without the section trains an adapter with peft's defaults.
     `origins` maps the dotted key of each value that is not a default to `FILE:LINE` or "command line". Recipes with
     equal values are equal, whatever the origins.
     """
@@ -81,6 +82,22 @@ class Recipe:
         """
         return "\n".join(self._lines(self.sections(), "", "")) + "\n"
 
+    def given_yaml(self) -> str:
+        """The values that are not defaults, each with its origin as a comment."""
+        given = self._given(self.sections(), "")
+        return "\n".join(self._lines(given, "", "")) + "\n"
+
+    def _given(self, value: Any, key: str) -> Any:
+        """The parts of a value that were written; None where nothing was."""
+        if key in self.origins or not isinstance(value, dict | list):
+            return value if key in self.origins else None
+        if isinstance(value, list):
+            items = [self._given(child, f"{key}.{i}") for i, child in enumerate(value)]
+            return items if any(item is not None for item in items) else None
+        parts = {name: self._given(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()}
+        kept = {name: part for name, part in parts.items() if part is not None or f"{key}.{name}" in self.origins}
+        return kept or None
+
     @property
     def templates(self) -> dict[str, str]:
         """The dotted key of each value from the environment, and the text that is shown in its place."""
@@ -103,11 +120,11 @@ class Recipe:
         return [self._shown(child, f"{key}.{i}") for i, child in enumerate(value)] if isinstance(value, list) else value
 
     def sections(self) -> Section:
-        """The method, and the sections that are not null, as plain data."""
+        """The method and the sections as plain data; `lora` is null if all weights are trained."""
         names = ("method", "model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
         values = {name: getattr(self, name) for name in names}
         values |= {name: values[name].model_dump() for name in OWN_SECTIONS}
-        return {name: section for name, section in values.items() if section is not None}
+        return {name: section for name, section in values.items() if section is not None or name == "lora"}
 
     def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
@@ -130,7 +147,7 @@ class Recipe:
 
 
 @functools.cache
-def _known_keys(method: str = "sft") -> Keys:
+def known_keys(method: str = "sft") -> Keys:
     """The keys of every section; computed at the first call, because it imports trl and peft.
 
     Args:
@@ -200,13 +217,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for text in overrides:
         override(tree, text)
     resolve_paths(tree)
+    tree.trains_all_weights = "lora" in root.value and root.value["lora"].value is None
     # A section that is null is removed.
     root.value = {name: node for name, node in root.value.items() if node.value is not None}
 
     check_method(tree)
     if any(message.startswith("method:") for _, message in tree.faults):
         raise RecipeError(tree.report())  # the method decides which keys there are
-    keys = _known_keys(tree.method)
+    keys = known_keys(tree.method)
     sections = _checked_sections(tree, keys)
     if tree.faults:
         raise RecipeError(tree.report())
@@ -232,7 +250,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         hub=HubSection.model_validate(sections["hub"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
-        lora=lora if "lora" in root.value or adapter else None,
+        lora=None if tree.trains_all_weights and not adapter else lora,
         quantization=sections["quantization"] if "quantization" in root.value else None,
         origins={key: leaf.origin for key, leaf in leaves.items()},
         path=path,

@@ -89,6 +89,8 @@ class RecipeTree:
     root: Node
     # The recipe's `method`, which decides the keys of `training`.
     method: str = "sft"
+    # True with `lora: null`.
+    trains_all_weights: bool = False
     faults: list[tuple[str, str]] = field(default_factory=list)
     # Keys whose value could not be read; they get no second fault.
     broken: set[str] = field(default_factory=set)
@@ -244,7 +246,10 @@ def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
         raise _BadYaml(error.reason, text.count("\n", 0, error.position) + 1) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise _BadYaml(str(error.problem), mark.line + 1 if mark else 1) from None
+        problem = str(error.problem)
+        if "'\\t'" in problem:
+            problem = "a tab stands where YAML takes spaces alone; write spaces"
+        raise _BadYaml(problem, mark.line + 1 if mark else 1) from None
 
 
 def _merged(base: Node, node: Node) -> Node:
