@@ -4,7 +4,9 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from finetune.system.errors import (
     reworded,
 )
 from finetune.system.files import (
+    locked_folder,
     made_once,
     read_json,
     read_records,
@@ -408,3 +411,68 @@ def test_a_package_has_its_public_names(package: str, name: str) -> None:
     assert f"{name}(" in str(module.__doc__)
     with pytest.raises(AttributeError, match=f"^module 'finetune.{package}' has no attribute 'nothing'$"):
         module.nothing  # noqa: B018
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad days
+
+WAITING = """
+import os, sys, time
+from finetune.system.fresh_process import call, report
+def wait(seconds: int) -> int:
+    report(str(os.getpid()))
+    time.sleep(seconds)
+    return seconds
+"""
+PARENT = "from waiting import *; call(wait, 60, on_line=lambda line: print(line, flush=True))"
+
+
+def test_a_fresh_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-P", "-c", PARENT]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it runs
+        parent.kill()
+    end = time.monotonic() + 1
+    while time.monotonic() < end and Path(f"/proc/{child}").exists():
+        time.sleep(0.02)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # its new parent may not have looked yet
+
+
+def test_a_locked_folder_is_for_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with locked_folder(folder, "training.output_dir"):
+        with pytest.raises(RunError) as refused, locked_folder(folder, "training.output_dir"):
+            pytest.fail("it was given the folder")
+        assert str(refused.value) == (
+            f"training.output_dir: another process is training into {folder}; wait for its end, or write another "
+            "directory"
+        )
+    assert list(tmp_path.iterdir()) == []  # nothing was put there
+    folder.mkdir(parents=True)
+    (folder / files.LOCK).touch()  # of a killed process
+    with locked_folder(folder, "training.output_dir"):
+        (folder / "recipe.yaml").touch()
+    assert list(folder.iterdir()) == [folder / "recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(30, "Read-only file system"), False),
+        (OSError(13, "Permission denied"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_its_error(error: Exception, full: bool) -> None:
+    assert files.is_full(error) == full
+    with pytest.raises(ValueError, match="cannot be saved") as raised:
+        raise ValueError("cannot be saved") from error
+    assert files.is_full(raised.value) == full

@@ -24,6 +24,7 @@ from finetune.model.generate import load_generator
 from finetune.model.trainable import load_trainable
 from finetune.plan.fake_model import build_fake
 from finetune.recipe.load import load_recipe
+from finetune.system.files import locked_folder
 from finetune.train import checkpoint
 from finetune.train.callbacks.metrics import MetricsLog
 
@@ -377,6 +378,32 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     assert Path("run/notes.txt").read_text() == "mine"
 
 
+def test_only_a_full_disk_is_to_be_made_room_on(
+    write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system", str(file))
+
+    monkeypatch.setattr(torch, "save", read_only)
+    assert main([str(write_recipe(training={"save_strategy": "steps", "save_steps": 2}))]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Read-only file system" in last
+    assert last.endswith(
+        ". Earlier checkpoints are kept; mend that and resume with training.resume_from_checkpoint=true"
+    )
+
+
+def test_two_runs_into_one_folder_do_not_mix(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe()
+    with locked_folder(Path("run"), "training.output_dir"):
+        assert main([str(path), "--quiet"]) == 2
+        assert capsys.readouterr().err == (
+            "error: training.output_dir: another process is training into run; wait for its end, or write another "
+            "directory\n"
+        )
+    assert not Path("run").exists()
+
+
 def test_a_full_disk_loses_nothing_that_was_saved(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +424,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     assert last.startswith("error: run/checkpoint-4 could not be saved: ")
     assert last.endswith("training.resume_from_checkpoint=true")
     assert "No space left on device" in last
+    assert "free some disk space" in last
     assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert saved  # the fault was met
     monkeypatch.setattr(torch, "save", save)

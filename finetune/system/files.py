@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # The record of what a merged model was made from.
 MERGE_RECORD = "merge.json"
+# The file in a run's folder that the process which trains into it has locked.
+LOCK = ".lock"
 # Each output of merge and of export has one of these; only such a folder may be replaced.
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 # The beginning of a pointer of Git LFS, and the size of the largest.
@@ -166,6 +169,60 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path, key: str) -> Iterator[None]:
+    """Makes a folder, and keeps other processes that would lock it out until the end; removes it if it stays empty.
+
+    The lock ends with the process, however that ends; its file may stay, and says nothing. A filesystem without locks
+    has none.
+
+    Args:
+        folder: The folder.
+        key: The key that names it, for the message.
+
+    Raises:
+        RunError: Another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"{key}: another process is training into {folder}; wait for its end, or write another directory"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # Before the lock is released: afterwards the file may already be another process's lock.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        for path in new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def is_full(error: BaseException) -> bool:
+    """True if an error, or one that it was raised from, says that a disk or a quota is full.
+
+    Libraries pass on the words of the system: safetensors writes `(os error 28)`.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if re.search(r"No space left on device|\(os error (28|122)\)|Disk quota exceeded", str(one)):
+            return True
+        one = one.__cause__
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_type_hints
@@ -131,6 +133,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     prepare_imports()
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
+    threading.Thread(target=_end_with_parent, args=(_parent.fileno(),), daemon=True).start()
     function = getattr(importlib.import_module(module), name)
     argument_type, result_type = _types(function)
     try:
@@ -139,6 +142,14 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     except (Exception, SystemExit) as error:
         text = json.dumps(_described(error))
     write_whole(Path(answer_file), text)
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Ends this process once nobody reads its pipe: the parent was killed, and cannot end it any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # an error alone, which the last reader's end is
+    poll.poll()
+    os._exit(1)
 
 
 def _start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> subprocess.Popen[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from finetune.system.errors import RunError
-from finetune.system.files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
+from finetune.system.files import ADAPTER_WEIGHTS, LOCK, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check_output(output: Path, resume: str | bool) -> None:
     Raises:
         RunError: It holds files of another run, or of this run without `resume`; or it is a file.
     """
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
         if is_finished(output) and resume is True:
             raise RunError(
                 f"training.output_dir: {output} holds a finished run; choose another directory, or delete it"

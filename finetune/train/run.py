@@ -88,6 +88,15 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         ModelError, TemplateError, DataError, LabelError: The base, its chat template or the rows cannot be used.
     """
     output = Path(recipe.training["output_dir"])
+    if distributed.rank():
+        return _train(recipe, output, say, check)
+    checkpoint.check_output(output, recipe.training.get("resume_from_checkpoint") or False)
+    with files.locked_folder(output, "training.output_dir"):
+        return _train(recipe, output, say, check)
+
+
+def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None) -> Path:
+    """`train`, while no other process trains into the directory."""
     main = distributed.rank() == 0
     precision, base = decide_precision(recipe), Base.of(recipe.model, say)
     config = _check_and_join(recipe, precision, base, output, say)

@@ -421,10 +421,12 @@ def saving(folder: Path) -> Iterator[None]:
             raise
         if not distributed.rank():
             shutil.rmtree(folder, ignore_errors=True)
-        free = ""
-        with contextlib.suppress(OSError):
-            free = f" ({shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB free)"
+        free, cure = "", "mend that"
+        if files.is_full(error):
+            cure = "free some disk space"
+            with contextlib.suppress(OSError):
+                free = f" ({shutil.disk_usage(folder.parent).free / 2**20:,.0f} MiB free)"
         raise RunError(
-            f"{folder} could not be saved: {first_line(error)}{free}. Earlier checkpoints are kept; free some disk "
-            "space and resume with training.resume_from_checkpoint=true"
+            f"{folder} could not be saved: {first_line(error)}{free}. Earlier checkpoints are kept; {cure} and resume "
+            "with training.resume_from_checkpoint=true"
         ) from error

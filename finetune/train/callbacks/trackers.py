@@ -270,7 +270,7 @@ def close_trackers(trainer: RunTrainer, output: Path, wants_artifact: bool) -> N
         if wants_artifact:
             artifact = tracker._wandb.Artifact(name=f"run-{run.id}", type="model")
             for file in sorted(output.iterdir()):
-                if file.is_file() and file.name != _TRACKING:
+                if file.is_file() and file.name not in (_TRACKING, files.LOCK):
                     artifact.add_file(str(file), name=file.name)
             run.log_artifact(artifact, aliases=["final"])
         with quiet():
