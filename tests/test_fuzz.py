@@ -30,9 +30,11 @@ from judge_server import Answer, says, serve
 
 from finetune.cli.commands import main
 from finetune.evaluate.judge import Judge, Pair, compare
+from finetune.hub.card import folder_card
 from finetune.system import limited
-from finetune.system.errors import EvaluateError
+from finetune.system.errors import EvaluateError, FinetuneError
 from finetune.system.pages import visible
+from finetune.system.terminal import print_line
 
 SECONDS = float(os.environ.get("FINETUNE_FUZZ_SECONDS", "15"))
 SEED = int(os.environ.get("FINETUNE_FUZZ_SEED", "1"))
@@ -247,8 +249,12 @@ def adapter_file(rng: random.Random) -> Callable[[], int]:
         json.dumps(mutate_json(json.loads(data), rng)).encode() if name.endswith(".json") else mutate_bytes(data, rng)
     )
     Path("copy", name).write_bytes(whole)
-    if rng.random() < 0.3:
+    verb = rng.random()
+    if verb < 0.2:
         return lambda: main(["check-adapter", "copy", "--for", "vllm"])
+    if verb < 0.25:
+        shutil.rmtree("merged", ignore_errors=True)
+        return quiet("merge", "copy", "--output", "merged")
     return lambda: main(["generate", "copy", "--prompt", "Hi", "--max-new-tokens", "1", "--device", "cpu"])
 
 
@@ -263,7 +269,29 @@ def run_record(rng: random.Random) -> Callable[[], int]:
     else:
         made = json.dumps(mutate_json(json.loads(data), rng)).encode()
     Path("copy", name).write_bytes(made)
-    return quiet("report", "copy")
+    return quiet("report", "copy") if rng.random() < 0.5 else card
+
+
+def card() -> int:
+    try:
+        return 0 if folder_card(Path("copy")) else 1
+    except FinetuneError as error:
+        print_line(f"error: {error}")
+        return 2
+
+
+def checkpoint(rng: random.Random) -> Callable[[], int]:
+    name = rng.choice(sorted(file.name for file in Path("trained/checkpoint-1").iterdir()))
+    shutil.rmtree("copy", ignore_errors=True)
+    shutil.copytree("trained", "copy")
+    file = Path("copy/checkpoint-1", name)
+    data = file.read_bytes()
+    whole = mutate_file(data, rng) if name.endswith(".json") else mutate_bytes(data, rng, rng.choice((None, 400)))
+    # A checkpoint counts only if its files have the sizes that they were saved with.
+    file.write_bytes(whole if name.endswith(".json") else whole[: len(data)].ljust(len(data), b"\0"))
+    write_rows()
+    write_recipe()
+    return quiet("train", "r.yaml", "training.output_dir=copy", "training.resume_from_checkpoint=copy/checkpoint-1")
 
 
 def gguf_file(rng: random.Random) -> Callable[[], int]:
@@ -295,8 +323,6 @@ def reply(rng: random.Random) -> Callable[[], int]:
                 json.dumps(result.as_dict(), ensure_ascii=False).encode()
                 return 0
             except EvaluateError as error:
-                from finetune.system.terminal import print_line
-
                 print_line(f"error: {error}")
                 return 2
 
@@ -314,6 +340,7 @@ INPUTS: dict[str, Input] = {
     "safetensors": model_file("model.safetensors"),
     "adapter": adapter_file,
     "record": run_record,
+    "checkpoint": checkpoint,
     "gguf": gguf_file,
     "judge": reply,
 }
@@ -346,7 +373,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ):
             importlib.import_module(name)
         # In processes of their own: nothing may have started threads before the forks.
-        for call in (make_gguf, quiet("train", "r.yaml", "training.output_dir=trained"), quiet("inspect", "r.yaml")):
+        saves = ("training.output_dir=trained", "training.save_strategy=steps", "training.save_steps=1")
+        for call in (make_gguf, quiet("train", "r.yaml", *saves), quiet("inspect", "r.yaml")):
             code, said, *_ = in_a_process(call)
             assert code == 0, said
         yield folder

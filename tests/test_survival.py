@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 from processes import Processes
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.cli.commands import main
+from finetune.system.errors import RunError
 from finetune.train import checkpoint
+from finetune.train.state import damage_reported
 from finetune.train.trainer import RunTrainer
 
 Write = Callable[..., Path]
@@ -523,3 +526,27 @@ def test_every_schedule_goes_on_where_it_was(write_recipe: Write, schedule: str)
     shutil.rmtree("run/checkpoint-6")
     assert main([str(path), RESUME]) == 0
     assert_same("run", "whole", 6)
+
+
+def test_damage_of_a_checkpoint_is_told_from_a_lack_of_memory() -> None:
+    for error in (SafetensorError("invalid JSON in header"), KeyError("x"), ValueError("x")):
+        with (
+            pytest.raises(RunError, match=r"^run/checkpoint-4 cannot be resumed from, a file in it is damaged: "),
+            damage_reported(Path("run/checkpoint-4")),
+        ):
+            raise error
+    with pytest.raises(torch.OutOfMemoryError), damage_reported(Path("run/checkpoint-4")):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "marker", ["[]", "{", "{}", '{"step": 1}', '{"step": "1", "files": {}}', '{"step": 1, "files": {"a": "3"}}']
+)
+def test_a_damaged_marker_is_no_whole_checkpoint(marker: str, tmp_path: Path) -> None:
+    (tmp_path / "complete.json").write_text(marker)
+    (tmp_path / "a").write_text("abc")
+    assert not checkpoint.is_whole(tmp_path)
+    (tmp_path / "complete.json").write_text('{"step": 1, "files": {"a": 3}, "day": "2026-13-01"}')
+    assert not checkpoint.is_whole(tmp_path)
+    (tmp_path / "complete.json").write_text('{"step": 1, "files": {"a": 3}, "day": "2026-12-01"}')
+    assert checkpoint.is_whole(tmp_path)

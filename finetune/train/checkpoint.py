@@ -128,7 +128,11 @@ def _why_not_whole(folder: Path) -> str:
         return f"it is incomplete ({MARKER} is missing)"
     try:
         sizes = read_marker(folder)["files"]
-    except (ValueError, KeyError, TypeError):
+        first_day(folder)
+        sound = all(type(number) is int for number in (read_marker(folder)["step"], *sizes.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         return f"{MARKER} is damaged"
     for name, size in sizes.items():
         path = folder / name

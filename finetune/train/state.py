@@ -264,10 +264,16 @@ def damage_reported(folder: Path) -> Iterator[None]:
         RunError: A file is damaged, or a pickle that would run code; torch 2.13's advice to turn its check off is left
             out.
     """
-    types = (EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError)
+    from safetensors import SafetensorError
+
+    types = (SafetensorError, EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError)
     try:
         with reworded(RunError, f"{folder} cannot be resumed from, a file in it is damaged", *types):
             yield
+    except RunError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise error.__cause__ from None
+        raise
     except pickle.UnpicklingError as error:
         raise RunError(
             f"{folder} cannot be resumed from, a file in it is damaged, or a pickle that could run code, which is not "

@@ -205,11 +205,13 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
         save_state(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, counters)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(Path(resume_from_checkpoint), model or self.model)
+        with damage_reported(Path(resume_from_checkpoint)):
+            load_weights(Path(resume_from_checkpoint), model or self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            counters = load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+            with damage_reported(Path(checkpoint)):
+                counters = load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
             self.resumed_counters = counters
             self._total_train_tokens = counters["tokens"]
             self.trained_tokens = torch.tensor(int(counters["trained"]))
