@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
 from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES, PEERS
+from finetune.recipe.json_schema import recipe_schema
 from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent
@@ -56,6 +57,8 @@ _RECIPE = """# The keys of a recipe
 - `${NAME}` is read from the environment, and stays `${NAME}` in all files that are written or pushed
   ([security.md](security.md)). `$${NAME}` is that text itself.
 - A key that is not listed here is an error.
+- Editors with a YAML language server complete and check keys by `recipes/schema.json`, which `finetune schema` prints:
+  write `# yaml-language-server: $schema=PATH` into a recipe, as the shipped ones do.
 """
 # The method, what it trains on, and the page of its class in trl's documentation.
 _METHODS = [
@@ -329,7 +332,18 @@ def _packages() -> Iterator[str]:
     yield "\n"
 
 
-PAGES = {"recipe.md": recipe, "cli.md": cli, "architecture.md": architecture, "clients.md": clients}
+def schema_file() -> str:
+    """The JSON schema of a recipe, which the shipped recipes name for editors."""
+    return json.dumps(recipe_schema(), indent=1) + "\n"
+
+
+PAGES = {
+    "recipe.md": recipe,
+    "cli.md": cli,
+    "architecture.md": architecture,
+    "clients.md": clients,
+    "../recipes/schema.json": schema_file,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

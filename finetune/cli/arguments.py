@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--json", action="store_true", help="print the resolved recipe as JSON")
     flag("--all", action="store_true", help="print the defaults, too")
 
+    verb("schema", "print the JSON schema of a recipe, for editors")
+
     flag = verb("plan", "predict the memory and time of a run, and whether it fits", recipe).add_argument
     flag(
         "--gpu",

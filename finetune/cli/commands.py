@@ -260,6 +260,14 @@ def _check(args: argparse.Namespace) -> None:
             print_text(line)
 
 
+def _schema(args: argparse.Namespace) -> None:
+    from finetune.recipe.json_schema import recipe_schema
+
+    with contextlib.redirect_stdout(sys.stderr):
+        schema = recipe_schema()
+    print_text(json.dumps(schema, indent=1))
+
+
 def _notes(recipe: Recipe) -> Iterator[str]:
     """Lines of `check` beside a recipe's values: what is trained, the template that a base lacks, the next command."""
     from finetune.recipe.checks import base_template
@@ -431,6 +439,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "convert": _convert,
     "train": _train,
     "check": _check,
+    "schema": _schema,
     "plan": _plan,
     "inspect": _inspect,
     "generate": _generate,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import warnings
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -16,8 +18,19 @@ from finetune.recipe.yaml_tree import Section
 _FROM_ENVIRONMENT = {"type": "string", "pattern": r"\$\{"}
 
 
+def releases() -> str:
+    """The releases whose keys the schema has."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "transformers", "peft"))
+
+
 def recipe_schema() -> Section:
     """The schema, in which a key that no recipe has is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a default that has no form in JSON is left out
+        return _schema()
+
+
+def _schema() -> Section:
     definitions: Section = {}
     properties: Section = {
         "extends": {"type": "string", "description": "Another recipe, relative to this file, that this one builds on."},
@@ -40,6 +53,7 @@ def recipe_schema() -> Section:
         properties[name] = {"type": ["object", "null"], "properties": keys, "additionalProperties": False}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$comment": releases(),
         "title": "A recipe of finetune",
         "type": "object",
         "properties": properties,
