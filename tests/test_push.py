@@ -872,6 +872,16 @@ PUSHES: dict[str, tuple[dict[str, Any], str, str]] = {
         "--repo-id you/x",
         f"you/x is not available: the Hub answers with 503; try again later {AGAIN}",
     ),
+    "a Hub that asks to wait": (
+        {"fault": 429},
+        "--repo-id you/x",
+        f"you/x is rate-limited by the Hub; wait some minutes and try again {AGAIN}",
+    ),
+    "another push at the same moment": (
+        {"fault": 412},
+        "--repo-id you/x",
+        f"you/x was changed by somebody else at the same moment {AGAIN}",
+    ),
     "no owner": ({}, "--repo-id x", "--repo-id is 'x'; write owner/name"),
 }
 
@@ -895,6 +905,24 @@ def test_a_push_that_cannot_be_is_told_in_one_line(
     arrange(there, hub, client)
     assert main(["push", str(trained), "--quiet", *words.split()]) == 2
     assert capsys.readouterr().err == f"error: {line.format(url=hub.url)}\n"
+
+
+def test_a_network_that_ends_in_the_middle_of_a_push_commits_nothing(
+    trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(method: str, path: str, body: bytes) -> None:
+        if path.startswith("/storage/"):
+            raise SystemExit  # ends the thread that answers, and with it the connection
+
+    hub.stored.clear()
+    hub.fault = cut
+    assert main(["push", str(trained), "--repo-id", "you/cut", "--quiet"]) == 2
+    unreached = UNREACHED.replace("http://127.0.0.1:9", hub.url)
+    assert capsys.readouterr().err == f"error: you/cut {unreached} {AGAIN}\n"
+    assert hub.repos["you/cut"].titles == []
+    hub.fault = lambda method, path, body: None
+    assert main(["push", str(trained), "--repo-id", "you/cut", "--quiet"]) == 0
+    assert hub.repos["you/cut"].titles == ["Adapter"]
 
 
 def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,9 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
 from finetune.recipe.upstream_tables import config_class
 from finetune.recipe.upstream_types import upstream_keys
-from finetune.recipe.yaml_tree import SECRET_NAME_PATTERN, SECRET_PATTERN
 from finetune.system.errors import RecipeError
 from finetune.system.extras import install_command
+from finetune.system.secret_scan import SECRET_NAME_PATTERN, SECRET_PATTERN
 
 # Two lines, so that what a test adds begins on line 3.
 BASE = "model: {name_or_path: owner/model}\ndata: {train: [{path: owner/rows}]}\n"

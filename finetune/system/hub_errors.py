@@ -76,6 +76,8 @@ def _http_problem(error: HfHubHTTPError) -> str:
             f"is not allowed for this token ({message or 'forbidden'}); check the owner's name, or make a token that "
             f"may write there on {constants.ENDPOINT}/settings/tokens"
         )
+    if status == 412:
+        return "was changed by somebody else at the same moment"
     if status == 429:
         return "is rate-limited by the Hub; wait some minutes and try again"
     if status >= 500:
