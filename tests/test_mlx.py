@@ -308,7 +308,7 @@ def test_the_card_of_an_export_fetches_one_format(tmp_path: Path) -> None:
     report = {"title": "out", "base": "owner/name", "model": "runs/a", "models": [], "rows": "", "machine": ""}
     report |= {"missed": [], "notes": [], "gate": {}, "finetune": "0"}
     card = export_card(report, None, tmp_path, "you/all")
-    assert 'hf download you/all --include "mlx-4bit/*" --local-dir model\n' in card
+    assert "hf download you/all --include 'mlx-4bit/*' --local-dir model\n" in card
     assert 'load("model/mlx-4bit")\n' in card
 
 
