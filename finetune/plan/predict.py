@@ -17,6 +17,7 @@ from trl import SFTConfig
 from finetune.plan.layers import layer_kinds, with_layers
 from finetune.plan.settings import StepSettings
 from finetune.plan.step import Batch, FakeModel, StepCost
+from finetune.plan.stored import StoredCosts
 from finetune.recipe.load import Recipe
 from finetune.system.devices import Hardware
 from finetune.system.errors import FinetuneError, PlanError, first_line
@@ -81,16 +82,23 @@ class Predictor:
             arguments: The recipe's `training` section as an `SFTConfig`.
         """
         self.config, self.hardware, self.arguments = config, hardware, arguments
+        self.stored = StoredCosts(config, hardware, arguments)
         self._models: dict[tuple[str, tuple[int, ...]], FakeModel] = {}
         # By all but the number of rows, then by batch.
         self._costs: dict[Any, dict[Batch, StepCost]] = {}
 
     def step(self, settings: StepSettings) -> StepCost:
         """The cost of a step on one GPU, without what several GPUs add."""
+        if (cost := self.stored.get(settings)) is None:
+            cost = self._computed(settings)
+            self.stored.add(settings, cost)
+        return cost
+
+    def _computed(self, settings: StepSettings) -> StepCost:
         one, more = self._run(settings, self._sample.few), []
         for layer, count in self._sample.further:
             more.append((self._run(settings, _plus(self._sample.few, layer)), count))
-        return _extrapolate(one, more)
+        return replace(_extrapolate(one, more), timeline=None)
 
     def required_memory(self, settings: StepSettings) -> RequiredMemory:
         """The memory that each GPU needs."""

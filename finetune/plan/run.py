@@ -138,6 +138,7 @@ def plan(
         predictor, settings, sharded = candidates.sharded(hardware)
         changes = changes_that_fit(predictor, settings, hardware)
         made.advice = [(" ".join([*sharded.overrides, text]), size) for text, size in changes]
+    candidates.save()
     return made
 
 
@@ -152,6 +153,7 @@ def fits(recipe: Recipe, hardware: Hardware) -> bool:
     candidates = _Candidates(recipe, config, arguments, step_settings(recipe, arguments, None), 1)
     predictor, settings, fit = candidates.on(hardware)
     fit.required = predictor.required_memory(settings)
+    candidates.save()
     return fit.memory_suffices
 
 
@@ -165,6 +167,11 @@ class _Candidates:
     settings: StepSettings
     gpu_count: int
     predictors: dict[Any, Predictor] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Keeps the costs of all steps for the next plan."""
+        for predictor in self.predictors.values():
+            predictor.stored.save()
 
     def on(self, hardware: Hardware) -> tuple[Predictor, StepSettings, HardwareFit]:
         """A predictor, the settings in types that the hardware supports, and a fit to fill in, all for one GPU.

@@ -13,10 +13,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
-import shutil
-import sys
-import time
 import typing
 import warnings
 from collections.abc import Callable
@@ -28,15 +24,13 @@ from typing import Any, Literal, TypedDict, Union
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.yaml_tree import RecipeTree, Section
 from finetune.system import files
+from finetune.system.installed import installed_digest
 
 _PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (str, int, float, bool, dict, list, type(None))}
 _GENERIC: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, tuple)}
 _NOT_GIVEN: Any = object()
 # Values that upstream takes as they are, whatever the others.
 _FREE = {"output_dir", "run_name", "seed", "data_seed"}
-
-# The seconds after which the tables of other releases are removed.
-_UNUSED = 30 * 24 * 3600
 
 
 class Tables(TypedDict):
@@ -76,9 +70,7 @@ def tables() -> Tables:
 
     def write(folder: Path) -> None:
         files.write_whole(folder / "tables.json", json.dumps(_computed()))
-        for other in folder.parent.iterdir():
-            if other.is_dir() and time.time() - other.stat().st_mtime > _UNUSED:
-                shutil.rmtree(other, ignore_errors=True)
+        files.remove_unused(folder.parent)
 
     folder = files.made_once(_folder(), write)
     found: Tables = json.loads((folder / "tables.json").read_text(encoding="utf-8"))
@@ -115,20 +107,9 @@ def unless_known_good(tree: RecipeTree, name: str, values: Section, check: Calla
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _folder() -> str:
     """A name in the cache for the installed packages and this package's code."""
-    digest = hashlib.sha256(sys.version.encode())
-    for place in dict.fromkeys(sys.path):
-        try:
-            entries = [entry for entry in os.scandir(place or ".") if entry.name.endswith((".dist-info", ".egg-info"))]
-        except OSError:
-            continue
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            digest.update(f"{entry.name} {entry.stat().st_mtime_ns}\n".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return f"upstream/{digest.hexdigest()[:32]}"
+    return f"upstream/{installed_digest(Path(__file__).parent)}"
 
 
 def _computed() -> Tables:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -266,6 +267,14 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes the files and folders in a folder of the cache that were not changed for a month."""
+    for entry in folder.iterdir():
+        with suppress(OSError):
+            if time.time() - entry.stat().st_mtime > 30 * 24 * 3600:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def open_regular(path: str | Path) -> BufferedReader:
