@@ -28,6 +28,7 @@ from conftest import ROOT
 from gguf_tiny import make_model, make_tokenizer, write_gguf
 from judge_server import Answer, says, serve
 
+from finetune.cli.arguments import ExitCode
 from finetune.cli.commands import main
 from finetune.evaluate.judge import Judge, Pair, compare
 from finetune.hub.card import folder_card
@@ -135,7 +136,7 @@ def in_a_process(call: Callable[[], int]) -> tuple[int, str, float, int]:
 def fault_of(code: int, said: str) -> str:
     """Why an input's end is not one that a user can live with; empty if it is."""
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    if code not in (0, 2):
+    if code not in (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.MISSED):
         return f"code {code}: {said.strip()[-300:]}"
     if code == 2 and not lines:
         return f"no line: {said[-300:]}"
