@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -509,7 +510,9 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     merged = tmp_path / "merged"
     capfd.readouterr()
     assert main(["merge", str(trained), "--output", str(merged), "--base", "dequantised"]) == 0
-    assert capfd.readouterr() == ("", f"merged: {merged}\n")
+    out, err = capfd.readouterr()
+    done = rf"merged: {merged}\ndone in 0:\d\d; talk to it: finetune generate {merged}\n"
+    assert (out, bool(re.fullmatch(done, err))) == ("", True), err
     assert sorted(path.name for path in merged.iterdir()) == [
         "chat_template.jinja",
         "config.json",

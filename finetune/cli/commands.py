@@ -25,7 +25,7 @@ from finetune.system.before_torch import prepare_imports
 from finetune.system.errors import FinetuneError, RecipeError, RunError
 from finetune.system.files import check_replaceable
 from finetune.system.numbers import clock
-from finetune.system.pages import visible
+from finetune.system.pages import shell_word, visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
 
 if TYPE_CHECKING:
@@ -217,7 +217,12 @@ def _train(args: argparse.Namespace) -> None:
         from finetune.plan import preflight
 
         output = train(recipe, say, preflight.check_memory)
-    say(f"done in {clock(time.monotonic() - began)}{_last_losses(output)}; talk to it: finetune generate {output}")
+    _say_done(say, began, f"talk to it: finetune generate {shell_word(str(output))}", _last_losses(output))
+
+
+def _say_done(say: Say, began: float, then: str, figures: str = "") -> None:
+    """The last line of a command: how long it took, and the next command."""
+    say(f"done in {clock(time.monotonic() - began)}{figures}; {then}")
 
 
 def _last_losses(output: Path) -> str:
@@ -322,7 +327,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from finetune.merge.run import merge
 
-    merge(
+    say, began = _say_unless_quiet(args), time.monotonic()
+    output = merge(
         args.folder,
         args.output,
         dtype=args.dtype,
@@ -332,14 +338,16 @@ def _merge(args: argparse.Namespace) -> None:
         stream_base=args.stream_base,
         overwrite=args.overwrite,
         trust_remote_code=_trust(args),
-        say=_say_unless_quiet(args),
+        say=say,
         progress=not args.quiet,
     )
+    _say_done(say, began, f"talk to it: finetune generate {shell_word(str(output))}")
 
 
 def _export(args: argparse.Namespace) -> ExitCode:
     from finetune.export.run import export, shortfalls
 
+    say, began = _say_unless_quiet(args), time.monotonic()
     output = export(
         args.model,
         args.output,
@@ -348,13 +356,15 @@ def _export(args: argparse.Namespace) -> ExitCode:
         dict(args.gate),
         overwrite=args.overwrite,
         trust_remote_code=_trust(args),
-        say=_say_unless_quiet(args),
+        say=say,
         progress=not args.quiet,
     )
     print_text((output / "report.md").read_text(encoding="utf-8"), end="")
     missed = shortfalls(output)
     for line in missed:
         print_line(f"gate: {line}")
+    pages = f"{shell_word(str(output))}/*/README.md"
+    _say_done(say, began, f"how each folder is loaded: {pages}; finetune push {shell_word(str(output))} uploads them")
     return ExitCode.MISSED if missed else ExitCode.OK
 
 
@@ -377,19 +387,21 @@ def _evaluate(args: argparse.Namespace) -> None:
         from finetune.evaluate.report import as_markdown
         from finetune.evaluate.run import evaluate
 
-        folder = Path(args.model)
+        folder, say, began = Path(args.model), _say_unless_quiet(args), time.monotonic()
+        output = args.output or (folder if folder.is_dir() else Path()) / "evaluation"
         report = evaluate(
             args.model,
-            args.output or (folder if folder.is_dir() else Path()) / "evaluation",
+            output,
             args.recipe,
             args.compare,
             args.limit,
             base=args.base,
             trust_remote_code=_trust(args),
-            say=_say_unless_quiet(args),
+            say=say,
             progress=not args.quiet,
         )
     print_text(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
+    _say_done(say, began, f"answers side by side: {shell_word(str(output))}/answers.html")
 
 
 def _report(args: argparse.Namespace) -> None:
