@@ -36,7 +36,7 @@ from finetune.merge.plan import MergeRequest, make_plan
 from finetune.merge.run import merge
 from finetune.model.load import load_model, load_tokenizer
 from finetune.model.locate import Base, locate
-from finetune.model.provenance import hub_id, license_of
+from finetune.model.provenance import hub_id, license_of, record_digest
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSource, HubSection, ModelSection
 from finetune.system import errors
@@ -117,6 +117,11 @@ def client(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
     hub.sent.clear()
     hub.fault = lambda method, path, body: None
     hub.repos["tiny/gemma3"].gated = False
+
+
+def exported(model: Path) -> dict[str, str]:
+    """What a report says of the model that was exported."""
+    return {"model": str(model), "record_sha256": record_digest(model)}
 
 
 def recipe_of(folder: Path, **hub: Any) -> Path:
@@ -342,7 +347,7 @@ def test_a_merged_model_is_whole_on_the_hub(merged: Path, hub: Hub, client: pyte
 def test_what_is_on_no_list_stays_here(hub: Hub, tmp_path: Path, trained: Path) -> None:
     export = tmp_path / "exports"
     model = {"name": "Q4_K_M", "against": None, "perplexity": 12.5, "kl": None, "stopped": 3, "tokens": 10}
-    report = {"title": "exports", "model": str(trained), "base": "tiny/gemma3", "rows": "rows", "models": [model]}
+    report = {"title": "exports", "base": "tiny/gemma3", "rows": "rows", "models": [model], **exported(trained)}
     mine = ["exports-Q4_K_M.gguf", "imatrix.gguf", "imatrix.dat", "test.log", "Modelfile"]
     others = ["optimizer.pt", "training_args.bin", "pytorch_model.bin", "state-0-of-1.safetensors", "scheduler.pt"]
     others += ["rng_state.pth", ".env", "notes.txt", "train.py", "checkpoint-3/adapter_model.safetensors"]
@@ -378,7 +383,7 @@ def test_the_formats_of_an_export_are_folders(hub: Hub, tmp_path: Path, merged: 
     (export / "ollama" / "Modelfile").write_text("FROM ./exports-Q4_K_M.gguf")
     model = {"name": "bf16", "against": "merged", "perplexity": 12.5, "kl": 0.5, "kl_p99": 0.75, "top1": 0.5}
     model |= {"stopped": 3, "tokens": 10, "answers_equal": 2, "answered": 6}
-    report = {"title": "exports", "model": str(merged), "base": "tiny/gemma3", "rows": "rows", "models": [model]}
+    report = {"title": "exports", "base": "tiny/gemma3", "rows": "rows", "models": [model], **exported(merged)}
     (export / "report.json").write_text(json.dumps(report))
     (export / "report.md").write_text("# exports\n\n| bf16 | 12.5 |\n")
     push(export, "you/all")
@@ -409,12 +414,23 @@ def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> 
     assert "adapter_model.safetensors" in make_payload(run, "you/run", ask=False).files
 
 
+def test_a_report_adds_no_files_of_a_folder_that_it_does_not_know(hub: Hub, tmp_path: Path, trained: Path) -> None:
+    export = tmp_path / "exports"
+    export.mkdir()
+    (export / "exports-Q4_K_M.gguf").write_bytes(b"x")
+    report = {"title": "exports", "base": "tiny/gemma3", "rows": "rows", "models": [], **exported(trained)}
+    for name, digest in (("mine", report["record_sha256"]), ("strange", "0" * 64), ("older", None)):
+        (export / "report.json").write_text(json.dumps(report | {"record_sha256": digest}))
+        push(export, f"you/{name}")
+        assert ("ledger.json" in hub.repos[f"you/{name}"].files()) is (name == "mine")
+
+
 def test_an_export_of_one_format_is_at_the_top_of_its_repository(hub: Hub, tmp_path: Path, merged: Path) -> None:
     export = tmp_path / "exports"
     (export / "gguf").mkdir(parents=True)
     for name in ("exports-Q4_K_M.gguf", "imatrix.gguf"):
         (export / "gguf" / name).write_bytes(name.encode())
-    report = {"title": "exports", "model": str(merged), "base": "tiny/gemma3", "rows": "rows", "models": []}
+    report = {"title": "exports", "base": "tiny/gemma3", "rows": "rows", "models": [], **exported(merged)}
     (export / "report.json").write_text(json.dumps(report))
     (export / "report.md").write_text("# exports\n\n| Q4_K_M | 12.5 |\n")
     push(export, "you/gguf")

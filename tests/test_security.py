@@ -239,3 +239,14 @@ def test_a_base_from_the_environment_is_found_again(stranger: Path, monkeypatch:
         f"{stranger / 'recipe.yaml'}: its base is ${{BASE}}, which is not set in the environment; export it, or write "
         "--base"
     )
+
+
+def test_an_evaluation_follows_no_link_of_the_run(
+    stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (stranger / "evaluation").symlink_to(tmp_path / "elsewhere")
+    assert main(["evaluate", str(stranger)]) == 2
+    line = f"error: {stranger}/evaluation is a link, which may lead anywhere; write --output DIR\n"
+    assert capsys.readouterr().err == line
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -389,6 +389,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         folder, say, began = Path(args.model), _say_unless_quiet(args), time.monotonic()
         output = args.output or (folder if folder.is_dir() else Path()) / "evaluation"
+        if output.is_symlink() and not args.output:
+            raise RunError(f"{output} is a link, which may lead anywhere; write --output DIR")
         report = evaluate(
             args.model,
             output,

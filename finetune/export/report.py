@@ -87,6 +87,7 @@ class Report(TypedDict):
     title: str
     finetune: str
     model: str
+    record_sha256: str
     base: str
     rows: str
     machine: str

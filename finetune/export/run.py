@@ -33,6 +33,7 @@ from finetune.model.provenance import (
     environment_of,
     is_adapter,
     merged_run,
+    record_digest,
 )
 from finetune.recipe.export_formats import ADAPTER, FORMATS_HELP, GGUF_ADAPTER, MLX_BITS, WEIGHT_FORMATS, needs_gguf
 from finetune.recipe.schema import ExportSection, ModelSection
@@ -291,6 +292,7 @@ class _Export:
             "title": title,
             "finetune": __version__,
             "model": str(self.model),
+            "record_sha256": record_digest(self.model),
             "base": base_reference(self.run or self.model).name or self.model.name,
             "rows": self.rows.source,
             "machine": f"{platform.machine()}, {device}",

@@ -227,12 +227,32 @@ def source_run(folder: Path) -> Path | None:
     if run_file(folder, "ledger.json"):
         return folder
     merged = merge_record(folder)
-    run = Path(merged["run"] if merged else str(export_report(folder).get("model") or "/nowhere"))
+    run = Path(merged["run"]) if merged else _exported_from(folder)
+    if run is None:
+        return None
     if not (run / "ledger.json").is_file():
         return source_run(run) if (run / MERGE_RECORD).is_file() and run != folder else None
     if merged and not any(_is_unchanged(run, adapter) for adapter in merged["adapters"]):
         return None
     return run
+
+
+def record_digest(folder: Path) -> str:
+    """The SHA-256 of what a run or a merged model records of itself; empty if it has no such record."""
+    for name in ("ledger.json", MERGE_RECORD):
+        if file := run_file(folder, name):
+            return sha256(file)
+    return ""
+
+
+def _exported_from(folder: Path) -> Path | None:
+    """The run or model that a folder was exported from; None if it is gone or has changed.
+
+    A report may be somebody else's and name a folder of this machine: its files count only if the report knows them.
+    """
+    report = export_report(folder)
+    model = Path(str(report.get("model") or "/nowhere"))
+    return model if report.get("record_sha256") and record_digest(model) == report["record_sha256"] else None
 
 
 def merged_run(folder: Path) -> Path | None:
@@ -280,8 +300,8 @@ def recipe_sections(folder: Path) -> dict[str, Any]:
         RunError: The recipe is damaged.
     """
     file = run_file(folder, "recipe.yaml")
-    if file is None and (model := export_report(folder).get("model")):
-        file = run_file(Path(model), "recipe.yaml")
+    if file is None and (model := _exported_from(folder)):
+        file = run_file(model, "recipe.yaml")
     if file is None:
         return {}
     with reworded(RunError, f"{file} is damaged", yaml.YAMLError, ValueError):
