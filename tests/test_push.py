@@ -120,7 +120,7 @@ def client(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 def exported(model: Path) -> dict[str, str]:
-    """What a report says of the model that was exported."""
+    """The part of a report that names the exported model."""
     return {"model": str(model), "record_sha256": record_digest(model)}
 
 
