@@ -132,7 +132,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 
 def start(names: tuple[str, ...], environment: dict[str, str], stderr: Any) -> Popen:
     """In place of `fresh_process._start`, in tests and in the commands that they start."""
-    code = "import sys; from finetune.system.fresh_process import answer; answer(*sys.argv[1:])"
+    code = "import sys; from finetune.system.fresh_process import serve; serve(*sys.argv[1:])"
     command = [sys.executable, "-W", "ignore", "-c", code, *names]
     return Popen(command, env=environment, stdout=PIPE, stderr=stderr, text=True)
 

@@ -119,6 +119,12 @@ def child_environment() -> dict[str, str]:
     return os.environ | safe
 
 
+def serve(*names: str) -> None:
+    """In the fresh process: `answer(*names)`, for as long as the parent lives."""
+    threading.Thread(target=_end_with_parent, args=(sys.stdout.fileno(),), daemon=True).start()
+    answer(*names)
+
+
 def answer(module: str, name: str, argument_file: str, answer_file: str) -> None:
     """In the fresh process: calls a function and writes what it returned or raised.
 
@@ -133,7 +139,6 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     prepare_imports()
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
-    threading.Thread(target=_end_with_parent, args=(_parent.fileno(),), daemon=True).start()
     function = getattr(importlib.import_module(module), name)
     argument_type, result_type = _types(function)
     try:
@@ -153,8 +158,8 @@ def _end_with_parent(descriptor: int) -> None:
 
 
 def _start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] | None) -> subprocess.Popen[str]:
-    """The process that runs `answer(*names)`; tests replace this function to fork one that has done the imports."""
-    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
+    """The process that runs `serve(*names)`; tests replace this function to fork one that has done the imports."""
+    code = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
     # `-P`: without it Python imports modules of the working directory first, which may be somebody else's folder.
     command = [sys.executable, "-P", "-W", "ignore", "-c", code, *names]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
