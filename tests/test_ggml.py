@@ -1,6 +1,7 @@
 """llama.cpp's rules for tensor types and its quantiser: compared with what llama.cpp's own tool chose and wrote."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from finetune.export.gguf.quantize import (
     tensor_types,
 )
 from finetune.system.errors import ExportError
+from finetune.system.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 QUANTISED = [kind for kind in TYPES if kind not in ("F32", "F16", "BF16")]
@@ -328,7 +330,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
 
 
 def test_what_a_package_lacks_is_told(packages: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r'^GGUF needs llama.cpp; write: pip install "finetune\[gguf\]"$'):
+    with pytest.raises(ExportError, match=f"^GGUF needs llama.cpp; run {re.escape(install_command('gguf'))}$"):
         ggml_library()
     packages["xllamacpp"] = tmp_path
     with pytest.raises(

@@ -103,6 +103,7 @@ def text_of(page: str) -> str:
 
 BAR = r"step +\d/6 [━╸╺ ]+ (loss \d\.\d{3}, [\d,]+ tokens/s)? +(\d:\d\d:\d\d|-:--:--) left *"
 SPOKEN = ("recipe: ", "data: ", "evaluation: ", "chosen: ", "model: ", "memory: ", "saved: ")
+SPOKEN += ("a LoRA adapter is trained", "done in ")
 
 
 def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, str]) -> None:
@@ -296,7 +297,7 @@ def test_the_page_holds_the_runs_own_numbers(trained: tuple[Path, str]) -> None:
         f"{count} dropped: {why} (first: {ledger['first'][why]})",
         "Evaluation rows 14 rows read",
         "max_steps: 6 # command line",
-        "learning_rate: 0.001 # cpu_smoke.yaml:23",
+        "learning_rate: 0.001 # cpu_smoke.yaml:24",
         "device CPU (x86_64)" if "x86_64" in text else "device CPU (",
     ):
         assert part in text, part

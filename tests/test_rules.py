@@ -128,7 +128,7 @@ def test_a_card_without_bfloat16_is_not_asked_to_emulate_it(
 ) -> None:
     monkeypatch.setattr(devices, "device_of", lambda place=None: T4)
     assert main([str(write_recipe()), override]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == [f"error: {line}"]
+    assert capsys.readouterr().err.splitlines()[2:] == [f"error: {line}"]
     assert not Path("run").exists()
 
 
@@ -137,7 +137,7 @@ def test_float16_autocast_over_bfloat16_weights_is_refused(
 ) -> None:
     monkeypatch.setattr(devices, "device_of", lambda place=None: H100)
     assert main([str(write_recipe()), "training.fp16=true"]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == [
+    assert capsys.readouterr().err.splitlines()[2:] == [
         "error: training.fp16: is true, but model.dtype auto is bfloat16 on NVIDIA H100; write model.dtype: float16, "
         "or remove fp16"
     ]
@@ -505,7 +505,7 @@ def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     path = write_recipe(model={"name_or_path": "random:gemma2", "attn_implementation": "sdpa"})
     line = "is sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention"
     assert main([str(path)]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == [f"error: model.attn_implementation: {line}"]
+    assert capsys.readouterr().err.splitlines()[2:] == [f"error: model.attn_implementation: {line}"]
     assert main(["generate", "random:gemma2", "--attn", "sdpa", "--prompt", "x"]) == 2
     assert capsys.readouterr().err == f"error: --attn: {line}\n"
 

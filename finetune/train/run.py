@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -32,6 +33,7 @@ from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH
+from finetune.recipe.yaml_tree import Section
 from finetune.system import devices, distributed, files
 from finetune.system.errors import PushError, RunError, reworded
 from finetune.system.terminal import Say, quiet
@@ -88,18 +90,34 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         ModelError, TemplateError, DataError, LabelError: The base, its chat template or the rows cannot be used.
     """
     output = Path(recipe.training["output_dir"])
-    if distributed.rank():
-        return _train(recipe, output, say, check)
-    checkpoint.check_output(output, recipe.training.get("resume_from_checkpoint") or False)
-    with files.locked_folder(output, "training.output_dir"):
-        return _train(recipe, output, say, check)
+    if not distributed.rank():
+        checkpoint.check_output(output, recipe.training.get("resume_from_checkpoint") or False)
+    with ExitStack() as held:
+        return _train(recipe, output, say, check, held)
 
 
-def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None) -> Path:
-    """`train`, while no other process trains into the directory."""
+def _comparable(recipe: Recipe) -> Section:
+    """The recipe's values; of paths the names alone, since each machine may have its files in another folder.
+
+    Rows and the chat template are compared themselves.
+    """
+    sections = recipe.sections()
+    model, data = dict(sections["model"]), dict(sections["data"])
+    for name in ("name_or_path", "adapter", "chat_template"):
+        if model[name] and os.path.exists(model[name]):
+            model[name] = os.path.basename(os.path.normpath(model[name]))
+    for name in ("train", "eval"):
+        data[name] = [source | {"path": os.path.basename(source["path"])} for source in data[name]]
+    return sections | {"model": model, "data": data}
+
+
+def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None, held: ExitStack) -> Path:
+    """`train`, which leaves `held` to its caller: the lock that keeps other processes out of the directory."""
     main = distributed.rank() == 0
     precision, base = decide_precision(recipe), Base.of(recipe.model, say)
     config = _check_and_join(recipe, precision, base, output, say)
+    if main:  # not before the others have joined: one that fails ends this process at once, and the folder would stay
+        held.enter_context(files.locked_folder(output, "training.output_dir"))
     start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
     day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
     rows = _read_rows(recipe, base, day, say)
@@ -107,7 +125,7 @@ def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None)
         _check_changes(recipe, start, rows.train, say)
     distributed.check_same(
         {
-            "the recipe": (recipe.to_yaml(), recipe.environment_values()),
+            "the recipe": _comparable(recipe),
             "the chat template": rows.tokenizer.chat_template,
             "a row of data.train": rows.train.digest,
             "a row of data.eval": rows.evaluation.digest,
