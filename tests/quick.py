@@ -54,7 +54,7 @@ def run(argv: list[str], folder: str, environment: dict[str, str], streams: list
         os.dup2(stream, number)
         os.close(stream)
     # The server's own remember whether its files can be sought in.
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ |= environment

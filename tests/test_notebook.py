@@ -270,7 +270,7 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     assert (machine.site / "finetune/cli/commands.py").is_file()
     script = machine.python.with_name("finetune")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, env=machine.environment)
-    assert done.stdout.strip() == metadata.version("finetune")
+    assert done.stdout.strip() == metadata.version("finetune-recipes")
     assert [path.name for path in machine.site.glob("torch*")] == []
     assert f"torch=={metadata.version('torch')}" in said["install"].splitlines()[-1]
     assert said["account"] == "HF_TOKEN is set\n"
