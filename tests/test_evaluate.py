@@ -294,7 +294,9 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr()
     report = json.loads(out.out)
     assert report == json.loads((run / "evaluation" / "report.json").read_text())
-    assert out.err.splitlines() == ["run: loading", "run: loading", "written: run/evaluation"]
+    *said, done = out.err.splitlines()
+    assert said == ["run: loading", "run: loading", "written: run/evaluation"]
+    assert re.fullmatch(r"done in 0:\d\d; answers side by side: run/evaluation/answers\.html", done)
     before, after = report["models"]
     assert [before["name"], after["name"]] == ["base of run", "run"]
     for model in (before, after):
