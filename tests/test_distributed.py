@@ -229,7 +229,7 @@ def test_a_fault_of_one_rank_is_told_by_it_and_ends_all(write_recipe: Write, pro
     rows = [{"ROWS": "rows.jsonl"}, {"ROWS": "missing.jsonl"}]
     command = processes.start("train", str(path), ranks=2, env=rows)
     assert command.wait() == [2, 2]
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 40
     (line,) = told(command.said())
     assert line.startswith("rank 1 (")
     assert "data.train.0.path: is ${ROWS}, and there is no such file" in line
