@@ -235,18 +235,21 @@ def _wandb(c: Conversion, target: str, key: str, value: Any) -> None:
     c.put(target, value, key)
 
 
-def _tensorboard(c: Conversion, target: str, key: str, value: Any) -> None:
-    if value:
-        c.put(target, "tensorboard", key)
-    else:
-        c.leave(key, "no tracker is used unless it is named")
+def _if_true(written: str, otherwise: str) -> Callable[[Conversion, str, str, Any], None]:
+    """Converts a switch: true is written as the value `written`, false is left out for the reason `otherwise`."""
+
+    def convert(c: Conversion, target: str, key: str, value: Any) -> None:
+        if value:
+            c.put(target, written, key)
+        else:
+            c.leave(key, otherwise)
+
+    return convert
 
 
-def _pissa(c: Conversion, target: str, key: str, value: Any) -> None:
-    if value:
-        c.put(target, "pissa", key)
-    else:
-        c.leave(key, "the usual init")
+_tensorboard = _if_true("tensorboard", "no tracker is used unless it is named")
+_pissa = _if_true("pissa", "the usual init")
+_dft = _if_true("dft", "the usual loss")
 
 
 def _init_weights(c: Conversion, target: str, key: str, value: Any) -> None:
@@ -261,13 +264,6 @@ def _pref_loss(c: Conversion, target: str, key: str, value: Any) -> None:
             c.leave(key, f"{value} has no counterpart")
     else:
         c.put(target, value, key)
-
-
-def _dft(c: Conversion, target: str, key: str, value: Any) -> None:
-    if value:
-        c.put(target, "dft", key)
-    else:
-        c.leave(key, "the usual loss")
 
 
 def _words(c: Conversion, target: str, key: str, value: Any) -> None:

@@ -83,7 +83,8 @@ GPUS = {
     )
 }
 # Further cards, which `plan` knows by name. Memory: the data sheet's, less the share that torch's total is below it on
-# the like cards above (2% of GDDR, 8% of GDDR with ECC, 1% of HBM). Speeds: NVIDIA's data sheets, without sparsity.
+# the like cards above (2% of GDDR, 8% of GDDR with ECC, 1% of HBM). Speeds: as published, without sparsity. Neither was
+# held against the sheets yet.
 CARDS = {
     gpu.name: gpu
     for gpu in (

@@ -96,19 +96,23 @@ def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | 
         return _train(recipe, output, say, check, held)
 
 
-def _comparable(recipe: Recipe) -> Section:
-    """The recipe's values; of paths the names alone, since each machine may have its files in another folder.
+def _comparable(recipe: Recipe) -> tuple[Section, Section]:
+    """The recipe's values, and those from the environment by key, without secrets.
 
-    Rows and the chat template are compared themselves.
+    Of paths they have the names alone, since each machine may have its files in another folder. Rows and the chat
+    template are compared themselves.
     """
-    sections = recipe.sections()
+    sections, values = recipe.shown_sections(), recipe.environment_values()
+    for key, value in values.items():
+        if key.endswith((".path", ".name_or_path", ".adapter", ".chat_template")):
+            values[key] = os.path.basename(os.path.normpath(value))
     model, data = dict(sections["model"]), dict(sections["data"])
     for name in ("name_or_path", "adapter", "chat_template"):
         if model[name] and os.path.exists(model[name]):
             model[name] = os.path.basename(os.path.normpath(model[name]))
     for name in ("train", "eval"):
         data[name] = [source | {"path": os.path.basename(source["path"])} for source in data[name]]
-    return sections | {"model": model, "data": data}
+    return sections | {"model": model, "data": data}, values
 
 
 def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None, held: ExitStack) -> Path:
