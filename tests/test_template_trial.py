@@ -1,6 +1,5 @@
 """A chat template is rendered in a process with limits before this one uses it, and named if it goes on and on."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -106,16 +105,11 @@ def test_the_command_line_names_the_file(
     )
 
 
-def test_a_template_that_works_for_long_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(rendering, "_SLOW", 0.05)
-    monkeypatch.setattr(rendering, "_start_watch", lambda: None)
-    threading.Thread(target=rendering._watch, daemon=True).start()
-    with rendering._named_if_slow():
-        time.sleep(0.3)
-    assert capsys.readouterr().err == "the chat template has been rendering one conversation for 0.05 s\n"
-    monkeypatch.setattr(rendering, "_SLOW", 1e9)
+def test_a_template_that_works_for_long_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    now, told = time.monotonic(), set[float]()
+    for _ in range(2):
+        rendering._tell_slow([now - 31, now], told)
+    assert capsys.readouterr().err == "the chat template has been rendering one conversation for 30 s\n"
 
 
 def test_a_rendering_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from datetime import time as time_of_day
 from functools import cached_property, lru_cache, partial
@@ -48,10 +48,14 @@ def _watch() -> None:
     told: set[float] = set()
     while True:
         time.sleep(_SLOW / 10)
-        for since in list(_started.values()):
-            if since not in told and time.monotonic() - since > _SLOW:
-                told.add(since)
-                print_line(f"the chat template has been rendering one conversation for {_SLOW:g} s")
+        _tell_slow(list(_started.values()), told)
+
+
+def _tell_slow(started: Iterable[float], told: set[float]) -> None:
+    for since in started:
+        if since not in told and time.monotonic() - since > _SLOW:
+            told.add(since)
+            print_line(f"the chat template has been rendering one conversation for {_SLOW:g} s")
 
 
 class Renderer:
