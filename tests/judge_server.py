@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """The response; `drop` closes the connection instead. A `body` that is an iterator is sent piece by piece."""
+    """The response; `drop` closes the connection instead.
+
+    A `body` that is an iterator is sent piece by piece; with a `status` of 0 it is the head, too.
+    """
 
     status: int = 200
     body: Any = None
@@ -78,11 +81,12 @@ class Request:
 
 @dataclass
 class Server:
-    """`requests` are those that came, in order; `reply` answers each."""
+    """`requests` are those that came, in order, over so many `connections`; `reply` answers each."""
 
     reply: Callable[[Request], Answer]
     url: str = ""
     requests: list[Request] = field(default_factory=list)
+    connections: int = 0
 
 
 @contextmanager
@@ -94,6 +98,11 @@ def serve(reply: Callable[[Request], Answer]) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # one packet; a second would wait for the first one's receipt
+
+        def setup(self) -> None:
+            super().setup()
+            with lock:
+                here.connections += 1
 
         def do_POST(self) -> None:
             data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -114,8 +123,9 @@ def serve(reply: Callable[[Request], Answer]) -> Iterator[Server]:
                 return
             if isinstance(answer.body, Iterator):
                 self.close_connection = True
-                self.send_response(answer.status)
-                self.end_headers()
+                if answer.status:
+                    self.send_response(answer.status)
+                    self.end_headers()
                 for piece in answer.body:
                     self.wfile.write(piece)
                     self.wfile.flush()

@@ -42,6 +42,12 @@ def then(*answers: Answer) -> Callable[[Request], Answer]:
     return lambda request: answers[request.turn] if request.turn < len(answers) else good(request)
 
 
+def then_at(number: int, answer: Answer) -> Callable[[Request], Answer]:
+    """The request with this number is answered with `answer`, all others as by `good`."""
+    numbers = itertools.count()
+    return lambda request: answer if next(numbers) == number else good(request)
+
+
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The seconds for which requests would have waited; nothing waits."""
@@ -489,28 +495,41 @@ def test_what_does_not_pass_ends_it_at_the_first_request(run: Run, answer: Answe
     assert len(server.requests) == 1
 
 
-def drip() -> Iterator[bytes]:
+def drip(piece: bytes = b" ", first: bytes = b"") -> Iterator[bytes]:
+    yield first
     while True:
         time.sleep(0.02)
-        yield b" "
+        yield piece
 
 
 @pytest.mark.parametrize(
-    ("body", "line"),
+    ("status", "body", "line"),
     [
-        (lambda: b"a" * 20_000, "sent more than 10,000 bytes in one reply"),
-        (lambda: itertools.repeat(b"a" * 999), "sent more than 10,000 bytes in one reply"),
-        (drip, "was still sending a reply after 0.3 s"),
+        (200, lambda: b"a" * 20_000, "sent more than 10,000 bytes in one reply"),
+        (200, lambda: itertools.repeat(b"a" * 999), "sent more than 10,000 bytes in one reply"),
+        (200, drip, "was still sending a reply after 0.3 s"),
+        (0, lambda: drip(b"a: b\r\n", b"HTTP/1.1 200 OK\r\n"), "was still sending a reply after 0.3 s"),
     ],
-    ids=["large", "endless", "slow"],
+    ids=["large", "endless", "slow", "slow head"],
 )
-def test_a_reply_has_an_end(body: Callable[[], Any], line: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_has_an_end(
+    status: int, body: Callable[[], Any], line: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(endpoint, "_MAX_BYTES", 10_000)
     monkeypatch.setattr(endpoint, "_MAX_TIMEOUTS", 0.3)
-    with serve(lambda request: Answer(200, body())) as server, pytest.raises(EvaluateError) as caught:
+    with serve(lambda request: Answer(status, body())) as server, pytest.raises(EvaluateError) as caught:
         run(server, pairs(20), workers=8, timeout=1)
     assert str(caught.value) == f"evaluate.judge.base_url: {server.url} {line}"
     assert len(server.requests) == 1
+
+
+def test_a_connection_that_is_used_again_has_an_end_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_MAX_TIMEOUTS", 0.3)
+    late = Answer(0, drip(b"a: b\r\n", b"HTTP/1.1 200 OK\r\n"))
+    with serve(then_at(2, late)) as server, pytest.raises(EvaluateError, match="was still sending a reply after 0.3 s"):
+        run(server, pairs(4), workers=1, timeout=1)
+    assert len(server.requests) == 3
+    assert server.connections == 2  # of the first request, and of the worker's two
 
 
 @pytest.mark.parametrize(

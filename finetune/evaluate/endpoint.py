@@ -10,14 +10,15 @@ import hashlib
 import json
 import random
 import re
+import socket
 import textwrap
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -28,7 +29,8 @@ from finetune.system.terminal import Say
 # The attempts before a request fails, and the most seconds between two attempts.
 _MAX_TRIES = 6
 _MAX_WAIT = 60.0
-# The most bytes of a response, and the time for all of it in multiples of `Endpoint.timeout`.
+# The most bytes of a response's body, and the time from a request to the response's end in multiples of
+# `Endpoint.timeout`.
 _MAX_BYTES = 1 << 23
 _MAX_TIMEOUTS = 5
 # Shorter keys are not removed from replies: local servers take any word as a key, such as "no".
@@ -122,7 +124,7 @@ class Endpoint:
         base_url: The start of the API, such as http://localhost:8000/v1.
         model: The model's name at the endpoint.
         key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
-        timeout: Seconds without a byte after which a request fails; the whole response may take five times as long.
+        timeout: Seconds without a byte after which a request fails; all of it may take five times as long.
         max_tokens: The longest reply.
         cache: An existing folder for the replies.
         say: Called with a line when a request is repeated or a setting is left out.
@@ -145,6 +147,7 @@ class Endpoint:
         self._settings = {"temperature": 0, "max_tokens": self.max_tokens}
         self._said_lines: set[str] = set()
         self._lock = threading.Lock()
+        self._connection = threading.local()
 
     def client(self) -> httpx2.Client:
         """An HTTP client for one thread; it follows no redirects, which would send the key elsewhere."""
@@ -181,8 +184,9 @@ class Endpoint:
             pause = None
             body = {"model": self.model, "messages": messages, **settings}
             try:
-                with client.stream("POST", self._url, content=json.dumps(body)) as response:
-                    text = self._read(response)
+                with self._deadline() as extensions:
+                    with client.stream("POST", self._url, content=json.dumps(body), extensions=extensions) as response:
+                        text = self._read(response)
             except httpx2.RequestError as error:
                 fault = self._error_text(str(error)) or type(error).__name__
             else:
@@ -217,23 +221,56 @@ class Endpoint:
             if _wait(self.stop, pause):
                 raise EvaluateError("stopped")
 
+    @contextlib.contextmanager
+    def _deadline(self) -> Iterator[dict[str, Any]]:
+        """Ends this thread's connection if a request and its response take too long; yields the request's extensions.
+
+        httpx's own timeouts hold for each piece that arrives, of the head as of the body.
+
+        Raises:
+            EvaluateError: It took too long.
+        """
+        connection, late, seconds = self._connection, threading.Event(), _MAX_TIMEOUTS * self.timeout
+
+        def keep_socket(event: str, info: Mapping[str, Any]) -> None:
+            # A later request may use the same connection.
+            if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+                current[:] = [info["return_value"].get_extra_info("socket")]
+
+        def end() -> None:
+            late.set()
+            for one in current:
+                with contextlib.suppress(OSError):  # it has ended
+                    one.shutdown(socket.SHUT_RDWR)
+
+        current = connection.__dict__.setdefault("sockets", [])
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield {"trace": keep_socket}
+        except httpx2.RequestError:
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise EvaluateError(
+                f"evaluate.judge.base_url: {self.base_url} was still sending a reply after {seconds:g} s"
+            )
+
     def _read(self, response: httpx2.Response) -> str:
         """The text of a response.
 
         Raises:
-            EvaluateError: It is too large, or takes too long.
+            EvaluateError: It is too large.
         """
-        body, deadline = bytearray(), time.monotonic() + _MAX_TIMEOUTS * self.timeout
+        body = bytearray()
         for piece in response.iter_raw():
             body += piece
             if len(body) > _MAX_BYTES:
                 raise EvaluateError(
                     f"evaluate.judge.base_url: {self.base_url} sent more than {_MAX_BYTES:,} bytes in one reply"
-                )
-            if time.monotonic() > deadline:
-                raise EvaluateError(
-                    f"evaluate.judge.base_url: {self.base_url} was still sending a reply after "
-                    f"{_MAX_TIMEOUTS * self.timeout:g} s"
                 )
         return body.decode("utf-8", "replace")
 
