@@ -526,7 +526,10 @@ def test_a_reply_has_an_end(
 def test_a_connection_that_is_used_again_has_an_end_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_MAX_TIMEOUTS", 0.3)
     late = Answer(0, drip(b"a: b\r\n", b"HTTP/1.1 200 OK\r\n"))
-    with serve(then_at(2, late)) as server, pytest.raises(EvaluateError, match="was still sending a reply after 0.3 s"):
+    with (
+        serve(then_at(2, late)) as server,
+        pytest.raises(EvaluateError, match=r"was still sending a reply after 0\.3 s"),
+    ):
         run(server, pairs(4), workers=1, timeout=1)
     assert len(server.requests) == 3
     assert server.connections == 2  # of the first request, and of the worker's two

@@ -184,9 +184,11 @@ class Endpoint:
             pause = None
             body = {"model": self.model, "messages": messages, **settings}
             try:
-                with self._deadline() as extensions:
-                    with client.stream("POST", self._url, content=json.dumps(body), extensions=extensions) as response:
-                        text = self._read(response)
+                with (
+                    self._deadline() as extensions,
+                    client.stream("POST", self._url, content=json.dumps(body), extensions=extensions) as response,
+                ):
+                    text = self._read(response)
             except httpx2.RequestError as error:
                 fault = self._error_text(str(error)) or type(error).__name__
             else:
