@@ -87,12 +87,13 @@ class Server:
     url: str = ""
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
+    models: Any = ()
 
 
 @contextmanager
-def serve(reply: Callable[[Request], Answer]) -> Iterator[Server]:
-    """A judge for as long as the block lasts."""
-    here = Server(reply)
+def serve(reply: Callable[[Request], Answer], models: Any = ()) -> Iterator[Server]:
+    """A server for as long as the block lasts; `models` is the `data` of its list of models."""
+    here = Server(reply, models=models)
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -103,6 +104,9 @@ def serve(reply: Callable[[Request], Answer]) -> Iterator[Server]:
             super().setup()
             with lock:
                 here.connections += 1
+
+        def do_GET(self) -> None:
+            self.send(Answer(200, {"data": here.models}) if self.path == "/v1/models" else error(404))
 
         def do_POST(self) -> None:
             data = self.rfile.read(int(self.headers["Content-Length"]))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from judge_server import Answer, Request, error, grades, serve
+from judge_server import Answer, Request, error, grades, says, serve
 from markdown_it import MarkdownIt
 
 from finetune.cli.commands import main
@@ -486,6 +486,55 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         assert capsys.readouterr().err == (
             "error: evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference\n"
         )
+
+
+def test_a_server_answers_beside_the_run_and_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = load_generator("run")
+    path = lines(Path("p.jsonl"), {"id": "a", "turns": ["One?", "Two?"]}, {"id": "b", "prompt": "Three?"})
+    saved = Path("recipe.yaml").read_text()
+    Path("asked.yaml").write_text(saved.replace("evaluate:\n", f"evaluate:\n  prompts: {path}\n"))
+
+    def as_the_run(request: Request) -> Answer:
+        messages = request.body["messages"]
+        if messages[-1]["content"] == "Three?":
+            return says("Something else.", tokens=None, finish="length")
+        ids = generator.answer_ids(messages, Sampling(request.body["max_tokens"]))
+        return says(generator.text(ids), tokens=(9, len(ids)))
+
+    with serve(as_the_run, models=[{"id": "tiny"}]) as server:
+        capsys.readouterr()
+        arguments = ["evaluate", "run", "--recipe", "asked.yaml", "--server", server.url]
+        assert main([*arguments, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        here, ours = report["models"]
+        assert [here["name"], ours["name"]] == [f"tiny at {server.url}", "run"]
+        assert (here["equal"]["right"], here["equal"]["judged"]) == (2, 3)
+        assert (here["loss"], here["answers"]["count"]) == ({"all": {}, "source": {}, "language": {}}, 3)
+        assert ours["loss"]["all"]["all"]["tokens"] > 0
+        assert report["same_tokens"]
+        assert "| equal to the answer of run | 66.7% (2 of 3; 95%: " in (run / "evaluation" / "report.md").read_text()
+        assert len(server.requests) == 3
+        # Alone, and with a judge's key at hand, which is not for this server.
+        assert main(["evaluate", server.url, "--recipe", "asked.yaml", "--output", "alone", "--json"]) == 0
+        (alone,) = json.loads(capsys.readouterr().out)["models"]
+        assert alone["answers"] == here["answers"]
+        assert "equal" not in alone
+        assert not any("authorization" in request.headers for request in server.requests)
+
+
+def test_a_runs_own_recipe_sends_nothing_anywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = (run / "recipe.yaml").read_text()
+    with serve(lambda request: grades("AboutTheSame")) as server:
+        for name in ("judge", "server"):
+            section = f"  {name}:\n    base_url: {server.url}\n    model: m\n"
+            (run / "recipe.yaml").write_text(re.sub(rf"  {name}: null.*\n", section, saved))
+            capsys.readouterr()
+            assert main(["evaluate", "run", "--compare", "base"]) == 2
+            assert capsys.readouterr().err == (
+                f"error: evaluate.{name}: run/recipe.yaml names {server.url}, to which answers and your key would be "
+                "sent; write --recipe run/recipe.yaml if they may\n"
+            )
+        assert not server.requests
 
 
 def test_what_was_answered_is_kept_where_the_judge_fails(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

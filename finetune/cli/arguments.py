@@ -204,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
     flag("--base", metavar="PATH_OR_ID", help=elsewhere)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
+    flag("--server", metavar="URL", help="a server of the model (OpenAI's chat API) that answers the prompts too")
     flag("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
     flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")
     flag("--json", action="store_true", help="print the report as JSON")

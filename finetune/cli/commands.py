@@ -397,6 +397,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.recipe,
             args.compare,
             args.limit,
+            args.server,
             base=args.base,
             trust_remote_code=_trust(args),
             say=say,

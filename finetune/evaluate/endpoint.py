@@ -71,6 +71,7 @@ class Reply:
     Attributes:
         text: The text.
         cut: True if `max_tokens` cut it off.
+        calls: The functions that it calls, as JSON; empty if it calls none.
         tokens: The numbers of input and output tokens; None if the endpoint does not report them.
         cached: True if the reply was read from the cache.
     """
@@ -79,6 +80,7 @@ class Reply:
     cut: bool
     tokens: tuple[int, int] | None
     cached: bool
+    calls: str = ""
 
 
 def usage(replies: Sequence[Reply], prices: tuple[float, float] | None) -> Usage:
@@ -90,7 +92,7 @@ def usage(replies: Sequence[Reply], prices: tuple[float, float] | None) -> Usage
     return Usage(len(replies), input_tokens, output_tokens, untold, cost)
 
 
-def check_address(base_url: str, key: str) -> None:
+def check_address(base_url: str, key: str, place: str = "evaluate.judge", variable: str = "OPENAI_API_KEY") -> None:
     """Refuses an address or a key that cannot be used for requests.
 
     Raises:
@@ -104,16 +106,16 @@ def check_address(base_url: str, key: str) -> None:
     # The message does not show the address, which may hold a secret.
     if url.userinfo or url.query or url.fragment:
         raise EvaluateError(
-            "evaluate.judge.base_url: it holds more than an address; write it without user, password, ? and #, and put "
-            "a key into the environment variable OPENAI_API_KEY"
+            f"{place}.base_url: it holds more than an address; write it without user, password, ? and #, and put "
+            f"a key into the environment variable {variable}"
         )
     if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/chat/completions"):
         raise EvaluateError(
-            f"evaluate.judge.base_url: {base_url!r} is not the base URL of an API; write the part before "
+            f"{place}.base_url: {base_url!r} is not the base URL of an API; write the part before "
             "/chat/completions, such as http://localhost:8000/v1"
         )
     if not all("!" <= character <= "~" for character in key):
-        raise EvaluateError("OPENAI_API_KEY: it holds a character that no key has, such as a space; set it anew")
+        raise EvaluateError(f"{variable}: it holds a character that no key has, such as a space; set it anew")
 
 
 @dataclass
@@ -126,8 +128,10 @@ class Endpoint:
         key: Sent to `base_url` and nowhere else; empty for an endpoint that needs none.
         timeout: Seconds without a byte after which a request fails; all of it may take five times as long.
         max_tokens: The longest reply.
-        cache: An existing folder for the replies.
+        cache: An existing folder for the replies; None: they are not kept.
         say: Called with a line when a request is repeated or a setting is left out.
+        place: The recipe's section, for messages.
+        variable: The environment variable of the key, for messages.
         stop: Set when no more requests may be sent.
         requests: The number of requests sent, failed ones included.
     """
@@ -137,14 +141,17 @@ class Endpoint:
     key: str = field(repr=False)
     timeout: float
     max_tokens: int
-    cache: Path
+    cache: Path | None
     say: Say
+    place: str = "evaluate.judge"
+    variable: str = "OPENAI_API_KEY"
     stop: threading.Event = field(default_factory=threading.Event)
     requests: int = 0
 
     def __post_init__(self) -> None:
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._settings = {"temperature": 0, "max_tokens": self.max_tokens}
+        self._name = self.place.rpartition(".")[2]
         self._said_lines: set[str] = set()
         self._lock = threading.Lock()
         self._connection = threading.local()
@@ -157,13 +164,20 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self.key}"
         return httpx2.Client(headers=headers, timeout=self.timeout)
 
-    def reply(self, messages: list[dict[str, str]], client: httpx2.Client) -> Reply:
+    def reply(self, messages: Sequence[Mapping[str, Any]], client: httpx2.Client, **fields: Any) -> Reply:
         """The model's reply to messages, from the cache or by a request.
+
+        Args:
+            messages: The conversation, in the API's form.
+            client: Sends the request.
+            fields: Further fields of the request, such as `tools`; replies to such requests are not kept.
 
         Raises:
             RefusedReply: The endpoint refuses these messages.
             EvaluateError: The endpoint cannot be reached, or refuses every request.
         """
+        if self.cache is None or fields:
+            return self._send(messages, client, fields)
         # The cache's key has all settings of the recipe; which the endpoint accepts is known only after a request.
         request = [self._url, self.model, 0, self.max_tokens, messages]
         path = self.cache / f"{hashlib.sha256(json.dumps(request).encode()).hexdigest()}.json"
@@ -171,18 +185,40 @@ class Endpoint:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(kept["text"], str):
                 return Reply(kept["text"], kept["cut"] is True, _token_counts(kept["tokens"]), cached=True)
-        reply = self._send(messages, client)
+        reply = self._send(messages, client, fields)
         write_whole(path, json.dumps({"text": reply.text, "cut": reply.cut, "tokens": reply.tokens}))
         return reply
 
-    def _send(self, messages: list[dict[str, str]], client: httpx2.Client) -> Reply:
+    def model_ids(self, client: httpx2.Client) -> list[str]:
+        """The names of the models that the endpoint lists.
+
+        Raises:
+            EvaluateError: The endpoint cannot be reached, or lists none.
+        """
+        url = self.base_url.rstrip("/") + "/models"
+        try:
+            with self._deadline() as extensions, client.stream("GET", url, extensions=extensions) as response:
+                text = self._read(response)
+        except httpx2.RequestError as error:
+            fault = self._error_text(str(error)) or type(error).__name__
+            raise EvaluateError(f"{self.place}.base_url: {self.base_url} cannot be reached: {fault}") from error
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            if response.status_code == 200 and (found := [str(model["id"]) for model in json.loads(text)["data"]]):
+                return found
+        if response.status_code == 401:
+            raise EvaluateError(self._permanent_error(401, ""))
+        raise EvaluateError(
+            f"{self.place}.base_url: {url} lists no models (HTTP {response.status_code}); write {self.place}.model"
+        )
+
+    def _send(self, messages: Sequence[Mapping[str, Any]], client: httpx2.Client, fields: Mapping[str, Any]) -> Reply:
         settings = self._settings
         tries = 0
         while True:
             with self._lock:
                 self.requests += 1
             pause = None
-            body = {"model": self.model, "messages": messages, **settings}
+            body = {"model": self.model, "messages": messages, **settings, **fields}
             try:
                 with (
                     self._deadline() as extensions,
@@ -200,7 +236,8 @@ class Endpoint:
                     if settings != self._settings:
                         gone = " or ".join(name for name in self._settings if name not in settings)
                         self._say_once(
-                            f"judge: {self.model} does not take {gone}; requests are sent with {', '.join(settings)}"
+                            f"{self._name}: {self.model} does not take {gone}; requests are sent with "
+                            f"{', '.join(settings)}"
                         )
                         self._settings = settings
                     return reply
@@ -214,10 +251,10 @@ class Endpoint:
             tries += 1
             if tries == _MAX_TRIES:
                 raise EvaluateError(
-                    f"evaluate.judge.base_url: {self.base_url} failed {tries} times: {fault}; the replies so far "
-                    "are kept, so run it again later"
+                    f"{self.place}.base_url: {self.base_url} failed {tries} times: {fault}; "
+                    + ("the replies so far are kept, so run it again later" if self.cache else "run it again later")
                 )
-            self._say_once(f"judge: {fault}; the request is sent again")
+            self._say_once(f"{self._name}: {fault}; the request is sent again")
             if pause is None:
                 pause = random.uniform(0.5, 1) * min(_MAX_WAIT, 2.0**tries)
             if _wait(self.stop, pause):
@@ -257,9 +294,7 @@ class Endpoint:
         finally:
             timer.cancel()
         if late.is_set():
-            raise EvaluateError(
-                f"evaluate.judge.base_url: {self.base_url} was still sending a reply after {seconds:g} s"
-            )
+            raise EvaluateError(f"{self.place}.base_url: {self.base_url} was still sending a reply after {seconds:g} s")
 
     def _read(self, response: httpx2.Response) -> str:
         """The text of a response.
@@ -272,7 +307,7 @@ class Endpoint:
             body += piece
             if len(body) > _MAX_BYTES:
                 raise EvaluateError(
-                    f"evaluate.judge.base_url: {self.base_url} sent more than {_MAX_BYTES:,} bytes in one reply"
+                    f"{self.place}.base_url: {self.base_url} sent more than {_MAX_BYTES:,} bytes in one reply"
                 )
         return body.decode("utf-8", "replace")
 
@@ -281,34 +316,38 @@ class Endpoint:
         try:
             body = json.loads(text)
             choice = body["choices"][0]
-            content = choice["message"]["content"] or ""
+            content = choice["message"].get("content") or ""
             if not isinstance(content, str):
                 return None
+            functions = [call["function"] for call in choice["message"].get("tool_calls") or ()]
             counts = body.get("usage") or {}
             tokens = _token_counts([counts.get("prompt_tokens"), counts.get("completion_tokens")])
             # JSON can hold half a surrogate pair, which no file of text can.
-            content = self._without_key(content.encode("utf-8", "replace").decode())
-            return Reply(content, choice.get("finish_reason") == "length", tokens, cached=False)
+            content, calls = (
+                self._without_key(part.encode("utf-8", "replace").decode())
+                for part in (content, json.dumps(functions, ensure_ascii=False) if functions else "")
+            )
+            return Reply(content, choice.get("finish_reason") == "length", tokens, cached=False, calls=calls)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
     def _permanent_error(self, status: int, fault: str) -> str:
         """The message of an error that repeating the request cannot mend: what to change."""
-        url, model, key = self.base_url, self.model, "the environment variable OPENAI_API_KEY"
+        url, model, key = self.base_url, self.model, f"the environment variable {self.variable}"
         if status == 401:
             what = "does not accept this key" if self.key else "needs a key"
-            return f"evaluate.judge.base_url: {url} {what} (HTTP 401); put one from its provider into {key}"
+            return f"{self.place}.base_url: {url} {what} (HTTP 401); put one from its provider into {key}"
         if status == 403:
             return (
-                f"evaluate.judge.model: {url} does not let you use {model} (HTTP 403); choose another, or put "
+                f"{self.place}.model: {url} does not let you use {model} (HTTP 403); choose another, or put "
                 f"another key into {key}"
             )
         if status == 404:
             return (
-                f"evaluate.judge: {self._url} is not there, or knows no model {model} (HTTP 404); base_url is what "
+                f"{self.place}: {self._url} is not there, or knows no model {model} (HTTP 404); base_url is what "
                 "stands before /chat/completions, such as http://localhost:8000/v1"
             )
-        return f"evaluate.judge.base_url: {url} gives no chat completion: {fault}"
+        return f"{self.place}.base_url: {url} gives no chat completion: {fault}"
 
     def _error_text(self, text: str) -> str:
         """An error's text on one line of at most 200 characters."""

@@ -50,13 +50,17 @@ class PreferenceReport(TypedDict):
 
 
 class ModelReport(TypedDict):
-    """The figures of one model; `loss` by kind of group (all, source, language), then by the group's name."""
+    """The figures of one model; `loss` by kind of group (all, source, language), then by the group's name.
+
+    `equal` is a served model's share of answers that are those of the evaluated model, character for character.
+    """
 
     name: str
     loss: dict[str, dict[str, LossPart]]
     answers: AnswerSummary
     tasks: dict[str, float]
     pairs: NotRequired[PreferenceReport]
+    equal: NotRequired[Share]
 
 
 class LanguageReport(TypedDict):
@@ -199,6 +203,9 @@ def _answer_rows(models: list[ModelReport]) -> list[list[str]]:
     rows.append(["ended by a stop token", *(f"{p:.1%} ({round(p * n)} of {n})" for p, n in ended)])
     rows.append(["repeated 4-grams", *(f"{s['repetition']:.1%}" for s in summaries)])
     rows.append(["tokens, mean", *(f"{s['tokens']:.1f}" for s in summaries)])
+    if any("equal" in m for m in models):
+        equal = (share_text(m["equal"]) if "equal" in m else "" for m in models if m["answers"])
+        rows.append([f"equal to the answer of {models[-1]['name']}", *equal])
     return rows
 
 

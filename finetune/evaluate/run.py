@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune import __version__
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
 from finetune.data.mixture import evaluation_rows
 from finetune.data.samples import LabelledRow
-from finetune.evaluate.answers import Answer, answer_prompts
-from finetune.evaluate.language import LanguageVerdict, language_verdict
+from finetune.evaluate.answers import answer_prompts
 from finetune.evaluate.perplexity import LossSum, row_losses
-from finetune.evaluate.preference import Pair, PairScore, pairs_in, preference_report, score_pairs
+from finetune.evaluate.preference import Pair, pairs_in, score_pairs
 from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
-from finetune.evaluate.report import (
-    HELD_OUT_ROWS,
-    AnswerReport,
-    AnswerSummary,
-    EvaluationReport,
-    LanguageReport,
-    LossPart,
-    ModelReport,
-    as_html,
-    as_markdown,
-)
-from finetune.evaluate.shares import share_of
+from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport, as_html, as_markdown
+from finetune.evaluate.results import ModelResult, Origin, report_of
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
 from finetune.model.provenance import adapter_base_sections, is_adapter, tokenizer_section
 from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.recipe.schema import JudgeSection, ModelSection
+from finetune.recipe.schema import EvaluateSection, JudgeSection, ModelSection, ServerSection
 from finetune.system.errors import EvaluateError, TemplateError
 from finetune.system.files import run_file, write_whole
 from finetune.system.terminal import Say, progress_bar
@@ -46,13 +34,14 @@ from finetune.system.terminal import Say, progress_bar
 if TYPE_CHECKING:
     from finetune.evaluate.judge import Judge
     from finetune.evaluate.lm_eval_tasks import Tasks
+    from finetune.evaluate.served import ServedModel
 
 # The sections `model` and `quantization` to load a model without an adapter with.
 LoadOptions = tuple[ModelSection, dict[str, Any] | None]
-# A row's source and its language.
-Origin = tuple[str, str]
 # The value of `compare` for the run's own base, which answers through the run's chat template.
 BASE = "base"
+# The beginnings of a server's address.
+_ADDRESS = ("http://", "https://")
 
 
 class HeldOutRow(NamedTuple):
@@ -77,25 +66,13 @@ class _Subject:
     base: str | None = None
 
 
-@dataclass
-class ModelResult:
-    """The results of one model; `loss` is by source and language, `pairs` by the name of the row."""
-
-    name: str
-    rows: list[LabelledRow] = field(default_factory=list)
-    loss: dict[Origin, LossSum] = field(default_factory=dict)
-    pairs: dict[str, PairScore] = field(default_factory=dict)
-    answers: list[Answer] = field(default_factory=list)
-    verdicts: list[LanguageVerdict] = field(default_factory=list)
-    tasks: dict[str, float] = field(default_factory=dict)
-
-
 def evaluate(
     model: str,
     output: Path,
     recipe: str | Path | None = None,
     compare: str | None = None,
     limit: int | None = None,
+    server: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
@@ -104,11 +81,14 @@ def evaluate(
     """The evaluation's report; it is also written to `output` as `report.json`, `report.md` and `answers.html`.
 
     Args:
-        model: A run, a directory of weights, or a base model's name.
+        model: A run, a directory of weights, a base model's name, or the address of a server, which answers the prompts
+            alone.
         output: A folder. An earlier report in it is replaced; the judge's replies there are used again.
         recipe: The recipe with the held-out rows and the `evaluate` section; by default the run's own.
         compare: Another model, shown first in the report; `base` is the run's base.
         limit: The most rows and the most prompts; it overrides the recipe's `evaluate.limit`.
+        server: The address of an OpenAI-compatible server that serves the model: it answers the prompts too. It
+            overrides the recipe's `evaluate.server.base_url`.
         base: The path or id of the run's base, in place of the one that its files name.
         trust_remote_code: True if the user lets Python files of models and of lm-eval's tasks run; `recipe` may say so
             of its own base and tasks.
@@ -116,8 +96,8 @@ def evaluate(
         progress: Shows progress bars on a terminal.
 
     Raises:
-        EvaluateError: The model has no recipe, the recipe holds out no rows and names no prompts, or the judge or
-            lm-eval cannot be used.
+        EvaluateError: The model has no recipe, the recipe holds out no rows and names no prompts, or the judge, the
+            server or lm-eval cannot be used.
         ModelError: A model cannot be found or loaded.
         RecipeError: The recipe has faults.
         DataError: Rows or prompts cannot be read.
@@ -133,20 +113,27 @@ def evaluate(
         # The run may be somebody else's.
         loaded = replace(loaded, model=loaded.model.model_copy(update={"trust_remote_code": trust_remote_code}))
         _check_tasks_are_names(loaded, file, trust_remote_code)
+        _check_nothing_is_sent(loaded, file, server)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
-    subjects = [replace(_subject(model, loaded), base=base)]
+    served = _served(section, model, server, say)
+    alone = model.startswith(_ADDRESS)
+    subjects = [] if alone else [replace(_subject(model, loaded), base=base)]
     if compare:
         subjects.insert(0, _base_of(model, base, trust_remote_code) if compare == BASE else _subject(compare, loaded))
     # Errors in the settings of the judge and the tasks must show before hours of generation.
     settings = section.judge
-    if settings and not (settings.reference or compare):
+    if settings and not (settings.reference or len(subjects) + bool(served) > 1):
         raise EvaluateError("evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference")
     judge = _judge(settings) if settings else None
     evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say), trust_remote_code)
-    prompts, source = evaluation.prompts(subjects[-1])
+    own = subjects[-1] if subjects else _Subject(model, sections=(loaded.model, loaded.quantization))
+    prompts, source = evaluation.prompts(own)
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
+    answered = [evaluation.ask(served, prompts, own)] if served else []
     results = [evaluation.evaluate(subject, prompts) for subject in subjects]
-    report = _report(results, loaded, source, limit)
+    # The model that is evaluated is the last one.
+    results[-1:-1] = answered
+    report = report_of(results, loaded, source, limit)
     output.mkdir(parents=True, exist_ok=True)
     _write(report, output)
     if settings and judge:
@@ -195,6 +182,31 @@ def _check_tasks_are_names(recipe: Recipe, file: Path, trust_remote_code: bool) 
         )
 
 
+def _check_nothing_is_sent(recipe: Recipe, file: Path, server: str | None) -> None:
+    """Refuses a judge and a server in a run's own recipe, which may be somebody else's: they get the user's key."""
+    addresses = {"judge": recipe.evaluate.judge, "server": None if server else recipe.evaluate.server}
+    for name, section in addresses.items():
+        if section:
+            raise EvaluateError(
+                f"evaluate.{name}: {file} names {section.base_url}, to which answers and your key would be sent; write "
+                f"--recipe {file} if they may"
+            )
+
+
+def _served(section: EvaluateSection, model: str, server: str | None, say: Say) -> ServedModel | None:
+    """The server of the recipe, of `--server`, or that is evaluated alone."""
+    address = model if model.startswith(_ADDRESS) else server
+    settings = section.server
+    if address:
+        update = {"base_url": address}
+        settings = settings.model_copy(update=update) if settings else ServerSection.model_validate(update)
+    if settings is None:
+        return None
+    from finetune.evaluate.served import KEY_VARIABLE, ServedModel
+
+    return ServedModel(settings, os.environ.get(KEY_VARIABLE, ""), model, section.max_new_tokens, say)
+
+
 def _tasks(recipe: Recipe) -> Tasks | None:
     """The recipe's lm-eval tasks."""
     if not recipe.evaluate.lm_eval:
@@ -222,12 +234,7 @@ class _Evaluation:
         """The prompts, and a description of their origin for the report."""
         if path := self.recipe.evaluate.prompts:
             return read_prompts(path, self.limit), Path(path).name
-        section = (
-            subject.sections[0]
-            if subject.sections
-            else tokenizer_section(Path(subject.model), subject.base, self.trust_remote_code)
-        )
-        rows = self.held_out(Chat(load_tokenizer(section, self.locate_base(section))))
+        rows = self.held_out(Chat(self._tokenizer(subject)))
         if not rows:
             raise EvaluateError(
                 f"{self.recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
@@ -235,6 +242,23 @@ class _Evaluation:
             )
         names = {row.name for row in rows}
         return held_out_prompts(self.recipe.data, names, self.limit, self.recipe.method), HELD_OUT_ROWS
+
+    def _tokenizer(self, subject: _Subject) -> Any:
+        section = (
+            subject.sections[0]
+            if subject.sections
+            else tokenizer_section(Path(subject.model), subject.base, self.trust_remote_code)
+        )
+        return load_tokenizer(section, self.locate_base(section))
+
+    def ask(self, served: ServedModel, prompts: list[Prompt], subject: _Subject) -> ModelResult:
+        """A served model's answers; `subject` is what it serves, or what has its tokenizer."""
+        self.say(f"{served.name}: {len(prompts):,} prompts")
+        tokenizer = self._tokenizer(subject)
+        turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
+        with progress_bar(f"{served.name}: answers", turns, self.progress) as advance:
+            answers = served.answers(prompts, partial(tokenizer.encode, add_special_tokens=False), advance)
+        return ModelResult(served.name, answers=answers, served=True)
 
     def held_out(self, chat: Chat) -> list[HeldOutRow]:
         """The rows that the recipe evaluates on; they are built once per tokenizer and chat template.
@@ -295,7 +319,6 @@ class _Evaluation:
         turns = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         with progress_bar(f"{name}: answers", turns, self.progress) as advance:
             result.answers = answer_prompts(generator, prompts, self.recipe.evaluate.max_new_tokens, advance)
-        result.verdicts = [_language_verdict(a) for a in result.answers]
         if self.tasks:
             from finetune.evaluate.lm_eval_tasks import run_tasks
 
@@ -305,94 +328,6 @@ class _Evaluation:
         gc.collect()
         torch.cuda.empty_cache()
         return result
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The report
-
-
-def _report(results: list[ModelResult], recipe: Recipe, source: str, limit: int | None) -> EvaluationReport:
-    """The report without the judge; models in the order in which they are shown."""
-    return {
-        "finetune": __version__,
-        "recipe": str(recipe.path),
-        "prompts": source,
-        "max_new_tokens": recipe.evaluate.max_new_tokens,
-        "limit": limit,
-        "same_tokens": all(result.rows == results[0].rows for result in results),
-        "models": [_model_report(result, results[0] if result is not results[0] else None) for result in results],
-        "answers": [_answer_report(results, i) for i in range(len(results[0].answers))],
-    }
-
-
-def _model_report(result: ModelResult, before: ModelResult | None) -> ModelReport:
-    report: ModelReport = {
-        "name": result.name,
-        "loss": _loss_groups(result.loss),
-        "answers": _summary(result),
-        "tasks": result.tasks,
-    }
-    if result.pairs:
-        report["pairs"] = preference_report(result.pairs, before.pairs if before else None)
-    return report
-
-
-def _language_verdict(answer: Answer) -> LanguageVerdict:
-    if answer.calls:
-        return LanguageVerdict(None, None, None, f"it calls {answer.calls[0]}")
-    return language_verdict(answer.question, answer.text)
-
-
-def _answer_report(results: list[ModelResult], i: int) -> AnswerReport:
-    """One prompt and every model's answer to it."""
-    answers = [(result.answers[i], asdict(result.verdicts[i])) for result in results]
-    return {
-        "prompt": answers[0][0].prompt.name,
-        "asked": answers[0][0].asked,
-        "models": [
-            {"text": a.text, "tokens": a.tokens, "stopped": a.stopped, "language": cast(LanguageReport, language)}
-            for a, language in answers
-        ],
-    }
-
-
-def _loss_groups(loss: dict[Origin, LossSum]) -> dict[str, dict[str, LossPart]]:
-    """The loss on all rows, on each source's and on each language's."""
-    groups: dict[str, dict[str, LossSum]] = {"all": {}, "source": {}, "language": {}}
-    for (source, language), part in loss.items():
-        for group, name in (("all", "all"), ("source", source), ("language", language)):
-            groups[group][name] = groups[group].get(name, LossSum()) + part
-    return {
-        group: {
-            name: {
-                "tokens": part.tokens,
-                "perplexity": part.perplexity if math.isfinite(part.perplexity) else None,
-                "accuracy": part.accuracy,
-            }
-            for name, part in parts.items()
-            if part.tokens
-        }
-        for group, parts in groups.items()
-    }
-
-
-def _summary(result: ModelResult) -> AnswerSummary:
-    """Means over all answers; language shares are over the answers whose language can be judged."""
-    count = len(result.answers)
-    if not count:
-        return {}
-    by_language: dict[str, list[bool]] = {}
-    for verdict in result.verdicts:
-        if verdict.right is not None:
-            by_language.setdefault(verdict.wanted or "", []).append(verdict.right)
-    return {
-        "count": count,
-        "language": share_of([right for rights in by_language.values() for right in rights]),
-        "languages": {name: share_of(rights) for name, rights in by_language.items()},
-        "stopped": sum(a.stopped for a in result.answers) / count,
-        "repetition": sum(a.repetition for a in result.answers) / count,
-        "tokens": sum(a.tokens for a in result.answers) / count,
-    }
 
 
 def _judge(settings: JudgeSection) -> Judge:

@@ -207,6 +207,19 @@ class JudgeSection(BaseModel):
     """US dollars per million tokens, to show the cost."""
 
 
+class ServerSection(BaseModel):
+    """A server with OpenAI's chat API that serves the evaluated model: vLLM, SGLang, llama.cpp's, Ollama."""
+
+    model_config = _SECTION
+
+    base_url: Annotated[str, Field(pattern=r"^https?://")]
+    """The server up to `/v1`; its key is read from FINETUNE_SERVER_KEY."""
+    model: str | None = None
+    """The name of the model there; absent: the only one, or the one named as the run."""
+    workers: PositiveInt = 8
+    """The number of requests at a time; 1 for a server that answers one by one."""
+
+
 class LmEvalSection(BaseModel):
     """Tasks of the Language Model Evaluation Harness (the package `lm-eval`)."""
 
@@ -229,6 +242,8 @@ class EvaluateSection(BaseModel):
     """The most rows and prompts."""
     judge: JudgeSection | None = None
     """The judge that compares the answers with a reference's; absent: none."""
+    server: ServerSection | None = None
+    """A server that answers the prompts as well; absent: none."""
     lm_eval: LmEvalSection | None = None
     """Tasks of lm-evaluation-harness; absent: none."""
 
