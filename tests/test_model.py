@@ -15,7 +15,7 @@ from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.data.template import load_template
 from finetune.model.load import load_base, load_tokenizer
-from finetune.model.locate import load_errors, locate
+from finetune.model.locate import load_errors, locate, read_config
 from finetune.model.token_rows import lighten_trainable_tokens, trainable_token_indices, unlearned_tokens
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
@@ -193,36 +193,79 @@ def test_full_weights_round_trip(tmp_path: Path) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-DAMAGED = {
-    "generation_config.json": (
-        {"eos_token_id": "\u202enan"},
-        "model.name_or_path: model: the eos_token_id of its generation config is '\\u202enan'; write the id of a token",
+_NAME = "model.name_or_path: model"
+_CONFIG, _SETTINGS = f"{_NAME}: the %s of its config.json is %s; write %s", f"{_NAME}: the %s of its generation config "
+DAMAGED: list[tuple[str, str, Any, str]] = [
+    ("generation_config.json", "eos_token_id", "\u202enan", _SETTINGS + "is '\\u202enan'; write the id of a token"),
+    (
+        *("generation_config.json", "repetition_penalty", 0),
+        _SETTINGS + "cannot be used: `penalty` has to be a strictly positive float, but is 0",
     ),
-    "config.json": (
-        {"num_attention_heads": [[]]},
-        "model.name_or_path: model cannot be loaded; is a file of it damaged? StrictDataclassFieldValidationError: "
-        "Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got "
-        "list (value: [[]])",
+    (
+        *("generation_config.json", "bad_words_ids", [[10**6]]),
+        _SETTINGS + "cannot be used: The model vocabulary size is 1024, but the following tokens were being biased: "
+        "[1000000]",
     ),
-    "tokenizer_config.json": (
-        {"bos_token": 3},
-        "model.name_or_path: model cannot be loaded; is a file of it damaged? TypeError: Special token bos_token has "
-        "to be either str or AddedToken but got: <class 'int'>",
+    (
+        *("generation_config.json", "no_repeat_ngram_size", True),
+        _SETTINGS + "cannot be used: unfold(): argument 'size' must be int, not bool",
     ),
-}
+    (*("generation_config.json", "suppress_tokens", "a"), _SETTINGS + "cannot be used: too many dimensions 'str'"),
+    (
+        *("config.json", "num_attention_heads", [[]]),
+        f"{_NAME} cannot be loaded; is a file of it damaged? StrictDataclassFieldValidationError: Validation error for "
+        "field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got list (value: [[]])",
+    ),
+    ("config.json", "sliding_window", None, _CONFIG % ("%s", "null", "a number of tokens above 0")),
+    ("config.json", "sliding_window", -(10**15), _CONFIG % ("%s", "-1000000000000000", "a number of tokens above 0")),
+    ("config.json", "query_pre_attn_scalar", -1, _CONFIG % ("%s", "-1", "a number above 0")),
+    ("config.json", "output_hidden_states", 0.5, _CONFIG % ("%s", "0.5", "true or false")),
+    (
+        *("config.json", "is_encoder_decoder", True),
+        "model: an answer fails: ValueError: You must specify exactly one of input_ids or inputs_embeds; is a value of "
+        "its config.json wrong? (--traceback shows where)",
+    ),
+    ("config.json", "return_dict", False, _CONFIG % ("%s", "false", "true")),
+    (
+        *("config.json", "intermediate_size", 10**8),
+        f"{_NAME}: its config.json describes 76,800,181,440 weights, and its files hold 181,440 of them; is the config "
+        "that of another model?",
+    ),
+    (
+        *("tokenizer_config.json", "bos_token", 3),
+        f"{_NAME} cannot be loaded; is a file of it damaged? TypeError: Special token bos_token has to be either str "
+        "or AddedToken but got: <class 'int'>",
+    ),
+]
 
 
-@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize(
+    ("name", "key", "value", "line"), DAMAGED, ids=[f"{key} {value}" for _, key, value, _ in DAMAGED]
+)
 def test_a_damaged_file_of_a_model_is_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    key: str,
+    value: Any,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(locate("random:gemma3"), "model")
-    changes, line = DAMAGED[name]
     file = Path("model", name)
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | {key: value}))
     assert main(["generate", "model", "--prompt", "Hi", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err == f"error: {line}\n"
+    assert capsys.readouterr().err == f"error: {line % key if '%s' in line else line}\n"
+
+
+def test_a_model_with_a_million_layers_is_not_built(tmp_path: Path) -> None:
+    config = json.loads(Path(locate("random:llama"), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    with pytest.raises(ModelError) as caught:
+        read_config(str(tmp_path))
+    fault = "the num_hidden_layers of its config.json is 1000000; write a number of at most 2,000"
+    assert str(caught.value) == f"model.name_or_path: {tmp_path}: {fault}"
 
 
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF" + b"\xff" * 60, b"GGUF\3\0\0\0" + b"\0" * 16], ids=range(4))

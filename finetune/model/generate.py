@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from finetune.model.resize import check_token_ids
 from finetune.model.token_rows import lighten_trainable_tokens
 from finetune.recipe.schema import ModelSection
 from finetune.system import devices
-from finetune.system.errors import ModelError
+from finetune.system.errors import FinetuneError, ModelError, first_line
 from finetune.system.terminal import quiet
 
 # The settings of a generation config that say where answers end, or change the probabilities of tokens.
@@ -109,6 +110,7 @@ class Generator:
 
         Raises:
             LabelError: As for `prompt_ids`.
+            ModelError: The model's code fails.
         """
         import torch
 
@@ -135,6 +137,9 @@ class Generator:
 
         Returns:
             The token ids of each answer; the last one is a stop token, unless the limit cut the answer off.
+
+        Raises:
+            ModelError: The model's code fails.
         """
         import torch
 
@@ -167,7 +172,7 @@ class Generator:
             config = CompileConfig()
             config._compile_all_devices = True  # transformers 5.23 would leave a CPU out, and only warn
             options |= {"cache_implementation": "static", "compile_config": config}
-        with torch.inference_mode(), quiet(), one_answer_settings(self.model):
+        with torch.inference_mode(), quiet(), one_answer_settings(self.model), _answer_errors(self.model):
             return self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
@@ -225,6 +230,29 @@ class Generator:
             raise failure[0]
         if not result or result[-1] not in self.stop_ids:
             yield CUT_OFF
+
+
+@contextmanager
+def _answer_errors(model: Any) -> Iterator[None]:
+    """Turns errors of a model's own code at an answer into one line: a value of its config may be wrong.
+
+    The checks at loading know those that many architectures have; each architecture reads further ones.
+
+    Raises:
+        ModelError: In place of such an error; a lack of memory and errors of ours stay.
+    """
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError" or "memory" in str(error):
+            raise
+        words = textwrap.shorten(f"{type(error).__name__}: {first_line(error)}", 300, placeholder=" ...")
+        name = model.config.name_or_path
+        raise ModelError(
+            f"{name}: an answer fails: {words}; is a value of its config.json wrong? (--traceback shows where)"
+        ) from error
 
 
 def _plain_generation_config(config: Any) -> Any:

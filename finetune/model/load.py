@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,14 @@ from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import ModelSection
-from finetune.system.errors import ModelError, TemplateError
+from finetune.system.errors import ModelError, TemplateError, first_line
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:
     import torch
+
+# So many weights, 256 MiB in float32, may be missing before it is known which.
+_FEW = 1 << 26
 
 
 def load_tokenizer(section: ModelSection, base: Base | None = None) -> Any:
@@ -109,7 +114,7 @@ def load_base(
         **arguments: Other arguments of `from_pretrained`.
 
     Raises:
-        ModelError: It cannot be loaded, weights are missing, or a token of its generation config is none.
+        ModelError: It cannot be loaded, weights are missing, or a setting of its generation config cannot be used.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -121,7 +126,7 @@ def load_base(
         arguments.setdefault("device_map", {"": rank if torch.cuda.is_available() else "cpu"})
     if config is not None:
         arguments["config"] = copy.deepcopy(config)
-    with load_errors(path), quiet():
+    with load_errors(path), quiet(), _weights_in_files(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
         )
@@ -130,7 +135,7 @@ def load_base(
         raise ModelError(
             f"model.name_or_path: {path} does not hold {missing[0]} (and {len(missing) - 1} more of its weights)"
         )
-    _check_token_ids(path, model.generation_config)
+    _check_generation_config(path, model.generation_config, model.config.get_text_config())
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
     if dtype == torch.float16 and not as_is:
@@ -138,17 +143,73 @@ def load_base(
     return model
 
 
-def _check_token_ids(path: str, generation_config: Any) -> None:
-    """Refuses ids that are no ids, on which transformers 5.23 fails at the first answer."""
+@contextlib.contextmanager
+def _weights_in_files(path: str) -> Iterator[None]:
+    """Refuses a model most of whose weights transformers would make at random, before it takes the memory for them.
+
+    Raises:
+        ModelError: The config describes more than twice the weights of the files.
+
+    Source: transformers 5.23 `modeling_utils.py`, `_finalize_model_loading`.
+    """
+    from transformers import PreTrainedModel
+
+    make, refused = PreTrainedModel._move_missing_keys_from_meta_to_device, []
+
+    def checked(model: Any, missing: set[str], *arguments: Any, **more: Any) -> None:
+        sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+        absent = sum(sizes.pop(name, 0) for name in missing - model.all_tied_weights_keys.keys())
+        held = sum(sizes.values())
+        if absent > max(held, _FEW):
+            refused.append(
+                f"model.name_or_path: {path}: its config.json describes {absent + held:,} weights, and its files hold "
+                f"{held:,} of them; is the config that of another model?"
+            )
+            raise ModelError(refused[0])
+        make(model, missing, *arguments, **more)
+
+    PreTrainedModel._move_missing_keys_from_meta_to_device = checked
+    try:
+        yield
+    except RuntimeError as error:  # of the report of mismatched shapes, which upstream makes last
+        if not refused:
+            raise
+        raise ModelError(refused[0]) from error
+    finally:
+        PreTrainedModel._move_missing_keys_from_meta_to_device = make
+
+
+def _check_generation_config(path: str, settings: Any, text_config: Any) -> None:
+    """Refuses settings on which transformers 5.23 fails at the first answer, by its own processors of logits."""
+    import torch
+    from transformers.generation import logits_process
+
+    where = f"model.name_or_path: {path}"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(generation_config, name, None)
+        value = getattr(settings, name, None)
         ids = value if isinstance(value, list) else [value]
         # -1 is what some configs have in place of null.
         if not all(i is None or (type(i) is int and -1 <= i < 1 << 31) for i in ids):
             raise ModelError(
-                f"model.name_or_path: {path}: the {name} of its generation config is {str(value)[:40]!r}; write the id "
-                "of a token"
+                f"{where}: the {name} of its generation config is {str(value)[:40]!r}; write the id of a token"
             )
+    processors: dict[str, Callable[[Any], Any]] = {
+        "repetition_penalty": logits_process.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": lambda size: size > 0 and logits_process.NoRepeatNGramLogitsProcessor(size),
+        "sequence_bias": logits_process.SequenceBiasLogitsProcessor,
+        "bad_words_ids": logits_process.NoBadWordsLogitsProcessor,
+        "suppress_tokens": logits_process.SuppressTokensLogitsProcessor,
+        "begin_suppress_tokens": lambda ids: logits_process.SuppressTokensAtBeginLogitsProcessor(ids, 1),
+    }
+    for name, make in processors.items():
+        if (value := getattr(settings, name, None)) is None:
+            continue
+        try:
+            if process := make(value):
+                process(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, text_config.vocab_size))
+        except Exception as error:  # of many types
+            words = textwrap.shorten(first_line(error), 200, placeholder=" ...")
+            raise ModelError(f"{where}: the {name} of its generation config cannot be used: {words}") from error
 
 
 def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

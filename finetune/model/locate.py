@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 import tempfile
 import textwrap
@@ -35,6 +36,11 @@ from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.
 _CACHE_VERSION = 1
+# The most layers of a model; the largest published have about 130, and transformers builds 100 in a second.
+_MAX_LAYERS = 2000
+# Flags of a config, and their values.
+_FLAGS = dict.fromkeys(["output_attentions", "output_hidden_states", "is_encoder_decoder"], "true or false")
+_FLAGS["return_dict"] = "true"
 # The names that a package with a GGUF model has: a function that writes the file, its name and its hash.
 _PACKAGE_MARKER = {"assemble", "MODEL_NAME", "EXPECTED_SHA256"}
 
@@ -179,7 +185,39 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
                 "of the Hub, which is code; remove attn_implementation from it"
             )
     check_writes_text(config)
+    _check_config(path, config)
     return config
+
+
+def _check_config(path: str, config: Any) -> None:
+    """Refuses values that transformers 5.23 takes, and with which it builds without end or fails at the first answer.
+
+    Raises:
+        ModelError: The config has too many layers, or a value that is none.
+    """
+    text = config.get_text_config()
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    for part in (config, text, *parts):
+        layers = getattr(part, "num_hidden_layers", None)
+        if layers is not None and not (type(layers) is int and 0 <= layers <= _MAX_LAYERS):
+            _refuse(path, "num_hidden_layers", layers, f"a number of at most {_MAX_LAYERS:,}")
+    window, types = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    slides = "sliding_attention" in (types or ())
+    if (slides or (window and types is None)) and not (type(window) is int and 0 < window < 1 << 31):
+        _refuse(path, "sliding_window", window, "a number of tokens above 0")
+    if (scalar := getattr(text, "query_pre_attn_scalar", 1)) is not None and not scalar > 0:
+        _refuse(path, "query_pre_attn_scalar", scalar, "a number above 0")
+    for part in (config, text):
+        for name, cure in _FLAGS.items():
+            flag = getattr(part, name, None)
+            if not (flag is None or flag is True or (flag is False and "false" in cure)):
+                _refuse(path, name, flag, cure)
+
+
+def _refuse(path: str, name: str, value: object, cure: str) -> None:
+    raise ModelError(
+        f"model.name_or_path: {path}: the {name} of its config.json is {json.dumps(value)[:40]}; write {cure}"
+    )
 
 
 @contextlib.contextmanager
@@ -309,11 +347,12 @@ def _top_level_names(spec: ModuleSpec) -> set[str]:
 def _convert_gguf(file: Path, into: Path) -> None:
     """Writes a GGUF's weights in bfloat16, its config and its tokenizer into a directory."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model.name_or_path: reading a .gguf needs the gguf package; run {install_command('gguf')}")
     with load_errors(str(file)), quiet():
+        _check_config(str(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Without `dequantize` the model counts as quantised and can be neither saved nor trained (transformers 5.23).
         model = AutoModelForCausalLM.from_pretrained(
