@@ -36,6 +36,7 @@ _SECTIONS = {
     "model": schema.ModelSection,
     "data": schema.DataSection,
     "data.train[], data.eval[]": schema.DataSource,
+    "early_stopping": schema.EarlyStoppingSection,
     "export": schema.ExportSection,
     "export.imatrix_data": schema.ImatrixDataSection,
     "evaluate": schema.EvaluateSection,

@@ -45,6 +45,7 @@ flash_attention: true
 warmup_ratio: 0.1
 evals_per_epoch: 4
 saves_per_epoch: 1
+early_stopping_patience: 3
 special_tokens: {bos_token: "<s>", pad_token: "<|end_of_text|>"}
 """
 AXOLOTL_RECIPE = {
@@ -74,6 +75,7 @@ AXOLOTL_RECIPE = {
         "eval_steps": 0.125,
         "save_strategy": "epoch",
     },
+    "early_stopping": {"patience": 3},
 }
 FULL = """
 base_model: Qwen/Qwen2.5-0.5B
@@ -129,6 +131,9 @@ per_device_train_batch_size: 1
 learning_rate: 5.0e-6
 warmup_ratio: 0.1
 bf16: true
+val_size: 0.1
+eval_strategy: epoch
+early_stopping_steps: 2
 """
 FACTORY_RECIPE = {
     "method": "dpo",
@@ -138,11 +143,14 @@ FACTORY_RECIPE = {
         "train": [
             {"path": "data/pairs.json", "format": "preference", "columns": {"prompt": "asked"}},
             {"path": "owner/pairs", "config": "en", "format": "preference"},
-        ]
+        ],
+        "eval_fraction": 0.1,
     },
+    "early_stopping": {"patience": 2},
     "training": {
         "beta": 0.1,
         "loss_type": "sigmoid",
+        "eval_strategy": "epoch",
         "max_length": 2048,
         "per_device_train_batch_size": 1,
         "learning_rate": 5e-6,
@@ -160,6 +168,7 @@ gradient_accumulation_steps: 16
 split_dataset_ratio: 0.01
 eval_steps: 50
 eval_strategy: steps
+early_stop_interval: 4
 attn_impl: flash_attn
 load_from_cache_file: true
 system: You are brief.
@@ -174,6 +183,7 @@ SWIFT_RECIPE = {
         "train": [{"path": "owner/talks", "samples": 500}, {"path": "owner/sums", "config": "en"}],
         "eval_fraction": 0.01,
     },
+    "early_stopping": {"patience": 4},
     "training": {
         "gradient_accumulation_steps": 16,
         "eval_steps": 50,
@@ -366,3 +376,14 @@ def test_the_table_names_functions_and_keys_that_there_are() -> None:
     entries = {entry for table in PEERS.values() for entry in table.values() if not entry.startswith("- ")}
     functions = {entry.partition(" = ")[2] for entry in entries} - {""}
     assert functions == CONVERTERS.keys()
+
+
+def test_early_stopping_of_a_notebook() -> None:
+    stopping = "EarlyStoppingCallback(early_stopping_patience = 2, early_stopping_threshold = 0.01)"
+    evaluated = 'eval_strategy = "steps", learning_rate'
+    text = CELL.replace("learning_rate", evaluated).replace("output_dir = folder()))", f"), callbacks = [{stopping}])")
+    Path("cell.py").write_text(text)
+    conversion = convert(Path("cell.py"))
+    made = {key: value for key, value in conversion.recipe.items() if key.startswith("early_stopping")}
+    assert made == {"early_stopping.patience": 2, "early_stopping.min_delta": 0.01}
+    assert "callbacks" not in conversion.left

@@ -29,7 +29,7 @@ from finetune.plan.run import fits as recipe_fits
 from finetune.plan.settings import step_arguments, step_settings, with_rows
 from finetune.plan.step import Batch, FakeModel
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import ModelSection
+from finetune.recipe.schema import EarlyStoppingSection, ModelSection
 from finetune.system import devices
 from finetune.system.devices import GPUS, Hardware, this_machine
 from finetune.system.errors import PlanError
@@ -723,6 +723,8 @@ def test_the_time_of_a_step(write_recipe: Write) -> None:
     text = "\n".join(as_text(made))
     assert "a step of 2 batches on each of 8 GPUs, 4,096 tokens, takes 6.7 min to 13 min" in text
     assert "1,000 steps take 111 h to 9.3 days" in text
+    stopping = replace(recipe, early_stopping=EarlyStoppingSection())
+    assert "1,000 steps, or fewer with early_stopping, take" in "\n".join(as_text(replace(made, recipe=stopping)))
     made.measured = [0.5, 0.5, 0.5]
     assert "takes 0.5 s (measured here)" in "\n".join(as_text(made))
 

@@ -79,8 +79,8 @@ def test_names_of_other_trainers_are_told_by_the_table_alone() -> None:
         "r.yaml:6: lora.lora_rank: is not a recipe's key; write r",
         "r.yaml:6: lora.lora_bais: is unknown; perhaps lora_bias",
         "r.yaml:6: lora.micro_batch_size: is not a recipe's key; write training.per_device_train_batch_size",
-        "r.yaml:7: base_modle: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, "
-        "quantization",
+        "r.yaml:7: base_modle: is unknown; write one of method, model, data, early_stopping, export, evaluate, hub, "
+        "training, lora, quantization",
     ]
 
 
@@ -150,7 +150,8 @@ FAULTS = {
         BASE + "trainning: {}\npush: {}\nlearning_rate: 1\nseed: 1\n",
         [
             "r.yaml:3: trainning: is unknown; perhaps training",
-            "r.yaml:4: push: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
+            "r.yaml:4: push: is unknown; write one of method, model, data, early_stopping, export, evaluate, hub, "
+            "training, lora, quantization",
             "r.yaml:5: learning_rate: is unknown; write training.learning_rate",
             "r.yaml:6: seed: is unknown; write data.seed or training.seed",
         ],
@@ -872,7 +873,8 @@ def test_overrides() -> None:
         ("training.sed=1", "training.sed: is unknown; perhaps seed"),
         (
             "seeed=1",
-            "seeed: is unknown; write one of method, model, data, export, evaluate, hub, training, lora, quantization",
+            "seeed: is unknown; write one of method, model, data, early_stopping, export, evaluate, hub, "
+            "training, lora, quantization",
         ),
     ],
 )

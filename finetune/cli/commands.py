@@ -226,14 +226,14 @@ def _say_done(say: Say, began: float, then: str, figures: str = "") -> None:
 
 
 def _last_losses(output: Path) -> str:
-    """The last losses that a run logged."""
+    """The last losses that a run logged, an early stop, and which weights are saved where that is a question."""
     from finetune.system.files import read_records
+    from finetune.train.outcome import Outcome
 
-    parts = []
-    for name, words in (("loss", "loss"), ("eval_loss", "held out")):
-        values = [record[name] for record in read_records(output / "metrics.jsonl") if name in record]
-        parts += [f", {words} {values[-1]:.3g}"] if values and isinstance(values[-1], float) else []
-    return "".join(parts)
+    outcome = Outcome.of(read_records(output / "metrics.jsonl"))
+    losses = (("loss", outcome.loss), ("held out", outcome.held_out))
+    parts = [f"{name} {loss:.3g}" for name, loss in losses if loss is not None]
+    return "".join(f", {part}" for part in [*parts, *outcome.notes()])
 
 
 def _plan(args: argparse.Namespace) -> ExitCode:
@@ -283,6 +283,11 @@ def _notes(recipe: Recipe) -> Iterator[str]:
     texts = all(source.format == "text" or source.raw for source in recipe.data.train)
     if template and not (recipe.model.chat_template or recipe.model.adapter or texts):
         yield f"{name} is a base without a chat template; for conversations write model.chat_template: {template}"
+    if recipe.early_stopping:
+        best = recipe.training.get("load_best_model_at_end")
+        saved = "best weights are saved" if best else "last weights are saved (load_best_model_at_end: true: the best)"
+        patience = recipe.early_stopping.patience
+        yield f"early stopping: after {patience} evaluations without an improvement; the {saved}"
     yield f"next: finetune inspect {recipe.path} shows the tokens that are trained on; --all prints the defaults, too"
 
 

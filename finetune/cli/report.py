@@ -22,6 +22,7 @@ from finetune.system.files import read_records
 from finetune.system.numbers import clock, file_size
 from finetune.system.pages import cell, render, visible
 from finetune.train import checkpoint
+from finetune.train.outcome import Outcome
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -149,7 +150,10 @@ def _progress(run: Path, records: list[Record], newest: str | None, state: Recor
     """Sentences about how far the run is."""
     step = records[-1]["step"] if records else 0
     if checkpoint.is_finished(run):
-        return [f"Finished at step {step:,}."]
+        outcome = Outcome.of(records)
+        head = "Finished:" if outcome.stopped_early else f"Finished at step {step:,}"
+        notes = "; ".join(outcome.notes())
+        return [f"{head} {notes}." if outcome.stopped_early else f"{head}{f'; {notes}' if notes else ''}."]
     last = state.get("max_steps") or 0
     sentences = [f"Not finished: in progress, or stopped. Step {step:,}{f' of {last:,}' if last else ''}."]
     with contextlib.suppress(FileNotFoundError):

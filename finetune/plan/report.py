@@ -139,7 +139,8 @@ def _time(plan: MemoryPlan) -> list[str]:
     count += f" on each of {plan.gpu_count} GPUs" if plan.gpu_count > 1 else ""
     lines = [f"a step of {count}, {tokens:,.0f} tokens, takes {_range(low, high)} ({how})"]
     if plan.steps is not None:
-        lines.append(f"{plan.steps:,} steps take {_range(low * plan.steps, high * plan.steps)}")
+        most = ", or fewer with early_stopping," if plan.recipe.early_stopping else ""
+        lines.append(f"{plan.steps:,} steps{most} take {_range(low * plan.steps, high * plan.steps)}")
     else:
         lines.append("the number of steps depends on the rows, which are not on this machine")
     return lines

@@ -289,11 +289,19 @@ def _check_evaluation(tree: RecipeTree, data: Section, training: Section) -> Non
         if not evaluated and training.get(name, off[0]) not in off:
             message = f"is {tree.shown(key)}, with nothing to evaluate on; add data.eval or data.eval_fraction"
             tree.fault(key, message)
+    if tree.root.child("early_stopping"):
+        if not evaluated:
+            message = "is given, with nothing to evaluate on; add data.eval or data.eval_fraction"
+            tree.fault("early_stopping", message)
+        elif training.get("eval_strategy", "no") == "no":
+            message = "is given, but nothing is evaluated while training; add training.eval_strategy: epoch, or steps"
+            tree.fault("early_stopping", message)
     if training.get("save_strategy") == "best":
         key = "training.save_strategy"
         if training.get("eval_strategy", "no") == "no":
             tree.fault(key, "is best, but nothing is evaluated while training; add eval_strategy: steps")
-        if training.get("metric_for_best_model") is None and not training.get("load_best_model_at_end"):
+        by_loss = training.get("load_best_model_at_end") or tree.root.child("early_stopping")
+        if training.get("metric_for_best_model") is None and not by_loss:
             tree.fault(key, "is best, and nothing says by which metric; add metric_for_best_model: loss")
 
     def rows(source: Section) -> Section:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.recipe.yaml_tree import Section, quoted, scalar_text
 from finetune.system.pages import one_line
 
-_ORDER = ("method", "model", "quantization", "lora", "data", "training", "hub")
+_ORDER = ("method", "model", "quantization", "lora", "data", "training", "early_stopping", "hub")
 
 
 @dataclass

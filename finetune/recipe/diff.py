@@ -170,6 +170,8 @@ def _structural_faults(old: Sections, new: Sections, processes: tuple[int, int])
 
 def _is_refused(key: str, values: list[Any], same_rows: bool, stateful: bool) -> bool:
     section, name = key.split(".")[:2]
+    if section == "early_stopping":
+        return False
     if section == "data":
         return not same_rows and name != "eval"
     if section == "training":
@@ -247,7 +249,7 @@ def _sections(text: str, values: Mapping[str, Any] = MappingProxyType({})) -> Se
     if "quantization" in sections and "bnb_4bit_compute_dtype" not in tree["quantization"]:
         sections["quantization"]["bnb_4bit_compute_dtype"] = "model.dtype"  # null is float32
     plain: Sections = _plain(sections)
-    return plain | {"method": {"name": method}}
+    return plain | {"method": {"name": method}, "early_stopping": tree.get("early_stopping") or {}}
 
 
 def _filled(name: str, values: Any, owner: Callable[..., Any]) -> Section:

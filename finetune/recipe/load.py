@@ -17,6 +17,7 @@ from finetune.recipe.schema import (
     DEFAULT_MAX_LENGTH,
     DataSection,
     DataSource,
+    EarlyStoppingSection,
     EvaluateSection,
     ExportSection,
     HubSection,
@@ -38,6 +39,7 @@ from finetune.system.errors import RecipeError
 OWN_SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
+    "early_stopping": EarlyStoppingSection,
     "export": ExportSection,
     "evaluate": EvaluateSection,
     "hub": HubSection,
@@ -51,6 +53,7 @@ class Recipe:
     `training`, `lora` and `quantization` are keyword arguments of `schema.CONFIGS[method]`, `peft.LoraConfig` and
     `transformers.BitsAndBytesConfig`, but for `lora["trainable_token_indices"]`, which may be "auto".
     `lora` is None where all weights are trained: a recipe without the section trains an adapter with peft's defaults.
+    `early_stopping` is None where the training runs to its end.
     `origins` maps the dotted key of each value that is not a default to `FILE:LINE` or "command line". Recipes with
     equal values are equal, whatever the origins.
     """
@@ -66,6 +69,7 @@ class Recipe:
     quantization: Section | None
     origins: dict[str, str] = field(compare=False)
     path: Path = field(compare=False)
+    early_stopping: EarlyStoppingSection | None = None
     # The nodes of values from the environment, by key; their templates, such as `${NAME}`, are saved and shown.
     _from_environment: dict[str, Node] = field(default_factory=dict, compare=False, repr=False)
 
@@ -121,9 +125,9 @@ class Recipe:
 
     def sections(self) -> Section:
         """The method and the sections as plain data; `lora` is null if all weights are trained."""
-        names = ("method", "model", "data", "training", "lora", "quantization", "export", "evaluate", "hub")
-        values = {name: getattr(self, name) for name in names}
-        values |= {name: values[name].model_dump() for name in OWN_SECTIONS}
+        names = ("method", "model", "data", "training", "early_stopping", "lora", "quantization")
+        values = {name: getattr(self, name) for name in (*names, "export", "evaluate", "hub")}
+        values |= {name: values[name].model_dump() for name in OWN_SECTIONS if values[name] is not None}
         return {name: section for name, section in values.items() if section is not None or name == "lora"}
 
     def _lines(self, value: Any, key: str, indent: str) -> Iterator[str]:
@@ -246,6 +250,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         method=typing.cast("Method", tree.method),
         model=ModelSection.model_validate(sections["model"]),
         data=data,
+        early_stopping=(
+            EarlyStoppingSection.model_validate(sections["early_stopping"]) if "early_stopping" in root.value else None
+        ),
         export=ExportSection.model_validate(sections["export"]),
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         hub=HubSection.model_validate(sections["hub"]),

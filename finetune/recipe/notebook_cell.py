@@ -11,7 +11,10 @@ from typing import Any
 from finetune.system.errors import RecipeError
 
 # The functions whose arguments are read, by the end of their names.
-_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "load_dataset", "train_on_responses_only")
+_CALLS = (
+    *("from_pretrained", "get_peft_model", "get_chat_template", "load_dataset", "train_on_responses_only"),
+    "EarlyStoppingCallback",
+)
 _CONFIGS = ("Config", "Arguments", "Trainer")
 # Arguments that are objects of the program.
 _OBJECTS = (
@@ -23,6 +26,7 @@ _OBJECTS = (
     "eval_dataset",
     "data_collator",
     "trainer",
+    "callbacks",
 )
 
 

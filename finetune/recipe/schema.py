@@ -145,6 +145,18 @@ class DataSection(BaseModel):
     """The seed of the held-out split and of the mixture."""
 
 
+class EarlyStoppingSection(BaseModel):
+    """Ends the training once its evaluations (`training.eval_strategy`) improve no more; absent: it runs to its end."""
+
+    model_config = _SECTION
+
+    patience: PositiveInt = 3
+    """The number of evaluations in a row without an improvement after which the training ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """An evaluation is an improvement if its loss (or `training.metric_for_best_model`) is better than the best one so
+    far by more than this."""
+
+
 class ImatrixDataSection(BaseModel):
     """The text that an importance matrix is computed from."""
 

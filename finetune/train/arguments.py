@@ -118,6 +118,8 @@ def training_arguments(recipe: Recipe, precision: Precision) -> Any:
     values = dict(recipe.training)
     for own_key in ("resume_from_checkpoint", "save_total_limit", "disable_tqdm"):
         values.pop(own_key, None)
+    if recipe.early_stopping and values.get("metric_for_best_model") is None:
+        values["metric_for_best_model"] = "loss"  # transformers 5.23 sets it with load_best_model_at_end alone
     # By default SFTConfig sets bf16.
     values["bf16"], values["fp16"] = (precision.computes == word for word in ("bf16", "fp16"))
     if values.get("fsdp_config"):

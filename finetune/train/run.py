@@ -40,6 +40,7 @@ from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
 from finetune.train.callbacks import trackers
+from finetune.train.callbacks.early_stopping import EarlyStopping
 from finetune.train.callbacks.memory_check import MemoryCheck
 from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_losses
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
@@ -366,6 +367,8 @@ def _add_callbacks(
     trainer.add_callback(MemoryCheck(trainer, say))
     if preferences and preferences.needs_reference:
         trainer.add_callback(ReferenceLogProbs(preferences, output, origin, start is not None, say))
+    if recipe.early_stopping:
+        trainer.add_callback(EarlyStopping(recipe.early_stopping.patience, recipe.early_stopping.min_delta))
     start_step = checkpoint.read_marker(start)["step"] if start else 0
     trainer.add_callback(soft(trackers.RunDocuments(output, trainer), "the documents for trackers", say))
     if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):

@@ -241,11 +241,11 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
     # Steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed after its last step, a run would take one step more (transformers 5.23).
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
+        # Resumed after its last step, or after an early stop, a run would take one step more (transformers 5.23).
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         batch = dict(inputs)
@@ -289,6 +289,9 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
         if "train_loss" in logs:
             # The mean over all steps, also those before a resume.
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+            logs["max_steps"] = self.state.max_steps
+            if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
+                logs["saved_step"] = int(best.rpartition("-")[2])  # its weights are loaded next, and saved
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,9 @@ from finetune.train.trainer import RunTrainer
 class MetricsRecord(TypedDict, total=False):
     """A line of `metrics.jsonl`: the step and what the trainer logged at it.
 
-    A training record has `loss`, the last one `train_loss`, an evaluation `eval_loss`. trl adds more numbers, such as
+    A training record has `loss`, an evaluation `eval_loss`. The last one has `train_loss`, the step at which the run
+    would have ended without an early stop, and, where the best weights are saved in place of the last ones, the step
+    that they are of. trl adds more numbers, such as
     `entropy` and `mean_token_accuracy`. A value that is not finite is null.
     """
 
@@ -38,6 +40,8 @@ class MetricsRecord(TypedDict, total=False):
     peak_memory_gib: float
     eval_loss: float
     train_loss: float
+    max_steps: int
+    saved_step: int
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
