@@ -30,8 +30,9 @@ from finetune import __version__
 from finetune.cli.commands import main
 from finetune.merge import tensor_map
 from finetune.merge.changes import Change
-from finetune.merge.plan import MergePlan, MergeRequest, make_plan, plan_in_fresh_process
-from finetune.merge.run import merge
+from finetune.merge.plan import MergePlan, make_plan
+from finetune.merge.request import MergeRequest
+from finetune.merge.run import merge, plan_in_fresh_process
 from finetune.model.load import load_base
 from finetune.model.locate import locate
 from finetune.model.shards import fingerprint, read_headers

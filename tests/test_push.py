@@ -32,7 +32,8 @@ from finetune.hub.card import is_generated
 from finetune.hub.payload import make_payload
 from finetune.hub.run import push
 from finetune.hub.uploads import CheckpointUploads
-from finetune.merge.plan import MergeRequest, make_plan
+from finetune.merge.plan import make_plan
+from finetune.merge.request import MergeRequest
 from finetune.merge.run import merge
 from finetune.model.load import load_model, load_tokenizer
 from finetune.model.locate import Base, locate

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from finetune.merge.adapter import Adapter
 from finetune.merge.changes import Change
-from finetune.merge.plan import CONVERTED, MergePlan, MergeRequest, plan_in_fresh_process
+from finetune.merge.plan import MergePlan
+from finetune.merge.request import CONVERTED, MergeRequest
+from finetune.merge.run import plan_in_fresh_process
 from finetune.recipe.export_formats import ADAPTER, GGUF_ADAPTER
 from finetune.system.errors import ExportError
 from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json

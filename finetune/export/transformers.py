@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.merge.plan import MergeRequest, plan_in_fresh_process
+from finetune.merge.request import MergeRequest
+from finetune.merge.run import plan_in_fresh_process
 from finetune.merge.write import write_weights
 from finetune.model.quantization import COMPRESSED, INT8, MLX, NF4
 from finetune.recipe.export_formats import MLX_BITS

@@ -7,7 +7,6 @@ files of this package import nothing at their top that imports them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from finetune.merge.changes import Change, changes_of
+from finetune.merge.request import CONVERTED, MergeRequest
 from finetune.merge.small_files import SMALL_FILES, write_small_files
 from finetune.merge.tensor_map import (
     FusedTensors,
@@ -32,40 +32,9 @@ from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.model.quantization import COMPRESSED, MLX
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
 from finetune.recipe.schema import ModelSection
-from finetune.system import fresh_process
 from finetune.system.errors import FinetuneError, MergeError, ModelError, first_line, reworded
 from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
 from finetune.system.hub_errors import hub_problem
-
-# The folder inside the output for adapters that are not stored as PEFT loads them; it is removed at the end.
-CONVERTED = ".adapters"
-
-
-@dataclass(frozen=True)
-class MergeRequest:
-    """A merge or export to plan.
-
-    Attributes:
-        model: A whole model; or a run, if there are adapters.
-        adapters: The adapters' folders and weights.
-        into: The folder that the config, the tokenizer and other small files are written to.
-        dtype: The name of the type to write; None keeps the one that the run trained in.
-        quantization: The export's arguments of `transformers.BitsAndBytesConfig`; None takes the run's, for its base.
-        stream: True leaves the weights of a base on the Hub there.
-        base: The path or id of the base, in place of the one that the run's files name.
-        dequantised: True merges into the rounded weights of a base that is stored quantised.
-        trust_remote_code: True if the user lets Python files of the model's repository run.
-    """
-
-    model: str
-    adapters: tuple[tuple[str, float], ...]
-    into: str
-    dtype: str | None = None
-    quantization: dict[str, Any] | None = None
-    stream: bool = False
-    base: str | None = None
-    dequantised: bool = False
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,20 +72,6 @@ class MergePlan:
     dtype: str
     untied: bool
     rounded: bool
-
-
-def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
-    """`make_plan` in another process, so that transformers and PEFT leave nothing in this one's memory.
-
-    Raises:
-        MergeError: An adapter was trained on another base or cannot be merged, or the process failed.
-        ModelError: The base cannot be found or read.
-        RunError: A file of the run is damaged.
-    """
-    try:
-        return fresh_process.call(make_plan, request, keep_stderr=False)
-    except fresh_process.ProcessFailed as failure:
-        raise MergeError(f"{request.model}: planning failed: {failure}") from failure
 
 
 def make_plan(request: MergeRequest) -> MergePlan:
@@ -358,10 +313,3 @@ def _quantization_config(quantization: dict[str, Any] | None, model: Any) -> dic
 
     found: dict[str, Any] = BitsAndBytesConfig(**quantization).to_dict()
     return found
-
-
-def adapters_of(run: Path, others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """The adapters of a merge: the run's own with weight 1, unless `others` names it, and `others`."""
-    if any(Path(path).resolve() == run.resolve() for path, _ in others):
-        return tuple(others)
-    return ((str(run), 1.0), *others)

@@ -13,14 +13,18 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune import __version__
-from finetune.merge.plan import CONVERTED, MergeRequest, adapters_of, plan_in_fresh_process
-from finetune.merge.write import write_weights
+from finetune.merge.request import CONVERTED, MergeRequest, adapters_of
 from finetune.model.provenance import MergeRecord, adapter_below, is_adapter
+from finetune.system import fresh_process
 from finetune.system.errors import MergeError
 from finetune.system.files import ADAPTER_WEIGHTS, MERGE_RECORD, check_apart, run_file, sha256, whole_folder
 from finetune.system.terminal import Say
+
+if TYPE_CHECKING:
+    from finetune.merge.plan import MergePlan
 
 
 def merge(
@@ -78,6 +82,8 @@ def merge(
             trust_remote_code=trust_remote_code,
         )
         plan = plan_in_fresh_process(request)
+        from finetune.merge.write import write_weights  # it imports torch: not before the other process has begun
+
         if plan.folder:
             check_apart(output, [Path(plan.folder)])
         rounded_here = any(item.quantised for item in plan.tensors)
@@ -106,6 +112,23 @@ def merge(
         say("input and output embeddings were tied, and only one was trained: they are stored apart")
     say(f"merged: {output}")
     return output
+
+
+def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
+    """The plan of a merge or an export, made in another process: transformers and PEFT leave nothing in this one.
+
+    This process imports torch meanwhile.
+
+    Raises:
+        MergeError: An adapter was trained on another base or cannot be merged, or the process failed.
+        ModelError: The base cannot be found or read.
+        RunError: A file of the run is damaged.
+    """
+    try:
+        plan: MergePlan = fresh_process.call("finetune.merge.plan:make_plan", request, keep_stderr=False)
+        return plan
+    except fresh_process.ProcessFailed as failure:
+        raise MergeError(f"{request.model}: planning failed: {failure}") from failure
 
 
 def _check_adapters(run: Path, others: Sequence[tuple[str, float]]) -> None:

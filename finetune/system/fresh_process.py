@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_type_hints
+from typing import IO, Any, TypeVar, get_type_hints, overload
 
 from pydantic import TypeAdapter
 
@@ -48,17 +48,38 @@ class ProcessFailed(Exception):
         self.code, self.stderr = code, stderr
 
 
+@overload
 def call(
     function: Callable[[Argument], Result],
     argument: Argument,
+    on_line: Callable[[str], object] = ...,
+    environment: Mapping[str, str] | None = None,
+    keep_stderr: bool = True,
+) -> Result: ...
+
+
+@overload
+def call(
+    function: str,
+    argument: object,
+    on_line: Callable[[str], object] = ...,
+    environment: Mapping[str, str] | None = None,
+    keep_stderr: bool = True,
+) -> Any: ...
+
+
+def call(
+    function: Callable[[Any], Any] | str,
+    argument: Any,
     on_line: Callable[[str], object] = lambda line: None,
     environment: Mapping[str, str] | None = None,
     keep_stderr: bool = True,
-) -> Result:
+) -> Any:
     """The result of `function(argument)`, computed in a fresh process.
 
     Args:
-        function: A function at the top level of a module, with hints for its argument and its result.
+        function: A function at the top level of a module, with hints for its argument and its result; or its place,
+            `module:name`, if this process shall import the module while the other one starts.
         argument: Its one argument.
         on_line: Called with each line that the function sends with `report`.
         environment: Variables that are added to this process's environment.
@@ -68,17 +89,23 @@ def call(
         FinetuneError, OSError: As the function raised it.
         ProcessFailed: The function raised anything else, or its process ended without an answer.
     """
-    argument_type, result_type = _types(function)
+    if isinstance(function, str):
+        module, _, name = function.partition(":")
+        argument_type = TypeAdapter(type(argument))
+    else:
+        module, name = function.__module__, function.__qualname__
+        argument_type = _types(function)[0]
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr_file,
     ):
         argument_file, answer_file = Path(folder, "argument.json"), Path(folder, "answer.json")
         argument_file.write_text(_encoded(argument_type, argument), encoding="utf-8")
-        names = (function.__module__, function.__qualname__, str(argument_file), str(answer_file))
+        names = (module, name, str(argument_file), str(answer_file))
         variables = child_environment() | dict(environment or {})
         process = _start(names, variables, stderr_file if keep_stderr else None)
         try:
+            _, result_type = _types(getattr(importlib.import_module(module), name))
             for line in process.stdout or ():
                 on_line(line.rstrip("\n"))
             code = process.wait()
@@ -93,8 +120,7 @@ def call(
             raise ProcessFailed(_why(code, stderr), code, stderr)
         answered = json.loads(answer_file.read_text(encoding="utf-8"))
     if "value" in answered:
-        value: Result = result_type.validate_python(answered["value"])
-        return value
+        return result_type.validate_python(answered["value"])
     if "os_error" in answered:
         raise OSError(*answered["os_error"])
     if "error" in answered:
