@@ -25,6 +25,10 @@ def test_in_a_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert install_command("gguf") == "pip install -e '.[gguf]'"
 
 
+def test_an_extra_that_is_newer_than_what_is_installed() -> None:
+    assert install_command("not-there-yet") == "pip install -e '.[not-there-yet]'"
+
+
 @pytest.mark.parametrize("extra", ["quickstart", "gguf", "compressed", "mlx", "lm-eval"])
 def test_each_extra_is_in_the_metadata(extra: str) -> None:
     assert extra in (importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or [])

@@ -43,7 +43,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             "zzz",
             "zzz: there is no such command; write one of init, convert, train, check, schema, plan, inspect, generate, "
-            "merge, export, check-adapter, evaluate, report, doctor, push",
+            "merge, export, check-adapter, evaluate, serve, report, doctor, push",
         ),
         (
             "train recipe.yaml --learning_rate 1e-4",

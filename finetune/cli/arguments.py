@@ -209,6 +209,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")
     flag("--json", action="store_true", help="print the report as JSON")
 
+    flag = verb("serve", "start an OpenAI-compatible server for a run or a model", model, trust).add_argument
+    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
+    flag("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
+    flag("--port", type=_port, default=8000, metavar="N", help="default: 8000")
+    flag("--print", action="store_true", dest="print_only", help="print the server's command, do not start it")
+
     flag = verb("report", "show a run, finished or not, as one HTML page").add_argument
     flag("run", metavar="RUN", type=Path, help="a run's directory")
     flag("--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder")
@@ -261,6 +267,12 @@ def _whole_number(text: str) -> int:
 def _positive(text: str) -> int:
     if not _whole_number(text):
         raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not 0 < _whole_number(text) < 65536:
+        raise argparse.ArgumentTypeError(f"is {text!r}; write a number from 1 to 65535")
     return int(text)
 
 

@@ -381,8 +381,8 @@ def _check_adapter(args: argparse.Namespace) -> ExitCode:
         print_text(line)
     if verdict.problems:
         print_text(f"finetune merge {args.folder} --output DIR writes a whole model, which needs no adapter")
-    elif verdict.note:
-        print_text(verdict.note)
+    elif verdict.flags:
+        print_text(f"start it with {' '.join(verdict.flags)}")
     print_text(f"by its source: {verdict.source}")
     return ExitCode.MISSED if verdict.problems else ExitCode.OK
 
@@ -410,6 +410,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     print_text(json.dumps(report, ensure_ascii=False, indent=1) if args.json else as_markdown(report), end="")
     _say_done(say, began, f"answers side by side: {shell_word(str(output))}/answers.html")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from finetune.cli.serve import serve
+
+    _trust(args)
+    serve(args, _say_unless_quiet(args))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -467,6 +474,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "export": _export,
     "check-adapter": _check_adapter,
     "evaluate": _evaluate,
+    "serve": _serve,
     "report": _report,
     "doctor": _doctor,
     "push": _push,

@@ -18,6 +18,7 @@ _VERBS = {
     **dict.fromkeys(["validate", "lint"], "check"),
     **dict.fromkeys(["quantize", "quantise", "gguf"], "export"),
     **dict.fromkeys(["upload", "publish"], "push"),
+    **dict.fromkeys(["server", "deploy", "api"], "serve"),
     **dict.fromkeys(["preprocess", "preview", "show"], "inspect"),
     **dict.fromkeys(["memory", "estimate"], "plan"),
     **dict.fromkeys(["new", "create"], "init"),

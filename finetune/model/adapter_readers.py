@@ -43,13 +43,13 @@ class Verdict:
         reader: The program's name and release.
         source: The files of its source.
         problems: A line for each part of the adapter that it does not take.
-        note: A line on how to start the program; empty if there is nothing to say.
+        flags: The flags with which the program takes it.
     """
 
     reader: str
     source: str
     problems: list[str]
-    note: str = ""
+    flags: tuple[str, ...] = ()
 
 
 _UNSUPPORTED = (REFUSES, "a tensor with such a name is an unsupported LoRA weight")
@@ -166,12 +166,12 @@ def check_adapter(folder: Path, program: str, base: str | None = None) -> Verdic
         raise ModelError(f"--for {program}: write one of {', '.join(READERS)} or peft==RELEASE")
     problems = problems_of(reader, config, tensors)
     rank = max((tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key), default=0)
-    note = ""
+    flags: tuple[str, ...] = ()
     if reader.ranks and rank > reader.ranks[-1]:
         problems.append(f"{reader.name} {REFUSES}: rank {rank}: {reader.ranks[-1]} is the largest")
     elif reader.ranks:
-        note = f"start it with --enable-lora --max-lora-rank {next(n for n in reader.ranks if n >= rank)}"
-    return Verdict(reader.name, reader.source, problems, note)
+        flags = ("--enable-lora", "--max-lora-rank", str(next(n for n in reader.ranks if n >= rank)))
+    return Verdict(reader.name, reader.source, problems, flags)
 
 
 def problems_of(reader: Reader, config: dict[str, Any], tensors: Iterable[str] = ()) -> list[str]:

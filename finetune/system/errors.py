@@ -81,6 +81,10 @@ class OllamaError(ExportError):
     """A chat template has no form in Ollama's syntax."""
 
 
+class ServeError(FinetuneError):
+    """A model cannot be served, or its server does not start."""
+
+
 class PushError(FinetuneError):
     """A folder cannot be pushed to the Hub."""
 

@@ -29,6 +29,8 @@ def install_command(extra: str) -> str:
     try:
         wanted = requirements(extra)
     except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    if not wanted:  # not installed, or installed from a tree of which the extra is newer
         return f"pip install -e '.[{extra}]'"
     for requirement in wanted:
         requirement.marker = None
