@@ -30,6 +30,7 @@ from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import EvaluateError
+from finetune.system.files import locked_folder
 
 Write = Callable[..., Path]
 
@@ -318,6 +319,17 @@ def test_a_run_beside_its_base(run: Path, capsys: pytest.CaptureFixture[str]) ->
     text = (run / "evaluation" / "report.md").read_text()
     assert "| source ja.jsonl |" in text
     assert "| in the language of the prompt |" in text
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    with locked_folder(Path("run/evaluation"), "--output", "evaluating"):
+        assert main(["evaluate", "run", "--limit", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --output: another process is evaluating into run/evaluation; wait for its end, or write another "
+        "directory\n"
+    )
+    assert not Path("run/evaluation").exists()
 
 
 def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

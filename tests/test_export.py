@@ -2,8 +2,10 @@
 
 # ruff: noqa: E501 (a line that a person reads is one line here, too)
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -722,6 +724,21 @@ def test_an_adapter_that_cannot_be_measured_is_what_is_told(
     assert export(run, tmp_path / "out", "--format=bf16") == 3
     why = "its process ended with code -9: it was killed, most likely because memory ran out"
     assert gates(capsys) == [f"gate: adapter on its base: cannot be used: {why}"]
+
+
+def test_a_disk_that_fills_up_ends_an_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    """The predictions that formats are compared with are the largest of its files."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fresh_process, "_start", start)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    capsys.readouterr()
+    assert export(run, tmp_path / "out", "--format=bf16") == 2
+    assert refused(tmp_path / "out", capsys) == f"error: {tmp_path / 'out'}: No space left on device"
 
 
 def test_nothing_is_left_of_an_export_that_is_stopped(

@@ -1,5 +1,6 @@
 """Used by every package: errors, fresh processes, complete files and folders, sizes and durations."""
 
+import errno
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ from finetune.system.files import (
     sha256,
     whole_file,
     whole_folder,
+    write_together,
     write_whole,
 )
 from finetune.system.fresh_process import ProcessFailed, call
@@ -230,6 +232,36 @@ def test_only_a_file_is_replaced_and_no_link_is_followed(tmp_path: Path) -> None
     os.mkfifo(tmp_path / ".page.part")
     write_whole(tmp_path / "page", "newer")
     assert (tmp_path / "page").read_text(encoding="utf-8") == "newer"
+
+
+def test_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = dict.fromkeys("abc", "old")
+    write_together(tmp_path, texts)
+    write = Path.write_text
+
+    def fill_up(path: Path, text: str, encoding: str) -> int:
+        if path.name == ".c.part":
+            write(path, text[:1], encoding=encoding)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, text, encoding=encoding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill_up)
+        with pytest.raises(OSError, match="No space") as raised:
+            write_together(tmp_path, dict.fromkeys("abc", "new"))
+    assert raised.value.filename == str(tmp_path)
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == texts
+
+
+def test_a_full_disk_is_told_with_the_place_that_is_written(tmp_path: Path) -> None:
+    def fill_up() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the file that is copied")
+
+    for writes in (whole_folder(tmp_path / "out", False), whole_file(tmp_path / "out")):
+        with pytest.raises(OSError, match="No space") as raised, writes:
+            fill_up()
+        assert raised.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_complete_or_what_it_was(tmp_path: Path) -> None:

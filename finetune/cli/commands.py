@@ -22,8 +22,8 @@ from finetune.cli.arguments import ExitCode, parser
 from finetune.cli.mistakes import mistake
 from finetune.system import distributed
 from finetune.system.before_torch import prepare_imports
-from finetune.system.errors import FinetuneError, RecipeError, RunError
-from finetune.system.files import check_replaceable
+from finetune.system.errors import FinetuneError, RecipeError, RunError, first_line
+from finetune.system.files import check_replaceable, is_full
 from finetune.system.numbers import clock
 from finetune.system.pages import shell_word, visible
 from finetune.system.terminal import Say, print_line, print_text, silence_upstream
@@ -112,6 +112,8 @@ def _user_lines(error: Exception) -> list[str]:
         return list(error.faults) if isinstance(error, RecipeError) else str(error).split("\n")
     if isinstance(error, OSError):
         return [f"{error.filename or 'input or output'}: {error.strerror or error}"]
+    if is_full(error):
+        return [f"a disk is full: {first_line(error)}; free some space, or write to another disk"]
     return []
 
 

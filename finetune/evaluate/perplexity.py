@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
 
     Raises:
         ValueError: The reference has another vocabulary.
+        OSError: The disk has no room for the predictions.
 
     Source: KL divergence as in llama.cpp's `perplexity --kl-divergence`: of each token's whole distribution.
     """
@@ -100,7 +102,7 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
         if keep and kept is None:
             wanted = sum(sum(label != IGNORE for label in r.labels[1:]) for r in rows)
             room = max(1, min(wanted, _KEPT_BYTES // (4 * log_probs.shape[1])))
-            kept = np.memmap(keep, np.float32, "w+", shape=(room, log_probs.shape[1]))
+            kept = _new_file(keep, (room, log_probs.shape[1]))
             keep.with_suffix(".json").write_text(json.dumps([room, log_probs.shape[1]]), encoding="utf-8")
         if kept is not None and count < room:
             part = log_probs[: room - count]
@@ -180,6 +182,15 @@ def _exp(loss: float) -> float:
 def _forward_of(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).forward
+
+
+def _new_file(keep: Path, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A new file for predictions, mapped to memory. It gets its room at once: a disk that fills up would kill us."""
+    with keep.open("wb") as file:
+        file.truncate(4 * math.prod(shape))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+    return np.memmap(keep, np.float32, "r+", shape=shape)
 
 
 def _open(reference: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

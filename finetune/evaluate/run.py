@@ -28,7 +28,7 @@ from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import EvaluateSection, JudgeSection, ModelSection, ServerSection
 from finetune.system.errors import EvaluateError, TemplateError
-from finetune.system.files import run_file, write_whole
+from finetune.system.files import locked_folder, run_file, write_together
 from finetune.system.terminal import Say, progress_bar
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def evaluate(
         RecipeError: The recipe has faults.
         DataError: Rows or prompts cannot be read.
         LabelError, TemplateError: A chat template refuses a conversation.
+        RunError: Another process evaluates into `output`.
     """
     file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
     if file is None:
@@ -129,26 +130,29 @@ def evaluate(
     own = subjects[-1] if subjects else _Subject(model, sections=(loaded.model, loaded.quantization))
     prompts, source = evaluation.prompts(own)
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
-    answered = [evaluation.ask(served, prompts, own)] if served else []
-    results = [evaluation.evaluate(subject, prompts) for subject in subjects]
-    # The model that is evaluated is the last one.
-    results[-1:-1] = answered
-    report = report_of(results, loaded, source, limit)
-    output.mkdir(parents=True, exist_ok=True)
-    _write(report, output)
-    if settings and judge:
-        # The report is written a second time: its first form stays if the judge fails.
-        preference = _preference(judge, results, reference, output / "judge", say, progress)
-        report["judge"] = preference | {"against": settings.reference or results[0].name}
+    with locked_folder(output, "--output", "evaluating"):
+        answered = [evaluation.ask(served, prompts, own)] if served else []
+        results = [evaluation.evaluate(subject, prompts) for subject in subjects]
+        # The model that is evaluated is the last one.
+        results[-1:-1] = answered
+        report = report_of(results, loaded, source, limit)
         _write(report, output)
+        if settings and judge:
+            # The report is written a second time: its first form stays if the judge fails.
+            preference = _preference(judge, results, reference, output / "judge", say, progress)
+            report["judge"] = preference | {"against": settings.reference or results[0].name}
+            _write(report, output)
     say(f"written: {output}")
     return report
 
 
 def _write(report: EvaluationReport, output: Path) -> None:
-    write_whole(output / "report.md", as_markdown(report))
-    write_whole(output / "answers.html", as_html(report))
-    write_whole(output / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    texts = {
+        "report.md": as_markdown(report),
+        "answers.html": as_html(report),
+        "report.json": json.dumps(report, ensure_ascii=False, indent=1) + "\n",
+    }
+    write_together(output, texts)
 
 
 def _subject(model: str, recipe: Recipe) -> _Subject:

@@ -21,6 +21,7 @@ from finetune.evaluate.perplexity import score, score_groups
 from finetune.export.report import Activations, ModelFigures, ScoreFigures
 from finetune.system import fresh_process
 from finetune.system.errors import FinetuneError, LabelError, TemplateError, first_line
+from finetune.system.files import is_full
 
 # An answer that has not ended after so many tokens counts as one that does not end.
 ANSWER_TOKENS = 64
@@ -83,6 +84,9 @@ def measure(job: Job, rows: list[LabelledRow]) -> ModelFigures:
     Args:
         job: The model.
         rows: The rows to compute the loss on. The prompts of the first ten are answered.
+
+    Raises:
+        OSError: The disk is full, which is no fault of the model.
     """
     size = sum(path.stat().st_size for path in job.folder.glob("*.safetensors"))
     model: ModelFigures = {"name": job.name, "against": job.against, "dtype": job.dtype, "bytes": size}
@@ -91,6 +95,8 @@ def measure(job: Job, rows: list[LabelledRow]) -> ModelFigures:
     except fresh_process.ProcessFailed as error:
         model["error"] = str(error)
     except (FinetuneError, OSError) as error:
+        if is_full(error):
+            raise
         model["error"] = f"{type(error).__name__}: {first_line(error)}"
     return model
 

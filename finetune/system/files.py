@@ -10,8 +10,8 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,30 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # The record of what a merged model was made from.
 MERGE_RECORD = "merge.json"
-# The file in a run's folder that the process which trains into it has locked.
+# The file in a folder that the process which trains or evaluates into it has locked.
 LOCK = ".lock"
 # Each output of merge and of export has one of these; only such a folder may be replaced.
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 # The beginning of a pointer of Git LFS, and the size of the largest.
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
 
+# The errors of a disk, a quota or a limit of a file's size that is reached.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Writing
+
+
+@contextmanager
+def _full_disk_names(path: Path) -> Iterator[None]:
+    """Names the file or folder that is written in an error of a full disk, which names none, or one that is read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 @contextmanager
@@ -49,8 +63,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         if part.is_symlink() or not part.is_file():
             part.unlink(missing_ok=True)  # writing would follow a link, and wait at a pipe
-        yield part
-        sync(part)
+        with _full_disk_names(path):
+            yield part
+            sync(part)
         part.replace(path)
         sync(path.parent)
     finally:
@@ -72,6 +87,13 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that `path` is complete or does not exist, even after a power failure."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_together(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes text files into a folder as `write_whole` does; where one of them cannot be written, none is replaced."""
+    with _full_disk_names(folder), ExitStack() as parts:
+        for name, text in texts.items():
+            parts.enter_context(whole_file(folder / name)).write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -110,8 +132,9 @@ def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
             check_free(output, overwrite)
         shutil.rmtree(replaced, ignore_errors=True)
         partial.mkdir()
-        yield partial
-        sync_files(partial)
+        with _full_disk_names(output):
+            yield partial
+            sync_files(partial)
         check_free(output, overwrite)
         if output.exists():
             output.rename(replaced)
@@ -173,7 +196,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: Path, key: str) -> Iterator[None]:
+def locked_folder(folder: Path, key: str, work: str = "training") -> Iterator[None]:
     """Makes a folder, and keeps other processes that would lock it out until the end; removes it if it stays empty.
 
     The lock ends with the process, however that ends; its file may stay, and says nothing. A filesystem without locks
@@ -182,6 +205,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     Args:
         folder: The folder.
         key: The key that names it, for the message.
+        work: The work of the process that has it, for the message.
 
     Raises:
         RunError: Another process holds the lock.
@@ -195,7 +219,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
-            f"{key}: another process is training into {folder}; wait for its end, or write another directory"
+            f"{key}: another process is {work} into {folder}; wait for its end, or write another directory"
         ) from None
     except (OSError, NotImplementedError):
         pass
@@ -218,7 +242,7 @@ def is_full(error: BaseException) -> bool:
     """
     one: BaseException | None = error
     while one is not None:
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(one, OSError) and one.errno in _FULL:
             return True
         if re.search(r"No space left on device|\(os error (28|122)\)|Disk quota exceeded", str(one)):
             return True
@@ -256,9 +280,10 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(work, ignore_errors=True)
             folder = work / "folder"
             try:
-                folder.mkdir(parents=True)
-                make(folder)
-                sync_files(folder)
+                with _full_disk_names(target):
+                    folder.mkdir(parents=True)
+                    make(folder)
+                    sync_files(folder)
                 folder.rename(target)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
