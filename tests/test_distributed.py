@@ -18,7 +18,9 @@ from processes import ROOT, Processes, environment
 from safetensors.torch import load_file
 
 from finetune.cli.commands import main
+from finetune.recipe.load import load_recipe
 from finetune.train import checkpoint
+from finetune.train.run import _comparable as comparable
 
 Write = Callable[..., Path]
 FILE = "the file given to accelerate launch"
@@ -251,6 +253,20 @@ def test_ranks_that_differ_are_refused(write_recipe: Write, processes: Processes
     name = "a row of data.train" if what == "rows" else "the recipe"
     assert f"{name} of rank 1 (" in line
     assert line.endswith("start all machines with the same recipe, files and packages")
+
+
+def test_ranks_may_have_secrets_of_their_own(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(training={"project": "${TRACKER_TOKEN}", "run_name": "${RUN_NAME}"})
+
+    def compared(**variables: str) -> Any:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return comparable(load_recipe(path))
+
+    first = compared(TRACKER_TOKEN="of rank 0", RUN_NAME="one")
+    assert compared(TRACKER_TOKEN="of rank 1") == first
+    assert "of rank" not in str(first)
+    assert compared(RUN_NAME="two") != first
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both(write_recipe: Write, processes: Processes) -> None:

@@ -505,6 +505,19 @@ def test_a_token_is_never_sent(name: str, text: str, run: Path, hub: Hub, client
     assert "you/secret" not in hub.repos
 
 
+def test_a_token_behind_the_vocabulary_of_a_gguf_file_is_found(hub: Hub, tmp_path: Path, merged: Path) -> None:
+    export, file = tmp_path / "exports", tmp_path / "exports" / "exports-Q8_0.gguf"
+    export.mkdir()
+    report = {"title": "exports", "base": "tiny/gemma3", "rows": "rows", "models": [], **exported(merged)}
+    (export / "report.json").write_text(json.dumps(report))
+    words = b"".join(len(word).to_bytes(8, "little") + word for word in (b"word%d" % n for n in range(300_000)))
+    file.write_bytes(b"GGUF" + words)
+    assert file.name in make_payload(export, "you/gguf", ask=False).files
+    file.write_bytes(b"GGUF" + words + b"\0template: " + TOKEN.encode() + b"\0")
+    with pytest.raises(PushError, match=r"exports-Q8_0.gguf holds a secret \(.*\), and nothing is pushed"):
+        make_payload(export, "you/gguf", ask=False)
+
+
 @pytest.mark.parametrize("link", ["vocab.txt", "evaluation"])
 def test_a_link_out_of_the_folder_is_refused_and_one_inside_it_is_followed(
     link: str, run: Path, tmp_path: Path, hub: Hub

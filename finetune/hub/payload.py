@@ -53,8 +53,9 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~}<-])/(?:[^\s/\"'#:,<>]+/)+[^\s/\"'#:,<>]*")
 # Files in which `..._token` names a token of the vocabulary.
 _OF_TOKENS = re.compile(r"token|processor")
-# Only the first MiB of a binary file is searched for secrets.
-_SEARCHED_BYTES = 2**20
+# The first bytes of a binary file that are searched for secrets. The metadata of a GGUF file, with its vocabulary, come
+# before the weights, and have 5 to 15 MB.
+_SEARCHED_BYTES, _SEARCHED_GGUF_BYTES = 2**20, 2**25
 
 
 @dataclass(frozen=True)
@@ -257,21 +258,25 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
 
     head = content
     if isinstance(content, Path):
+        most = _SEARCHED_GGUF_BYTES if content.suffix == ".gguf" else _SEARCHED_BYTES
         with content.open("rb") as file:
-            head = file.read(-1 if content.name in _VOCABULARY_FILES else _SEARCHED_BYTES)
+            head = file.read(-1 if content.name in _VOCABULARY_FILES else most)
     assert isinstance(head, bytes)
     variables = (value for key, value in os.environ.items() if secret_scan.SECRET_NAME_PATTERN.search(key))
     secrets = [value for value in variables if len(value) > 7]
-    text = head.decode("utf-8", "replace")
     if isinstance(content, bytes):
-        searched = text
+        searched = content.decode("utf-8", "replace")
+    elif content.name in _VOCABULARY_FILES:
+        searched = secret_scan.long_words(head.decode("utf-8", "replace"))
     else:
-        searched = secret_scan.long_words(text) if content.name in _VOCABULARY_FILES else _printable(head)
+        searched = _printable(head)
     found = secret_scan.find_secret(searched)
-    if any(token and token in text for token in (get_token(), *secrets)):
+    if any(token and os.fsencode(token) in head for token in (get_token(), *secrets)):
         found = "the token in use, or the value of a variable that holds one"
     if isinstance(content, bytes) and name.endswith((".json", "recipe.yaml")) and not _OF_TOKENS.search(name):
-        found = found or secret_scan.find_named_secret((json.loads if name.endswith(".json") else yaml.safe_load)(text))
+        found = found or secret_scan.find_named_secret(
+            (json.loads if name.endswith(".json") else yaml.safe_load)(searched)
+        )
     if found:
         raise PushError(
             f"{folder / name} holds a secret ({found}), and nothing is pushed; remove it from the file, and revoke it"
