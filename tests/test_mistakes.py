@@ -42,8 +42,8 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/chats", "runs/chats: a folder, not a command; for a run, write finetune generate runs/chats"),
         (
             "zzz",
-            "zzz: there is no such command; write one of init, convert, train, check, schema, plan, inspect, generate, "
-            "merge, export, check-adapter, evaluate, serve, report, doctor, push",
+            "zzz: there is no such command; write one of init, convert, train, sweep, check, schema, plan, inspect, "
+            "generate, merge, export, check-adapter, evaluate, serve, report, doctor, push",
         ),
         (
             "train recipe.yaml --learning_rate 1e-4",

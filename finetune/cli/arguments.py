@@ -46,7 +46,12 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="errors only")
     recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument("overrides", metavar="section.key=value", nargs="*", help="replaces a value of the recipe")
+    recipe.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="replaces a value of the recipe; sweep tries each item of a list",
+    )
 
     command = _Parser(prog="finetune", description="Fine-tunes language models from YAML recipes.", epilog=EXIT_CODES)
     command.add_argument("--version", action="version", version=__version__)
@@ -77,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
 
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
     flag("--force", action="store_true", help="train even if the memory check says that it does not fit")
+
+    flag = verb("sweep", "train each combination of some values, and compare the runs", recipe).add_argument
+    flag("--max-runs", type=_positive, default=64, metavar="N", help="refuse more combinations (default: 64)")
+    flag("--force", action="store_true", help="train even if the memory check says that a run does not fit")
+    flag("--json", action="store_true", help="print the comparison as JSON, as in sweep.json")
 
     flag = verb("check", "check a recipe without training", recipe).add_argument
     flag("--json", action="store_true", help="print the resolved recipe as JSON")

@@ -144,8 +144,14 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _check_run(args: argparse.Namespace) -> None:
-    """Refuses the name of a run that does not exist, before it is taken for a model on the Hub."""
+    """Refuses a sweep, and the name of a run that does not exist, before it is taken for a model on the Hub."""
     name = str(next((value for value in (vars(args).get(key) for key in ("model", "folder", "run")) if value), ""))
+    if os.path.isfile(os.path.join(name, "sweep.json")):
+        from finetune.cli.sweep_report import read_sweep
+
+        best = (read_sweep(Path(name, "sweep.json")) or {}).get("best")
+        cure = f"write one of its runs, such as {os.path.join(name, str(best))}" if best else "write one of its runs"
+        raise RunError(f"{name} is the folder of a sweep (its page: {os.path.join(name, 'sweep.html')}); {cure}")
     if not name or ":" in name or os.path.exists(os.path.expanduser(name)):
         return
     from finetune.recipe.paths import is_local, near_path
@@ -220,6 +226,33 @@ def _train(args: argparse.Namespace) -> None:
 
         output = train(recipe, say, preflight.check_memory)
     _say_done(say, began, f"talk to it: finetune generate {shell_word(str(output))}", _last_losses(output))
+
+
+def _sweep(args: argparse.Namespace) -> ExitCode:
+    from finetune.cli import sweep, sweep_report
+
+    say, began = _say_unless_quiet(args), time.monotonic()
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the comparison alone
+        planned = sweep.plan_sweep(Path(args.recipe), args.overrides, args.max_runs)
+        say(f"recipe: {planned.path}; {len(planned.runs)} runs below {planned.output}, each on one device")
+        for note in planned.notes:
+            say(note)
+        try:
+            sweep.run_sweep(planned, args.force, say)
+        except KeyboardInterrupt as stop:
+            stop.args = (f"{stop or 'stopped'}; the same command goes on",)
+            raise
+    rows = planned.rows()
+    if args.json:
+        print_text((planned.output / "sweep.json").read_text(encoding="utf-8"), end="")
+    else:
+        print_text("\n".join(sweep_report.as_text(rows)))
+    for note in planned.all_notes(rows)[len(planned.notes) :]:
+        say(note)
+    say(f"written: {planned.output / 'sweep.html'}, sweep.json")
+    last = sweep.last_line(planned, rows) or "no run is finished"
+    say(f"done in {clock(time.monotonic() - began)}; {last}")
+    return ExitCode.USER_ERROR if planned.errors else ExitCode.OK
 
 
 def _say_done(say: Say, began: float, then: str, figures: str = "") -> None:
@@ -467,6 +500,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
     "convert": _convert,
     "train": _train,
+    "sweep": _sweep,
     "check": _check,
     "schema": _schema,
     "plan": _plan,

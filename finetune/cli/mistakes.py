@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Collection, Sequence
 
 _ROWS = re.compile(r"\.(jsonl?|csv|parquet|ndjson|tsv|txt|xlsx?)(\.gz)?$")
-_TAKE_RECIPES = ("train", "check", "plan", "inspect")
+_TAKE_RECIPES = ("train", "sweep", "check", "plan", "inspect")
 # What other programs call our commands.
 _VERBS = {
     **dict.fromkeys(["eval", "test", "benchmark"], "evaluate"),

@@ -150,6 +150,32 @@ def check_changes(
         say(f"resuming with changes: {'; '.join(lines)}")
 
 
+# A run's name and trackers, and what other commands read, change no number of a run.
+_OF_NO_RUN = {"training.report_to", "training.run_name", "training.project", *_UNMENTIONED}
+
+
+def recipe_changes(saved: Path, recipe: Recipe) -> list[str]:
+    """The values with which a run was trained and that are others in a recipe, each as `KEY was X and is Y`.
+
+    Args:
+        saved: The run's `recipe.yaml`.
+        recipe: The recipe to compare with.
+
+    Raises:
+        RunError: `saved` is damaged.
+    """
+    try:
+        old, new = (
+            _tree(yaml.compose(text, Loader=yaml.BaseLoader) or yaml.ScalarNode("", ""), {})
+            for text in (saved.read_text(encoding="utf-8"), recipe.to_yaml())
+        )
+        old, new = ({k: v for k, v in side.items() if k not in ("export", "evaluate", "hub")} for side in (old, new))
+    except (OSError, ValueError, AttributeError, AssertionError, RecursionError, yaml.YAMLError) as error:
+        raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; restore it, or remove the run") from error
+    changed = ((key.lstrip("."), was, now) for key, was, now in _changed(old, new, ""))
+    return [f"{key} was {_shown(was)} and is {_shown(now)}" for key, was, now in changed if key not in _OF_NO_RUN]
+
+
 def _structural_faults(old: Sections, new: Sections, processes: tuple[int, int]) -> list[str]:
     """Refused changes that are not of one key: a section that comes or goes, the rows of an optimizer step."""
     faults = []

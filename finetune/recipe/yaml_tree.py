@@ -376,6 +376,17 @@ def expanded(value: Any) -> Any:
     return _VARIABLE.sub(lambda match: "${" if match[0] == "$${" else os.environ.get(match[1], match[0]), value)
 
 
+def list_items(text: str) -> list[str] | None:
+    """The items of a list in YAML, each as it is written; None for a text that is no list."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        return None
+    if not isinstance(node, yaml.SequenceNode):
+        return None
+    return [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
 def override(tree: RecipeTree, text: str) -> None:
     """Merges `section.key=value`, the value in YAML, over the tree; adds faults where that is not possible."""
 
