@@ -191,6 +191,24 @@ def test_each_model_that_can_be_chosen(
     assert recipe.training["output_dir"] == known["RUN"]
 
 
+def test_a_recipe_is_written_for_rows_of_ones_own_once(cell: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def finetune(*command: str) -> None:
+        commands.append(command)
+        Path(command[-1]).touch()
+
+    given = {"DATA": "/content/chats.jsonl", "KEEP": str(tmp_path / "drive"), "PROJECT": ROOT, "finetune": finetune}
+    for _ in range(2):
+        cell("parameters", "run", **given)
+        known = cell("places")
+    recipe = tmp_path / "drive/chats.yaml"
+    wanted = ("init", "/content/chats.jsonl", "--model", "google/gemma-2b", "--output", str(recipe))
+    assert commands == [wanted]
+    assert known["TRAIN"][:2] == [str(recipe), "model.name_or_path=google/gemma-2b"]
+    assert known["RUN"] == f"{tmp_path}/drive/runs/chats_gemma_2b"
+
+
 def test_an_error_ends_the_cell(cell: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     run = cell("parameters", "run")["run"]
     code = "import sys; print(sys.stdin.read().upper()); print('no', file=sys.stderr); sys.exit(2)"
