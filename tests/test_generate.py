@@ -13,6 +13,7 @@ import torch
 import finetune.cli.generate
 from finetune.cli.commands import main
 from finetune.data.chat import Chat
+from finetune.model import generate
 from finetune.model.generate import Generator, Sampling, load_generator
 
 Write = Callable[..., Path]
@@ -40,6 +41,33 @@ def test_spread_over_all_devices_it_says_the_same() -> None:
         load_generator("random:gemma3", device=device).answer_ids(ASKED, Sampling(12)) for device in ("cpu", "auto")
     )
     assert one == other
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gemma4", "llama"])
+def test_answers_that_have_ended_leave_the_batch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others stay what they are alone, behind prompts of different lengths and beyond the sliding window."""
+    generator = load_generator(f"random:{architecture}", dtype="float32")
+    texts = ["Hi", "What is a fox, and what does it eat in winter, where the snow lies deep? " * 3, "Why?", "日本で"]
+    prompts = [generator.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+    alone = [generator.answer_ids([{"role": "user", "content": text}], Sampling(40)) for text in texts]
+    assert {len(answer) for answer in alone} == {40}
+    # The answers end at their fourth, tenth and 21st token, one not at all; or before, where they say these tokens.
+    stops = {alone[0][3], alone[1][20], alone[2][9]} - {*alone[3]}
+    generator = replace(generator, stop_ids=tuple(stops))
+    ends = [next((i + 1 for i, token in enumerate(answer) if token in stops), 40) for answer in alone]
+    assert len({*ends}) > 2
+    sizes: list[int] = []
+    forward = generator.model.forward
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(generator.model, "forward", counted)
+    assert generator.answers(prompts, 40) == [answer[:end] for answer, end in zip(alone, ends, strict=True)]
+    rounds = [-(-end // generate._ROUND) * generate._ROUND for end in ends]
+    # The last answer leaves when it ends, not at the end of its round.
+    assert sum(sizes) == sum(rounds) - max(rounds) + max(ends)
 
 
 @pytest.mark.slow

@@ -32,6 +32,10 @@ _KEPT_SETTINGS = (
     *("repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
     *("suppress_tokens", "begin_suppress_tokens"),
 )
+# The steps of a batch after which answers that have ended leave it.
+_ROUND = 8
+# The layers of transformers' `DynamicCache` from which rows can be removed; a dummy uses the keys of another layer.
+_LAYERS_OF_ROWS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 # The last piece of `Generator.stream` if the limit cut the answer off.
 CUT_OFF = "\0cut"
 
@@ -147,12 +151,39 @@ class Generator:
         pad = self.chat.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        out = self._generate(ids, mask, max_new_tokens, do_sample=False, temperature=None, top_p=None)
-        answers = []
-        for row in out[:, width:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in self.stop_ids), len(row))
-            answers.append(row[:end])
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows, cache = list(range(len(prompts))), self._cache_of_rows()
+        while rows:
+            count = max_new_tokens - (ids.shape[1] - width)
+            options = {"past_key_values": cache} if cache else {}
+            count = min(count, _ROUND) if cache else count
+            ids = self._generate(ids, mask, count, do_sample=False, temperature=None, top_p=None, **options).cpu()
+            for row, tokens in zip(rows, ids[:, width:].tolist(), strict=True):
+                answers[row] = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), None)]
+            going = [
+                i
+                for i, row in enumerate(rows)
+                if len(answers[row]) < max_new_tokens and answers[row][-1] not in self.stop_ids
+            ]
+            rows = [rows[i] for i in going]
+            if rows and cache:
+                ids, mask = ids[going], torch.nn.functional.pad(mask[going], (0, count), value=1)
+                cache.batch_select_indices(torch.tensor(going))
         return answers
+
+    def _cache_of_rows(self) -> Any:
+        """A cache from which rows can be removed; None if the model keeps more than keys and values of tokens.
+
+        Source: transformers 5.23 `cache_utils.py`, whose `batch_select_indices` leaves the states of linear attention.
+        """
+        from transformers import DynamicCache
+
+        inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        if self.compiled or not inner._supports_default_dynamic_cache():
+            return None
+        cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        return cache if kinds and kinds <= _LAYERS_OF_ROWS else None
 
     def text(self, answer: Sequence[int]) -> str:
         """The text of an answer's token ids, without its stop token.
