@@ -970,7 +970,7 @@ def test_steps_are_said(merged: Path, tmp_path: Path, capsys: Said) -> None:
         f"exported: {output}",
         said.err.splitlines()[-1],
     ]
-    loads = f"how each folder is loaded: {output}/*/README.md; finetune push {output} uploads them"
+    loads = f"how each folder is loaded: {output}/*/README.md; finetune serve {output}/bf16; finetune push {output} uploads them"
     assert re.fullmatch(rf"done in 0:\d\d; {re.escape(loads)}", said.err.splitlines()[-1])
     assert said.out == (output / "report.md").read_text()
 

@@ -67,6 +67,8 @@ def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
         "report.json",
         "report.md",
     }
+    for folder in ("gguf", "ollama"):
+        assert "\n# out\n" in (exported / folder / "README.md").read_text(encoding="utf-8")
     ours, theirs = (exported / folder / "tiny-Q3_K_M.gguf" for folder in ("gguf", "ollama"))
     assert os.path.samefile(ours, theirs)
     assert (exported / "ollama/Modelfile").read_text().startswith("FROM ./tiny-Q3_K_M.gguf\n")

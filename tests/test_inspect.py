@@ -162,7 +162,7 @@ def test_tokens(recipe: str, capsys: Capture) -> None:
 def test_row(row: str, said: str | None, recipe: str, capsys: Capture) -> None:
     assert main(["inspect", recipe, "--row", row]) == (2 if said else 0)
     shown = capsys.readouterr()
-    assert shown.err == (f"error: --row {row}: {said}\n" if said else "")
+    assert shown.err == (f"error: --row {row}: {said}\n" if said else f"next: finetune train {recipe}\n")
     assert re.findall(r"^== (rows.jsonl:\d)", shown.out, re.M) == ([] if said else ["rows.jsonl:2"])
 
 
@@ -485,7 +485,7 @@ MARKS = ["Like this", "</mark> & {{ 7*7 }}\t\\u202eabc<end_of_turn>", "𠮷野�
 
 def test_page(recipe: str, capsys: Capture) -> None:
     assert main(["inspect", recipe, "--rows", "2", "--html", "page.html"]) == 0
-    assert capsys.readouterr() == ("", "written: page.html\n")
+    assert capsys.readouterr() == ("", f"written: page.html; open it in a browser; next: finetune train {recipe}\n")
     assert [path.name for path in Path().glob("*page*")] == ["page.html"]
     text = Path("page.html").read_text(encoding="utf-8")
     page = Page(text)

@@ -512,7 +512,8 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     capfd.readouterr()
     assert main(["merge", str(trained), "--output", str(merged), "--base", "dequantised"]) == 0
     out, err = capfd.readouterr()
-    done = rf"merged: {merged}\ndone in 0:\d\d; talk to it: finetune generate {merged}\n"
+    then = f"talk to it: finetune generate {merged}; serve it: finetune serve {merged}"
+    done = rf"merged: {merged}\ndone in 0:\d\d; {then}\n"
     assert (out, bool(re.fullmatch(done, err))) == ("", True), err
     assert sorted(path.name for path in merged.iterdir()) == [
         "chat_template.jinja",

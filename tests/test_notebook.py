@@ -333,4 +333,4 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     assert repo.private
     name = "adapter_model.safetensors"
     assert repo.files()[name] == (run / name).read_bytes()
-    assert said["push"].splitlines()[-1].startswith(f"{machine.hub.url}/you/quotes/commit/")
+    assert f"\n{machine.hub.url}/you/quotes/commit/" in f"\n{said['push']}"

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
+DONE = r"done in 0:\d\d; its page there says how it is loaded\n"
 NO_LICENSE = "license: tiny/gemma3 names no license, so the model card names none"
 PushedRun = tuple[Path, list[str], Repo, list[str]]
 OLD = "hf_" + "expired" * 4
@@ -247,7 +249,9 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     ]
     sent = list(hub.sent)
     hub.fault = lambda method, path, body: None
+    capsys.readouterr()
     assert main(["push", str(tmp_path / "run")]) == 0
+    assert re.fullmatch(rf"{NO_LICENSE}\n{DONE}", capsys.readouterr().err)
     assert (hub.repos["you/late"].titles, sorted(hub.repos["you/late"].files())) == (["Adapter"], ADAPTER)
     assert hub.sent == sent
 
@@ -323,7 +327,7 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     hub.sent.clear()
     capsys.readouterr()
     assert main(words) == 0
-    assert capsys.readouterr().err == f"{NO_LICENSE}\nyou/merged is up to date already\n"
+    assert re.fullmatch(rf"{NO_LICENSE}\nyou/merged is up to date already\n{DONE}", capsys.readouterr().err)
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
@@ -835,7 +839,8 @@ def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) ->
         text=True,
     )
     address = f"{hub.url}/you/alone/commit/{hub.repos['you/alone'].branches['main']}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, address, f"{NO_LICENSE}\n")
+    assert (done.returncode, done.stdout) == (0, address)
+    assert re.fullmatch(rf"{NO_LICENSE}\n{DONE}", done.stderr)
     assert sorted(hub.repos["you/alone"].files()) == ADAPTER
 
 

@@ -457,7 +457,7 @@ def test_bytes_that_are_no_text(copied: Path, capsys: pytest.CaptureFixture[str]
 
 def test_where_it_is_written(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(copied), "--output", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().err == f"written: {tmp_path / 'page.html'}\n"
+    assert capsys.readouterr().err == f"written: {tmp_path / 'page.html'}; open it in a browser\n"
     assert main(["report", str(copied)]) == 0
     assert (copied / "report.html").read_bytes() == (tmp_path / "page.html").read_bytes()
     assert main(["report", str(copied), "--output", str(tmp_path / "no" / "page.html")]) == 2

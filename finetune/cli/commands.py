@@ -347,14 +347,17 @@ def _inspect(args: argparse.Namespace) -> None:
     if count is None and not args.json:
         count = 50 if args.html else 3
     rows = data.rows(count, args.row)
+    then = f"next: finetune train {shlex.join([str(args.recipe), *args.overrides])}"
     if args.html:
         write_whole(args.html, inspect.as_html(data, rows))
-        _say_unless_quiet(args)(f"written: {args.html}")
+        _say_unless_quiet(args)(f"written: {args.html}; open it in a browser; {then}")
         return
     text = inspect.as_text(data, rows, sys.stdout, args.tokens)
     for line in inspect.as_json(data, rows) if args.json else text:
         print(line)
     sys.stdout.flush()
+    if not args.json:
+        _say_unless_quiet(args)(then)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -381,7 +384,8 @@ def _merge(args: argparse.Namespace) -> None:
         say=say,
         progress=not args.quiet,
     )
-    _say_done(say, began, f"talk to it: finetune generate {shell_word(str(output))}")
+    word = shell_word(str(output))
+    _say_done(say, began, f"talk to it: finetune generate {word}; serve it: finetune serve {word}")
 
 
 def _export(args: argparse.Namespace) -> ExitCode:
@@ -403,8 +407,10 @@ def _export(args: argparse.Namespace) -> ExitCode:
     missed = shortfalls(output)
     for line in missed:
         print_line(f"gate: {line}")
-    pages = f"{shell_word(str(output))}/*/README.md"
-    _say_done(say, began, f"how each folder is loaded: {pages}; finetune push {shell_word(str(output))} uploads them")
+    ggufs = (file for file in output.glob("*/*.gguf") if not file.name.endswith("-adapter.gguf"))
+    folder = min((file.parent for file in (*output.glob("*/config.json"), *ggufs)), default=None)
+    word, serves = shell_word(str(output)), f"; finetune serve {shell_word(str(folder))}" if folder else ""
+    _say_done(say, began, f"how each folder is loaded: {word}/*/README.md{serves}; finetune push {word} uploads them")
     return ExitCode.MISSED if missed else ExitCode.OK
 
 
@@ -462,7 +468,7 @@ def _report(args: argparse.Namespace) -> None:
     if args.output:
         _check_file("--output", file)
     write_whole(file, as_html(args.run))
-    _say_unless_quiet(args)(f"written: {file}")
+    _say_unless_quiet(args)(f"written: {file}; open it in a browser")
 
 
 def _doctor(args: argparse.Namespace) -> ExitCode:
@@ -482,6 +488,7 @@ def _doctor(args: argparse.Namespace) -> ExitCode:
 def _push(args: argparse.Namespace) -> None:
     from finetune.hub.run import push
 
+    say, began = _say_unless_quiet(args), time.monotonic()
     print_text(
         push(
             args.folder,
@@ -490,10 +497,11 @@ def _push(args: argparse.Namespace) -> None:
             args.revision,
             args.create_pr,
             args.base_model,
-            say=_say_unless_quiet(args),
+            say=say,
             progress=not args.quiet and sys.stderr.isatty(),
         )
     )
+    _say_done(say, began, "its page there says how it is loaded")
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {

@@ -33,6 +33,7 @@ from finetune.system.pages import render
 _MARK = "\n<!-- Written by finetune from the files of this repository. {} -->\n"
 # The end of the name of a GGUF file with an adapter.
 _ADAPTER_FILE = "-adapter.gguf"
+_GGUF_FOLDERS = ("gguf", "ollama")
 _MODEL_CONFIGS = (ADAPTER_CONFIG, "config.json")
 _SMALL_FORMATS = {*QUANTIZED_FORMATS, *COMPRESSED_FORMATS, *(name for name, bits in MLX_BITS.items() if bits < 16)}
 
@@ -174,7 +175,8 @@ def export_card(
     run, recipe = provenance.source_run(place), provenance.recipe_sections(place)
     files, modelfile = _gguf_files(place)
     measured = next((item for item in report.get("models") or [] if item["name"] == kind), None)
-    name = _name(place, repo) if folder else report["title"]
+    # The folder of GGUF files is called `gguf` in every export.
+    name = _name(place, repo) if repo or (folder and place.name not in _GGUF_FOLDERS) else report["title"]
     folders = sorted(p.parent.name for p in place.glob("*/config.json")) if kind is None else []
     kinds = [kind] if kind else folders
     small, for_mlx = (bool(kinds) and names >= set(kinds) for names in (_SMALL_FORMATS, MLX_BITS.keys()))
