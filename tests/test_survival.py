@@ -550,3 +550,5 @@ def test_a_damaged_marker_is_no_whole_checkpoint(marker: str, tmp_path: Path) ->
     assert not checkpoint.is_whole(tmp_path)
     (tmp_path / "complete.json").write_text('{"step": 1, "files": {"a": 3}, "day": "2026-12-01"}')
     assert checkpoint.is_whole(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"a": "\x1b"}')
+    assert not checkpoint.is_whole(tmp_path)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from finetune.system.errors import RunError
-from finetune.system.files import ADAPTER_WEIGHTS, LOCK, MODEL_WEIGHTS, WEIGHTS_INDEX, write_whole
+from finetune.system.files import ADAPTER_WEIGHTS, LOCK, MODEL_WEIGHTS, WEIGHTS_INDEX, read_json, write_whole
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Written last: a `checkpoint-N` folder without it is incomplete.
 MARKER = "complete.json"
+# The log and the step, which transformers writes.
+_TRAINER_STATE = "trainer_state.json"
 
 # The run directory of a finished run has one of these; they are moved there last.
 WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
@@ -118,7 +120,7 @@ def first_day(start: Path | None) -> date:
 
 
 def is_whole(folder: Path) -> bool:
-    """True if the checkpoint is marked as complete and its files have the sizes in the marker."""
+    """True if the checkpoint is marked as complete, its files have the marker's sizes, and its log is JSON."""
     return not _why_not_whole(folder)
 
 
@@ -140,6 +142,10 @@ def _why_not_whole(folder: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
+    try:
+        read_json(folder / _TRAINER_STATE)  # transformers 5.23 fails with Python's error
+    except RunError:
+        return f"{_TRAINER_STATE} is damaged"
     return ""
 
 
