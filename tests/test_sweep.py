@@ -365,21 +365,32 @@ def test_a_half_finished_run_is_resumed(write_recipe: Write, capsys: pytest.Capt
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.fixture
+def processes() -> Processes:
+    return Processes()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
+    ],
+)
 def test_a_signal_in_the_second_run(write_recipe: Write, processes: Processes, number: int) -> None:
     """Passed on to the run, which saves a checkpoint; after SIGKILL the run's process ends, too."""
-    path = write_recipe(training={"max_steps": 60, "save_strategy": "steps", "save_steps": 5})
-    command = ["sweep", str(path), "training.max_steps=[2,60]"]
+    path = write_recipe(training={"max_steps": 30, "save_strategy": "steps", "save_steps": 5})
+    command = ["sweep", str(path), "training.max_steps=[2,30]"]
     started = processes.start(*command)
-    while not started.poll() and not list(Path("run/max_steps-60").glob("checkpoint-*/complete.json")):
+    while not started.poll() and not list(Path("run/max_steps-30").glob("checkpoint-*/complete.json")):
         time.sleep(0.02)
     os.kill(started.pids[0], number)
     [code] = started.wait()
     if number == signal.SIGKILL:
         deadline = time.monotonic() + 20
         steps = -1
-        while steps != (now := len(Path("run/max_steps-60/metrics.jsonl").read_text())):
+        while steps != (now := len(Path("run/max_steps-30/metrics.jsonl").read_text())):
             assert time.monotonic() < deadline, "the run goes on"
             steps = now
             time.sleep(1)
@@ -389,6 +400,5 @@ def test_a_signal_in_the_second_run(write_recipe: Write, processes: Processes, n
         assert started.said().splitlines()[-1].endswith("is saved; the same command goes on")
     said = processes.run(*command)
     assert "max_steps-2 is finished already" in said
-    assert "[2/2] step 1/60" not in said
-    assert saved()["best"] == "max_steps-60" or saved()["best"] == "max_steps-2"
+    assert "[2/2] step 1/30" not in said
     assert [run["state"] for run in saved()["runs"]] == ["finished", "finished"]
