@@ -513,10 +513,13 @@ def test_a_server_answers_beside_the_run_and_alone(run: Path, capsys: pytest.Cap
         ids = generator.answer_ids(messages, Sampling(request.body["max_tokens"]))
         return says(generator.text(ids), tokens=(9, len(ids)))
 
-    with serve(as_the_run, models=[{"id": "tiny"}]) as server:
+    with serve(as_the_run, models=[{"id": "tiny"}, {"id": "run"}]) as server:
         capsys.readouterr()
-        arguments = ["evaluate", "run", "--recipe", "asked.yaml", "--server", server.url]
-        assert main([*arguments, "--json"]) == 0
+        arguments = ["evaluate", "run", "--recipe", "asked.yaml", "--server-model", "tiny"]
+        assert main(arguments) == 2
+        fault = "error: --server-model tiny: write --server with the server's address, too\n"
+        assert capsys.readouterr().err == fault
+        assert main([*arguments, "--server", server.url, "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         here, ours = report["models"]
         assert [here["name"], ours["name"]] == [f"tiny at {server.url}", "run"]
@@ -524,10 +527,12 @@ def test_a_server_answers_beside_the_run_and_alone(run: Path, capsys: pytest.Cap
         assert (here["loss"], here["answers"]["count"]) == ({"all": {}, "source": {}, "language": {}}, 3)
         assert ours["loss"]["all"]["all"]["tokens"] > 0
         assert report["same_tokens"]
-        assert "| equal to the answer of run | 66.7% (2 of 3; 95%: " in (run / "evaluation" / "report.md").read_text()
+        text = (run / "evaluation" / "report.md").read_text()
+        assert "| equal to the answer of run | 66.7% (2 of 3; 95%: " in text
+        assert "| rows | run: tokens | perplexity | accuracy |" in text
         assert len(server.requests) == 3
         # Alone, and with a judge's key at hand, which is not for this server.
-        assert main(["evaluate", server.url, "--recipe", "asked.yaml", "--output", "alone", "--json"]) == 0
+        assert main(["evaluate", server.url, *arguments[2:], "--output", "alone", "--json"]) == 0
         (alone,) = json.loads(capsys.readouterr().out)["models"]
         assert alone["answers"] == here["answers"]
         assert "equal" not in alone

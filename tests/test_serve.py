@@ -340,8 +340,8 @@ def test_a_signal_ends_the_server_and_its_processes(
     assert command.said().split("\n", 1)[1] == (
         f"ready: base URL http://127.0.0.1:{port}/v1, model x; Ctrl-C ends it; try it:\n"
         f"  curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'\n"
-        f"finetune evaluate asks it too, by this line in a recipe: evaluate: {{server: {{base_url: "
-        f'"http://127.0.0.1:{port}/v1", model: "x"}}}}\n{last}'
+        f"beside the answers of a run: finetune evaluate RUN --server http://127.0.0.1:{port}/v1 --server-model x\n"
+        f"{last}"
     )
 
 

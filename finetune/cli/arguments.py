@@ -215,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--base", metavar="PATH_OR_ID", help=elsewhere)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
     flag("--server", metavar="URL", help="a server of the model (OpenAI's chat API) that answers the prompts too")
+    flag("--server-model", metavar="NAME", help="the model's name there (default: the only one, or that of the run)")
     flag("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
     flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")
     flag("--json", action="store_true", help="print the report as JSON")

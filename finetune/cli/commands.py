@@ -444,6 +444,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.compare,
             args.limit,
             args.server,
+            args.server_model,
             base=args.base,
             trust_remote_code=_trust(args),
             say=say,

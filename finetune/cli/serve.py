@@ -132,8 +132,7 @@ def _say_ready(say: Say, url: str, model: str) -> None:
     request = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False)
     say(f"ready: base URL {url}, model {model}; Ctrl-C ends it; try it:")
     say(f"  curl {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(request)}")
-    server = f"{{base_url: {json.dumps(url)}, model: {json.dumps(model, ensure_ascii=False)}}}"
-    say(f"finetune evaluate asks it too, by this line in a recipe: evaluate: {{server: {server}}}")
+    say(f"beside the answers of a run: finetune evaluate RUN --server {url} --server-model {shell_word(model)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def tables(report: EvaluationReport) -> list[tuple[str, list[list[str]]]]:
     """Each table's title and its rows, of which the first is the header; empty tables are left out."""
     models = report["models"]
     every = [
-        ("On held-out rows", _loss_rows(models)),
+        ("On held-out rows", _loss_rows([model for model in models if model["loss"].get("all")])),
         ("Pairs whose chosen answer is preferred", _pair_rows(models)),
         ("Answers", _answer_rows(models)),
         ("Preference", _judge_rows(report.get("judge"))),

@@ -73,6 +73,7 @@ def evaluate(
     compare: str | None = None,
     limit: int | None = None,
     server: str | None = None,
+    server_model: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
@@ -89,6 +90,7 @@ def evaluate(
         limit: The most rows and the most prompts; it overrides the recipe's `evaluate.limit`.
         server: The address of an OpenAI-compatible server that serves the model: it answers the prompts too. It
             overrides the recipe's `evaluate.server.base_url`.
+        server_model: The model's name at that server; it overrides the recipe's `evaluate.server.model`.
         base: The path or id of the run's base, in place of the one that its files name.
         trust_remote_code: True if the user lets Python files of models and of lm-eval's tasks run; `recipe` may say so
             of its own base and tasks.
@@ -116,7 +118,7 @@ def evaluate(
         _check_tasks_are_names(loaded, file, trust_remote_code)
         _check_nothing_is_sent(loaded, file, server)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
-    served = _served(section, model, server, say)
+    served = _served(section, model, server, server_model, say)
     alone = model.startswith(_ADDRESS)
     subjects = [] if alone else [replace(_subject(model, loaded), base=base)]
     if compare:
@@ -197,15 +199,19 @@ def _check_nothing_is_sent(recipe: Recipe, file: Path, server: str | None) -> No
             )
 
 
-def _served(section: EvaluateSection, model: str, server: str | None, say: Say) -> ServedModel | None:
+def _served(
+    section: EvaluateSection, model: str, server: str | None, server_model: str | None, say: Say
+) -> ServedModel | None:
     """The server of the recipe, of `--server`, or that is evaluated alone."""
     address = model if model.startswith(_ADDRESS) else server
-    settings = section.server
-    if address:
-        update = {"base_url": address}
-        settings = settings.model_copy(update=update) if settings else ServerSection.model_validate(update)
-    if settings is None:
+    given = {"base_url": address, "model": server_model}
+    keys = section.server.model_dump() if section.server else {}
+    keys |= {key: value for key, value in given.items() if value}
+    if not keys:
         return None
+    if "base_url" not in keys:
+        raise EvaluateError(f"--server-model {server_model}: write --server with the server's address, too")
+    settings = ServerSection.model_validate(keys)
     from finetune.evaluate.served import KEY_VARIABLE, ServedModel
 
     return ServedModel(settings, os.environ.get(KEY_VARIABLE, ""), model, section.max_new_tokens, say)
