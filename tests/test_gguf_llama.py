@@ -47,8 +47,8 @@ from finetune.system.extras import install_command
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a tiny model two threads wait for each other most of the time."""
-    monkeypatch.setattr(library, "cpu_count", lambda: 1)
-    monkeypatch.setattr(server, "cpu_count", lambda: 1)
+    monkeypatch.setattr(library, "usable_cores", lambda: 1)
+    monkeypatch.setattr(server, "usable_cores", lambda: 1)
 
 
 TEXTS = [

@@ -850,6 +850,28 @@ def test_a_limit_of_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert this_machine(free=True).memory == limits[0][0] - limits[0][1]
 
 
+@pytest.mark.parametrize(
+    ("own", "group", "quotas"),
+    [
+        ("0::/pod/a\n", {"pod/cpu.max": "150000 100000\n", "pod/a/cpu.max": "max 100000\n"}, [1.5]),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, [0.5]),
+        ("4:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, []),
+    ],
+    ids=["version 2", "version 1", "no quota"],
+)
+def test_a_quota_of_processor_time_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, group: dict[str, str], quotas: list[float]
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in group.items():
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).write_text(text)
+    assert list(devices._cgroup_quotas(tmp_path / "top", tmp_path / "own")) == quotas
+    monkeypatch.setattr(devices, "_cgroup_quotas", lambda: quotas)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    assert devices.usable_cores() == {1.5: 2, 0.5: 1}.get(quotas[0] if quotas else 0, 8)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The table of shipped recipes
 

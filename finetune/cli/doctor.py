@@ -18,7 +18,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from finetune.system import devices
-from finetune.system.devices import machine_memory
+from finetune.system.devices import machine_memory, usable_cores
 from finetune.system.errors import first_line
 from finetune.system.extras import DISTRIBUTION, install_command, requirements
 from finetune.system.numbers import GIB, memory
@@ -182,7 +182,7 @@ def _memory() -> Iterator[CheckResult]:
     yield CheckResult("memory", NOTE if short else OK, f"{memory(free)} free of {memory(total)}", do)
     threads = os.environ.get("OMP_NUM_THREADS")
     limited = f", of which torch uses {threads} (OMP_NUM_THREADS)" if threads else ""
-    yield CheckResult("cores", OK, f"{os.cpu_count()}{limited}")
+    yield CheckResult("cores", OK, f"{usable_cores()}{limited}")
 
 
 def _disk() -> Iterator[CheckResult]:

@@ -1,8 +1,10 @@
-"""GPUs by memory and speed; this machine's device, memory and energy."""
+"""GPUs by memory and speed; this machine's device, memory, cores and energy."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 import resource
 import sys
@@ -136,33 +138,58 @@ def machine_memory() -> tuple[int, int]:
     return total, free
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may use at once; a container's quota of processor time counts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *(max(1, math.ceil(quota)) for quota in _cgroup_quotas())])
+
+
 def _cgroup_limits(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[int, int]]:
     """Limit and use, without cached files, of each control group with a memory limit that this process is in."""
+    for folder, version in _cgroup_folders("memory", groups, own):
+        limit, used = _MEMORY_FILES[version]
+        with contextlib.suppress(OSError, ValueError):
+            most = int((folder / limit).read_text())  # "max" where there is no limit
+            words = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            stat = {name: int(value) for name, value in words}
+            cached = [stat.get(f"total_{name}", stat.get(name, 0)) for name in _CACHED]
+            yield most, int((folder / used).read_text()) - sum(cached)
+
+
+def _cgroup_quotas(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """The cores' worth of processor time of each control group with a quota that this process is in."""
+    for folder, version in _cgroup_folders("cpu", groups, own):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text() for name in _QUOTA_FILES[version]).split()
+            if int(quota) > 0 and int(period) > 0:  # "max" or -1 where there is none
+                yield int(quota) / int(period)
+
+
+def _cgroup_folders(controller: str, groups: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of the control groups that this process is in, the innermost first, and their version."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # another system
         return
     for line in lines:
         _, kind, path = line.split(":", 2)
-        if kind == "":  # version 2
-            top, limit, used = groups, "memory.max", "memory.current"
-        elif "memory" in kind.split(","):
-            top, limit, used = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        if kind == "":
+            top, version = groups, 2
+        elif controller in kind.split(","):
+            top, version = groups / controller, 1
         else:
             continue
         place = top / path.strip("/")
         # Inside a container its own group may be the top, under another name than outside.
         for folder in (place, *place.parents[: len(place.parts) - len(top.parts)]):
-            with contextlib.suppress(OSError, ValueError):
-                most = int((folder / limit).read_text())  # "max" where there is no limit
-                words = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                stat = {name: int(value) for name, value in words}
-                cached = [stat.get(f"total_{name}", stat.get(name, 0)) for name in _CACHED]
-                yield most, int((folder / used).read_text()) - sum(cached)
+            yield folder, version
 
 
+# The files of a memory limit and of its use, and those of a quota and its period in microseconds, by cgroup version.
+_MEMORY_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+_QUOTA_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
 # The parts of `memory.stat` that the kernel takes back first.
 _CACHED = ("active_file", "inactive_file", "slab_reclaimable")
 

@@ -53,6 +53,7 @@ from finetune.export.gguf.tensors import (
     unread_tensors,
 )
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
+from finetune.system.devices import usable_cores
 from finetune.system.errors import ExportError
 from finetune.system.files import whole_file
 from finetune.system.numbers import memory
@@ -262,7 +263,7 @@ def _write_tensors(
     out: IO[bytes], model: Path, items: list[_Tensor], config: Any, imatrix: ImportanceMatrix
 ) -> Iterator[int]:
     """Writes the tensors; yields how many bytes have been written after each slice."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = usable_cores()
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     done = 0
     sources = [part for item in items if isinstance(item.source, tuple) for part in item.source]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.system.devices import usable_cores
 from finetune.system.errors import LlamaCppError
 from finetune.system.extras import install_command
 
@@ -163,11 +164,6 @@ def _context_fields(words: Sequence[int]) -> tuple[int, int, int]:
     raise unknown_release(_CONTEXT_CHANGED)
 
 
-def cpu_count() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Llama:
     """A GGUF file in llama.cpp, on all cores. Use it in a fresh process, because a fault in llama.cpp ends the process.
 
@@ -304,7 +300,7 @@ class Llama:
             one = (_P * 1)(self._adapter), 1, (ctypes.c_float * 1)(1.0)
             if self._library.llama_set_adapters_lora(context, *one):
                 raise LlamaCppError(f"llama.cpp cannot add the adapter: {_log.first_error()}")
-        self._library.llama_set_n_threads(context, cpu_count(), cpu_count())
+        self._library.llama_set_n_threads(context, usable_cores(), usable_cores())
         batch = self._library.llama_batch_init(self.step, 0, 1)
         if batch.count or batch.embd or not (batch.token and batch.pos and batch.seq_id and batch.logits):
             raise unknown_release("llama_batch is laid out otherwise")

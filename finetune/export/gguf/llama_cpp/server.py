@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from finetune.data.turns import Message
-from finetune.export.gguf.llama_cpp.library import cpu_count, import_xllamacpp, unknown_release
+from finetune.export.gguf.llama_cpp.library import import_xllamacpp, unknown_release
+from finetune.system.devices import usable_cores
 from finetune.system.errors import LlamaCppError
 
 # The end of `Server`'s error; llama.cpp writes the reason to stderr.
@@ -50,7 +51,7 @@ class Server:
         options.model.path = str(file)
         if adapter:
             options.lora_adapters = [package.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = cpu_count()
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = usable_cores()
         try:
             for name, value in settings.items():
                 setattr(options, name, value)
