@@ -215,7 +215,8 @@ def _train(args: argparse.Namespace) -> None:
     check_output(Path(training["output_dir"]), training.get("resume_from_checkpoint") or False)
     say = _say_unless_quiet(args)
     say(f"recipe: {recipe.path}")
-    say(_what_is_trained(recipe))
+    for line in _what_is_trained(recipe):
+        say(line)
     from finetune.train.run import train
 
     began = time.monotonic()
@@ -312,7 +313,7 @@ def _notes(recipe: Recipe) -> Iterator[str]:
     """Lines of `check` beside a recipe's values: what is trained, the template that a base lacks, the next command."""
     from finetune.recipe.checks import base_template
 
-    yield _what_is_trained(recipe)
+    yield from _what_is_trained(recipe)
     name = recipe.model.name_or_path
     template = base_template(name)
     texts = all(source.format == "text" or source.raw for source in recipe.data.train)
@@ -326,13 +327,18 @@ def _notes(recipe: Recipe) -> Iterator[str]:
     yield f"next: finetune inspect {recipe.path} shows the tokens that are trained on; --all prints the defaults, too"
 
 
-def _what_is_trained(recipe: Recipe) -> str:
+def _what_is_trained(recipe: Recipe) -> Iterator[str]:
     if recipe.lora is None:
-        return "all weights are trained (lora: null)"
-    if recipe.model.adapter:
-        return f"the adapter {recipe.model.adapter} is trained on"
-    absent = "" if any(key.split(".")[0] == "lora" for key in recipe.origins) else "; the recipe has no section lora"
-    return f"a LoRA adapter is trained{absent} (lora: null trains all weights)"
+        yield "all weights are trained (lora: null)"
+    elif recipe.model.adapter:
+        yield f"the adapter {recipe.model.adapter} is trained on"
+    else:
+        absent = (
+            "" if any(key.split(".")[0] == "lora" for key in recipe.origins) else "; the recipe has no section lora"
+        )
+        yield f"a LoRA adapter is trained{absent} (lora: null trains all weights)"
+        if recipe.method == "sft" and "training.learning_rate" not in recipe.origins:
+            yield "training.learning_rate is not set: trl's default is one for all weights; for LoRA 2e-4 is usual"
 
 
 def _inspect(args: argparse.Namespace) -> None:
