@@ -322,6 +322,20 @@ def test_a_configuration_becomes_a_recipe(case: str, capsys: pytest.CaptureFixtu
     assert not Path("was_run").exists()
 
 
+def test_the_recipe_goes_to_a_file_that_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("axolotl.yaml").write_text(AXOLOTL)
+    assert main(["convert", "axolotl.yaml"]) == 0
+    text = capsys.readouterr().out
+    assert "\n#   null, the default: wandb_project" in text
+    assert "None" not in text
+    assert main(["convert", "axolotl.yaml", "--output", "own.yaml"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, Path("own.yaml").read_text()) == ("", text)
+    assert said.err.endswith("; next: finetune check own.yaml\n")
+    assert main(["convert", "axolotl.yaml", "--output", "own.yaml"]) == 2
+    assert capsys.readouterr().err == "error: --output: own.yaml exists; write another\n"
+
+
 def test_what_is_left_out_has_its_reason() -> None:
     Path("sft.yaml").write_text(TRL)
     assert convert(Path("sft.yaml")).left == {

@@ -25,9 +25,11 @@ from finetune.evaluate import report as report_module
 from finetune.evaluate.answers import answer_prompts, repetition
 from finetune.evaluate.perplexity import LossSum, row_losses, score
 from finetune.evaluate.prompts import Prompt, read_prompts, read_reference, reference_answers, spread_evenly
+from finetune.evaluate.trained_rows import trained_sources
 from finetune.model.generate import Generator, Sampling, load_generator
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import locate
+from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import EvaluateError
 from finetune.system.files import locked_folder
@@ -359,7 +361,7 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
             ["random:gemma3", "--compare", "base", "--recipe", "recipe.yaml"],
             "--compare base: random:gemma3 is not a run; write the name of a model",
         ),
-        (["random:gemma3", "--recipe", "recipe.yaml"], "recipe.yaml: it holds no rows out and names no prompts; add"),
+        (["random:gemma3", "--recipe", "recipe.yaml"], "recipe.yaml: it holds no rows out and names no prompts; write"),
         (["nowhere", "--recipe", "recipe.yaml"], "model.name_or_path: nowhere"),
     ],
 )
@@ -537,6 +539,39 @@ def test_a_server_answers_beside_the_run_and_alone(run: Path, capsys: pytest.Cap
         assert alone["answers"] == here["answers"]
         assert "equal" not in alone
         assert not any("authorization" in request.headers for request in server.requests)
+
+
+def test_rows_that_the_run_was_trained_on_are_not_called_held_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = yaml.safe_load(Path("recipe.yaml").read_text())
+    told = "run was trained on rows that this evaluation takes for held-out ones: en.jsonl"
+    for data, found in (
+        ({"train": [{"path": "ja.jsonl"}], "eval": [{"path": "en.jsonl"}, {"path": "en2.jsonl"}]}, True),
+        ({"train": [{"path": "en.jsonl"}], "eval_fraction": 0.4}, True),
+        ({"train": [{"path": "ja.jsonl"}], "eval_fraction": 0.4}, False),
+        ({"train": [{"path": "ja.jsonl"}], "eval": [{"path": "en.jsonl", "filter": {"id": "1"}}]}, False),
+    ):
+        Path("other.yaml").write_text(yaml.safe_dump(saved | {"data": data}))
+        assert (trained_sources("run", load_recipe(Path("other.yaml"))) == ["en.jsonl"]) is found, data
+    Path("other.yaml").write_text(
+        yaml.safe_dump(saved | {"data": {"train": [{"path": "en.jsonl"}], "eval_fraction": 0.4}})
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--recipe", "other.yaml", "--limit", "1"]) == 0
+    out = capsys.readouterr()
+    assert out.err.splitlines()[0] == told
+    assert " run was trained on rows of en.jsonl: they are not held out for it." in out.out
+    assert trained_sources("random:gemma3", load_recipe(Path("other.yaml"))) == []
+
+
+def test_a_split_is_held_out_where_the_run_held_it_out(write_recipe: Write) -> None:
+    lines(Path("rows.jsonl"), *({"prompt": f"{n}?", "completion": f"{n}."} for n in range(20)))
+    path = write_recipe(data={"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.2})
+    assert main([str(path), "--quiet"]) == 0
+    assert trained_sources("run", load_recipe(path)) == []
+    for override in ("data.seed=7", "data.eval_fraction=0.3"):
+        assert trained_sources("run", load_recipe(path, [override])) == ["rows.jsonl"]
 
 
 def test_a_runs_own_recipe_sends_nothing_anywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,8 +58,31 @@ def test_a_csv_trains_at_the_first_attempt(capsys: pytest.CaptureFixture[str]) -
     # The recipe of the day before is not overwritten.
     assert main(["init", "faq.csv", *HERE]) == 2
     assert capsys.readouterr().err == (
-        "error: --output: recipe.yaml exists; write another --output, such as my_recipe.yaml\n"
+        "error: --output: recipe.yaml exists; write another --output, such as faq.yaml\n"
     )
+
+
+def test_a_run_is_no_base(capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl(talk("Hi", "Hello"))
+    Path("runs/faq").mkdir(parents=True)
+    Path("runs/faq/adapter_config.json").write_text('{"base_model_name_or_path": "random:gemma3"}')
+    assert main(["init", "rows.jsonl", "--model", "runs/faq"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --model: runs/faq is a run; write its base, --model random:gemma3, and go on from the run with "
+        "finetune train recipe.yaml model.adapter=runs/faq\n"
+    )
+    assert not Path("recipe.yaml").exists()
+    Path("own.yaml").write_text("model: {name_or_path: runs/faq}\ndata: {train: [{path: rows.jsonl}]}\n")
+    assert main(["check", "own.yaml"]) == 2
+    assert "a run; write its base here, and go on from the run with model.adapter: runs/faq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(19, None), (20, 0.1)])
+def test_of_a_few_rows_none_are_held_out(count: int, fraction: float | None) -> None:
+    jsonl(*[talk(f"Say {n}", f"{n}") for n in range(count)])
+    assert main(["init", "rows.jsonl", *HERE]) == 0
+    assert load_recipe("recipe.yaml").data.eval_fraction == fraction
+    assert ("none are held out" in Path("recipe.yaml").read_text()) is (fraction is None)
 
 
 def test_values_by_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +93,7 @@ def test_values_by_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "rows.jsonl", *HERE, "--output", "recipes/own.yaml"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "rows.jsonl: 101 rows (messages); English 70, Japanese 30; 28 to 44 tokens, half of them up to 30",
-        "1 rows cannot be used; the first is rows.jsonl:101: it has no messages",
+        "rows that cannot be used: 1; the first is rows.jsonl:101: it has no messages",
     ]
     recipe = load_recipe("recipes/own.yaml")  # whose path is relative to itself
     assert [source.path for source in recipe.data.train] == ["rows.jsonl"]
@@ -107,7 +130,7 @@ def test_the_method_is_that_of_the_rows(row: dict[str, Any], method: str, form: 
             30_000,
             {"rank": 32, "epochs": 1, "effective": 32, "batch": 1, "max_length": 4096, "held_out": 0.001},
         ),
-        (20, 10, {"held_out": 0.0, "max_length": 64, "steps": 9}),
+        (19, 10, {"held_out": 0.0, "max_length": 64, "steps": 9}),
     ],
 )
 def test_values_by_the_number_of_rows(rows: int, longest: int, expected: dict[str, Any]) -> None:

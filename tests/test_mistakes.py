@@ -95,6 +95,13 @@ def test_sizes_and_unknown_cards() -> None:
         gpu_named("RTX 9999x")
 
 
+@pytest.mark.parametrize("verb", ["generate", "merge", "export", "evaluate", "serve", "report", "push"])
+def test_a_recipe_in_the_place_of_a_run(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "recipe.yaml", "--quiet"]) == 2
+    wanted = f"error: recipe.yaml: a recipe, not a run; write finetune {verb} runs/recipe --quiet\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_check_prints_what_is_set_and_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "recipe.yaml", "training.max_steps=3"]) == 0
     said = capsys.readouterr()

@@ -293,7 +293,8 @@ def test_what_changed_is_never_mixed(write_recipe: Write, jobs: Jobs, capsys: py
     Path("run/sweep.json").write_text("{}")
     assert "run/sweep.json is damaged" in refused("lora.r=[8,16]")
     Path("run/sweep.json").unlink()
-    assert "run is not empty, and holds no sweep" in refused("lora.r=[8,16]")
+    wanted = "run is not empty, and holds no sweep; write another, such as training.output_dir=run-sweep"
+    assert wanted in refused("lora.r=[8,16]")
 
 
 def test_wandb_shows_the_runs_as_a_group(write_recipe: Write, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,8 +374,8 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     monkeypatch.setattr("finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something"))
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: training.output_dir: run is not empty; choose another directory, delete it, or resume its run with "
-        "training.resume_from_checkpoint=true"
+        "error: training.output_dir: run is not empty; write another, such as training.output_dir=run-2, or resume "
+        "its run with training.resume_from_checkpoint=true"
     )
     assert Path("run/notes.txt").read_text() == "mine"
 

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="the new recipe (default: recipe.yaml)"
     )
 
-    flag = verb("convert", "convert another trainer's configuration to a recipe, on standard output").add_argument
+    flag = verb("convert", "convert another trainer's configuration to a recipe").add_argument
     flag(
         "file",
         metavar="FILE",
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         help="YAML of axolotl, LLaMA-Factory, ms-swift, trl or alignment-handbook; a notebook or Python text of "
         "unsloth, which is not run",
     )
+    flag("--output", type=Path, metavar="RECIPE", help="the new recipe (default: standard output)")
 
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
     flag("--force", action="store_true", help="train even if the memory check says that it does not fit")

@@ -180,7 +180,7 @@ def _init(args: argparse.Namespace) -> None:
         seen = init(args.data, args.model, args.output, _say_unless_quiet(args))
     print_text(f"{args.data}: {seen.summary}")
     if seen.bad:
-        print_text(f"{seen.bad.total():,} rows cannot be used; the first is {seen.first_bad}")
+        print_text(f"rows that cannot be used: {seen.bad.total():,}; the first is {seen.first_bad}")
     if args.quiet:
         return
     print_line(f"written: {args.output}; next:")
@@ -196,11 +196,19 @@ def _convert(args: argparse.Namespace) -> None:
     from finetune.recipe.convert import convert
 
     with contextlib.redirect_stdout(sys.stderr):
+        if args.output and args.output.exists():
+            raise RecipeError([f"--output: {args.output} exists; write another"])
         conversion = convert(args.file)
-    print_text(conversion.as_yaml(), end="")
+    if args.output:
+        from finetune.system.files import write_whole
+
+        write_whole(args.output, conversion.as_yaml())
+    else:
+        print_text(conversion.as_yaml(), end="")
     if not args.quiet:
         left = f"; {len(conversion.left)} keys are left out, see its end" if conversion.left else ""
-        print_line(f"{args.file}: {conversion.peer}, {len(conversion.given)} keys{left}; next: finetune check RECIPE")
+        recipe = shell_word(str(args.output)) if args.output else "RECIPE"
+        print_line(f"{args.file}: {conversion.peer}, {len(conversion.given)} keys{left}; next: finetune check {recipe}")
 
 
 def _train(args: argparse.Namespace) -> None:

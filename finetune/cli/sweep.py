@@ -256,7 +256,10 @@ def join_earlier(sweep: Sweep, say: Say) -> None:
     others = f"another training.output_dir, or remove {output}"
     if earlier is None:
         if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
-            raise RunError(f"training.output_dir: {output} is not empty, and holds no sweep; write {others}")
+            raise RunError(
+                f"training.output_dir: {output} is not empty, and holds no sweep; write another, such as "
+                f"training.output_dir={output}-sweep"
+            )
         sweep.sources = _fingerprints(sweep)
         return
     if earlier["keys"] != sweep.keys:

@@ -100,6 +100,8 @@ class EvaluationReport(TypedDict):
     same_tokens: bool
     models: list[ModelReport]
     answers: list[AnswerReport]
+    trained_on: NotRequired[list[str]]
+    """The sources of the held-out rows that the evaluated run was trained on."""
     judge: NotRequired[dict[str, Any]]
     """The fields of `judge.Preference`, its notes, the judge's `model`, `cost`, and `against`: the reference's name."""
 
@@ -145,6 +147,9 @@ def intro(report: EvaluationReport) -> str:
     count, limit = len(report["answers"]), report["limit"]
     text = f"Greedy answers of at most {report['max_new_tokens']} tokens to {count} prompts from {report['prompts']}"
     text += f"; recipe {report['recipe']}" + (f"; at most {limit} rows and prompts." if limit else ".")
+    if sources := report.get("trained_on"):
+        name = report["models"][-1]["name"]
+        text += f" {name} was trained on rows of {', '.join(sources)}: they are not held out for it."
     if not report["same_tokens"]:
         text += " The models split the rows into different tokens, so perplexity and accuracy cannot be compared."
     return text

@@ -21,6 +21,7 @@ from finetune.evaluate.preference import Pair, pairs_in, score_pairs
 from finetune.evaluate.prompts import Prompt, held_out_prompts, read_prompts, reference_answers, spread_evenly
 from finetune.evaluate.report import HELD_OUT_ROWS, EvaluationReport, as_html, as_markdown
 from finetune.evaluate.results import ModelResult, Origin, report_of
+from finetune.evaluate.trained_rows import trained_sources
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
 from finetune.model.provenance import adapter_base_sections, is_adapter, tokenizer_section
@@ -129,6 +130,9 @@ def evaluate(
         raise EvaluateError("evaluate.judge has nothing to compare with; write --compare, or evaluate.judge.reference")
     judge = _judge(settings) if settings else None
     evaluation = _Evaluation(loaded, _tasks(loaded), limit, say, progress, located_once(say), trust_remote_code)
+    trained_on = [] if alone else trained_sources(model, loaded)
+    if trained_on:
+        say(f"{model} was trained on rows that this evaluation takes for held-out ones: {', '.join(trained_on)}")
     own = subjects[-1] if subjects else _Subject(model, sections=(loaded.model, loaded.quantization))
     prompts, source = evaluation.prompts(own)
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
@@ -138,6 +142,8 @@ def evaluate(
         # The model that is evaluated is the last one.
         results[-1:-1] = answered
         report = report_of(results, loaded, source, limit)
+        if trained_on:
+            report["trained_on"] = trained_on
         _write(report, output)
         if settings and judge:
             # The report is written a second time: its first form stays if the judge fails.
@@ -247,8 +253,8 @@ class _Evaluation:
         rows = self.held_out(Chat(self._tokenizer(subject)))
         if not rows:
             raise EvaluateError(
-                f"{self.recipe.path}: it holds no rows out and names no prompts; add evaluate.prompts, data.eval or "
-                "data.eval_fraction"
+                f"{self.recipe.path}: it holds no rows out and names no prompts; write --recipe with one that has "
+                "evaluate.prompts or data.eval, or train again with data.eval_fraction=0.1"
             )
         names = {row.name for row in rows}
         return held_out_prompts(self.recipe.data, names, self.limit, self.recipe.method), HELD_OUT_ROWS

@@ -82,6 +82,8 @@ def _model_problem(name: str) -> str:
         return "" if os.path.isfile(path) else ", and there is no such file; write the path of a GGUF file"
     if os.path.isdir(path):
         saved = os.path.isfile(os.path.join(path, "config.json"))
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            return f", a run; write its base here, and go on from the run with model.adapter: {name}"
         return "" if saved else ", a directory without config.json; write the directory of a saved model"
     if os.path.exists(path):
         return ", a file; write the directory of a saved model, or a .gguf file"

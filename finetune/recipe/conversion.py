@@ -63,7 +63,7 @@ class Conversion:
         return "\n".join(self._lines()) + "\n"
 
     def _lines(self) -> Iterator[str]:
-        yield f"# Converted from {one_line(self.path.name)}, which is for {self.peer}. Check it: finetune check FILE"
+        yield f"# Converted from {one_line(self.path.name)}, which is for {self.peer}. Check it: finetune check RECIPE"
         for section in _ORDER:
             values = {key: value for key, value in self.recipe.items() if key.split(".")[0] == section}
             if section in values:
@@ -74,8 +74,13 @@ class Conversion:
                     yield from self._value(key, value)
         if self.left:
             yield "\n# Left out:"
-            for key, reason in self.left.items():
-                yield f"#   {one_line(key)}: {one_line(str(self.given.get(key, '')))[:60]}  ({one_line(reason)})"
+        for key, reason in self.left.items():
+            if key not in self.given:
+                yield f"#   {one_line(key)}  ({one_line(reason)})"
+            elif self.given[key] is not None:
+                yield f"#   {one_line(key)}: {one_line(_flow(self.given[key]))[:60]}  ({one_line(reason)})"
+        if unset := [one_line(key) for key in self.left if self.given.get(key, key) is None]:
+            yield f"#   null, the default: {', '.join(unset)}"
 
     def _value(self, key: str, value: Any) -> Iterator[str]:
         name = key.partition(".")[2]

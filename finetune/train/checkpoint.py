@@ -14,6 +14,7 @@ The files of a `checkpoint-N` folder:
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from datetime import date
@@ -64,9 +65,12 @@ def check_output(output: Path, resume: str | bool) -> None:
                 f"training.output_dir: {output} holds a finished run; choose another directory, or delete it"
             )
         if not resume:
+            free = next(
+                name for n in itertools.count(2) if not (name := output.with_name(f"{output.name}-{n}")).exists()
+            )
             raise RunError(
-                f"training.output_dir: {output} is not empty; choose another directory, delete it, or resume its "
-                "run with training.resume_from_checkpoint=true"
+                f"training.output_dir: {output} is not empty; write another, such as training.output_dir={free}, or "
+                "resume its run with training.resume_from_checkpoint=true"
             )
     elif output.exists() and not output.is_dir():
         raise RunError(f"training.output_dir: {output} is a file")
