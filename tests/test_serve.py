@@ -158,13 +158,17 @@ def test_whole_models_by_vllm_or_transformers(
     assert said("nf4", "--print") == f"transformers serve nf4 {TAIL}\n"
 
 
-def test_mlx_models_by_mlx_lm(workdir: Path, said: Callable[..., str], program: Callable[..., None]) -> None:
+def test_mlx_models_by_mlx_lm(
+    workdir: Path, said: Callable[..., str], program: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another name than that of the mlx-lm which may be installed beside this Python.
+    monkeypatch.setitem(serve._EXECUTABLES, "mlx-lm", "mlx_lm.of_a_test")
     copied(Path("mlx-4bit"), {"quantization": {"group_size": 64, "bits": 4}})
     copied(Path("mlx-bf16"), {})
     assert said("mlx-bf16", "--print") == f"transformers serve mlx-bf16 {TAIL}\n"
     assert said("mlx-4bit") == f"error: mlx-4bit: mlx-lm is not installed; run {install_command('mlx')}\n"
-    program("mlx_lm.server")
-    assert said("mlx-bf16", "--print") == f"mlx_lm.server --model mlx-bf16 {TAIL}\n"
+    program("mlx_lm.of_a_test")
+    assert said("mlx-bf16", "--print") == f"mlx_lm.of_a_test --model mlx-bf16 {TAIL}\n"
     copied(Path("code"), {"quantization": {"group_size": 64, "bits": 4}, "model_file": "model.py"})
     # mlx-lm runs that file without being asked.
     assert said("code", "--print") == (
