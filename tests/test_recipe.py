@@ -1036,6 +1036,7 @@ def test_to_yaml() -> None:
         "  max_new_tokens: 512  # default\n"
         "  limit: null  # default\n"
         "  judge: null  # default\n"
+        "  server: null  # default\n"
         "  lm_eval: null  # default\n"
         "hub:\n"
         "  repo_id: null  # default\n"

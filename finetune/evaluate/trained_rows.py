@@ -44,12 +44,12 @@ def trained_sources(model: str, recipe: Recipe) -> list[str]:
 
 
 def _split(data: DataSection) -> tuple[object, ...]:
-    """What decides which rows are held out of the training sources."""
+    """The values that decide which rows are held out of the training sources."""
     return data.eval_fraction, data.seed, bool(data.eval), _places(data.train)
 
 
 def _places(sources: Sequence[DataSource]) -> list[str]:
-    """Where the rows of each source come from."""
+    """The place that the rows of each source come from."""
     return [
         json.dumps(
             [os.path.realpath(s.path) if os.path.exists(s.path) else s.path, s.config, s.split, s.filter],
