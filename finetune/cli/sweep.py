@@ -31,8 +31,6 @@ from finetune.system.files import LOCK, locked_folder, write_whole
 from finetune.system.terminal import Say
 from finetune.train import checkpoint
 
-# The most combinations that a sweep runs without --max-runs.
-MOST_RUNS = 64
 # Values that the sweep itself gives each run.
 _OWN_KEYS = ("extends", "training.output_dir", "training.resume_from_checkpoint", "training.run_name", "hub")
 # The longest name of a run's folder, and of one value in it.
@@ -124,7 +122,7 @@ class Sweep:
 # Which runs
 
 
-def plan_sweep(path: Path, words: Sequence[str], most: int = MOST_RUNS) -> Sweep:
+def plan_sweep(path: Path, words: Sequence[str], most: int) -> Sweep:
     """The runs that a command line asks for, each checked as by `finetune check`.
 
     Args:

@@ -16,6 +16,7 @@ import torch
 
 from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
+from finetune.model.attach import base_of
 
 # The most bytes of predictions in a file: 2,048 tokens with a vocabulary of 262,144.
 _KEPT_BYTES = 2**31
@@ -180,8 +181,7 @@ def _exp(loss: float) -> float:
 
 
 def _forward_of(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).forward
+    return type(base_of(model)).forward
 
 
 def _new_file(keep: Path, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -15,6 +15,11 @@ from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, git_lfs_point
 from finetune.system.terminal import quiet
 
 
+def base_of(model: Any) -> Any:
+    """The model under its adapter; the model itself if it has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """The `peft.PeftModel` of a base and a saved adapter, all of whose tensors are in use.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.model.attach import base_of
 from finetune.model.compatibility import non_text_modules
 
 # The names that configs have for the number of a model's experts.
@@ -31,7 +32,7 @@ def flops_per_token(model: Any, lengths: Mapping[int, int], scored: float = 1.0)
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     skipped = tuple(f".{name}." for name in non_text_modules(base))
     head = {id(p) for p in base.get_output_embeddings().parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}

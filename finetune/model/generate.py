@@ -15,6 +15,7 @@ from finetune.data.chat import Chat
 from finetune.data.tool_calls import with_arguments_as_rendered
 from finetune.data.turns import Message, Tool
 from finetune.model import compatibility, precision
+from finetune.model.attach import base_of
 from finetune.model.load import eos_tokens, load_base, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.provenance import adapter_base_sections, adapter_below, environment_of, has_tokenizer, is_adapter
@@ -178,7 +179,7 @@ class Generator:
         """
         from transformers import DynamicCache
 
-        inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        inner = base_of(self.model)
         if self.compiled or not inner._supports_default_dynamic_cache():
             return None
         cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
@@ -308,7 +309,7 @@ def one_answer_settings(model: Any) -> Iterator[None]:
     Source: transformers 5.23 `models/mixtral/modeling_mixtral.py`, `load_balancing_loss_func`;
     `generation/utils.py`, `_prepare_generation_config`, where the model's settings replace those that are None.
     """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = base_of(model)
     config = inner.config.get_text_config()
     wanted, settings = getattr(config, "output_router_logits", False), inner.generation_config
     if wanted:

@@ -94,7 +94,7 @@ def call(
         argument_type = TypeAdapter(type(argument))
     else:
         module, name = function.__module__, function.__qualname__
-        argument_type = _types(function)[0]
+        argument_type = _argument_type(function)
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr_file,
@@ -105,7 +105,7 @@ def call(
         variables = child_environment() | dict(environment or {})
         process = _start(names, variables, stderr_file if keep_stderr else None)
         try:
-            _, result_type = _types(getattr(importlib.import_module(module), name))
+            result_type = _result_type(getattr(importlib.import_module(module), name))
             for line in process.stdout or ():
                 on_line(line.rstrip("\n"))
             code = process.wait()
@@ -166,7 +166,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     # What upstream prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
     function = getattr(importlib.import_module(module), name)
-    argument_type, result_type = _types(function)
+    argument_type, result_type = _argument_type(function), _result_type(function)
     try:
         argument = argument_type.validate_json(Path(argument_file).read_bytes())
         text = f'{{"value": {_encoded(result_type, function(argument))}}}'
@@ -191,11 +191,14 @@ def _start(names: tuple[str, ...], environment: dict[str, str], stderr: IO[str] 
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
-def _types(function: Callable[[Any], Any]) -> tuple[TypeAdapter[Any], TypeAdapter[Any]]:
-    """Adapters for a function's one argument and for its result."""
-    hints = get_type_hints(function)
-    argument_type = next(hint for name, hint in hints.items() if name != "return")
-    return TypeAdapter(argument_type), TypeAdapter(hints["return"])
+def _argument_type(function: Callable[[Any], Any]) -> TypeAdapter[Any]:
+    """An adapter for a function's one argument."""
+    return TypeAdapter(next(hint for name, hint in get_type_hints(function).items() if name != "return"))
+
+
+def _result_type(function: Callable[[Any], Any]) -> TypeAdapter[Any]:
+    """An adapter for a function's result."""
+    return TypeAdapter(get_type_hints(function)["return"])
 
 
 def _encoded(adapter: TypeAdapter[Any], value: Any) -> str:
