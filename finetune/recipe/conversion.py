@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Conversion:
     def _origin(self, key: str) -> str:
         origin = self.origins.get(key, "")
         return f"  # {one_line(origin)}" if origin and origin != key.rpartition(".")[2] else ""
+
+
+# Converts one key of a peer's. Its arguments: the conversion so far, the recipe's key, the peer's key and its value.
+Converter = Callable[[Conversion, str, str, Any], None]
 
 
 def _flow(value: Any) -> str:

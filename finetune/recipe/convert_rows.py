@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.conversion import Conversion
+from finetune.recipe.conversion import Conversion, Converter
 from finetune.recipe.yaml_tree import Section
 
 
@@ -150,25 +150,10 @@ def _swift_sources(c: Conversion, target: str, key: str, value: Any) -> None:
     _put_sources(c, target, key, sources)
 
 
-def _hub_source(c: Conversion, target: str, key: str, value: Any) -> None:
-    c.source()["path"] = value
-    c.came_from(target, key)
-
-
-def _source_config(c: Conversion, target: str, key: str, value: Any) -> None:
-    c.source()["config"] = value
-    c.came_from(target, key)
-
-
-def _source_split(c: Conversion, target: str, key: str, value: Any) -> None:
-    if value != "train":
-        c.source()["split"] = value
-    c.came_from(target, key)
-
-
-def _source_streaming(c: Conversion, target: str, key: str, value: Any) -> None:
-    if value:
-        c.source()["streaming"] = True
+def _first_source(name: str, c: Conversion, target: str, key: str, value: Any) -> None:
+    """Writes a key of the first source, to which several keys of trl's contribute; defaults are left out."""
+    if value != {"split": "train", "streaming": False}.get(name):
+        c.source()[name] = value
     c.came_from(target, key)
 
 
@@ -219,14 +204,14 @@ def _mixer_splits(c: Conversion, target: str, key: str, value: Any) -> None:
         c.put(target, [{"path": path, "split": split} for path in paths for split in tests], key)
 
 
-ROWS: dict[str, Callable[[Conversion, str, str, Any], None]] = {
+ROWS: dict[str, Converter] = {
     "axolotl_sources": _axolotl_sources,
     "factory_sources": _factory_sources,
     "swift_sources": _swift_sources,
-    "hub_source": _hub_source,
-    "source_config": _source_config,
-    "source_split": _source_split,
-    "source_streaming": _source_streaming,
+    "hub_source": partial(_first_source, "path"),
+    "source_config": partial(_first_source, "config"),
+    "source_split": partial(_first_source, "split"),
+    "source_streaming": partial(_first_source, "streaming"),
     "test_split": _test_split,
     "mixture": _mixture,
     "handbook_mixture": _handbook_mixture,
