@@ -17,8 +17,9 @@ from pydantic_core import PydanticUndefined
 
 from finetune.cli.arguments import EXIT_CODES, parser
 from finetune.recipe import schema
-from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES, PEERS
+from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES
 from finetune.recipe.json_schema import recipe_schema
+from finetune.recipe.peers import PEERS
 from finetune.recipe.upstream import QUANTIZATION, XlaFsdp
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ import yaml
 
 from finetune.cli.commands import main
 from finetune.recipe.convert import CONVERTERS, convert
-from finetune.recipe.foreign_keys import PEERS
 from finetune.recipe.load import load_recipe
+from finetune.recipe.peers import PEERS
 
 AXOLOTL = """
 base_model: meta-llama/Llama-3.2-1B

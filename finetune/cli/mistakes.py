@@ -83,8 +83,8 @@ def _key_as_flag(word: str, after: str) -> str | None:
     name = name.replace("-", "_")
     if not word.startswith("--") or not name.isidentifier():
         return None
-    from finetune.recipe.foreign_keys import target_of
     from finetune.recipe.load import known_keys
+    from finetune.recipe.peers import target_of
 
     keys = known_keys()
     found = [f"{section}.{name}" for section in ("training", "lora", "model", "data") if name in keys[section]]

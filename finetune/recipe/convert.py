@@ -9,9 +9,10 @@ from typing import Any
 from finetune.recipe.conversion import Conversion
 from finetune.recipe.convert_rows import ROWS
 from finetune.recipe.convert_values import VALUES
-from finetune.recipe.foreign_keys import INSTEAD, PEER_DEFAULTS, PEERS, peer_of
+from finetune.recipe.foreign_keys import INSTEAD
 from finetune.recipe.load import load_recipe
 from finetune.recipe.notebook_cell import Unread, read_cell
+from finetune.recipe.peers import PEER_DEFAULTS, PEERS, peer_of
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.upstream_types import upstream_keys
 from finetune.recipe.yaml_tree import Node, RecipeTree, Section, read_file

@@ -1,4 +1,4 @@
-"""Converts the sources of rows of other trainers: each function is named by `foreign_keys` and takes one of their keys.
+"""Converts the sources of rows of other trainers: each function is named by `peers` and takes one of their keys.
 
 Their arguments are the conversion so far, the recipe's key, the peer's key and its value.
 """

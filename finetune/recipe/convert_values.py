@@ -1,4 +1,4 @@
-"""Converts values of other trainers: each function is named by `foreign_keys` and takes one key of a configuration.
+"""Converts values of other trainers: each function is named by `peers` and takes one key of a configuration.
 
 Their arguments are the conversion so far, the recipe's key, the peer's key and its value.
 """
@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from finetune.recipe.conversion import Conversion, Converter
-from finetune.recipe.foreign_keys import TEMPLATES
+from finetune.recipe.peers import TEMPLATES
 from finetune.recipe.schema import CONFIGS
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.recipe.checks import adapter_lora, check_evaluate, check_hub, check_model, check_rules, check_source
-from finetune.recipe.foreign_keys import peer_of
 from finetune.recipe.paths import resolve_paths
+from finetune.recipe.peers import peer_of
 from finetune.recipe.preferences import check_method, check_preferences
 from finetune.recipe.schema import (
     DEFAULT_MAX_LENGTH,

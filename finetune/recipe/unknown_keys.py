@@ -1,10 +1,11 @@
-"""Keys that a recipe does not have: what to write instead, as `foreign_keys` or the spelling says."""
+"""Keys that a recipe does not have: what to write instead, as `foreign_keys`, `peers` or the spelling says."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES, target_of
+from finetune.recipe.foreign_keys import INSTEAD, NOT_WITH_PREFERENCES
+from finetune.recipe.peers import target_of
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.yaml_tree import RecipeTree
 
