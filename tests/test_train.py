@@ -261,14 +261,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     path = write_recipe(training={"max_steps": 6}, lora={"lora_dropout": 0.1})
     assert main([str(path), "training.output_dir=whole"]) == 0
 
-    say = finetune.cli.commands.print_line
+    say = finetune.cli.verbs.print_line
 
     def stop_at_step_3(line: str) -> None:
         say(line)
         if line.startswith("step 3/6"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("finetune.cli.commands.print_line", stop_at_step_3)
+    monkeypatch.setattr("finetune.cli.verbs.print_line", stop_at_step_3)
     assert main([str(path)]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     # The signal comes while step 3 is being logged; step 3 or the one after it is the last.
@@ -313,14 +313,14 @@ def test_a_resumed_run_keeps_the_day_it_began_on(
         def today(cls) -> date:  # type: ignore[override]
             return date.today() - timedelta(days=1)
 
-    say = finetune.cli.commands.print_line
+    say = finetune.cli.verbs.print_line
 
     def stop_at_step_2(line: str) -> None:
         say(line)
         if line.startswith("step 2/4"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("finetune.cli.commands.print_line", stop_at_step_2)
+    monkeypatch.setattr("finetune.cli.verbs.print_line", stop_at_step_2)
     monkeypatch.setattr("finetune.train.checkpoint.date", Yesterday)
     assert main([str(path)]) == 130
     monkeypatch.undo()
@@ -345,14 +345,14 @@ def test_resuming_what_never_began(write_recipe: Write, capsys: pytest.CaptureFi
 
 
 def test_sigterm_has_its_own_exit_code(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    say = finetune.cli.commands.print_line
+    say = finetune.cli.verbs.print_line
 
     def stop(line: str) -> None:
         say(line)
         if line.startswith("step 1/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("finetune.cli.commands.print_line", stop)
+    monkeypatch.setattr("finetune.cli.verbs.print_line", stop)
     assert main([str(write_recipe())]) == 143
 
 

@@ -26,7 +26,7 @@ from finetune.recipe.diff import recipe_changes
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.yaml_tree import COMMAND_LINE, list_items, quoted
 from finetune.system import fresh_process
-from finetune.system.errors import FinetuneError, RecipeError, RunError, first_line
+from finetune.system.errors import FinetuneError, RecipeError, RunError, Stopped, first_line
 from finetune.system.files import LOCK, locked_folder, write_whole
 from finetune.system.terminal import Say
 from finetune.train import checkpoint
@@ -413,9 +413,8 @@ def _train(sweep: Sweep, run: SweepRun, force: bool, say: Say) -> str:
         except (FinetuneError, OSError, fresh_process.ProcessFailed) as failure:
             error = first_line(failure)
     if signals.received:
-        stop = KeyboardInterrupt(stopped.partition(". Go on")[0] or error or f"{run.name}: stopped")
-        stop.exit_code = 128 + signals.received[0]  # type: ignore[attr-defined]
-        raise stop
+        line = stopped.partition(". Go on")[0] or error or f"{run.name}: stopped"
+        raise Stopped(signals.received[0], line)
     return error or stopped
 
 

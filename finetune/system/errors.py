@@ -93,6 +93,22 @@ class PlanError(FinetuneError):
     """A plan cannot be made."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the command; its text is the line to print.
+
+    Args:
+        signum: The signal.
+        message: The line.
+
+    Attributes:
+        exit_code: 128 and the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not blank; its `repr` where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -35,7 +35,7 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH
 from finetune.recipe.yaml_tree import Section
 from finetune.system import devices, distributed, files
-from finetune.system.errors import PushError, RunError, reworded
+from finetune.system.errors import PushError, RunError, Stopped, reworded
 from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
 from finetune.train.arguments import check_base, check_launch, training_arguments
@@ -44,7 +44,7 @@ from finetune.train.callbacks.early_stopping import EarlyStopping
 from finetune.train.callbacks.memory_check import MemoryCheck
 from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_losses
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
-from finetune.train.callbacks.signals import Stopped, stop_on_signals
+from finetune.train.callbacks.signals import stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
 from finetune.train.environment import environment, versions
 from finetune.train.meter import Meter

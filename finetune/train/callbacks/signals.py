@@ -14,14 +14,6 @@ from finetune.system import distributed
 from finetune.train.trainer import RunTrainer
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal stopped the run; a checkpoint is saved."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
 @contextmanager
 def stop_on_signals(trainer: RunTrainer) -> Iterator[list[int]]:
     """Makes SIGINT and SIGTERM finish the current step, save a checkpoint and stop; a second SIGINT stops at once.
