@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.model import shards
 from finetune.model.locate import locate
-from finetune.model.shards import ShardWriter, read_header, read_headers, read_tensor
+from finetune.model.shard_writer import ShardWriter
+from finetune.model.shards import read_header, read_headers, read_tensor
 from finetune.system.errors import ModelError
 from finetune.system.files import WEIGHTS_INDEX
 

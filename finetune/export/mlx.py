@@ -20,7 +20,8 @@ from finetune.export.transformers import write_format
 from finetune.model.generate import Generator
 from finetune.model.locate import read_config
 from finetune.model.mlx import GROUP, dequantise
-from finetune.model.shards import ShardWriter, read_headers, read_tensor
+from finetune.model.shard_writer import ShardWriter
+from finetune.model.shards import read_headers, read_tensor
 from finetune.recipe.export_formats import MLX_BITS
 from finetune.system.errors import ExportError
 from finetune.system.extras import install_command

@@ -22,7 +22,8 @@ from finetune.merge.changes import Change
 from finetune.merge.plan import MergePlan, fetch_error, fused_converters
 from finetune.merge.tensor_map import FusedTensors, OutputTensor
 from finetune.model.quantization import dequantised, quantise
-from finetune.model.shards import ShardWriter, StoredTensor, all_finite, read_header, read_tensor, row_ranges
+from finetune.model.shard_writer import ShardWriter
+from finetune.model.shards import StoredTensor, all_finite, read_header, read_tensor, row_ranges
 from finetune.system.errors import MergeError, ModelError
 from finetune.system.numbers import memory
 from finetune.system.terminal import progress_bar

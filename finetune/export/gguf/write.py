@@ -1,10 +1,4 @@
-"""Writes a merged model as a GGUF file, from its safetensors, a slice at a time.
-
-gguf's own writer takes two seconds to pack a vocabulary of 262,144 tokens, and `gguf:all` writes nine files. So the
-header, a list of typed keys and one of tensors, is packed here, whole arrays at a time, with gguf's constants.
-
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
-"""
+"""Writes a merged model as a GGUF file, from its safetensors, a slice at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import struct
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +17,11 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUF_VERSION, Keys
+from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, Keys
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFValueType as Value
 from numpy.typing import NDArray
 
+from finetune.export.gguf.header import TensorEntry, pack_header, padded
 from finetune.export.gguf.metadata import model_metadata, read_config, rope_factors
 from finetune.export.gguf.quantize import (
     TYPES,
@@ -39,7 +32,6 @@ from finetune.export.gguf.quantize import (
     importance_shape,
     is_quantized,
     quantize_rows,
-    row_bytes,
     tensor_order,
     tensor_types,
 )
@@ -67,21 +59,11 @@ _SLICE = 2**20
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor of the file, its type there, and its values or the place where a checkpoint stores them."""
+class _Tensor(TensorEntry):
+    """A tensor of the file, and its values or the place where a checkpoint stores them."""
 
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
     source: tuple[StoredTensor, ...] | NDArray[np.float32]
     """Matrices of a checkpoint that follow each other, whose first row stands for rows that they lack; or values."""
-
-    @property
-    def bytes(self) -> int:
-        rows = 1
-        for length in self.shape[:-1]:
-            rows *= length
-        return rows * row_bytes(self.kind, self.shape[-1])
 
 
 def write_gguf(
@@ -134,8 +116,8 @@ def write_gguf(
         fields["quantize.imatrix.entries_count"] = len(imatrix)
     if any(item.kind not in UNQUANTIZED for item in items):
         ggml_library()
-    header = _header(fields, items)
-    total = len(header) + sum(_padded(item.bytes) for item in items)
+    header = pack_header(fields, items)
+    total = len(header) + sum(padded(item.bytes) for item in items)
     if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
         raise ExportError(f"{file.parent} has {memory(free)} free, and {memory(total)} are needed; make room")
     bar = progress_bar(f"{kind}: weights", total, progress, "bytes")
@@ -174,17 +156,7 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
     Raises:
         ExportError: One is missing, too many, of another shape or type than the config and llama.cpp want.
     """
-    translate = gguf_names(config.to_dict())
-    stored: dict[str, StoredTensor] = {}
-    for name, place in read_headers(model).items():
-        if (short := translate(name)) is None:
-            continue
-        if short in stored:
-            raise ExportError(f"GGUF: {model} holds {short} twice, once as {name}")
-        if place.dtype not in _FLOATS:
-            raise ExportError(f"GGUF: {name} is of type {place.dtype}; write a merged model of floats")
-        stored[short] = place
-    wanted = expected_shapes(config)
+    stored, wanted = _stored_tensors(model, config), expected_shapes(config)
     if config.tie_word_embeddings:
         del wanted["output.weight"]
         if (again := stored.pop("output.weight", None)) and not _tensors_equal(
@@ -231,6 +203,21 @@ def _planned_tensors(model: Path, config: Any, kind: str, imatrix: ImportanceMat
     if factors is not None:
         sources["rope_freqs.weight"] = factors
     return [_Tensor(name, shape, kinds[name], sources[name]) for name, shape in wanted.items()]
+
+
+def _stored_tensors(model: Path, config: Any) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by their names in a GGUF file."""
+    translate = gguf_names(config.to_dict())
+    stored: dict[str, StoredTensor] = {}
+    for name, place in read_headers(model).items():
+        if (short := translate(name)) is None:
+            continue
+        if short in stored:
+            raise ExportError(f"GGUF: {model} holds {short} twice, once as {name}")
+        if place.dtype not in _FLOATS:
+            raise ExportError(f"GGUF: {name} is of type {place.dtype}; write a merged model of floats")
+        stored[short] = place
+    return stored
 
 
 def _tensors_equal(model: Path, one: StoredTensor, other: StoredTensor | None) -> bool:
@@ -307,7 +294,7 @@ def _write_tensors(
                     yield done
                 if item.bytes % GGUF_DEFAULT_ALIGNMENT:
                     finish(0)
-                    done += out.write(bytes(_padded(item.bytes) - item.bytes))
+                    done += out.write(bytes(padded(item.bytes) - item.bytes))
             finish(0)
         finally:
             for future in waiting:
@@ -351,56 +338,3 @@ def _open_files(model: Path, stored: list[StoredTensor]) -> Iterator[dict[str, i
         for descriptor in files.values():
             stack.callback(os.close, descriptor)
         yield files
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The header
-
-
-def _header(fields: Mapping[str, Any], items: list[_Tensor]) -> bytes:
-    parts = [struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(items), len(fields))]
-    for key, value in fields.items():
-        kind, data = _pack(value)
-        parts += [_pack_string(key), struct.pack("<I", kind), data]
-    offset = 0
-    for item in items:
-        lengths = item.shape[::-1]
-        parts.append(_pack_string(item.name) + struct.pack(f"<I{len(lengths)}Q", len(lengths), *lengths))
-        parts.append(struct.pack("<IQ", item.kind, offset))
-        offset += _padded(item.bytes)
-    header = b"".join(parts)
-    return header.ljust(_padded(len(header)), b"\0")
-
-
-def _pack(value: Any) -> tuple[Value, bytes]:
-    """A value's GGUF type and bytes: an integer is uint32, in an array int32, as llama.cpp reads them."""
-    if isinstance(value, bool):
-        return Value.BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return Value.UINT32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return Value.FLOAT32, struct.pack("<f", value)
-    if isinstance(value, str | bytes):
-        return Value.STRING, _pack_string(value)
-    first = value[0]
-    if isinstance(first, str | bytes):
-        kind, data = Value.STRING, b"".join(map(_pack_string, value))
-    else:
-        kind, dtype = (
-            (Value.BOOL, "<u1")
-            if isinstance(first, bool)
-            else (Value.INT32, "<i4")
-            if isinstance(first, int)
-            else (Value.FLOAT32, "<f4")
-        )
-        data = np.asarray(value, dtype=dtype).tobytes()
-    return Value.ARRAY, struct.pack("<IQ", kind, len(value)) + data
-
-
-def _pack_string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
-
-
-def _padded(count: int) -> int:
-    return int(-(-count // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT)
