@@ -104,6 +104,13 @@ def test_a_resumed_run_ends_at_the_same_bits(
     assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
     for key in ("loss", "grad_norm", "eval_loss", METRICS[method]):
         assert records("run", key) == records("whole", key), key
+    if ranks == 1:
+        assert divergences("run")[-1:] == divergences("whole")[-1:]
+
+
+def divergences(run: str) -> list[float]:
+    lines = Path(run, "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [sample["kl"] for sample in map(json.loads, lines) if "kl" in sample]
 
 
 def test_a_run_killed_while_its_reference_is_computed_ends_at_the_same_bits(
@@ -179,9 +186,13 @@ def test_the_page_and_the_card_of_a_run_show_its_rewards(
         "Share of pairs whose chosen answer has the higher reward",
         "Rewards: log-probability gained since the start, times beta",
         "Tokens of the sampled answers (mean)",
+        "KL divergence of the sampled answers from the reference (nats per token)",
     ):
         assert title in page
     assert "nats per trained token" not in page
+    found = divergences("run")
+    assert (len(found), found[:3]) == (9, [0, 0, 0])
+    assert min(found[3:]) > 0
     card = Path("run/README.md").read_text(encoding="utf-8")
     assert "`random:gemma3`, trained by DPO with LoRA on pairs.jsonl" in card
     assert "11 pairs of answers to prompts in English: 11.5 tokens chosen and 17.2 rejected on average" in card

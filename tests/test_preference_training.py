@@ -21,6 +21,7 @@ from finetune.recipe.schema import ModelSection
 from finetune.recipe.upstream_tables import config_class
 from finetune.system.errors import RunError
 from finetune.train.callbacks.memory_check import MemoryCheck, smaller_settings
+from finetune.train.divergence import AdapterAtStart
 from finetune.train.meter import Meter
 from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer
 from finetune.train.reference import FILE, ReferenceLogProbs, SharedPromptsCheck
@@ -378,11 +379,14 @@ def test_rows_that_only_fill_a_batch_count_for_nothing(tmp_path: Path) -> None:
     def record(data: datasets.Dataset) -> dict[str, float]:
         args = DPOConfig(str(tmp_path), **options)
         trainer = DpoTrainer(model_of("llama", LORA), args, data, data, tokenizer_of("llama"))
-        return trained(trainer, tmp_path / str(len(data)))[0] | trainer.evaluate()
+        return trained(trainer, tmp_path / str(len(data)), lines)[0] | trainer.evaluate()
 
+    lines: list[str] = []
     one, other = record(datasets.Dataset.from_list(filled)), record(prepared(rows))
     for key in ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"):
         assert one[key] == pytest.approx(other[key], rel=2e-5, abs=1e-6), key
+    counted = [line for line in lines if line.endswith("rows are computed")]
+    assert counted == ["reference: log-probabilities of 3 rows are computed"] * len(counted) != []
 
 
 def test_the_longest_batch_is_that_of_both_sides(tmp_path: Path) -> None:
@@ -396,3 +400,37 @@ def test_the_longest_batch_is_that_of_both_sides(tmp_path: Path) -> None:
     settings = smaller_settings(args, trainer.model, len(longest[0]["input_ids"]))
     assert settings[0].startswith("training.per_device_train_batch_size: 1")
     assert not any("packing" in setting for setting in settings)
+
+
+def test_the_divergence_is_from_the_adapter_at_the_start() -> None:
+    """A fresh adapter, whose start is the base; then one that goes on from values of its own."""
+    lora = LORA | {"trainable_token_indices": [5, 6]}
+    prompt, answer = [4, 5, 6, 7], [9, 5, 1]
+    model = model_of("gemma3", lora).eval()
+    start = AdapterAtStart.of(model)
+    assert start is not None
+    assert start.divergence(prompt, answer) == 0
+    changed = [p for p in model.parameters() if p.requires_grad]
+    for parameter in changed:
+        parameter.data.normal_(0, 0.1)
+    places = [parameter.data_ptr() for parameter in changed]
+
+    def log_probs() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([prompt + answer])).logits[0, 3:-1].log_softmax(-1)
+
+    now = log_probs()
+    with model.disable_adapter():
+        before = log_probs()
+    expected = float((now.exp() * (now - before)).sum(-1).mean())
+    assert expected > 0.01
+    assert start.divergence(prompt, answer) == pytest.approx(expected, rel=1e-4)
+    assert [parameter.data_ptr() for parameter in changed] == places
+    assert torch.equal(log_probs(), now)
+    later = AdapterAtStart.of(model)
+    assert later is not None
+    assert later.divergence(prompt, answer) == 0
+
+
+def test_a_model_without_an_adapter_is_compared_with_nothing() -> None:
+    assert AdapterAtStart.of(model_of("gemma3", None)) is None

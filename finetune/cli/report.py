@@ -48,7 +48,7 @@ def as_html(run: Path) -> str:
         version=__version__,
         progress=_progress(run, records, newest, state),
         figures=_figures(records),
-        charts=_charts(records, _sampled_lengths(run / "samples.jsonl")),
+        charts=_charts(records, _sampled(run / "samples.jsonl", "tokens"), _sampled(run / "samples.jsonl", "kl")),
         ledgers=_read(run / "ledger.json", _ledgers) or [],
         samples=_samples(run / "samples.jsonl"),
         evaluations=_read_each(run, "*/report.json", _evaluation),
@@ -109,13 +109,13 @@ def _logged(record: Any) -> Record:
     return dict(record)
 
 
-def _sampled_lengths(file: Path) -> list[tuple[float, float]]:
-    """The mean length of the sampled answers in tokens, by step; a run of an earlier version has none."""
-    lengths: dict[int, list[int]] = {}
+def _sampled(file: Path, key: str) -> list[tuple[float, float]]:
+    """The mean of a figure of the sampled answers, by step; a run of an earlier version has none."""
+    values: dict[int, list[float]] = {}
     for record in read_records(file):
-        if "tokens" in record:
-            lengths.setdefault(record["step"], []).append(record["tokens"])
-    return [(step, statistics.mean(found)) for step, found in lengths.items()]
+        if key in record:
+            values.setdefault(record["step"], []).append(record[key])
+    return [(step, statistics.mean(found)) for step, found in values.items()]
 
 
 def _sample(record: Any) -> Record:
@@ -200,8 +200,16 @@ def _figures(records: list[Record]) -> list[tuple[str, str]]:
     return figures
 
 
-def _charts(records: list[Record], lengths: list[tuple[float, float]]) -> list[dict[str, Any]]:
-    """The curves of which there are values."""
+def _charts(
+    records: list[Record], lengths: list[tuple[float, float]], divergences: list[tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """The curves of which there are values.
+
+    Args:
+        records: The records of metrics.jsonl.
+        lengths: Mean tokens of the sampled answers, by step.
+        divergences: Their mean divergence from the model at the start, by step.
+    """
 
     def line(name: str, key: str, smooth: bool = False, dots: bool = False) -> Line:
         return Line(name, points(records, key), smooth, dots)
@@ -217,14 +225,18 @@ def _charts(records: list[Record], lengths: list[tuple[float, float]]) -> list[d
         both = [line("training", key, smooth=True), line("evaluation", f"eval_{key}", dots=True)]
         return chart(title, both)
 
+    def sampled(name: str, values: list[tuple[float, float]]) -> Line:
+        return Line(name, values, False, True)
+
     preferences = any(curve.points for curve in rewards)
     charts = [
         chart("Loss" if preferences else "Loss (nats per trained token)", loss, (960, 330)),
         logged("Reward margin: chosen less rejected", "rewards/margins"),
         logged("Share of pairs whose chosen answer has the higher reward", "rewards/accuracies"),
         chart("Rewards: log-probability gained since the start, times beta", rewards),
-        logged("KL divergence from the reference (nats an answer)", "kl"),
-        chart("Tokens of the sampled answers (mean)", [Line("tokens", lengths, False, True)] if preferences else []),
+        chart("KL divergence of the sampled answers from the reference (nats per token)", [sampled("KL", divergences)]),
+        logged("KTO's estimate of the KL divergence (nats per answer)", "kl"),
+        chart("Tokens of the sampled answers (mean)", [sampled("tokens", lengths)] if preferences else []),
         chart("Learning rate", [line("learning rate", "learning_rate")]),
         chart(norm, [line("norm", "grad_norm", smooth=True)]),
         chart("Tokens per second", [line("tokens/s", "tokens_per_second", smooth=True)]),

@@ -134,7 +134,8 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
             order = _by_length(dataset)
             starts = range(0, len(order), size)
             if main := trainer.is_world_process_zero():
-                self.say(f"reference: log-probabilities of {len(order):,} rows are computed")
+                filling = sum(set(labels) == {IGNORE} for labels in dataset[-size * ranks :]["labels"])
+                self.say(f"reference: log-probabilities of {len(order) - filling:,} rows are computed")
             # Every rank runs the same number of batches, which shards of a model need.
             for turn in range(math.ceil(len(starts) / ranks)):
                 place = turn * ranks + rank

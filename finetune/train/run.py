@@ -46,6 +46,7 @@ from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_l
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
+from finetune.train.divergence import AdapterAtStart
 from finetune.train.environment import environment, versions
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
@@ -373,7 +374,8 @@ def _add_callbacks(
     trainer.add_callback(soft(trackers.RunDocuments(output, trainer), "the documents for trackers", say))
     if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):
         stop_ids = trainer.model.generation_config.eos_token_id
-        samples = trackers.Samples(output, trainer, rows.chat, stop_ids, start_step)
+        compared = AdapterAtStart.of(trainer.model) if preferences and preferences.needs_reference else None
+        samples = trackers.Samples(output, trainer, rows.chat, stop_ids, start_step, compared)
         trainer.add_callback(soft(samples, "samples", say))
     trainer.add_callback(soft(MetricsLog(output, start_step, trainer), "metrics.jsonl", say))
     if recipe.templates:

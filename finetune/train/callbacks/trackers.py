@@ -30,6 +30,7 @@ from finetune.system import files
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say, quiet
 from finetune.train.callbacks.soft import soft
+from finetune.train.divergence import AdapterAtStart
 from finetune.train.trainer import RunTrainer
 
 _TRACKING = "tracking.json"
@@ -120,11 +121,28 @@ def set_run_identity(output: Path, name: str | None, project: str, resumed: bool
 
 
 class Samples(TrainerCallback):  # type: ignore[misc]
-    """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers."""
+    """Writes greedy answers to the first held-out prompts at each evaluation to `samples.jsonl` and to trackers.
 
-    def __init__(self, output: Path, trainer: RunTrainer, chat: Chat, stop_ids: Sequence[int], start_step: int) -> None:
+    Args:
+        output: The run's folder.
+        trainer: The trainer.
+        chat: The tokenizer and chat template.
+        stop_ids: The tokens at which an answer ends.
+        start_step: The step that the run is resumed from; 0 for a new run.
+        start: The adapter that answers are compared with; None: they are not.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        trainer: RunTrainer,
+        chat: Chat,
+        stop_ids: Sequence[int],
+        start_step: int,
+        start: AdapterAtStart | None = None,
+    ) -> None:
         self.path, self.trainer, self.chat, self.stop_ids = output / "samples.jsonl", trainer, chat, stop_ids
-        self.start_step = start_step
+        self.start_step, self.start = start_step, start
         self.prompts: list[list[int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,6 +164,8 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         with _answering(model):
             generator = Generator(model, self.chat, tuple(self.stop_ids), False)
             answers = generator.answers(self.prompts, _NEW_TOKENS)
+            both = list(zip(self.prompts, answers, strict=True))
+            divergences = [{"kl": self.start.divergence(*pair)} if self.start else {} for pair in both]
         tokenizer = self.chat.tokenizer
         samples = [
             {
@@ -154,8 +174,9 @@ class Samples(TrainerCallback):  # type: ignore[misc]
                 "answer": generator.text(answer),
                 "stopped": bool(answer) and answer[-1] in self.stop_ids,
                 "tokens": len(answer),
+                **divergence,
             }
-            for prompt, answer in zip(self.prompts, answers, strict=True)
+            for (prompt, answer), divergence in zip(both, divergences, strict=True)
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
