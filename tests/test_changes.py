@@ -13,7 +13,7 @@ from finetune.recipe.diff import check_changes, digests
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
 from finetune.recipe.upstream_types import upstream_keys
-from finetune.recipe.yaml_tree import scalar_text
+from finetune.recipe.yaml_scalars import scalar_text
 from finetune.system.errors import RunError
 
 Write = Callable[..., Path]

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from finetune.cli import sweep
 from finetune.cli.commands import main
-from finetune.cli.sweep import TrainJob, run_names
+from finetune.cli.sweep import TrainJob
+from finetune.cli.sweep_plan import run_names
 from finetune.cli.sweep_report import RunRow, as_text, best_of
 from finetune.recipe.load import load_recipe
-from finetune.recipe.yaml_tree import list_items
+from finetune.recipe.yaml_scalars import list_items
 from finetune.system.errors import RunError
 from finetune.system.fresh_process import ProcessFailed
 

@@ -25,7 +25,7 @@ from finetune.model.quantization import NF4
 from finetune.recipe.checks import PACKAGED_BASES, base_template
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSection, DataSource, ModelSection
-from finetune.recipe.yaml_tree import scalar_text
+from finetune.recipe.yaml_scalars import scalar_text
 from finetune.system.devices import this_machine
 from finetune.system.errors import DataError, FinetuneError, LabelError, ModelError, RecipeError
 from finetune.system.files import ADAPTER_CONFIG, read_json, write_whole

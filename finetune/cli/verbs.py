@@ -127,11 +127,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> ExitCode:
-    from finetune.cli import sweep, sweep_report
+    from finetune.cli import sweep, sweep_plan, sweep_report
 
     say, began = _say_unless_quiet(args), time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the comparison alone
-        planned = sweep.plan_sweep(Path(args.recipe), args.overrides, args.max_runs)
+        planned = sweep_plan.plan_sweep(Path(args.recipe), args.overrides, args.max_runs)
         say(f"recipe: {planned.path}; {len(planned.runs)} runs below {planned.output}, each on one device")
         for note in planned.notes:
             say(note)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.yaml_tree import Section, quoted, scalar_text
+from finetune.recipe.yaml_scalars import quoted, scalar_text
+from finetune.recipe.yaml_tree import Section
 from finetune.system.pages import one_line
 
 _ORDER = ("method", "model", "quantization", "lora", "data", "training", "early_stopping", "hub")

@@ -19,7 +19,8 @@ import yaml
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import CONFIGS, DataSection, DataSource, ModelSection
 from finetune.recipe.upstream_tables import config_class
-from finetune.recipe.yaml_tree import Section, Sections, scalar_text
+from finetune.recipe.yaml_scalars import scalar_text
+from finetune.recipe.yaml_tree import Section, Sections
 from finetune.system.errors import RunError
 from finetune.system.terminal import Say
 

@@ -32,7 +32,8 @@ from finetune.recipe.unknown_keys import Keys, unknown_key
 from finetune.recipe.upstream import check_quantization, check_section
 from finetune.recipe.upstream_objects import check_objects
 from finetune.recipe.upstream_types import INNER, upstream_keys
-from finetune.recipe.yaml_tree import Node, RecipeTree, Section, Sections, override, quoted, read_file, scalar_text
+from finetune.recipe.yaml_scalars import quoted, scalar_text
+from finetune.recipe.yaml_tree import Node, RecipeTree, Section, Sections, override, read_file
 from finetune.system.errors import RecipeError
 
 # The sections that are not an upstream configuration.

@@ -17,7 +17,8 @@ from finetune.recipe.foreign_keys import INSTEAD
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.unknown_keys import Keys, unknown_key
 from finetune.recipe.upstream_tables import config_class, tables, unless_known_good
-from finetune.recipe.yaml_tree import NUMBER_PATTERN, RecipeTree, Section
+from finetune.recipe.yaml_scalars import NUMBER_PATTERN
+from finetune.recipe.yaml_tree import RecipeTree, Section
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 

@@ -3,14 +3,14 @@
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.recipe.yaml_scalars import SCALAR_TYPES, TAG, Loader, type_of
 from finetune.system.files import read_text
 from finetune.system.secret_scan import SECRET_NAME_PATTERN, SECRET_PATTERN
 
@@ -26,11 +26,9 @@ MAX_DEPTH = 50
 MAX_FILES = 20
 # The largest whole number; larger ones overflow in torch, and are not exact in JSON.
 MAX_INTEGER = 10**15 - 1
-NUMBER_PATTERN = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
 # The characters from which on a value from the environment is looked for in faults.
 _LONG_VALUE = 8
-_TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
 
 
@@ -138,49 +136,6 @@ class RecipeTree:
         return report
 
 
-# The patterns of unquoted scalars by type, as in YAML 1.2: `2e-4` is a number, the `no` of `eval_strategy: no` text.
-_PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "null": (r"~|null|Null|NULL|", lambda text: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: {"true": True, "false": False}[text.lower()]),
-    "int": (r"[-+]?[0-9]+", int),
-    "float": (
-        NUMBER_PATTERN + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
-    ),
-    "merge": (r"<<", str),
-    "str": (r"(?s:.*)", str),
-}
-
-
-def _type_of(text: str) -> str:
-    """The type of an unquoted scalar: the first of `_PLAIN` whose pattern matches."""
-    return next(name for name, (pattern, _) in _PLAIN.items() if re.fullmatch(pattern, text))
-
-
-class _Loader(yaml.SafeLoader):
-    """Gives unquoted scalars the types of `_PLAIN`."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (as upstream)
-
-
-for _name, (_pattern, _) in _PLAIN.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), [None])
-
-
-def scalar_text(value: Any) -> str:
-    """A scalar, or an empty list or map, as YAML of the same type; `${NAME}` in a text stays as it is."""
-    if not isinstance(value, str):
-        return re.sub(r"Infinity|NaN", lambda word: f".{word[0][:3].lower()}", json.dumps(value))
-    if re.fullmatch(r"[A-Za-z_./][\w./@+:-]*", value) and value[-1] != ":" and _type_of(value) == "str":
-        return value
-    return quoted(value)
-
-
-def quoted(text: str) -> str:
-    """A text in double quotes on one line; a `${NAME}` in it is read from the environment again."""
-    return yaml.dump(text, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
-
-
 class _BadYaml(ValueError):
     """PyYAML's message, and the line that it is about."""
 
@@ -238,7 +193,7 @@ def read_file(path: Path, tree: RecipeTree, chain: tuple[Path, ...] = (), origin
 def _parse(text: str, file: str, key: str, tree: RecipeTree) -> Node | None:
     """The nodes of a text, None if it is empty; `key` is its place in the recipe."""
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=Loader)
         return _convert(root, file, file, key, tree) if root else None
     except RecursionError:
         raise _BadYaml("nested too deeply", 1) from None
@@ -281,8 +236,8 @@ def _convert(
         return tree.unreadable(key, origin, "contains itself; write the value out")
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, origin, key, tree)
-    if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
-        return tree.unreadable(key, origin, f"has the tag {node.tag.replace(_TAG, '!!')}; remove the tag")
+    if node.tag not in (f"{TAG}map", f"{TAG}seq"):
+        return tree.unreadable(key, origin, f"has the tag {node.tag.replace(TAG, '!!')}; remove the tag")
     if isinstance(node, yaml.SequenceNode):
         return Node([convert(item, i, item.start_mark) for i, item in enumerate(node.value)], origin)
 
@@ -301,7 +256,7 @@ def _convert(
         if name in seen:
             fault(mark, f"{name} is written twice, first on line {seen[name]}; keep one")
         seen[name] = mark.line + 1
-        if key_node.tag != f"{_TAG}merge":
+        if key_node.tag != f"{TAG}merge":
             own[name] = convert(value_node, name, mark)
             continue
         for merged in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
@@ -315,7 +270,7 @@ def _convert(
 
 def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> Node:
     """A scalar with `${NAME}` expanded from the environment; adds a fault for a secret that is written out."""
-    text, kind = str(node.value), node.tag.removeprefix(_TAG)
+    text, kind = str(node.value), node.tag.removeprefix(TAG)
     variables: list[str] = []
     problems: list[str] = []
 
@@ -334,7 +289,7 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
     if kind == "str" and "${" in text:
         text = _VARIABLE.sub(expand, text)
         # An unquoted `${STEPS}` may be a number, like its value; in quotes it is text.
-        kind = _type_of(text) if node.style is None else kind
+        kind = type_of(text) if node.style is None else kind
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         problems.append("has a character that no text may have (NUL or half a surrogate pair); remove it")
     for problem in problems:
@@ -342,9 +297,9 @@ def _scalar(node: yaml.ScalarNode, origin: str, key: str, tree: RecipeTree) -> N
     if problems:
         return Node(None, origin)
     try:
-        value = _PLAIN[kind][1](text)
+        value = SCALAR_TYPES[kind][1](text)
     except (KeyError, ValueError):
-        there = f"{_shown(text)} is not a plain value of type {node.tag.replace(_TAG, '!!')}"
+        there = f"{_shown(text)} is not a plain value of type {node.tag.replace(TAG, '!!')}"
         return tree.unreadable(key, origin, f"{there}; write text or a number")
     if kind == "int" and abs(value) > MAX_INTEGER:
         return tree.unreadable(key, origin, f"is {_shown(value)}; write a number of at most 15 digits")
@@ -374,17 +329,6 @@ def expanded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return _VARIABLE.sub(lambda match: "${" if match[0] == "$${" else os.environ.get(match[1], match[0]), value)
-
-
-def list_items(text: str) -> list[str] | None:
-    """The items of a list in YAML, each as it is written; None for a text that is no list."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError):
-        return None
-    if not isinstance(node, yaml.SequenceNode):
-        return None
-    return [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
 
 
 def override(tree: RecipeTree, text: str) -> None:

@@ -25,7 +25,7 @@ from finetune.system.errors import RunError, first_line
 from finetune.system.terminal import Say
 from finetune.train.callbacks.memory_check import restored_state
 from finetune.train.preference import PreferenceTrainer
-from finetune.train.trainer import row_lengths
+from finetune.train.row_order import row_lengths
 
 FILE = "reference.safetensors"
 # The largest mean difference of a token's log-probability between pairs run apart and with their beginning shared, and

@@ -15,14 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from finetune.data.encoded import IGNORE
 from finetune.model.saved_files import BaseFiles
@@ -32,6 +28,7 @@ from finetune.system.terminal import quiet
 from finetune.train import pissa
 from finetune.train.checkpoint import MarkerFields, rotate, write_marker
 from finetune.train.meter import Meter
+from finetune.train.row_order import EpochOrder, padded
 from finetune.train.state import (
     Counters,
     damage_reported,
@@ -96,10 +93,10 @@ class RunTrainer(transformers.Trainer):  # type: ignore[misc]
         count, args = self.accelerator.num_processes, self.args
         if count > 1 and not args.dataloader_drop_last and hasattr(self.train_dataset, "__len__"):
             rows = len(self.train_dataset)
-            self.train_dataset = _padded(self.train_dataset, args.per_device_train_batch_size * count)
+            self.train_dataset = padded(self.train_dataset, args.per_device_train_batch_size * count)
             self.padding_rows = len(self.train_dataset) - rows
         if count > 1 and self.eval_dataset is not None:
-            self.eval_dataset = _padded(self.eval_dataset, args.per_device_eval_batch_size * count)
+            self.eval_dataset = padded(self.eval_dataset, args.per_device_eval_batch_size * count)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -330,42 +327,6 @@ class RestoreCounters(TrainerCallback):  # type: ignore[misc]
             self.trainer._metrics["train"].update(counters["metrics"])
 
 
-class EpochOrder(torch.utils.data.Sampler[int]):
-    """The rows of an epoch in an order that depends on seed and epoch alone; padding rows come last.
-
-    The epoch is read from the trainer, so it is right in a resumed run: on several ranks upstream's sampler does not
-    get the epoch (accelerate 1.15 `DataLoaderShard.set_epoch`, through `SkipBatchSampler`).
-    """
-
-    def __init__(self, trainer: RunTrainer, dataset: Any) -> None:
-        self.trainer, self.dataset = trainer, dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        args, state = self.trainer.args, self.trainer.state
-        count = len(self.dataset) - self.trainer.padding_rows
-        seed = args.seed if args.data_seed is None else args.data_seed
-        generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
-        if args.train_sampling_strategy == "sequential":
-            yield from range(count)
-        elif args.train_sampling_strategy == "group_by_length":
-            lengths = row_lengths(self.dataset)[:count].tolist()
-            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            yield from get_length_grouped_indices(lengths, size, generator=generator)
-        else:
-            yield from torch.randperm(count, generator=generator).tolist()
-        yield from range(count, len(self.dataset))
-
-
-def row_lengths(dataset: Any) -> npt.NDArray[np.int64]:
-    """The number of tokens of each row; of a pair those of both sides."""
-    names = [name for name in dataset.column_names if name.endswith("input_ids")]
-    tables = dataset.select_columns(names).with_format("arrow").iter(batch_size=1000)
-    return np.concatenate([np.sum([pc.list_value_length(t[n]).to_numpy() for n in names], axis=0) for t in tables])
-
-
 def _own_process_group(init: Callable[[int], None] | None, worker: int) -> None:
     """Moves a dataloader worker into its own process group.
 
@@ -374,19 +335,6 @@ def _own_process_group(init: Callable[[int], None] | None, worker: int) -> None:
     os.setpgrp()
     if init:
         init(worker)
-
-
-def _padded(dataset: Any, multiple: int) -> Any:
-    """The dataset with rows without labels added until its length is a multiple of `multiple`."""
-    import datasets
-
-    missing = -len(dataset) % multiple
-    if not missing:
-        return dataset
-    row = dataset[0]
-    row |= {name: [IGNORE] * len(ids) for name, ids in row.items() if name.endswith("labels")}
-    padding = datasets.Dataset.from_list([row] * missing, features=dataset.features)
-    return datasets.concatenate_datasets([dataset, padding])
 
 
 def layer_classes(model: Any) -> list[str]:

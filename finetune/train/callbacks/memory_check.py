@@ -20,7 +20,8 @@ from finetune.system.devices import machine_memory, process_peak_memory
 from finetune.system.errors import RunError
 from finetune.system.numbers import GIB, memory
 from finetune.system.terminal import Say
-from finetune.train.trainer import RunTrainer, row_lengths
+from finetune.train.row_order import row_lengths
+from finetune.train.trainer import RunTrainer
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB}
