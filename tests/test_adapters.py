@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantised_tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -337,6 +338,42 @@ def test_a_base_that_is_stored_quantised_is_decided_before_training(
     torch.testing.assert_close(of_merged(Path("rounded")), trained, rtol=0, atol=1e-4)
     assert main(["merge", "run", "--output", "merged", "--base", "base"]) == 0
     torch.testing.assert_close(of_merged(Path("merged")), of_peft(base, Path("run")), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", quantised_tiny.FORMS)
+def test_an_adapter_is_trained_on_the_values_of_a_quantised_file(
+    form: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT finds no weights in packed layers, and transformers 5.23 leaves norms in the type of the file."""
+    quantised_tiny.save(form, Path("small"), Path("exact"))
+    changed = {"max_steps": 1, "learning_rate": 0.1}
+    recipe = write_recipe(
+        model={"name_or_path": "small", "dtype": "float32"}, lora={"target_modules": ["q_proj"]}, training=changed
+    )
+    assert main(["train", str(recipe)]) == 0
+    told = f"small is stored quantised ({form}), and the adapter is trained on the rounded weights; merge and export"
+    assert told in capsys.readouterr().err
+    expected = of_peft(Path("exact"), Path("run"))
+    assert not torch.allclose(expected, of_merged(Path("exact")), atol=0.1)
+    torch.testing.assert_close(logits(load_generator("run", dtype="float32").model), expected, rtol=0, atol=1e-4)
+    assert main(["merge", "run", "--output", "rounded", "--base", "dequantised"]) == 0
+    # The copy of the base is in bfloat16, as the file's other weights.
+    torch.testing.assert_close(of_merged(Path("rounded")), expected, rtol=0, atol=0.05)
+    assert main(["merge", "run", "--output", "merged", "--base", "exact"]) == 0
+    torch.testing.assert_close(of_merged(Path("merged")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_base_whose_reader_is_not_installed_is_a_fault_of_the_recipe(
+    form: str, package: str, base: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": form, "bits": 4, "group_size": 128}
+    (base / "config.json").write_text(json.dumps(config))
+    assert main(["train", str(write_recipe(model={"name_or_path": str(base)}))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: model.name_or_path: base cannot be loaded: Loading a")
+    assert f"quantized model requires {package}" in error
 
 
 def test_pefts_own_card_is_known_and_an_edited_one_is_not(base: Path) -> None:

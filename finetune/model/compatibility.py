@@ -22,6 +22,7 @@ not pass through (`non_text_modules`) are neither trained nor adapted, because a
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,28 @@ def stored_quantisation(config: Any) -> str:
     values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = values.get("quant_method") or values.get("mode") or "unknown"
     return str(getattr(method, "value", method))
+
+
+def dequantised_when_loaded(config: Any) -> Any:
+    """A config with which transformers dequantises weights that are stored quantised, while it loads them.
+
+    Adapters need it: PEFT finds no weight in packed layers of compressed-tensors, and MXFP4 cannot be trained on.
+
+    Args:
+        config: The model's config, which is not changed.
+
+    Returns:
+        A copy; the config itself for methods that transformers 5.23 cannot dequantise then (bitsandbytes, on whose
+        weights adapters are trained; GPTQ, AWQ).
+    """
+    from transformers.quantizers import AutoQuantizationConfig
+
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or not hasattr(AutoQuantizationConfig.from_dict(stored), "dequantize"):
+        return config
+    config = copy.deepcopy(config)
+    config.quantization_config = stored | {"dequantize": True}
+    return config
 
 
 def check_attention(

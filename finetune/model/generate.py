@@ -399,7 +399,7 @@ def load_generator(
         base.path,
         torch_dtype,
         quantization,
-        config=base.config,
+        config=compatibility.dequantised_when_loaded(base.config) if adapted else base.config,
         revision=section.revision,
         as_is=as_is and not adapted,
         attn_implementation=attn,

@@ -15,6 +15,7 @@ from finetune.data.template import load_template, set_system_role
 from finetune.data.template_trial import try_template
 from finetune.data.template_variables import set_default_variables
 from finetune.model import precision
+from finetune.model.compatibility import dequantised_when_loaded, stored_quantisation
 from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
@@ -79,7 +80,7 @@ def load_model(recipe: Recipe, dtype: torch.dtype | None = None, base: Base | No
         base.path,
         dtype or resolve_dtype(section),
         recipe.quantization,
-        config=base.config,
+        config=dequantised_when_loaded(base.config),
         revision=section.revision,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
@@ -138,6 +139,10 @@ def load_base(
     _check_generation_config(path, model.generation_config, model.config.get_text_config())
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
+    elif config is not None and stored_quantisation(config):
+        # transformers 5.23 leaves the weights that were not quantised (norms, embeddings) in the type of the file.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     if dtype == torch.float16 and not as_is:
         precision.keep_residual_in_float32(model)
     return model

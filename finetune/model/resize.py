@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.model.compatibility import dequantised_when_loaded
 from finetune.system.errors import ModelError, first_line
 from finetune.system.terminal import quiet
 
@@ -155,13 +156,15 @@ def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, 
     Raises:
         ModelError: transformers cannot dequantise weights of this method.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    arguments = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": "auto", "use_safetensors": True}
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    arguments = source | {"dtype": "auto", "use_safetensors": True, "device_map": {"": "cpu"}}
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(path, device_map={"": "cpu"}, **arguments)
+        config = dequantised_when_loaded(AutoConfig.from_pretrained(path, **source))
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, **arguments)
         try:
-            model = model.dequantize()
+            model = model.dequantize() if model.is_quantized else model
         except (NotImplementedError, AttributeError, ValueError) as error:
             raise ModelError(
                 f"--base dequantised: transformers cannot dequantise {path} ({first_line(error)}); write --base with "
