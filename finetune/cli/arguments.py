@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
@@ -37,6 +38,11 @@ class _Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
+# Adds a verb: its name, its help, and the parsers whose flags it shares.
+AddVerb = Callable[..., argparse.ArgumentParser]
+_ELSEWHERE = "the run's base, if it is elsewhere than the run's files say"
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; `verb` of its result names the command."""
     common = _Parser(add_help=False)
@@ -44,15 +50,6 @@ def parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="show Python's traceback and the warnings of libraries"
     )
     common.add_argument("--quiet", action="store_true", help="errors only")
-    recipe = _Parser(add_help=False)
-    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="replaces a value of the recipe; sweep tries each item of a list",
-    )
-
     command = _Parser(prog="finetune", description="Fine-tunes language models from YAML recipes.", epilog=EXIT_CODES)
     command.add_argument("--version", action="version", version=__version__)
     verbs = command.add_subparsers(metavar="VERB", dest="verb", required=True)
@@ -60,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
         return verbs.add_parser(name, parents=[*parents, common], help=help)
 
+    _add_verbs_that_make_recipes(verb)
+    _add_verbs_of_recipes(verb)
+    _add_verbs_of_models(verb)
+    _add_verbs_of_folders(verb)
+    return command
+
+
+def _add_verbs_that_make_recipes(verb: AddVerb) -> None:
     flag = verb("init", "look at rows and write a recipe that trains on them").add_argument
     flag("data", metavar="DATA", help="a file of rows (JSONL, JSON, CSV, Parquet), a glob, or a dataset on the Hub")
     flag(
@@ -80,6 +85,17 @@ def parser() -> argparse.ArgumentParser:
         "unsloth, which is not run",
     )
     flag("--output", type=Path, metavar="RECIPE", help="the new recipe (default: standard output)")
+
+
+def _add_verbs_of_recipes(verb: AddVerb) -> None:
+    recipe = _Parser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
+    recipe.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="replaces a value of the recipe; sweep tries each item of a list",
+    )
 
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
     flag("--force", action="store_true", help="train even if the memory check says that it does not fit")
@@ -120,52 +136,21 @@ def parser() -> argparse.ArgumentParser:
     flag("--json", action="store_true", help="print a JSON object per row (row, input_ids, labels), then the ledger")
     flag("--html", type=Path, metavar="FILE", help="write one self-contained HTML page")
 
+
+def _add_verbs_of_models(verb: AddVerb) -> None:
     model = _Parser(add_help=False)
     model.add_argument("model", metavar="RUN_OR_MODEL", help="a run, a directory with a model, or a base model's name")
-
     trust = _Parser(add_help=False)
     trust.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let Python files that come with the model run; read them first",
     )
-
-    elsewhere = "the run's base, if it is elsewhere than the run's files say"
-    flag = verb("generate", "answer prompts with a run or a model", model, trust).add_argument
-    flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
-    flag("--system", help="a system message before each prompt")
-    flag(
-        "--tools",
-        type=Path,
-        metavar="FILE",
-        help="functions that the model may call: a list in JSON, as in a row of data",
-    )
-    flag(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        help="variables of the chat template, such as '{\"enable_thinking\": true}'",
-    )
-    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
-    flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
-    flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
-    flag("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the most likely token")
-    flag(
-        "--top-p",
-        type=_top_p,
-        default=1.0,
-        metavar="P",
-        help="nucleus sampling: draw from the most likely tokens with this total probability (default: 1)",
-    )
-    flag("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
-    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
-    flag("--quantize", choices=QUANTIZED_FORMATS, help="load the weights in 8 or 4 bit")
-    flag("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
-    flag("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs")
-    flag("--compile", action="store_true", help="compile the model: slow first, then faster")
-
     output = _Parser(add_help=False)
     output.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     output.add_argument("--overwrite", action="store_true", help="replace an output of merge or export, once complete")
+
+    _add_generate(verb("generate", "answer prompts with a run or a model", model, trust))
 
     flag = verb("merge", "merge a run's adapter into its base's weights", output, trust).add_argument
     flag("folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter")
@@ -209,11 +194,11 @@ def parser() -> argparse.ArgumentParser:
     flag = verb("check-adapter", "check whether a program loads a run's adapter without a merge").add_argument
     flag("folder", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder with a PEFT adapter")
     flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
-    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
 
     flag = verb("evaluate", "measure the perplexity and the answers of a model", model, trust).add_argument
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
-    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
     flag("--server", metavar="URL", help="a server of the model (OpenAI's chat API) that answers the prompts too")
     flag("--server-model", metavar="NAME", help="the model's name there (default: the only one, or that of the run)")
@@ -222,11 +207,47 @@ def parser() -> argparse.ArgumentParser:
     flag("--json", action="store_true", help="print the report as JSON")
 
     flag = verb("serve", "start an OpenAI-compatible server for a run or a model", model, trust).add_argument
-    flag("--base", metavar="PATH_OR_ID", help=elsewhere)
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
     flag("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
     flag("--port", type=_port, default=8000, metavar="N", help="default: 8000")
     flag("--print", action="store_true", dest="print_only", help="print the server's command, do not start it")
 
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    flag = command.add_argument
+    flag("--prompt", help="default: each line of standard input; on a terminal, a chat")
+    flag("--system", help="a system message before each prompt")
+    flag(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="functions that the model may call: a list in JSON, as in a row of data",
+    )
+    flag(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": true}'",
+    )
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
+    flag("--no-adapter", action="store_true", help="answer with the run's base model, without its adapter")
+    flag("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (default: 256)")
+    flag("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the most likely token")
+    flag(
+        "--top-p",
+        type=_top_p,
+        default=1.0,
+        metavar="P",
+        help="nucleus sampling: draw from the most likely tokens with this total probability (default: 1)",
+    )
+    flag("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
+    flag("--quantize", choices=QUANTIZED_FORMATS, help="load the weights in 8 or 4 bit")
+    flag("--attn", metavar="NAME", help="attn_implementation, such as sdpa or eager")
+    flag("--device", metavar="NAME", help="such as cpu or cuda:1; auto: spread the layers over all GPUs")
+    flag("--compile", action="store_true", help="compile the model: slow first, then faster")
+
+
+def _add_verbs_of_folders(verb: AddVerb) -> None:
     flag = verb("report", "show a run, finished or not, as one HTML page").add_argument
     flag("run", metavar="RUN", type=Path, help="a run's directory")
     flag("--output", type=Path, metavar="FILE.html", help="default: report.html in the run's folder")
@@ -241,7 +262,6 @@ def parser() -> argparse.ArgumentParser:
     flag("--revision", metavar="BRANCH", help="the branch, which is made if it is missing")
     flag("--create-pr", action="store_true", help="open a pull request")
     flag("--base-model", metavar="OWNER/NAME", help="the base's id on the Hub, if it was read from a local folder")
-    return command
 
 
 def _format(text: str) -> str:

@@ -7,6 +7,7 @@ from its files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
@@ -57,12 +58,23 @@ def _hub(source: DataSource) -> tuple[Any, str]:
 def _load_hub(path: str, config: str | None, split: str, revision: str | None, stream: bool) -> tuple[Any, str]:
     import datasets
 
-    try:
+    with _load_errors(path):
         rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=stream)
         if not stream:
             return rows, rows._fingerprint
         # A stream has no fingerprint; the builder's hash is the commit of its repository (datasets 5.2).
         return rows, datasets.load_dataset_builder(path, config, revision=revision).hash
+
+
+@contextlib.contextmanager
+def _load_errors(path: str) -> Iterator[None]:
+    """Turns the libraries' errors at loading a dataset into a `DataError`."""
+    import datasets
+
+    try:
+        yield
+    except DataError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if words := hub_errors.hub_problem(f"datasets/{path}", error):
             raise DataError(f"{path} {words}") from error
@@ -178,7 +190,7 @@ def hub_parts(path: str) -> tuple[str | None, str]:
     """
     import datasets
 
-    try:
+    with _load_errors(path):
         configs = datasets.get_dataset_config_names(path)
         if len(configs) > 1 and "default" not in configs:
             raise DataError(
@@ -187,10 +199,4 @@ def hub_parts(path: str) -> tuple[str | None, str]:
             )
         config = None if len(configs) == 1 else "default"
         splits = datasets.get_dataset_split_names(path, config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        if words := hub_errors.hub_problem(f"datasets/{path}", error):
-            raise DataError(f"{path} {words}") from error
-        raise DataError(f"{path}: the Hub dataset cannot be loaded: {first_line(error)}") from error
     return config, next((split for split in ("train", *splits) if split in splits and "train" in split), splits[0])

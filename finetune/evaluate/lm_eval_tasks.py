@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from finetune.data.turns import without_whitespace
+from finetune.model.generation_settings import one_answer_settings
 from finetune.system.errors import EvaluateError, LabelError
 from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
@@ -66,8 +67,6 @@ def run_tasks(generator: Generator, tasks: Tasks, limit: int | None = None) -> d
     """
     from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
-
-    from finetune.model.generate import one_answer_settings
 
     # The harness would run git in the current folder, which prints an error outside a repository.
     evaluator.get_git_commit_hash = lambda: None

@@ -54,6 +54,8 @@ class Verdict:
 
 _UNSUPPORTED = (REFUSES, "a tensor with such a name is an unsupported LoRA weight")
 _ONE_SCALE = (WRONG, "it scales all layers by lora_alpha / r")
+_NAMED_ONLY = (IGNORES, "embeddings are read only if target_modules names them")
+_MATRICES_ONLY = (REFUSES, "it takes only the matrices A and B")
 READERS = {
     "vllm": Reader(
         "vLLM 0.33.0",
@@ -76,8 +78,8 @@ READERS = {
         "SGLang 0.5.23",
         "sglang/srt/lora/lora.py, lora_config.py, lora_manager.py, utils.py",
         {
-            "token rows": (IGNORES, "embeddings are read only if target_modules names them"),
-            "modules_to_save": (IGNORES, "embeddings are read only if target_modules names them"),
+            "token rows": _NAMED_ONLY,
+            "modules_to_save": _NAMED_ONLY,
             "DoRA": (REFUSES, "it has no DoRA"),
             "rsLoRA": _ONE_SCALE,
             "rank_pattern": _ONE_SCALE,
@@ -90,11 +92,11 @@ READERS = {
         "llama.cpp (convert_lora_to_gguf.py of commit 0b03adaa)",
         "convert_lora_to_gguf.py, src/llama-adapter.h",
         {
-            "token rows": (REFUSES, "it takes only the matrices A and B"),
-            "modules_to_save": (REFUSES, "it takes only the matrices A and B"),
-            "DoRA": (REFUSES, "it takes only the matrices A and B"),
-            "lora_bias": (REFUSES, "it takes only the matrices A and B"),
-            "bias": (REFUSES, "it takes only the matrices A and B"),
+            "token rows": _MATRICES_ONLY,
+            "modules_to_save": _MATRICES_ONLY,
+            "DoRA": _MATRICES_ONLY,
+            "lora_bias": _MATRICES_ONLY,
+            "bias": _MATRICES_ONLY,
             "per_layer_model_projection": (IGNORES, "its graph of Gemma 4 adds no LoRA there"),
             "rsLoRA": (WRONG, "it scales a layer by lora_alpha / its rank"),
             "alpha_pattern": (WRONG, "it scales all layers by the one lora_alpha"),

@@ -15,7 +15,8 @@ from finetune.data.chat import Chat
 from finetune.data.tool_calls import with_arguments_as_rendered
 from finetune.data.turns import Message, Tool
 from finetune.model import compatibility, precision
-from finetune.model.attach import base_of
+from finetune.model.attach import attach_adapter, base_of
+from finetune.model.generation_settings import one_answer_settings
 from finetune.model.load import eos_tokens, load_base, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.provenance import adapter_base_sections, adapter_below, environment_of, has_tokenizer, is_adapter
@@ -27,12 +28,6 @@ from finetune.system import devices
 from finetune.system.errors import FinetuneError, ModelError, first_line
 from finetune.system.terminal import quiet
 
-# The settings of a generation config that say where answers end, or change the probabilities of tokens.
-_KEPT_SETTINGS = (
-    *("eos_token_id", "bos_token_id"),
-    *("repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids"),
-    *("suppress_tokens", "begin_suppress_tokens"),
-)
 # The steps of a batch after which answers that have ended leave it.
 _ROUND = 8
 # The layers of transformers' `DynamicCache` from which rows can be removed; a dummy uses the keys of another layer.
@@ -287,42 +282,6 @@ def _answer_errors(model: Any) -> Iterator[None]:
         ) from error
 
 
-def _plain_generation_config(config: Any) -> Any:
-    """A `GenerationConfig` with the ends of answers and the penalties of another, and nothing else of it.
-
-    Beams, several answers, stop strings or a dict as the result would change what `generate` returns, or make it fail.
-    """
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        **{key: value for key in _KEPT_SETTINGS if (value := getattr(config, key, None)) is not None}
-    )
-
-
-@contextmanager
-def one_answer_settings(model: Any) -> Iterator[None]:
-    """Lets `generate` return one sequence of ids for each prompt, whatever the model's configs say.
-
-    The router's logits of a model with experts are turned off, because `generate` fails with them on a padded batch:
-    its load balancing loss takes the mask of all tokens so far and the logits of the new one.
-
-    Source: transformers 5.23 `models/mixtral/modeling_mixtral.py`, `load_balancing_loss_func`;
-    `generation/utils.py`, `_prepare_generation_config`, where the model's settings replace those that are None.
-    """
-    inner = base_of(model)
-    config = inner.config.get_text_config()
-    wanted, settings = getattr(config, "output_router_logits", False), inner.generation_config
-    if wanted:
-        config.output_router_logits = False
-    inner.generation_config = _plain_generation_config(settings)
-    try:
-        yield
-    finally:
-        inner.generation_config = settings
-        if wanted:
-            config.output_router_logits = wanted
-
-
 def load_generator(
     name: str,
     adapter: bool = True,
@@ -364,22 +323,8 @@ def load_generator(
 
     if device:
         compatibility.check_device(device)
-    folder = Path(name)
-    adapted = is_adapter(folder)
-    if folder.is_dir() and not adapted and not (folder / "config.json").exists():
-        raise ModelError(
-            f"{name}: neither a finished run (adapter_config.json) nor a model (config.json){adapter_below(folder)}"
-        )
-    own_section = ModelSection(name_or_path=name, trust_remote_code=trust_remote_code)
-    section, quantization = (
-        adapter_base_sections(folder, base_model, trust_remote_code) if adapted else sections or (own_section, None)
-    )
-    if base_model and not adapted:
-        raise ModelError(f"--base {base_model}: {name} is no run, but a whole model; leave out --base")
-    if adapted and not base_model and (commit := environment_of(folder).get("base_commit")):
-        section = section.model_copy(update={"revision": commit})
-    if quantize:
-        quantization = {"int8": INT8, "nf4": NF4}[quantize]
+    folder, adapted = Path(name), is_adapter(Path(name))
+    section, quantization = _sections_of(name, base_model, sections, trust_remote_code)
     on = devices.device_of(device)
     key = "--dtype" if dtype else f"{name}: model.dtype"
     torch_dtype = precision.choose_dtype(dtype or section.dtype, devices.Device() if as_is else on, key)
@@ -389,8 +334,10 @@ def load_generator(
     in_float32 = torch_dtype == torch.float32
     compatibility.check_attention(attn, base.config, on, in_float32, training=False, key=key)
     stored_quantised = getattr(base.config, "quantization_config", None) is not None
-    if quantize and stored_quantised:
-        raise ModelError(f"{name} is quantised already; leave out --quantize")
+    if quantize:
+        if stored_quantised:
+            raise ModelError(f"{name} is quantised already; leave out --quantize")
+        quantization = {"int8": INT8, "nf4": NF4}[quantize]
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Quantised weights cannot be moved to another device later.
     placed_when_loaded = place == "auto" or quantization or stored_quantised
@@ -407,16 +354,42 @@ def load_generator(
         **({"device_map": device_map} if placed_when_loaded else {}),
     )
     if adapted and adapter:
-        from finetune.model.attach import attach_adapter
-
         model = attach_adapter(model, folder)
         lighten_trainable_tokens(model)
     if not placed_when_loaded:
         model = model.to(place)
     model.eval()
-    own_tokenizer = folder.is_dir() and (has_tokenizer(folder) if adapted else sections is None)
-    tokenizer = load_tokenizer(own_section) if own_tokenizer else load_tokenizer(section, base)
     if compiled and not getattr(getattr(model, "hf_quantizer", None), "is_compileable", True):
         raise ModelError(f"--compile: {name} is quantised in a way that torch cannot compile; leave out --compile")
+    own_tokenizer = folder.is_dir() and (has_tokenizer(folder) if adapted else sections is None)
+    own_section = ModelSection(name_or_path=name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(own_section) if own_tokenizer else load_tokenizer(section, base)
     stop_ids = tuple(eos_tokens(model.generation_config, tokenizer))
     return Generator(model, Chat(tokenizer), stop_ids, compiled)
+
+
+def _sections_of(
+    name: str,
+    base_model: str | None,
+    sections: tuple[ModelSection, dict[str, Any] | None] | None,
+    trust_remote_code: bool,
+) -> tuple[ModelSection, dict[str, Any] | None]:
+    """The `model` and `quantization` sections that a model is loaded by; the arguments are those of `load_generator`.
+
+    Raises:
+        ModelError: It is neither a run nor a model, or a whole model and `base_model` is given.
+        RunError: A file of the run is damaged.
+    """
+    folder = Path(name)
+    if not is_adapter(folder):
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise ModelError(
+                f"{name}: neither a finished run (adapter_config.json) nor a model (config.json){adapter_below(folder)}"
+            )
+        if base_model:
+            raise ModelError(f"--base {base_model}: {name} is no run, but a whole model; leave out --base")
+        return sections or (ModelSection(name_or_path=name, trust_remote_code=trust_remote_code), None)
+    section, quantization = adapter_base_sections(folder, base_model, trust_remote_code)
+    if not base_model and (commit := environment_of(folder).get("base_commit")):
+        section = section.model_copy(update={"revision": commit})
+    return section, quantization

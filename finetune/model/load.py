@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ from finetune.data.template_trial import try_template
 from finetune.data.template_variables import set_default_variables
 from finetune.model import precision
 from finetune.model.compatibility import dequantised_when_loaded, stored_quantisation
+from finetune.model.generation_settings import check_generation_config
 from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import ModelSection
-from finetune.system.errors import ModelError, TemplateError, first_line
+from finetune.system.errors import ModelError, TemplateError
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def load_base(
         raise ModelError(
             f"model.name_or_path: {path} does not hold {missing[0]} (and {len(missing) - 1} more of its weights)"
         )
-    _check_generation_config(path, model.generation_config, model.config.get_text_config())
+    check_generation_config(path, model.generation_config, model.config.get_text_config())
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
     elif config is not None and stored_quantisation(config):
@@ -182,39 +182,6 @@ def _weights_in_files(path: str) -> Iterator[None]:
         raise ModelError(refused[0]) from error
     finally:
         PreTrainedModel._move_missing_keys_from_meta_to_device = make
-
-
-def _check_generation_config(path: str, settings: Any, text_config: Any) -> None:
-    """Refuses settings on which transformers 5.23 fails at the first answer, by its own processors of logits."""
-    import torch
-    from transformers.generation import logits_process
-
-    where = f"model.name_or_path: {path}"
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(settings, name, None)
-        ids = value if isinstance(value, list) else [value]
-        # -1 is what some configs have in place of null.
-        if not all(i is None or (type(i) is int and -1 <= i < 1 << 31) for i in ids):
-            raise ModelError(
-                f"{where}: the {name} of its generation config is {str(value)[:40]!r}; write the id of a token"
-            )
-    processors: dict[str, Callable[[Any], Any]] = {
-        "repetition_penalty": logits_process.RepetitionPenaltyLogitsProcessor,
-        "no_repeat_ngram_size": lambda size: size > 0 and logits_process.NoRepeatNGramLogitsProcessor(size),
-        "sequence_bias": logits_process.SequenceBiasLogitsProcessor,
-        "bad_words_ids": logits_process.NoBadWordsLogitsProcessor,
-        "suppress_tokens": logits_process.SuppressTokensLogitsProcessor,
-        "begin_suppress_tokens": lambda ids: logits_process.SuppressTokensAtBeginLogitsProcessor(ids, 1),
-    }
-    for name, make in processors.items():
-        if (value := getattr(settings, name, None)) is None:
-            continue
-        try:
-            if process := make(value):
-                process(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, text_config.vocab_size))
-        except Exception as error:  # of many types
-            words = textwrap.shorten(first_line(error), 200, placeholder=" ...")
-            raise ModelError(f"{where}: the {name} of its generation config cannot be used: {words}") from error
 
 
 def eos_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

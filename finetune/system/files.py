@@ -111,44 +111,30 @@ def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         RunError: `output` exists and may not be replaced, contains one of `inputs`, or is being written by another
             process.
     """
-    from filelock import FileLock, Timeout
-
     check_free(output, overwrite)
     check_apart(output, inputs)
     output = Path(os.path.realpath(output))
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(f"--output: {output} is being written by another process") from None
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            # A process was killed between the two renames below.
-            replaced.rename(output)
+    partial, replaced, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced", "lock"))
+    with _locked(lock, f"--output: {output} is being written by another process"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not output.exists():
+                # A process was killed between the two renames below.
+                replaced.rename(output)
+                check_free(output, overwrite)
+            shutil.rmtree(replaced, ignore_errors=True)
+            partial.mkdir()
+            with _full_disk_names(output):
+                yield partial
+                sync_files(partial)
             check_free(output, overwrite)
-        shutil.rmtree(replaced, ignore_errors=True)
-        partial.mkdir()
-        with _full_disk_names(output):
-            yield partial
-            sync_files(partial)
-        check_free(output, overwrite)
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-        sync(output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        # Before the lock is released: afterwards the file may already be another process's lock.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        for parent in new_parents:
-            with suppress(OSError):  # it is not empty
-                parent.rmdir()
+            if output.exists():
+                output.rename(replaced)
+            partial.rename(output)
+            sync(output.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_free(output: Path, overwrite: bool) -> None:
@@ -199,9 +185,6 @@ def sync(path: Path) -> None:
 def locked_folder(folder: Path, key: str, work: str = "training") -> Iterator[None]:
     """Makes a folder, and keeps other processes that would lock it out until the end; removes it if it stays empty.
 
-    The lock ends with the process, however that ends; its file may stay, and says nothing. A filesystem without locks
-    has none.
-
     Args:
         folder: The folder.
         key: The key that names it, for the message.
@@ -210,17 +193,31 @@ def locked_folder(folder: Path, key: str, work: str = "training") -> Iterator[No
     Raises:
         RunError: Another process holds the lock.
     """
+    with _locked(
+        folder / LOCK, f"{key}: another process is {work} into {folder}; wait for its end, or write another directory"
+    ):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, taken: str) -> Iterator[None]:
+    """Holds a lock, whose file is removed at the end, as are folders that were made for it and are empty then.
+
+    The lock ends with the process, however that ends; its file may stay, and says nothing. A filesystem without locks
+    has none.
+
+    Raises:
+        RunError: Another process holds the lock; the text is `taken`.
+    """
     from filelock import FileLock, Timeout
 
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    new = [folder for folder in file.parents if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(
-            f"{key}: another process is {work} into {folder}; wait for its end, or write another directory"
-        ) from None
+        raise RunError(taken) from None
     except (OSError, NotImplementedError):
         pass
     try:
@@ -228,11 +225,11 @@ def locked_folder(folder: Path, key: str, work: str = "training") -> Iterator[No
     finally:
         if lock.is_locked:
             # Before the lock is released: afterwards the file may already be another process's lock.
-            Path(lock.lock_file).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             lock.release()
-        for path in new:
+        for folder in new:
             with suppress(OSError):  # it is not empty
-                path.rmdir()
+                folder.rmdir()
 
 
 def is_full(error: BaseException) -> bool:
