@@ -55,6 +55,55 @@ def turn_end(
     if is_text_only(message) and (end := _known_end(message["content"], endings, text, start)):
         return end
     before = render(messages[:i]) if i else ""
+    marked, as_last, tail = _checked_tail(render, messages, i, text, start, before)
+    count = len(_MARKS.findall(as_last))
+    after = _split_after_marks(as_last, count)[1]
+    elsewhere = after
+    if not later:
+        role = "tool" if message.get("tool_calls") else "user"
+        with contextlib.suppress(LabelError):
+            followed = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
+            elsewhere = _split_after_marks(followed, count)[1]
+    # The turn is rendered as the last message and before another message. What follows its text in both belongs to the
+    # turn. What a template writes only at the end of a conversation, or only before the next message, does not. A
+    # special token may be cut at the end of what is shared: whole ones count.
+    shared = commonprefix([tail, elsewhere])  # noqa: RUF071 - characters are meant
+    headers = _headers(render, special, messages[:i])
+    spans = special_spans(special.tokens, tail)
+    own = _before_the_next_header(
+        [(tail[first:end], end) for first, end in spans if end <= len(shared)],
+        headers,
+        # Between `before` and the turn stands the header that `add_generation_prompt` adds.
+        unasked=not text[len(before) : start].strip() or len(special_spans(special.tokens, after)) > 1,
+    )
+    if not own and spans and spans[0][0] <= len(shared) < spans[0][1]:
+        first, end = spans[0]
+        closes = _closes_turn(render, tail[first:end], text[len(before) : start], headers, not later)
+        own = [end] if closes else []
+    if not own and spans and spans[0][1] <= len(shared):
+        reason = "the chat template ends the turn with the header of the next one, which ends no turn"
+        raise LabelError(reason, message=i)
+    if not own:
+        raise LabelError(
+            f"the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special token, so the "
+            "model could not learn to stop",
+            message=i,
+        )
+    return len(text) - len(tail) + own[-1]
+
+
+def _checked_tail(
+    render: Render, messages: Sequence[Message], i: int, text: str, start: int, before: str
+) -> tuple[Message, str, str]:
+    """Checks that turn `i` is rendered whole and by itself; the arguments are those of `turn_end`.
+
+    Returns:
+        The message with marks, the conversation rendered up to it, and the part of `text` after the turn's texts.
+
+    Raises:
+        TurnRewrittenLater, LabelError: As for `turn_end`.
+    """
+    message, later = messages[i], messages[i + 1 :]
     marked, part_of_mark = _marked(message)
     try:
         as_last = render([*messages[:i], marked])
@@ -93,39 +142,7 @@ def turn_end(
     fenced = [m if e else m | {"content": FENCE + m["content"]} for m, e in zip(later, empty, strict=True)]
     if fenced and FENCE in _split_after_marks(render([*messages[:i], marked, *fenced]), len(marks))[0]:
         raise LabelError("the chat template writes a later message inside its turn", message=i)
-    after = _split_after_marks(as_last, len(marks))[1]
-    elsewhere = after
-    if not later:
-        role = "tool" if message.get("tool_calls") else "user"
-        with contextlib.suppress(LabelError):
-            followed = render([*messages[:i], marked, {"role": role, "content": "Hello there"}])
-            elsewhere = _split_after_marks(followed, len(marks))[1]
-    # The turn is rendered as the last message and before another message. What follows its text in both belongs to the
-    # turn. What a template writes only at the end of a conversation, or only before the next message, does not. A
-    # special token may be cut at the end of what is shared: whole ones count.
-    shared = commonprefix([tail, elsewhere])  # noqa: RUF071 - characters are meant
-    headers = _headers(render, special, messages[:i])
-    spans = special_spans(special.tokens, tail)
-    own = _before_the_next_header(
-        [(tail[first:end], end) for first, end in spans if end <= len(shared)],
-        headers,
-        # Between `before` and the turn stands the header that `add_generation_prompt` adds.
-        unasked=not text[len(before) : start].strip() or len(special_spans(special.tokens, after)) > 1,
-    )
-    if not own and spans and spans[0][0] <= len(shared) < spans[0][1]:
-        first, end = spans[0]
-        closes = _closes_turn(render, tail[first:end], text[len(before) : start], headers, not later)
-        own = [end] if closes else []
-    if not own and spans and spans[0][1] <= len(shared):
-        reason = "the chat template ends the turn with the header of the next one, which ends no turn"
-        raise LabelError(reason, message=i)
-    if not own:
-        raise LabelError(
-            f"the template ends the turn with {shared[:40]!r}, in which this tokenizer has no special token, so the "
-            "model could not learn to stop",
-            message=i,
-        )
-    return len(text) - len(tail) + own[-1]
+    return marked, as_last, tail
 
 
 class _Headers(NamedTuple):

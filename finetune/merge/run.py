@@ -91,20 +91,7 @@ def merge(
             raise MergeError(f"--base dequantised: {run} was not trained on a quantised base; leave it out")
         write_weights(plan, folder, max_bytes, dequantise=base == "dequantised" and rounded_here, progress=progress)
         shutil.rmtree(folder / CONVERTED, ignore_errors=True)
-        record: MergeRecord = {
-            "base": plan.base,
-            "revision": plan.revision,
-            "dtype_of_training": plan.held,
-            "finetune": __version__,
-            "run": os.path.abspath(run),
-            "adapters": [
-                {"path": path, "weight": weight, "sha256": sha256(Path(path) / ADAPTER_WEIGHTS)}
-                for path, weight in request.adapters
-            ],
-            "base_weights": base,
-            "dtype": plan.dtype,
-        }
-        text = json.dumps(record, ensure_ascii=False, indent=1)
+        text = json.dumps(_record(request, plan), ensure_ascii=False, indent=1)
         (folder / MERGE_RECORD).write_text(text + "\n", encoding="utf-8")
         if recipe := run_file(run, "recipe.yaml"):
             shutil.copy(recipe, folder / "recipe.yaml")
@@ -112,6 +99,23 @@ def merge(
         say("input and output embeddings were tied, and only one was trained: they are stored apart")
     say(f"merged: {output}")
     return output
+
+
+def _record(request: MergeRequest, plan: MergePlan) -> MergeRecord:
+    """The content of `merge.json`."""
+    return {
+        "base": plan.base,
+        "revision": plan.revision,
+        "dtype_of_training": plan.held,
+        "finetune": __version__,
+        "run": os.path.abspath(request.model),
+        "adapters": [
+            {"path": path, "weight": weight, "sha256": sha256(Path(path) / ADAPTER_WEIGHTS)}
+            for path, weight in request.adapters
+        ],
+        "base_weights": "dequantised" if request.dequantised else "original",
+        "dtype": plan.dtype,
+    }
 
 
 def plan_in_fresh_process(request: MergeRequest) -> MergePlan:

@@ -101,20 +101,7 @@ def check_changes(
     """
     if not saved.is_file():
         return
-    # By way of its text, which has `${NAME}` in place of a secret: never shown, and not a change. Other values from the
-    # environment are compared by their digests.
-    new = _sections(recipe.to_yaml(), recipe.environment_values())
-    try:
-        old = _sections(saved.read_text(encoding="utf-8"), _values_then(known, recipe))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        cure = "restore the file that the run wrote, or train anew in another training.output_dir"
-        raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
-
-    if unknown := [f"training.{name}" for name in _BATCH if old["training"][name] == _OTHER]:
-        raise RunError(
-            f"training.resume_from_checkpoint: {unknown[0]} had {_OTHER}, with which the checkpoint cannot be resumed; "
-            "set the variable as it was, or train anew in another training.output_dir"
-        )
+    old, new = _old_and_new(saved, recipe, known)
     # Two methods have other keys in `training`.
     skipped = {"method"} if old["method"] == new["method"] else {"method", "training"}
     names = [name for name in old if name in new and name not in skipped]
@@ -149,6 +136,26 @@ def check_changes(
     if mentioned:
         lines = (f"{key} {_shown(was)} -> {shown(key, now)}" for key, (was, now) in mentioned.items())
         say(f"resuming with changes: {'; '.join(lines)}")
+
+
+def _old_and_new(saved: Path, recipe: Recipe, known: Digests | None) -> tuple[Sections, Sections]:
+    """The sections of a run's `recipe.yaml`, and those of the recipe to resume with.
+
+    Both are read from text, which has `${NAME}` in place of a secret: never shown, and not a change. Other values from
+    the environment are compared by their digests.
+    """
+    new = _sections(recipe.to_yaml(), recipe.environment_values())
+    try:
+        old = _sections(saved.read_text(encoding="utf-8"), _values_then(known, recipe))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        cure = "restore the file that the run wrote, or train anew in another training.output_dir"
+        raise RunError(f"{saved} is damaged: {' '.join(str(error).split())}; {cure}") from error
+    if unknown := [f"training.{name}" for name in _BATCH if old["training"][name] == _OTHER]:
+        raise RunError(
+            f"training.resume_from_checkpoint: {unknown[0]} had {_OTHER}, with which the checkpoint cannot be resumed; "
+            "set the variable as it was, or train anew in another training.output_dir"
+        )
+    return old, new
 
 
 # A run's name and trackers, and what other commands read, change no number of a run.

@@ -130,6 +130,25 @@ def _preference_keys(method: str) -> Section:
     return keys
 
 
+# The inits that `get_peft_model` can compute alone. Without a pass over rows peft 0.21 refuses eva, corda and lora_ga,
+# or leaves them at the default; loftq replaces the base's weights by rounded ones that are not saved.
+_INITS = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
+# peft's hint spells this pattern as a literal.
+_PISSA = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
+# The keys of `lora` whose types are narrower than peft's hints.
+_LORA: Section = {
+    "r": PositiveInt,
+    "lora_alpha": PositiveInt,
+    "lora_dropout": _Share,
+    "target_modules": _Words | str | None,
+    "layers_to_transform": Annotated[list[_Count], Field(min_length=1)] | _Count | None,
+    "rank_pattern": dict[str, PositiveInt] | None,
+    "alpha_pattern": dict[str, _Positive] | None,
+    "init_lora_weights": bool | _INITS | _PISSA,
+    "trainable_token_indices": list[_Count] | dict[str, list[_Count]] | Literal["auto", "none"] | None,
+}
+
+
 def upstream_keys(method: str = "sft") -> Sections:
     """The keys of `training`, `lora` and `quantization`, and the types of their values.
 
@@ -147,11 +166,6 @@ def upstream_keys(method: str = "sft") -> Sections:
 
     reports = Literal[("none", "all", *known["trackers"])]  # type: ignore[valid-type]
     backends = Literal[tuple(known["backends"])]  # type: ignore[valid-type]
-    # The inits that `get_peft_model` can compute alone. Without a pass over rows peft 0.21 refuses eva, corda and
-    # lora_ga, or leaves them at the default; loftq replaces the base's weights by rounded ones that are not saved.
-    # peft's hint spells the pattern of pissa_niter as a literal.
-    inits = Literal["gaussian", "olora", "pissa", "orthogonal", "mica"]
-    pissa = Annotated[str, Field(pattern=r"^pissa_niter_[0-9]+$")]
     training: Section = {
         **taken,
         # The trainer also takes true, for the newest checkpoint.
@@ -184,17 +198,6 @@ def upstream_keys(method: str = "sft") -> Sections:
     }
     return {
         "training": {name: kind for name, kind in training.items() if name in taken},
-        "lora": {
-            **{name: kind for name, kind in types_of(known["lora"]).items() if name not in INSTEAD["lora"]},
-            "r": PositiveInt,
-            "lora_alpha": PositiveInt,
-            "lora_dropout": _Share,
-            "target_modules": _Words | str | None,
-            "layers_to_transform": Annotated[list[_Count], Field(min_length=1)] | _Count | None,
-            "rank_pattern": dict[str, PositiveInt] | None,
-            "alpha_pattern": dict[str, _Positive] | None,
-            "init_lora_weights": bool | inits | pissa,
-            "trainable_token_indices": list[_Count] | dict[str, list[_Count]] | Literal["auto", "none"] | None,
-        },
+        "lora": {name: kind for name, kind in types_of(known["lora"]).items() if name not in INSTEAD["lora"]} | _LORA,
         "quantization": QUANTIZATION,
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -50,7 +50,7 @@ class Counters(TypedDict):
     metrics: dict[str, Any]
     tokens: int
     trained: int
-    energy: float  # millijoules
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,6 @@ def _writes_part(tensor: torch.Tensor, main: bool) -> bool:
     return all(not p.is_replicate() or mesh.get_local_rank(i) == 0 for i, p in enumerate(placements))
 
 
-def _state_file(folder: Path, rank: int, ranks: int) -> Path:
-    return folder / f"state-{rank + 1:05}-of-{ranks:05}.safetensors"
-
-
-def _state_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("state-*-of-*.safetensors"))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -172,7 +164,7 @@ def save_state(folder: Path, model: Any, optimizer: Any, scheduler: Any, counter
     ]
     metadata = {"pieces": pieces, "values": values, "groups": groups, "logged": counters}
     text = {name: json.dumps(value) for name, value in metadata.items()}
-    save_file(tensors, _state_file(folder, rank, distributed.world_size()), text)
+    save_file(tensors, folder / f"state-{rank + 1:05}-of-{distributed.world_size():05}.safetensors", text)
     if rank == 0:
         torch.save(scheduler.state_dict(), folder / "scheduler.pt")
 
@@ -212,7 +204,7 @@ class _SavedState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        paths = _state_files(folder)
+        paths = sorted(folder.glob("state-*-of-*.safetensors"))
         if not paths:
             raise RunError(f"{folder} holds no state to resume from (state-*.safetensors)")
         self.files: list[Any] = [safe_open(path, framework="pt") for path in paths]
@@ -264,8 +256,6 @@ def damage_reported(folder: Path) -> Iterator[None]:
         RunError: A file is damaged, or a pickle that would run code; torch 2.13's advice to turn its check off is left
             out.
     """
-    from safetensors import SafetensorError
-
     types = (SafetensorError, EOFError, LookupError, RuntimeError, ValueError, TypeError, AttributeError)
     try:
         with reworded(RunError, f"{folder} cannot be resumed from, a file in it is damaged", *types):
