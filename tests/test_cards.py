@@ -129,7 +129,8 @@ def test_a_record_has_the_utilisation_of_the_gpu(write_recipe: Write, monkeypatc
     )
     monkeypatch.setattr("finetune.train.meter.energy_millijoules", lambda: next(joules))
     held: list[Meter] = []
-    monkeypatch.setattr("finetune.train.run.Meter", lambda *of: held.append(Meter(*of)) or held[-1])
+    meter_of = Meter.of
+    monkeypatch.setattr(Meter, "of", lambda *of: held.append(meter_of(*of)) or held[-1])
     path = write_recipe(training={"max_steps": 2, "logging_steps": 1})
     assert main(["train", str(path)]) == 0
     records = [r for r in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()) if "loss" in r]

@@ -501,7 +501,7 @@ def test_logits_are_the_same_with_a_cache_and_with_each_attention(architecture: 
 def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     write_recipe: Write, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.train.run.load_tokenizer", lambda *_: pytest.fail("it loaded something"))
+    monkeypatch.setattr("finetune.train.rows.load_tokenizer", lambda *_: pytest.fail("it loaded something"))
     path = write_recipe(model={"name_or_path": "random:gemma2", "attn_implementation": "sdpa"})
     line = "is sdpa, which leaves out Gemma 2's soft-capping; write eager or flex_attention"
     assert main([str(path)]) == 2

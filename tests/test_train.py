@@ -371,7 +371,7 @@ def test_a_used_output_directory_is_refused_before_anything_loads(
     path = write_recipe()
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
-    monkeypatch.setattr("finetune.train.run.load_tokenizer", lambda section: pytest.fail("it loaded something"))
+    monkeypatch.setattr("finetune.train.rows.load_tokenizer", lambda section: pytest.fail("it loaded something"))
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: training.output_dir: run is not empty; write another, such as training.output_dir=run-2, or resume "

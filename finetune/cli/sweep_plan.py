@@ -19,7 +19,7 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.yaml_scalars import list_items, quoted
 from finetune.recipe.yaml_tree import COMMAND_LINE
 from finetune.system.errors import RecipeError
-from finetune.system.files import LOCK, write_whole
+from finetune.system.files import LOCK, write_json, write_whole
 
 # Values that the sweep itself gives each run.
 _OWN_KEYS = ("extends", "training.output_dir", "training.resume_from_checkpoint", "training.run_name", "hub")
@@ -99,7 +99,7 @@ class Sweep:
         """Writes `sweep.json` and `sweep.html`."""
         rows = self.rows()
         saved = {"recipe": str(self.path), "group": self.group, "sources": self.sources, "notes": self.all_notes(rows)}
-        write_whole(self.output / "sweep.json", json.dumps(as_json(rows, saved), ensure_ascii=False, indent=1) + "\n")
+        write_json(self.output / "sweep.json", as_json(rows, saved))
         write_whole(self.output / "sweep.html", as_html(self.output, rows, self.all_notes(rows)))
 
     def all_notes(self, rows: Sequence[RunRow]) -> list[str]:

@@ -31,7 +31,6 @@ LOCK = ".lock"
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 # The beginning of a pointer of Git LFS, and the size of the largest.
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
-
 # The errors of a disk, a quota or a limit of a file's size that is reached.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -87,6 +86,11 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that `path` is complete or does not exist, even after a power failure."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON, as `write_whole` does."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
@@ -287,16 +291,16 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def remove_unused(folder: Path) -> None:
     """Removes the files and folders in a folder of the cache that were not changed for a month."""
     for entry in folder.iterdir():
         with suppress(OSError):
             if time.time() - entry.stat().st_mtime > 30 * 24 * 3600:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def open_regular(path: str | Path) -> BufferedReader:

@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 
+from finetune.data.mixture import Prepared
+from finetune.model.flops import flops_per_token
+from finetune.model.precision import Precision
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import DEFAULT_MAX_LENGTH
+from finetune.system import devices, distributed
 from finetune.system.devices import energy_millijoules, process_peak_memory
 from finetune.system.numbers import GIB
 
@@ -24,6 +30,18 @@ class Meter:
         self.flops_per_token, self.flops_per_second = flops_per_token, flops_per_second
         self.last = (0.0, 0.0)  # time and tokens of the last record
         self.counter = energy_millijoules()
+
+    @classmethod
+    def of(cls, recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
+        """The meter of a run; it gives no MFU on hardware whose speed is not known."""
+        speed = devices.this_machine().tflops(precision.computes) * 1e12 * distributed.world_size()
+        if not speed:
+            return cls()
+        ledger = data.ledger
+        # A stream has counted nothing yet.
+        lengths = ledger.lengths or {recipe.max_length or DEFAULT_MAX_LENGTH: 1}
+        trained_share = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
+        return cls(flops_per_token(model, lengths, trained_share), speed)
 
     def restart(self, tokens: float) -> None:
         """Leaves out the time since the last record, which was not training: a start, an evaluation."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +13,19 @@ import torch
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from finetune.data.chat import Chat
-from finetune.data.encoded import IGNORE
-from finetune.data.mixture import Prepared, build_datasets
-from finetune.data.preference import balance
+from finetune.data.mixture import Prepared
 from finetune.hub.card import model_card
 from finetune.hub.run import check_access, push
 from finetune.hub.uploads import CheckpointUploads
-from finetune.model import flops
-from finetune.model.load import eos_tokens, load_tokenizer
+from finetune.model.load import eos_tokens
 from finetune.model.locate import Base
 from finetune.model.precision import Precision, decide_precision
-from finetune.model.resize import check_token_ids, tokens_of_any_row
 from finetune.model.saved_files import BaseFiles, drop_refused_settings
 from finetune.model.trainable import load_trainable
 from finetune.recipe import diff
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import DEFAULT_MAX_LENGTH
 from finetune.recipe.yaml_tree import Section
-from finetune.system import devices, distributed, files
+from finetune.system import distributed, files
 from finetune.system.errors import PushError, RunError, Stopped, reworded
 from finetune.system.terminal import Say, quiet
 from finetune.train import checkpoint
@@ -52,28 +43,13 @@ from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
 from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer, PreferenceTrainer
 from finetune.train.reference import ReferenceLogProbs, SharedPromptsCheck
+from finetune.train.rows import TrainingRows, read_training_rows
 from finetune.train.sft import SftTrainer
 from finetune.train.trainer import RestoreCounters, RunTrainer, layer_classes, saving
 
 # Called with the recipe, the trainer's arguments, the training rows (None for a stream), the base, and a `say`.
 MemoryForecast = Callable[[Recipe, Any, Any, Base, Say], None]
 _TRAINERS: dict[str, type[RunTrainer]] = {"sft": SftTrainer, "dpo": DpoTrainer, "orpo": OrpoTrainer, "kto": KtoTrainer}
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a run, and what renders them."""
-
-    tokenizer: Any
-    chat: Chat
-    has_conversations: bool
-    train: Prepared
-    evaluation: Prepared
-    streamed: bool
-
-    def write_ledgers(self, output: Path) -> None:
-        ledgers = {"train": self.train.ledger.as_dict(), "eval": self.evaluation.ledger.as_dict()}
-        _write_json(output / "ledger.json", ledgers)
 
 
 def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | None = None) -> Path:
@@ -126,7 +102,7 @@ def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None,
         held.enter_context(files.locked_folder(output, "training.output_dir"))
     start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
     day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
-    rows = _read_rows(recipe, base, day, say)
+    rows = read_training_rows(recipe, base, day, say)
     if main and start is not None:
         _check_changes(recipe, start, rows.train, say)
     distributed.check_same(
@@ -150,7 +126,7 @@ def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None,
     if main:
         output.mkdir(parents=True, exist_ok=True)
         files.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        _write_json(output / "environment.json", environment(precision, base))
+        files.write_json(output / "environment.json", environment(precision, base))
         rows.write_ledgers(output)
     distributed.check_shared(output / "recipe.yaml")
 
@@ -211,25 +187,6 @@ def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Pa
     return config
 
 
-def _read_rows(recipe: Recipe, base: Base, day: date, say: Say) -> _Rows:
-    tokenizer = load_tokenizer(recipe.model, base)
-    chat = Chat(tokenizer, day)
-    streamed = any(source.streaming for source in recipe.data.train)
-    special_tokens = any(source.special_tokens for source in recipe.data.train)
-    check_token_ids(tokens_of_any_row(chat, streamed, special_tokens), tokenizer, base.config)
-    train_rows, evaluation = build_datasets(recipe.data, chat, recipe.max_length, say, recipe.method)
-    say("data: read while training" if streamed else f"data: {train_rows.ledger.summary()}")
-    if recipe.method == "kto":
-        say(balance(train_rows.ledger.answer_totals, recipe.training))
-    if evaluation.dataset is not None:
-        say(f"evaluation: {evaluation.ledger.summary()}")
-    highest = [prepared.highest_token_id() for prepared in (train_rows, evaluation)]
-    check_token_ids(highest, tokenizer, base.config)
-    conversations = any(source.format != "text" and not source.raw for source in recipe.data.train)
-    has_conversations = conversations and tokenizer.chat_template is not None
-    return _Rows(tokenizer, chat, has_conversations, train_rows, evaluation, streamed)
-
-
 def _checkpoint_to_resume(recipe: Recipe, output: Path, say: Say) -> Path | None:
     """The checkpoint to resume from; None to start at step 0."""
     wanted = recipe.training.get("resume_from_checkpoint") or False
@@ -249,13 +206,13 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
 # Model, trainer and callbacks
 
 
-def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, config: Any, say: Say) -> Any:
+def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: TrainingRows, config: Any, say: Say) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
     model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
     if line := drop_refused_settings(model.generation_config):
         say(line)
     stops = eos_tokens(model.generation_config, rows.tokenizer)
-    model.generation_config.eos_token_id = [*stops, *(i for i in _ends_of_turns(rows) if i not in stops)]
+    model.generation_config.eos_token_id = [*stops, *(i for i in rows.ends_of_turns() if i not in stops)]
     if config.fsdp_config and config.fsdp:
         config.fsdp_config["transformer_layer_cls_to_wrap"] = layer_classes(model)
     if config.ddp_find_unused_parameters is None:
@@ -264,16 +221,7 @@ def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: _Rows, c
     return model
 
 
-def _ends_of_turns(rows: _Rows) -> list[int]:
-    """The end-of-turn token of the rows, where the template shows it for no other conversation than theirs."""
-    dataset = rows.train.dataset
-    if dataset is None or rows.streamed or not rows.has_conversations or rows.chat.finds_end_of_turn:
-        return []
-    labels = [label for label in dataset[0]["labels"] if label != IGNORE]
-    return labels[-1:]
-
-
-def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows, config: Any) -> RunTrainer:
+def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: TrainingRows, config: Any) -> RunTrainer:
     data, evaluation = rows.train, rows.evaluation
     with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
         trainer: RunTrainer = _TRAINERS[recipe.method](
@@ -286,7 +234,7 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
         )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.named_rows = [] if rows.streamed else data.dataset
-    trainer.meter = _make_meter(recipe, precision, model, data)
+    trainer.meter = Meter.of(recipe, precision, model, data)
     trainer.recipe_yaml = recipe.to_yaml()
     trainer.marker_fields = {"processes": distributed.world_size(), "rows": data.digest}
     if recipe.templates:
@@ -309,7 +257,7 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: _Rows,
     return trainer
 
 
-def _origin(recipe: Recipe, precision: Precision, base: Base, rows: _Rows) -> dict[str, Any]:
+def _origin(recipe: Recipe, precision: Precision, base: Base, rows: TrainingRows) -> dict[str, Any]:
     """All that the log-probabilities of the model at the start depend on."""
     adapter = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
     keys = ("seed", "per_device_eval_batch_size", "ld_alpha", "loss_type", "max_length", "fp16", "bf16")
@@ -327,22 +275,10 @@ def _origin(recipe: Recipe, precision: Precision, base: Base, rows: _Rows) -> di
     }
 
 
-def _make_meter(recipe: Recipe, precision: Precision, model: Any, data: Prepared) -> Meter:
-    """The run's meter; it gives no MFU on hardware whose speed is not known."""
-    speed = devices.this_machine().tflops(precision.computes) * 1e12 * distributed.world_size()
-    if not speed:
-        return Meter()
-    ledger = data.ledger
-    # A stream has counted nothing yet.
-    lengths = ledger.lengths or {recipe.max_length or DEFAULT_MAX_LENGTH: 1}
-    trained_share = ledger.trained_tokens / ledger.tokens if ledger.tokens else 1.0
-    return Meter(flops.flops_per_token(model, lengths, trained_share), speed)
-
-
 def _add_callbacks(
     trainer: RunTrainer,
     recipe: Recipe,
-    rows: _Rows,
+    rows: TrainingRows,
     output: Path,
     start: Path | None,
     origin: dict[str, Any],
@@ -389,10 +325,6 @@ def _add_callbacks(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files of the run
-
-
-def _write_json(path: Path, value: object) -> None:
-    files.write_whole(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def _just_evaluated(trainer: RunTrainer) -> bool:
