@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -14,9 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli.commands import main
+from finetune.export import run
+from finetune.export.gguf.imatrix.files import Importance
+from finetune.export.gguf.tensors import gguf_names
+from finetune.export.rows import HeldOutRows
 from finetune.export.transformers import write_format
+from finetune.export.w4a16 import importance_matrix, no_matrix_reason
 from finetune.hub.card import export_card
 from finetune.model.locate import locate
+from finetune.recipe.schema import ExportSection
 from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
 
@@ -97,6 +105,38 @@ KEYS = {
 }
 
 
+def test_scales_of_an_importance_matrix_leave_the_least_error_of_some(model: Path, tmp_path: Path) -> None:
+    """Compared with every ratio tried by hand; each weight goes by its own columns."""
+    draw = torch.Generator().manual_seed(0)
+    parts = {"q_proj": "attn_q", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    matrix = {
+        f"blk.{layer}.{name}.weight": torch.rand(256, generator=draw).pow(8).numpy()
+        for layer in (0, 1)
+        for name in parts.values()
+    }
+    write_format(model, tmp_path, "w4a16", matrix=matrix)
+    exact, stored = load_file(model / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    clipped = 0
+    for name in (name for name in exact if name.split(".")[-2] in parts):
+        groups = exact[name].float().unflatten(1, (2, 128))
+        weights = torch.from_numpy(matrix[f"blk.{name.split('.')[2]}.{parts[name.split('.')[-2]]}.weight"])
+        largest = torch.maximum(groups.amax(2), -groups.amin(2)) / 7.5
+        scales = stored[f"{name}_scale"].float()
+
+        def error(scales: torch.Tensor, groups: torch.Tensor = groups, weights: torch.Tensor = weights) -> torch.Tensor:
+            rounded = (groups / scales[..., None]).round().clamp(-8, 7) * scales[..., None]
+            return ((rounded - groups).square() * weights.unflatten(0, (2, 128))).sum(2)
+
+        tried = [
+            error((largest.bfloat16() * ratio).bfloat16().float()) for ratio in torch.arange(0.6, 1.06, 0.05).tolist()
+        ]
+        least = torch.stack(tried).amin(0)
+        torch.testing.assert_close(error(scales), least, rtol=0.02, atol=0)
+        clipped += int((scales < largest * 0.97).sum())
+        assert error(scales).sum() < 0.9 * error(largest.bfloat16().float()).sum()
+    assert clipped
+
+
 def test_fp8_rounds_activations_as_servers_do(tmp_path: Path, model: Path) -> None:
     """Each token by its own scale: what the report measures is what a server computes."""
     write_format(model, tmp_path, "fp8")
@@ -151,6 +191,60 @@ def test_a_missing_package_is_named(
     assert capsys.readouterr().err == wanted
 
 
+@pytest.mark.parametrize("better", ["w4a16, with matrix", "w4a16"])
+def test_of_w4a16_with_and_without_a_matrix_the_better_is_kept(
+    better: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {
+        name: len(tensor[0]) for name, tensor in load_file(model / "model.safetensors").items() if tensor.ndim > 1
+    }
+    names = gguf_names(json.loads((model / "config.json").read_text()))
+    means = {names(name): np.arange(1, width + 1, dtype=np.float64) ** 4 for name, width in weights.items()}
+    matrix = Importance(means, dict.fromkeys(means, (1,)))  # type: ignore[arg-type]
+    whole: dict[str, Any] = {"perplexity": 9.0, "loss": 2.0, "load_seconds": 1.0, "tokens": 8, "compared": 8}
+    whole |= {"kl_p99": 1.0, "top1": 0.5, "answers": [[1]], "stopped": 0, "conversations": [[1]], "bytes": 9}
+    stored = {}
+
+    def measured(job: Any, rows: Any) -> dict[str, Any]:
+        if job.against:
+            stored[job.name] = (job.folder / "model.safetensors").read_bytes()
+        return whole | {"name": job.name, "against": job.against, "dtype": job.dtype, "kl": float(job.name != better)}
+
+    monkeypatch.setattr(run, "held_out", lambda *arguments: HeldOutRows([], "no rows"))
+    monkeypatch.setattr(run, "importance_matrix", lambda *arguments: (matrix, None, []))
+    monkeypatch.setattr(run, "measure", measured)
+    # Of the one that is not kept no limit is asked.
+    assert main(["export", str(model), "--output", "out", "--format", "w4a16", "--gate", "max_kl=0.5"]) == 0
+    [kept] = {*stored.values()} & {Path("out/w4a16/model.safetensors").read_bytes()}
+    assert (kept == stored[better], len({*stored.values()})) == (True, 2)
+    assert sorted(path.name for path in Path("out").iterdir()) == ["report.json", "report.md", "w4a16"]
+    [other] = stored.keys() - {better}
+    table = Path("out/report.md").read_text()
+    assert f"| {better} | 0.0 MB" in table
+    assert f"| ({other}) | 0.0 MB" in table
+    assert "\n| 9 | 0 | 1 |" in Path("out/w4a16/README.md").read_text()
+
+
+def test_a_matrix_that_there_cannot_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert no_matrix_reason("llama") == ""
+    assert no_matrix_reason("phi3").startswith("GGUF: a model of type phi3 is not written; known are gemma, ")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    rows, options = HeldOutRows([], ""), ExportSection()
+    found = importance_matrix(model, model, rows, options, None, print, False)
+    reason = f"gguf is not installed; run {install_command('gguf')}"
+    assert found == (None, None, [f"\nw4a16 is rounded to nearest, without an importance matrix: {reason}."])
+    never = ExportSection(imatrix="never")
+    assert importance_matrix(model, model, rows, never, None, print, False) == (None, None, [])
+    shutil.copytree(model, "model")
+    Path("model/recipe.yaml").write_text("export: {imatrix: always}")
+    assert main(["export", "model", "--output", "out", "--format", "w4a16"]) == 2
+    line = f"error: export.imatrix: is always, and w4a16 can have no importance matrix: {reason}\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.soak
 def test_through_the_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
@@ -159,4 +253,6 @@ def test_through_the_command_line(model: Path, capsys: pytest.CaptureFixture[str
     )
     found = {one["name"]: one for one in json.loads(Path("out/report.json").read_text())["models"]}
     assert found["as trained"]["bytes"] > found["fp8"]["bytes"] > found["w4a16"]["bytes"]
+    assert found["w4a16"]["kl"] > found["w4a16, with matrix"]["kl"]
+    assert not found["w4a16"]["kept"]
     assert main(["generate", "out/w4a16", "--prompt", "Hi", "--max-new-tokens", "2"]) == 0

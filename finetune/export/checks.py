@@ -8,19 +8,21 @@ from collections.abc import Sequence
 import torch
 
 from finetune.export import mlx
+from finetune.export.w4a16 import no_matrix_reason
 from finetune.model.locate import Base
-from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, needs_gguf
+from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, W4A16, needs_gguf
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ExportError
 from finetune.system.extras import install_command
 
 
-def check_formats(section: ModelSection, formats: Sequence[str]) -> None:
+def check_formats(section: ModelSection, formats: Sequence[str], always_matrix: bool = False) -> None:
     """Checks what the formats ask of a model and of this machine.
 
     Args:
         section: The section that names the model, or a run's base.
         formats: Names from `export_formats.FORMATS`.
+        always_matrix: True if no format may do without an importance matrix.
 
     Raises:
         ExportError: A package is not installed, or the model cannot be written in a format.
@@ -28,6 +30,8 @@ def check_formats(section: ModelSection, formats: Sequence[str]) -> None:
     """
     if compressed := [name for name in formats if name in COMPRESSED_FORMATS]:
         _check_compressed(section, compressed)
+    if always_matrix and W4A16 in formats and (reason := no_matrix_reason(Base.of(section).config.model_type)):
+        raise ExportError(f"export.imatrix: is always, and {W4A16} can have no importance matrix: {reason}")
     if for_mlx := [name for name in formats if name in MLX_BITS]:
         mlx.check_computable(Base.of(section).config, for_mlx)
     if needs_gguf(formats):

@@ -68,6 +68,10 @@ class ModelFigures(ScoreFigures, total=False):
     conversations_equal: int
     perplexity_ratio: float
     activations: Activations
+    # For files that are made with and without an importance matrix: GGUF files and w4a16.
+    kind: str
+    matrix: bool
+    kept: bool
     # For GGUF files only.
     largest: float | None
     same_texts: Agreement
@@ -75,10 +79,7 @@ class ModelFigures(ScoreFigures, total=False):
     question: Question
     prompt_speed: float
     speed: float
-    kind: str
     file: str
-    matrix: bool
-    kept: bool
 
 
 class Report(TypedDict):
@@ -97,12 +98,18 @@ class Report(TypedDict):
     missed: list[str]
 
 
+def mean_kl(figures: ModelFigures) -> float:
+    """A model's mean KL (less is better); infinity if it could not be measured."""
+    kl = figures.get("kl")
+    return math.inf if kl is None or math.isnan(kl) else kl
+
+
 def as_markdown(report: Report) -> str:
     """The report as one table of the models, one of the GGUF files, and its notes."""
     files = [model for model in report["models"] if model.get("dtype") == "gguf"]
     header = ("", "size", "load", "perplexity", "KL mean", "KL 99%", "top-1", "answers equal", "they stop")
     rows: list[tuple[str, ...]] = [(*header, "token ids", "compared with")]
-    rows += [_row(model, _folder_cells(model), 11) for model in report["models"] if model not in files]
+    rows += [_row(model, _folder_cells(model), 11, _title(model)) for model in report["models"] if model not in files]
     lines = [f"# {markdown(report['title'])}", "", *markdown_table(rows)]
     lines += _gguf_table(files) if files else []
     # A note that begins with a line break is a paragraph.
@@ -112,9 +119,15 @@ def as_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(model: ModelFigures, cells: Sequence[str], columns: int, name: str | None = None) -> tuple[str, ...]:
+def _title(model: ModelFigures) -> str:
+    """A model's name in a table, without the format of all rows; in parentheses if it was not kept."""
+    name = model["name"].removeprefix("gguf:")
+    return name if model.get("kept", True) else f"({name})"
+
+
+def _row(model: ModelFigures, cells: Sequence[str], columns: int, title: str) -> tuple[str, ...]:
     """A model's row of a table: its name, size and other cells, or the error in their place."""
-    start = (name or model["name"], file_size(model["bytes"]))
+    start = (title, file_size(model["bytes"]))
     return (*start, model["error"], *[""] * (columns - 3)) if "error" in model else (*start, *cells)
 
 
@@ -137,10 +150,7 @@ def _gguf_table(files: list[ModelFigures]) -> list[str]:
     languages = sorted({name for file in files for name in file.get("groups", {})})
     header = ("GGUF", "size", "perplexity", "KL mean", "KL 99%", "top-1", *(f"KL {name}" for name in languages))
     rows: list[tuple[str, ...]] = [(*header, "they stop", "token ids", "prompts", "tokens/s, prompt", "answer")]
-    for file in files:
-        name = file["name"].removeprefix("gguf:")
-        name = name if file["kept"] else f"({name})"
-        rows.append(_row(file, _gguf_cells(file, languages), len(rows[0]), name))
+    rows += [_row(file, _gguf_cells(file, languages), len(rows[0]), _title(file)) for file in files]
     against = next((file["against"] for file in files if file.get("against")), "")
     note = f"GGUF files are measured by llama.cpp, against {against}; in parentheses: not kept."
     return ["", *markdown_table(rows), "", note]
@@ -167,6 +177,34 @@ def _score_cells(model: ModelFigures) -> Sequence[str]:
 
 def _agreement(same: Agreement | None) -> str:
     return f"{same['equal']} of {same['count']}" if same and same["count"] else ""
+
+
+def notes_on(models: Sequence[ModelFigures], source: str) -> list[str]:
+    """Notes below the table: the meaning of its columns, and which merged model is nearer to the adapter."""
+    tokens = max((model.get("tokens", 0) for model in models), default=0)
+    compared = max((model.get("compared", 0) for model in models), default=0)
+    distances = (
+        f"KL (nats per token) and top-1: on the first {compared:,}, against the model named in the last column. "
+    )
+    notes = [
+        f"Perplexity: on {tokens:,} trained tokens of {source}. {distances if compared else ''}"
+        "Answers: greedy, to the prompts of at most ten rows, each at most 64 tokens. "
+        "Token ids: of ten conversations."
+    ]
+    merges = [model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None]
+    if len(merges) == 2:
+        near, far = sorted(merges, key=lambda model: model["kl"] or 0.0)
+        low, high = sorted(merges, key=lambda model: model["perplexity"])
+        notes.append(
+            f"\nNearer to the adapter as trained: {near['name']} (mean KL {near['kl']:.3g} against {far['kl']:.3g})."
+            f" Lower perplexity: {low['name']} ({low['perplexity']:.4g} against {high['perplexity']:.4g})."
+        )
+    notes += [
+        f"\n{model['name']}: the largest activation is {seen['largest']:,.0f}, in {seen['in']} (at most: 65,504)"
+        for model in models
+        if (seen := model.get("activations"))
+    ]
+    return notes
 
 
 def as_json(report: Report) -> str:

@@ -18,10 +18,11 @@ from finetune import __version__
 from finetune.export import mlx
 from finetune.export.adapter import PlainLora, write_adapter
 from finetune.export.checks import check_formats
-from finetune.export.report import ModelFigures, Report, as_json, as_markdown
+from finetune.export.report import ModelFigures, Report, as_json, as_markdown, mean_kl, notes_on
 from finetune.export.rows import HeldOutRows, held_out
 from finetune.export.transformers import saved_dtype, write_format
-from finetune.export.verify import LIMITS, Job, add_comparison, measure, missed_limits
+from finetune.export.verify import LIMITS, Job, Reader, add_comparison, measure, missed_limits
+from finetune.export.w4a16 import importance_matrix
 from finetune.hub.card import export_card, model_card
 from finetune.merge.run import merge
 from finetune.model.locate import Base
@@ -35,7 +36,15 @@ from finetune.model.provenance import (
     merged_run,
     record_digest,
 )
-from finetune.recipe.export_formats import ADAPTER, FORMATS_HELP, GGUF_ADAPTER, MLX_BITS, WEIGHT_FORMATS, needs_gguf
+from finetune.recipe.export_formats import (
+    ADAPTER,
+    FORMATS_HELP,
+    GGUF_ADAPTER,
+    MLX_BITS,
+    W4A16,
+    WEIGHT_FORMATS,
+    needs_gguf,
+)
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.recipe.yaml_tree import expanded
 from finetune.system.devices import machine_memory
@@ -44,6 +53,7 @@ from finetune.system.files import MERGE_RECORD, run_file, whole_folder, write_wh
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
+    from finetune.export.gguf.quantize import ImportanceMatrix
     from finetune.export.gguf.run import GgufExport
 
 _ADAPTER = "adapter on its base"
@@ -95,7 +105,7 @@ def export(
     section = ModelSection(name_or_path=str(model), trust_remote_code=trust_remote_code)
     if is_run:
         section, _ = adapter_base_sections(model, given, trust_remote_code)
-    check_formats(section, formats)
+    check_formats(section, formats, options.imatrix == "always")
     gate = dict(options.gate) | (gate or {})
     if unknown := gate.keys() - LIMITS.keys():
         raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
@@ -123,11 +133,15 @@ def export(
             from finetune.export.gguf.run import prepare_gguf
 
             gguf = prepare_gguf(source.folder, run or model, formats, rows, options, work, say, lora)
-        exporting.write_folders(source)
+        matrix, notes = None, list[str]()
+        if W4A16 in formats:
+            matrix, gguf, notes = importance_matrix(source.folder, run or model, rows, options, gguf, say, progress)
+        exporting.write_folders(source, matrix.matrix if matrix else None, options.imatrix == "always")
         gguf_reference = exporting.add_gguf_reference(source, gguf) if gguf else source
         exporting.measure_folders(source, output)
+        exporting.keep_better()
         for_mlx = [name for name in formats if name in MLX_BITS]
-        notes = mlx.notes(Base.of(section).config, for_mlx) if for_mlx else []
+        notes += mlx.notes(Base.of(section).config, for_mlx) if for_mlx else []
         notes += exporting.write_gguf(gguf, gguf_reference, source) if gguf else []
         exporting.write_report(exporting.report(output.name, notes))
     say(f"exported: {output}")
@@ -150,6 +164,7 @@ class _Export:
         trust_remote_code: True if the user lets Python files of the model's repository run.
         jobs: The folders to measure. The first one's token ids are those of the training.
         models: The figures of the models measured so far, by name.
+        tried: The names of the jobs of which one folder is kept: w4a16 with and without an importance matrix.
         missed: A line for each limit that is missed and each broken file.
     """
 
@@ -166,6 +181,7 @@ class _Export:
     trust_remote_code: bool = False
     jobs: list[Job] = field(default_factory=list)
     models: dict[str, ModelFigures] = field(default_factory=dict)
+    tried: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
 
     def add_source_models(self, base: str) -> Job:
@@ -210,22 +226,41 @@ class _Export:
         self.say(f"{wanted[0]}: writing")
         return write_adapter(self.model, place, self.given_base, wanted[0], self.trust_remote_code)
 
-    def write_folders(self, source: Job) -> None:
-        """Writes the folders for transformers and mlx-lm; adds a job for each, and for an adapter that is kept."""
+    def write_folders(self, source: Job, matrix: ImportanceMatrix | None, always_matrix: bool) -> None:
+        """Writes the folders for transformers and mlx-lm; adds a job for each, and for an adapter that is kept.
+
+        Args:
+            source: The model to write.
+            matrix: The importance matrix for w4a16, which is written without it too, unless `always_matrix`.
+            always_matrix: w4a16 is not tried without the matrix.
+        """
         for name in self.formats:
             if name == ADAPTER:
                 trained = self.jobs[0]
                 self.jobs.append(Job(name, self.folder / name, trained.dtype, trained.name, trained.keep))
             elif name in WEIGHT_FORMATS:
-                self.say(f"{name}: writing")
-                place = self.folder / name
-                place.mkdir()
-                if name in MLX_BITS:
-                    mlx.write_mlx(source.folder, place, name, self.progress)
+                if name == W4A16 and matrix:
+                    title = name if always_matrix else f"{name}, with matrix"
+                    self._write_folder(title, name, self.folder / name, source, matrix)
+                    if not always_matrix:
+                        self._write_folder(name, name, self.work / name, source)
+                        self.tried = [title, name]
                 else:
-                    write_format(source.folder, place, name, self.progress, self.trust_remote_code)
-                reader = mlx.reader_of(name) if name in MLX_BITS else "transformers"
-                self.jobs.append(Job(name, place, _dtype(place), source.name, source.keep, reader=reader))
+                    self._write_folder(name, name, self.folder / name, source)
+
+    def _write_folder(
+        self, title: str, kind: str, place: Path, source: Job, matrix: ImportanceMatrix | None = None
+    ) -> None:
+        """Writes a format into a new folder and adds its job; `title` is the job's name."""
+        self.say(f"{title}: writing")
+        place.mkdir()
+        reader: Reader = "transformers"
+        if kind in MLX_BITS:
+            mlx.write_mlx(source.folder, place, kind, self.progress)
+            reader = mlx.reader_of(kind)
+        else:
+            write_format(source.folder, place, kind, self.progress, self.trust_remote_code, matrix)
+        self.jobs.append(Job(title, place, _dtype(place), source.name, source.keep, reader=reader))
 
     def add_gguf_reference(self, source: Job, gguf: GgufExport) -> Job:
         """The job of the model that GGUF files are compared with: in float32, as llama.cpp computes, if that fits."""
@@ -241,7 +276,7 @@ class _Export:
 
     def measure_folders(self, source: Job, output: Path) -> None:
         """Measures all jobs in order. No limit applies to the model merged into the other base, which is not kept."""
-        limited = {self.jobs[0].name, source.name, *self.formats}
+        limited = {self.jobs[0].name, source.name, *self.formats} - set(self.tried)
         for job in self.jobs:
             self.say(f"{job.name}: measuring")
             job = replace(job, trust_remote_code=self.trust_remote_code)
@@ -253,6 +288,18 @@ class _Export:
             # A merge into a base that was not rounded must predict as the adapter does.
             must_match = job.against == _ADAPTER and not self._on_quantised_base()
             self._add_figures(figures, job.name in limited, must_match)
+
+    def keep_better(self) -> None:
+        """Keeps the folder with the lower KL of those that were written with and without the importance matrix."""
+        if not self.tried:
+            return
+        best = min(self.tried, key=lambda name: mean_kl(self.models[name]))
+        for name in self.tried:
+            self.models[name] |= {"kind": W4A16, "matrix": name != W4A16, "kept": name == best}
+        if best == W4A16:
+            shutil.rmtree(self.folder / W4A16)
+            (self.work / W4A16).rename(self.folder / W4A16)
+        self.missed += missed_limits(self.models[best], self.gate)
 
     def _add_figures(self, figures: ModelFigures, limited: bool, must_match: bool = False) -> None:
         """Adds a model's figures, its comparison with the model `against`, and the limits that it misses."""
@@ -298,7 +345,7 @@ class _Export:
             "machine": f"{platform.machine()}, {device}",
             "gate": self.gate,
             "models": models,
-            "notes": [*_notes(models, self.rows.source), *notes],
+            "notes": [*notes_on(models, self.rows.source), *notes],
             "missed": self.missed,
         }
 
@@ -347,31 +394,3 @@ def _dtype(model: Path, base: str | None = None) -> str:
         return saved_dtype(model)
     trained = environment_of(model).get("dtype") or resolve_dtype(adapter_base_sections(model, base)[0])
     return str(trained).removeprefix("torch.")
-
-
-def _notes(models: Sequence[ModelFigures], source: str) -> list[str]:
-    """Notes below the table: the meaning of its columns, and which merged model is nearer to the adapter."""
-    tokens = max((model.get("tokens", 0) for model in models), default=0)
-    compared = max((model.get("compared", 0) for model in models), default=0)
-    distances = (
-        f"KL (nats per token) and top-1: on the first {compared:,}, against the model named in the last column. "
-    )
-    notes = [
-        f"Perplexity: on {tokens:,} trained tokens of {source}. {distances if compared else ''}"
-        "Answers: greedy, to the prompts of at most ten rows, each at most 64 tokens. "
-        "Token ids: of ten conversations."
-    ]
-    merges = [model for model in models if model["name"].startswith("merged, ") and model.get("kl") is not None]
-    if len(merges) == 2:
-        near, far = sorted(merges, key=lambda model: model["kl"] or 0.0)
-        low, high = sorted(merges, key=lambda model: model["perplexity"])
-        notes.append(
-            f"\nNearer to the adapter as trained: {near['name']} (mean KL {near['kl']:.3g} against {far['kl']:.3g})."
-            f" Lower perplexity: {low['name']} ({low['perplexity']:.4g} against {high['perplexity']:.4g})."
-        )
-    notes += [
-        f"\n{model['name']}: the largest activation is {seen['largest']:,.0f}, in {seen['in']} (at most: 65,504)"
-        for model in models
-        if (seen := model.get("activations"))
-    ]
-    return notes

@@ -41,6 +41,9 @@ LIMITS: dict[str, tuple[Literal["kl", "kl_p99", "top1", "perplexity_ratio"], str
 }
 
 
+Reader = Literal["transformers", "mlx-lm", "dequantised"]
+
+
 @dataclass(frozen=True)
 class Job:
     """One model to measure.
@@ -67,7 +70,7 @@ class Job:
     base: str | None = None
     groups: dict[str, list[LabelledRow]] = field(default_factory=dict)
     trust_remote_code: bool = False
-    reader: Literal["transformers", "mlx-lm", "dequantised"] = "transformers"
+    reader: Reader = "transformers"
 
 
 @dataclass(frozen=True)

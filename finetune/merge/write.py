@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ def write_weights(
     dequantise: bool = False,
     quantised: bool = False,
     progress: bool = False,
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the planned tensors as shards.
 
@@ -46,6 +47,7 @@ def write_weights(
         dequantise: Merges into the rounded weights that a run on a quantised base trained on.
         quantised: Writes the weights that bitsandbytes quantises in 4 or 8 bit.
         progress: Shows a progress bar on a terminal.
+        importance: The mean squared input of each column of a quantised weight, (I,), by the name that is written.
 
     Raises:
         MergeError: An adapter holds NaN or infinity, adapters cannot be combined, a merged weight is not finite or does
@@ -72,7 +74,7 @@ def write_weights(
                 check_combination(name, changes, adapters)
         shards = ShardWriter(into, max_bytes, header_bytes)
         stack.callback(shards.abort)
-        writer = _Writer(plan, base, adapters, shards, dequantise, quantised)
+        writer = _Writer(plan, base, adapters, shards, dequantise, quantised, importance or {})
         advance, shown = stack.enter_context(progress_bar("weights", total, progress, "bytes")), 0
         for _, item in sorted(work, key=lambda pair: pair[0]):
             (writer.write if isinstance(item, OutputTensor) else writer.write_fused)(item)  # type: ignore[arg-type]
@@ -112,6 +114,7 @@ class _Writer:
     shards: ShardWriter
     dequantise: bool
     quantised: bool
+    importance: Mapping[str, torch.Tensor]
 
     def write(self, item: OutputTensor) -> None:
         """Writes a tensor: as it is stored, quantised, or merged row by row."""
@@ -122,7 +125,7 @@ class _Writer:
             self.shards.copy(item.name, descriptor, stored)
         elif packed:
             weight = read_tensor(descriptor, stored).to(item.held).to(item.written)
-            for suffix, tensor in quantise(weight, options, item.quantised):
+            for suffix, tensor in quantise(weight, options, item.quantised, self.importance.get(item.name)):
                 name = item.name.removesuffix("weight") + suffix
                 self.shards.add(name, tensor.dtype, tensor.shape, [tensor])
         else:

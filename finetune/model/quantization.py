@@ -20,7 +20,9 @@ COMPRESSED = "compressed"
 MLX = "mlx"
 
 
-def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Iterator[tuple[str, torch.Tensor]]:
+def quantise(
+    weight: torch.Tensor, options: dict[str, Any], layer: str, importance_I: torch.Tensor | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a checkpoint stores for a quantised layer, each with the suffix of its name.
 
     Args:
@@ -28,12 +30,13 @@ def quantise(weight: torch.Tensor, options: dict[str, Any], layer: str) -> Itera
         options: The arguments of `transformers.BitsAndBytesConfig`, or a format of `compressed.py` under `COMPRESSED`,
             or bits under `MLX`.
         layer: "linear", or "conv1d", whose weight is stored transposed.
+        importance_I: The mean squared input of each column, which only w4a16 takes.
 
     Source: transformers 5.23 `integrations/bitsandbytes.py`; bitsandbytes 0.50 `nn/modules.py`, `_save_to_state_dict`.
     """
     weight_OI = weight.T if layer == "conv1d" else weight
     if kind := options.get(COMPRESSED):
-        yield from compressed.quantise(weight_OI, kind)
+        yield from compressed.quantise(weight_OI, kind, importance_I)
         return
     if bits := options.get(MLX):
         yield from mlx.quantise(weight_OI, bits)

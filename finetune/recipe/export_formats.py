@@ -9,7 +9,8 @@ from collections.abc import Sequence
 # bitsandbytes' 8 and 4 bit.
 QUANTIZED_FORMATS = ("int8", "nf4")
 # compressed-tensors': 8-bit floating point, and 4-bit weights with 16-bit activations.
-COMPRESSED_FORMATS = ("fp8", "w4a16")
+W4A16 = "w4a16"
+COMPRESSED_FORMATS = ("fp8", W4A16)
 TRANSFORMERS_FORMATS = ("bf16", "fp16", *QUANTIZED_FORMATS, *COMPRESSED_FORMATS)
 # For mlx-lm: the bits of a weight; 8 and 4 bit in groups of 64 numbers.
 MLX_BITS = {"mlx-bf16": 16, "mlx-8bit": 8, "mlx-4bit": 4}

@@ -180,7 +180,7 @@ class ExportSection(BaseModel):
     base: Literal["original", "dequantised"] = "original"
     """The base that the adapter of a QLoRA run is merged into."""
     imatrix: Literal["auto", "always", "never"] = "auto"
-    """Quantises GGUF files with an importance matrix; auto: both ways, and the better file is kept."""
+    """Quantises GGUF files and w4a16 with an importance matrix; auto: both ways, and the better one is kept."""
     imatrix_data: ImatrixDataSection | None = None
     """The text that the matrix is computed from; absent: the run's training rows."""
     gate: dict[Literal["max_kl", "max_kl_p99", "min_top1", "max_perplexity_ratio"], Annotated[float, Field(ge=0)]] = {}

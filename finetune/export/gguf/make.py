@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from finetune.export.gguf.quantize import ImportanceMatrix
 from finetune.export.gguf.tokenizer.source import trained_tokenizer
 from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata, expected_ids, probe_texts, read_tokenizer
 from finetune.export.gguf.write import check_writable, write_gguf
-from finetune.export.report import ModelFigures
+from finetune.export.report import ModelFigures, mean_kl
 from finetune.export.transformers import saved_dtype
 from finetune.export.verify import CONVERSATIONS
 from finetune.recipe.export_formats import GGUF_ADAPTER
@@ -134,10 +133,9 @@ def make_files(
     on = _with_texts(plan)
     importance = None
     if plan.imatrix:
-        importance = _importance(plan.model, plan.imatrix, say, progress)
+        importance = importance_of(plan.model, plan.imatrix, say, progress)
         write_imatrix(importance, folder)
-        sources = ", ".join(importance.datasets)
-        notes.append(f"\nImportance matrix: of {importance.tokens:,} tokens ({sources}).")
+        notes.append(f"\n{importance.note}")
         idle, experts = importance.idle_experts
         if idle:
             notes.append(
@@ -158,7 +156,7 @@ def make_files(
             if "error" in measured:
                 measured["error"] = measured["error"].replace(str(file), file.name)
             tried.append((measured, file))
-        best, file = min(tried, key=lambda pair: _kl(pair[0]))
+        best, file = min(tried, key=lambda pair: mean_kl(pair[0]))
         best["kept"] = True
         for _, other in tried:
             if other != file:
@@ -219,7 +217,12 @@ def gguf_faults(file: ModelFigures) -> list[str]:
     return lines
 
 
-def _importance(model: Path, source: Importance | Calibration, say: Say, progress: bool) -> Importance:
+def importance_of(model: Path, source: Importance | Calibration, say: Say, progress: bool) -> Importance:
+    """The matrix that `imatrix_source` found, or collected from its rows.
+
+    Raises:
+        ExportError: The model cannot be loaded or run, or its activations are not finite.
+    """
     if isinstance(source, Importance):
         return source
     say(f"importance matrix: of {sum(map(len, source.rows)):,} tokens, {source.source}")
@@ -230,12 +233,6 @@ def _matrices_to_try(file_type: str, importance: Importance | None, always: bool
     if importance is None or file_type in _WITHOUT_MATRIX:
         return [None]
     return [importance.matrix] if always else [importance.matrix, None]
-
-
-def _kl(figures: ModelFigures) -> float:
-    """A file's mean KL (less is better); infinity if it could not be measured."""
-    kl = figures.get("kl")
-    return math.inf if kl is None or math.isnan(kl) else kl
 
 
 def _with_texts(plan: GgufPlan) -> Measurement:

@@ -66,6 +66,11 @@ class Importance:
         return max(map(max, self.counts.values()))
 
     @property
+    def note(self) -> str:
+        """The sentence of reports on its origin."""
+        return f"Importance matrix: of {self.tokens:,} tokens ({', '.join(self.datasets)})."
+
+    @property
     def idle_experts(self) -> tuple[int, int]:
         """The number of experts' matrices that no token was given to, and of all experts' matrices."""
         counts = [count for own in self.counts.values() if len(own) > 1 for count in own]
