@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from finetune import __version__
 from finetune.recipe.export_formats import FORMATS, FORMATS_HELP, QUANTIZED_FORMATS, TRANSFORMERS_FORMATS
 from finetune.system.pages import one_line
+
+T = TypeVar("T", int, float)
 
 
 class ExitCode(IntEnum):
@@ -296,18 +298,6 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
-    if not _whole_number(text):
-        raise argparse.ArgumentTypeError(f"is {text!r}; write a whole number above 0")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not 0 < _whole_number(text) < 65536:
-        raise argparse.ArgumentTypeError(f"is {text!r}; write a number from 1 to 65535")
-    return int(text)
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -315,13 +305,19 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"is {text!r}; write a number") from None
 
 
-def _temperature(text: str) -> float:
-    if not 0 <= _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text!r}; write 0 or more")
-    return float(text)
+def _checked(read: Callable[[str], T], allowed: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+    """A type of a flag: the value that `read` makes, where it is allowed; `wanted` says what to write."""
+
+    def convert(text: str) -> T:
+        value = read(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"is {text!r}; write {wanted}")
+        return value
+
+    return convert
 
 
-def _top_p(text: str) -> float:
-    if not 0 < _number(text) <= 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}; write a number above 0, and 1 at most")
-    return float(text)
+_positive = _checked(_whole_number, lambda number: number > 0, "a whole number above 0")
+_port = _checked(_whole_number, lambda number: 0 < number < 65536, "a number from 1 to 65535")
+_temperature = _checked(_number, lambda number: 0 <= number < math.inf, "0 or more")
+_top_p = _checked(_number, lambda number: 0 < number <= 1, "a number above 0, and 1 at most")

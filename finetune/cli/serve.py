@@ -305,42 +305,43 @@ def launch_of(served: Served, program: str, host: str, port: int, trust_remote_c
     Raises:
         ServeError: The program cannot take the model's path.
     """
-    words, model, ours = _COMMANDS[program](served)
+    words, model = _COMMANDS[program](served)
     words += ["--host", host, "--port", str(port)]
     if trust_remote_code and served.kind != "a GGUF file":
         words.append("--trust-remote-code")
-    return Launch(program, words, model, ours)
+    return Launch(program, words, model, ours=program == "xllamacpp")
 
 
-def _vllm(served: Served) -> tuple[list[str], str, bool]:
+def _vllm(served: Served) -> tuple[list[str], str]:
     words = [_executable("vLLM"), "serve", served.path]
     words += ["--revision", served.revision] if served.revision else []
-    return [*words, *(served.flags or ("--served-model-name", served.label))], served.label, False
+    return [*words, *(served.flags or ("--served-model-name", served.label))], served.label
 
 
-def _transformers(served: Served) -> tuple[list[str], str, bool]:
+def _transformers(served: Served) -> tuple[list[str], str]:
     # transformers 5.23 `cli/serving/model_manager.py` divides a model's name at "@", even a path.
     if "@" in served.path:
         raise ServeError(f"{served.path}: transformers serve takes no path with an @; rename the folder")
-    return [_executable("transformers"), "serve", served.path], served.path, False
+    return [_executable("transformers"), "serve", served.path], served.path
 
 
-def _mlx(served: Served) -> tuple[list[str], str, bool]:
+def _mlx(served: Served) -> tuple[list[str], str]:
     # Under another name than this one a request makes mlx-lm 0.32 load a model anew.
-    return [_executable("mlx-lm"), "--model", served.path], "default_model", False
+    return [_executable("mlx-lm"), "--model", served.path], "default_model"
 
 
-def _llama_server(served: Served) -> tuple[list[str], str, bool]:
+def _llama_server(served: Served) -> tuple[list[str], str]:
     words = [_executable("llama.cpp"), "-m", served.path, "--alias", served.label, "--jinja"]
-    return words, served.label, False
+    return words, served.label
 
 
-def _xllamacpp(served: Served) -> tuple[list[str], str, bool]:
+def _xllamacpp(served: Served) -> tuple[list[str], str]:
     module = "finetune.export.gguf.llama_cpp.http_server"
-    return [sys.executable, "-P", "-m", module, "-m", served.path, "--alias", served.label], served.label, True
+    return [sys.executable, "-P", "-m", module, "-m", served.path, "--alias", served.label], served.label
 
 
-_COMMANDS: dict[str, Callable[[Served], tuple[list[str], str, bool]]] = {
+# The command line of each program, and the name by which requests ask for the model.
+_COMMANDS: dict[str, Callable[[Served], tuple[list[str], str]]] = {
     "vLLM": _vllm,
     "transformers": _transformers,
     "mlx-lm": _mlx,

@@ -9,14 +9,15 @@ answer has `desirable`. For rows without chat turns a format returns `{"prompt":
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from finetune.data.json_rows import Row
 from finetune.data.messages import check_json, decoded, function_in, holds, one_of, read_messages
 from finetune.data.preference import read_transcript, split_at_answers
 from finetune.data.turns import INSTRUCTING, Message
-from finetune.recipe.preferences import FORMATS_BY_METHOD
+from finetune.recipe.preferences import FORMATS_BY_METHOD, FORMATS_OF_PREFERENCES
 from finetune.recipe.schema import DataSource
 from finetune.system.errors import DataError, LabelError
 
@@ -67,8 +68,7 @@ def detect_format(source: DataSource, row: Row, method: str = "sft") -> str:
     Raises:
         DataError: None of these formats has such columns.
     """
-    of_answers = {name for names in FORMATS_BY_METHOD.values() for name in names}
-    read = FORMATS_BY_METHOD.get(method) or [name for name in FORMATS if name not in of_answers]
+    read = FORMATS_BY_METHOD.get(method) or [name for name in FORMATS if name not in FORMATS_OF_PREFERENCES]
     known = {name: columns for name, columns in _COLUMNS.items() if name in read}
     # A format whose columns the recipe's `columns` name comes first.
     filled = {name: columns for name, columns in known.items() if set(columns) & source.columns.keys()}
@@ -118,8 +118,8 @@ def with_known_pair(source: DataSource, row: Row, method: str = "sft") -> DataSo
     """
     if source.format or source.columns or method not in ("sft", "kto"):
         return source
-    of_pairs = {name for names in FORMATS_BY_METHOD.values() for name in names}
-    known = [columns for name, columns in _COLUMNS.items() if name not in of_pairs or name == "preference"]
+    unknown = FORMATS_OF_PREFERENCES - {"preference"}
+    known = [columns for name, columns in _COLUMNS.items() if name not in unknown]
     if any(all(column in row for column in columns) for columns in known):
         return source
     names = {str(column).lower(): column for column in row if isinstance(row[column], str)}
@@ -141,14 +141,6 @@ def pair_note(source: DataSource) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Formats
-
-
-def _messages(row: Row) -> Row:
-    return _turns(row, "messages")
-
-
-def _sharegpt(row: Row) -> Row:
-    return _turns(row, "conversations")
 
 
 def _turns(row: Row, column: str) -> Row:
@@ -264,9 +256,9 @@ def _text(row: Row) -> Row:
     return {"prompt": "", "completion": row["text"]}
 
 
-FORMATS = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
+FORMATS: dict[str, Callable[[Row], Row]] = {
+    "messages": partial(_turns, column="messages"),
+    "sharegpt": partial(_turns, column="conversations"),
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _text,

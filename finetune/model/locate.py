@@ -95,16 +95,12 @@ class Base:
         rows = needed_rows(tokenizer)
         if rows <= self.original.config.get_text_config().vocab_size:
             return path
-        # The config has been read, so that the commit of a model on the Hub is known.
-        [identity] = self.original.identity.values() or [f"{path} {self.revision}"]
-        key = hashlib.sha256(f"{identity} {rows}".encode()).hexdigest()[:16]
 
         def write(into: Path) -> None:
             self.say(f"{self.name}: copying it with {rows:,} embedding rows, once")
-            with load_errors(self.name):
-                write_resized(path, self.revision, trust, rows, into)
+            write_resized(path, self.revision, trust, rows, into)
 
-        return str(made_once(f"resized-{Path(path).name}-{key}-v{_CACHE_VERSION}", write))
+        return self.original._copy("resized", str(rows), write)
 
     def dequantised(self) -> Base:
         """A copy of a base that is stored quantised, with the weights that it computes with; it is written once.
@@ -112,17 +108,25 @@ class Base:
         Raises:
             ModelError: The base does not exist, or transformers cannot dequantise it.
         """
-        path, config = self.path, self.config  # read first, so that the commit of a model on the Hub is known
-        [identity] = self.identity.values() or [f"{path} {self.revision}"]
-        key = hashlib.sha256(f"{identity} {getattr(config, 'quantization_config', '')}".encode()).hexdigest()[:16]
 
         def write(into: Path) -> None:
             self.say(f"{self.name}: copying it with dequantised weights, once")
-            with load_errors(self.name):
-                write_dequantised(path, self.revision, self.trust_remote_code, into)
+            write_dequantised(self.path, self.revision, self.trust_remote_code, into)
 
-        folder = made_once(f"dequantised-{Path(path).name}-{key}-v{_CACHE_VERSION}", write)
-        return Base(str(folder), None, self.trust_remote_code, self.say)
+        folder = self._copy("dequantised", str(getattr(self.config, "quantization_config", "")), write)
+        return Base(folder, None, self.trust_remote_code, self.say)
+
+    def _copy(self, kind: str, version: str, write: Callable[[Path], None]) -> str:
+        """The folder of a changed copy in the cache, which `write` fills once for each base and `version`."""
+        _ = self.config  # once it is read, the commit of a model on the Hub is known
+        [identity] = self.identity.values() or [f"{self.path} {self.revision}"]
+        key = hashlib.sha256(f"{identity} {version}".encode()).hexdigest()[:16]
+
+        def fill(into: Path) -> None:
+            with load_errors(self.name):
+                write(into)
+
+        return str(made_once(f"{kind}-{Path(self.path).name}-{key}-v{_CACHE_VERSION}", fill))
 
     @cached_property
     def config(self) -> Any:

@@ -11,6 +11,7 @@ from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
 
 # The formats of rows that each of these methods reads.
 FORMATS_BY_METHOD = {"dpo": ("preference",), "orpo": ("preference",), "kto": ("preference", "rated")}
+FORMATS_OF_PREFERENCES = {name for names in FORMATS_BY_METHOD.values() for name in names}
 # From `DPOTrainer` of trl 1.16: the losses that take an f-divergence, and the losses that read a key.
 _DIFFERENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 _READ_BY = {"label_smoothing": {"exo_pair", "robust", "aot", "aot_unpaired"}, "discopop_tau": {"discopop"}}
@@ -51,14 +52,13 @@ def check_preferences(tree: RecipeTree, sections: Sections) -> None:
 
 def _check_formats(tree: RecipeTree, data: Section) -> None:
     """Adds faults for sources whose format the method does not read."""
-    of_preferences = {name for names in FORMATS_BY_METHOD.values() for name in names}
     for name in ("train", "eval"):
         for i, source in enumerate(data.get(name, [])):
             form, key = source.get("format"), f"data.{name}.{i}.format"
             read = FORMATS_BY_METHOD.get(tree.method)
             if form is not None and read and form not in read:
                 tree.fault(key, f"is {form}, but method {tree.method} needs pairs; write {' or '.join(read)}")
-            elif form in of_preferences and not read:
+            elif form in FORMATS_OF_PREFERENCES and not read:
                 readers = [method for method, names in FORMATS_BY_METHOD.items() if form in names]
                 tree.fault(key, f"is {form}, but method is sft; write method: {' or '.join(readers)}")
 

@@ -129,24 +129,22 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
     layer |= {f"{name}.bias": linear[name][:1] for name in biased}
     layer |= {f"{name}.weight": (length,) for name, length in norms.items()}
-    found: dict[str, tuple[int, ...]] = {
-        "output.weight": (config.vocab_size, hidden),
-        "output_norm.weight": (hidden,),
-        "token_embd.weight": (config.vocab_size, hidden),
-    }
+    found = _outer_shapes(config)
     for number in range(config.num_hidden_layers):
         found |= {f"blk.{number}.{name}": shape for name, shape in sorted(layer.items())}
     return found
 
 
+def _outer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors around the layers."""
+    table = (config.vocab_size, config.hidden_size)
+    return {"output.weight": table, "output_norm.weight": table[1:], "token_embd.weight": table}
+
+
 def _gemma4_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """As `expected_shapes`: heads, their keys and values, and the MLP differ by layer."""
     hidden, per_layer, experts = config.hidden_size, config.hidden_size_per_layer_input, config.num_experts
-    found: dict[str, tuple[int, ...]] = {
-        "output.weight": (config.vocab_size, hidden),
-        "output_norm.weight": (hidden,),
-        "token_embd.weight": (config.vocab_size, hidden),
-    }
+    found = _outer_shapes(config)
     if per_layer:
         packed = config.num_hidden_layers * per_layer
         found["per_layer_model_proj.weight"] = (packed, hidden)
@@ -229,10 +227,7 @@ def _gemma3n_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "altup_correct_coef": (_ALTUP, _ALTUP),
         "altup_predict_coef": (_ALTUP**2, _ALTUP),
     }
-    found: dict[str, tuple[int, ...]] = {
-        "output.weight": (config.vocab_size, hidden),
-        "output_norm.weight": (hidden,),
-        "token_embd.weight": (config.vocab_size, hidden),
+    found = _outer_shapes(config) | {
         "per_layer_token_embd.weight": (config.vocab_size, packed),
         "per_layer_model_proj.weight": (packed, hidden),
         "per_layer_proj_norm.weight": (per_layer,),
