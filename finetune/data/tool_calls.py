@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune.data.turns import Message, Render
+from finetune.data.turns import Message, Render, called_functions
 from finetune.system.errors import LabelError
 
 _KEY, _VALUE = "qjxkeyvzw", "qjxvaluevzw"  # only letters, because template filters may escape other characters
@@ -50,8 +50,8 @@ def with_arguments_as_rendered(render: Render, messages: Sequence[Message]) -> S
 
 def _arguments(message: Message) -> list[dict[str, Any]]:
     """The arguments of a message's calls that are maps."""
-    calls = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or ()]
-    return [arguments for arguments in calls if isinstance(arguments, dict)]
+    given = (function.get("arguments") for function in called_functions(message))
+    return [arguments for arguments in given if isinstance(arguments, dict)]
 
 
 def with_arguments(messages: Sequence[Message], change: Callable[[dict[str, Any]], object]) -> list[Message]:

@@ -20,6 +20,7 @@ from finetune.data.turns import (
     Render,
     Special,
     Tool,
+    called_functions,
     is_text_only,
     letters,
     special_spans,
@@ -258,7 +259,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def _leaves_out_arguments(render: Render, before: Sequence[Message], message: Message) -> bool:
     """True if a template drops the arguments of calls without a text that could be marked."""
-    maps = [call.get("function", call).get("arguments") for call in message.get("tool_calls") or ()]
+    maps = [function.get("arguments") for function in called_functions(message)]
     if all(not arguments or next(_texts(arguments), None) is not None for arguments in maps):
         return False
     shown = render([*before, with_arguments([message], lambda arguments: {FENCE: FENCE} if arguments else {})[0]])
@@ -270,8 +271,8 @@ def _assistant_parts(message: Message) -> Iterator[tuple[str, str]]:
     yield "text", message["content"]
     yield "thinking", message.get("reasoning_content") or ""
     yield "tool plan", message.get("tool_plan") or ""
-    for call in message.get("tool_calls") or ():
-        yield "tool call", str(call.get("function", call).get("name", ""))
+    for function in called_functions(message):
+        yield "tool call", str(function.get("name", ""))
 
 
 def _marked(message: Message, names: bool = True) -> tuple[Message, dict[str, str]]:

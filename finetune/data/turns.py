@@ -50,6 +50,11 @@ def is_text_only(message: Message) -> bool:
     return message.keys() <= {"role", "content", "train"}
 
 
+def called_functions(message: Message) -> list[Tool]:
+    """The functions that a message calls, each a map with `name` and `arguments`; empty if it calls none."""
+    return [call.get("function", call) for call in message.get("tool_calls") or ()]
+
+
 def texts_in(value: object) -> Iterator[str]:
     """Yields each string in a value of JSON, keys of maps too."""
     if isinstance(value, str):

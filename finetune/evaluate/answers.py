@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.data.turns import Message
+from finetune.data.turns import Message, called_functions
 from finetune.evaluate.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Answer:
 
 
 def _as_text(message: Message) -> str:
-    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    calls = called_functions(message)
     return "\n".join(part for part in (message["content"], _as_json(calls) if calls else "") if part)
 
 

@@ -358,12 +358,11 @@ class Endpoint:
         return text.replace(self.key, "***") if len(self.key) >= _MIN_KEY_LENGTH else text
 
     def _say_once(self, line: str) -> None:
-        """Says a line once."""
         with self._lock:
-            new = line not in self._said_lines
+            if line in self._said_lines:
+                return
             self._said_lines.add(line)
-        if new:
-            self.say(line)
+        self.say(line)
 
 
 def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] | None:
@@ -378,22 +377,20 @@ def _settings_without(settings: dict[str, int], refusal: str) -> dict[str, int] 
 
 def _error_in(text: str) -> str:
     """The message of an error in a JSON body; empty if there is none."""
-    try:
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
+    return ""
 
 
 def _retry_after(value: str) -> float | None:
     """The seconds of a Retry-After header, a number or a date; None if it cannot be read."""
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return min(float(value), _MAX_WAIT)
-    try:
+    with contextlib.suppress(ValueError, TypeError):
         seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
-        return None
-    return min(max(seconds, 0.0), _MAX_WAIT)
+        return min(max(seconds, 0.0), _MAX_WAIT)
+    return None
 
 
 def _token_counts(counts: object) -> tuple[int, int] | None:

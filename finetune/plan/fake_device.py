@@ -49,10 +49,12 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
     make = loss._two_buffers
     own = {"_COLUMNS": 2**31, "range": few_tiles, "_two_buffers": lambda _, *shape: make(buffers, *shape)}
     tiles: Patches = [(loss, own)]
-    if not on_gpu:
-        with patched_attributes(tiles):
-            yield
-        return
+    with patched_attributes([*tiles, *(_gpu_patches(tracker, few_tiles) if on_gpu else [])]):
+        yield
+
+
+def _gpu_patches(tracker: MemoryTracker, few_tiles: Callable[..., Iterator[int]]) -> Patches:
+    """The functions that run as on a GPU; see `emulate_device`, which has the arguments."""
     import bitsandbytes
     import bitsandbytes.autograd._functions as bnb
     from torch.nn import functional
@@ -80,8 +82,7 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **kwargs: None
 
-    patches: Patches = [
-        *tiles,
+    return [
         (functional, {"dropout": dropout, "softmax": softmax}),
         (bitsandbytes, {"matmul": matmul}),
         (utils, {"_use_triton": lambda device: True}),
@@ -97,8 +98,6 @@ def emulate_device(on_gpu: bool, tracker: MemoryTracker) -> Iterator[None]:
             },
         ),
     ]
-    with patched_attributes(patches):
-        yield
 
 
 @contextmanager

@@ -7,11 +7,13 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from finetune.data.chat import Chat
@@ -209,8 +211,6 @@ def collect_importance(
 
 
 def _collect(task: _Task) -> None:
-    import torch
-
     from finetune.model.load import load_base
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,75 +240,87 @@ def squared_input_sums(
         ExportError: A layer was given another shape than its weight takes, not all tokens, or values that are not
             finite; or llama.cpp does not know the model.
     """
-    import torch
-
-    translate = gguf_names(config)
     decoder = model.get_decoder()
-    sums: dict[str, Any] = {}
-    counts: dict[str, list[int]] = {}
-    # In the current batch: a mask of the places that are tokens and not padding.
-    real = torch.empty(0)
-    # The weight and the expert of each expert's matrix, by its place in memory.
-    experts: dict[int, tuple[str, int]] = {}
-
-    def add(name: str, expert: int, x: Any) -> None:
-        # Float32 for the squares of a batch, float64 for the sum of batches.
-        sums[name][expert] += x.detach().float().square().sum(0).double()
-        counts[name][expert] += len(x)
-
-    def watch(name: str, columns: int) -> Callable[[Any, Any], None]:
-        def hook(module: Any, inputs: Any) -> None:
-            x = inputs[0]
-            # A router is given all rows of a batch as one.
-            if x.shape not in ((*real.shape, columns), (real.numel(), columns)):
-                raise ExportError(
-                    f"{name} takes {columns:,} columns and was given {list(x.shape)} for {list(real.shape)} tokens"
-                )
-            add(name, 0, x.reshape(-1, columns)[real.flatten()])
-
-        return hook
-
-    class ExpertInputs(torch.overrides.TorchFunctionMode):
-        """Adds the inputs of experts, whose matrices are slices of one parameter and no modules."""
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.nn.functional.linear and (place := experts.get(args[1].data_ptr())):
-                add(*place, args[0])
-            return func(*args, **(kwargs or {}))
-
-    hooks = []
-    for path, parameter in model.named_parameters():
-        name = translate(path)
-        if not (name and name.startswith("blk.") and parameter.ndim > 1 and is_quantized(name)):
-            continue
-        columns = parameter.shape[-1]
-        matrices = parameter.detach().reshape(-1, *parameter.shape[-2:])
-        counts[name] = [0] * len(matrices)
-        sums[name] = torch.zeros(len(matrices), columns, dtype=torch.float64, device=model.device)
-        if parameter.ndim == 2:
-            module = model.get_submodule(path.rpartition(".")[0])
-            hooks.append(module.register_forward_pre_hook(watch(name, columns)))
-        else:
-            experts |= {matrix.data_ptr(): (name, number) for number, matrix in enumerate(matrices)}
-    if experts:
+    inputs = _InputSums(model, gguf_names(config))
+    if inputs.experts:
         model.set_experts_implementation("eager")
-    with torch.inference_mode(), ExpertInputs():
-        for batch in _batches(rows, padded=not experts):
+    with torch.inference_mode(), inputs:
+        for batch in _batches(rows, padded=not inputs.experts):
             length, tokens = max(map(len, batch)), sum(map(len, batch))
             ids = [[*row, *[0] * (length - len(row))] for row in batch]
-            real = torch.tensor([[i < len(row) for i in range(length)] for row in batch], device=model.device)
+            real = [[i < len(row) for i in range(length)] for row in batch]
+            inputs.real = torch.tensor(real, device=model.device)
             # A token attends to those before it; padding is after all tokens, and needs no mask.
             decoder(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
             done(tokens)
-    for hook in hooks:
-        hook.remove()
     total = sum(map(len, rows))
-    for name, own in counts.items():
+    for name, own in inputs.counts.items():
         # Each token is given to as many experts as any other.
         if not sum(own) or sum(own) % total or (len(own) == 1 and own[0] != total):
             raise ExportError(f"{name} was given {sum(own):,} of {total:,} tokens")
-    found = {name: _finite(name, column_sums.flatten().cpu().numpy()) for name, column_sums in sums.items()}
-    return found, {name: tuple(own) for name, own in counts.items()}
+    found = {name: _finite(name, column_sums.flatten().cpu().numpy()) for name, column_sums in inputs.sums.items()}
+    return found, {name: tuple(own) for name, own in inputs.counts.items()}
+
+
+class _InputSums(torch.overrides.TorchFunctionMode):
+    """Adds up the squared inputs of a model's weights by column, as long as it is entered.
+
+    Args:
+        model: The model.
+        translate: llama.cpp's name of a tensor; None for one that it has not.
+
+    Attributes:
+        sums: The sums of each weight, float64 (experts, columns); a weight that is of no experts has one row.
+        counts: The tokens that each row was summed over.
+        experts: The weight and the expert of each expert's matrix, by its place in memory.
+        real: A mask of the places in the current batch that are tokens and not padding.
+    """
+
+    def __init__(self, model: Any, translate: Callable[[str], str | None]) -> None:
+        super().__init__()
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, list[int]] = {}
+        self.experts: dict[int, tuple[str, int]] = {}
+        self.real = torch.empty(0)
+        self._hooks = []
+        for path, parameter in model.named_parameters():
+            name = translate(path)
+            if not (name and name.startswith("blk.") and parameter.ndim > 1 and is_quantized(name)):
+                continue
+            columns = parameter.shape[-1]
+            matrices = parameter.detach().reshape(-1, *parameter.shape[-2:])
+            self.counts[name] = [0] * len(matrices)
+            self.sums[name] = torch.zeros(len(matrices), columns, dtype=torch.float64, device=model.device)
+            if parameter.ndim == 2:
+                module = model.get_submodule(path.rpartition(".")[0])
+                self._hooks.append(module.register_forward_pre_hook(partial(self._add_inputs, name, columns)))
+            else:
+                self.experts |= {matrix.data_ptr(): (name, number) for number, matrix in enumerate(matrices)}
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _add(self, name: str, expert: int, x: torch.Tensor) -> None:
+        # Float32 for the squares of a batch, float64 for the sum of batches.
+        self.sums[name][expert] += x.detach().float().square().sum(0).double()
+        self.counts[name][expert] += len(x)
+
+    def _add_inputs(self, name: str, columns: int, module: Any, inputs: Any) -> None:
+        x, real = inputs[0], self.real
+        # A router is given all rows of a batch as one.
+        if x.shape not in ((*real.shape, columns), (real.numel(), columns)):
+            raise ExportError(
+                f"{name} takes {columns:,} columns and was given {list(x.shape)} for {list(real.shape)} tokens"
+            )
+        self._add(name, 0, x.reshape(-1, columns)[real.flatten()])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Adds the inputs of experts, whose matrices are slices of one parameter and no modules."""
+        if func is torch.nn.functional.linear and (place := self.experts.get(args[1].data_ptr())):
+            self._add(*place, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _finite(name: str, column_sums: NDArray[np.float64]) -> NDArray[np.float64]:
