@@ -34,12 +34,12 @@ _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 def fp8_in_blocks(name: str, weight_OI: torch.Tensor) -> tuple[Stored, torch.Tensor]:
     """As DeepSeek and Qwen publish: a scale for each block of 128 by 128, of the rest where less is left."""
     rows, columns = weight_OI.shape
-    size_O, size_I = min(128, rows), min(128, columns)
-    blocks = weight_OI.float().reshape(rows // size_O, size_O, columns // size_I, size_I)
+    padded = torch.nn.functional.pad(weight_OI.float(), (0, -columns % 128, 0, -rows % 128))
+    blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
     scales = blocks.abs().amax((1, 3)) / 448
-    stored = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-    values = (stored.float() * scales[:, None, :, None]).reshape(rows, columns)
-    return iter([(name, stored.reshape(rows, columns)), (f"{name}_scale_inv", scales)]), values
+    each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    stored = (weight_OI.float() / each).to(torch.float8_e4m3fn)
+    return iter([(name, stored), (f"{name}_scale_inv", scales)]), stored.float() * each
 
 
 def w4a16(name: str, weight_OI: torch.Tensor) -> tuple[Stored, torch.Tensor]:

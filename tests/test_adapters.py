@@ -24,7 +24,7 @@ from finetune.model.adapter_readers import READERS, check_adapter, problems_of
 from finetune.model.attach import attach_adapter, without_warnings
 from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
-from finetune.model.locate import locate
+from finetune.model.locate import Base, locate
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import FinetuneError, RunError
 from finetune.system.terminal import quiet
@@ -361,6 +361,34 @@ def test_an_adapter_is_trained_on_the_values_of_a_quantised_file(
     torch.testing.assert_close(of_merged(Path("rounded")), expected, rtol=0, atol=0.05)
     assert main(["merge", "run", "--output", "merged", "--base", "exact"]) == 0
     torch.testing.assert_close(of_merged(Path("merged")), expected, rtol=0, atol=1e-4)
+
+
+def test_quantised_files_that_transformers_reads_wrongly_are_refused(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.23 says nothing: see findings/."""
+    quantised_tiny.save("compressed-tensors", Path("mixed"), Path("exact"))
+    config = json.loads(Path("mixed/config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"targets": ["re:.*down_proj"]}
+    Path("mixed/config.json").write_text(json.dumps(config))
+    small = quantised_tiny.SHAPE | {"intermediate_size": 192, "num_hidden_layers": 1}
+    monkeypatch.setattr(quantised_tiny, "SHAPE", small)
+    quantised_tiny.save("fp8", Path("uneven"), Path("exact2"))
+    for name, line in (
+        ("mixed", "mixed: its weights are stored quantised in several schemes (config_groups), which transformers"),
+        (
+            "uneven",
+            "uneven: layers.0.mlp.gate_proj.weight is stored in fp8 in blocks of 128 by 128, which do not divide",
+        ),
+    ):
+        assert main(["train", str(write_recipe(model={"name_or_path": name, "dtype": "float32"}))]) == 2
+        assert f"error: {line}" in capsys.readouterr().err
+        adapter = save_adapter(Path("exact" if name == "mixed" else "exact2"), Path(f"adapter-{name}"))
+        assert main(["merge", str(adapter), "--output", "out", "--base", name]) == 2
+        assert "its weights are stored quantised" in capsys.readouterr().err
+        with pytest.raises(FinetuneError, match="name the model that"):
+            Base.of(ModelSection(name_or_path=name)).dequantised()
 
 
 @pytest.mark.parametrize(("form", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])

@@ -156,15 +156,53 @@ def dequantised_when_loaded(config: Any) -> Any:
     Returns:
         A copy; the config itself for methods that transformers 5.23 cannot dequantise then (bitsandbytes, on whose
         weights adapters are trained; GPTQ, AWQ).
+
+    Raises:
+        ModelError: The weights are in several schemes of compressed-tensors, which transformers 5.23 reads by one.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
     stored = getattr(config, "quantization_config", None)
     if stored is None or not hasattr(AutoQuantizationConfig.from_dict(stored), "dequantize"):
         return config
+    if len(stored.get("config_groups") or ()) > 1:
+        raise ModelError(
+            f"{config.name_or_path}: its weights are stored quantised in several schemes (config_groups), which "
+            "transformers would dequantise by one of them; name the model that they were made from"
+        )
     config = copy.deepcopy(config)
     config.quantization_config = stored | {"dequantize": True}
     return config
+
+
+def check_fp8_blocks(model: torch.nn.Module, config: Any) -> None:
+    """Refuses a model in fp8 whose last blocks are smaller than the others.
+
+    transformers 5.23 divides such a weight into equal blocks, where it can, and scales rows by a neighbour's scale
+    (`integrations/finegrained_fp8.py`, `_dequantize_one`).
+
+    Args:
+        model: The dequantised model.
+        config: The config of its file.
+
+    Raises:
+        ModelError: A side of a weight is longer than a block, and no multiple of it.
+    """
+    stored = config.quantization_config
+    block, kept = stored.get("weight_block_size"), stored.get("modules_to_not_convert") or ()
+    for name, weight in model.get_decoder().named_parameters() if block else ():  # type: ignore[operator]
+        sizes = zip(weight.shape[-2:], block, strict=False)
+        if (
+            weight.ndim > 1
+            and "embed" not in name
+            and not any(re.search(pattern, f"model.{name}") for pattern in kept)
+            and any(size > side and size % side for size, side in sizes)
+        ):
+            raise ModelError(
+                f"{config.name_or_path}: {name} is stored in fp8 in blocks of {block[0]} by {block[1]}, which do not "
+                f"divide its {weight.shape[-2]:,} rows and {weight.shape[-1]:,} columns, and transformers would scale "
+                "some of them wrongly; name the model that it was made from"
+            )
 
 
 def check_attention(

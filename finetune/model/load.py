@@ -14,7 +14,7 @@ from finetune.data.template import load_template, set_system_role
 from finetune.data.template_trial import try_template
 from finetune.data.template_variables import set_default_variables
 from finetune.model import precision
-from finetune.model.compatibility import dequantised_when_loaded, stored_quantisation
+from finetune.model.compatibility import check_fp8_blocks, dequantised_when_loaded, stored_quantisation
 from finetune.model.generation_settings import check_generation_config
 from finetune.model.locate import Base, load_errors
 from finetune.model.precision import resolve_dtype
@@ -140,6 +140,7 @@ def load_base(
     if getattr(model, "is_quantized", False):
         keep_4bit_weights(model)
     elif config is not None and stored_quantisation(config):
+        check_fp8_blocks(model, config)
         # transformers 5.23 leaves the weights that were not quantised (norms, embeddings) in the type of the file.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

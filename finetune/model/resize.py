@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.model.compatibility import dequantised_when_loaded
+from finetune.model.compatibility import check_fp8_blocks, dequantised_when_loaded
 from finetune.system.errors import ModelError, first_line
 from finetune.system.terminal import quiet
 
@@ -170,6 +170,7 @@ def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, 
                 f"--base dequantised: transformers cannot dequantise {path} ({first_line(error)}); write --base with "
                 "the model that it was made from"
             ) from error
+        check_fp8_blocks(model, config)
         vars(model.config).pop("quantization_config", None)
         # In the original format, transformers 5.23 would reverse the reading of quantised tensors, which it cannot.
         model.save_pretrained(into, save_original_format=False)
