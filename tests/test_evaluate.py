@@ -345,12 +345,16 @@ def test_prompts_a_limit_and_an_output_of_ones_own(run: Path, capsys: pytest.Cap
     capsys.readouterr()
     arguments = ["evaluate", "random:gemma3", "--recipe", "other.yaml", "--limit", "2", "--output", "out", "--json"]
     assert main(arguments) == 0
-    report = json.loads(capsys.readouterr().out)
+    out = capsys.readouterr()
+    report = json.loads(out.out)
+    assert "earlier evaluation" not in out.err
     assert [item["prompt"] for item in report["answers"]] == ["p.jsonl:1", "p.jsonl:2"]
     assert report["models"][0]["answers"]["tokens"] <= 3
     assert {path.name for path in Path("out").iterdir()} == {"report.json", "report.md", "answers.html"}
-    assert main([a for a in arguments if a not in ("--limit", "2")]) == 0
-    assert len(json.loads(capsys.readouterr().out)["answers"]) == 4
+    assert main([*(a for a in arguments if a not in ("--limit", "2")), "evaluate.limit=3"]) == 0
+    out = capsys.readouterr()
+    assert len(json.loads(out.out)["answers"]) == 3
+    assert "out: the earlier evaluation there will be replaced (--output DIR keeps both)" in out.err.splitlines()
 
 
 @pytest.mark.parametrize(

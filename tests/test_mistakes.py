@@ -113,7 +113,13 @@ def test_check_prints_what_is_set_and_what_comes_next(capsys: pytest.CaptureFixt
         "next: finetune inspect recipe.yaml shows the tokens that are trained on; --all prints the defaults, too\n"
     )
     assert main(["check", "recipe.yaml", "training.learning_rate=1e-4"]) == 0
-    assert "is not set" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is not set" not in said
+    assert "training.learning_rate is" not in said
+    assert main(["check", "recipe.yaml", "training.learning_rate=2"]) == 0
+    assert "training.learning_rate is 2: with Adam 1e-5 to 1e-3 is usual" in capsys.readouterr().out
+    assert main(["check", "recipe.yaml", "training.learning_rate=2", "training.optim=sgd"]) == 0
+    assert "training.learning_rate is" not in capsys.readouterr().out
     assert main(["check", "recipe.yaml", "--all"]) == 0
     assert "  seed: 42  # default\n" in capsys.readouterr().out
     Path("more.yaml").write_text("extends: recipe.yaml\nlora: null\nexport: {imatrix_data: {rows: 3}, gate: {}}\n")

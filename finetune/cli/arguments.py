@@ -92,12 +92,7 @@ def _add_verbs_that_make_recipes(verb: AddVerb) -> None:
 def _add_verbs_of_recipes(verb: AddVerb) -> None:
     recipe = _Parser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    recipe.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="replaces a value of the recipe; sweep tries each item of a list",
-    )
+    _add_overrides(recipe, "replaces a value of the recipe; sweep tries each item of a list")
 
     flag = verb("train", "train a recipe (also: finetune RECIPE)", recipe).add_argument
     flag("--force", action="store_true", help="train even if the memory check says that it does not fit")
@@ -198,7 +193,9 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
     flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
     flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
 
-    flag = verb("evaluate", "measure the perplexity and the answers of a model", model, trust).add_argument
+    evaluate = verb("evaluate", "measure the perplexity and the answers of a model", model, trust)
+    flag = evaluate.add_argument
+    _add_overrides(evaluate, "replaces a value of the recipe")
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
     flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
     flag("--compare", metavar="BASE", help="another run or model to compare with; base: the run's own base")
@@ -213,6 +210,10 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
     flag("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
     flag("--port", type=_port, default=8000, metavar="N", help="default: 8000")
     flag("--print", action="store_true", dest="print_only", help="print the server's command, do not start it")
+
+
+def _add_overrides(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("overrides", metavar="section.key=value", nargs="*", help=help)
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

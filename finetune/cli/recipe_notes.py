@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune.recipe.load import Recipe
 
+# Ten times the highest rate that is in use for adapters.
+_HIGHEST_RATE = 0.01
+
 
 def notes(recipe: Recipe) -> Iterator[str]:
     """The lines that `check` prints after a recipe's values."""
@@ -28,7 +31,10 @@ def notes(recipe: Recipe) -> Iterator[str]:
 
 
 def what_is_trained(recipe: Recipe) -> Iterator[str]:
-    """Lines on whether an adapter or all weights are trained."""
+    """Lines on whether an adapter or all weights are trained, and on a learning rate that is far from the usual."""
+    rate, optimizer = recipe.training.get("learning_rate"), str(recipe.training.get("optim", "adamw"))
+    if isinstance(rate, int | float) and rate > _HIGHEST_RATE and "adam" in optimizer:
+        yield f"training.learning_rate is {rate:g}: with Adam 1e-5 to 1e-3 is usual, and far more ruins a model"
     if recipe.lora is None:
         yield "all weights are trained (lora: null)"
     elif recipe.model.adapter:

@@ -95,7 +95,7 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         print_text(conversion.as_yaml(), end="")
     if not args.quiet:
-        left = f"; {len(conversion.left)} keys are left out, see its end" if conversion.left else ""
+        left = f"; {len(conversion.left)} of them left out, see its end" if conversion.left else ""
         recipe = shell_word(str(args.output)) if args.output else "RECIPE"
         print_line(f"{args.file}: {conversion.peer}, {len(conversion.given)} keys{left}; next: finetune check {recipe}")
 
@@ -317,6 +317,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.server,
             args.server_model,
             base=args.base,
+            overrides=args.overrides,
             trust_remote_code=_trust(args),
             say=say,
             progress=not args.quiet,

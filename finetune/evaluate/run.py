@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 LoadOptions = tuple[ModelSection, dict[str, Any] | None]
 # The value of `compare` for the run's own base, which answers through the run's chat template.
 BASE = "base"
+_REPORT = "report.json"
 # The beginnings of a server's address.
 _ADDRESS = ("http://", "https://")
 
@@ -76,6 +77,7 @@ def evaluate(
     server: str | None = None,
     server_model: str | None = None,
     base: str | None = None,
+    overrides: Sequence[str] = (),
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
     progress: bool = False,
@@ -93,6 +95,7 @@ def evaluate(
             overrides the recipe's `evaluate.server.base_url`.
         server_model: The model's name at that server; it overrides the recipe's `evaluate.server.model`.
         base: The path or id of the run's base, in place of the one that its files name.
+        overrides: `section.key=value`, in place of the recipe's values.
         trust_remote_code: True if the user lets Python files of models and of lm-eval's tasks run; `recipe` may say so
             of its own base and tasks.
         say: Called with a line for each step.
@@ -110,7 +113,7 @@ def evaluate(
     file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
     if file is None:
         raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
-    loaded = load_recipe(file)
+    loaded = load_recipe(file, overrides)
     if recipe and loaded.model.trust_remote_code:
         say(f"{file}: model.trust_remote_code: Python files that come with {loaded.model.name_or_path} may run")
     if not recipe:
@@ -137,6 +140,8 @@ def evaluate(
     prompts, source = evaluation.prompts(own)
     reference = reference_answers(settings.reference, prompts) if settings and settings.reference else []
     with locked_folder(output, "--output", "evaluating"):
+        if (output / _REPORT).is_file():
+            say(f"{output}: the earlier evaluation there will be replaced (--output DIR keeps both)")
         answered = [evaluation.ask(served, prompts, own)] if served else []
         results = [evaluation.evaluate(subject, prompts) for subject in subjects]
         # The model that is evaluated is the last one.
@@ -158,7 +163,7 @@ def _write(report: EvaluationReport, output: Path) -> None:
     texts = {
         "report.md": as_markdown(report),
         "answers.html": as_html(report),
-        "report.json": json.dumps(report, ensure_ascii=False, indent=1) + "\n",
+        _REPORT: json.dumps(report, ensure_ascii=False, indent=1) + "\n",
     }
     write_together(output, texts)
 
