@@ -120,6 +120,7 @@ def test_waiting(script: Any, capsys: Any) -> None:
     assert float(figures[0]) > 0
 
 
+@pytest.mark.soak
 def test_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     run = script("run")
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

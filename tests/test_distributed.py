@@ -82,11 +82,11 @@ SPREAD = {
 @pytest.mark.parametrize(
     ("kind", "spread"),
     [
-        pytest.param("LoRA", tuple(SPREAD), id="LoRA"),
+        pytest.param("LoRA", tuple(SPREAD), marks=pytest.mark.slow, id="LoRA"),
+        pytest.param("LoRA", ("8 rows", "FSDP, 2 x 4"), id="LoRA, FSDP"),
         *(
             pytest.param(kind, ("8 rows", "FSDP, 2 x 4"), marks=pytest.mark.slow, id=f"{kind}, FSDP")
-            for kind in KINDS
-            if kind not in ("LoRA", "PiSSA", "MiCA")
+            for kind in ("full", "token rows, tied", "QLoRA")
         ),
         *(pytest.param(kind, tuple(SPREAD), marks=pytest.mark.soak, id=kind) for kind in KINDS if kind != "LoRA"),
     ],
@@ -120,6 +120,7 @@ def test_one_result_however_the_batch_is_spread(
             assert two[name].dtype == tensor.dtype
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(write_recipe: Write, processes: Processes) -> None:
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2})
     processes.run("train", str(path), "training.output_dir=two", "training.gradient_accumulation_steps=1", ranks=2)
@@ -169,6 +170,7 @@ def launched(config: str, *script: str, popen: type[subprocess.Popen[str]] = sub
 ON_CPU = str(ROOT / "tests" / "on_cpu.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp.yaml", "fsdp_qlora.yaml", "ddp.yaml"])
 def test_the_ranks_of_these_tests_have_what_a_launcher_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
@@ -286,7 +288,9 @@ def _started(processes: Processes, write_recipe: Write, steps: int = 400, **kwar
     return command
 
 
-@pytest.mark.parametrize(("number", "code", "rank"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)])
+@pytest.mark.parametrize(
+    ("number", "code", "rank"), [(signal.SIGTERM, 143, 1), pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.soak)]
+)
 def test_a_signal_to_one_rank_stops_both_at_one_step(
     write_recipe: Write, processes: Processes, number: int, code: int, rank: int
 ) -> None:
@@ -303,7 +307,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes, rank: int) -> None:
     command = _started(processes, write_recipe)
     os.kill(command.pids[rank], signal.SIGKILL)
@@ -317,6 +321,7 @@ def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes,
     )
 
 
+@pytest.mark.slow
 def test_processes_whose_launcher_is_gone_end(write_recipe: Write, processes: Processes) -> None:
     """As when the first of two machines dies, whose launcher holds what the processes tell each other by."""
     short = {"FINETUNE_TEST_SILENCE": "1"}
@@ -433,6 +438,7 @@ def test_a_tpu_needs_its_package(write_recipe: Write, capsys: pytest.CaptureFixt
 # Streams
 
 
+@pytest.mark.slow
 def test_a_stream_on_two_ranks_is_that_on_one(write_recipe: Write, processes: Processes) -> None:
     """And, stopped in its second round, goes on where it was."""
     uneven_rows(12)

@@ -539,6 +539,7 @@ def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nea
     assert report(tmp_path / "out")["notes"][1] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_models_are_measured_and_planned_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, request: pytest.FixtureRequest
 ) -> None:

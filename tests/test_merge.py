@@ -658,6 +658,7 @@ def test_planning_tensors_leaves_the_changes_of_the_adapters_as_they_are() -> No
     assert [item.name for item in tensors if item.changes] == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cold")
 def test_a_plan_passes_between_processes_as_it_is(base_of: Locate, tmp_path: Path) -> None:
     """Also with fused experts, and without transformers in the calling process."""
@@ -1083,7 +1084,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("moments", [8, pytest.param(40, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("moments", [4, pytest.param(40, marks=pytest.mark.soak)])
 def test_killed_at_any_moment_the_output_is_whole_or_absent(
     base_of: Locate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: int
 ) -> None:
@@ -1203,6 +1204,7 @@ def sharded(base: Path, into: Path) -> list[str]:
     return sorted(path.name for path in into.glob("model-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_base_on_the_hub_is_fetched_whole_or_shard_by_shard(base_of: Locate, tmp_path: Path) -> None:
     """The same model under two names, so that what is asked for in either way can be told apart; and one of experts."""
     plain, experts = base_of("llama with biases"), base_of("mixtral")

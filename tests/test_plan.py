@@ -132,11 +132,12 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
     "packed": ({"packing": True}, False),
     "8-bit optimizer": ({"optim": "adamw_8bit", "max_length": 96}, False),
 }
-# Each family, kind and shape once; all kinds and shapes of one family in tier `soak`.
-TRIED: list[Any] = [("gemma3", "lora", "packed"), ("gemma3", "4-bit", "checkpointing"), ("gemma3", "8-bit", "six rows")]
-TRIED += [("gemma3", "full", "accumulated"), ("gemma4", "lora", "six rows"), ("gemma4_moe", "lora", "checkpointing")]
-TRIED += [("gemma3n", "full", "plain"), ("gemma2", "lora", "six rows"), ("llama", "full", "8-bit optimizer")]
+# Each kind and shape once, over several families; all kinds and shapes of one family in tier `soak`.
+TRIED: list[Any] = [("gemma3", "lora", "packed"), ("gemma3", "4-bit", "checkpointing"), ("gemma2", "8-bit", "six rows")]
+TRIED += [("gemma3", "full", "accumulated"), ("gemma4_moe", "lora", "plain"), ("llama", "full", "8-bit optimizer")]
 SOAK = [("gemma3", kind, shape) for kind in KINDS for shape in SHAPES]
+SOAK += [("gemma4", "lora", "six rows"), ("gemma4_moe", "lora", "checkpointing"), ("gemma2", "lora", "six rows")]
+SOAK += [("gemma3n", "full", "plain")]
 SOAK += [("gemma2", "full", "plain"), ("llama", "4-bit", "plain")]
 TRIED += [pytest.param(*case, marks=pytest.mark.soak) for case in SOAK if case not in TRIED]
 
@@ -209,18 +210,14 @@ def test_a_peak_of_pairs_is_what_the_allocator_says(
 
 
 @pytest.mark.usefixtures("user_cache")
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("sections", "training"),
     [
         ({}, {"max_length": 32}),
-        pytest.param(
-            {},
-            {"gradient_checkpointing": True, "per_device_train_batch_size": 3, "max_length": 64},
-            marks=pytest.mark.soak,
-        ),
-        pytest.param({"quantization": NF4}, {"max_length": 64}, marks=pytest.mark.soak),
-        pytest.param({"lora": None}, {"max_length": 64}, marks=pytest.mark.soak),
+        ({}, {"gradient_checkpointing": True, "per_device_train_batch_size": 3, "max_length": 64}),
+        ({"quantization": NF4}, {"max_length": 64}),
+        ({"lora": None}, {"max_length": 64}),
     ],
     ids=["lora", "checkpointing", "4-bit", "full"],
 )
@@ -254,7 +251,7 @@ def test_a_peak_of_a_real_model(
 @pytest.mark.parametrize(
     ("base", "quantized", "depth"),
     [
-        ("google/gemma-2-2b", True, 6),
+        pytest.param("google/gemma-2-2b", True, 6, marks=pytest.mark.soak),
         ("google/gemma-3-270m", False, 7),
         *(
             pytest.param(base, quantized, None, marks=pytest.mark.soak)
@@ -295,8 +292,9 @@ PATTERNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, pytest.param({"lora": None}, marks=pytest.mark.soak)], ids=["lora", "full"])
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", [pytest.param("gemma4", marks=pytest.mark.soak), "gemma4_moe"])
 def test_a_few_layers_of_each_kind_speak_for_all(
     write_recipe: Write, tmp_path: Path, name: str, sections: dict[str, Any]
 ) -> None:
@@ -354,7 +352,10 @@ def test_a_config_is_cut_by_what_it_says_of_its_layers(name: str) -> None:
     assert size == whole
 
 
-@pytest.mark.parametrize(("gpu", "lora"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("gpu", "lora"),
+    [(True, True), *(pytest.param(*each, marks=pytest.mark.soak) for each in ((True, False), (False, True)))],
+)
 def test_the_cost_of_any_batch_follows_from_those_of_two(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch, gpu: bool, lora: bool
 ) -> None:
@@ -485,6 +486,7 @@ def required(path: Path, hardware: Hardware, overrides: list[str]) -> RequiredMe
     return Predictor(config, hardware, arguments).required_memory(settings)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +573,7 @@ def test_an_unknown_gpu(write_recipe: Write, capsys: pytest.CaptureFixture[str],
     assert f"error: --gpu: is {name}; write one of t4, l4, " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_gpus")
 def test_a_gpu_without_bfloat16_is_told_what_to_write(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -738,6 +741,7 @@ def test_three_real_steps_are_timed(write_recipe: Write, capsys: pytest.CaptureF
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_gemma_7b_is_planned_in_little_memory() -> None:
     # The peak of the process itself. A fork's begins with what its parent has in memory, half of the limit.
     code = (

@@ -53,7 +53,12 @@ def recipe(write: Write, method: str, **training: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method", ["dpo", pytest.param("kto", marks=pytest.mark.slow), pytest.param("orpo", marks=pytest.mark.soak)]
+    "method",
+    [
+        pytest.param("dpo", marks=pytest.mark.slow),
+        pytest.param("kto", marks=pytest.mark.soak),
+        pytest.param("orpo", marks=pytest.mark.soak),
+    ],
 )
 def test_one_result_however_the_pairs_are_spread(
     method: str, write_recipe: Write, pairs: None, processes: Processes

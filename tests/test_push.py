@@ -830,6 +830,7 @@ def test_which_base_is_on_the_hub(name: str, found: str | None) -> None:
 # Repositories, branches and access
 
 
+@pytest.mark.slow
 def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) -> None:
     """The other tests set in this process what the client reads from HF_ENDPOINT and others when it starts."""
     done = subprocess.run(
@@ -1051,6 +1052,7 @@ def test_a_revision_is_the_one_that_is_loaded(hub: Hub, tmp_path: Path) -> None:
         assert Base.of(recipe.model).identity == {"base_commit": sha if factor == 2 else COMMIT}
 
 
+@pytest.mark.slow
 def test_offline_a_run_and_its_base_come_from_the_cache(
     trained: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

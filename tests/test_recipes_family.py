@@ -493,20 +493,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Options:
     return found
 
 
-QUICK = {
-    "english_quotes_colab",
-    "functiongemma_tools",
-    "gemma4_e2b_japanese",
-    "japanese_sft",
-    "llama3_8b_qlora",
-    "qwen3_4b_lora",
-    "systemgemma2_9b",
-}
+# One recipe of each kind (quantised, tools, a model of images, full, another family, preferences); all in tier `soak`.
+TIERS: dict[str, Any] = dict.fromkeys(("english_quotes_colab", "functiongemma_tools", "systemgemma2_9b"), ())
+SLOW = ("cpu_smoke", "dpo_gemma3_270m", "gemma4_e2b_japanese", "gemma4_e2b_qlora", "japanese_sft", "llama3_8b_qlora")
+TIERS |= dict.fromkeys(SLOW, pytest.mark.slow)
 
 
 @pytest.mark.usefixtures("short_samples")
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=[] if p.stem in QUICK else [pytest.mark.slow], id=p.stem) for p in RECIPES]
+    "path", [pytest.param(p, marks=TIERS.get(p.stem, pytest.mark.soak), id=p.stem) for p in RECIPES]
 )
 def test_a_tiny_model_goes_through_training_and_merging(
     path: Path,
@@ -611,7 +606,9 @@ def test_a_model_of_images_has_one_loss_however_its_batch_is_accumulated(
 
 
 @pytest.mark.usefixtures("short_samples")
-@pytest.mark.parametrize("role", ["a turn", pytest.param("behind BOS", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "role", [pytest.param("a turn", marks=pytest.mark.slow), pytest.param("behind BOS", marks=pytest.mark.soak)]
+)
 def test_the_template_travels_to_the_export(
     role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -678,8 +675,8 @@ def test_a_trained_adapter_merges_to_the_model_that_was_trained(
 @pytest.mark.parametrize(
     "options",
     [
-        {"init_lora_weights": "pissa"},
-        pytest.param({"init_lora_weights": "pissa_niter_4"}, marks=pytest.mark.slow),
+        pytest.param({"init_lora_weights": "pissa"}, marks=pytest.mark.soak),
+        pytest.param({"init_lora_weights": "pissa_niter_4"}, marks=pytest.mark.soak),
         {
             "init_lora_weights": "pissa",
             "use_rslora": True,
@@ -687,7 +684,9 @@ def test_a_trained_adapter_merges_to_the_model_that_was_trained(
             "rank_pattern": {"q_proj": 3},
             "alpha_pattern": {"v_proj": 4},
         },
-        {"init_lora_weights": "olora", "target_modules": ["q_proj", "embed_tokens"]},
+        pytest.param(
+            {"init_lora_weights": "olora", "target_modules": ["q_proj", "embed_tokens"]}, marks=pytest.mark.slow
+        ),
         pytest.param({"init_lora_weights": "mica"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options) + f" {options['init_lora_weights']}",

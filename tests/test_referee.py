@@ -785,6 +785,7 @@ def test_calls_that_are_hard_to_tell(name: str) -> None:
                 judge(name, [*messages, QUESTION], train_on, TOOLS)
 
 
+@pytest.mark.slow
 def test_each_exception_is_met() -> None:
     """Each exception in the table occurs, so that it is removed when trl's template is."""
     talks = [*THOUGHT.values(), TWO, talk("Hi", " Hello!"), WRITTEN_OUT]

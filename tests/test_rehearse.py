@@ -86,10 +86,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     ("sections", "overrides"),
     [
         ({}, []),
-        ({}, ["training.packing=true"]),
+        pytest.param({}, ["training.packing=true"], marks=pytest.mark.slow),
         # Noise on the embeddings, for there is no adapter to drop out of.
         ({"lora": None}, ["training.neftune_noise_alpha=5"]),
-        ({"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, []),
+        pytest.param(
+            {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, [], marks=pytest.mark.slow
+        ),
     ],
     ids=["lora", "packed", "full", "4-bit"],
 )

@@ -55,6 +55,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_a_base_is_located_read_and_hashed_once_a_start(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,10 +187,10 @@ def test_the_run_answers(
     [
         ("random:gemma2", {"quantization": NF4}, 1e-5),
         # int8 quantises activations by batch: four rows and one row differ.
-        ("random:gemma3", {"quantization": {"load_in_8bit": True}}, 2e-2),
+        pytest.param("random:gemma3", {"quantization": {"load_in_8bit": True}}, 2e-2, marks=pytest.mark.slow),
         ("random:gemma", {"lora": None}, 1e-5),
         ("random:llama", {"lora": {"trainable_token_indices": {"embed_tokens": [6, 7], "lm_head": [6, 7]}}}, 1e-5),
-        ("random:gemma2", {"lora": {"use_dora": True}}, 1e-5),
+        pytest.param("random:gemma2", {"lora": {"use_dora": True}}, 1e-5, marks=pytest.mark.soak),
     ],
     ids=["nf4", "int8", "full", "llama with token rows", "dora"],
 )

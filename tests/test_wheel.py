@@ -13,6 +13,7 @@ from conftest import ROOT
 pytest.importorskip("build", reason="needs the extra dev")
 
 
+@pytest.mark.slow
 def test_the_wheel_checks_trains_and_generates(tmp_path: Path) -> None:
     clone = tmp_path / "source"
     for name in ("pyproject.toml", "README.md", "LICENSE", "finetune", "data"):
