@@ -360,7 +360,7 @@ _Bool ggml_validate_row_data(int kind, void *data, size_t n) { return 1; }
 
 
 @pytest.mark.parametrize(
-    ("moved", "message"), [(0, "its ggml_quantize_chunk does not what was expected"), (1, "type 2 is not its Q4_0")]
+    ("moved", "message"), [(0, "its ggml_quantize_chunk does not do what was expected"), (1, "type 2 is not its Q4_0")]
 )
 def test_a_library_that_does_otherwise_is_not_used(
     moved: int, message: str, packages: dict[str, Path], tmp_path: Path

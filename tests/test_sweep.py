@@ -283,7 +283,7 @@ def test_what_changed_is_never_mixed(write_recipe: Write, jobs: Jobs, capsys: py
     )
     # Further values are further runs; another tracker changes no number.
     assert main(["sweep", str(path), "lora.r=[8,16]", "training.report_to=tensorboard"]) == 0
-    assert "of an earlier command, and not of this one: r-4" in capsys.readouterr().err
+    assert "runs of an earlier command that this one does not make: r-4" in capsys.readouterr().err
     assert (len(jobs), saved()["group"]) == (3, group)
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
     assert refused("lora.r=[8,16]") == (

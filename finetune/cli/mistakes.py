@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 _ROWS = re.compile(r"\.(jsonl?|csv|parquet|ndjson|tsv|txt|xlsx?)(\.gz)?$")
 _TAKE_RECIPES = ("train", "sweep", "check", "plan", "inspect")
 _TAKE_RUNS = ("generate", "merge", "export", "evaluate", "serve", "report", "push", "check-adapter")
-# What other programs call our commands.
+# The names of our commands in other programs.
 _VERBS = {
     **dict.fromkeys(["eval", "test", "benchmark"], "evaluate"),
     **dict.fromkeys(["chat", "infer", "inference", "predict", "ask"], "generate"),

@@ -38,7 +38,7 @@ PROGRAMS = {
     "a GGUF file": ("llama.cpp", "xllamacpp"),
 }
 _EXECUTABLES = {"vLLM": "vllm", "transformers": "transformers", "mlx-lm": "mlx_lm.server", "llama.cpp": "llama-server"}
-# What transformers 5.23 asks for: `utils/import_utils.py`, `is_serve_available`.
+# The packages that transformers 5.23 asks for: `utils/import_utils.py`, `is_serve_available`.
 _TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 # The later files of a divided GGUF model, which llama.cpp opens itself, and files that hold no language model.
 _NO_MODEL = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$|^mmproj|^imatrix\.gguf$")
@@ -136,7 +136,7 @@ def _say_ready(say: Say, url: str, model: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is served
+# The model to serve
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _without_template(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What serves it
+# The program that serves it
 
 
 def launch_of(served: Served, program: str, host: str, port: int, trust_remote_code: bool = False) -> Launch:

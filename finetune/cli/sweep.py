@@ -24,7 +24,7 @@ from finetune.system.terminal import Say
 from finetune.train import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is there already
+# Earlier runs in the folder
 
 
 def join_earlier(sweep: Sweep, say: Say) -> None:
@@ -69,7 +69,7 @@ def join_earlier(sweep: Sweep, say: Say) -> None:
     names = {run.name for run in sweep.runs}
     sweep.errors = {run["name"]: run["error"] for run in earlier["runs"] if run["error"] and run["name"] in names}
     if left := [run["name"] for run in earlier["runs"] if run["name"] not in names]:
-        say(f"of an earlier command, and not of this one: {', '.join(left)}")
+        say(f"runs of an earlier command that this one does not make: {', '.join(left)}")
 
 
 def _fingerprints(sweep: Sweep) -> dict[str, str]:

@@ -120,7 +120,7 @@ class Renderer:
             # No conversation can be rendered. A filter that Jinja lacks is such an error, too.
             raise TemplateError(f"chat template: line {error.lineno}: {error.message}") from error
         except JinjaError as error:
-            # What a template says after a semicolon is taken as the detail of this conversation.
+            # The part after a semicolon is taken as the detail of this conversation.
             reason, _, detail = (error.message or "").partition("; ")
             raise LabelError(f"the chat template refuses it: {reason}", detail) from error
         except Exception as error:

@@ -126,7 +126,7 @@ def _turn(tokenizer: Any, template: str) -> str:
         spaced = render(f" {mark} ")
         bos = tokenizer.bos_token if before.startswith(tokenizer.bos_token or "\0") else ""
         header = before.removeprefix(bos)
-        # What the template writes behind a user's text, up to its last special token and the white space behind that.
+        # The text behind a user's, up to its last special token and the white space after that.
         shared = commonprefix([alone, followed])  # noqa: RUF071 - characters are meant
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         end = max((shared.rfind(name) + len(name) for name in special if name in shared), default=0)

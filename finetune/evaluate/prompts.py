@@ -38,7 +38,7 @@ class Prompt:
 
     @classmethod
     def before_last_answer(cls, name: str, chat: Row) -> Prompt | None:
-        """The prompt that a row's conversation is before its last answer; None if nobody asks there."""
+        """The prompt that a row's conversation is before its last answer; None if no user or tool speaks before it."""
         messages = [without_train_key(message) for message in chat["messages"]]
         last = len(messages)
         if messages[-1]["role"] == "assistant" or messages[-1]["role"] in INSTRUCTING:

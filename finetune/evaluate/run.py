@@ -58,7 +58,7 @@ class HeldOutRow(NamedTuple):
 class _Subject:
     """A model to evaluate and how to load it.
 
-    `title` is its name in the report, if that differs from `model`; `base` names the base of a run anew.
+    `title` is its name in the report, if that differs from `model`; `base` goes before the base that its files name.
     """
 
     model: str

@@ -33,7 +33,8 @@ class ServedModel:
         say: Called with a line when a request is repeated.
 
     Raises:
-        EvaluateError: The address is none, the server does not answer, or it serves several models and none is named.
+        EvaluateError: The address is not that of an API, the server does not answer, or it serves several models and
+            none is named.
     """
 
     def __init__(self, section: ServerSection, key: str, run: str, max_new_tokens: int, say: Say) -> None:
@@ -92,7 +93,7 @@ class ServedModel:
             try:
                 return [answer for answers in pool.map(ask, prompts) for answer in answers]
             except BaseException:
-                # The others stop at their next wait or request, and none that has not begun does.
+                # Requests in progress stop at their next wait; prompts that have not begun are cancelled.
                 self._endpoint.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

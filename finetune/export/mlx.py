@@ -134,7 +134,7 @@ def write_mlx(model: Path, output: Path, kind: str, progress: bool = False) -> N
         for key, value in part.items():
             if isinstance(value, bool | int | float | str) and key not in ("dtype", "transformers_version"):
                 given.setdefault(key, value)
-    # Of a multimodal model mlx-lm reads the size of the vocabulary here.
+    # mlx-lm reads the vocabulary size of a multimodal model here.
     saved["vocab_size"] = config.get_text_config().vocab_size
     if (bits := MLX_BITS[kind]) < 16:
         saved["quantization"] = saved["quantization_config"] = {"group_size": GROUP, "bits": bits, "mode": "affine"}

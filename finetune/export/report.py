@@ -31,7 +31,7 @@ class ScoreFigures(TypedDict, total=False):
 
 
 class Agreement(TypedDict):
-    """How many of `count` texts have the trained token ids, and the first that have not."""
+    """How many of `count` texts have the trained token ids, and the first ones that do not."""
 
     count: int
     equal: int

@@ -160,7 +160,7 @@ def check_adapter(folder: Path, program: str, base: str | None = None) -> Verdic
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} holds no adapter ({ADAPTER_CONFIG})")
     check_adapter_files(folder)
-    from finetune.model.shards import read_header  # torch, which a model card needs not
+    from finetune.model.shards import read_header  # imports torch, which a model card does not need
 
     config, tensors = read_json(folder / ADAPTER_CONFIG), read_header(folder / ADAPTER_WEIGHTS)
     reader = READERS.get(program) or _peft(folder, program, base)

@@ -55,7 +55,7 @@ def check_device(place: str) -> None:
         raise ModelError(f"--device: is {place}, which this machine does not have; write {', '.join(available)}")
 
 
-# What trains models that do not write text from left to right, by the type in their config.
+# By the type in a config: models that do not write text from left to right, and what trains them.
 _OTHER_TRAINERS = {
     "diffusion_gemma": ("a diffusion model", "transformers 5.23 and trl 1.16 have no loss for it"),
     "embedding_gemma2": ("an embedding model", "sentence-transformers' SentenceTransformerTrainer trains it"),

@@ -197,7 +197,7 @@ def _check_config(path: str, config: Any) -> None:
     """Refuses values that transformers 5.23 takes, and with which it builds without end or fails at the first answer.
 
     Raises:
-        ModelError: The config has too many layers, or a value that is none.
+        ModelError: The config has too many layers, or a value that no model can have.
     """
     text = config.get_text_config()
     parts = [getattr(config, name, None) for name in config.sub_configs]

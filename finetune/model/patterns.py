@@ -25,7 +25,7 @@ _FORMS = {
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
 }
-# What can make an expression take long; a name has none of them.
+# Characters with which an expression may take long; a module's name has none of them.
 _REPEATS = re.compile(r"[*+{]")
 
 

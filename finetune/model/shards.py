@@ -108,7 +108,7 @@ def parse_header(file: str, header: dict[str, Any], offset: int) -> dict[str, St
             raise ModelError(f"{file} is damaged: {name} has a shape or an offset that is no whole number from 0")
         dtype = DTYPES[entry["dtype"]]
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ModelError(f"{file} is damaged: {name} has not the bytes that its shape needs")
+            raise ModelError(f"{file} is damaged: {name} does not have the bytes that its shape needs")
         tensors[name] = StoredTensor(file, dtype, tuple(shape), offset + begin, offset + end)
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     place = offset

@@ -76,7 +76,7 @@ def step_settings(recipe: Recipe, arguments: SFTConfig, rows: RowLengths | None)
     # Several rows in one, without padding.
     flat = free or (packing and arguments.packing_strategy in ("bfd", "bfd_split"))
     longest, trained = recipe.max_length, None
-    # Of pairs whose prompts are not known, as if both answers had no prompt.
+    # For pairs whose prompts are not known: as if both answers had no prompt.
     joined = 2 * (longest or 0) if recipe.method in ("dpo", "orpo") else 0
     if rows is not None and not packing:
         count = min(count, rows.count)

@@ -39,7 +39,7 @@ QUANTIZATION: Section = {
 }
 
 
-# What the configuration would check against this machine, and what it is told instead.
+# The values that the configuration would check against this machine, and those that it gets instead.
 _OF_THE_MACHINE_FIXED = {"output_dir": ".", "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none"}
 _OF_THE_MACHINE = {*_OF_THE_MACHINE_FIXED, "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 

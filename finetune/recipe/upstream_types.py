@@ -20,7 +20,7 @@ _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _Words = Annotated[list[str], Field(min_length=1)]
-# What `evaluate` of trl 1.16 measures on every model. Another name would raise at the first evaluation.
+# The metrics that `evaluate` of trl 1.16 has for every model. Another name would raise at the first evaluation.
 _Metric = Literal["loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "entropy", "eval_entropy"]
 _Reward = Literal["loss", "eval_loss", "rewards/margins", "eval_rewards/margins"]
 _Accuracy = Literal[_Reward, "rewards/accuracies", "eval_rewards/accuracies"]

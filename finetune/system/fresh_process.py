@@ -163,7 +163,7 @@ def answer(module: str, name: str, argument_file: str, answer_file: str) -> None
     global _parent
     silence_upstream()
     prepare_imports()
-    # What upstream prints must not reach `on_line`.
+    # Upstream's own prints must not reach `on_line`.
     _parent, sys.stdout = sys.stdout, sys.stderr
     function = getattr(importlib.import_module(module), name)
     argument_type, result_type = _argument_type(function), _result_type(function)

@@ -33,7 +33,7 @@ _DETECTORS = (
 )
 # The characters of a piece, and of these the ones that the next piece begins with.
 _PIECE, _OVERLAP = 3000, 1000
-# Of a value that stands under the name of a secret: a word or a path is none.
+# A value under the name of a secret, if it is neither a word nor a path.
 _NAMED_VALUE = re.compile(r"(?=\S*[0-9])(?=\S*[A-Za-z])[^\s/]{8,}")
 
 

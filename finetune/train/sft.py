@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.train.loss import use_token_head
 from finetune.train.trainer import RunTrainer
 
-# What trl sets in a config with experts.
+# The keys that trl sets in the config of a model with experts.
 _ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 
 

@@ -309,4 +309,4 @@ def _why_unusable(ggml: ctypes.CDLL) -> str:
         [np.tile(np.frombuffer(np.float16(1).tobytes(), np.uint8), (2, 1)), numbers.astype(np.int8).view(np.uint8)], 1
     )
     ggml.ggml_quantize_chunk(int(GGMLType.Q8_0), numbers.ctypes.data, out.ctypes.data, 0, 2, 32, None)
-    return "" if np.array_equal(out, expected) else "its ggml_quantize_chunk does not what was expected"
+    return "" if np.array_equal(out, expected) else "its ggml_quantize_chunk does not do what was expected"

@@ -31,7 +31,7 @@ ARCHITECTURES = {
 # Vectors of Gemma 4's router, which gguf's table lacks.
 _SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 _BIAS_KEYS = {"attn": "attention_bias", "ffn": "mlp_bias"}
-# What comes before a text model's names, in checkpoints old and new, with a vision tower or without.
+# The prefixes of a text model's names in checkpoints, old and new, with a vision tower or without.
 _PREFIX = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(.+)")
 _NOT_TEXT = re.compile(
     r"(?:model\.)?(?:vision_tower|multi_modal_projector|vision_model|audio_tower|embed_vision|embed_audio)\.|.*\.rotary_emb\.inv_freq$"

@@ -267,7 +267,7 @@ class _InputSums(torch.overrides.TorchFunctionMode):
 
     Args:
         model: The model.
-        translate: llama.cpp's name of a tensor; None for one that it has not.
+        translate: llama.cpp's name of a tensor; None for one that it does not have.
 
     Attributes:
         sums: The sums of each weight, float64 (experts, columns); a weight that is of no experts has one row.

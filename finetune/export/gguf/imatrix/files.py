@@ -23,7 +23,7 @@ from finetune.model.shards import read_header, weight_files
 from finetune.system.errors import ExportError, first_line
 from finetune.system.files import whole_file
 
-# What llama.cpp counts in: chunks of its default context.
+# llama.cpp counts in chunks of its default context.
 CHUNK = 512
 
 
@@ -264,7 +264,7 @@ def _read_dat(file: Path) -> Importance:
             name = take(number()).decode()
             chunks, columns = number(), number()
             if name in sums or columns < 1:
-                raise ExportError(f"{file} is damaged: {name!r} stands there twice, or without columns")
+                raise ExportError(f"{file} is damaged: {name!r} is listed twice, or has no columns")
             sums[name] = np.frombuffer(take(4 * columns), "<f4").astype(np.float64) * CHUNK
             counts[name] = (chunks * CHUNK,)
         # Older tools end here.

@@ -187,7 +187,7 @@ def _rendered(server: Server, item: TokenizedText) -> str:
 
 
 def _agreement(texts: Sequence[TokenizedText], ids: Sequence[list[int]], shown: Sequence[str]) -> Agreement:
-    """How many texts have the trained ids, and the first that have not, from the first other id on.
+    """How many texts have the trained ids; the first ones that do not, each from the first other id on.
 
     Args:
         texts: Texts with the trained ids.

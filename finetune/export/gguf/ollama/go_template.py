@@ -40,7 +40,7 @@ Side = Literal["none", "right", "both"]
 # Letters only, so that no filter changes them, and none is part of another.
 _USER, _ANSWER, _SYSTEM, _AGAIN = "qjxvzwuser", "wqvkjzanswer", "zkqxwjrules", "kvzqjwagain"
 _PADDED = " \nYes \n"
-# What Python's `str.strip` takes away, and Jinja's `trim` with it.
+# The characters that Python's `str.strip` removes, and Jinja's `trim` with it.
 BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace())
 _NO_SYSTEM = "the chat template of this model takes no system message"
 _NO_ROLE = "the chat template of this model has no turn for a message of this role"

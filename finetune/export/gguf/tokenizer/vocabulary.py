@@ -259,7 +259,7 @@ def _end_of_turn(source: TokenizerFiles) -> int | None:
     except (LabelError, TemplateError) as error:
         if not source.opening:
             raise source.refuse(str(error)) from error
-        # What could not be trained on may still have been: a token that is not special, or that is BOS as well.
+        # A turn may end with a token on which no run of ours trains: one that is not special, or is BOS as well.
         behind = source.opening.partition(_SHORT_CONVERSATION[1]["content"])[2]
         turn = max((token for token in source.added if behind.startswith(token)), key=len, default=None)
         if turn is None:
