@@ -47,6 +47,15 @@ def test_a_second_plan_runs_nothing(write_recipe: Write, runs: list[Any]) -> Non
     assert len(runs) == count
 
 
+def test_without_a_cache_a_plan_is_made(write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(write_recipe(), ["data.train=[{path: owner/rows}]"])
+    Path("blocked").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("blocked").absolute()))
+    monkeypatch.setenv("FINETUNE_STAND_IN_CACHE", "")
+    assert plan(recipe, GPUS["t4"], use_rows=False).fits
+    assert runs
+
+
 def test_what_a_step_depends_on_is_a_part_of_the_key(
     write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

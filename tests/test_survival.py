@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.cli.commands import main
+from finetune.recipe import upstream_tables
 from finetune.system.errors import RunError
 from finetune.train import checkpoint
 from finetune.train.state import damage_reported
@@ -399,6 +401,48 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_saved(write_recipe: Write, 
         assert_same("disk/run", "whole", 6)
     finally:
         subprocess.run(["umount", "disk"], check=True)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, step_of, back = time.time, RunTrainer.training_step, [0]
+
+    def step(trainer: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        back[0] = 86400 if trainer.state.global_step else 0
+        return step_of(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(time, "time", lambda: now() - back[0])
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    rows(8)
+    steps = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    command = ["train", str(write_recipe(training=steps)), "data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.2"]
+    assert main(command) == 0
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    durations = [value for record in records for key, value in record.items() if key.endswith(("runtime", "_second"))]
+    assert len(durations) > 9
+    assert min(durations) >= 0
+    for path in Path("run/checkpoint-3").iterdir():
+        os.utime(path, (now() - 86400, now() - 86400))
+    os.utime("run/checkpoint-3", (now() - 86400, now() - 86400))
+    assert checkpoint.checkpoint_to_resume(Path("run"), True, print) == Path("run/checkpoint-3")
+    Path("run/adapter_model.safetensors").unlink()
+    assert main([*command, RESUME, "training.max_steps=4"]) == 0
+    assert [record["step"] for record in curve("run") if "loss" in record] == [1, 2, 3, 4]
+
+
+def test_without_a_cache_that_can_be_written_all_goes_on(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(8)
+    path = str(write_recipe(model={"name_or_path": "random:llama"}, training={"max_steps": 1}))
+    Path("blocked").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
+    monkeypatch.setenv("FINETUNE_STAND_IN_CACHE", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    upstream_tables.tables.cache_clear()
+    for verb in ("check", "inspect", "train"):
+        assert main([verb, path, "data.train=[{path: rows.jsonl}]"]) == 0
+    assert capsys.readouterr().err.count(" cannot be written (Not a directory): ") == 1
+    assert Path("run/adapter_model.safetensors").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------

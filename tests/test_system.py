@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -335,6 +336,20 @@ def test_a_cached_folder_that_failed_is_made_anew(cache: Path) -> None:
     assert not (cache / "model-v1").exists()
     assert list(made_once("model-v1", lambda folder: None).iterdir()) == []
     assert not (cache / ".model-v1.part").exists()
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("FINETUNE_STAND_IN_CACHE", "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = [made_once(name, lambda folder: (folder / "x").touch()) for name in ("bases/a", "b", "bases/a")]
+    assert made[0] == made[2]
+    assert all((folder / "x").is_file() for folder in made)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the cache {tmp_path}/file/finetune cannot be written (Not a directory): {tmp_path}/finet")
 
 
 def test_reading_json(tmp_path: Path) -> None:

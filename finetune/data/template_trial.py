@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def _shipped() -> frozenset[str]:
 def _try_once(text: str, name: str) -> None:
     key = hashlib.sha256(f"{_VERSION} {_LIMITS} {text}".encode("utf-8", "surrogatepass")).hexdigest()
     passed = cache_dir() / "templates" / key
-    if passed.exists():
+    if os.path.exists(passed):
         return
     code = limited.run("finetune.data.template_trial", text, _LIMITS)
     if code == limited.OUT_OF_MEMORY:

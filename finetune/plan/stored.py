@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class StoredCosts:
         self._file = None if hasattr(config, "auto_map") else files.cache_dir() / "plan" / f"{name}.json"
         self._costs: dict[str, StepCost] = {}
         self._grown = False
-        if self._file and self._file.is_file():
+        if self._file and os.path.isfile(self._file):
             with suppress(OSError, ValidationError):  # a damaged file is computed anew
                 self._costs = _COSTS.validate_json(self._file.read_bytes())
 
@@ -68,7 +69,8 @@ class StoredCosts:
         """Writes the costs if there are new ones; removes files that no plan has written for a month."""
         if self._file is None or not self._grown:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(self._file, _COSTS.dump_json(self._costs).decode())
-        files.remove_unused(self._file.parent)
+        with suppress(OSError):  # without a cache they are computed again
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(self._file, _COSTS.dump_json(self._costs).decode())
+            files.remove_unused(self._file.parent)
         self._grown = False

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 import typing
 import warnings
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def unless_known_good(tree: RecipeTree, name: str, values: Section, check: Calla
     read = {key: value for key, value in values.items() if key not in _FREE}
     key = hashlib.sha256(json.dumps([name, tree.method, read]).encode()).hexdigest()[:32]
     mark = files.cache_dir() / _folder() / key
-    if mark.exists():
+    if os.path.exists(mark):
         return
     faults = len(tree.faults)
     check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import RunError
+from finetune.system.terminal import print_line
 
 # The files of a model or an adapter, as transformers and PEFT call them.
 MODEL_WEIGHTS = "model.safetensors"
@@ -31,6 +34,8 @@ LOCK = ".lock"
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 # The beginning of a pointer of Git LFS, and the size of the largest.
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
+# The environment variable with the folder that is used in place of a cache that cannot be written.
+_STAND_IN = "FINETUNE_STAND_IN_CACHE"
 # The errors of a disk, a quota or a limit of a file's size that is reached.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -270,9 +275,16 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     from filelock import FileLock
 
     target = cache_dir() / name
-    if target.is_dir():
+    if os.path.isdir(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        target = _stand_in_for_cache(error) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
     # The lock ends with the process that holds it, however that ends.
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
@@ -289,6 +301,19 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _stand_in_for_cache(error: OSError) -> Path:
+    """A temporary folder for this process and those that it starts; says why the first time."""
+    folder = os.environ.get(_STAND_IN)
+    if not folder:
+        folder = os.environ[_STAND_IN] = tempfile.mkdtemp(prefix="finetune-cache-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        print_line(
+            f"the cache {cache_dir()} cannot be written ({error.strerror or error}): {folder} is used, and removed at "
+            "the end; XDG_CACHE_HOME may name another folder"
+        )
+    return Path(folder)
 
 
 def remove_unused(folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,12 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
             table = self._computed()
         trainer.reference = table.to(args.device)
         if main:
-            for file in self.files:
-                if not file.exists():
-                    _write(file, table, self.key)
+            own, cached = self.files
+            if not own.exists():
+                _write(own, table, self.key)
+            with suppress(OSError, SafetensorError):  # another run computes it again
+                if not cached.exists():
+                    _write(cached, table, self.key)
         if not self.resumed:
             self._check_start(args)
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer, trainer_utils
 
 from finetune.data.encoded import IGNORE
 from finetune.model.saved_files import BaseFiles
@@ -39,6 +41,9 @@ from finetune.train.state import (
     saved_tensors,
     trained_parameters,
 )
+
+# transformers 5.23 takes durations from `time.time`, which goes back when the clock is set.
+trainer.time = trainer_utils.time = SimpleNamespace(time=time.monotonic)
 
 
 class RunTrainer(transformers.Trainer):  # type: ignore[misc]
