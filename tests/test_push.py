@@ -2,12 +2,14 @@
 
 # ruff: noqa: E501 (a message of one line is one line here, too)
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -959,6 +961,27 @@ def test_a_network_that_ends_in_the_middle_of_a_push_commits_nothing(
     hub.fault = lambda method, path, body: None
     assert main(["push", str(trained), "--repo-id", "you/cut", "--quiet"]) == 0
     assert hub.repos["you/cut"].titles == ["Adapter"]
+
+
+def test_a_full_disk_commits_nothing(
+    trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that a push writes on this machine is the card that it fetches from the Hub."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = ["push", str(trained), "--repo-id", "you/full", "--quiet"]
+    assert main(command) == 0
+    titles, files = hub.repos["you/full"].titles[:], hub.repos["you/full"].files()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_api.HfApi, "hf_hub_download", full)
+        assert main(command) == 2
+    disk = f"the disk of {tempfile.gettempdir()} is full, to which its card is fetched; free some space, or set TMPDIR"
+    assert capsys.readouterr().err == f"error: you/full: {disk} {AGAIN}\n"
+    assert (hub.repos["you/full"].titles, hub.repos["you/full"].files()) == (titles, files)
+    assert main(command) == 0
 
 
 def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from finetune.recipe.checks import is_hub_id
 from finetune.recipe.yaml_tree import expanded
 from finetune.system import hub_errors
 from finetune.system.errors import PushError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX, is_full
 from finetune.system.terminal import Say
 
 if TYPE_CHECKING:
@@ -173,6 +173,11 @@ def _one_line_errors(repo_id: str) -> Iterator[None]:
     # Upstream has no common class for its errors of HTTP, Xet and YAML.
     except Exception as error:
         again = "nothing was committed; push again, files that have arrived are not sent again"
+        if is_full(error):  # the card on the Hub is all that a push writes here
+            raise PushError(
+                f"{repo_id}: the disk of {tempfile.gettempdir()} is full, to which its card is fetched; free some "
+                f"space, or set TMPDIR ({again})"
+            ) from error
         # Upstream's own message says what is wrong with a card.
         if "README.md" not in str(error) and (problem := hub_errors.hub_problem(repo_id, error)):
             raise PushError(f"{repo_id} {problem} ({again})") from error
