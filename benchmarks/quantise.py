@@ -1,4 +1,4 @@
-"""Writing GGUF files on this machine, in one run: `finetune.gguf.write` and llama.cpp's own `llama_model_quantize`.
+"""Writing GGUF files on this machine, in one run: `export.gguf.write` and llama.cpp's own `llama_model_quantize`.
 
     python benchmarks/quantise.py [--rounds N] [--model FOLDER]
 

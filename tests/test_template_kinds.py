@@ -19,7 +19,7 @@ from finetune.export.verify import _token_ids
 from finetune.hub.card import _example_prompt
 from finetune.recipe.schema import DataSection, DataSource
 from finetune.system.errors import LabelError, TemplateError
-from finetune.train.run import _ends_of_turns, _Rows
+from finetune.train.rows import TrainingRows
 
 BODY = (
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -499,12 +499,12 @@ def test_the_end_of_turn_of_templates_that_only_rows_show() -> None:
     row = own.encode(talk("Rye?", "Dry.", "Oats?", "Damp.", system="Be kind."))
     rows = Prepared(Dataset.from_dict({"labels": [row.labels.tolist()]}))
     assert not own.finds_end_of_turn
-    ends = _ends_of_turns(_Rows(own.tokenizer, own, True, rows, Prepared(None), False))
+    ends = TrainingRows(own.tokenizer, own, True, rows, Prepared(None), False).ends_of_turns()
     assert own.tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>"]
     # Where the template shows it, it is known without rows.
     own = chat(BODY + HEADER)
     assert own.tokenizer.convert_ids_to_tokens(own.end_of_turn_id) == "<|im_end|>"
-    assert _ends_of_turns(_Rows(own.tokenizer, own, True, rows, Prepared(None), False)) == []
+    assert TrainingRows(own.tokenizer, own, True, rows, Prepared(None), False).ends_of_turns() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------
