@@ -22,9 +22,10 @@ from finetune.hub.payload import make_payload
 from finetune.merge.run import merge
 from finetune.model.adapter_readers import READERS, check_adapter, problems_of
 from finetune.model.attach import attach_adapter, without_warnings
+from finetune.model.compatibility import all_linear_targets, can_be_dequantised
 from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
-from finetune.model.locate import Base, locate
+from finetune.model.locate import Base, locate, read_config
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import FinetuneError, RunError
 from finetune.system.terminal import quiet
@@ -391,6 +392,16 @@ def test_quantised_files_that_transformers_reads_wrongly_are_refused(
             Base.of(ModelSection(name_or_path=name)).dequantised()
 
 
+def test_all_linear_takes_the_layers_of_gptqmodel() -> None:
+    model = load_base(str(locate("random:llama")), torch.float32)
+    expected = all_linear_targets(model)
+    for layer in model.model.layers:
+        packed = torch.nn.Module()
+        packed.register_buffer("qweight", torch.zeros(1, dtype=torch.int32))
+        layer.self_attn.q_proj = packed
+    assert all_linear_targets(model) == expected
+
+
 @pytest.mark.parametrize(("form", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
 def test_a_base_whose_reader_is_not_installed_is_a_fault_of_the_recipe(
     form: str, package: str, base: Path, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
@@ -401,7 +412,11 @@ def test_a_base_whose_reader_is_not_installed_is_a_fault_of_the_recipe(
     assert main(["train", str(write_recipe(model={"name_or_path": str(base)}))]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: model.name_or_path: base cannot be loaded: Loading a")
+    assert not can_be_dequantised(read_config("base"))
     assert f"quantized model requires {package}" in error
+    adapter = save_adapter(save_base(Path("exact")), Path("adapter"))
+    assert main(["merge", str(adapter), "--output", "out", "--base", "base"]) == 2
+    assert capsys.readouterr().err.endswith("is needed: write its path or id with --base\n")
 
 
 def test_pefts_own_card_is_known_and_an_edited_one_is_not(base: Path) -> None:

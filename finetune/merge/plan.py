@@ -27,7 +27,7 @@ from finetune.merge.tensor_map import (
     weight_converters,
 )
 from finetune.model import compressed
-from finetune.model.compatibility import stored_quantisation
+from finetune.model.compatibility import can_be_dequantised, stored_quantisation
 from finetune.model.provenance import adapter_base_sections, environment_of
 from finetune.model.quantization import COMPRESSED, MLX
 from finetune.model.shards import StoredTensor, dtype_name, fingerprint, parse_header, read_headers
@@ -197,7 +197,9 @@ def _locate_base(request: MergeRequest) -> _Base:
     if method and not request.dequantised:
         where = "write that model"
         if request.adapters:
-            where = "write its path or id with --base; or merge into the rounded weights, with --base dequantised"
+            where = "write its path or id with --base"
+            if can_be_dequantised(config):
+                where += "; or merge into the rounded weights, with --base dequantised"
         raise MergeError(
             f"{section.name_or_path}: its weights are stored quantised ({method}), and would be rounded again; the "
             f"model that they were made from is needed: {where}"

@@ -145,6 +145,11 @@ def stored_quantisation(config: Any) -> str:
     return str(getattr(method, "value", method))
 
 
+def can_be_dequantised(config: Any) -> bool:
+    """True if transformers 5.23 can dequantise the weights of a model that are stored quantised (not GPTQ and AWQ)."""
+    return stored_quantisation(config) == "bitsandbytes" or dequantised_when_loaded(config) is not config
+
+
 def dequantised_when_loaded(config: Any) -> Any:
     """A config with which transformers dequantises weights that are stored quantised, while it loads them.
 
@@ -315,7 +320,9 @@ def all_linear_targets(model: Any) -> AdapterTargets:
     linear = [
         name
         for name, module in modules.items()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
+        # gptqmodel's layers of GPTQ and AWQ are of classes of their own, which PEFT's all-linear passes over.
+        if (isinstance(module, (torch.nn.Linear, Conv1D)) or hasattr(module, "qweight"))
+        and module is not model.get_output_embeddings()
     ]
     chosen = [name for name in linear if not _BESIDE_PROJECTIONS.fullmatch(name)]
     if experts:

@@ -79,9 +79,10 @@ def load_trainable(recipe: Recipe, base: Base, precision: Precision, chat: Chat 
         say(f"model: {base.name}, full fine-tuning of {count:,} parameters{frozen_note}")
     else:
         if method := compatibility.stored_quantisation(base.config):
+            rounded = "--base dequantised, or " if compatibility.can_be_dequantised(base.config) else ""
             say(
                 f"{base.name} is stored quantised ({method}), and the adapter is trained on the rounded weights; merge "
-                "and export take --base dequantised, or the model that they were made from: --base PATH_OR_ID"
+                f"and export take {rounded}the model that they were made from: --base PATH_OR_ID"
             )
         quantised = "" if recipe.quantization is None else " on a quantised base"
         trained, total = model.get_nb_trainable_parameters()
