@@ -41,10 +41,11 @@ def examples(count: int) -> int:
 
 # The files that take longest, which begin first, so that no worker is idle at the end.
 LONGEST = (
-    *("test_gemma", "test_plan", "test_survival", "test_distributed", "test_export", "test_merge", "test_packing"),
-    *("test_train", "test_recipes_family", "test_rules", "test_gguf_llama", "test_wheel", "test_evaluate"),
-    *("test_rehearse", "test_notebook", "test_referee", "test_push", "test_imatrix", "test_gguf_write"),
-    *("test_gguf_vocabulary", "test_gguf_export", "test_benchmarks", "test_report", "test_mixture"),
+    *("test_distributed", "test_gemma", "test_export", "test_plan", "test_survival", "test_merge", "test_mlx"),
+    *("test_recipes_family", "test_train", "test_push", "test_referee", "test_rules", "test_evaluate", "test_wheel"),
+    *("test_packing", "test_imatrix", "test_gguf_write", "test_preference_runs", "test_notebook", "test_gguf_export"),
+    *("test_rehearse", "test_language", "test_gguf_vocabulary", "test_gguf_adapter", "test_gguf_llama", "test_data"),
+    *("test_adapters", "test_track"),
 )
 
 

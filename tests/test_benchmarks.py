@@ -76,6 +76,7 @@ def test_merge(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert rows[-1][-2:] == ["21 of 21", "14"]
 
 
+@pytest.mark.slow
 def test_language(script: Any, capsys: Any) -> None:
     script("language").main(1)
     rows = rows_of(capsys.readouterr().out)

@@ -162,6 +162,7 @@ BATCH = {"training.per_device_train_batch_size", "training.gradient_accumulation
 SILENT = {"training.output_dir", "training.resume_from_checkpoint", "training.disable_tqdm"}
 
 
+@pytest.mark.slow
 def test_no_key_changes_in_silence(write_recipe: Write) -> None:
     """Whatever keys upstream has: a change in each is refused or named by its key, but for three."""
     # What PyYAML reads as our own reader does.

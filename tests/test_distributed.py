@@ -271,6 +271,7 @@ def test_ranks_may_have_secrets_of_their_own(write_recipe: Write, monkeypatch: p
     assert compared(RUN_NAME="two") != first
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both(write_recipe: Write, processes: Processes) -> None:
     path = write_recipe(training={"learning_rate": 1e30, "max_steps": 5, "lr_scheduler_type": "constant"})
     said = processes.run("train", str(path), ranks=2, code=2)

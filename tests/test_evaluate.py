@@ -452,6 +452,7 @@ def test_rows_to_train_on_are_not_read_where_others_are_held_out(run: Path, caps
     assert main(["evaluate", str(run), "--limit", "1"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_judge_compares_with_the_base_or_a_reference(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

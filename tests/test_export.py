@@ -500,6 +500,7 @@ def test_the_table_has_a_line_for_each_model(exported: Path) -> None:
     assert lines[5].split("|")[5:7] == [" < 1e-6 ", " < 1e-6 "]
 
 
+@pytest.mark.slow
 def test_a_model_is_nothing_apart_from_itself(merged: Path, tmp_path: Path) -> None:
     """The bfloat16 export of a bfloat16 model is the same model: the comparison itself adds nothing."""
     half = tmp_path / "half"
@@ -512,6 +513,7 @@ def test_a_model_is_nothing_apart_from_itself(merged: Path, tmp_path: Path) -> N
     assert_same_tensors(tensors_of(tmp_path / "out" / "bf16"), tensors_of(half))
 
 
+@pytest.mark.slow
 def test_a_quantised_run_is_merged_in_both_ways_and_the_report_says_which_is_nearer(
     qlora: Path, tmp_path: Path, capsys: Said
 ) -> None:
@@ -642,6 +644,7 @@ def test_one_changed_tensor_is_told_without_a_gate(merged: Path, tmp_path: Path,
     assert re.fullmatch("gate: merged: does not predict as its adapter does: .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_scaled_adapter_of_a_quantised_run_is_told_by_a_gate(qlora: Path, tmp_path: Path, capsys: Said) -> None:
     """Its merge is not its adapter on the quantised base anyway; how far it may be from it, a person says."""
     model = scaled(qlora, tmp_path / "scaled")
@@ -650,6 +653,7 @@ def test_a_scaled_adapter_of_a_quantised_run_is_told_by_a_gate(qlora: Path, tmp_
     assert gates(capsys) == [f"gate: merged: mean KL is {kl:.4g}, and max_kl is 0.05"]
 
 
+@pytest.mark.slow
 def test_a_weighted_merge_is_not_compared_with_the_run(run: Path, tmp_path: Path) -> None:
     into = tmp_path / "half"
     assert main(["merge", "--quiet", str(run), "--adapter", f"{run}=0.5", "--output", str(into)]) == 0
@@ -658,6 +662,7 @@ def test_a_weighted_merge_is_not_compared_with_the_run(run: Path, tmp_path: Path
     assert report(tmp_path / "out")["rows"] == "held-out rows of the run"  # by the recipe beside it
 
 
+@pytest.mark.slow
 def test_rounding_alone_is_told_of_nobody(run: Path, tmp_path: Path) -> None:
     into = tmp_path / "half"
     assert main(["merge", "--quiet", str(run), "--dtype", "bfloat16", "--output", str(into)]) == 0
@@ -666,6 +671,7 @@ def test_rounding_alone_is_told_of_nobody(run: Path, tmp_path: Path) -> None:
     assert 0 < figures(tmp_path / "out")["merged"]["kl"] < 0.002
 
 
+@pytest.mark.slow
 def test_activations_that_float16_cannot_hold_are_told_with_their_module(tmp_path: Path, capsys: Said) -> None:
     """Every weight fits."""
     model = altered(Path(locate("random:llama")), tmp_path / "loud", loud(60_000))
@@ -706,6 +712,7 @@ def test_a_process_that_dies_is_told(
     assert f"It could not be measured: {why}" in (tmp_path / "out" / "int8" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_merge_that_dies_over_its_answers_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
@@ -1034,6 +1041,7 @@ def test_a_gate_without_a_number_is_refused(merged: Path, tmp_path: Path, capsys
     )
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_replaced_only_when_asked(merged: Path, tmp_path: Path, capsys: Said) -> None:
     output = tmp_path / "out"
     assert export(merged, output, "--format=bf16") == 0
@@ -1083,6 +1091,7 @@ def test_rows_of_training_stand_in_where_none_were_held_out(run: Path, copy: Cop
     assert len(rows) == 32
 
 
+@pytest.mark.slow
 def test_the_sample_rows_stand_in_where_the_data_are_gone(run: Path, copy: Copy, tmp_path: Path, capsys: Said) -> None:
     model = copy(run, data__train=[{"path": "gone.jsonl"}])
     said: list[str] = []
@@ -1107,6 +1116,7 @@ def test_streamed_training_rows_are_not_gone_through_for_it(run: Path, copy: Cop
     assert where == "sample rows of this project"
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_predicts_bare_text(tmp_path: Path) -> None:
     model = tmp_path / "bare"
     shutil.copytree(locate("random:llama"), model)

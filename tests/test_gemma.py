@@ -54,8 +54,8 @@ def here() -> Iterator[pytest.MonkeyPatch]:
             patch.delenv("XDG_CACHE_HOME")
         patch.setattr(fresh_process, "_start", in_process.start)
         patch.setattr(trackers, "_NEW_TOKENS", 4)
-        patch.setattr(verify, "ANSWER_TOKENS", 24)
-        patch.setattr(verify, "ANSWERS", 4)
+        patch.setattr(verify, "ANSWER_TOKENS", 8)
+        patch.setattr(verify, "ANSWERS", 2)
         yield patch
 
 
@@ -114,7 +114,15 @@ def test_the_quickstart_as_it_is_shipped(tmp_path: Path) -> None:
     assert_it_learned(tmp_path / "run", loss=0.6, ended=9, limit=96)
     formats = ("--format", "bf16", "--format", "nf4")
     finetune("export", str(tmp_path / "run"), "--output", str(tmp_path / "exported"), *formats)
-    assert_little_is_lost(tmp_path / "exported", answers=10, ended=4)
+    assert_little_is_lost(tmp_path / "exported", ["bf16", "nf4"], answers=10)
+    models = {
+        m["name"]: m for m in json.loads((tmp_path / "exported/report.json").read_text(encoding="utf-8"))["models"]
+    }
+    merged, bf16 = models["merged, original base"], models["bf16"]
+    assert bf16["kl"] < 0.01
+    assert bf16["top1"] > 0.95
+    assert bf16["bytes"] < 0.51 * merged["bytes"]
+    assert min(models[name]["stopped"] for name in models if name != "nf4") >= 4
     again = [f"model.adapter={tmp_path / 'run'}", f"training.output_dir={tmp_path / 'preferred'}"]
     finetune("train", "recipes/dpo_gemma3_270m.yaml", *again)
     assert_preferences_were_learned(tmp_path / "preferred", share=0.85)
@@ -203,7 +211,7 @@ def test_labels_with_the_real_tokenizer() -> None:
 @pytest.fixture(scope="module")
 def exported(here: pytest.MonkeyPatch, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("exports") / "gemma"
-    assert main(["export", str(trained), "--output", str(output), "--format", "bf16", "--format", "nf4"]) == 0
+    assert main(["export", str(trained), "--output", str(output), "--format", "nf4"]) == 0
     return output
 
 
@@ -222,28 +230,26 @@ def test_the_merge_is_peft_s_to_the_bit(trained: Path, tmp_path: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def assert_little_is_lost(exported: Path, answers: int, ended: int) -> None:
-    """So many answers are those of the trained model. So many end, but not in 4 bit, too coarse for this model."""
+def assert_little_is_lost(exported: Path, formats: list[str], answers: int) -> None:
+    """So many answers are those of the trained model; 4 bit are too coarse for this model."""
     report = json.loads((exported / "report.json").read_text(encoding="utf-8"))
     assert report["missed"] == []
     assert report["rows"] == "held-out rows of the run"
-    adapter, merged, bf16, nf4 = report["models"]
-    assert [m["name"] for m in report["models"]] == ["adapter on its base", "merged, original base", "bf16", "nf4"]
+    models = {model["name"]: model for model in report["models"]}
+    assert [*models] == ["adapter on its base", "merged, original base", *formats]
+    adapter, merged, nf4 = models["adapter on its base"], models["merged, original base"], models["nf4"]
     assert merged["kl"] < 1e-6
     assert merged["perplexity"] == pytest.approx(adapter["perplexity"], rel=1e-4)
     assert (merged["answers_equal"], merged["conversations_equal"]) == (answers, 10)
-    assert bf16["kl"] < 0.01 < nf4["kl"] < 0.7
-    assert bf16["top1"] > 0.95 > nf4["top1"] > 0.5
-    assert bf16["bytes"] < 0.51 * merged["bytes"]
-    assert nf4["bytes"] < 0.75 * bf16["bytes"]  # the embedding, two thirds of it, stays in 16 bit
-    assert min(m["stopped"] for m in (adapter, merged, bf16)) >= ended
+    assert 0.01 < nf4["kl"] < 0.7
+    assert 0.95 > nf4["top1"] > 0.5
+    assert nf4["bytes"] < 0.38 * merged["bytes"]  # the embedding, two thirds of it, stays in 16 bit
 
 
-def test_what_each_export_lost(exported: Path) -> None:
-    assert_little_is_lost(exported, answers=4, ended=1)
+def test_what_an_export_in_4_bit_lost(exported: Path) -> None:
+    assert_little_is_lost(exported, ["nf4"], answers=2)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.soak), "nf4"])
-def test_an_export_answers(exported: Path, kind: str) -> None:
-    done = finetune("generate", str(exported / kind), "--prompt", PROMPTS[0], "--max-new-tokens", "8")
+def test_an_export_answers(exported: Path) -> None:
+    done = finetune("generate", str(exported / "nf4"), "--prompt", PROMPTS[0], "--max-new-tokens", "8")
     assert done.stdout.strip()

@@ -13,6 +13,7 @@ Write = Callable[..., Path]
 ROWS = Path(__file__).parents[1] / "data" / "chat_sample.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["gemma4", pytest.param("gemma4_moe", marks=pytest.mark.soak), pytest.param("gemma3n", marks=pytest.mark.soak)],

@@ -74,9 +74,20 @@ def test_answers_that_have_ended_leave_the_batch(architecture: str, monkeypatch:
 @pytest.mark.skipif(" " in sys.prefix, reason="torch 2.13 gives the compiler paths without quotation marks")
 # torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("architecture", ["gemma3", pytest.param("gemma2", marks=pytest.mark.soak)])
-def test_compiled_it_says_the_same(architecture: str) -> None:
-    """And it is compiled: torch has made graphs of it."""
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [
+        ("gemma3", "eager"),
+        pytest.param("gemma3", "inductor", marks=pytest.mark.soak),
+        pytest.param("gemma2", "inductor", marks=pytest.mark.soak),
+    ],
+)
+def test_compiled_it_says_the_same(architecture: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is compiled: torch has made graphs of it. Inductor, users' backend, takes over a minute for them."""
+    compile_model = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: compile_model(model, **options | {"backend": backend})
+    )
     from torch._dynamo.utils import counters
 
     plain = load_generator(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(ASKED, Sampling(16))

@@ -450,6 +450,7 @@ def test_another_vocabulary_is_a_line(file: Path, rows: list[LabelledRow], tmp_p
     assert given["error"] == "ValueError: vocabularies of 500 and 512 cannot be compared"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize(
     ("ending", "line"),

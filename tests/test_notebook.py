@@ -248,7 +248,7 @@ def test_stopping_a_cell_lets_its_command_end_itself(tmp_path: Path) -> None:
 # All of it
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     with serve({"tiny/gemma": Path(locate("random:gemma"))}) as hub:
         machine = Machine(tmp_path_factory.mktemp("colab"), hub)
@@ -266,7 +266,32 @@ def text_of(cell: Any) -> str:
     return "".join(parts)
 
 
+def with_parameters() -> Any:
+    """The notebook with a cell that sets what the test needs."""
+    notebook = read()
+    at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS, id="test"))
+    return notebook
+
+
 @pytest.mark.slow
+def test_the_cells_that_set_up_and_check_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is installed from the zip, and its command reads the recipe; all cells in tier `soak`."""
+    (machine.content / "what was on Drive").mkdir()
+    notebook = with_parameters()
+    last = next(i for i, cell in enumerate(notebook.cells) if cell.id == "check")
+    notebook.cells = notebook.cells[: last + 1]
+    machine.execute(notebook, monkeypatch)
+    said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    assert (machine.site / "finetune/cli/commands.py").is_file()
+    assert [path.name for path in machine.site.glob("torch*")] == []
+    assert said["account"] == "HF_TOKEN is set\n"
+    assert (machine.content / "mounted.txt").read_text() == "/content/drive"
+    assert f"/recipes/{RECIPE}.yaml: ok\n" in said["check"]
+    assert TOKEN not in nbformat.writes(notebook)
+
+
+@pytest.mark.soak
 def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     (machine.content / "drive").mkdir()
     machine.cut_off()
@@ -276,9 +301,7 @@ def test_every_cell_runs_after_a_cut_off(machine: Machine, monkeypatch: pytest.M
     assert first_whole in (2, 4)
     (machine.content / "drive").rename(machine.content / "what was on Drive")
 
-    notebook = read()
-    at = next(i for i, cell in enumerate(notebook.cells) if cell.id == "parameters")
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(PARAMETERS, id="test"))
+    notebook = with_parameters()
     machine.execute(notebook, monkeypatch)
     said = {cell.id: text_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
     assert [name for name, text in said.items() if not text] == ["parameters", "test", "run", "drive", "places"]

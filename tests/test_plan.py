@@ -700,6 +700,7 @@ def test_an_error_of_ours_keeps_its_message(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_table")
 def test_the_longest_rows_are_those_that_are_here(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(training={"max_length": 2000})
@@ -732,6 +733,7 @@ def test_the_time_of_a_step(write_recipe: Write) -> None:
     assert "takes 0.5 s (measured here)" in "\n".join(as_text(made))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_table")
 def test_three_real_steps_are_timed(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     code, made = planned_json(write_recipe(), "--measure", capsys=capsys)
@@ -762,6 +764,7 @@ def test_gemma_7b_is_planned_in_little_memory() -> None:
 # At the start of a run
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_does_not_start(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def divergences(run: str) -> list[float]:
     return [sample["kl"] for sample in map(json.loads, lines) if "kl" in sample]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_its_reference_is_computed_ends_at_the_same_bits(
     write_recipe: Write, pairs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

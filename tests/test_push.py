@@ -237,6 +237,7 @@ def test_what_is_pulled_answers_with_the_same_logits(trained: Path, client: pyte
     assert not torch.equal(theirs, logits(AutoModelForCausalLM.from_pretrained("tiny/gemma3"), pulled))
 
 
+@pytest.mark.slow
 def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_of(tmp_path, repo_id="you/late", every_n_saves=2)
     hub.fault = lambda method, path, body: 418 if "/commit/" in path else None
@@ -258,6 +259,7 @@ def test_a_failed_push_never_ends_a_run(hub: Hub, tmp_path: Path, capsys: pytest
     assert hub.sent == sent
 
 
+@pytest.mark.slow
 def test_a_push_that_is_due_while_one_is_under_way_is_left_out(hub: Hub, tmp_path: Path) -> None:
     lines, left_out = list[str](), threading.Event()
 

@@ -589,6 +589,7 @@ def test_a_tiny_model_goes_through_training_and_merging(
         assert [name for name in names if re.search("vision|audio|projector|per_layer|router|experts", name)] == []
 
 
+@pytest.mark.slow
 def test_a_model_of_images_has_one_loss_however_its_batch_is_accumulated(
     base_of: Callable[[str], str], write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -711,6 +712,7 @@ def test_an_adapter_that_begins_as_a_part_of_its_base_is_saved_as_a_plain_one(
     assert apart(logits(load(base)), trained) > 1e-2
 
 
+@pytest.mark.slow
 def test_such_an_adapter_is_gone_on_from_to_the_bit(write_recipe: Callable[..., Path]) -> None:
     """A checkpoint holds the factors that are trained beside the plain adapter."""
     training = {"learning_rate": 0.002, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}

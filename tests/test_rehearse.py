@@ -126,6 +126,7 @@ def test_a_resumed_run_with_it_is_the_run_without(write_recipe: Write, without: 
     assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file("run/adapter_model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_a_stream_is_not_read_for_it(
     write_recipe: Write, without: Callable[..., int], steps: list[SimpleNamespace]
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_stream_is_not_read_for_it(
     assert_same_runs(Path("run"), Path("without"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("packing", [False, True])
 def test_it_takes_the_longest_rows_and_gives_gradients_back(

@@ -472,6 +472,7 @@ def test_where_it_is_written(copied: Path, tmp_path: Path, capsys: pytest.Captur
         assert capsys.readouterr().err == said
 
 
+@pytest.mark.slow
 def test_the_door_to_a_report_opens_without_torch(trained: tuple[Path, str]) -> None:
     code = (
         "import sys\nfrom finetune.cli.report import as_html\nfrom pathlib import Path\nas_html(Path(sys.argv[1]))\n"

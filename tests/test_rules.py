@@ -314,9 +314,9 @@ def test_full_fine_tuning_under_autocast_keeps_the_stream_too(
 
 
 @pytest.mark.usefixtures("user_cache")
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra quickstart")
-@pytest.mark.parametrize("quantization", [None, pytest.param(NF4, marks=pytest.mark.soak)], ids=["float16", "nf4"])
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float16", "nf4"])
 def test_the_real_gemma_3_overflows_float16_in_its_stream_alone(quantization: dict[str, Any] | None) -> None:
     base = locate(f"package:{PACKAGE}")
     chat = Chat(load_tokenizer(ModelSection(name_or_path=base, chat_template="gemma3")))
@@ -403,8 +403,15 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 @pytest.mark.skipif(" " in sys.prefix, reason="torch 2.13 gives the compiler paths without quotation marks")
 # torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_flex_attention_soft_caps() -> None:
-    """Compiling it takes 20 seconds."""
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_flex_attention_soft_caps(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor, users' backend, takes 20 seconds and more to compile it."""
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda what, **options: compile_function(what, **options | {"backend": backend})
+    )
+    monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention._instance", None)
+    torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(capped("flex_attention")(IDS).logits, capped("eager")(IDS).logits, rtol=0, atol=1e-4)
 
@@ -642,6 +649,7 @@ def losses() -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
+@pytest.mark.slow
 def test_a_multimodal_gemma_3_learns_text_as_the_text_model_does(
     bases: Callable[[str], str], write_recipe: Write, capsys: Said
 ) -> None:
@@ -805,7 +813,9 @@ class Largest(TorchDispatchMode):  # type: ignore[misc]
 VOCABULARY, TILE = 32_768, 2**20
 
 
-@pytest.mark.parametrize(("name", "lora"), [("gemma2", True), ("gemma3", False)], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "lora"), [("gemma2", True), pytest.param("gemma3", False, marks=pytest.mark.slow)], ids=["lora", "full"]
+)
 def test_scores_are_never_held_for_all_tokens_at_once(
     name: str, lora: bool, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

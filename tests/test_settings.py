@@ -180,6 +180,7 @@ UNUSUAL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_every_other_value_trains(write_recipe: Write) -> None:
     """All of them in one run, which ends with its weights."""
     data = {"train": [{"path": str(ROWS)}], "eval_fraction": 0.1}

@@ -279,7 +279,8 @@ def test_killed_at_any_moment_it_ends_at_the_same_bits(
                 print(seed, _killed_and_resumed(processes, command, seed, seconds, ranks))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_terminated_it_saves_and_goes_on_to_the_same_bits(
     write_recipe: Write, processes: Processes, ranks: int
 ) -> None:
@@ -356,6 +357,7 @@ def test_terminated_at_an_evaluation_or_an_epochs_end(
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_what_an_optimizer_keeps_in_8_bits_is_kept_so(write_recipe: Write) -> None:
     """For tensors of at least 4096 numbers; bitsandbytes keeps smaller ones in 32 bits."""
     path = write_recipe(lora=None, training={"optim": "adamw_8bit", "save_strategy": "steps", "save_steps": 2})
@@ -457,6 +459,7 @@ def finished(write_recipe: Write, **training: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_is_not_whole_is_passed_over_with_its_reason(
     write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -481,6 +484,7 @@ def test_what_is_not_whole_is_passed_over_with_its_reason(
     assert whole.removesuffix(", run/checkpoint-4") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_last_whole_checkpoint_is_never_removed(write_recipe: Write) -> None:
     """A limit of one: the older goes when the newer is whole, and what a killed run left goes too."""
     path = finished(write_recipe, save_total_limit=1)
@@ -498,6 +502,7 @@ def test_the_last_whole_checkpoint_is_never_removed(write_recipe: Write) -> None
     assert main([str(path), "training.output_dir=other"]) == 0
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_named_or_refused(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     rows(12)
     data = {"train": [{"path": "rows.jsonl"}]}
@@ -522,6 +527,7 @@ def test_a_changed_recipe_is_named_or_refused(write_recipe: Write, capsys: pytes
     assert rates[3] == rates[4] == 1e-4
 
 
+@pytest.mark.slow
 def test_a_pickle_that_would_run_code_is_not_read(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     class Evil:
         def __reduce__(self) -> Any:

@@ -74,6 +74,7 @@ def test_an_id_that_a_sweep_chose_is_the_runs(tmp_path: Path, monkeypatch: pytes
     assert os.environ["WANDB_RUN_ID"] == "chosen"
 
 
+@pytest.mark.slow
 def test_wandb_has_one_run_with_all_that_it_is(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     path = write_recipe(training={"report_to": "wandb", **TWICE})

@@ -160,6 +160,7 @@ def test_a_lora_run_leaves_what_the_interface_names(write_recipe: Write, capsys:
     assert re.fullmatch(r"done in 0:\d\d, loss \S+, held out \S+; talk to it: finetune generate run", said[-1])
 
 
+@pytest.mark.slow
 def test_the_run_answers(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +257,7 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
         assert seen.value.args == (where,)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +450,7 @@ def test_a_norm_that_is_not_finite_is_recorded_as_json(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "grad_norm": null, "learning_rate": 0.5}\n'
 
 
+@pytest.mark.slow
 def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Write) -> None:
     found = []
     for size in (1, 3, 8):
@@ -489,6 +492,7 @@ def test_text_rows_need_no_template(write_recipe: Write) -> None:
 # Going on from an earlier adapter
 
 
+@pytest.mark.slow
 def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """It brings its shape and its chat template; trained with a rate of nothing it is what it was."""
     first = write_recipe(model={"chat_template": "chatml"}, lora={"r": 6, "use_rslora": True, "lora_alpha": 12})
@@ -549,6 +553,7 @@ def test_an_adapter_that_cannot_be_trained_on(write_recipe: Write, capsys: pytes
     )
 
 
+@pytest.mark.slow
 def test_a_record_that_was_cut_off_does_not_stop_a_resume(write_recipe: Write) -> None:
     """As a full disk or a kill leaves it, of what is written at the end of a file."""
     path = write_recipe(training={"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2})
