@@ -70,7 +70,6 @@ def test_no_module_is_imported_by_one_that_it_imports() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-@pytest.mark.slow
 def test_no_docstring_begins_with_a_riddle() -> None:
     """A docstring says what a function returns or does, in a sentence with a subject and a verb."""
     found = []

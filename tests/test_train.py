@@ -257,7 +257,6 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
         assert seen.value.args == (where,)
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
