@@ -55,8 +55,8 @@ def run(kind: str, settings: argparse.Namespace, folder: Path) -> dict[str, Any]
     from finetune.model.locate import Base
     from finetune.recipe.schema import ModelSection
     from finetune.system.devices import process_peak_memory
+    from finetune.train.dpo import DpoTrainer
     from finetune.train.meter import Meter
-    from finetune.train.preference import DpoTrainer
     from finetune.train.reference import ReferenceLogProbs, SharedPromptsCheck
 
     base = Base.of(ModelSection(name_or_path=settings.base))

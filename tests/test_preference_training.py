@@ -22,8 +22,9 @@ from finetune.recipe.upstream_tables import config_class
 from finetune.system.errors import RunError
 from finetune.train.callbacks.memory_check import MemoryCheck, smaller_settings
 from finetune.train.divergence import AdapterAtStart
+from finetune.train.dpo import DpoTrainer, OrpoTrainer
+from finetune.train.kto import KtoTrainer
 from finetune.train.meter import Meter
-from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer
 from finetune.train.reference import FILE, ReferenceLogProbs, SharedPromptsCheck
 from finetune.train.shared_prompts import SharedPrompts
 

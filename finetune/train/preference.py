@@ -1,4 +1,4 @@
-"""Preference tuning: trl's losses of DPO, KTO and ORPO on prepared pairs.
+"""Preference tuning: the base of the trainers in `dpo.py` and `kto.py`, with trl's losses on prepared rows.
 
 Of trl's trainers only the losses and metrics are used. Their constructors would tokenise the rows again, and keep a
 copy of the adapter as reference, which lacks what PEFT stores elsewhere (trl 1.16: trained token rows, LoRA on
@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
-from trl import DPOTrainer, KTOTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 
-from finetune.data.encoded import IGNORE, first_label
+from finetune.data.encoded import IGNORE
 from finetune.train.loss import use_token_head
 from finetune.train.shared_prompts import SharedPrompts
 from finetune.train.trainer import RunTrainer
@@ -232,162 +230,6 @@ class PreferenceTrainer(RunTrainer):
         return self.reference[inputs["index"]]
 
 
-class DpoTrainer(PreferenceTrainer, DPOTrainer):  # type: ignore[misc]
-    """trl's DPO on pairs: `input_ids` and `labels` are the chosen side."""
-
-    columns = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")
-
-    def __init__(self, model: Any, args: Any, *positional: Any, **rows: Any) -> None:
-        super().__init__(model, args, *positional, **rows)
-        self._read_settings(args)
-
-    def _read_settings(self, args: Any) -> None:
-        self.loss_types, self.ld_alpha = args.loss_type, args.ld_alpha
-        self.loss_weights = args.loss_weights or [1.0] * len(self.loss_types)
-        self.f_divergence_type, self.f_alpha_divergence_coef = args.f_divergence_type, args.f_alpha_divergence_coef
-        self.label_smoothing, self.use_weighting = args.label_smoothing, args.use_weighting
-
-    def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
-        def collate(rows: list[Batch]) -> Batch:
-            sides = [(row["input_ids"], row["labels"]) for row in rows]
-            sides += [(row["rejected_input_ids"], row["rejected_labels"]) for row in rows]
-            return _padded(sides, pad_id, args) | _indices(rows)
-
-        return collate
-
-    def _for_trl(self, batch: Batch) -> Batch:
-        first, second = self._reference_of(batch).unbind(1)
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "completion_mask": (batch["labels"] != IGNORE).long(),
-            "ref_chosen_logps": first,
-            "ref_rejected_logps": second,
-        }
-
-
-class OrpoTrainer(DpoTrainer):
-    """ORPO on pairs, without a reference.
-
-    Each pair's loss is that of its chosen answer's tokens, minus `beta` times the log of the sigmoid of its log odds
-    ratio. trl 1.16 takes the mean over all tokens of a batch's chosen rows, prompts included, so that its loss depends
-    on how pairs are batched. Source: Hong et al. 2024, equations 5 to 7.
-    """
-
-    needs_reference = False
-
-    def _read_settings(self, args: Any) -> None:
-        self.ld_alpha = None
-
-    def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> torch.Tensor:
-        mask = inputs["completion_mask"][:, 1:].bool()
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs = model(**rows, labels=labels, use_cache=False, fused_lm_head=True)
-        mean_2B = outputs.log_probs.sum(1) / mask.sum(1).clamp(min=1)
-        chosen, rejected = mean_2B.float().chunk(2)
-        log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-        loss: torch.Tensor = (-chosen - self.beta * F.logsigmoid(log_odds)).mean()
-        metrics = {
-            "rewards/chosen": self.beta * chosen,
-            "rewards/rejected": self.beta * rejected,
-            "rewards/accuracies": chosen > rejected,
-            "rewards/margins": self.beta * (chosen - rejected),
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-            "nll_loss": -chosen,
-            "log_odds_ratio": F.logsigmoid(log_odds),
-            "log_odds_chosen": log_odds,
-        }
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value.detach().float().mean().item())
-        return loss
-
-
-class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
-    """trl's KTO on answers that are each desirable or not.
-
-    KTO compares each answer with the mean KL divergence from the reference, estimated on other rows' answers. trl 1.16
-    estimates it on each batch of a rank alone; here it is that of all batches of a step, on all ranks.
-    """
-
-    columns = ("input_ids", "labels", "desirable")
-    holds_pairs = False
-
-    def __init__(self, model: Any, args: Any, *positional: Any, **rows: Any) -> None:
-        self.loss_type, self.calculate_KL = args.loss_type, args.loss_type == "kto"
-        super().__init__(model, args, *positional, **rows)
-        self.desirable_weight, self.undesirable_weight = args.desirable_weight, args.undesirable_weight
-        self._kl = torch.tensor(0.0)
-
-    def _collator(self, pad_id: int, train: Any, evaluation: Any, args: Any) -> Callable[[list[Batch]], Batch]:
-        def collate(rows: list[Batch]) -> Batch:
-            batch = _padded([(row["input_ids"], row["labels"]) for row in rows], pad_id, args)
-            batch["desirable"] = torch.tensor([row["desirable"] for row in rows])
-            if self.calculate_KL:
-                sides = []
-                for row in rows:
-                    first = row["index"] >= len(train)
-                    dataset, start = (evaluation, len(train)) if first else (train, 0)
-                    sides.append(_with_other_answer(dataset, row, row["index"] - start, args.max_length))
-                others = _padded(sides, pad_id, args)
-                batch |= {f"KL_{name}": value for name, value in others.items()}
-            return batch | _indices(rows)
-
-        return collate
-
-    def _for_trl(self, batch: Batch) -> Batch:
-        own = {"label", "index", "labels", "desirable", "KL_labels"}
-        result = {name: value for name, value in batch.items() if name not in own}
-        result["completion_mask"] = (batch["labels"] != IGNORE).long()
-        result["label"] = batch["desirable"]
-        result["ref_logps"] = self._reference_of(batch)[:, 0]
-        if self.calculate_KL:
-            result["KL_completion_mask"] = (batch["KL_labels"] != IGNORE).long()
-            result["ref_KL_logps"] = torch.zeros_like(self._kl)
-        return result
-
-    def _weights(self, inputs: Batch, logged: dict[str, list[float]], count: int) -> dict[str, float]:
-        good = float((inputs["desirable"] & self.with_labels(inputs)).sum())
-        weights = super()._weights(inputs, logged, count)
-        weights.pop("rewards/margins", None)  # of the batches that hold both kinds
-        for name in weights:
-            weights[name] = good if name.endswith("/chosen") else count - good if name.endswith("/rejected") else count
-        return weights
-
-    # -----------------------------------------------------------------------------------------------------------
-    # The divergence from the reference
-
-    def _compute_kl_logps(self, model: Any, batch: Batch) -> Any:
-        return self._kl if self.calculate_KL else None
-
-    def _divergence(self, batches: list[Batch]) -> torch.Tensor:
-        """The mean of the log-ratios of other rows' answers in some batches, on all ranks."""
-        sums = torch.zeros(2, device=self.args.device)
-        for inputs in batches:
-            inputs = self._prepare_inputs(inputs)
-            real = (inputs["KL_labels"] != IGNORE).any(1) & self.with_labels(inputs)
-            ratios = (self.log_probs(inputs) - self._reference_of(inputs))[:, 1]
-            sums += torch.stack([(ratios * real).sum(), real.sum()])
-        total, count = self.accelerator.reduce(sums, "sum")
-        mean: torch.Tensor = total / count.clamp(min=1)
-        return mean
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step, of which the divergence is estimated before the first."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        if self.calculate_KL and batches:
-            self._kl = self._divergence(batches)
-        return batches, items
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates after the divergence was estimated on all rows."""
-        if self.calculate_KL:
-            self._kl = self._divergence(dataloader)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Batches
 
@@ -397,11 +239,12 @@ def _numbered(dataset: Any, first: int) -> Any:
     return dataset.add_column("index", np.arange(first, first + len(dataset)))
 
 
-def _indices(rows: list[Batch]) -> Batch:
+def row_indices(rows: list[Batch]) -> Batch:
+    """The rows' places in the table of the reference, as a part of their batch."""
     return {"index": torch.tensor([row["index"] for row in rows])}
 
 
-def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, args: Any) -> Batch:
+def padded_rows(sides: list[tuple[list[int], list[int]]], pad_id: int, args: Any) -> Batch:
     """Rows of token ids and labels, padded on the right."""
     multiple = getattr(args, "pad_to_multiple_of", None)
     ids, labels = (
@@ -410,19 +253,6 @@ def _padded(sides: list[tuple[list[int], list[int]]], pad_id: int, args: Any) ->
     )
     lengths = torch.tensor([len(side[0]) for side in sides]).unsqueeze(1)
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long(), "labels": labels}
-
-
-def _with_other_answer(dataset: Any, row: Batch, place: int, longest: int | None) -> tuple[list[int], list[int]]:
-    """The row's prompt and the answer of a row before it with another prompt; without labels where none fits."""
-    start = first_label(row["labels"])
-    prompt = row["input_ids"][:start]
-    for step in range(1, min(16, len(dataset))):
-        other = dataset[(place - step) % len(dataset)]
-        begins = first_label(other["labels"])
-        answer = other["input_ids"][begins:]
-        if other["input_ids"][:begins] != prompt and len(prompt) + len(answer) <= (longest or len(prompt + answer)):
-            return prompt + answer, [IGNORE] * start + other["labels"][begins:]
-    return row["input_ids"], [IGNORE] * len(row["input_ids"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -439,8 +269,3 @@ def _each_rank_for_itself(accelerator: Any) -> Iterator[None]:
     finally:
         for name in names:
             delattr(accelerator, name)
-
-
-def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """`log(1 - exp(x))` of negative numbers. Source: Mächler 2012, equation 7."""
-    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

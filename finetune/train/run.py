@@ -38,10 +38,12 @@ from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
 from finetune.train.divergence import AdapterAtStart
+from finetune.train.dpo import DpoTrainer, OrpoTrainer
 from finetune.train.environment import environment, versions
+from finetune.train.kto import KtoTrainer
 from finetune.train.meter import Meter
 from finetune.train.pissa import initial_adapter
-from finetune.train.preference import DpoTrainer, KtoTrainer, OrpoTrainer, PreferenceTrainer
+from finetune.train.preference import PreferenceTrainer
 from finetune.train.reference import ReferenceLogProbs, SharedPromptsCheck
 from finetune.train.rows import TrainingRows, read_training_rows
 from finetune.train.sft import SftTrainer
