@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -107,3 +108,17 @@ def environment(config: str, ranks: int) -> dict[str, str]:
     args, _, _ = _validate_launch_command(args)
     wanted = ("ACCELERATE_", "FSDP_")
     return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(wanted)}
+
+
+def in_a_child(work: Callable[[], Any]) -> int:
+    """A process that does `work` and ends, with 0 or, at an exception, 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child

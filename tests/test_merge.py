@@ -21,6 +21,7 @@ import yaml
 from conftest import ROOT
 from hub import COMMIT, serve
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from processes import in_a_child
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -1036,20 +1037,6 @@ def test_a_link_to_an_output_is_replaced_with_nothing_left_beside(run: Path) -> 
     Path("merged").symlink_to("first")
     assert main(["merge", "run", "--output", "merged", "--overwrite"]) == 0
     assert sorted(path.name for path in Path().iterdir()) == ["base", "first", "merged", "run"]
-
-
-def in_a_child(work: Callable[[], Any]) -> int:
-    """A process that does `work` and ends, with 0 or, at an exception, 1."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns where there are threads
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
 
 
 def test_a_folder_that_another_process_writes_is_left_alone(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from hub import COMMIT, TOKEN, Hub, Repo, serve, sha256
 from huggingface_hub import ModelCard, constants, hf_api, snapshot_download
 from huggingface_hub.utils import _http
 from peft import AutoPeftModelForCausalLM
+from processes import in_a_child
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import hub as transformers_hub
@@ -984,6 +986,46 @@ def test_a_full_disk_commits_nothing(
     assert capsys.readouterr().err == f"error: you/full: {disk} {AGAIN}\n"
     assert (hub.repos["you/full"].titles, hub.repos["you/full"].files()) == (titles, files)
     assert main(command) == 0
+
+
+def kill_push(run: Path, repo: str, hub: Hub, number: int) -> None:
+    """Pushes from a process that is killed at its request of this number, which the Hub does not get."""
+    child, seen = 0, 0
+
+    def kill(method: str, path: str, body: bytes) -> int | None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(child, signal.SIGKILL)
+            return 503
+        return None
+
+    _http.close_session()  # the child would share its connections
+    hub.fault = kill
+    child = in_a_child(lambda: push(run, repo))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    hub.fault = lambda method, path, body: None
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_push_that_is_killed_commits_all_or_nothing(every: int, run: Path, hub: Hub) -> None:
+    """Killed at every n-th of its requests; then the same push again."""
+    here = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    start = len(hub.log)
+    push(run, "you/whole")
+    requests, whole = len(hub.log) - start, hub.repos["you/whole"].files().keys()
+    titles = []
+    for number in range(1, requests + 1, every):
+        hub.stored.clear()
+        kill_push(run, f"you/killed{number}", hub, number)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == here
+        repo = hub.repos.get(f"you/killed{number}")
+        titles.append(list(repo.titles) if repo else None)
+        assert not (repo and repo.titles) or repo.files().keys() == whole
+        push(run, f"you/killed{number}")
+        assert hub.repos[f"you/killed{number}"].titles == ["Adapter"]
+        assert hub.repos[f"you/killed{number}"].files().keys() == whole
+    assert [] in titles, "it was killed after the repository was made and before the commit"
 
 
 def test_a_folder_that_is_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

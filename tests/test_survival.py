@@ -279,6 +279,55 @@ def test_killed_at_any_moment_it_ends_at_the_same_bits(
                 print(seed, _killed_and_resumed(processes, command, seed, seconds, ranks))
 
 
+VERBS = {
+    "export": ["export", "run", "--output", "out", "--format", "fp16", "--format", "adapter"],
+    "gguf": ["export", "run", "--output", "out", "--format", "gguf:Q8_0"],
+    "evaluate": ["evaluate", "run", "--output", "out", "evaluate.limit=4", "evaluate.max_new_tokens=4"],
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "counts"),
+    [
+        pytest.param("export", [3], marks=pytest.mark.slow),
+        *(pytest.param(verb, range(1, 40, 3), marks=pytest.mark.soak) for verb in VERBS),
+    ],
+)
+def test_killed_while_it_writes_the_output_of_a_verb_is_whole_or_absent(
+    write_recipe: Write, processes: Processes, verb: str, counts: Sequence[int]
+) -> None:
+    """Killed when there are so many files, and then done to its end."""
+    rows(12)
+    path = str(write_recipe(training={"max_steps": 1}))
+    assert main(["train", path, "--quiet", "data.train=[{path: rows.jsonl}]", "data.eval_fraction=0.3"]) == 0
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    found, killed = [], 0
+    for count in counts:
+        started = processes.start(*VERBS[verb])
+        while not started.poll() and sum(len(list(Path(name).rglob("*"))) for name in ("out", ".out.partial")) < count:
+            time.sleep(0.002)
+        started.kill(signal.SIGKILL)
+        if started.wait() == [0]:
+            break
+        killed += 1
+        assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+        if Path("out/report.json").exists() or (verb != "evaluate" and Path("out").exists()):
+            found.append(written())
+            shutil.rmtree("out")
+    assert killed
+    shutil.rmtree("out", ignore_errors=True)
+    processes.run(*VERBS[verb])
+    assert all(output == written() for output in found)
+    assert not [path.name for path in (*Path().iterdir(), *Path("out").iterdir()) if path.name.startswith(".")]
+
+
+def written() -> dict[str, bytes]:
+    """The files of an output; of those with durations only the names."""
+    timed = (".json", ".md", ".html", ".log")
+    files = {path: path.name.startswith("report.") or path.suffix in timed for path in Path("out").rglob("*")}
+    return {str(path): b"" if named else path.read_bytes() for path, named in files.items() if path.is_file()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_terminated_it_saves_and_goes_on_to_the_same_bits(
