@@ -24,8 +24,8 @@ from finetune.data.row_result import RowResult
 from finetune.data.template import set_system_role
 from finetune.model.load import load_tokenizer
 from finetune.recipe.schema import DataSection, ModelSection
+from finetune.system.cache import cache_dir
 from finetune.system.errors import DataError, TemplateError
-from finetune.system.files import cache_dir
 
 
 @cache

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from finetune.system import errors, files, fresh_process, numbers
+from finetune.system.cache import cache_dir, made_once
 from finetune.system.errors import (
     FinetuneError,
     LabelError,
@@ -28,7 +29,6 @@ from finetune.system.errors import (
 )
 from finetune.system.files import (
     locked_folder,
-    made_once,
     read_json,
     read_records,
     run_file,
@@ -391,7 +391,7 @@ def test_a_file_of_a_run_or_of_its_checkpoint(tmp_path: Path) -> None:
 def test_the_hash_of_a_file(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", "abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert files.cache_dir().name == "finetune"
+    assert cache_dir().name == "finetune"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from finetune.data.prepare import Preparation, prepare
 from finetune.data.readers import fingerprint
 from finetune.data.row_result import LEDGER_VALUES
 from finetune.recipe.schema import DataSource
+from finetune.system.cache import cache_dir, made_once
 from finetune.system.errors import DataError
-from finetune.system.files import cache_dir, made_once
 from finetune.system.terminal import Say
 
 

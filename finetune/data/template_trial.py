@@ -19,8 +19,8 @@ from typing import Any
 
 from finetune.data.template import SHIPPED_TEMPLATES
 from finetune.system import limited
+from finetune.system.cache import cache_dir
 from finetune.system.errors import TemplateError
-from finetune.system.files import cache_dir
 from finetune.system.limited import Limits, serve
 from finetune.system.numbers import memory
 

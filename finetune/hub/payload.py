@@ -23,8 +23,9 @@ from finetune.model import provenance
 from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import is_hub_id
 from finetune.system import hub_errors, secret_scan
+from finetune.system.cache import cache_dir
 from finetune.system.errors import PushError
-from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, cache_dir, read_json
+from finetune.system.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX, read_json
 from finetune.system.terminal import Say
 
 # The files of a full model's weights.

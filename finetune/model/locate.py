@@ -29,9 +29,10 @@ from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
 from finetune.system import hub_errors
+from finetune.system.cache import made_once
 from finetune.system.errors import FinetuneError, ModelError, RunError, first_line
 from finetune.system.extras import install_command
-from finetune.system.files import WEIGHTS_INDEX, git_lfs_pointer, made_once, read_json, sha256
+from finetune.system.files import WEIGHTS_INDEX, git_lfs_pointer, read_json, sha256
 from finetune.system.terminal import Say, quiet
 
 # The version of the converted directories; raised with each change of their contents, so that old ones are not used.

@@ -20,7 +20,7 @@ from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe
-from finetune.system.files import cache_dir
+from finetune.system.cache import cache_dir
 from finetune.system.terminal import Say
 
 

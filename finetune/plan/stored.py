@@ -16,6 +16,7 @@ import finetune
 from finetune.plan.settings import StepSettings
 from finetune.plan.step import StepCost
 from finetune.system import files
+from finetune.system.cache import cache_dir, remove_unused
 from finetune.system.devices import Hardware
 from finetune.system.installed import installed_digest
 
@@ -42,7 +43,7 @@ class StoredCosts:
         key = [config.to_json_string(use_diff=False), hardware.is_gpu, repr(hardware.device), repr(options)]
         code = installed_digest(Path(finetune.__file__).parent)
         name = hashlib.sha256("\n".join([code, *map(str, key)]).encode()).hexdigest()[:32]
-        self._file = None if hasattr(config, "auto_map") else files.cache_dir() / "plan" / f"{name}.json"
+        self._file = None if hasattr(config, "auto_map") else cache_dir() / "plan" / f"{name}.json"
         self._costs: dict[str, StepCost] = {}
         self._grown = False
         if self._file and os.path.isfile(self._file):
@@ -72,5 +73,5 @@ class StoredCosts:
         with suppress(OSError):  # without a cache they are computed again
             self._file.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(self._file, _COSTS.dump_json(self._costs).decode())
-            files.remove_unused(self._file.parent)
+            remove_unused(self._file.parent)
         self._grown = False

@@ -25,6 +25,7 @@ from typing import Any, Literal, TypedDict, Union
 from finetune.recipe.schema import CONFIGS
 from finetune.recipe.yaml_tree import RecipeTree, Section
 from finetune.system import files
+from finetune.system.cache import cache_dir, made_once, remove_unused
 from finetune.system.installed import installed_digest
 
 _PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (str, int, float, bool, dict, list, type(None))}
@@ -71,9 +72,9 @@ def tables() -> Tables:
 
     def write(folder: Path) -> None:
         files.write_whole(folder / "tables.json", json.dumps(_computed()))
-        files.remove_unused(folder.parent)
+        remove_unused(folder.parent)
 
-    folder = files.made_once(_folder(), write)
+    folder = made_once(_folder(), write)
     found: Tables = json.loads((folder / "tables.json").read_text(encoding="utf-8"))
     return found
 
@@ -94,7 +95,7 @@ def unless_known_good(tree: RecipeTree, name: str, values: Section, check: Calla
     """
     read = {key: value for key, value in values.items() if key not in _FREE}
     key = hashlib.sha256(json.dumps([name, tree.method, read]).encode()).hexdigest()[:32]
-    mark = files.cache_dir() / _folder() / key
+    mark = cache_dir() / _folder() / key
     if os.path.exists(mark):
         return
     faults = len(tree.faults)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import hashlib
 import json
@@ -10,16 +9,13 @@ import os
 import re
 import shutil
 import stat
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import RunError
-from finetune.system.terminal import print_line
 
 # The files of a model or an adapter, as transformers and PEFT call them.
 MODEL_WEIGHTS = "model.safetensors"
@@ -34,10 +30,8 @@ LOCK = ".lock"
 _OUTPUT_RECORDS = (MERGE_RECORD, "report.json")
 # The beginning of a pointer of Git LFS, and the size of the largest.
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec", 1024
-# The environment variable with the folder that is used in place of a cache that cannot be written.
-_STAND_IN = "FINETUNE_STAND_IN_CACHE"
 # The errors of a disk, a quota or a limit of a file's size that is reached.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -45,12 +39,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def _full_disk_names(path: Path) -> Iterator[None]:
+def full_disk_names(path: Path) -> Iterator[None]:
     """Names the file or folder that is written in an error of a full disk, which names none, or one that is read."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -67,7 +61,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         if part.is_symlink() or not part.is_file():
             part.unlink(missing_ok=True)  # writing would follow a link, and wait at a pipe
-        with _full_disk_names(path):
+        with full_disk_names(path):
             yield part
             sync(part)
         part.replace(path)
@@ -100,7 +94,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
     """Writes text files into a folder as `write_whole` does; where one of them cannot be written, none is replaced."""
-    with _full_disk_names(folder), ExitStack() as parts:
+    with full_disk_names(folder), ExitStack() as parts:
         for name, text in texts.items():
             parts.enter_context(whole_file(folder / name)).write_text(text, encoding="utf-8")
 
@@ -133,7 +127,7 @@ def whole_folder(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
                 check_free(output, overwrite)
             shutil.rmtree(replaced, ignore_errors=True)
             partial.mkdir()
-            with _full_disk_names(output):
+            with full_disk_names(output):
                 yield partial
                 sync_files(partial)
             check_free(output, overwrite)
@@ -248,80 +242,12 @@ def is_full(error: BaseException) -> bool:
     """
     one: BaseException | None = error
     while one is not None:
-        if isinstance(one, OSError) and one.errno in _FULL:
+        if isinstance(one, OSError) and one.errno in FULL_DISK:
             return True
         if re.search(r"No space left on device|\(os error (28|122)\)|Disk quota exceeded", str(one)):
             return True
         one = one.__cause__
     return False
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The cache
-
-
-def cache_dir() -> Path:
-    """The folder of converted bases and prepared rows: `$XDG_CACHE_HOME/finetune`, by default `~/.cache/finetune`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
-
-
-def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made by the first process that needs it, while others wait.
-
-    Args:
-        name: Its path in `cache_dir()`; it must change whenever the contents that `make` writes change.
-        make: Fills the folder that it is given. Temporary files next to that folder are removed afterwards.
-    """
-    from filelock import FileLock
-
-    target = cache_dir() / name
-    if os.path.isdir(target):
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        target = _stand_in_for_cache(error) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # The lock ends with the process that holds it, however that ends.
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            work = target.with_name(f".{target.name}.part")
-            # A killed process may have left it.
-            shutil.rmtree(work, ignore_errors=True)
-            folder = work / "folder"
-            try:
-                with _full_disk_names(target):
-                    folder.mkdir(parents=True)
-                    make(folder)
-                    sync_files(folder)
-                folder.rename(target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def _stand_in_for_cache(error: OSError) -> Path:
-    """A temporary folder for this process and those that it starts; says why the first time."""
-    folder = os.environ.get(_STAND_IN)
-    if not folder:
-        folder = os.environ[_STAND_IN] = tempfile.mkdtemp(prefix="finetune-cache-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        print_line(
-            f"the cache {cache_dir()} cannot be written ({error.strerror or error}): {folder} is used, and removed at "
-            "the end; XDG_CACHE_HOME may name another folder"
-        )
-    return Path(folder)
-
-
-def remove_unused(folder: Path) -> None:
-    """Removes the files and folders in a folder of the cache that were not changed for a month."""
-    for entry in folder.iterdir():
-        with suppress(OSError):
-            if time.time() - entry.stat().st_mtime > 30 * 24 * 3600:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from finetune.data.encoded import IGNORE
 from finetune.system import distributed, files
+from finetune.system.cache import cache_dir
 from finetune.system.errors import RunError, first_line
 from finetune.system.terminal import Say
 from finetune.train.callbacks.memory_check import restored_state
@@ -86,7 +87,7 @@ class ReferenceLogProbs(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.trainer, self.resumed, self.say = trainer, resumed, say
         self.key = hashlib.blake2b(json.dumps(origin, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self.files = (output / FILE, files.cache_dir() / "reference" / f"{self.key}.safetensors")
+        self.files = (output / FILE, cache_dir() / "reference" / f"{self.key}.safetensors")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads the table, or computes and writes it.

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from finetune.system.files import made_once
+from finetune.system.cache import made_once
 
 HERE = Path(__file__).parent
 
