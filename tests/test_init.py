@@ -1,6 +1,7 @@
 """`finetune init`: the recipe that it writes, what it prints, and that the recipe trains as it is."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import yaml
 from finetune.cli import init as init_module
 from finetune.cli.commands import main
 from finetune.data import hub_rows
+from finetune.model import locate
 from finetune.plan import run
 from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import DataSource
 from finetune.system.devices import Hardware, gpu_of_size
 from finetune.system.errors import ModelError
 
@@ -140,11 +143,23 @@ def test_values_by_the_number_of_rows(rows: int, longest: int, expected: dict[st
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
+def test_a_base_that_is_converted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    find, said = locate.locate, list[str]()
+
+    def converting(name: str, say: Callable[[str], None]) -> str:
+        say("converting to safetensors, once")
+        return find(name, say)
+
+    monkeypatch.setattr(locate, "locate", converting)
+    init_module.look(DataSource(path=jsonl({"prompt": "Who?", "completion": "Me."})), "random:gemma3", said.append)
+    assert "converting to safetensors, once" in said
+
+
 def test_a_base_without_a_template_gets_that_of_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     load = init_module.load_tokenizer
 
-    def without_template(section: Any) -> Any:
-        tokenizer = load(section)
+    def without_template(section: Any, base: Any = None) -> Any:
+        tokenizer = load(section, base)
         tokenizer.chat_template = tokenizer.chat_template if section.chat_template else None
         return tokenizer
 
@@ -157,7 +172,7 @@ def test_a_base_without_a_template_gets_that_of_its_family(monkeypatch: pytest.M
 def test_on_a_gpu_the_base_is_quantised_where_it_must_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_tokenizer(section: Any) -> Any:
+    def no_tokenizer(section: Any, base: Any) -> Any:
         raise ModelError("the Hub cannot be reached")
 
     monkeypatch.setattr(init_module, "load_tokenizer", no_tokenizer)

@@ -1,6 +1,7 @@
 """The tables judge values as upstream's own types do, and with them a check of a recipe imports nothing of upstream."""
 
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -110,3 +111,14 @@ def test_only_values_without_a_fault_are_known_to_be_good(monkeypatch: pytest.Mo
         monkeypatch.undo()
         installed_digest.cache_clear()
         tables.cache_clear()
+
+
+def test_tables_of_earlier_releases_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(upstream_tables, "_computed", lambda: {"training": {}})
+    old, recent = (tmp_path / "finetune" / "upstream" / name for name in ("old", "recent"))
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert tables.__wrapped__() == {"training": {}}
+    assert (old.exists(), recent.exists()) == (False, True)

@@ -20,6 +20,7 @@ from finetune.data.readers import is_file, read_rows
 from finetune.data.template import family_template
 from finetune.data.turns import texts_in
 from finetune.model.load import load_tokenizer
+from finetune.model.locate import Base
 from finetune.model.provenance import is_adapter
 from finetune.model.quantization import NF4
 from finetune.recipe.checks import PACKAGED_BASES, base_template
@@ -166,7 +167,8 @@ def look(source: DataSource, model: str, say: Say = lambda line: None) -> SeenRo
     say(f"reading {source.path}")
     seen.count = sum(1 for _ in read_rows(source))
     try:
-        tokenizer = load_tokenizer(ModelSection(name_or_path=model))
+        section = ModelSection(name_or_path=model)
+        tokenizer = load_tokenizer(section, Base.of(section, say))
     except ModelError as error:
         say(f"the tokenizer of {model} is not at hand ({error}), so the lengths of the rows are estimated")
         seen.measured, seen.template = False, base_template(model)

@@ -72,7 +72,7 @@ def tables() -> Tables:
 
     def write(folder: Path) -> None:
         files.write_whole(folder / "tables.json", json.dumps(_computed()))
-        remove_unused(folder.parent)
+        remove_unused(folder.parents[1])  # `made_once` fills a folder in a folder
 
     folder = made_once(_folder(), write)
     found: Tables = json.loads((folder / "tables.json").read_text(encoding="utf-8"))
