@@ -858,7 +858,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str], str]] = {
         lambda: configure("base/config.json", quantization_config={"quant_method": "awq", "bits": 4}),
         [],
         "base: its weights are stored quantised (awq), and would be rounded again; the model that they were made from "
-        "is needed: write its path or id with --base; or merge into the rounded weights, with --base dequantised",
+        "is needed: write its path or id with --base",
     ),
     "dequantised without quantisation": (
         lambda: None,

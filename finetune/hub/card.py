@@ -174,7 +174,8 @@ def export_card(
     place = folder or Path(kind or ".")
     run, recipe = provenance.source_run(place), provenance.recipe_sections(place)
     files, modelfile = _gguf_files(place)
-    of_kind = (item for item in report.get("models") or [] if kind in (item["name"], item.get("kind")))
+    models = (report.get("models") or []) if kind else []
+    of_kind = (item for item in models if kind in (item["name"], item.get("kind")))
     measured = next((item for item in of_kind if item.get("kept", True)), None)
     # The folder of GGUF files is called `gguf` in every export.
     name = _name(place, repo) if repo or (folder and place.name not in _GGUF_FOLDERS) else report["title"]
