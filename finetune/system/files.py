@@ -93,9 +93,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_together(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes text files into a folder as `write_whole` does; where one of them cannot be written, none is replaced."""
+    """Writes text files into a folder as `write_whole` does; where one of them cannot be written, none is replaced.
+
+    Once all are written they get their names in order: where the last one is, all are.
+    """
     with full_disk_names(folder), ExitStack() as parts:
-        for name, text in texts.items():
+        for name, text in reversed(list(texts.items())):
             parts.enter_context(whole_file(folder / name)).write_text(text, encoding="utf-8")
 
 
