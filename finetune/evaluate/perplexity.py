@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 
 from finetune.data.encoded import IGNORE
 from finetune.data.samples import LabelledRow
-from finetune.model.attach import base_of
+from finetune.model.predictions import log_probs_at, token_kl
 
 # The most bytes of predictions in a file: 2,048 tokens with a vocabulary of 262,144.
 _KEPT_BYTES = 2**31
@@ -115,7 +114,7 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
                 )
             expected = torch.from_numpy(reference_NV[count : count + len(log_probs)])
             found = log_probs[: len(expected)]
-            divergences.append(_kl(expected, found))
+            divergences.append(token_kl(expected, found))
             agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
         count += len(targets)
     if not divergences:
@@ -130,14 +129,6 @@ def score(model: Any, rows: Sequence[LabelledRow], reference: Path | None = None
         kl_p99=float(every.quantile(0.99)) if finite else math.nan,
         top1=agreed / len(every) if finite else math.nan,
     )
-
-
-def _kl(expected_NV: torch.Tensor, found_NV: torch.Tensor) -> torch.Tensor:
-    """KL(expected || found) of each of N tokens, from log-probabilities."""
-    probs = expected_NV.exp()
-    # A token of probability 0 in the reference adds nothing; 0 * inf would be NaN.
-    terms = (probs * (expected_NV - found_NV)).masked_fill_(probs == 0, 0.0)
-    return terms.sum(dim=-1, dtype=torch.float64)
 
 
 def score_groups(
@@ -163,25 +154,13 @@ def score_groups(
 
 def _predictions(model: Any, rows: Sequence[LabelledRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each row: log-probabilities (N, V) of its N predicted tokens, float32 on the CPU, and these tokens (N)."""
-    only_some = "logits_to_keep" in inspect.signature(_forward_of(model)).parameters
     for row in rows:
-        ids = torch.tensor([row.input_ids], device=model.device)
         places = [i - 1 for i, label in enumerate(row.labels) if label != IGNORE and i > 0]
-        index = torch.tensor(places, device=model.device)
-        with torch.inference_mode():
-            options = {"logits_to_keep": index} if only_some else {}
-            logits = model(input_ids=ids, use_cache=False, **options).logits[0]
-            logits = (logits if only_some else logits[index]).float()
-            log_probs = torch.log_softmax(logits, dim=-1).cpu()
-        yield log_probs, torch.tensor([row.labels[i + 1] for i in places])
+        yield log_probs_at(model, row.input_ids, places), torch.tensor([row.labels[i + 1] for i in places])
 
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _forward_of(model: Any) -> Any:
-    return type(base_of(model)).forward
 
 
 def _new_file(keep: Path, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float32]]:

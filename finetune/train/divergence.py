@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from finetune.model.attach import base_of
+from finetune.model.predictions import log_probs_at, token_kl
 
 # The most bytes of initial values that are kept: 64 million parameters in float32.
 _KEPT_BYTES = 2**28
@@ -39,23 +36,12 @@ class AdapterAtStart:
             prompt: Token ids.
             answer: Token ids, at least one.
         """
-        now_NV = self._log_probs(prompt, answer)
+        ids, places = [*prompt, *answer][:-1], range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        now_NV = log_probs_at(self.model, ids, places)
         with self._initial_values():
-            start_NV = self._log_probs(prompt, answer)
-        terms_NV = now_NV.exp() * (now_NV - start_NV)
-        # The product of a probability of 0 and an infinite difference is NaN.
-        return float(terms_NV.nan_to_num_(nan=0.0).sum(-1).clamp(min=0).mean())
-
-    def _log_probs(self, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities (N, V), in float32, of the N tokens of an answer."""
-        count = len(answer)
-        ids = torch.tensor([[*prompt, *answer][:-1]], device=self.model.device)
-        only_some = "logits_to_keep" in inspect.signature(type(base_of(self.model)).forward).parameters
-        with torch.no_grad():
-            logits = self.model(
-                input_ids=ids, use_cache=False, **({"logits_to_keep": count} if only_some else {})
-            ).logits
-        return torch.log_softmax(logits[0, -count:].float(), dim=-1)
+            start_NV = log_probs_at(self.model, ids, places)
+        # Rounding alone can make it negative.
+        return float(token_kl(now_NV, start_NV).clamp(min=0).mean())
 
     @contextmanager
     def _initial_values(self) -> Iterator[None]:
