@@ -735,6 +735,35 @@ def test_a_report_shows_texts_as_they_are() -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
+def test_the_turns_of_a_conversation_are_told_apart() -> None:
+    def said(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+    language = {"right": True, "wanted": "en", "found": "en", "why": ""}
+    answer = {"text": "Fine.", "tokens": 3, "stopped": True, "language": language}
+    report = {
+        "recipe": "recipe.yaml",
+        "prompts": "p.jsonl",
+        "max_new_tokens": 5,
+        "limit": None,
+        "same_tokens": True,
+        "models": [{"name": "run", "loss": {}, "answers": {}, "tasks": {}}],
+        "answers": [
+            {"prompt": "p:1", "asked": said("One?"), "models": [answer]},
+            {"prompt": "p:1", "asked": said("One?", "1.", "Two?"), "models": [answer]},
+        ],
+    }
+    _, first, second = report_module.as_html(report).split("<h3>p:1")
+    assert first.startswith("</h3>")
+    assert "earlier messages" not in first
+    assert second.startswith(", turn 2</h3>")
+    earlier, asked = second.split("</details>")
+    assert "2 earlier messages" in earlier
+    assert [text in earlier for text in ("One?", "1.", "Two?")] == [True, True, False]
+    assert [text in asked for text in ("One?", "Two?")] == [False, True]
+    assert re.findall("^### .*", report_module.as_markdown(report), re.MULTILINE) == ["### p:1", "### p:1, turn 2"]
+
+
 def test_of_several_processes_none_evaluates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

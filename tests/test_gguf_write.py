@@ -26,7 +26,7 @@ from finetune.export.gguf.quantize import is_quantized
 from finetune.export.gguf.tensors import ARCHITECTURES, gguf_names
 from finetune.export.gguf.write import write_gguf
 from finetune.model.locate import locate
-from finetune.system.errors import ExportError, ModelError
+from finetune.system.errors import ExportError, ModelError, RunError
 from finetune.system.terminal import quiet
 
 Options = dict[str, Any]
@@ -661,7 +661,8 @@ def test_other_things_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
     usage = shutil.disk_usage(".")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        assert "are needed; make room" in refused(model, file)
+        with pytest.raises(RunError, match="are needed; make room"):
+            written(model, file)
     file.write_text("there")
     with pytest.raises(ExportError, match=r"a.gguf exists; write another path, or delete it"):
         written(model, file)

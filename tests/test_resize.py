@@ -1,6 +1,7 @@
 """Tokenizers with more tokens than the embedding has rows: refused by name, or the embeddings grow and train."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,17 @@ def test_an_embedding_for_each_layer_is_refused(name: str, rows: int, tmp_path: 
     ):
         write_resized(str(tmp_path / "base"), None, False, 1030, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
+
+
+def test_a_disk_without_room_is_told_before_a_copy_is_written(
+    recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enlarged("llama")
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**18))
+    assert main([recipe("llama", resize_embeddings=True)]) == 2
+    assert re.search(
+        r"error: \S+/finetune has 1 MiB free, and 1 MiB are needed; make room, or name a cache on another disk with "
+        r"XDG_CACHE_HOME$",
+        capsys.readouterr().err.strip(),
+    )

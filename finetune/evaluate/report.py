@@ -114,7 +114,8 @@ def as_markdown(report: EvaluationReport) -> str:
     lines += ["## Side by side", ""]
     names = [model["name"] for model in report["models"]]
     for item in report["answers"][:_SHOWN_ANSWERS]:
-        lines += [f"### {_escaped(item['prompt'])}", "", *_quoted(item["asked"][-1]["content"]), ""]
+        turn, _, asked = _turn_parts(item["asked"])
+        lines += [f"### {_escaped(item['prompt'])}{turn}", "", *_quoted(asked[-1]["content"]), ""]
         for name, model in zip(names, item["models"], strict=True):
             lines += [f"**{markdown(name)}** ({_describe(model)})", "", *_quoted(model["text"]), ""]
     if len(report["answers"]) > _SHOWN_ANSWERS:
@@ -125,8 +126,21 @@ def as_markdown(report: EvaluationReport) -> str:
 def as_html(report: EvaluationReport) -> str:
     """The report as one self-contained HTML page: its tables and all answers side by side."""
     return render(
-        "evaluate/answers.html.jinja", report=report, intro=intro(report), tables=tables(report), describe=_describe
+        "evaluate/answers.html.jinja",
+        report=report,
+        intro=intro(report),
+        tables=tables(report),
+        describe=_describe,
+        parts=_turn_parts,
     )
+
+
+def _turn_parts(asked: list[Message]) -> tuple[str, list[Message], list[Message]]:
+    """The user's last turn as `, turn 2`, the messages before it, and those from it on; the first turn is not named."""
+    turns = [place for place, message in enumerate(asked) if message["role"] == "user"]
+    if len(turns) < 2:
+        return "", [], asked
+    return f", turn {len(turns)}", asked[: turns[-1]], asked[turns[-1] :]
 
 
 def tables(report: EvaluationReport) -> list[tuple[str, list[list[str]]]]:

@@ -25,7 +25,7 @@ from finetune.model.quantization import dequantised, quantise
 from finetune.model.shard_writer import ShardWriter
 from finetune.model.shards import StoredTensor, all_finite, read_header, read_tensor, row_ranges
 from finetune.system.errors import MergeError, ModelError
-from finetune.system.numbers import memory
+from finetune.system.files import check_space
 from finetune.system.terminal import progress_bar
 
 
@@ -90,18 +90,14 @@ def _sources(group: FusedTensors) -> list[str]:
 
 def _check_room(into: Path, total: int, plan: MergePlan) -> None:
     """Refuses to start if the disk lacks room for `total` bytes and the fetched files of a streamed base."""
-    free, needed = shutil.disk_usage(into).free, total
+    needed = total
     if plan.folder is None:
         per_file = Counter[str]()
         for stored in plan.stored.values():
             per_file[stored.file] += stored.end - stored.begin
         # Stacked experts may lie in two files.
         needed += sum(sorted(per_file.values())[-2 if plan.fused else -1 :])
-    if needed * 1.01 > free:
-        raise MergeError(
-            f"{into.parent} has {memory(free)} free, and {memory(needed)} are needed; make room, or write to another "
-            "disk with --output"
-        )
+    check_space(into.parent, needed, "make room, or write to another disk with --output")
 
 
 @dataclass(frozen=True)

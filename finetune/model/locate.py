@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from finetune.model.compatibility import check_writes_text
-from finetune.model.resize import needed_rows, write_dequantised, write_resized
+from finetune.model.resize import check_cache_space, needed_rows, write_dequantised, write_resized
 from finetune.model.tiny import make_random, random_fingerprint
 from finetune.recipe.checks import RANDOM_ARCHITECTURES
 from finetune.recipe.schema import ModelSection
@@ -293,6 +293,10 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
             _convert_gguf(path, into)
 
         return str(made_once(name, convert_file))
+    if path.is_file():
+        raise ModelError(
+            f"model.name_or_path: {name_or_path} is a file; write a model's folder, its id on the Hub or a .gguf file"
+        )
     if path.is_dir():
         if pointer := git_lfs_pointer(path):
             raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
@@ -365,5 +369,6 @@ def _convert_gguf(file: Path, into: Path) -> None:
         )
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        check_cache_space(model, into)
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.model.compatibility import check_fp8_blocks, dequantised_when_loaded
 from finetune.system.errors import ModelError, first_line
+from finetune.system.files import check_space
 from finetune.system.terminal import quiet
 
 if TYPE_CHECKING:  # it imports transformers, which a merge's own process never loads
@@ -137,9 +138,20 @@ def write_resized(path: str, revision: str | None, trust_remote_code: bool, rows
                     total = sum(part.double().sum(0) for part in values[:old].split(4096))
                     values[old:] = (total / old).to(values.dtype)
     setattr(model.config.get_text_config(), RESIZED_FROM, old)
+    check_cache_space(model, into)
     with quiet():
         model.save_pretrained(into)
     _copy_other_files(path, revision, into)
+
+
+def check_cache_space(model: Any, into: Path) -> None:
+    """Refuses to save a model into a folder that `made_once` made, if the cache's disk lacks the room.
+
+    Raises:
+        RunError: It does.
+    """
+    cache = into.parents[1]
+    check_space(cache, model.get_memory_footprint(), "make room, or name a cache on another disk with XDG_CACHE_HOME")
 
 
 def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, into: Path) -> None:
@@ -171,6 +183,7 @@ def write_dequantised(path: str, revision: str | None, trust_remote_code: bool, 
                 "the model that it was made from"
             ) from error
         check_fp8_blocks(model, config)
+        check_cache_space(model, into)
         vars(model.config).pop("quantization_config", None)
         # In the original format, transformers 5.23 would reverse the reading of quantised tensors, which it cannot.
         model.save_pretrained(into, save_original_format=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import RunError
+from finetune.system.numbers import memory
 
 # The files of a model or an adapter, as transformers and PEFT call them.
 MODEL_WEIGHTS = "model.safetensors"
@@ -158,6 +159,17 @@ def check_free(output: Path, overwrite: bool) -> None:
             raise RunError(
                 f"--output: {output} was not written by merge or export, and is not replaced; write another path"
             )
+
+
+def check_space(folder: Path, needed: int, cure: str = "make room") -> None:
+    """Refuses to write `needed` bytes into a folder whose disk lacks the room.
+
+    Raises:
+        RunError: The disk has less than that and 1%, which file systems take for themselves.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise RunError(f"{folder} has {memory(free)} free, and {memory(needed)} are needed; {cure}")
 
 
 def check_apart(output: Path, inputs: Sequence[Path]) -> None:

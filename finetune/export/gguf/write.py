@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,8 +46,7 @@ from finetune.export.gguf.tensors import (
 from finetune.model.shards import StoredTensor, read_headers, read_tensor
 from finetune.system.devices import usable_cores
 from finetune.system.errors import ExportError
-from finetune.system.files import whole_file
-from finetune.system.numbers import memory
+from finetune.system.files import check_space, whole_file
 from finetune.system.terminal import progress_bar
 
 # These words in a model's name change how llama.cpp (October 2026) tokenizes.
@@ -118,8 +116,7 @@ def write_gguf(
         ggml_library()
     header = pack_header(fields, items)
     total = len(header) + sum(padded(item.bytes) for item in items)
-    if total * 1.01 > (free := shutil.disk_usage(file.parent).free):
-        raise ExportError(f"{file.parent} has {memory(free)} free, and {memory(total)} are needed; make room")
+    check_space(file.parent, total)
     bar = progress_bar(f"{kind}: weights", total, progress, "bytes")
     with whole_file(file) as part, part.open("wb") as out, bar as advance:
         out.write(header)

@@ -30,6 +30,7 @@ def main() -> int:
     options.model.path = args.file
     options.model_alias = {args.alias}
     options.hostnames, options.port = [args.host], args.port
+    options.verbosity = 2  # warnings and errors; at 3, its default, ten lines say how it loads the file
     try:
         server = package.Server(options)
     except RuntimeError:
