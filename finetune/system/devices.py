@@ -84,19 +84,21 @@ GPUS = {
         gpu_of_size("h200", 139.72, (9, 0), 989, 66.9),
     )
 }
-# Further cards, which `plan` knows by name. Memory: the data sheet's, less the share that torch's total is below it on
-# the like cards above (2% of GDDR, 8% of GDDR with ECC, 1% of HBM). Speeds: as published, without sparsity. Neither was
-# held against the sheets yet.
+# Further cards, which `plan` knows by name. Memory: torch's total, as users' out-of-memory errors name it (GitHub
+# issues: xiaoxiangAQ/GAS-Net 7, Morizeyao/GPT2-Chinese 104, liucongg/ChatGLM-Finetuning 73, stepfun-ai/Step-Video-T2V
+# 8, and Victarry/stable-dreambooth 8 for an RTX 8000, which has an A6000's 48 GB). For the 4080, 5090 and B200, where
+# none was found: the data sheet's, less the share that torch's total is below it on the like cards above. Speeds: as
+# published, without sparsity; not held against the sheets yet.
 CARDS = {
     gpu.name: gpu
     for gpu in (
-        gpu_of_size("3090", 23.6, (8, 6), 71, 35.6),
+        gpu_of_size("3090", 23.68, (8, 6), 71, 35.6),
         gpu_of_size("4080", 15.7, (8, 9), 97.5, 48.7),
         gpu_of_size("5090", 31.4, (12, 0), 209.5, 104.8),
-        gpu_of_size("v100", 15.8, (7, 0), 125, 15.7),
-        gpu_of_size("v100-32", 31.7, (7, 0), 125, 15.7),
-        gpu_of_size("a6000", 47.0, (8, 6), 154.8, 38.7),
-        gpu_of_size("l40s", 44.2, (8, 9), 362, 91.6),
+        gpu_of_size("v100", 15.75, (7, 0), 125, 15.7),
+        gpu_of_size("v100-32", 31.74, (7, 0), 125, 15.7),
+        gpu_of_size("a6000", 47.4, (8, 6), 154.8, 38.7),
+        gpu_of_size("l40s", 44.4, (8, 9), 362, 91.6),
         gpu_of_size("b200", 178.0, (10, 0), 2250, 75),
     )
 }
