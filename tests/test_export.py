@@ -631,7 +631,8 @@ def test_a_merge_that_does_not_predict_as_its_adapter_is_told_without_a_gate(
     kl = figures(tmp_path / "out")["merged"]["kl"]
     assert kl > 0.02
     assert gates(capsys) == [
-        f"gate: merged: does not predict as its adapter does: mean KL is {kl:.3g}, and rounding alone gives less than 0.02"
+        f"gate: merged: does not predict as its adapter does: mean KL is {kl:.3g}, above 0.02; "
+        "rounding alone gives less than a tenth of that"
     ]
 
 
@@ -807,7 +808,10 @@ def test_a_limit_on_what_was_not_measured_is_missed() -> None:
 
 
 def test_only_what_must_be_the_same_is_held_to_it() -> None:
-    line = "nf4: does not predict as its adapter does: mean KL is 0.25, and rounding alone gives less than 0.02"
+    line = (
+        "nf4: does not predict as its adapter does: mean KL is 0.25, above 0.02; rounding alone gives less than a tenth "
+        "of that"
+    )
     assert missed_limits(FOUND, {}, must_match=True) == [line]
     assert missed_limits(FOUND, {}) == missed_limits(FOUND | {"kl": 0.02}, {}, must_match=True) == []
 

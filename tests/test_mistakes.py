@@ -109,7 +109,7 @@ def test_check_prints_what_is_set_and_what_comes_next(capsys: pytest.CaptureFixt
         "recipe.yaml: ok\nmodel:\n  name_or_path: random:gemma3  # recipe.yaml:1\ndata:\n  train:\n"
         "    - path: rows.jsonl  # recipe.yaml:2\ntraining:\n  max_steps: 3  # command line\n"
         "a LoRA adapter is trained; the recipe has no section lora (lora: null trains all weights)\n"
-        "training.learning_rate is not set: trl's default is one for all weights; for LoRA 2e-4 is usual\n"
+        "training.learning_rate is not set: trl's default suits the training of all weights; for LoRA 2e-4 is usual\n"
         "next: finetune inspect recipe.yaml shows the tokens that are trained on; --all prints the defaults, too\n"
     )
     assert main(["check", "recipe.yaml", "training.learning_rate=1e-4"]) == 0

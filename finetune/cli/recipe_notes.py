@@ -1,4 +1,4 @@
-"""Lines about a recipe beside its values: what is trained, the template that a base lacks, the next command."""
+"""Notes and warnings about a valid recipe: what is trained, the learning rate, the template, the next command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def notes(recipe: Recipe) -> Iterator[str]:
 
 
 def what_is_trained(recipe: Recipe) -> Iterator[str]:
-    """Lines on whether an adapter or all weights are trained, and on a learning rate that is far from the usual."""
+    """Lines on whether an adapter or all weights are trained, and on a learning rate above 0.01 with Adam."""
     rate, optimizer = recipe.training.get("learning_rate"), str(recipe.training.get("optim", "adamw"))
     if isinstance(rate, int | float) and rate > _HIGHEST_RATE and "adam" in optimizer:
         yield f"training.learning_rate is {rate:g}: with Adam 1e-5 to 1e-3 is usual, and far more ruins a model"
@@ -45,4 +45,7 @@ def what_is_trained(recipe: Recipe) -> Iterator[str]:
         )
         yield f"a LoRA adapter is trained{absent} (lora: null trains all weights)"
         if recipe.method == "sft" and "training.learning_rate" not in recipe.origins:
-            yield "training.learning_rate is not set: trl's default is one for all weights; for LoRA 2e-4 is usual"
+            yield (
+                "training.learning_rate is not set: trl's default suits the training of all "
+                "weights; for LoRA 2e-4 is usual"
+            )

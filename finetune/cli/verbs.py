@@ -159,7 +159,7 @@ def _say_done(say: Say, began: float, then: str, figures: str = "") -> None:
 
 
 def _last_losses(output: Path) -> str:
-    """The last losses that a run logged, an early stop, and which weights are saved where that is a question."""
+    """The last losses that a run logged, an early stop, and which weights are saved if not simply the last ones."""
     from finetune.system.files import read_records
     from finetune.train.outcome import Outcome
 

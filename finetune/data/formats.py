@@ -108,8 +108,8 @@ def _pair_in(names: Collection[str]) -> tuple[str, str] | None:
 def with_known_pair(source: DataSource, row: Row, method: str = "sft") -> DataSource:
     """The source with `columns` for a question and its answer, where they have one of the commonest pairs of names.
 
-    It is unchanged if it says how to read its rows, if they have a format's columns, or if a context stands beside the
-    question, whose place in the prompt is not known.
+    It is unchanged if it says how to read its rows, if they have a format's columns, or if they have a column with a
+    context too: where that belongs in the prompt is not known.
 
     Args:
         source: The source.
@@ -135,7 +135,7 @@ def with_known_pair(source: DataSource, row: Row, method: str = "sft") -> DataSo
 
 
 def pair_note(source: DataSource) -> str:
-    """The words in which the ledger counts the rows that are read so."""
+    """The ledger's words for rows whose columns `with_known_pair` recognised."""
     return f"rows whose {' and '.join(source.columns.values())} are read as {' and '.join(source.columns)}"
 
 

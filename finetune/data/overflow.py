@@ -23,11 +23,11 @@ def shorten(
         encoded: The row, longer than `max_length`.
         rendered: Its conversation; None for text without turns.
         chat: The tokenizer and its chat template.
-        section: The recipe's section `data`; its `on_overflow` is not `error`.
+        section: The recipe's section `data`; its `on_overflow` is not `error`, which `prepare.py` handles.
         max_length: The longest row, in tokens.
 
     Returns:
-        The rows, and the reason for which trained tokens are lost, for the ledger.
+        The rows, and the reason why trained tokens are lost, as the ledger words it.
     """
     if section.on_overflow == "drop":
         return [], f"longer than training.max_length {max_length}"
@@ -63,8 +63,8 @@ def _slice(encoded: Encoded, start: int, end: int, **changes: Any) -> Encoded:
 def _cut_text(on_overflow: str, encoded: Encoded, max_length: int, bos: int | None) -> list[Encoded]:
     """A row without turns, cut at `max_length`; with `split` the rest becomes further rows.
 
-    A further row begins with BOS if the text does, then with the last token of the row before, so that each token is
-    trained on once, predicted from the token before it.
+    A further row begins with BOS, if the text does, and with the last token of the row before, which has no label. So
+    each token is trained on once, predicted from the token before it.
     """
     if on_overflow != "split":
         pieces = [_slice(encoded, 0, max_length, turns=(), cut=True)]

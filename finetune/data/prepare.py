@@ -81,7 +81,7 @@ class Preparation:
     def fits(self, characters: int) -> bool:
         """False for a row with more characters than a row of `max_length` tokens can have.
 
-        A token has at most as many characters as its name in the vocabulary: there each byte is a character at least.
+        A token has at most as many characters as its name in the vocabulary, which has one or more for each byte.
         A tokenizer or a template may drop white space besides, so four times as many are allowed, and any row of up to
         `_MAX_CHARACTERS`.
         """

@@ -162,7 +162,7 @@ class _Export:
         work: A folder inside it that is removed at the end.
         given_base: The path or id of the run's base, if it is not where the run's files say.
         trust_remote_code: True if the user lets Python files of the model's repository run.
-        jobs: The folders to measure. The first one's token ids are those of the training.
+        jobs: The folders to measure. The first is the trained model, whose token ids are the reference.
         models: The figures of the models measured so far, by name.
         tried: The names of the jobs of which one folder is kept: w4a16 with and without an importance matrix.
         missed: A line for each limit that is missed and each broken file.

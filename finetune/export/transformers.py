@@ -37,7 +37,7 @@ def write_format(
 ) -> None:
     """Writes a model in one of `WEIGHT_FORMATS`, with one tensor in memory at a time.
 
-    Weights that are not quantised (norms; but for mlx also embeddings and the output layer) are written in 16 bit.
+    Weights that are not quantised are written in 16 bit: norms, and except for mlx embeddings and the output layer.
 
     Args:
         model: A folder with a whole model.

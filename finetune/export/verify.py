@@ -58,7 +58,8 @@ class Job:
         base: The path or id of a run's base, in place of the one that its files name.
         groups: Further rows, by name; the result has figures for each group.
         trust_remote_code: True if the user lets Python files of the model's repository run.
-        reader: The program that measures it; `dequantised` is transformers with the weights that mlx-lm computes with.
+        reader: The program that measures it; `dequantised` is transformers, with the weights of an
+            mlx format dequantised into a temporary folder.
     """
 
     name: str
@@ -235,8 +236,8 @@ def missed_limits(model: ModelFigures, gate: dict[str, float], must_match: bool 
         )
     if must_match and kl > _MAX_MERGE_KL:
         lines.append(
-            f"{name}: does not predict as its adapter does: mean KL is {kl:.3g}, and rounding alone gives "
-            f"less than {_MAX_MERGE_KL}"
+            f"{name}: does not predict as its adapter does: mean KL is {kl:.3g}, above "
+            f"{_MAX_MERGE_KL}; rounding alone gives less than a tenth of that"
         )
     for limit, value in gate.items():
         key, words = LIMITS[limit]

@@ -282,7 +282,7 @@ def _refuse_secrets(folder: Path, name: str, content: bytes | Path, paths: _Loca
         raise PushError(
             f"{folder / name} holds a secret ({found}), and nothing is pushed; remove it from the file, and revoke it"
         )
-    if isinstance(content, Path) and name not in _VOCABULARY_FILES and (path := paths.find_in(head)):
+    if isinstance(content, Path) and content.name not in _VOCABULARY_FILES and (path := paths.find_in(head)):
         raise PushError(
             f"{folder / name} names {path}, a path of this machine, and nothing is pushed; write the file without it"
         )

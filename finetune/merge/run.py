@@ -1,7 +1,8 @@
 """Merges adapters into their base, one tensor at a time: at most one tensor and one product are in memory.
 
-Every number equals that of PEFT's `merge_and_unload()`, with one exception: if only one of two tied embeddings was
-trained, PEFT changes both, unlike the run itself. Here the other one keeps its values, and both are stored.
+Every number equals that of PEFT's `merge_and_unload()`, which `tests/test_merge.py` compares bit for bit, with one
+exception: if only one of two tied embeddings was trained, PEFT changes both, unlike the run itself. Here the other one
+keeps its values, and both are stored.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _record(request: MergeRequest, plan: MergePlan) -> MergeRecord:
 def plan_in_fresh_process(request: MergeRequest) -> MergePlan:
     """The plan of a merge or an export, made in another process: transformers and PEFT leave nothing in this one.
 
-    This process imports torch meanwhile.
+    While that process works, this one imports torch.
 
     Raises:
         MergeError: An adapter was trained on another base or cannot be merged, or the process failed.

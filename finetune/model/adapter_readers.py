@@ -103,7 +103,7 @@ READERS = {
         },
     ),
 }
-# The first release of PEFT that has an option; those that 0.13 has are left out.
+# The first release of PEFT that has an option; options that 0.13 had already are not listed.
 _FIRST_PEFT = {
     "lora_bias": (0, 14),
     "exclude_modules": (0, 14),

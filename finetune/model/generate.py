@@ -30,7 +30,7 @@ from finetune.system.terminal import quiet
 
 # The steps of a batch after which answers that have ended leave it.
 _ROUND = 8
-# The layers of transformers' `DynamicCache` from which rows can be removed; a dummy uses the keys of another layer.
+# The layers of transformers' `DynamicCache` from which rows can be removed; a `DummyLayer` shares another layer's keys.
 _LAYERS_OF_ROWS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 # The last piece of `Generator.stream` if the limit cut the answer off.
 CUT_OFF = "\0cut"

@@ -17,11 +17,17 @@ from finetune.system.errors import ModelError
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a run: of `model.dtype` on this device, of the loaded weights, and of autocast."""
+    """The dtypes of a run.
+
+    Attributes:
+        asked: `model.dtype`, or for `auto` what this device computes in.
+        loaded: The weights; float32 for full fine-tuning in float16, as the gradient scaler needs float32 weights.
+        computes: Autocast, accelerate's `mixed_precision`; `no` computes in the dtype of the weights.
+    """
 
     asked: torch.dtype
-    loaded: torch.dtype  # float32 for full fine-tuning in float16: the gradient scaler needs float32 weights
-    computes: Literal["no", "fp16", "bf16"]  # accelerate's `mixed_precision`
+    loaded: torch.dtype
+    computes: Literal["no", "fp16", "bf16"]
 
     @property
     def in_float32(self) -> bool:

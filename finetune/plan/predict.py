@@ -56,7 +56,10 @@ class RequiredMemory:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Layers by number: a few to run, and for each kind one more with the number of layers that it stands for."""
+    """Layers by number: `few` to run, and in `further` one more of each kind with the number of layers it stands for.
+
+    With `few=(0, 1, 5)` and `further=[(2, 24)]` layers 0, 1, 5 are run, then 2 beside them, whose cost counts 24 times.
+    """
 
     few: tuple[int, ...]
     further: list[tuple[int, int]]

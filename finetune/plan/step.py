@@ -37,8 +37,8 @@ class Batch:
         padded: True if some rows are shorter than the longest, so that there is an attention mask.
         packed: True if all rows are concatenated into one, and `position_ids` tell where each begins.
         trained: Tokens of the batch that are trained on; None: all.
-        joined: For pairs, of which `rows` is the number, the tokens of the longest prompt and both its answers, which
-            are run as one row; `length` are those of the longer side. 0 for other rows.
+        joined: For pairs, the tokens of the longest prompt with both answers, which are run as one row; `rows` is then
+            the number of pairs, and `length` the tokens of the longer side. 0 for other rows.
     """
 
     rows: int
@@ -61,8 +61,8 @@ class StepCost:
         flops: Floating-point operations of the forward and backward pass of one batch.
         gradients: Memory of all gradients.
         operators: Operators of a step with one batch, each of which takes time to launch.
-        timeline: The changes of memory from which `phases` follow, but for the optimizer's; None for more layers than
-            were run.
+        timeline: The changes of memory from which `phases` follow, without the optimizer's; None for the cost of more
+            layers than were run.
     """
 
     phases: dict[str, dict[str, int]]
@@ -74,7 +74,7 @@ class StepCost:
     timeline: Timeline | None = None
 
     def at(self, share: float, other: StepCost) -> StepCost | None:
-        """The cost with a number of rows at a share of the way from this cost's to another's.
+        """The cost between two that differ in their number of rows alone.
 
         Args:
             share: From 0 at this cost's rows to 1 at those of the other; also below or above.

@@ -34,7 +34,7 @@ def convert(path: Path) -> Conversion:
     given, peer = _read(path)
     conversion = Conversion(peer, given, path)
     table, keys = PEERS[peer], given
-    # The method decides which keys of trl's there are, an adapter which defaults count.
+    # These first: the method decides which of trl's keys exist, an adapter which defaults apply.
     first = sorted(keys, key=lambda key: not table.get(key, "").startswith(("method", "lora =", "quantization")))
     _guess_method(conversion)
     for key in first:
@@ -65,7 +65,7 @@ def _read(path: Path) -> tuple[Section, str]:
 
 
 def _guess_method(conversion: Conversion) -> None:
-    """The method of trl's, which the script decides and not its configuration."""
+    """Guesses the method: with trl the script decides it, not the configuration."""
     given = conversion.given
     if conversion.peer not in ("trl", "alignment-handbook", "unsloth"):
         return

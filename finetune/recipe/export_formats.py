@@ -1,7 +1,8 @@
 """The names of the formats that a model can be exported in.
 
 The formats in `TRANSFORMERS_FORMATS` are written by `export/transformers.py`, those for mlx-lm by `export/mlx.py`, GGUF
-files and Ollama's folder by `export/gguf/`. `export/verify.py` measures each of them.
+files and Ollama's folder by `export/gguf/`. `export/verify.py` measures folders, `export/gguf/llama_cpp/measure.py`
+GGUF files.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.recipe.foreign_keys import LAUNCH
 
-_OWN_CODE = "- a model's own code runs only by model.trust_remote_code: true, if you trust it"
+_OWN_CODE = "- a model's own code runs only with model.trust_remote_code: true, if you trust it"
 # Each key of a peer's configuration, and one of
 #   "section.key"            the value is carried over as it is;
 #   "section.key = function" a function of `convert_values.py` or `convert_rows.py` converts it;
@@ -294,7 +294,7 @@ _MARKS = {
     "ms-swift": ("model", {"dataset", "tuner_type", "train_type", "rlhf_type", "lora_rank"}),
 }
 # Values that a peer takes where its configuration does not say, and that differ from a recipe's.
-# `lora.` and `quantization.` count only with these sections. Sources: as above.
+# Those of `lora.` and `quantization.` apply only if the recipe gets that section. Sources: as above.
 PEER_DEFAULTS: dict[str, dict[str, object]] = {
     "axolotl": {"training.lr_scheduler_type": "cosine", "training.num_train_epochs": 1},
     "LLaMA-Factory": {

@@ -33,12 +33,12 @@ MARKER = "complete.json"
 # The log and the step, which transformers writes.
 _TRAINER_STATE = "trainer_state.json"
 
-# The run directory of a finished run has one of these; they are moved there last.
+# The directory of a finished run has one of these files of weights, which is moved there last.
 WEIGHTS = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, WEIGHTS_INDEX)
 
 
 class MarkerFields(TypedDict):
-    """The number of processes, digests of the training rows and of values from the environment, and the first day."""
+    """The number of processes, digests of the rows and of values from the environment, and the day it began."""
 
     processes: int
     rows: str | None
@@ -118,7 +118,7 @@ def read_marker(folder: Path) -> Marker:
 
 
 def first_day(start: Path | None) -> date:
-    """The day on which the run of a checkpoint began, which a chat template may write; today without a checkpoint."""
+    """The day on which a checkpoint's run began: chat templates may print today's date. Today without a checkpoint."""
     day = read_marker(start).get("day") if start is not None else None
     return date.fromisoformat(day) if day else date.today()
 

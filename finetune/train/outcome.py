@@ -46,11 +46,11 @@ class Outcome:
 
     @property
     def stopped_early(self) -> bool:
-        """True if evaluations stopped to improve before the last step."""
+        """True if the evaluations stopped improving, and the run with them, before its last step."""
         return self.max_steps is not None and self.step < self.max_steps
 
     def notes(self) -> list[str]:
-        """An early stop, and the weights that are saved where that is a question: clauses of a sentence."""
+        """An early stop, and which weights are saved if not simply the last ones: clauses of a sentence."""
         notes = [f"stopped early at step {self.step:,} of {self.max_steps:,}"] if self.stopped_early else []
         if self.best_step is not None:
             notes.append(f"the weights of step {self.best_step:,}, the best, are saved")

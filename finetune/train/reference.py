@@ -30,11 +30,11 @@ from finetune.train.preference import PreferenceTrainer
 from finetune.train.row_order import row_lengths
 
 FILE = "reference.safetensors"
-# The largest mean difference of a token's log-probability between pairs run apart and with their beginning shared, and
-# the largest relative difference between a sum of log-probabilities and its entry in the table. Rounding alone
-# changes both in a lower precision, where batches have other shapes.
+# The largest mean difference of a token's log-probability between pairs run apart and with their prompt shared.
 _SHARED_TOLERANCE = {torch.float32: 1e-4}
+# The largest relative difference between a sum of log-probabilities and its entry in the table.
 _TOLERANCE = {torch.float32: 1e-5}
+# Both in a lower precision: rounding alone changes them, as batches have other shapes.
 _ROUNDED = 0.05
 
 

@@ -96,11 +96,11 @@ def _comparable(recipe: Recipe) -> tuple[Section, Section]:
 
 
 def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None, held: ExitStack) -> Path:
-    """`train`, which leaves `held` to its caller: the lock that keeps other processes out of the directory."""
+    """The body of `train`; `held` gets the lock of the output directory, which the caller releases."""
     main = distributed.rank() == 0
     precision, base = decide_precision(recipe), Base.of(recipe.model, say)
     config = _check_and_join(recipe, precision, base, output, say)
-    if main:  # not before the others have joined: one that fails ends this process at once, and the folder would stay
+    if main:  # after all have joined: a rank that fails earlier ends this process, which would leave an empty folder
         held.enter_context(files.locked_folder(output, "training.output_dir"))
     start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
     day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
@@ -177,11 +177,11 @@ def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Pa
     check_launch(recipe, precision)
     trackers.check_trackers(trackers.tracker_names(recipe.training.get("report_to")))
     if main and recipe.hub.repo_id:
-        check_access()  # not after hours
+        check_access()  # now, not after hours of training
     distributed.watch_other_ranks()  # before the processes wait for each other
     # A GGUF is converted here: transformers 5.23 lets only the first of joined processes save a model.
     check_base(recipe, base, precision)
-    config = training_arguments(recipe, precision)  # which joins them
+    config = training_arguments(recipe, precision)  # this call also joins the processes
     if main:
         checkpoint.check_output(output, recipe.training.get("resume_from_checkpoint") or False)
     if distributed.world_size() == 1 and (gpus := torch.cuda.device_count()) > 1:
