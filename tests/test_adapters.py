@@ -304,6 +304,7 @@ def test_base_names_the_base_of_an_adapter_from_elsewhere(base: Path, capsys: py
     assert capsys.readouterr().err == "error: --base base: base is no run, but a whole model; leave out --base\n"
 
 
+@pytest.mark.slow
 def test_a_base_that_is_stored_quantised_is_decided_before_training(
     write_recipe: Callable[..., Path], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,6 +343,7 @@ def test_a_base_that_is_stored_quantised_is_decided_before_training(
 
 
 @pytest.mark.parametrize("form", quantised_tiny.FORMS)
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_the_values_of_a_quantised_file(
     form: str, write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,6 +366,7 @@ def test_an_adapter_is_trained_on_the_values_of_a_quantised_file(
     torch.testing.assert_close(of_merged(Path("merged")), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_quantised_files_that_transformers_reads_wrongly_are_refused(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from finetune.system import before_torch
 from finetune.system.before_torch import _compile_later, _Deferred, prepare_imports
 
 
+@pytest.mark.slow
 def test_the_imports_of_a_run_load_no_compiler() -> None:
     script = """
 import sys

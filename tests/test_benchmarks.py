@@ -40,6 +40,7 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_train(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(ROOT)
     script("train").main(2, "recipes/cpu_smoke.yaml")
@@ -47,6 +48,7 @@ def test_train(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert [float(row[i]) > 0 for i in (2, 3, 4, 5, 6)] == [True] * 5
 
 
+@pytest.mark.slow
 def test_data(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     data = script("data")
     monkeypatch.setattr(data, "MODEL", ModelSection(name_or_path="random:gemma3", chat_template="gemma3"))
@@ -59,6 +61,7 @@ def test_data(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None
     assert rows[3] == ["1", "12", "1", "24"]
 
 
+@pytest.mark.slow
 def test_merge(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     merge = script("merge")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -94,6 +97,7 @@ def test_quantise(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [row[-1] for row in rows_of(capsys.readouterr().out)[1:-1]] == ["True"] * 8
 
 
+@pytest.mark.slow
 def test_preferences(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     preferences = script("preferences")
     monkeypatch.setattr(preferences, "apart", preferences.run)
@@ -114,6 +118,7 @@ def test_commands(script: Any, capsys: Any) -> None:
     assert all(float(figure) > 0 for figure in figures)
 
 
+@pytest.mark.slow
 def test_waiting(script: Any, capsys: Any) -> None:
     script("waiting").main(1, 0.05)
     [[_, *figures]] = rows_of(capsys.readouterr().out)

@@ -262,6 +262,7 @@ def test_another_type_of_the_same_number_is_no_change(write_recipe: Write) -> No
 # The environment
 
 
+@pytest.mark.slow
 def test_what_is_read_from_the_environment(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """A secret is known by the name of its variable; of any other value a digest is kept."""
     monkeypatch.setenv("MY_API_KEY", "open sesame")

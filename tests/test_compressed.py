@@ -192,6 +192,7 @@ def test_a_missing_package_is_named(
 
 
 @pytest.mark.parametrize("better", ["w4a16, with matrix", "w4a16"])
+@pytest.mark.slow
 def test_of_w4a16_with_and_without_a_matrix_the_better_is_kept(
     better: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -336,6 +336,7 @@ def test_the_recipe_goes_to_a_file_that_is_new(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "error: --output: own.yaml exists; write another\n"
 
 
+@pytest.mark.slow
 def test_what_is_left_out_has_its_reason() -> None:
     Path("sft.yaml").write_text(TRL)
     assert convert(Path("sft.yaml")).left == {
@@ -375,6 +376,7 @@ def test_other_files(name: str, text: str | None, message: str, capsys: pytest.C
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.slow
 def test_check_names_the_trainer_of_a_whole_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     for name, text, _ in list(CASES.values())[:6]:
         Path(name).write_text(text)

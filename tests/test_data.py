@@ -778,6 +778,7 @@ VALUES = st.recursive(
     room=st.sampled_from([None, 12]),
     overflow=st.sampled_from(["truncate_turns", "split"]),
 )
+@pytest.mark.slow
 def test_odd_rows_are_told(
     rows: list[Any], form: Any, columns: Any, template: str, skip: str, room: int | None, overflow: str
 ) -> None:
@@ -861,6 +862,7 @@ REFUSED = "the chat template refuses it: roles must alternate user, assistant, u
         ),
     ],
 )
+@pytest.mark.slow
 def test_real_rows(
     file: str,
     form: Any,
@@ -882,6 +884,7 @@ def test_real_rows(
 
 
 @pytest.mark.skipif(REAL is None, reason="FINETUNE_REAL_DATA is not set")
+@pytest.mark.slow
 def test_real_tool_calls() -> None:
     path = str(Path(str(REAL)) / "sharegpt_toolcall_demo.json")
     got = prepare(path, template="chatml", deduplicate=False)

@@ -91,6 +91,7 @@ SPREAD = {
         *(pytest.param(kind, tuple(SPREAD), marks=pytest.mark.soak, id=kind) for kind in KINDS if kind != "LoRA"),
     ],
 )
+@pytest.mark.slow
 def test_one_result_however_the_batch_is_spread(
     write_recipe: Write, processes: Processes, kind: str, spread: tuple[str, ...]
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_checkpoint_of_an_adapter_holds_the_adapter_alone(write_recipe: Write,
     assert main(["generate", "two/checkpoint-4", "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_tells_a_fault_is_not_interrupted() -> None:
     """Others end when they have seen it, whereupon a launcher terminates who is still there."""
     code = (
@@ -220,11 +222,13 @@ def told(said: str) -> list[str]:
     return [line for line in said.splitlines() if "error" in line]
 
 
+@pytest.mark.slow
 def test_a_fault_that_all_ranks_meet_is_told_once(write_recipe: Write, processes: Processes) -> None:
     said = processes.run("train", str(write_recipe()), "training.lr=1", ranks=2, code=2)
     assert told(said) == ["error: command line: training.lr: is not a recipe's key; write learning_rate"]
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_rank_is_told_by_it_and_ends_all(write_recipe: Write, processes: Processes) -> None:
     """A file is missing on the second machine; the first waits for it inside a collective."""
     path = write_recipe(data={"train": [{"path": "${ROWS}"}]})
@@ -241,6 +245,7 @@ def test_a_fault_of_one_rank_is_told_by_it_and_ends_all(write_recipe: Write, pro
 
 
 @pytest.mark.parametrize("what", ["recipe", "rows"])
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused(write_recipe: Write, processes: Processes, what: str) -> None:
     path = write_recipe(data={"train": [{"path": "${ROWS}"}]}, training={"run_name": "${NAME}"})
     uneven_rows(8)
@@ -292,6 +297,7 @@ def _started(processes: Processes, write_recipe: Write, steps: int = 400, **kwar
 @pytest.mark.parametrize(
     ("number", "code", "rank"), [(signal.SIGTERM, 143, 1), pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.soak)]
 )
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_at_one_step(
     write_recipe: Write, processes: Processes, number: int, code: int, rank: int
 ) -> None:
@@ -309,6 +315,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_other(write_recipe: Write, processes: Processes, rank: int) -> None:
     command = _started(processes, write_recipe)
     os.kill(command.pids[rank], signal.SIGKILL)
@@ -332,6 +339,7 @@ def test_processes_whose_launcher_is_gone_end(write_recipe: Write, processes: Pr
     assert command.said().count("(the launcher of the first machine does not answer)") == 2
 
 
+@pytest.mark.slow
 def test_the_others_end_with_one_that_shows_its_traceback(write_recipe: Write, processes: Processes) -> None:
     path = write_recipe(data={"train": [{"path": "${ROWS}"}]})
     uneven_rows(8)
@@ -341,6 +349,7 @@ def test_the_others_end_with_one_that_shows_its_traceback(write_recipe: Write, p
     assert command.said().count("Traceback (most recent call last)") == 1
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_shared_is_refused(write_recipe: Write, processes: Processes) -> None:
     Path("other").mkdir()
     env = {"FINETUNE_TEST_SILENCE": "1"}
@@ -420,6 +429,7 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
         "tensors",
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_done_in_parts_is_refused(
     write_recipe: Write, processes: Processes, overrides: dict[str, Any], env: dict[str, str], fault: str
 ) -> None:

@@ -66,6 +66,7 @@ def test_check_says_what_will_be_saved(write_recipe: Write, capsys: pytest.Captu
     assert main(["check", str(path), "training.save_strategy=best", "early_stopping=null"]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_where_the_whole_one_did(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """Resumed between the two evaluations that count, and after the decision to stop."""
     path = write_recipe(data=ROWS, early_stopping=STOPS_AT_3, training=EVALUATED | {"max_steps": 6})
@@ -92,6 +93,7 @@ def test_a_killed_run_stops_where_the_whole_one_did(write_recipe: Write, capsys:
         shutil.rmtree("run")
 
 
+@pytest.mark.slow
 def test_it_comes_and_goes_with_a_resume(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """A checkpoint without its counter is resumed from; the best weights are those of the lowest loss."""
     path = write_recipe(data=ROWS, training=EVALUATED | {"max_steps": 1})

@@ -390,6 +390,7 @@ def bare(write_recipe: Write) -> Path:
 
 
 @pytest.mark.parametrize("lora", [{"r": 2}, None], ids=["adapter", "full"])
+@pytest.mark.slow
 def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     bare: Path, lora: Any, write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,6 +428,7 @@ def test_a_recipes_base_is_asked_as_the_recipe_loads_it(
     assert told["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_models_to_which_rows_are_other_tokens_are_not_compared_by_them(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -507,6 +509,7 @@ def test_a_judge_compares_with_the_base_or_a_reference(
         )
 
 
+@pytest.mark.slow
 def test_a_server_answers_beside_the_run_and_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = load_generator("run")
     path = lines(Path("p.jsonl"), {"id": "a", "turns": ["One?", "Two?"]}, {"id": "b", "prompt": "Three?"})
@@ -570,6 +573,7 @@ def test_rows_that_the_run_was_trained_on_are_not_called_held_out(
     assert trained_sources("random:gemma3", load_recipe(Path("other.yaml"))) == []
 
 
+@pytest.mark.slow
 def test_a_split_is_held_out_where_the_run_held_it_out(write_recipe: Write) -> None:
     lines(Path("rows.jsonl"), *({"prompt": f"{n}?", "completion": f"{n}."} for n in range(20)))
     path = write_recipe(data={"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.2})

@@ -40,6 +40,7 @@ def base(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_model_with_experts_is_sampled_saved_and_answers(
     kind: str, lora: bool, base: Callable[..., str], write_recipe: Write
 ) -> None:

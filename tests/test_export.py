@@ -197,6 +197,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16,
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.slow
 def test_a_format_loads_with_no_further_argument(exported: Path, kind: str) -> None:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -408,6 +409,7 @@ def test_what_is_lost_is_in_the_order_of_the_bits(exported: Path) -> None:
     assert all(found[kind]["conversations_equal"] == 10 for kind in FORMATS)
 
 
+@pytest.mark.slow
 def test_answers_are_those_that_each_prompt_gets_alone(merged: Path, run: Path, exported: Path) -> None:
     rows, _ = held_out(run)
     generator = load_generator(str(merged))
@@ -461,6 +463,7 @@ def loud(size: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
+@pytest.mark.slow
 def test_the_largest_activation_is_told_with_its_module(tmp_path: Path) -> None:
     model = altered(Path(locate("random:llama")), tmp_path / "loud", loud(5_000))
     assert export(model, tmp_path / "out", "--format=fp16") == 0
@@ -824,6 +827,7 @@ def test_a_comparison_counts_answers_and_conversations_that_are_equal() -> None:
     assert missed_limits(FOUND | {"conversations": [[1], [2]], "conversations_equal": 1}, {}) == [f"nf4: 1 of 2 {IDS}"]
 
 
+@pytest.mark.slow
 def test_gates_are_kept_and_missed_by_the_command(merged: Path, tmp_path: Path, capsys: Said) -> None:
     keeps = ["--gate=max_kl=5", "--gate=max_kl_p99=50", "--gate=min_top1=0.1", "--gate=max_perplexity_ratio=2"]
     misses = ["--gate=max_kl=1e-12", "--gate=max_kl_p99=1e-12", "--gate=min_top1=1", "--gate=max_perplexity_ratio=0.5"]
@@ -859,6 +863,7 @@ def test_an_error_in_the_table_keeps_its_columns() -> None:
 # The recipe's section
 
 
+@pytest.mark.slow
 def test_a_recipe_says_what_is_exported_where_flags_do_not(qlora: Path, tmp_path: Path, capsys: Said) -> None:
     assert export(qlora, tmp_path / "out") == 3
     names = ["adapter on its base", "merged, dequantised base", "merged, original base", "fp16"]
@@ -873,6 +878,7 @@ def test_a_recipe_says_what_is_exported_where_flags_do_not(qlora: Path, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_flags_go_before_the_recipe(qlora: Path, tmp_path: Path) -> None:
     flags = ["--format=bf16", "--base=original", "--gate=max_perplexity_ratio=9", "--gate=max_kl=9"]
     assert export(qlora, tmp_path / "out", *flags) == 0
@@ -882,6 +888,7 @@ def test_flags_go_before_the_recipe(qlora: Path, tmp_path: Path) -> None:
     assert report(tmp_path / "out")["gate"] == {"max_perplexity_ratio": 9.0, "min_top1": 0.5, "max_kl": 9.0}
 
 
+@pytest.mark.slow
 def test_a_very_small_limit_is_read_from_a_run(run: Path, copy: Copy, tmp_path: Path, capsys: Said) -> None:
     model = copy(run)
     recipe = load_recipe(model / "recipe.yaml", ["export.gate.max_kl=0.000001", "export.formats=[bf16]"])
@@ -941,6 +948,7 @@ def test_a_fault_of_the_section_is_one_line(text: str, fault: str, recipe: Calla
 # What can be exported, and what is refused
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_as_its_run(run: Path, tmp_path: Path) -> None:
     assert export(run / "checkpoint-3", tmp_path / "out", "--format=bf16") == 0
     found = figures(tmp_path / "out")
@@ -949,6 +957,7 @@ def test_a_checkpoint_is_exported_as_its_run(run: Path, tmp_path: Path) -> None:
     assert found["merged, original base"]["kl"] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_merged_folder_is_compared_with_its_run(merged: Path, exported: Path, tmp_path: Path) -> None:
     assert export(merged, tmp_path / "out", "--format=nf4") == 0
     assert list(figures(tmp_path / "out")) == ["adapter on its base", "merged", "nf4"]
@@ -957,6 +966,7 @@ def test_a_merged_folder_is_compared_with_its_run(merged: Path, exported: Path, 
     assert_same_tensors(tensors_of(tmp_path / "out" / "nf4"), tensors_of(exported / "nf4"))
 
 
+@pytest.mark.slow
 def test_a_full_fine_tuned_run_is_exported_as_it_is(tmp_path: Path) -> None:
     run = train("random:llama", tmp_path / "full", lora=None)
     assert not (run / "adapter_config.json").exists()
@@ -1060,6 +1070,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(merged: Path, tmp_pat
     assert {path.name for path in output.iterdir()} == {"fp16", "report.json", "report.md"}
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_old_one(merged: Path, copy: Copy, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert export(merged, output, "--format=bf16") == 0

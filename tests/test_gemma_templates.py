@@ -126,6 +126,7 @@ class Draw(random.Random):
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(30_000, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_gemma4_renders_as_the_model_s_own_template(count: int) -> None:
     ours, theirs, draw = load_template("gemma4"), template("gemma4_v5"), Draw(count)
     refused = 0
@@ -151,6 +152,7 @@ def chat(name: str, referee: str = "") -> Chat:
     return Chat(own)
 
 
+@pytest.mark.slow
 def test_gemma4_has_the_labels_of_the_model_s_own_template() -> None:
     ours, theirs = chat("gemma4", "gemma4_v5"), Chat(tokenizer("gemma4_v5"))
     trained = 0

@@ -44,6 +44,7 @@ def test_spread_over_all_devices_it_says_the_same() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "gemma4", "llama"])
+@pytest.mark.slow
 def test_answers_that_have_ended_leave_the_batch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the others stay what they are alone, behind prompts of different lengths and beyond the sliding window."""
     generator = load_generator(f"random:{architecture}", dtype="float32")
@@ -142,6 +143,7 @@ def test_what_is_not_there_is_one_line(arguments: list[str], fault: str, capsys:
     assert said.startswith(f"error: {fault}")
 
 
+@pytest.mark.slow
 def test_what_a_run_says_and_this_device_has_not_is_told_of_the_run(
     write_recipe: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:

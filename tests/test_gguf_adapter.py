@@ -53,6 +53,7 @@ def logits(file: Path, adapter: Path | None = None) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("name", ["random:llama", "random:gemma3", "random:gemma4"])
+@pytest.mark.slow
 def test_it_computes_what_the_merged_model_does(name: str, tmp_path: Path) -> None:
     run = adapter_of(name, tmp_path / "run")
     (tmp_path / "lora").mkdir()

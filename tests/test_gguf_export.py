@@ -52,6 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_folders_hold_all_that_is_needed(exported: Path) -> None:
     names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert names == {
@@ -305,6 +306,7 @@ def rows_file(file: Path, *systems: str | None) -> Options:
     return {"path": str(file)}
 
 
+@pytest.mark.slow
 def test_the_system_text_of_all_conversations_is_in_the_modelfile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

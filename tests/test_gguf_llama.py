@@ -137,6 +137,7 @@ def found(model: Any, file: Path, tokenizer: Any, rows: list[LabelledRow], kept:
     return measure(file, "tiny.F32", on)
 
 
+@pytest.mark.slow
 def test_a_right_file_predicts_as_transformers_does(found: dict[str, Any], model: Any, rows: list[LabelledRow]) -> None:
     """Both compute in float32 and differ in the order of sums alone: 6e-5 was the most that was seen."""
     assert "error" not in found, found

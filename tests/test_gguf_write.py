@@ -399,6 +399,7 @@ def test_weights_in_16_bit_give_the_file_of_the_same_numbers_in_float32(
     assert [t.data.tobytes() for t in tensors(half).values()] == [t.data.tobytes() for t in tensors(whole).values()]
 
 
+@pytest.mark.slow
 def test_slices_and_shards_change_nothing(
     made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

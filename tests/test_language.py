@@ -409,6 +409,7 @@ def alarm() -> Iterator[None]:
 @pytest.mark.parametrize(
     "part", ["a", "あ", "$", " ", "=", "\\[", "\\begin{a}", "translate ", "<a ", "not ", "日本語で", "def (", "~/"]
 )
+@pytest.mark.slow
 def test_a_text_that_repeats_itself_is_read_once(part: str) -> None:
     # Seconds at most; where a pattern tries again from each place, minutes.
     text = part * (100_000 // len(part))

@@ -372,6 +372,7 @@ def test_every_tensor_is_that_of_peft_and_the_logits_are_the_adapters(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.slow
 def test_several_adapters_are_pefts_cat(dtype: Dtype, base_of: Locate, tmp_path: Path) -> None:
     base = base_of("llama with biases")
     one = make_run(base, tmp_path / "one", dtype, target_modules=[*QV, "embed_tokens"], rank_pattern={"v_proj": 3})
@@ -550,6 +551,7 @@ def test_a_trained_run_becomes_a_model_with_all_that_belongs_to_it(
     assert_starts_from_rounded_values(base, trained, merged, torch.float32, NF4, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_is_merged_as_the_run_is(trained: Path, tmp_path: Path) -> None:
     merge(trained, tmp_path / "run")
     merge(trained / "checkpoint-2", tmp_path / "last")
@@ -615,6 +617,7 @@ def test_what_does_not_fit_float16_is_named(
     )
 
 
+@pytest.mark.slow
 def test_shards_have_an_index_and_load(base_of: Locate, tmp_path: Path) -> None:
     run = make_run(base_of("random:gemma3"), tmp_path / "run", target_modules="all-linear")
     merge(run, tmp_path / "one")
@@ -1009,6 +1012,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
 # What is there already
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_replaced_only_where_merge_wrote_it_and_only_at_the_end(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1072,6 +1076,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("moments", [4, pytest.param(40, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_killed_at_any_moment_the_output_is_whole_or_absent(
     base_of: Locate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: int
 ) -> None:
@@ -1116,6 +1121,7 @@ def test_killed_at_any_moment_the_output_is_whole_or_absent(
 
 
 @pytest.mark.parametrize("kill", [1, 2, 3], ids=["before", "between", "after"])
+@pytest.mark.slow
 def test_killed_while_one_output_takes_the_place_of_another_either_is_there_in_the_end(
     kill: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def fault(call: Callable[[], object]) -> str:
 # Mixtures
 
 
+@pytest.mark.slow
 def test_weights_and_samples() -> None:
     a, b, c = numbered("a.jsonl", 10), numbered("b.jsonl", 4), numbered("c.jsonl", 5)
     mixture = section({"path": a, "weight": 0.3}, {"path": b, "weight": 2.5}, {"path": c, "samples": 7})
@@ -358,6 +359,7 @@ def test_a_system_text_can_be_refused() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_saved_model_renders_as_it_was_trained(write_recipe: Callable[..., Path]) -> None:
     from transformers import AutoTokenizer
 
@@ -505,6 +507,7 @@ def test_a_stream_counts_what_leaves_it() -> None:
     assert len({row["row"] for row in seen}) == 8
 
 
+@pytest.mark.slow
 def test_a_share_is_one_of_kept_rows() -> None:
     a = numbered("a.jsonl", 3000)
     rows = [talk(f"c {n}", "x") | {"use": n % 2 == 0} for n in range(3000)]
@@ -515,6 +518,7 @@ def test_a_share_is_one_of_kept_rows() -> None:
     assert 70 < first.count("c") < 130
 
 
+@pytest.mark.slow
 def test_streams_are_mixed_by_weight() -> None:
     a, b = numbered("a.jsonl", 300), numbered("b.jsonl", 300)
     stream, _ = build_datasets(
@@ -540,6 +544,7 @@ def test_a_stream_without_rows_does_not_start() -> None:
     ) == ("no row is left to train on: 0 of 1 rows, 0 tokens, 0 trained on (0%), longest 0; 1 it has no messages")
 
 
+@pytest.mark.slow
 def test_training_on_a_stream(write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(
         data={"train": [{"path": numbered("a.jsonl", 12), "streaming": True}]}, training={"max_steps": 8}

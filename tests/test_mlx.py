@@ -155,6 +155,7 @@ def test_the_folder_holds_what_mlx_lm_converts_it_to(name: str, tmp_path: Path) 
 
 @needs_mlx
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_mlx_lm_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     """On the model in float32: what remains is the order of sums, and in Gemma 1 mlx-lm's exact GELU."""
     import mlx.core as mx

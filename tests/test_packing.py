@@ -153,6 +153,7 @@ def read_across(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "attention"), ATTENTIONS)
+@pytest.mark.slow
 def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(
     architecture: str, attention: str, one_step: Callable[..., Step]
 ) -> None:
@@ -177,6 +178,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(
     ],
     ids=["full fine-tuning", "evaluated unpacked, layers recomputed", "bfd_split, padded", "padding-free"],
 )
+@pytest.mark.slow
 def test_so_do_other_ways_to_pack(training: dict[str, Any], lora: bool, one_step: Callable[..., Step]) -> None:
     alone = one_step("gemma3", "sdpa", ALONE, lora)
     packed = one_step("gemma3", "sdpa", training, lora)
@@ -184,6 +186,7 @@ def test_so_do_other_ways_to_pack(training: dict[str, Any], lora: bool, one_step
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("llama", "eager"), ("gemma", "sdpa"), ("gemma3", "sdpa")])
+@pytest.mark.slow
 def test_rows_that_read_one_another_are_seen_and_refused(
     architecture: str, attention: str, one_step: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +261,7 @@ def test_packing_that_lets_rows_read_one_another_is_refused(
 
 
 @pytest.mark.parametrize("how", ["the command line", "Python"])
+@pytest.mark.slow
 def test_every_token_is_packed_and_no_kernel_is_asked_for(
     how: str, write_recipe: Write, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

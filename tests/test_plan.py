@@ -143,6 +143,7 @@ TRIED += [pytest.param(*case, marks=pytest.mark.soak) for case in SOAK if case n
 
 
 @pytest.mark.parametrize(("model", "kind", "shape"), TRIED)
+@pytest.mark.slow
 def test_a_peak_is_what_the_allocator_says(
     write_recipe: Write,
     measured: Callable[[Path], tuple[int, int, Batch]],
@@ -176,6 +177,7 @@ def test_a_peak_is_what_the_allocator_says(
 @pytest.mark.parametrize(
     "model", ["llama", pytest.param("gemma3", marks=pytest.mark.soak), pytest.param("gemma4", marks=pytest.mark.soak)]
 )
+@pytest.mark.slow
 def test_a_peak_of_pairs_is_what_the_allocator_says(
     write_recipe: Write,
     measured: Callable[[Path], tuple[int, int, Batch]],
@@ -356,6 +358,7 @@ def test_a_config_is_cut_by_what_it_says_of_its_layers(name: str) -> None:
     ("gpu", "lora"),
     [(True, True), *(pytest.param(*each, marks=pytest.mark.soak) for each in ((True, False), (False, True)))],
 )
+@pytest.mark.slow
 def test_the_cost_of_any_batch_follows_from_those_of_two(
     write_recipe: Write, monkeypatch: pytest.MonkeyPatch, gpu: bool, lora: bool
 ) -> None:
@@ -384,6 +387,7 @@ def test_the_cost_of_any_batch_follows_from_those_of_two(
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.slow
 def test_the_work_is_that_of_the_model(write_recipe: Write, tmp_path: Path, kind: str) -> None:
     """Known from its weights; beside them attention computes whole squares, and the scores a second time."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
@@ -528,6 +532,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(write_recipe: Write) -> No
     assert fit.longest_rows > 512
 
 
+@pytest.mark.slow
 def test_weights_in_4_bit_are_counted_to_the_byte(write_recipe: Write) -> None:
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b", "dtype": "float16"},
@@ -638,6 +643,7 @@ def test_what_to_write_so_that_a_device_computes_in_it(
         ("opt", "OPTForCausalLM", {"hidden_size": 64, "num_hidden_layers": 5, "word_embed_proj_dim": 64}),
     ],
 )
+@pytest.mark.slow
 def test_layers_by_other_names(
     write_recipe: Write, tmp_path: Path, kind: str, name: str, numbers: dict[str, int]
 ) -> None:
@@ -805,6 +811,7 @@ def test_what_cannot_be_computed_is_no_reason_not_to_start(
     check_memory(streamed, step_arguments(streamed), None)
 
 
+@pytest.mark.slow
 def test_processes_on_one_machine_share_its_memory(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.plan.preflight.this_machine", lambda free: replace(this_machine(), memory=0.8 * GIB))
     recipe = load_recipe(write_recipe(training={"per_device_train_batch_size": 4}))
@@ -884,6 +891,7 @@ def test_a_quota_of_processor_time_counts(
 
 
 @pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_the_table_of_recipes_is_what_plan_says(monkeypatch: pytest.MonkeyPatch, each: bool) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

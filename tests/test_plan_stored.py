@@ -33,6 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return made
 
 
+@pytest.mark.slow
 def test_a_second_plan_runs_nothing(write_recipe: Write, runs: list[Any]) -> None:
     recipe = load_recipe(write_recipe(model={"name_or_path": "random:llama"}), ["data.train=[{path: owner/rows}]"])
     first = plan(recipe, GPUS["t4"], use_rows=False)
@@ -47,6 +48,7 @@ def test_a_second_plan_runs_nothing(write_recipe: Write, runs: list[Any]) -> Non
     assert len(runs) == count
 
 
+@pytest.mark.slow
 def test_without_a_cache_a_plan_is_made(write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(write_recipe(), ["data.train=[{path: owner/rows}]"])
     Path("blocked").touch()
@@ -56,6 +58,7 @@ def test_without_a_cache_a_plan_is_made(write_recipe: Write, runs: list[Any], mo
     assert runs
 
 
+@pytest.mark.slow
 def test_what_a_step_depends_on_is_a_part_of_the_key(
     write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

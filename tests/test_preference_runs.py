@@ -87,6 +87,7 @@ def test_one_result_however_the_pairs_are_spread(
         pytest.param("orpo", 1, marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.slow
 def test_a_resumed_run_ends_at_the_same_bits(
     method: str, ranks: int, write_recipe: Write, pairs: None, processes: Processes
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_run_killed_while_its_reference_is_computed_ends_at_the_same_bits(
     assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_pairs(
     write_recipe: Write, pairs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_loss_that_is_not_finite_names_the_pairs(
     assert "the loss is nan at step 1, on the rows pairs.jsonl:1, pairs.jsonl:2, pairs.jsonl:3, pairs.jsonl:4" in error
 
 
+@pytest.mark.slow
 def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_recipe: Write, pairs: None) -> None:
     path = recipe(write_recipe, "dpo", max_steps=12, learning_rate=1e-2)
     evaluate = {"evaluate.prompts": "p.jsonl", "evaluate.max_new_tokens": "2"}
@@ -175,6 +178,7 @@ def test_evaluation_counts_the_pairs_whose_chosen_answer_is_preferred(write_reci
     assert "100.0% (3 of 3; 95%: 43.8% to 100.0%)" in text
 
 
+@pytest.mark.slow
 def test_the_page_and_the_card_of_a_run_show_its_rewards(
     write_recipe: Write, pairs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

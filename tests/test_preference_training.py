@@ -189,6 +189,7 @@ def test_a_model_that_mixes_tokens_otherwise_shares_no_prompt(tmp_path: Path) ->
         ("llama", LORA, {"loss_type": "apo_zero", "use_weighting": True}),
     ],
 )
+@pytest.mark.slow
 def test_losses_gradients_and_metrics_are_trls(
     name: str, lora: dict[str, Any] | None, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -220,6 +221,7 @@ def test_losses_gradients_and_metrics_are_trls(
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=2e-5), key
 
 
+@pytest.mark.slow
 def test_kto_is_trls_where_a_batch_is_the_whole_step(tmp_path: Path) -> None:
     rows, tokenizer = pairs(4), tokenizer_of("llama")
     options = SETTINGS | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3}
@@ -300,6 +302,7 @@ def changed_adapter() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_an_adapter_begins_at_the_log_of_two(tmp_path: Path) -> None:
     rows, tokenizer = pairs(8), tokenizer_of("llama")
     theirs = Untouched(
@@ -344,6 +347,7 @@ def test_a_resumed_run_without_its_reference_does_not_go_on(tmp_path: Path) -> N
         trained(trainer, tmp_path, resumed=True)
 
 
+@pytest.mark.slow
 def test_another_models_reference_does_not_start(tmp_path: Path) -> None:
     rows, tokenizer = prepared(pairs(4)), tokenizer_of("llama")
     trained(DpoTrainer(model_of("llama", LORA), DPOConfig(str(tmp_path), **SETTINGS), rows, None, tokenizer), tmp_path)
@@ -357,6 +361,7 @@ def test_another_models_reference_does_not_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.slow
 def test_a_step_is_the_same_however_it_is_accumulated(size: int, tmp_path: Path) -> None:
     options = SETTINGS | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
     rows = prepared(pairs(6))  # the second step has two pairs
@@ -370,6 +375,7 @@ def test_a_step_is_the_same_however_it_is_accumulated(size: int, tmp_path: Path)
             assert one[key] == pytest.approx(other[key], rel=2e-5, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_rows_that_only_fill_a_batch_count_for_nothing(tmp_path: Path) -> None:
     rows = pairs(3)
     filled = prepared([*rows, rows[0]]).to_list()

@@ -193,6 +193,7 @@ def logits(model: Any, folder: str | Path) -> torch.Tensor:
 # A run
 
 
+@pytest.mark.slow
 def test_a_run_puts_a_checkpoint_and_itself_on_the_hub(pushed_run: PushedRun, hub: Hub) -> None:
     run, lines, repo, log = pushed_run
     commits = list(repo.commits)[1:]
@@ -229,6 +230,7 @@ def test_what_is_on_the_hub_names_nothing_of_this_machine(pushed_run: PushedRun)
     assert b"# recipe.yaml:" in repo.files()["recipe.yaml"]  # where each value comes from is still told
 
 
+@pytest.mark.slow
 def test_what_is_pulled_answers_with_the_same_logits(trained: Path, client: pytest.MonkeyPatch, tmp_path: Path) -> None:
     push(trained, "you/again")
     client.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "clean"))
@@ -308,6 +310,7 @@ def test_nobody_logged_in_is_told_before_the_training(
 # The files of a push
 
 
+@pytest.mark.slow
 def test_after_a_failure_only_what_is_missing_is_sent(
     merged: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,6 +340,7 @@ def test_after_a_failure_only_what_is_missing_is_sent(
     assert (hub.sent, hub.repos["you/merged"].titles) == ([], ["Model"])
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_whole_on_the_hub(merged: Path, hub: Hub, client: pytest.MonkeyPatch, tmp_path: Path) -> None:
     push(merged, "you/merged")
     files = hub.repos["you/merged"].files()
@@ -425,6 +429,7 @@ def test_a_run_with_a_model_merged_into_it_is_a_run(run: Path, merged: Path) -> 
     assert "adapter_model.safetensors" in make_payload(run, "you/run", ask=False).files
 
 
+@pytest.mark.slow
 def test_a_report_adds_no_files_of_a_folder_that_it_does_not_know(hub: Hub, tmp_path: Path, trained: Path) -> None:
     export = tmp_path / "exports"
     export.mkdir()
@@ -688,6 +693,7 @@ def test_the_page_of_a_checkpoint_tells_nothing_of_what_came_later(trained: Path
     assert "- training: " not in page
 
 
+@pytest.mark.slow
 def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> None:
     lines: list[str] = []
     stays = "you/web: its model card was edited on the Hub and is kept; delete it there to replace it"
@@ -720,6 +726,7 @@ def test_a_page_that_was_changed_on_the_hub_stays_there(run: Path, hub: Hub) -> 
     assert pushed(page=theirs.encode()) == page
 
 
+@pytest.mark.slow
 def test_what_is_there_of_another_model_is_not_loaded(trained: Path, merged: Path, hub: Hub) -> None:
     push(trained, "you/both")
     repo, lines = hub.repos["you/both"], list[str]()
@@ -851,6 +858,7 @@ def test_a_process_needs_nothing_but_its_environment(trained: Path, hub: Hub) ->
     assert sorted(hub.repos["you/alone"].files()) == ADAPTER
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_a_pull_request_opened(
     trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -967,6 +975,7 @@ def test_a_network_that_ends_in_the_middle_of_a_push_commits_nothing(
     assert hub.repos["you/cut"].titles == ["Adapter"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_commits_nothing(
     trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1008,6 +1017,7 @@ def kill_push(run: Path, repo: str, hub: Hub, number: int) -> None:
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_a_push_that_is_killed_commits_all_or_nothing(every: int, run: Path, hub: Hub) -> None:
     """Killed at every n-th of its requests; then the same push again."""
     here = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

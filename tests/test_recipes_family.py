@@ -503,6 +503,7 @@ TIERS |= dict.fromkeys(SLOW, pytest.mark.slow)
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=TIERS.get(p.stem, pytest.mark.soak), id=p.stem) for p in RECIPES]
 )
+@pytest.mark.slow
 def test_a_tiny_model_goes_through_training_and_merging(
     path: Path,
     base_of: Callable[[str], str],
@@ -649,6 +650,7 @@ VARIANTS: dict[str, Options] = {
 
 @pytest.mark.parametrize("model", ["random:gemma2", pytest.param("random:gemma3", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_a_trained_adapter_merges_to_the_model_that_was_trained(
     variant: str, model: str, write_recipe: Callable[..., Path], seen: Options
 ) -> None:
@@ -692,6 +694,7 @@ def test_a_trained_adapter_merges_to_the_model_that_was_trained(
     ],
     ids=lambda options: "-".join(options) + f" {options['init_lora_weights']}",
 )
+@pytest.mark.slow
 def test_an_adapter_that_begins_as_a_part_of_its_base_is_saved_as_a_plain_one(
     options: Options, write_recipe: Callable[..., Path], seen: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     ],
     ids=["lora", "packed", "full", "4-bit"],
 )
+@pytest.mark.slow
 def test_a_run_with_it_is_the_run_without(
     write_recipe: Write,
     without: Callable[..., int],
@@ -115,6 +116,7 @@ def test_a_run_with_it_is_the_run_without(
     assert_same_runs(Path("run"), Path("without"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_it_is_the_run_without(write_recipe: Write, without: Callable[..., int]) -> None:
     path = write_recipe(lora={"lora_dropout": 0.1}, training={"save_strategy": "steps", "save_steps": 2})
     assert without(str(path), "training.output_dir=whole") == 0

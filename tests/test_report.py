@@ -106,6 +106,7 @@ SPOKEN = ("recipe: ", "data: ", "evaluation: ", "chosen: ", "model: ", "memory: 
 SPOKEN += ("a LoRA adapter is trained", "done in ")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, str]) -> None:
     said = re.sub(r"\x1b\[\?25[lh]|\x1b\[[\d;]*m", "", trained[1])
     lines = [line for line in re.split(r"[\r\n]+|\x1b\[2K", said) if line]
@@ -121,6 +122,7 @@ def test_a_terminal_shows_one_bar_and_nothing_of_upstream(trained: tuple[Path, s
     assert trained[1].count("\x1b[?25l") == trained[1].count("\x1b[?25h") == 1
 
 
+@pytest.mark.slow
 def test_elsewhere_there_are_plain_lines(
     write_recipe: Copy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

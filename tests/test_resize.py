@@ -86,6 +86,7 @@ def test_embeddings_that_have_all_rows_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("architecture", EMBEDDINGS)
+@pytest.mark.slow
 def test_new_rows_are_trained_and_merged(architecture: str, recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A whole run and its merge: about four seconds."""
     path = recipe(str(enlarged(architecture)), resize_embeddings=True)
@@ -110,6 +111,7 @@ def test_new_rows_are_trained_and_merged(architecture: str, recipe: Any, capsys:
     assert "finetune_resized_from" not in config
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_saved_without_a_trace(recipe: Any) -> None:
     path = recipe(str(enlarged("llama")), resize_embeddings=True)
     Path(path).write_text(

@@ -265,6 +265,7 @@ def test_any_text_is_read_alike_in_all_pieces(text: str) -> None:
 
 @QUICK
 @given(values=st.lists(st.dictionaries(TEXTS, VALUES, max_size=3) | VALUES, min_size=1, max_size=4), dumps=DUMPS)
+@pytest.mark.slow
 def test_json_cut_off_at_every_byte_gives_the_whole_rows_before(values: list[Any], dumps: Any) -> None:
     data = dumps(values)
     text, spans, at = data.decode(), [], data.decode().index("[") + 1
@@ -295,6 +296,7 @@ def test_json_cut_off_at_every_byte_gives_the_whole_rows_before(values: list[Any
             )
 
 
+@pytest.mark.slow
 def test_a_long_json_needs_little_memory() -> None:
     count, text = 6000, "日" + "x" * 9_997
     row = json.dumps({"text": text}, ensure_ascii=False).encode()

@@ -250,6 +250,7 @@ def test_gemma_3n_is_not_trained_on_quantised_weights(write_recipe: Write) -> No
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_t4_learns_as_in_float32(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +366,7 @@ def test_other_families_are_left_as_they_are() -> None:
     assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == []
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_quantised_run_is_trained_in_float32(write_recipe: Write) -> None:
     """trl 1.16 casts it to bfloat16, whose gradients a T4's scaler cannot read."""
     assert main([str(write_recipe(quantization=NF4, training={"max_steps": 1}))]) == 0
@@ -517,6 +519,7 @@ def test_an_unlawful_pair_is_one_line_before_a_row_is_read(
     assert capsys.readouterr().err == f"error: --attn: {line}\n"
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_said_once(write_recipe: Write) -> None:
     path = write_recipe(model={"name_or_path": "random:gemma2"})
     for overrides, wanted in (
@@ -596,6 +599,7 @@ TURN_END = {"llama": "<|im_end|>"}
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("name", [*RANDOM_ARCHITECTURES, "gemma3, untied", "multimodal gemma3"])
+@pytest.mark.slow
 def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     name: str, lora: bool, bases: Callable[[str], str], write_recipe: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -816,6 +820,7 @@ VOCABULARY, TILE = 32_768, 2**20
 @pytest.mark.parametrize(
     ("name", "lora"), [("gemma2", True), pytest.param("gemma3", False, marks=pytest.mark.slow)], ids=["lora", "full"]
 )
+@pytest.mark.slow
 def test_scores_are_never_held_for_all_tokens_at_once(
     name: str, lora: bool, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def older_base(folder: Path, kind: str = "llama", **older: Any) -> Path:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.slow
 def test_every_folder_of_a_run_has_the_files_that_older_readers_need(
     lora: bool, write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

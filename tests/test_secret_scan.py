@@ -99,6 +99,7 @@ def test_names_of_secrets_in_structured_files(value: object, found: str | None) 
     assert find_named_secret(value) == found
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_the_projects_own_files_and_rows() -> None:
     names = ("data/*.jsonl", "recipes/*.yaml", "docs/*.md", "finetune/**/*.py", "finetune/**/*.jinja", "tests/*.jsonl")
     files = [file for name in names for file in ROOT.glob(name)]
@@ -114,6 +115,7 @@ def test_a_secret_is_found_wherever_it_stands_in_a_long_text() -> None:
         assert find_secret("x " * (place // 2) + KINDS["jwt"] + " y" * 3000) == "JSON Web Token"
 
 
+@pytest.mark.slow
 def test_a_long_line_takes_no_quadratic_time() -> None:
     """A vocabulary may be one line of megabytes; each of these is the beginning of many a pattern."""
     pieces = ("//", "://a:", "eyJ", "xoxb-1-", "0123456789", "sk-", "aws", "AC", "M" + letters(23), "-us", "hf_", "a.")

@@ -196,6 +196,7 @@ def test_a_package_with_a_model_is_imported(tmp_path: Path, monkeypatch: pytest.
 # The environment
 
 
+@pytest.mark.slow
 def test_a_value_from_the_environment_is_written_nowhere(
     write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

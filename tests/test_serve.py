@@ -328,6 +328,7 @@ def answer(port: int, model: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("number", "code", "last"), [(signal.SIGINT, 130, "stopped\n"), (signal.SIGTERM, 143, "terminated\n")]
 )
+@pytest.mark.slow
 def test_a_signal_ends_the_server_and_its_processes(
     number: int, code: int, last: str, workdir: Path, program: Callable[..., None]
 ) -> None:
@@ -349,6 +350,7 @@ def test_a_signal_ends_the_server_and_its_processes(
     )
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_server(workdir: Path, program: Callable[..., None]) -> None:
     program("llama-server", STUBBORN)
     Path("x.gguf").touch()
@@ -359,6 +361,7 @@ def test_a_killed_command_leaves_no_server(workdir: Path, program: Callable[...,
     assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_llama_cpp_answers(tiny_gguf: Path, workdir: Path) -> None:
     pytest.importorskip("xllamacpp")
     port = free_port()

@@ -44,6 +44,7 @@ def fails(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     "each", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["all at once", "one after the other"]
 )
+@pytest.mark.slow
 def test_each_of_them_fails_without_ending_the_run(
     each: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +61,7 @@ def test_each_of_them_fails_without_ending_the_run(
         assert Path(f"run{i}/adapter_model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_an_evaluation_after_the_last_step_fails_and_the_run_is_saved(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -367,6 +367,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
+@pytest.mark.slow
 def test_terminated_at_an_evaluation_or_an_epochs_end(
     write_recipe: Write,
     wholes: Path,
@@ -454,6 +455,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_saved(write_recipe: Write, 
         subprocess.run(["umount", "disk"], check=True)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(write_recipe: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     now, step_of, back = time.time, RunTrainer.training_step, [0]
 
@@ -608,6 +610,7 @@ def test_a_pickle_that_would_run_code_is_not_read(write_recipe: Write, capsys: p
         *(pytest.param(name, marks=pytest.mark.soak) for name in ("cosine_with_restarts", "polynomial")),
     ],
 )
+@pytest.mark.slow
 def test_every_schedule_goes_on_where_it_was(write_recipe: Write, schedule: str) -> None:
     rows(12)
     plateau = {"lr_scheduler_kwargs": {"patience": 0}, "eval_strategy": "steps", "eval_steps": 1}

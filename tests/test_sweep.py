@@ -349,6 +349,7 @@ def test_other_held_out_rows_are_told(write_recipe: Write, jobs: Jobs, capsys: p
 # Runs that train
 
 
+@pytest.mark.slow
 def test_a_half_finished_run_is_resumed(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights are those of the run that was not stopped."""
     path = write_recipe(data=HELD_OUT, training={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})

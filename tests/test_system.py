@@ -474,6 +474,7 @@ def wait(seconds: int) -> int:
 PARENT = "from waiting import *; call(wait, 60, on_line=lambda line: print(line, flush=True))"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "waiting.py").write_text(WAITING)
     paths = os.pathsep.join([str(tmp_path), *sys.path])

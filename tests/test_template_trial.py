@@ -80,6 +80,7 @@ def test_no_torch_is_imported_for_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=child_environment(), check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_transformers_renders_the_trials_conversations_alike() -> None:
     """Each shipped template takes the same way through its text."""
     from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -119,6 +119,7 @@ def test_wandb_has_one_run_with_all_that_it_is(write_recipe: Write, monkeypatch:
     assert not any("optimizer" in name or "checkpoint" in name or "training_args" in name for name in names)
 
 
+@pytest.mark.slow
 def test_tensorboard_draws_one_curve(write_recipe: Write) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -163,6 +164,7 @@ def test_trackio_goes_on_with_its_run(write_recipe: Write, tmp_path: Path, monke
     assert run.name == json.loads(Path("run/tracking.json").read_text())["name"]
 
 
+@pytest.mark.slow
 def test_samples_are_answers_to_the_same_prompts_as_it_learns(write_recipe: Write) -> None:
     """And asking for them changes nothing of what is learned."""
     path = write_recipe(training={**TWICE, "max_steps": 4})
@@ -177,6 +179,7 @@ def test_samples_are_answers_to_the_same_prompts_as_it_learns(write_recipe: Writ
     assert Path("quiet/adapter_model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_the_count_of_trained_tokens_is_the_ledgers(write_recipe: Write) -> None:
     path = write_recipe(training={"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 4})
     assert main(["train", str(path)]) == 0

@@ -195,6 +195,7 @@ def test_the_run_answers(
     ],
     ids=["nf4", "int8", "full", "llama with token rows", "dora"],
 )
+@pytest.mark.slow
 def test_each_way_of_training_learns_and_loads_again(
     write_recipe: Write,
     capsys: pytest.CaptureFixture[str],
@@ -295,6 +296,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert [r["step"] for r in metrics(Path("run")) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_day_it_began_on(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +410,7 @@ def test_two_runs_into_one_folder_do_not_mix(write_recipe: Write, capsys: pytest
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_that_was_saved(
     write_recipe: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +463,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens_whatever_the_batch(write_re
     assert found[1:] == pytest.approx([found[0]] * 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_token_rows_of_a_bfloat16_base_are_trained_in_float32(write_recipe: Write) -> None:
     path = write_recipe(model={"dtype": "bfloat16"}, lora={"trainable_token_indices": [4, 5]})
     assert main([str(path), "training.learning_rate=1e-6"]) == 0
@@ -479,6 +483,7 @@ def test_float16_is_refused_on_a_cpu(write_recipe: Write, capsys: pytest.Capture
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_text_rows_need_no_template(write_recipe: Write) -> None:
     Path("text.jsonl").write_text("".join(f'{{"text": "plain text {n}"}}\n' for n in range(4)))
     path = write_recipe(data={"train": [{"path": "text.jsonl", "format": "text"}]})
@@ -522,6 +527,7 @@ def test_an_earlier_adapter_is_trained_on(write_recipe: Write, capsys: pytest.Ca
     assert main(["check", "run/recipe.yaml"]) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_that_cannot_be_trained_on(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     def fault(path: Path) -> str:
         capsys.readouterr()
@@ -567,6 +573,7 @@ def test_a_record_that_was_cut_off_does_not_stop_a_resume(write_recipe: Write) -
 
 
 @pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.slow
 def test_an_evaluation_drops_no_rows(write_recipe: Callable[..., Path], count: int, capsys: Any) -> None:
     """`dataloader_drop_last` is for training: the loss of an evaluation is that of all rows, whatever the batch."""
     rows = [json.loads(line) for line in SAMPLE_ROWS.read_text(encoding="utf-8").splitlines()[:16]]

@@ -57,6 +57,7 @@ def test_a_type_that_cannot_be_written_takes_anything() -> None:
     assert judged(types_of({"a": upstream_tables._encoded(bytes | None)})["a"], {"b": 1}) == set()
 
 
+@pytest.mark.slow
 def test_a_check_imports_nothing_of_upstream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, faulty = tmp_path / "r.yaml", tmp_path / "faulty.yaml"
     recipe.write_text(
