@@ -23,8 +23,8 @@ from finetune.merge.run import merge
 from finetune.model.adapter_readers import READERS, check_adapter, problems_of
 from finetune.model.attach import attach_adapter, without_warnings
 from finetune.model.compatibility import all_linear_targets, can_be_dequantised
-from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.locate import Base, locate, read_config
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import FinetuneError, RunError
@@ -112,7 +112,7 @@ def test_an_adapter_with_other_names_is_refused_by_all(rename: Change, shown: st
     model = load_base(str(base), torch.float32)
     for use in (
         lambda: merge(adapter, "merged"),
-        lambda: load_generator(str(adapter), dtype="float32"),
+        lambda: load_generator(str(adapter), LoadOptions(dtype="float32")),
         lambda: attach_adapter(model, adapter, trainable=True),
     ):
         with pytest.raises(FinetuneError, match="base") as error:
@@ -134,12 +134,12 @@ def test_an_adapter_with_other_names_is_refused_by_all(rename: Change, shown: st
 def test_all_parts_of_an_adapter_are_attached(base_name: str, lora: dict[str, Any], tmp_path: Path) -> None:
     on = Path(locate(base_name))
     adapter = save_adapter(on, tmp_path / "adapter", **lora)
-    found = logits(load_generator(str(adapter), dtype="float32").model)
+    found = logits(load_generator(str(adapter), LoadOptions(dtype="float32")).model)
     torch.testing.assert_close(found, of_peft(on, adapter), rtol=0, atol=1e-5)
     dropped = min(key for key in load_file(adapter / WEIGHTS) if ".base_layer." not in key)
     change_file(adapter, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != dropped})
     with pytest.raises(FinetuneError, match="is of another base, or damaged: it lacks base_model"):
-        load_generator(str(adapter), dtype="float32")
+        load_generator(str(adapter), LoadOptions(dtype="float32"))
 
 
 def default_kept(tensors: Tensors) -> Tensors:
@@ -185,7 +185,9 @@ def test_names_that_peft_takes_are_merged_as_peft_loads_them(
     assert not torch.allclose(expected, of_merged(on), atol=0.1)
     merge(adapter, "merged")
     torch.testing.assert_close(of_merged(Path("merged")), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(load_generator(str(adapter), dtype="float32").model), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(load_generator(str(adapter), LoadOptions(dtype="float32")).model), expected, rtol=0, atol=1e-5
+    )
     assert not [path for path in Path("merged").iterdir() if path.name.startswith(".")]
     record = json.loads(Path("merged/merge.json").read_text())
     assert [item["path"] for item in record["adapters"]] == ["adapter"]
@@ -336,7 +338,7 @@ def test_a_base_that_is_stored_quantised_is_decided_before_training(
         in capsys.readouterr().err
     )
     assert main(["merge", "run", "--output", "rounded", "--base", "dequantised"]) == 0
-    trained = logits(load_generator("run", dtype="float32").model)
+    trained = logits(load_generator("run", LoadOptions(dtype="float32")).model)
     torch.testing.assert_close(of_merged(Path("rounded")), trained, rtol=0, atol=1e-4)
     assert main(["merge", "run", "--output", "merged", "--base", "base"]) == 0
     torch.testing.assert_close(of_merged(Path("merged")), of_peft(base, Path("run")), rtol=0, atol=1e-5)
@@ -358,7 +360,9 @@ def test_an_adapter_is_trained_on_the_values_of_a_quantised_file(
     assert told in capsys.readouterr().err
     expected = of_peft(Path("exact"), Path("run"))
     assert not torch.allclose(expected, of_merged(Path("exact")), atol=0.1)
-    torch.testing.assert_close(logits(load_generator("run", dtype="float32").model), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(load_generator("run", LoadOptions(dtype="float32")).model), expected, rtol=0, atol=1e-4
+    )
     assert main(["merge", "run", "--output", "rounded", "--base", "dequantised"]) == 0
     # The copy of the base is in bfloat16, as the file's other weights.
     torch.testing.assert_close(of_merged(Path("rounded")), expected, rtol=0, atol=0.05)

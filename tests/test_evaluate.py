@@ -26,8 +26,9 @@ from finetune.evaluate.answers import answer_prompts, repetition
 from finetune.evaluate.perplexity import LossSum, row_losses, score
 from finetune.evaluate.prompts import Prompt, read_prompts, read_reference, reference_answers, spread_evenly
 from finetune.evaluate.trained_rows import trained_sources
-from finetune.model.generate import Generator, Sampling, load_generator
+from finetune.model.generate import Generator, Sampling
 from finetune.model.load import load_tokenizer
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ModelSection
@@ -39,7 +40,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return load_generator("random:gemma3", device="cpu")
+    return load_generator("random:gemma3", LoadOptions(device="cpu"))
 
 
 def user(text: str) -> tuple[dict[str, str], ...]:

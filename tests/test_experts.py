@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli.commands import main
-from finetune.model.generate import load_generator
+from finetune.model.load_generator import load_generator
 from finetune.model.locate import locate
 
 Write = Callable[..., Path]

@@ -33,8 +33,9 @@ from finetune.export.rows import held_out
 from finetune.export.transformers import write_format
 from finetune.export.verify import LIMITS, add_comparison, missed_limits
 from finetune.hub.card import export_card
-from finetune.model.generate import Sampling, load_generator
+from finetune.model.generate import Sampling
 from finetune.model.load import load_base
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.locate import locate
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import ExportSection
@@ -1160,7 +1161,7 @@ def test_generate_answers_with_an_exported_folder(exported: Path, kind: str, cap
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_folder_is_loaded_as_it_is(exported: Path, kind: str) -> None:
-    model = load_generator(str(exported / kind), dtype="bfloat16").model
+    model = load_generator(str(exported / kind), LoadOptions(dtype="bfloat16")).model
     assert type(model.model.layers[0].mlp.up_proj).__name__ == ("Linear8bitLt" if kind == "int8" else "Linear4bit")
     stored = tensors_of(exported / kind)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data.cpu(), stored)

@@ -18,8 +18,8 @@ from conftest import ROOT, USER_CACHE
 from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.export import verify
-from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
+from finetune.model.load_generator import load_generator
 from finetune.model.locate import locate
 from finetune.model.token_rows import unlearned_tokens
 from finetune.recipe.schema import ModelSection

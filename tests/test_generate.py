@@ -14,7 +14,8 @@ import finetune.cli.generate
 from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.model import generate
-from finetune.model.generate import Generator, Sampling, load_generator
+from finetune.model.generate import Generator, Sampling
+from finetune.model.load_generator import LoadOptions, load_generator
 
 Write = Callable[..., Path]
 ASKED = [{"role": "user", "content": "What is a fox, and where does it live?"}]
@@ -38,7 +39,8 @@ def test_each_way_answers(flags: list[str], capsys: pytest.CaptureFixture[str]) 
 
 def test_spread_over_all_devices_it_says_the_same() -> None:
     one, other = (
-        load_generator("random:gemma3", device=device).answer_ids(ASKED, Sampling(12)) for device in ("cpu", "auto")
+        load_generator("random:gemma3", LoadOptions(device=device)).answer_ids(ASKED, Sampling(12))
+        for device in ("cpu", "auto")
     )
     assert one == other
 
@@ -47,7 +49,7 @@ def test_spread_over_all_devices_it_says_the_same() -> None:
 @pytest.mark.slow
 def test_answers_that_have_ended_leave_the_batch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the others stay what they are alone, behind prompts of different lengths and beyond the sliding window."""
-    generator = load_generator(f"random:{architecture}", dtype="float32")
+    generator = load_generator(f"random:{architecture}", LoadOptions(dtype="float32"))
     texts = ["Hi", "What is a fox, and what does it eat in winter, where the snow lies deep? " * 3, "Why?", "日本で"]
     prompts = [generator.prompt_ids([{"role": "user", "content": text}]) for text in texts]
     alone = [generator.answer_ids([{"role": "user", "content": text}], Sampling(40)) for text in texts]
@@ -91,10 +93,11 @@ def test_compiled_it_says_the_same(architecture: str, backend: str, monkeypatch:
     )
     from torch._dynamo.utils import counters
 
-    plain = load_generator(f"random:{architecture}", device="cpu", dtype="float32").answer_ids(ASKED, Sampling(16))
+    uncompiled = load_generator(f"random:{architecture}", LoadOptions(device="cpu", dtype="float32"))
+    plain = uncompiled.answer_ids(ASKED, Sampling(16))
     torch._dynamo.reset()
     counters.clear()
-    compiled = load_generator(f"random:{architecture}", device="cpu", dtype="float32", compiled=True)
+    compiled = load_generator(f"random:{architecture}", LoadOptions(device="cpu", dtype="float32", compiled=True))
     assert compiled.answer_ids(ASKED, Sampling(16)) == plain
     assert counters["stats"]["unique_graphs"] > 0
 
@@ -169,7 +172,7 @@ def test_tools_and_variables_reach_the_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the template renders them; a special token inside the answer is shown, the stop token is not."""
-    generator = load_generator("random:gemma4", device="cpu")
+    generator = load_generator("random:gemma4", LoadOptions(device="cpu"))
     chat = generator.chat
     fed: list[str] = []
     call = chat.tokenizer.convert_tokens_to_ids("<start_of_turn>")

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli.commands import main
 from finetune.data.chat import Chat
-from finetune.model.generate import load_generator
 from finetune.model.load import load_base, load_tokenizer
+from finetune.model.load_generator import load_generator
 from finetune.model.locate import Base, locate
 from finetune.model.resize import check_token_ids, tokens_of_any_row, write_resized
 from finetune.model.token_rows import with_new_tokens

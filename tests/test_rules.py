@@ -27,8 +27,9 @@ from finetune.cli.commands import main
 from finetune.data.chat import Chat
 from finetune.data.samples import LabelledRow
 from finetune.export import verify
-from finetune.model import compatibility, generate, precision
+from finetune.model import compatibility, precision
 from finetune.model.load import load_base, load_tokenizer
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.locate import Base, locate
 from finetune.model.precision import decide_precision
 from finetune.model.trainable import load_trainable
@@ -150,7 +151,8 @@ def test_answers_are_not_computed_in_emulated_bfloat16_but_measured_in_it(
     asked = ["generate", "random:gemma", "--prompt", "x", "--dtype", "bfloat16"]
     assert main(asked) == 2
     assert capsys.readouterr().err == f"error: --dtype: is bfloat16, {NO_BF16} float16 or float32\n"
-    assert generate.load_generator("random:gemma", dtype="bfloat16", as_is=True).model.dtype == torch.bfloat16
+    as_is = load_generator("random:gemma", LoadOptions(dtype="bfloat16", as_is=True))
+    assert as_is.model.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -613,7 +615,7 @@ def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     )
     assert main([str(path)]) == 0
     trained = kept[0].model.eval()
-    again = generate.load_generator("run")
+    again = load_generator("run")
     base = load_base(locate(bases(name)), torch.float32)
     with torch.no_grad():
         wanted = trained(IDS).logits
@@ -672,7 +674,7 @@ def test_a_multimodal_gemma_3_learns_text_as_the_text_model_does(
         "are trained; model.vision_tower, model.multi_modal_projector stay as they are: the rows are text"
     )
     assert main(["merge", "multimodal gemma3", "--output", "merged"]) == 0
-    merged, run = generate.load_generator("merged"), generate.load_generator("multimodal gemma3")
+    merged, run = load_generator("merged"), load_generator("multimodal gemma3")
     assert type(merged.model).__name__ == "Gemma3ForConditionalGeneration"
     with torch.no_grad():
         torch.testing.assert_close(merged.model(IDS).logits, run.model(IDS).logits, rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from finetune.cli.commands import main
-from finetune.model.generate import load_generator
+from finetune.model.load_generator import load_generator
 from finetune.model.locate import locate
 from finetune.model.saved_files import (
     _ROPE_KEYS,

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 import finetune.train.run
 from finetune.cli.commands import main
 from finetune.model import locate, precision, shards
-from finetune.model.generate import load_generator
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.trainable import load_trainable
 from finetune.plan.fake_model import build_fake
 from finetune.recipe.load import load_recipe
@@ -242,8 +242,6 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     """Quantised weights cannot be moved after loading: the device must reach `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    from finetune.model.generate import load_generator
-
     class Seen(BaseException):  # an Exception would be told as that of a damaged file
         pass
 
@@ -254,7 +252,7 @@ def test_a_quantised_model_goes_to_the_device_that_is_asked_for(monkeypatch: pyt
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     for device, where in (("cuda:1", {"": "cuda:1"}), ("cpu", {"": "cpu"})):
         with pytest.raises(Seen) as seen:
-            load_generator("random:gemma", quantize="nf4", device=device)
+            load_generator("random:gemma", LoadOptions(quantize="nf4", device=device))
         assert seen.value.args == (where,)
 
 

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 from finetune.data.formats import wrapped_tools
 from finetune.data.turns import Message, Tool
-from finetune.model.generate import CUT_OFF, Generator, Sampling, load_generator
+from finetune.model.generate import CUT_OFF, Generator, Sampling
+from finetune.model.load_generator import LoadOptions, load_generator
 from finetune.model.locate import load_errors
 from finetune.system.errors import DataError, LabelError
 from finetune.system.terminal import Say, print_text
@@ -37,15 +38,12 @@ def generate(args: argparse.Namespace, say: Say) -> None:
         raise DataError("--prompt: standard input is closed; write --prompt TEXT")
     tools = _read_tools(args.tools) if args.tools else []
     variables = _variables(args.chat_template_kwargs) if args.chat_template_kwargs else {}
+    options = LoadOptions(args.dtype, args.quantize, args.attn, args.device, args.compile)
     with load_errors(args.model):
         generator = load_generator(
             args.model,
+            options,
             adapter=not args.no_adapter,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            attn=args.attn,
-            device=args.device,
-            compiled=args.compile,
             base_model=args.base,
             trust_remote_code=args.trust_remote_code,
         )

@@ -24,7 +24,7 @@ from finetune.evaluate.results import ModelResult, Origin, report_of
 from finetune.evaluate.trained_rows import trained_sources
 from finetune.model.load import load_tokenizer
 from finetune.model.locate import Base, located_once
-from finetune.model.provenance import adapter_base_sections, is_adapter, tokenizer_section
+from finetune.model.provenance import BaseSections, adapter_base_sections, is_adapter, tokenizer_section
 from finetune.model.resize import check_token_ids
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import EvaluateSection, JudgeSection, ModelSection, ServerSection
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from finetune.evaluate.lm_eval_tasks import Tasks
     from finetune.evaluate.served import ServedModel
 
-# The sections `model` and `quantization` to load a model without an adapter with.
-LoadOptions = tuple[ModelSection, dict[str, Any] | None]
 # The value of `compare` for the run's own base, which answers through the run's chat template.
 BASE = "base"
 _REPORT = "report.json"
@@ -63,7 +61,7 @@ class _Subject:
 
     model: str
     adapter: bool = True
-    sections: LoadOptions | None = None
+    sections: BaseSections | None = None
     title: str = ""
     base: str | None = None
 
@@ -302,7 +300,7 @@ class _Evaluation:
         """Loads a model, evaluates it and frees its memory, so that two models are never held at once."""
         import torch
 
-        from finetune.model.generate import load_generator
+        from finetune.model.load_generator import load_generator
 
         name = subject.model
         result = ModelResult(subject.title or name)

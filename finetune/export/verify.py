@@ -132,7 +132,7 @@ def _load_and_measure(task: _Task) -> ModelFigures:
 def _load(job: Job) -> Any:
     """The `Generator` of a job's model, or mlx-lm's in its place."""
     from finetune.export import mlx
-    from finetune.model.generate import load_generator
+    from finetune.model.load_generator import LoadOptions, load_generator
 
     if job.reader == "mlx-lm":
         return mlx.load_mlx(job.folder)
@@ -141,8 +141,8 @@ def _load(job: Job) -> Any:
         if job.reader == "dequantised":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dequantised-")))
             mlx.write_dequantised(job.folder, folder)
-        trust = job.trust_remote_code
-        return load_generator(str(folder), dtype=job.dtype, as_is=True, base_model=job.base, trust_remote_code=trust)
+        options = LoadOptions(dtype=job.dtype, as_is=True)
+        return load_generator(str(folder), options, base_model=job.base, trust_remote_code=job.trust_remote_code)
 
 
 def _token_ids(generator: Any) -> list[list[int]]:

@@ -34,9 +34,11 @@ _LICENSES = {
 }
 # Where the terms of a license stand that the Hub has no name for.
 _LINKS = {"health-ai-developer-foundations": "https://developers.google.com/health-ai-developer-foundations/terms"}
-
-
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+# The sections `model` and `quantization` of a recipe: how a base model is loaded.
+BaseSections = tuple[ModelSection, dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,7 @@ def license_of(base: str | None) -> dict[str, str]:
     return {"license": name} if name else {}
 
 
-def adapter_base_sections(
-    folder: Path, given: str | None = None, trust_remote_code: bool = False
-) -> tuple[ModelSection, dict[str, Any] | None]:
+def adapter_base_sections(folder: Path, given: str | None = None, trust_remote_code: bool = False) -> BaseSections:
     """The `model` and `quantization` sections of an adapter's base.
 
     They are read from the run's recipe, without its checks, because the data may have moved since. For an adapter that
