@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE
-from finetune.data.ledger import Ledger
+from finetune.data.ledger import Ledger, PieceCounts
 from finetune.data.mixture import Prepared, build_datasets
 from finetune.data.readers import read_rows
 from finetune.model.load import load_tokenizer
@@ -476,7 +476,7 @@ def test_ledger_exactly() -> None:
 def test_summary_line() -> None:
     ledger = Ledger(read=12_345, cut=2, split=1)
     for length in range(1, 6):
-        ledger.keep("a", length * 1000, length * 250, 1)
+        ledger.keep("a", PieceCounts(length * 1000, length * 250, turns=1))
     ledger.dropped["longer than training.max_length 9"] = 4
     ledger.bad["it has no messages"] = 1000
     assert ledger.summary() == (
@@ -490,7 +490,7 @@ def test_summary_line() -> None:
 def test_percentile(count: int) -> None:
     ledger = Ledger()
     for length in range(1, count + 1):
-        ledger.keep("a", length, 1, 1)
+        ledger.keep("a", PieceCounts(length, 1, turns=1))
     for share in (0.5, 0.9, 1.0):
         length = ledger.percentile(share)
         assert length >= share * count - 1e-9

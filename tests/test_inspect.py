@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finetune.cli.commands import main
 from finetune.cli.inspect import InspectedData, as_text, pieces
 from finetune.data.encoded import IGNORE
-from finetune.data.ledger import Ledger
+from finetune.data.ledger import Ledger, PieceCounts
 from finetune.data.mixture import Prepared
 from finetune.model.locate import locate
 
@@ -254,8 +254,9 @@ def inspected(dataset: Any = ()) -> InspectedData:
     train.dropped["exact duplicates"] = 1_000
     train.bad["unknown role '\x1b'"] = 2
     for length, ends in ((10, 0), (12, 1), (1_000, 1)):
-        train.keep("data/a.jsonl", length, length // 2, 1, ends, language="Japanese", characters=2 * length)
-    train.keep("日本語.jsonl", 20, 8, language="English", characters=90)
+        counts = PieceCounts(length, length // 2, 1, ends, characters=2 * length, language="Japanese")
+        train.keep("data/a.jsonl", counts)
+    train.keep("日本語.jsonl", PieceCounts(20, 8, characters=90, language="English"))
     recipe: Any = SimpleNamespace(path=Path("r.yaml"))
     return InspectedData(recipe, tokenizers()[0], Prepared(dataset, train), Prepared(None, evaluation))
 

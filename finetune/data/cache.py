@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from finetune.data.encoded import Encoded, Ids
-from finetune.data.ledger import Ledger
+from finetune.data.ledger import NUMBERS_OF_PIECE, Ledger, PieceCounts
 from finetune.data.prepare import Preparation, prepare
 from finetune.data.readers import fingerprint
-from finetune.data.row_result import LEDGER_VALUES
 from finetune.recipe.schema import DataSource
 from finetune.system.cache import cache_dir, made_once
 from finetune.system.errors import DataError
@@ -70,7 +69,7 @@ class CachedSource:
     @cached_property
     def _columns(self) -> dict[str, Any]:
         table = self.dataset.data
-        columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *LEDGER_VALUES[:-1])}
+        columns = {name: table.column(name).to_numpy() for name in ("cut", "lost", *NUMBERS_OF_PIECE)}
         # Arrays take less memory than lists of bytes; interned, each language is one string.
         for name in ("text", "digest"):
             columns[name] = np.array(table.column(name).to_pylist(), "V16")
@@ -101,12 +100,13 @@ class CachedSource:
     def keep(self, row: int, ledger: Ledger) -> range:
         """Counts a row as kept; returns the range of its pieces in `dataset`."""
         pieces = range(self._edges[row], self._edges[row + 1])
-        values = []
-        for piece in pieces:
-            *counts, language = (self._columns[name][piece] for name in LEDGER_VALUES)
-            values.append([*map(int, counts), language])
-        cut, lost = (self._columns[name][pieces[0]] for name in ("cut", "lost"))
-        ledger.keep_row(self.source.name, values, bool(cut), int(lost), is_pair=self.method != "sft")
+        columns = self._columns
+        counts = [
+            PieceCounts._make([*(int(columns[name][piece]) for name in NUMBERS_OF_PIECE), columns["language"][piece]])
+            for piece in pieces
+        ]
+        cut, lost = (columns[name][pieces[0]] for name in ("cut", "lost"))
+        ledger.keep_row(self.source.name, counts, bool(cut), int(lost), is_pair=self.method != "sft")
         return pieces
 
 
@@ -138,7 +138,7 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
     """Prepares the rows of a source and writes them to a folder, with the counts of those that are left out."""
     import pyarrow as pa
 
-    ints, texts = ("number", "lost", *LEDGER_VALUES[:-1]), ("row", "language")
+    ints, texts = ("number", "lost", *NUMBERS_OF_PIECE), ("row", "language")
     fields = [(name, pa.int32()) for name in ints] + [(name, pa.string()) for name in texts]
     fields += [("cut", pa.bool_()), ("text", pa.binary(16)), ("digest", pa.binary(16))]
     fields += [("desirable", pa.bool_())] if preparation.method == "kto" else []
@@ -162,7 +162,7 @@ def _write(folder: Path, preparation: Preparation, source: DataSource, say: Say)
             result.count_into(ledger)
             digests = result.digests if result.pieces else ()
             for piece in result.pieces:
-                *counts, language = result.ledger_values(piece)
+                *counts, language = result.counts(piece)
                 cut = result.pieces[0].cut
                 values = (number, result.lost, *counts, result.row, language, cut, *digests)
                 values += () if piece.desirable is None else (piece.desirable,)

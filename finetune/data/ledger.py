@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from finetune.system.pages import cell
 
@@ -43,6 +43,40 @@ class Account(TypedDict):
     answers: dict[str, dict[str, int]]
 
 
+class PieceCounts(NamedTuple):
+    """The counts of one row for the trainer, which is a row that was read or a piece of one.
+
+    Attributes:
+        length: The number of its tokens; of a pair that of its longer side.
+        trained_tokens: The number of tokens that have a label.
+        turns: The number of assistant turns that are trained on.
+        ends: The number of those turns whose end-of-turn token has a label.
+        characters: The length of its text.
+        thinking: The number of tokens of the thinking in the turns that are trained on.
+        trained_thinking: The number of those that have a label.
+        shorter_side: The number of tokens of a pair's shorter side.
+        chosen: The number of tokens of a chosen or desirable answer; 0 without one.
+        rejected: The number of tokens of a rejected or undesirable answer; 0 without one.
+        language: Its language; of answers that of their prompt.
+    """
+
+    length: int
+    trained_tokens: int
+    turns: int = 0
+    ends: int = 0
+    characters: int = 0
+    thinking: int = 0
+    trained_thinking: int = 0
+    shorter_side: int = 0
+    chosen: int = 0
+    rejected: int = 0
+    language: str = "other"
+
+
+# The counts that are numbers.
+NUMBERS_OF_PIECE = PieceCounts._fields[:-1]
+
+
 @dataclass
 class Ledger:
     """The counts of one set of rows (training or evaluation).
@@ -76,49 +110,22 @@ class Ledger:
     languages: dict[str, Counter[str]] = field(default_factory=dict)
     answers: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def keep(
-        self,
-        source: str,
-        length: int,
-        trained_tokens: int,
-        turns: int = 0,
-        ends: int = 0,
-        characters: int = 0,
-        thinking: int = 0,
-        trained_thinking: int = 0,
-        shorter_side: int = 0,
-        chosen: int = 0,
-        rejected: int = 0,
-        language: str = "other",
-    ) -> None:
-        """Counts one row for the trainer.
-
-        Args:
-            source: The path of its source.
-            length: The number of its tokens; of a pair that of its longer side.
-            trained_tokens: The number of tokens that have a label.
-            turns: The number of assistant turns that are trained on.
-            ends: The number of those turns whose end-of-turn token has a label.
-            characters: The length of its text.
-            thinking: The number of tokens of the thinking in the turns that are trained on.
-            trained_thinking: The number of those that have a label.
-            shorter_side: The number of tokens of a pair's shorter side.
-            chosen: The number of tokens of a chosen or desirable answer; 0 without one.
-            rejected: The number of tokens of a rejected or undesirable answer; 0 without one.
-            language: Its language; of answers that of their prompt.
-        """
+    def keep(self, source: str, counts: PieceCounts) -> None:
+        """Counts one row for the trainer; `source` is the path of its source."""
         self.kept += 1
-        self.lengths[length] += 1
-        tokens = length + shorter_side
+        self.lengths[counts.length] += 1
+        tokens = counts.length + counts.shorter_side
         self.tokens += tokens
-        self.trained_tokens += trained_tokens
-        self.turns += turns
-        self.ends += ends
-        self.thinking_tokens += thinking
-        self.trained_thinking_tokens += trained_thinking
-        counts = {"rows": 1, "tokens": tokens}
-        self.sources.setdefault(source, Counter()).update(counts | {"trained_tokens": trained_tokens})
-        self.languages.setdefault(language, Counter()).update(counts | {"characters": characters})
+        self.trained_tokens += counts.trained_tokens
+        self.turns += counts.turns
+        self.ends += counts.ends
+        self.thinking_tokens += counts.thinking
+        self.trained_thinking_tokens += counts.trained_thinking
+        of_source = {"rows": 1, "tokens": tokens, "trained_tokens": counts.trained_tokens}
+        self.sources.setdefault(source, Counter()).update(of_source)
+        of_language = {"rows": 1, "tokens": tokens, "characters": counts.characters}
+        self.languages.setdefault(counts.language, Counter()).update(of_language)
+        chosen, rejected = counts.chosen, counts.rejected
         if chosen or rejected:
             answers: dict[str, int] = {
                 "pairs": min(chosen, rejected) > 0,
@@ -126,16 +133,14 @@ class Ledger:
                 "rejected": rejected > 0,
             }
             answers |= {"chosen_tokens": chosen, "rejected_tokens": rejected, "chosen_longer": chosen > rejected > 0}
-            self.answers.setdefault(language, Counter()).update({name: int(n) for name, n in answers.items()})
+            self.answers.setdefault(counts.language, Counter()).update({name: int(n) for name, n in answers.items()})
 
-    def keep_row(
-        self, source: str, pieces: Sequence[Sequence[Any]], cut: bool, lost: int, is_pair: bool = False
-    ) -> None:
+    def keep_row(self, source: str, pieces: Sequence[PieceCounts], cut: bool, lost: int, is_pair: bool = False) -> None:
         """Counts a row that was read and all its pieces, which are rows for the trainer.
 
         Args:
             source: The path of its source.
-            pieces: For each piece the arguments of `keep` after `source`.
+            pieces: The counts of each piece.
             cut: True if a part of the row was left out.
             lost: The number of tokens to train on in that part.
             is_pair: True for a pair, whose two answers are rows for the trainer.
@@ -143,8 +148,8 @@ class Ledger:
         self.split += len(pieces) > 1 and not is_pair
         self.cut += cut
         self.lost_tokens += lost
-        for values in pieces:
-            self.keep(source, *values)
+        for counts in pieces:
+            self.keep(source, counts)
 
     def percentile(self, share: float) -> int:
         """The length in tokens that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""

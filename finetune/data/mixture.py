@@ -274,9 +274,8 @@ def _yielded(
     i = rng.randrange(len(waiting))
     waiting[i], waiting[-1] = waiting[-1], waiting[i]
     source, result = waiting.pop()
-    ledger.keep_row(
-        source.name, [result.ledger_values(piece) for piece in result.pieces], result.pieces[0].cut, result.lost
-    )
+    counts = [result.counts(piece) for piece in result.pieces]
+    ledger.keep_row(source.name, counts, result.pieces[0].cut, result.lost)
     for piece in result.pieces:
         yield {"row": result.row, "input_ids": piece.input_ids.tolist(), "labels": piece.labels.tolist()}
 

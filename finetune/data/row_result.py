@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 
 from finetune.data.encoded import Encoded
-from finetune.data.ledger import Ledger
-
-# The arguments of `Ledger.keep` after `source`, in order.
-LEDGER_VALUES = (
-    *("length", "trained", "turns", "ends", "characters", "thinking", "trained_thinking"),
-    *("shorter_side", "chosen", "rejected", "language"),
-)
+from finetune.data.ledger import Ledger, PieceCounts
 
 
 @dataclass(slots=True)
@@ -55,18 +48,28 @@ class RowResult:
                 account[reason] += 1
                 ledger.first.setdefault(reason, f"{self.row}{self.detail and f'; {self.detail}'}")
 
-    def ledger_values(self, piece: Encoded) -> tuple[Any, ...]:
-        """The `LEDGER_VALUES` of one of the pieces."""
+    def counts(self, piece: Encoded) -> PieceCounts:
+        """The counts of one of the pieces."""
         sides = piece.sides
-        ends = sum(int(side.labels[t.end - 1] == side.input_ids[t.end - 1]) for side in sides for t in side.turns)
-        turns, characters = sum(len(side.turns) for side in sides), sum(side.characters for side in sides)
-        thinking = map(sum, zip(*(side.thinking_tokens for side in sides), strict=True))
         shorter, longer = sorted([0, *(len(side.input_ids) for side in sides)])[-2:]
         labels = [side.trained_tokens for side in sides]
-        answers = labels
-        if len(sides) == 1:
-            answers = [labels[0] * (piece.desirable is True), labels[0] * (piece.desirable is False)]
-        return longer, sum(labels), turns, ends, characters, *thinking, shorter, *answers, self.language
+        thinking, trained_thinking = map(sum, zip(*(side.thinking_tokens for side in sides), strict=True))
+        chosen, rejected = (
+            labels if len(sides) == 2 else (labels[0] * (piece.desirable is side) for side in (True, False))
+        )
+        return PieceCounts(
+            length=longer,
+            trained_tokens=sum(labels),
+            turns=sum(len(side.turns) for side in sides),
+            ends=sum(int(side.labels[t.end - 1] == side.input_ids[t.end - 1]) for side in sides for t in side.turns),
+            characters=sum(side.characters for side in sides),
+            thinking=thinking,
+            trained_thinking=trained_thinking,
+            shorter_side=shorter,
+            chosen=chosen,
+            rejected=rejected,
+            language=self.language,
+        )
 
     @property
     def digests(self) -> tuple[bytes, bytes]:
