@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from finetune.recipe import checks, foreign_keys, schema, upstream
 from finetune.recipe import load as recipe_module
 from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.saved import saved_sections
 from finetune.recipe.schema import DataSection, DataSource, EvaluateSection, ExportSection, HubSection, ModelSection
 from finetune.recipe.upstream_tables import config_class
 from finetune.recipe.upstream_types import upstream_keys
-from finetune.system.errors import RecipeError
+from finetune.system.errors import RecipeError, RunError
 from finetune.system.extras import install_command
 from finetune.system.secret_scan import SECRET_NAME_PATTERN, SECRET_PATTERN
 
@@ -1168,3 +1169,19 @@ def test_the_default_length_is_trls() -> None:
     assert load(BASE).max_length == SFTConfig.__dataclass_fields__["max_length"].default
     assert load(BASE, "training.max_length=64").max_length == 64
     assert load(BASE, "training.max_length=null").max_length is None
+
+
+def test_a_saved_recipe_is_read_with_the_types_that_it_was_written_with(tmp_path: Path) -> None:
+    saved = tmp_path / "recipe.yaml"
+    recipe = load(BASE, "training.learning_rate=1e-6", "training.save_strategy=no", "export.gate.max_kl=1e-6")
+    saved.write_text(recipe.to_yaml())
+    assert saved_sections(saved) == recipe.sections()
+    assert saved_sections(None) == {}
+    for text, words in (
+        ("model: [", "while parsing a flow node"),
+        ("[" * 5000, "maximum recursion depth exceeded"),
+        ("- 1", "it is no map of sections"),
+    ):
+        saved.write_text(text)
+        with pytest.raises(RunError, match=f"^{saved} is damaged: {words}"):
+            saved_sections(saved)

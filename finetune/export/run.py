@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from finetune import __version__
@@ -45,6 +44,7 @@ from finetune.recipe.export_formats import (
     WEIGHT_FORMATS,
     needs_gguf,
 )
+from finetune.recipe.saved import saved_sections
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.recipe.yaml_tree import expanded
 from finetune.system.devices import machine_memory
@@ -375,13 +375,9 @@ def shortfalls(output: Path) -> list[str]:
 def _export_section(model: Path) -> ExportSection:
     """The `export` section of a run's recipe."""
     path = run_file(model, "recipe.yaml")
-    if path is None:
-        return ExportSection()
     try:
-        saved = expanded(yaml.safe_load(path.read_text(encoding="utf-8")).get("export") or {})
-        # The recipe is written with numbers such as 1e-06, which PyYAML reads as text.
-        return ExportSection.model_validate(saved, strict=False)
-    except (yaml.YAMLError, ValidationError, AttributeError) as error:
+        return ExportSection.model_validate(expanded(saved_sections(path)).get("export") or {})
+    except ValidationError as error:
         raise ExportError(f"{path} is damaged: its section export cannot be read") from error
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-import yaml
-
 from finetune.model.attach import check_adapter_files
 from finetune.recipe.checks import PACKAGED_BASES, is_local_base
+from finetune.recipe.saved import saved_sections
 from finetune.recipe.schema import ModelSection
 from finetune.recipe.yaml_tree import expanded
 from finetune.system.errors import ModelError, RunError, reworded
@@ -149,11 +148,11 @@ def adapter_base_sections(folder: Path, given: str | None = None, trust_remote_c
         check_adapter_files(folder)
     if path := run_file(folder, "recipe.yaml"):
         try:
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            section, quantization = ModelSection(**expanded(saved["model"])), expanded(saved.get("quantization"))
+            saved = expanded(saved_sections(path))
+            section, quantization = ModelSection(**saved["model"]), saved.get("quantization")
             if section.attn_implementation and "/" in section.attn_implementation:
                 section = section.model_copy(update={"attn_implementation": None})
-        except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} is damaged: it names no base model") from error
         section = section.model_copy(update={"trust_remote_code": trust_remote_code})
         return _base_section(section, path, given), quantization
@@ -302,13 +301,7 @@ def recipe_sections(folder: Path) -> dict[str, Any]:
     file = run_file(folder, "recipe.yaml")
     if file is None and (model := _exported_from(folder)):
         file = run_file(model, "recipe.yaml")
-    if file is None:
-        return {}
-    with reworded(RunError, f"{file} is damaged", yaml.YAMLError, ValueError):
-        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(sections, dict):
-        raise RunError(f"{file} is damaged: it is no map of sections")
-    return sections
+    return saved_sections(file)
 
 
 def export_report(folder: Path) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from glob import iglob
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.recipe.paths import is_local, near_path
+from finetune.recipe.saved import saved_sections
 from finetune.recipe.schema import DEFAULT_MAX_LENGTH, DataSource
 from finetune.recipe.upstream import INITS_FROM_BASE
 from finetune.recipe.yaml_tree import RecipeTree, Section, Sections
+from finetune.system.errors import RunError
 from finetune.system.extras import install_command
 from finetune.system.files import ADAPTER_CONFIG, run_file
 
@@ -173,10 +173,9 @@ def adapter_lora(tree: RecipeTree, folder: str, given: Section, known: Mapping[s
 
 def _asked_for(folder: Path) -> Section:
     """The `lora` section of the recipe that an adapter was trained with; empty if there is none."""
-    file = run_file(folder, "recipe.yaml")
     try:
-        section = yaml.safe_load(file.read_text(encoding="utf-8"))["lora"] if file else {}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        section = saved_sections(run_file(folder, "recipe.yaml")).get("lora")
+    except (OSError, RunError):
         return {}
     return section if isinstance(section, dict) else {}
 
