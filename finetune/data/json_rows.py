@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from finetune.system.errors import DataError, LabelError
+from finetune.system.files import with_repeated_key
 
 Row = dict[str, Any]
 
@@ -57,10 +58,9 @@ class _Decoder(json.JSONDecoder):
         self._twice: str | None = None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> Row:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            self._twice = self._twice or next(repr(key) for key in row if keys.count(key) > 1)
+        row, twice = with_repeated_key(pairs)
+        if twice is not None:
+            self._twice = self._twice or repr(twice)
         return row
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:

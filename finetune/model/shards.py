@@ -22,7 +22,7 @@ import torch
 from pydantic import PlainSerializer, PlainValidator
 
 from finetune.system.errors import ModelError
-from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX
+from finetune.system.files import MODEL_WEIGHTS, WEIGHTS_INDEX, with_repeated_key
 
 # The most bytes of a tensor in memory at once.
 SLICE = 2 * 2**20
@@ -155,10 +155,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; a key that is written twice, of which readers take one or the other, is refused."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is written twice in its header")
+    entries, twice = with_repeated_key(pairs)
+    if twice is not None:
+        raise ValueError(f"{twice} is written twice in its header")
     return entries
 
 

@@ -334,6 +334,21 @@ def read_json(file: Path | None) -> dict[str, Any]:
     return content
 
 
+def with_repeated_key(pairs: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], str | None]:
+    """An object of JSON, and the first key that is written in it a second time, which `json` would pass over.
+
+    Args:
+        pairs: The keys and values that `json` gives to an `object_pairs_hook`.
+    """
+    found, seen = dict(pairs), set[str]()
+    if len(found) < len(pairs):
+        for key, _ in pairs:
+            if key in seen:
+                return found, key
+            seen.add(key)
+    return found, None
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file that is appended to; none where there is no file.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.errors import ExportError, reworded
+from finetune.system.files import with_repeated_key
 from finetune.system.terminal import quiet
 
 
@@ -75,10 +76,8 @@ def read_unique_json(file: Path) -> dict[str, Any]:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        found, twice = with_repeated_key(pairs)
+        if twice is not None:
             raise ExportError(f"{file}: {twice!r} is there twice")
         return found
 
