@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ MemoryForecast = Callable[[Recipe, Any, Any, Base, Say], None]
 _TRAINERS: dict[str, type[RunTrainer]] = {"sft": SftTrainer, "dpo": DpoTrainer, "orpo": OrpoTrainer, "kto": KtoTrainer}
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run that is about to load its model.
+
+    Attributes:
+        recipe: The recipe.
+        output: The run's directory.
+        precision: The dtypes of the run.
+        base: The base model.
+        config: The trainer's arguments.
+        start: The checkpoint to resume from; None to start at step 0.
+        rows: The rows and the tokenizer.
+        say: Takes lines about the run.
+    """
+
+    recipe: Recipe
+    output: Path
+    precision: Precision
+    base: Base
+    config: Any
+    start: Path | None
+    rows: TrainingRows
+    say: Say
+
+
 def train(recipe: Recipe, say: Say = lambda line: None, check: MemoryForecast | None = None) -> Path:
     """Trains a recipe; returns its run directory.
 
@@ -98,48 +124,30 @@ def _comparable(recipe: Recipe) -> tuple[Section, Section]:
 def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None, held: ExitStack) -> Path:
     """The body of `train`; `held` gets the lock of the output directory, which the caller releases."""
     main = distributed.rank() == 0
-    precision, base = decide_precision(recipe), Base.of(recipe.model, say)
-    config = _check_and_join(recipe, precision, base, output, say)
-    if main:  # after all have joined: a rank that fails earlier ends this process, which would leave an empty folder
-        held.enter_context(files.locked_folder(output, "training.output_dir"))
-    start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
-    day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
-    rows = read_training_rows(recipe, base, day, say)
-    if main and start is not None:
-        _check_changes(recipe, start, rows.train, say)
-    distributed.check_same(
-        {
-            "the recipe": _comparable(recipe),
-            "the chat template": rows.tokenizer.chat_template,
-            "a row of data.train": rows.train.digest,
-            "a row of data.eval": rows.evaluation.digest,
-            "the release of a package": versions(),
-        }
-    )
+    run = _prepared_run(recipe, output, say, held)
+    rows, config, resumed = run.rows, run.config, run.start is not None
     if main and trackers.tracker_names(recipe.training.get("report_to")):
         config.project = recipe.training.get("project", "finetune")
-        config.run_name = trackers.set_run_identity(output, config.run_name, config.project, start is not None)
-    config.eval_on_start = config.eval_on_start and start is None  # it was done before the first step
+        config.run_name = trackers.set_run_identity(output, config.run_name, config.project, resumed)
+    config.eval_on_start = config.eval_on_start and not resumed  # it was done before the first step
     if check is not None and main:
-        check(recipe, config, None if rows.streamed else rows.train.dataset, base, say)
+        check(recipe, config, None if rows.streamed else rows.train.dataset, run.base, say)
 
     set_seed(config.seed)
-    model = _load_model(recipe, precision, base, rows, config, say)
+    model = _load_model(run)
     if main:
         output.mkdir(parents=True, exist_ok=True)
         files.write_whole(output / "recipe.yaml", recipe.to_yaml())
-        files.write_json(output / "environment.json", environment(precision, base))
+        files.write_json(output / "environment.json", environment(run.precision, run.base))
         rows.write_ledgers(output)
     distributed.check_shared(output / "recipe.yaml")
 
-    trainer = _make_trainer(recipe, precision, model, rows, config)
-    trainer.base_files = BaseFiles.of(base.original.path, base.revision)
+    trainer = _make_trainer(run, model)
     progress = ProgressDisplay(say, silent=bool(recipe.training.get("disable_tqdm")))
     uploads = CheckpointUploads(output, recipe.hub, say)
-    origin = _origin(recipe, precision, base, rows) if recipe.method != "sft" else {}
-    wants_artifact = _add_callbacks(trainer, recipe, rows, output, start, origin, progress, uploads, say)
+    wants_artifact = _add_callbacks(run, trainer, progress, uploads)
     with stop_on_signals(trainer) as signals, closing(progress):
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.train(resume_from_checkpoint=str(run.start) if run.start else None)
         step = trainer.state.global_step
         if signals and step < trainer.state.max_steps:
             distributed.leave_group()
@@ -169,6 +177,30 @@ def _train(recipe: Recipe, output: Path, say: Say, check: MemoryForecast | None,
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before the first weight is read
+
+
+def _prepared_run(recipe: Recipe, output: Path, say: Say, held: ExitStack) -> _Run:
+    """The run with its rows, once the processes have joined and agree on it; `held` takes the directory's lock."""
+    main = distributed.rank() == 0
+    precision, base = decide_precision(recipe), Base.of(recipe.model, say)
+    config = _check_and_join(recipe, precision, base, output, say)
+    if main:  # after all have joined: a rank that fails earlier ends this process, which would leave an empty folder
+        held.enter_context(files.locked_folder(output, "training.output_dir"))
+    start = distributed.broadcast_from_first(_checkpoint_to_resume(recipe, output, say) if main else None)
+    day = distributed.broadcast_from_first(checkpoint.first_day(start) if main else None)
+    rows = read_training_rows(recipe, base, day, say)
+    if main and start is not None:
+        _check_changes(recipe, start, rows.train, say)
+    distributed.check_same(
+        {
+            "the recipe": _comparable(recipe),
+            "the chat template": rows.tokenizer.chat_template,
+            "a row of data.train": rows.train.digest,
+            "a row of data.eval": rows.evaluation.digest,
+            "the release of a package": versions(),
+        }
+    )
+    return _Run(recipe, output, precision, base, config, start, rows, say)
 
 
 def _check_and_join(recipe: Recipe, precision: Precision, base: Base, output: Path, say: Say) -> Any:
@@ -208,11 +240,13 @@ def _check_changes(recipe: Recipe, start: Path, rows: Prepared, say: Say) -> Non
 # Model, trainer and callbacks
 
 
-def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: TrainingRows, config: Any, say: Say) -> Any:
+def _load_model(run: _Run) -> Any:
     """The model to train; sets those of the trainer's arguments that depend on it."""
-    model = load_trainable(recipe, base, precision, rows.chat if rows.has_conversations else None, say)
+    rows, config = run.rows, run.config
+    chat = rows.chat if rows.has_conversations else None
+    model = load_trainable(run.recipe, run.base, run.precision, chat, run.say)
     if line := drop_refused_settings(model.generation_config):
-        say(line)
+        run.say(line)
     stops = eos_tokens(model.generation_config, rows.tokenizer)
     model.generation_config.eos_token_id = [*stops, *(i for i in rows.ends_of_turns() if i not in stops)]
     if config.fsdp_config and config.fsdp:
@@ -223,7 +257,8 @@ def _load_model(recipe: Recipe, precision: Precision, base: Base, rows: Training
     return model
 
 
-def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: TrainingRows, config: Any) -> RunTrainer:
+def _make_trainer(run: _Run, model: Any) -> RunTrainer:
+    recipe, rows, config = run.recipe, run.rows, run.config
     data, evaluation = rows.train, rows.evaluation
     with reworded(RunError, "training", ValueError, ImportError):  # a setting that does not fit this model or machine
         trainer: RunTrainer = _TRAINERS[recipe.method](
@@ -236,7 +271,8 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: Traini
         )
     trainer.save_total_limit = recipe.training.get("save_total_limit")
     trainer.named_rows = [] if rows.streamed else data.dataset
-    trainer.meter = Meter.of(recipe, precision, model, data)
+    trainer.meter = Meter.of(recipe, run.precision, model, data)
+    trainer.base_files = BaseFiles.of(run.base.original.path, run.base.revision)
     trainer.recipe_yaml = recipe.to_yaml()
     trainer.marker_fields = {"processes": distributed.world_size(), "rows": data.digest}
     if recipe.templates:
@@ -259,13 +295,14 @@ def _make_trainer(recipe: Recipe, precision: Precision, model: Any, rows: Traini
     return trainer
 
 
-def _origin(recipe: Recipe, precision: Precision, base: Base, rows: TrainingRows) -> dict[str, Any]:
+def _origin(run: _Run) -> dict[str, Any]:
     """All that the log-probabilities of the model at the start depend on."""
+    recipe, precision, base = run.recipe, run.precision, run.base
     adapter = Path(recipe.model.adapter).expanduser() if recipe.model.adapter else None
     keys = ("seed", "per_device_eval_batch_size", "ld_alpha", "loss_type", "max_length", "fp16", "bf16")
     return {
         "method": recipe.method,
-        "rows": [rows.train.digest, rows.evaluation.digest],
+        "rows": [run.rows.train.digest, run.rows.evaluation.digest],
         "base": base.identity or base.name,
         "adapter": [files.sha256(file) for file in sorted(adapter.glob("*.safetensors"))] if adapter else [],
         "lora": recipe.lora,
@@ -277,22 +314,13 @@ def _origin(recipe: Recipe, precision: Precision, base: Base, rows: TrainingRows
     }
 
 
-def _add_callbacks(
-    trainer: RunTrainer,
-    recipe: Recipe,
-    rows: TrainingRows,
-    output: Path,
-    start: Path | None,
-    origin: dict[str, Any],
-    progress: ProgressDisplay,
-    uploads: CheckpointUploads,
-    say: Say,
-) -> bool:
+def _add_callbacks(run: _Run, trainer: RunTrainer, progress: ProgressDisplay, uploads: CheckpointUploads) -> bool:
     """Adds the callbacks in the order in which they act.
 
     Returns:
         True if wandb is to get the finished run as an artifact.
     """
+    recipe, output, start, say = run.recipe, run.output, run.start, run.say
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RestoreCounters(trainer))
@@ -305,15 +333,15 @@ def _add_callbacks(
         trainer.add_callback(SharedPromptsCheck(preferences, say))
     trainer.add_callback(MemoryCheck(trainer, say))
     if preferences and preferences.needs_reference:
-        trainer.add_callback(ReferenceLogProbs(preferences, output, origin, start is not None, say))
+        trainer.add_callback(ReferenceLogProbs(preferences, output, _origin(run), start is not None, say))
     if recipe.early_stopping:
         trainer.add_callback(EarlyStopping(recipe.early_stopping.patience, recipe.early_stopping.min_delta))
     start_step = checkpoint.read_marker(start)["step"] if start else 0
     trainer.add_callback(soft(trackers.RunDocuments(output, trainer), "the documents for trackers", say))
-    if rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):
+    if run.rows.evaluation.dataset is not None and not (trainer.is_fsdp_enabled or trainer.args.fsdp):
         stop_ids = trainer.model.generation_config.eos_token_id
         compared = AdapterAtStart.of(trainer.model) if preferences and preferences.needs_reference else None
-        samples = trackers.Samples(output, trainer, rows.chat, stop_ids, start_step, compared)
+        samples = trackers.Samples(output, trainer, run.rows.chat, stop_ids, start_step, compared)
         trainer.add_callback(soft(samples, "samples", say))
     trainer.add_callback(soft(MetricsLog(output, start_step, trainer), "metrics.jsonl", say))
     if recipe.templates:
