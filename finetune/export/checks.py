@@ -1,19 +1,55 @@
-"""Refuses formats that a model has no form in, or whose packages are not installed, before the model is merged."""
+"""Refuses options of an export that contradict its model or this machine, before the model is merged."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from finetune.export import mlx
+from finetune.export.verify import LIMITS
 from finetune.export.w4a16 import no_matrix_reason
 from finetune.model.locate import Base
-from finetune.recipe.export_formats import COMPRESSED_FORMATS, MLX_BITS, W4A16, needs_gguf
+from finetune.model.provenance import adapter_below, is_adapter
+from finetune.recipe.export_formats import (
+    ADAPTER,
+    COMPRESSED_FORMATS,
+    FORMATS_HELP,
+    GGUF_ADAPTER,
+    MLX_BITS,
+    W4A16,
+    needs_gguf,
+)
 from finetune.recipe.schema import ModelSection
 from finetune.system.errors import ExportError
 from finetune.system.extras import install_command
+
+
+def check_options(model: Path, formats: Sequence[str], base: str | None, gate: dict[str, float]) -> None:
+    """Refuses a folder that is no model, no format, an unknown limit, and what only a run has for a whole model.
+
+    Raises:
+        ExportError: One of these; the arguments are those of `export`, with the recipe's in place of those left out.
+    """
+    is_run = is_adapter(model)
+    if not is_run and not (model / "config.json").is_file():
+        below = adapter_below(model)
+        raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json){below}")
+    if unknown := gate.keys() - LIMITS.keys():
+        raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
+    if not formats:
+        raise ExportError(f"no format is given; write --format with {FORMATS_HELP}")
+    if is_run:
+        return
+    if wanted := [name for name in (ADAPTER, GGUF_ADAPTER) if name in formats]:
+        raise ExportError(f"--format {wanted[0]}: {model} is a whole model; export the run that it was merged from")
+    if base:
+        raise ExportError(
+            f"--base {base}: {model} is a whole model, not a run; leave out --base, or export the run that it was "
+            "merged from"
+        )
 
 
 def check_formats(section: ModelSection, formats: Sequence[str], always_matrix: bool = False) -> None:

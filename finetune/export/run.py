@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from finetune import __version__
 from finetune.export import mlx
 from finetune.export.adapter import PlainLora, write_adapter
-from finetune.export.checks import check_formats
+from finetune.export.checks import check_formats, check_options
 from finetune.export.report import ModelFigures, Report, as_json, as_markdown, mean_kl, notes_on
 from finetune.export.rows import HeldOutRows, held_out
 from finetune.export.transformers import saved_dtype, write_format
-from finetune.export.verify import LIMITS, Job, Reader, add_comparison, measure, missed_limits
+from finetune.export.verify import Job, Reader, add_comparison, measure, missed_limits
 from finetune.export.w4a16 import importance_matrix
 from finetune.hub.card import export_card, model_card
 from finetune.merge.run import merge
@@ -28,22 +28,13 @@ from finetune.model.locate import Base
 from finetune.model.precision import resolve_dtype
 from finetune.model.provenance import (
     adapter_base_sections,
-    adapter_below,
     base_reference,
     environment_of,
     is_adapter,
     merged_run,
     record_digest,
 )
-from finetune.recipe.export_formats import (
-    ADAPTER,
-    FORMATS_HELP,
-    GGUF_ADAPTER,
-    MLX_BITS,
-    W4A16,
-    WEIGHT_FORMATS,
-    needs_gguf,
-)
+from finetune.recipe.export_formats import ADAPTER, GGUF_ADAPTER, MLX_BITS, W4A16, WEIGHT_FORMATS, needs_gguf
 from finetune.recipe.saved import saved_sections
 from finetune.recipe.schema import ExportSection, ModelSection
 from finetune.recipe.yaml_tree import expanded
@@ -95,29 +86,15 @@ def export(
         DataError, TemplateError: The rows of an importance matrix cannot be read or rendered.
     """
     model, output = Path(model), Path(output)
-    is_run = is_adapter(model)
-    if not is_run and not (model / "config.json").is_file():
-        below = adapter_below(model)
-        raise ExportError(f"{model} is neither a run (adapter_config.json) nor a model (config.json){below}")
-    options = _export_section(model)
-    given = base if base not in (None, "original", "dequantised") else None
+    options, is_run = _export_section(model), is_adapter(model)
     formats = list(dict.fromkeys(formats or options.formats))
+    gate = options.gate | (gate or {})
+    check_options(model, formats, base, gate)
+    given = base if base not in (None, "original", "dequantised") else None
     section = ModelSection(name_or_path=str(model), trust_remote_code=trust_remote_code)
     if is_run:
         section, _ = adapter_base_sections(model, given, trust_remote_code)
     check_formats(section, formats, options.imatrix == "always")
-    gate = dict(options.gate) | (gate or {})
-    if unknown := gate.keys() - LIMITS.keys():
-        raise ExportError(f"--gate {min(unknown)} is no limit; write one of {', '.join(LIMITS)}")
-    if not formats:
-        raise ExportError(f"no format is given; write --format with {FORMATS_HELP}")
-    if (wanted := [name for name in (ADAPTER, GGUF_ADAPTER) if name in formats]) and not is_run:
-        raise ExportError(f"--format {wanted[0]}: {model} is a whole model; export the run that it was merged from")
-    if base and not is_run:
-        raise ExportError(
-            f"--base {base}: {model} is a whole model, not a run; leave out --base, or export the run that it was "
-            "merged from"
-        )
     run = model if is_run else merged_run(model)
 
     with whole_folder(output, overwrite, [model]) as folder:
