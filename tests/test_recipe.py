@@ -1171,6 +1171,22 @@ def test_the_default_length_is_trls() -> None:
     assert load(BASE, "training.max_length=null").max_length is None
 
 
+def test_one_file_may_be_trained_and_evaluated_on_by_two_filters(tmp_path: Path) -> None:
+    os.symlink(tmp_path / "rows.jsonl", tmp_path / "link.jsonl")
+    source = "model: {{name_or_path: owner/model}}\ndata: {{train: [{{path: rows.jsonl{}}}], eval: [{{path: {}{}}}]}}\n"
+    for train, path, evaluation, refused in (
+        (", filter: {use: train}", "rows.jsonl", ", filter: {use: test}", False),
+        ("", "rows.jsonl", ", filter: {use: test}", False),  # whose rows are taken out of the training rows
+        (", filter: {use: train}", "rows.jsonl", ", filter: {use: train}", True),
+        ("", "link.jsonl", "", True),
+    ):
+        text = source.format(train, path, evaluation)
+        if refused:
+            assert "would be evaluated on rows it trains on" in report(text)[0]
+        else:
+            load(text)
+
+
 def test_a_saved_recipe_is_read_with_the_types_that_it_was_written_with(tmp_path: Path) -> None:
     saved = tmp_path / "recipe.yaml"
     recipe = load(BASE, "training.learning_rate=1e-6", "training.save_strategy=no", "export.gate.max_kl=1e-6")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.model.provenance import source_run
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.recipe.schema import DataSection, DataSource
+from finetune.recipe.schema import DataSection
 from finetune.system.errors import RecipeError
 from finetune.system.files import read_json, run_file
 
@@ -38,23 +35,10 @@ def trained_sources(model: str, recipe: Recipe) -> list[str]:
     held_out = read_json(run_file(run, "ledger.json")).get("eval", {}).get("rows", {}).get("kept")
     if not recipe.data.eval and held_out and _split(own) == _split(recipe.data):
         return []
-    trained = _places(own.train)
-    sources = recipe.data.eval or recipe.data.train
-    return [source.name for source, place in zip(sources, _places(sources), strict=True) if place in trained]
+    trained = [source.place for source in own.train]
+    return [source.name for source in recipe.data.eval or recipe.data.train if source.place in trained]
 
 
 def _split(data: DataSection) -> tuple[object, ...]:
     """The values that decide which rows are held out of the training sources."""
-    return data.eval_fraction, data.seed, bool(data.eval), _places(data.train)
-
-
-def _places(sources: Sequence[DataSource]) -> list[str]:
-    """The place that the rows of each source come from."""
-    return [
-        json.dumps(
-            [os.path.realpath(s.path) if os.path.exists(s.path) else s.path, s.config, s.split, s.filter],
-            sort_keys=True,
-            default=str,
-        )
-        for s in sources
-    ]
+    return data.eval_fraction, data.seed, bool(data.eval), [source.place for source in data.train]

@@ -304,13 +304,12 @@ def _check_evaluation(tree: RecipeTree, data: Section, training: Section) -> Non
         by_loss = training.get("load_best_model_at_end") or tree.root.child("early_stopping")
         if training.get("metric_for_best_model") is None and not by_loss:
             tree.fault(key, "is best, and nothing says by which metric; add metric_for_best_model: loss")
-
-    def rows(source: Section) -> Section:
-        return DataSource.model_validate(source).model_dump(include={"path", "config", "split", "revision"})
-
-    trained = [rows(source) for source in data.get("train", [])]
-    for i, source in enumerate(data.get("eval", [])):
-        if rows(source) in trained:
+    trained, evaluated_on = (
+        [(source.place, source.revision) for source in map(DataSource.model_validate, data.get(name, []))]
+        for name in ("train", "eval")
+    )
+    for i, rows in enumerate(evaluated_on):
+        if rows in trained:
             message = "would be evaluated on rows it trains on; write other rows, or data.eval_fraction"
             tree.fault(f"data.eval.{i}.path", message)
 

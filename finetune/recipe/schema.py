@@ -109,6 +109,12 @@ class DataSource(BaseModel):
         """The path as the recipe has it, with `${NAME}`: what is shown and saved."""
         return self._template or self.path
 
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Where its rows come from: two sources with one place have the same rows, if they have one revision."""
+        path = os.path.realpath(self.path) if os.path.exists(self.path) else self.path
+        return path, self.config, self.split, self.filter
+
     def shown(self, text: str) -> str:
         """A text with the path or a file of the source, in which `${NAME}` stands for its value."""
         for variable in re.findall(r"\$\{(\w+)\}", self._template):
