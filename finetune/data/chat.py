@@ -14,8 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property, partial
 from typing import Any
@@ -24,42 +23,22 @@ import numpy as np
 
 from finetune.data.encoded import IGNORE, Encoded, Ids, Turn
 from finetune.data.probes import ANSWER, PLAIN, probes, spelt_tokens
-from finetune.data.rendering import Renderer
+from finetune.data.rendering import RenderedChat, Renderer
+from finetune.data.special_tokens import SpecialTokens
 from finetune.data.thinking import check_thinking_apart, thinking_spans
 from finetune.data.tool_calls import with_arguments_as_rendered
 from finetune.data.turn_ends import turn_end
 from finetune.data.turns import (
     Message,
-    Special,
     Tool,
     after_closed_thought,
-    authored_texts,
     check_all_rendered,
     check_unicode,
-    message_holding,
-    special_spans,
-    texts_in,
     thought_fault,
     trained_messages,
     turn_start,
 )
 from finetune.system.errors import LabelError, TemplateError, TurnRewrittenLater
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedChat:
-    """A rendered conversation that is not tokenised yet, with its turns in characters."""
-
-    text: str
-    messages: Sequence[Message]
-    train_on: str
-    # For each turn: index of its message, of its first character, of the character after its end-of-turn token.
-    turns: list[tuple[int, int, int]]
-    trained: frozenset[int]  # the indices of the messages that are trained on
-    tools: Sequence[Tool] | None = None
-    variables: Mapping[str, Any] | None = None
-    # The (start, end) in characters of each thinking text of a message that is trained on.
-    thinking: Sequence[tuple[int, int]] = ()
 
 
 class Chat:
@@ -84,12 +63,7 @@ class Chat:
                 f"{type(tokenizer).__name__} is a slow tokenizer, and labels need a fast one; "
                 "save a fast tokenizer (tokenizer.json) next to the model"
             )
-        self._special_tokens = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        outside = {tokenizer.bos_token, tokenizer.eos_token} - {None}
-        self._special = Special(frozenset(self._special_tokens.values()), frozenset(outside))
-        # The unknown token stands for whatever the vocabulary lacks, so it splits no text.
-        self._splits_text = np.zeros(max(len(tokenizer), *self._special_tokens, 0) + 1, bool)
-        self._splits_text[[i for i in self._special_tokens if i != tokenizer.unk_token_id]] = True
+        self._special = SpecialTokens(tokenizer)
         self._tokenize_tail = functools.lru_cache(maxsize=256)(self._tokenize_one)
 
     @cached_property
@@ -169,7 +143,7 @@ class Chat:
                     if i + 1 < len(messages):
                         raise TurnRewrittenLater(error.reason, error.detail, i) from error
                     fed, start = found
-                end = turn_end(render, self._special, endings, messages, i, text, start)
+                end = turn_end(render, self._special.known, endings, messages, i, text, start)
                 if fed:
                     # The row is the prompt as it is fed, and the turn behind it.
                     text = fed + text[start:]
@@ -195,9 +169,9 @@ class Chat:
         Raises:
             LabelError: As for `encode`.
         """
-        places = np.flatnonzero(self._splits_text[ids]).tolist()
-        spans = self._special_token_spans(rendered, ids, places)
-        self._check_bos(ids)
+        places = self._special.places(ids)
+        spans = self._special.spans(rendered, ids, places)
+        self._special.check_bos(ids)
         turns = []
         starts = [start for start, _ in spans]
         place_of_end = {end: place for (_, end), place in zip(spans, places, strict=True)}
@@ -272,20 +246,19 @@ class Chat:
         eos = self.tokenizer.eos_token_id
         if special_tokens:
             bos = [self.tokenizer.bos_token_id]
-            if self._adds_bos and (inside[:1] == bos or prompt_inside[:1] == bos):
+            if self._special.adds_bos and (inside[:1] == bos or prompt_inside[:1] == bos):
                 ids, before = inside, prompt_inside
             elif inside and inside[-1] == eos and ids[-2:] == [eos, eos]:
                 ids = ids[:-1]
         else:
-            found = {i for i in inside if i in self._special_tokens}
-            self._check_no_special_tokens(found, [], text)
+            self._special.check_absent({i for i in inside if i in self._special.texts}, [], text)
         if before and before[-1] == eos:
             before = before[:-1]
         if ids[: len(before)] != before:
             raise LabelError("a token straddles the boundary of prompt and completion")
         if eos is not None and ids[-1] != eos:
             ids = [*ids, eos]
-        self._check_bos(np.asarray(ids), rendered=False)
+        self._special.check_bos(np.asarray(ids), rendered=False)
         start = max(1, len(before))  # no token comes before the first one from which it could be predicted
         row = np.asarray(ids, np.int32)
         labels = row.copy()
@@ -307,7 +280,7 @@ class Chat:
         for messages, tools in probes(self.render):
             with contextlib.suppress(LabelError):
                 ids = self._tokenize_one(self.render(messages, tools=tools)).tolist()
-                return sorted({i for i in ids if i in self._special_tokens} - {self.tokenizer.bos_token_id})
+                return sorted({i for i in ids if i in self._special.texts} - {self.tokenizer.bos_token_id})
         return []
 
     @cached_property
@@ -367,50 +340,12 @@ class Chat:
             with contextlib.suppress(LabelError):
                 text = self.render(talk)
                 start = turn_start(self.render, talk, i, text)
-                end = turn_end(self.render, self._special, (), talk, i, text, start)
+                end = turn_end(self.render, self._special.known, (), talk, i, text, start)
                 endings.add(text[text.index(ANSWER, start) + len(ANSWER) : end])
         return sorted(endings, key=len, reverse=True)
 
     # -----------------------------------------------------------------------------------------------------------
-    # Checks
-
-    def _special_token_spans(self, rendered: RenderedChat, ids: Ids, places: list[int]) -> list[tuple[int, int]]:
-        """The (start, end) in characters of each special token, which stand at `places` of `ids`."""
-        found = ids[places].tolist()
-        distinct = set(found)
-        unknown = self.tokenizer.unk_token
-        spelt = distinct | ({self.tokenizer.unk_token_id} if unknown and unknown in rendered.text else set())
-        self._check_no_special_tokens(spelt, rendered.messages, "\0".join(texts_in(rendered.tools)))
-        spans = special_spans([self._special_tokens[i] for i in distinct], rendered.text)
-        if [rendered.text[start:end] for start, end in spans] != [self._special_tokens[i] for i in found]:
-            raise LabelError("its special tokens are not those that its text spells out")
-        return spans
-
-    def _check_no_special_tokens(self, special_ids: Iterable[int], messages: Sequence[Message], text: str) -> None:
-        """Refuses a row whose own text holds a special token, which the tokenizer would not read as text."""
-        whole = "\0".join([text, *(part for message in messages for part in authored_texts(message))])
-        for token in (self._special_tokens[i] for i in special_ids):
-            if token in whole:
-                i = message_holding(messages, token)
-                whose = "" if i is not None else "the tools: " if messages else "the text: "
-                reason = f"{whose}its text holds {token}, which is a special token of this tokenizer"
-                raise LabelError(reason, message=i)
-
-    @cached_property
-    def _adds_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-
-    def _check_bos(self, ids: Ids, rendered: bool = True) -> None:
-        """Refuses all but one BOS at the front, where the tokenizer uses it; a template may write more behind EOS."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is None or bos == eos:
-            return
-        places = np.flatnonzero(ids == bos)
-        first = 0 in places or not (self._adds_bos or len(places))
-        if not first or any(ids[place - 1] != eos for place in places if place):
-            writes = f"the {'chat template' if rendered else 'tokenizer'} writes {len(places)} BOS tokens"
-            raise LabelError(f"{writes} ({self.tokenizer.bos_token}); exactly one must come first")
+    # Token ids
 
     @cached_property
     def _backend(self) -> Any:

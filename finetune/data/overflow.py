@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.chat import Chat, RenderedChat
+from finetune.data.chat import Chat
 from finetune.data.encoded import IGNORE, Encoded
+from finetune.data.rendering import RenderedChat
 from finetune.data.turns import INSTRUCTING
 from finetune.recipe.schema import DataSection
 

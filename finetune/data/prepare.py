@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune.data.adapt import adapt
 from finetune.data.bad_rows import BadRows
-from finetune.data.chat import Chat, RenderedChat
+from finetune.data.chat import Chat
 from finetune.data.encoded import Encoded, Ids
 from finetune.data.formats import (
     FORMATS,
@@ -45,6 +45,7 @@ from finetune.data.preference import (
     without_tail,
 )
 from finetune.data.readers import read_rows
+from finetune.data.rendering import RenderedChat
 from finetune.data.row_result import RowResult
 from finetune.data.turns import texts_in
 from finetune.recipe.schema import DataSection, DataSource

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime
 from datetime import time as time_of_day
 from functools import cached_property, lru_cache, partial
@@ -56,6 +57,22 @@ def _tell_slow(started: Iterable[float], told: set[float]) -> None:
         if since not in told and time.monotonic() - since > _SLOW:
             told.add(since)
             print_line(f"the chat template has been rendering one conversation for {_SLOW:g} s")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A rendered conversation that is not tokenised yet, with its turns in characters."""
+
+    text: str
+    messages: Sequence[Message]
+    train_on: str
+    # For each turn: index of its message, of its first character, of the character after its end-of-turn token.
+    turns: list[tuple[int, int, int]]
+    trained: frozenset[int]  # the indices of the messages that are trained on
+    tools: Sequence[Tool] | None = None
+    variables: Mapping[str, Any] | None = None
+    # The (start, end) in characters of each thinking text of a message that is trained on.
+    thinking: Sequence[tuple[int, int]] = ()
 
 
 class Renderer:
