@@ -148,8 +148,26 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace an output of merge or export, once complete")
 
     _add_generate(verb("generate", "answer prompts with a run or a model", model, trust))
+    _add_merge(verb("merge", "merge a run's adapter into its base's weights", output, trust))
+    formats = f"{', '.join(TRANSFORMERS_FORMATS)}, MLX, GGUF or Ollama files"
+    _add_export(verb("export", f"write {formats} and measure their loss", output, trust))
 
-    flag = verb("merge", "merge a run's adapter into its base's weights", output, trust).add_argument
+    flag = verb("check-adapter", "check whether a program loads a run's adapter without a merge").add_argument
+    flag("folder", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder with a PEFT adapter")
+    flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
+
+    _add_evaluate(verb("evaluate", "measure the perplexity and the answers of a model", model, trust))
+
+    flag = verb("serve", "start an OpenAI-compatible server for a run or a model", model, trust).add_argument
+    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
+    flag("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
+    flag("--port", type=_port, default=8000, metavar="N", help="default: 8000")
+    flag("--print", action="store_true", dest="print_only", help="print the server's command, do not start it")
+
+
+def _add_merge(merge: argparse.ArgumentParser) -> None:
+    flag = merge.add_argument
     flag("folder", metavar="RUN", help="a run, one of its checkpoints, or a folder with a PEFT adapter")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the run")
     flag(
@@ -170,12 +188,9 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
     flag("--max-shard-size", default="5GB", metavar="SIZE", help="the largest file of weights (default: 5GB)")
     flag("--stream-base", action="store_true", help="fetch the base from the Hub file by file, and keep none")
 
-    flag = verb(
-        "export",
-        f"write {', '.join(TRANSFORMERS_FORMATS)}, MLX, GGUF or Ollama files and measure their loss",
-        output,
-        trust,
-    ).add_argument
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    flag = export.add_argument
     flag("model", metavar="RUN_OR_MERGED", help="a run (merged first), or a folder with a whole model")
     flag("--format", type=_format, metavar="FORMAT", action="append", default=[], help=f"{FORMATS_HELP}; repeatable")
     flag("--base", metavar="BASE", help="as in merge")
@@ -188,12 +203,8 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
         help="exit with 3 if a format misses it: max_kl, max_kl_p99, min_top1, max_perplexity_ratio; repeatable",
     )
 
-    flag = verb("check-adapter", "check whether a program loads a run's adapter without a merge").add_argument
-    flag("folder", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder with a PEFT adapter")
-    flag("--for", required=True, dest="program", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft==RELEASE")
-    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
 
-    evaluate = verb("evaluate", "measure the perplexity and the answers of a model", model, trust)
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     flag = evaluate.add_argument
     _add_overrides(evaluate, "replaces a value of the recipe")
     flag("--recipe", type=Path, help="held-out rows and evaluate section (default: the run's recipe)")
@@ -204,12 +215,6 @@ def _add_verbs_of_models(verb: AddVerb) -> None:
     flag("--limit", type=_positive, metavar="N", help="the most rows and prompts to evaluate")
     flag("--output", type=Path, metavar="DIR", help="default: evaluation in the folder of the run, or here")
     flag("--json", action="store_true", help="print the report as JSON")
-
-    flag = verb("serve", "start an OpenAI-compatible server for a run or a model", model, trust).add_argument
-    flag("--base", metavar="PATH_OR_ID", help=_ELSEWHERE)
-    flag("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine alone")
-    flag("--port", type=_port, default=8000, metavar="N", help="default: 8000")
-    flag("--print", action="store_true", dest="print_only", help="print the server's command, do not start it")
 
 
 def _add_overrides(command: argparse.ArgumentParser, help: str) -> None:

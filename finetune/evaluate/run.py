@@ -108,17 +108,12 @@ def evaluate(
         LabelError, TemplateError: A chat template refuses a conversation.
         RunError: Another process evaluates into `output`.
     """
-    file = Path(recipe) if recipe else run_file(Path(model), "recipe.yaml")
-    if file is None:
-        raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
-    loaded = load_recipe(file, overrides)
-    if recipe and loaded.model.trust_remote_code:
-        say(f"{file}: model.trust_remote_code: Python files that come with {loaded.model.name_or_path} may run")
-    if not recipe:
-        # The run may be somebody else's.
-        loaded = replace(loaded, model=loaded.model.model_copy(update={"trust_remote_code": trust_remote_code}))
-        _check_tasks_are_names(loaded, file, trust_remote_code)
-        _check_nothing_is_sent(loaded, file, server)
+    if recipe:
+        loaded = load_recipe(recipe, overrides)
+        if loaded.model.trust_remote_code:
+            say(f"{recipe}: model.trust_remote_code: Python files that come with {loaded.model.name_or_path} may run")
+    else:
+        loaded = _recipe_of_run(model, overrides, server, trust_remote_code)
     section, limit = loaded.evaluate, limit or loaded.evaluate.limit
     served = _served(section, model, server, server_model, say)
     alone = model.startswith(_ADDRESS)
@@ -155,6 +150,18 @@ def evaluate(
             _write(report, output)
     say(f"written: {output}")
     return report
+
+
+def _recipe_of_run(model: str, overrides: Sequence[str], server: str | None, trust_remote_code: bool) -> Recipe:
+    """A run's own recipe. The run may be somebody else's: its recipe runs no code and sends nothing to a server."""
+    file = run_file(Path(model), "recipe.yaml")
+    if file is None:
+        raise EvaluateError(f"{model} has no recipe.yaml; write --recipe with one that holds rows out or names prompts")
+    loaded = load_recipe(file, overrides)
+    loaded = replace(loaded, model=loaded.model.model_copy(update={"trust_remote_code": trust_remote_code}))
+    _check_tasks_are_names(loaded, file, trust_remote_code)
+    _check_nothing_is_sent(loaded, file, server)
+    return loaded
 
 
 def _write(report: EvaluationReport, output: Path) -> None:

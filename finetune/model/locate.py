@@ -298,28 +298,35 @@ def locate(name_or_path: str, say: Say = lambda line: None) -> str:
             f"model.name_or_path: {name_or_path} is a file; write a model's folder, its id on the Hub or a .gguf file"
         )
     if path.is_dir():
-        if pointer := git_lfs_pointer(path):
-            raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
-        if (path / WEIGHTS_INDEX).exists():
-            from finetune.model.shards import weight_files
-
-            weight_files(path)  # transformers 5.23 follows names that lead out of the folder
-        quantization = None
-        with contextlib.suppress(RunError):  # transformers names a config that is damaged
-            quantization = read_json(path / "config.json").get("quantization_config")
-        if isinstance(quantization, dict) and "group_size" in quantization and "quant_method" not in quantization:
-            raise ModelError(
-                f"model.name_or_path: the weights of {name_or_path} are quantised by MLX, which only MLX reads; name "
-                "the model that it was made from"
-            )
-        if not any(path.glob("*.safetensors")):
-            pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            pickle = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else ""
-            raise ModelError(
-                f"model.name_or_path: {name_or_path} holds {pickle or 'no weights'}; weights must be .safetensors"
-            )
+        _check_folder(path, name_or_path)
         return str(path)
     return name_or_path
+
+
+def _check_folder(path: Path, name: str) -> None:
+    """Refuses a folder of a model whose weights transformers would not load, or only with a risk.
+
+    Raises:
+        ModelError: It holds no safetensors weights, a pointer of Git LFS, or MLX's weights; `name` names the folder.
+    """
+    if pointer := git_lfs_pointer(path):
+        raise ModelError(f"model.name_or_path: {pointer} is a pointer of Git LFS; run git lfs pull beside it")
+    if (path / WEIGHTS_INDEX).exists():
+        from finetune.model.shards import weight_files
+
+        weight_files(path)  # transformers 5.23 follows names that lead out of the folder
+    quantization = None
+    with contextlib.suppress(RunError):  # transformers names a config that is damaged
+        quantization = read_json(path / "config.json").get("quantization_config")
+    if isinstance(quantization, dict) and "group_size" in quantization and "quant_method" not in quantization:
+        raise ModelError(
+            f"model.name_or_path: the weights of {name} are quantised by MLX, which only MLX reads; name "
+            "the model that it was made from"
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickle = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else ""
+        raise ModelError(f"model.name_or_path: {name} holds {pickle or 'no weights'}; weights must be .safetensors")
 
 
 def _import_gguf_package(module: str) -> Any:

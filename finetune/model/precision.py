@@ -174,6 +174,12 @@ def keep_residual_in_float32(model: Any) -> bool:
             layer.post_attention_layernorm.register_forward_hook(to_weight_type)
         if hasattr(layer, "router"):  # experts beside the MLP
             layer.pre_feedforward_layernorm_2.register_forward_hook(to_weight_type)
+    _keep_readers_in_float32(decoder)
+    return True
+
+
+def _keep_readers_in_float32(decoder: Any) -> None:
+    """Makes the layers that multiply the residual stream itself compute in float32."""
     for name, module in decoder.named_modules():
         if not _READ_THE_STREAM.fullmatch(name):
             continue
@@ -191,7 +197,6 @@ def keep_residual_in_float32(model: Any) -> bool:
         for method in ("predict", "correct", "forward"):
             if hasattr(module, method):
                 _compute_in_float32(module, method)
-    return True
 
 
 def _compute_in_float32(module: Any, method: str) -> None:

@@ -199,6 +199,25 @@ def _checked_sections(tree: RecipeTree, keys: Keys) -> Sections:
     return sections
 
 
+def _lora_section(tree: RecipeTree, sections: Sections, keys: Keys) -> Section | None:
+    """The `lora` section with its defaults, or that of `model.adapter`; None if all weights are trained.
+
+    Raises:
+        RecipeError: The section contradicts the adapter's.
+    """
+    if adapter := sections["model"].get("adapter"):
+        lora = adapter_lora(tree, adapter, sections["lora"], keys["lora"])
+        if tree.faults:
+            raise RecipeError(tree.report())
+    elif tree.trains_all_weights:
+        return None
+    else:
+        lora = {"target_modules": "all-linear", "trainable_token_indices": "auto", **sections["lora"]}
+    if lora.get("trainable_token_indices") == "none":
+        lora["trainable_token_indices"] = None
+    return lora
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, after all checks that need no weights, rows or network.
 
@@ -234,14 +253,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if tree.faults:
         raise RecipeError(tree.report())
 
-    if adapter := sections["model"].get("adapter"):
-        sections["lora"] = adapter_lora(tree, adapter, sections["lora"], keys["lora"])
-        if tree.faults:
-            raise RecipeError(tree.report())
-    lora: Section = {"target_modules": "all-linear", "trainable_token_indices": "auto"}
-    lora = sections["lora"] if adapter else lora | sections["lora"]
-    if lora.get("trainable_token_indices") == "none":
-        lora["trainable_token_indices"] = None
+    lora = _lora_section(tree, sections, keys)
     leaves = dict(root.leaves())
     data = DataSection.model_validate(sections["data"])
     for name in ("train", "eval"):
@@ -258,7 +270,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         evaluate=EvaluateSection.model_validate(sections["evaluate"]),
         hub=HubSection.model_validate(sections["hub"]),
         training={"output_dir": f"runs/{path.stem}", "report_to": "none", **sections["training"]},
-        lora=None if tree.trains_all_weights and not adapter else lora,
+        lora=lora,
         quantization=sections["quantization"] if "quantization" in root.value else None,
         origins={key: leaf.origin for key, leaf in leaves.items()},
         path=path,
