@@ -190,9 +190,10 @@ def test_an_embedding_for_each_layer_is_refused(name: str, rows: int, tmp_path: 
 
 
 def test_a_disk_without_room_is_told_before_a_copy_is_written(
-    recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     enlarged("llama")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))  # another test may have made the copy
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**18))
     assert main([recipe("llama", resize_embeddings=True)]) == 2
