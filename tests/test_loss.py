@@ -98,6 +98,21 @@ def test_a_batch_without_labels_is_a_differentiable_zero() -> None:
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch 2.13's compiler asks for it
+def test_steps_of_a_compiled_model() -> None:
+    inputs, found = batch(), []
+    for compiled in (False, True):
+        model = model_of("gemma2")
+        use_token_head(model, compiled=compiled)
+        run = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(2):
+            run(**inputs, fused_lm_head=True).loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(gradient, found[0][name], rtol=1e-12, atol=1e-12)
+
+
 def test_plain_forward_and_generate_are_untouched() -> None:
     model, inputs = model_of("gemma2").eval(), batch()
     before = model(input_ids=inputs["input_ids"]).logits

@@ -131,12 +131,14 @@ def _two_buffers(buffers: list[torch.Tensor], step: int, weight: torch.Tensor) -
     return buffers
 
 
-def use_token_head(model: Any, mean_logits: bool = False) -> bool:
+def use_token_head(model: Any, mean_logits: bool = False, compiled: bool = False) -> bool:
     """Replaces trl's fused head of `model` (a causal LM that trl has patched) if this one is faster or required.
 
     Args:
         model: The causal LM.
         mean_logits: True if the mean of each position's logits is asked for, which trl's preference trainers log.
+        compiled: True if `model` will be compiled. This head is not: torch 2.13 would keep the graph of a step for the
+            next one, whose backward pass then fails.
 
     Returns:
         True if it did: the output layer is frozen except for token rows, there is no router loss, and the model is on a
@@ -157,7 +159,10 @@ def use_token_head(model: Any, mean_logits: bool = False) -> bool:
     if not wrapped and base.weight.device.type != "cpu":
         return False
     softcap = getattr(config, "final_logit_softcapping", None)
-    model.forward = MethodType(_forward_with(model.forward, _scale(config), softcap, mean_logits), model)
+    score: Any = _TokenLogProbs.apply
+    if compiled:
+        score = torch.compiler.disable(score)  # type: ignore[no-untyped-call]
+    model.forward = MethodType(_forward_with(model.forward, score, _scale(config), softcap, mean_logits), model)
     return True
 
 
@@ -175,7 +180,7 @@ def _scale(config: Any) -> float:
     return float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
 
 
-def _forward_with(trl_forward: Any, scale: float, softcap: float | None, mean_logits: bool) -> Any:
+def _forward_with(trl_forward: Any, score: Any, scale: float, softcap: float | None, mean_logits: bool) -> Any:
     buffers: list[torch.Tensor] = []
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
@@ -190,7 +195,7 @@ def _forward_with(trl_forward: Any, scale: float, softcap: float | None, mean_lo
         weight, bias, rows, index = _output_layer(self.get_output_embeddings())
         if rows is not None and not torch.is_grad_enabled():
             rows = rows.detach()  # else a gradient would be computed also where none is needed
-        per_token = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
+        per_token = score(
             hidden[mask], rows, weight, bias, index, labels[:, 1:][mask], scale, softcap, buffers, mean_logits
         )
         # Scattering keeps a batch without trained tokens connected to the model, with a loss of zero.

@@ -94,7 +94,7 @@ class PreferenceTrainer(RunTrainer):
         weighted = getattr(args, "use_weighting", False)
         add_fused_lm_head(whole, outputs=(*_OUTPUTS, "log_sum_sq_probs") if weighted else _OUTPUTS)
         if not weighted:
-            use_token_head(whole, mean_logits=True)
+            use_token_head(whole, mean_logits=True, compiled=args.torch_compile)
         # A router's loss reads the mask of the rows as they are.
         shares = self.holds_pairs and SharedPrompts.fit(whole) and not self.aux_loss_enabled
         self.shared = SharedPrompts(whole) if shares else None

@@ -42,7 +42,8 @@ class SftTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data = trained[name]
-        use_token_head(self.model.get_base_model() if is_adapter else self.model)
+        whole = self.model.get_base_model() if is_adapter else self.model
+        use_token_head(whole, compiled=args.torch_compile)
         # transformers 5.23 counts no tokens for models of images with text (`accepts_loss_kwargs`), as their own loss
         # would ignore the count: the loss of accumulated batches would be a mean of means. trl 1.16 computes the loss
         # itself.
