@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from finetune.data.chat import Chat
 from finetune.data.mixture import build_datasets
+from finetune.model.compatibility import exclude_modules, non_text_modules
 from finetune.model.load import load_model, load_tokenizer
 from finetune.model.locate import Base
 from finetune.model.precision import decide_precision
@@ -46,8 +47,12 @@ def make_trainer(kind: str, path: str) -> Any:
     }
     torch.manual_seed(0)
     if kind == "bare":
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
-        trainer = SFTTrainer(model=load_model(recipe), peft_config=config, **arguments)
+        model = load_model(recipe)
+        towers = exclude_modules(non_text_modules(model), None)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear", exclude_modules=towers
+        )
+        trainer = SFTTrainer(model=model, peft_config=config, **arguments)
     else:
         model = load_trainable(recipe, base, precision, chat, lambda line: None)
         trainer = SftTrainer(model=model, **arguments)
