@@ -707,6 +707,7 @@ def gemma(user_cache: None) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra quickstart")
+@pytest.mark.soak
 def test_a_matrix_of_some_rows_serves_others(gemma: Path, tmp_path: Path) -> None:
     rows, where = calibration_rows(gemma, rows=14)
     found = collect_importance(gemma, rows[:7], "float32", where)
