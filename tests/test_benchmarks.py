@@ -122,8 +122,11 @@ def test_commands(script: Any, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_waiting(script: Any, capsys: Any) -> None:
-    script("waiting").main(1, 0.05)
+def test_waiting(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    waiting = script("waiting")
+    # Forked, all processes wait in one way.
+    monkeypatch.setattr(waiting.subprocess, "run", lambda command, text, **options: forks.run(command, **options))
+    waiting.main(1, 0.05)
     [[_, *figures]] = rows_of(capsys.readouterr().out)
     assert len(figures) == 6
     assert float(figures[0]) > 0
