@@ -374,6 +374,7 @@ def test_llama_cpp_answers(tiny_gguf: Path, workdir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_transformers_answers(workdir: Path) -> None:
     """The server imports transformers anew, which takes seconds."""
     pytest.importorskip("openai", reason=f"transformers serve needs it: {install_command('serve')}")
