@@ -407,7 +407,8 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 @pytest.mark.skipif(" " in sys.prefix, reason="torch 2.13 gives the compiler paths without quotation marks")
 # torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.soak
 def test_flex_attention_soft_caps(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor, users' backend, takes 20 seconds and more to compile it."""
     compile_function = torch.compile
@@ -597,10 +598,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 TURN_END = {"llama": "<|im_end|>"}
+# Trained as a whole in `make test`, too; the others in tier `soak`.
+FULL = ("llama", "gemma3", "gemma3n", "gemma4")
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("name", [*RANDOM_ARCHITECTURES, "gemma3, untied", "multimodal gemma3"])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        pytest.param(name, lora, marks=[] if lora or name in FULL else [pytest.mark.soak])
+        for name in (*RANDOM_ARCHITECTURES, "gemma3, untied", "multimodal gemma3")
+        for lora in (True, False)
+    ],
+)
 @pytest.mark.slow
 def test_each_architecture_is_trained_saved_and_answers_the_same_again(
     name: str, lora: bool, bases: Callable[[str], str], write_recipe: Write, monkeypatch: pytest.MonkeyPatch
