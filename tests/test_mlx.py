@@ -7,16 +7,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from finetune.cli.commands import main
 from finetune.export import mlx as export_mlx
+from finetune.export import verify
 from finetune.export.mlx import check_computable, load_mlx, notes, reader_of, write_dequantised, write_mlx
 from finetune.hub.card import export_card
 from finetune.model.locate import locate
 from finetune.model.mlx import GROUP, dequantise, quantise
+from finetune.system import fresh_process
 from finetune.system.errors import ExportError
 from finetune.system.extras import install_command
 from finetune.system.terminal import quiet
@@ -318,7 +321,7 @@ def test_the_card_of_an_export_fetches_one_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("installed", "kinds"),
     [
-        pytest.param(True, ["mlx-4bit"], marks=needs_mlx),  # mlx compiles its kernels anew in each process
+        pytest.param(True, ["mlx-4bit"], marks=needs_mlx),
         pytest.param(True, ["mlx-bf16", "mlx-8bit", "mlx-4bit"], marks=[needs_mlx, pytest.mark.soak]),
         (False, ["mlx-bf16", "mlx-8bit", "mlx-4bit"]),
     ],
@@ -328,6 +331,8 @@ def test_through_the_command_line(
 ) -> None:
     """Measured like the other formats, by mlx-lm and without it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fresh_process, "_start", in_process.start)  # mlx compiles its kernels anew in each process
+    monkeypatch.setattr(verify, "ANSWER_TOKENS", 8)
     if not installed:
         found = importlib.util.find_spec
         hide = lambda name, *rest: None if name == "mlx_lm" else found(name, *rest)  # noqa: E731
