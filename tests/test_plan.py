@@ -497,6 +497,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(
     monkeypatch.setattr("finetune.plan.run.GPUS", {"h200": GPUS["h200"]})
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b", "dtype": "bfloat16"},
+        lora={"target_modules": ["q_proj"]},
         training={"per_device_train_batch_size": 8, "max_length": 1024},
         data={"train": [{"path": "somebody/rows"}]},
     )
@@ -519,6 +520,7 @@ def test_a_recipe_that_does_not_fit_is_told_what_makes_it_fit(
 def test_the_largest_batch_fits_and_one_more_does_not(write_recipe: Write) -> None:
     path = write_recipe(
         model={"name_or_path": "google/gemma-2b"},
+        lora={"target_modules": ["q_proj"]},
         training={"gradient_checkpointing": True, "max_length": 512},
         data={"train": [{"path": "somebody/rows"}]},
     )

@@ -16,6 +16,7 @@ from finetune.recipe.load import load_recipe
 from finetune.system.devices import GPUS
 
 Write = Callable[..., Path]
+SMALL: dict[str, Any] = {"model": {"name_or_path": "random:llama"}, "lora": {"target_modules": ["q_proj"]}}
 
 
 @pytest.fixture
@@ -30,12 +31,14 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return step(self, batch, *rest)
 
     monkeypatch.setattr(FakeModel, "step", counted)
+    # The table of GPUs, each of which takes seconds, has one.
+    monkeypatch.setattr("finetune.plan.run.GPUS", {"h200": GPUS["h200"]})
     return made
 
 
 @pytest.mark.slow
 def test_a_second_plan_runs_nothing(write_recipe: Write, runs: list[Any]) -> None:
-    recipe = load_recipe(write_recipe(model={"name_or_path": "random:llama"}), ["data.train=[{path: owner/rows}]"])
+    recipe = load_recipe(write_recipe(**SMALL), ["data.train=[{path: owner/rows}]"])
     first = plan(recipe, GPUS["t4"], use_rows=False)
     count = len(runs)
     assert count
@@ -50,7 +53,7 @@ def test_a_second_plan_runs_nothing(write_recipe: Write, runs: list[Any]) -> Non
 
 @pytest.mark.slow
 def test_without_a_cache_a_plan_is_made(write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(write_recipe(), ["data.train=[{path: owner/rows}]"])
+    recipe = load_recipe(write_recipe(**SMALL), ["data.train=[{path: owner/rows}]"])
     Path("blocked").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("blocked").absolute()))
     monkeypatch.setenv("FINETUNE_STAND_IN_CACHE", "")
@@ -62,7 +65,7 @@ def test_without_a_cache_a_plan_is_made(write_recipe: Write, runs: list[Any], mo
 def test_what_a_step_depends_on_is_a_part_of_the_key(
     write_recipe: Write, runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_recipe(model={"name_or_path": "random:llama"})
+    path = write_recipe(**SMALL)
 
     def peak(*overrides: str, gpu: str = "t4", base: str = "random:llama", **changes: Any) -> tuple[bool, int]:
         """True if something was run, and the peak of a step."""
