@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import in_process
 import pytest
 import torch
 import yaml
@@ -45,7 +46,7 @@ from finetune.model.locate import Base, locate
 from finetune.model.provenance import hub_id, license_of, record_digest
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import DataSource, HubSection, ModelSection
-from finetune.system import errors
+from finetune.system import errors, fresh_process
 from finetune.system.errors import ModelError, PushError
 from finetune.train.run import train
 
@@ -97,6 +98,8 @@ def connected(hub: Hub, home: Path) -> Iterator[pytest.MonkeyPatch]:
         for name, value in (hub.environment(home) | {"HF_TOKEN": TOKEN}).items():
             patch.setenv(name, value)
         point_to(hub.url, patch)
+        # Processes start cold where HF_ENDPOINT is not the server's of forks.
+        patch.setattr(fresh_process, "_start", in_process.start)
         for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
             patch.setattr(constants, name, value)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
