@@ -247,6 +247,7 @@ def assert_little_is_lost(exported: Path, formats: list[str], answers: int, conv
     assert nf4["bytes"] < 0.38 * merged["bytes"]  # the embedding, two thirds of it, stays in 16 bit
 
 
+@pytest.mark.soak
 def test_what_an_export_in_4_bit_lost(exported: Path) -> None:
     assert_little_is_lost(exported, ["nf4"], answers=2, conversations=2)
 
