@@ -18,8 +18,11 @@ from processes import ROOT, Processes, environment
 from safetensors.torch import load_file
 
 from finetune.cli.commands import main
+from finetune.model.precision import decide_precision
 from finetune.recipe.load import load_recipe
+from finetune.system.errors import RunError
 from finetune.train import checkpoint
+from finetune.train.arguments import check_launch
 from finetune.train.run import _comparable as comparable
 
 Write = Callable[..., Path]
@@ -364,6 +367,7 @@ def test_an_output_that_is_not_shared_is_refused(write_recipe: Write, processes:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(write_recipe: Write) -> None:
     """The launcher signals whole process groups, with whatever works for them."""
     path = write_recipe(training={"max_steps": 4000, "logging_steps": 2, "dataloader_num_workers": 1})
@@ -431,11 +435,25 @@ def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(writ
 )
 @pytest.mark.slow
 def test_what_cannot_be_done_in_parts_is_refused(
-    write_recipe: Write, processes: Processes, overrides: dict[str, Any], env: dict[str, str], fault: str
+    write_recipe: Write,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, Any],
+    env: dict[str, str],
+    fault: str,
 ) -> None:
-    said = processes.run("train", str(write_recipe(**overrides)), ranks=2, env=[env, env], code=2)
-    (line,) = told(said)
-    assert line.startswith(f"error: {fault}")
+    path = write_recipe(**overrides)
+    if "optim" in overrides.get("training", {}) or "ACCELERATE_USE_DEEPSPEED" in env:
+        (line,) = told(processes.run("train", str(path), ranks=2, env=[env, env], code=2))
+        assert line.startswith(f"error: {fault}")
+        return
+    # In this process, with what a launcher sets.
+    for name, value in (environment("fsdp.yaml", 2) | {"WORLD_SIZE": "2"} | env).items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(path)
+    with pytest.raises(RunError) as caught:
+        check_launch(recipe, decide_precision(recipe))
+    assert str(caught.value).startswith(fault)
 
 
 def test_a_tpu_needs_its_package(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
