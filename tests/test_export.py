@@ -126,7 +126,10 @@ def merged(run: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     output = run.with_name("exported")
-    assert main(["export", "--quiet", str(run), "--output", str(output), *FLAGS]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh_process, "_start", start)
+        patch.setattr(verify, "ANSWER_TOKENS", 16)
+        assert main(["export", "--quiet", str(run), "--output", str(output), *FLAGS]) == 0
     return output
 
 
@@ -139,7 +142,7 @@ def qlora(folder: Path, base: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of a single test are measured in this process, on short answers; those of several tests are not."""
+    """Exports are measured in this process, on short answers."""
     monkeypatch.setattr(fresh_process, "_start", start)
     monkeypatch.setattr(verify, "ANSWER_TOKENS", 8)
 
@@ -418,10 +421,10 @@ def test_answers_are_those_that_each_prompt_gets_alone(merged: Path, run: Path, 
     for row in rows:
         ids = torch.tensor([row.prompt])
         out = generator.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, eos_token_id=[1, 5]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, eos_token_id=[1, 5]
         )
         expected.append(out[0, len(row.prompt) :].tolist())
-    assert generator.answers([row.prompt for row in rows], 64) == expected
+    assert generator.answers([row.prompt for row in rows], 16) == expected
     stopped = sum(answer[-1] in (1, 5) for answer in expected)
     assert figures(exported)["merged, original base"]["stopped"] == stopped
     assert 0 < stopped < len(rows)  # both kinds were there

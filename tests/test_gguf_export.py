@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import finetune.export.gguf.ollama.modelfile
 import finetune.export.gguf.write
 import finetune.export.run
 from finetune.cli.commands import main
+from finetune.export import verify
 from finetune.export.gguf.imatrix import files
 from finetune.export.gguf.llama_cpp.measure import Measurement
 from finetune.export.gguf.make import GgufPlan, gguf_faults, imatrix_source, make_files, read_writable_tokenizer
@@ -27,6 +29,7 @@ from finetune.export.gguf.tensors import gguf_names
 from finetune.export.gguf.tokenizer.vocabulary import TokenizerMetadata
 from finetune.model.locate import locate
 from finetune.recipe.schema import ExportSection, ImatrixDataSection
+from finetune.system import fresh_process
 from finetune.system.extras import install_command
 
 Options = dict[str, Any]
@@ -48,7 +51,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Gemma 3 as GGUF and for Ollama."""
     folder = tmp_path_factory.mktemp("gguf")
     shutil.copytree(locate("random:gemma3"), folder / "tiny")
-    assert export(folder / "tiny", folder / "out", *FILES) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "ANSWER_TOKENS", 16)
+        patch.setattr(fresh_process, "_start", in_process.start)
+        assert export(folder / "tiny", folder / "out", *FILES) == 0
     return folder / "out"
 
 
