@@ -254,7 +254,7 @@ def test_a_peak_of_a_real_model(
     ("base", "quantized", "depth"),
     [
         pytest.param("google/gemma-2-2b", True, 6, marks=pytest.mark.soak),
-        ("google/gemma-3-270m", False, 7),
+        pytest.param("google/gemma-3-270m", False, 7, marks=pytest.mark.soak),
         *(
             pytest.param(base, quantized, None, marks=pytest.mark.soak)
             for base in ("google/gemma-2-2b", "google/gemma-3-270m")
@@ -642,7 +642,10 @@ def test_what_to_write_so_that_a_device_computes_in_it(
     ("kind", "name", "numbers"),
     [
         ("falcon", "FalconForCausalLM", {"hidden_size": 64, "num_hidden_layers": 5, "vocab_size": 500}),
-        ("opt", "OPTForCausalLM", {"hidden_size": 64, "num_hidden_layers": 5, "word_embed_proj_dim": 64}),
+        pytest.param(
+            *("opt", "OPTForCausalLM", {"hidden_size": 64, "num_hidden_layers": 5, "word_embed_proj_dim": 64}),
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 @pytest.mark.slow
