@@ -82,8 +82,7 @@ def test_one_result_however_the_pairs_are_spread(
     [
         ("dpo", 1),
         pytest.param("kto", 1, marks=pytest.mark.slow),
-        pytest.param("dpo", 2, marks=pytest.mark.slow),
-        pytest.param("kto", 2, marks=pytest.mark.soak),
+        *(pytest.param(method, 2, marks=pytest.mark.soak) for method in ("dpo", "kto")),
         pytest.param("orpo", 1, marks=pytest.mark.soak),
     ],
 )

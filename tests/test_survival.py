@@ -358,7 +358,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *(3, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2}, [2]), marks=pytest.mark.soak
         ),
         # Three steps are an epoch.
-        (3, {"save_strategy": "epoch", "eval_strategy": "epoch"}, [3]),
+        pytest.param(3, {"save_strategy": "epoch", "eval_strategy": "epoch"}, [3], marks=pytest.mark.soak),
         pytest.param(4, {"save_strategy": "epoch", "eval_strategy": "epoch"}, [3], marks=pytest.mark.soak),
         pytest.param(
             *(3, {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch"}, [3]), marks=pytest.mark.soak
