@@ -78,7 +78,7 @@ def trained(here: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) 
 
 def answers(run: Path, prompts: list[str], limit: int, adapter: bool = True) -> list[tuple[str, bool]]:
     """Each prompt's answer of so many tokens at most, and whether it ended by itself."""
-    generator = load_generator(str(run), adapter)
+    generator = load_generator(str(run), adapter=adapter)
     asked = [generator.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
     found = generator.answers(asked, limit)
     texts = generator.chat.tokenizer.batch_decode(found, skip_special_tokens=True)
