@@ -117,6 +117,13 @@ CLIENTS = (
         {"gguf:F32": _SAME, "gguf:Q8_0": _TYPE, "gguf:adapter": _SAME, "ollama": _SAME},
     ),
     Client(
+        "llama-cpp-python 0.3.36",
+        "probe_llama_cpp_python.py",
+        # It has no wheel: pip builds it once, in half an hour on 2 cores.
+        ("llama-cpp-python==0.3.36", "numpy==2.4.6"),
+        {"gguf:F32": _SAME, "gguf:Q8_0": _TYPE, "gguf:adapter": _SAME, "ollama": _SAME},
+    ),
+    Client(
         "lm-eval 0.4.13",
         "probe_lm_eval.py",
         (_TORCH, "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "lm-eval==0.4.13"),
