@@ -98,7 +98,11 @@ def test_the_name_of_a_run_that_is_not_there(
     monkeypatch.chdir(tmp_path)
     Path("runs/chats").mkdir(parents=True)
     assert main([verb, name, *(["--output", "out"] if verb == "merge" else [])]) == 2
-    assert capsys.readouterr().err == f"error: {name}: there is no such file or folder; {cure}\n"
+    wanted = f"error: {name}: there is no such file or folder; {cure}\n"
+    assert capsys.readouterr().err == wanted
+    if verb == "evaluate":
+        assert main(["evaluate", "runs/chats", "--compare", name]) == 2
+        assert capsys.readouterr().err == wanted
 
 
 def pair(**keys: Any) -> dict[str, Any]:

@@ -122,6 +122,8 @@ lora_rank: 8
 lora_target: all
 pref_beta: 0.1
 pref_loss: sigmoid
+pref_ftx: 0.1
+interleave_probs: 0.7,0.3
 dataset: own_pairs, hub_pairs
 template: llama3
 cutoff_len: 2048

@@ -367,7 +367,6 @@ def test_an_output_that_is_not_shared_is_refused(write_recipe: Write, processes:
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_a_launcher_that_is_terminated_lets_the_step_and_its_workers_finish(write_recipe: Write) -> None:
     """The launcher signals whole process groups, with whatever works for them."""
     path = write_recipe(training={"max_steps": 4000, "logging_steps": 2, "dataloader_num_workers": 1})

@@ -67,7 +67,6 @@ def test_check_says_what_will_be_saved(write_recipe: Write, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_a_killed_run_stops_where_the_whole_one_did(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """Resumed between the two evaluations that count, and after the decision to stop."""
     path = write_recipe(data=ROWS, early_stopping=STOPS_AT_3, training=EVALUATED | {"max_steps": 6})

@@ -160,3 +160,9 @@ def test_a_run_ends_with_its_time_its_loss_and_the_next_command(capsys: pytest.C
     assert head.startswith("done in 0:")
     assert tail.endswith("; talk to it: finetune generate runs/recipe")
     assert Path("runs/recipe/adapter_config.json").is_file()
+
+
+def test_a_command_without_a_recipe_asks_for_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: RECIPE\n")

@@ -275,7 +275,6 @@ def with_parameters() -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_the_cells_that_set_up_and_check_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is installed from the zip, and its command reads the recipe; all cells in tier `soak`."""
     (machine.content / "what was on Drive").mkdir()

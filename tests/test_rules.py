@@ -407,8 +407,7 @@ def test_gemma_2_gets_an_attention_that_soft_caps() -> None:
 @pytest.mark.skipif(" " in sys.prefix, reason="torch 2.13 gives the compiler paths without quotation marks")
 # torch 2.13 warns of what its own compiler does, and of how transformers 5.23 asks for it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.soak
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_flex_attention_soft_caps(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor, users' backend, takes 20 seconds and more to compile it."""
     compile_function = torch.compile

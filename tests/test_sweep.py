@@ -377,7 +377,7 @@ def processes() -> Processes:
     "number",
     [
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, marks=pytest.mark.soak),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
     ],
 )

@@ -218,7 +218,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(command: argparse.ArgumentParser, help: str) -> None:
-    command.add_argument("overrides", metavar="section.key=value", nargs="*", help=help)
+    command.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help=help)
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

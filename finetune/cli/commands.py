@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        _check_run(args)
+        for name in _named_runs(args):
+            _check_run(name)
         return int(VERBS[args.verb](args) or ExitCode.OK)
     except KeyboardInterrupt as stop:
         if not distributed.rank():
@@ -112,9 +113,15 @@ def _user_lines(error: Exception) -> list[str]:
     return []
 
 
-def _check_run(args: argparse.Namespace) -> None:
+def _named_runs(args: argparse.Namespace) -> list[str]:
+    """The runs and models that a command names, as they are written."""
+    given = vars(args)
+    first = next((given[key] for key in ("model", "folder", "run") if given.get(key)), "")
+    return [str(first), *([given["compare"]] if given.get("compare") not in (None, "base") else [])]
+
+
+def _check_run(name: str) -> None:
     """Refuses a sweep, and the name of a run that does not exist, before it is taken for a model on the Hub."""
-    name = str(next((value for value in (vars(args).get(key) for key in ("model", "folder", "run")) if value), ""))
     if os.path.isfile(os.path.join(name, "sweep.json")):
         from finetune.cli.sweep_report import read_sweep
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -106,6 +107,8 @@ def serve(args: argparse.Namespace, say: Say) -> None:
         print_text(one_line(shown))
         return
     _check_packages(launch.program)
+    if launch.program == "transformers":
+        _make_hub_cache()
     say(f"{served.name}: {served.kind}, served by {launch.program}: {shown}")
     if served.note:
         say(served.note)
@@ -377,6 +380,14 @@ def _not_installed(served: Served) -> str:
         "a model for mlx-lm": f"mlx-lm is not installed; run {install_command('mlx')}",
     }
     return f"{served.name}: {needed.get(served.kind, 'transformers is not installed; run pip install transformers')}"
+
+
+def _make_hub_cache() -> None:
+    """transformers 5.23 answers `GET /v1/models` with an error 500 where the Hub's cache does not exist yet."""
+    from huggingface_hub import constants
+
+    with contextlib.suppress(OSError):
+        Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
 
 
 def _check_packages(program: str) -> None:

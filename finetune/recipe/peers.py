@@ -143,6 +143,8 @@ _PEERS: dict[str, dict[str, str]] = {
         "kto_chosen_weight": "training.desirable_weight",
         "kto_rejected_weight": "training.undesirable_weight",
         "use_dft_loss": "training.loss_type = dft",
+        "pref_ftx": "- write training.loss_type: [sigmoid, sft] and training.loss_weights: [1.0, N]",
+        "mix_strategy interleave_probs": "- write `weight: N` in each source of data.train",
         "max_samples": "- all rows are used; `samples: N` in a source draws N rows, some twice if there are fewer",
         "preprocessing_num_workers overwrite_cache preprocessing_batch_size tokenized_path": (
             "- prepared rows are cached, and prepared by threads"
