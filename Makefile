@@ -18,7 +18,7 @@ quickstart: .venv/.quickstart
 	if [ -f $(RUN)/adapter_model.safetensors ]; then
 	    echo "== $(RUN) is trained already (make quickstart FRESH=1 trains anew)"
 	else
-	    echo "== training recipes/quickstart.yaml, about five minutes"
+	    echo "== training recipes/quickstart.yaml, five to seven minutes"
 	    $(BIN)/finetune train recipes/quickstart.yaml training.resume_from_checkpoint=true
 	fi
 	head -n 3 data/prompts.txt > .venv/prompts.txt
