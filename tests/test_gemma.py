@@ -134,13 +134,13 @@ def assert_preferences_were_learned(run: Path, share: float) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [record for record in records if "eval_loss" in record]
     assert first["step"] == 0
-    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # A sum of 40 log-probabilities is about 100: in float32 it has a rounding error of some millionths, times beta.
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert last["eval_loss"] < first["eval_loss"]
     assert last["eval_rewards/accuracies"] >= share
     assert last["eval_rewards/chosen"] > last["eval_rewards/rejected"]
 
 
-@pytest.mark.soak
 @pytest.mark.usefixtures("user_cache")
 def test_preferences_are_learned_after_it(trained: Path, tmp_path: Path) -> None:
     for name, count in (("sample", 20), ("eval", 6)):
