@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from gguf_tiny import make_model, make_tokenizer, write_gguf
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
@@ -117,6 +119,24 @@ def test_plan_builds_the_model_that_train_trains(sections: dict[str, Any], write
         return parameters, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
     assert facts(fake) == facts(trained)
+
+
+@pytest.mark.slow
+def test_a_short_run_logs_each_step_unless_its_recipe_says_how_often(write_recipe: Write) -> None:
+    path = write_recipe(training={"max_steps": 3})
+    recipe = yaml.safe_load(path.read_text())
+    del recipe["training"]["logging_steps"]
+    path.write_text(yaml.safe_dump(recipe))
+
+    def logged() -> list[int]:
+        records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+        return [record["step"] for record in records if "loss" in record]
+
+    assert main([str(path)]) == 0
+    assert logged() == [1, 2, 3]
+    shutil.rmtree("run")
+    assert main([str(path), "training.logging_steps=2"]) == 0
+    assert logged() == [2]
 
 
 def test_a_lora_run_leaves_what_the_interface_names(write_recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from finetune.train.arguments import check_base, check_launch, training_argument
 from finetune.train.callbacks import trackers
 from finetune.train.callbacks.early_stopping import EarlyStopping
 from finetune.train.callbacks.memory_check import MemoryCheck
-from finetune.train.callbacks.metrics import MetricsLog, ProgressDisplay, draw_losses
+from finetune.train.callbacks.metrics import EachStepLogged, MetricsLog, ProgressDisplay, draw_losses
 from finetune.train.callbacks.packing import PackedRowsCheck, check_row_counts
 from finetune.train.callbacks.signals import stop_on_signals
 from finetune.train.callbacks.soft import soft, softly
@@ -324,6 +324,8 @@ def _add_callbacks(run: _Run, trainer: RunTrainer, progress: ProgressDisplay, up
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RestoreCounters(trainer))
+    if "logging_steps" not in recipe.training:
+        trainer.add_callback(EachStepLogged())
     if trainer.padding_free:
         trainer.add_callback(PackedRowsCheck(trainer))
     preferences = trainer if isinstance(trainer, PreferenceTrainer) else None

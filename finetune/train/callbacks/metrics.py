@@ -17,6 +17,9 @@ from finetune.system.pages import one_line
 from finetune.system.terminal import Say, interactive_console
 from finetune.train.trainer import RunTrainer
 
+# A run of fewer steps logs each of them, if its recipe has no `training.logging_steps`.
+_SHORT_RUN = 100
+
 
 class MetricsRecord(TypedDict, total=False):
     """A line of `metrics.jsonl`: the step and what the trainer logged at it.
@@ -42,6 +45,14 @@ class MetricsRecord(TypedDict, total=False):
     train_loss: float
     max_steps: int
     saved_step: int
+
+
+class EachStepLogged(TrainerCallback):  # type: ignore[misc]
+    """Logs each step of a run of fewer than 100 steps: with trl's ten, a run of nine would log nothing."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.max_steps < _SHORT_RUN:
+            state.logging_steps = 1
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
